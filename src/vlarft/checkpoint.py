@@ -1,0 +1,182 @@
+"""Checkpoints and run folders: nothing is lost, nothing half written, nothing foreign taken for ours.
+
+A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file alone; training state (optimizer, step, random
+states) lies beside it. Every file is written to `NAME.tmp` and moved into place.
+
+    out_dir/config.json        the script's configuration; a second run with another one is refused
+    out_dir/model.safetensors  weights + {"class", "config", "extra"}
+    out_dir/train_state.pt     optimizer, step, ...; loaded with weights_only
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlarft.config import differences, from_dict, to_dict
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Header(NamedTuple):
+    """What a model file says about itself."""
+
+    cls: str
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write(tmp)` and move the result to `path`: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    write(tmp)
+    with open(tmp, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically, two spaces of indent, newline at the end."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomic(path, lambda tmp: tmp.write_text(text))
+
+
+def save_model(
+    path: str | Path, model: nn.Module, config: Any, extra: dict[str, Any] | None = None, state_dict: dict | None = None
+) -> None:
+    """Write weights, class name and config to one safetensors file.
+
+    Args:
+        path: the file, by convention `out_dir/model.safetensors`.
+        model: its class name and, unless `state_dict` is given, its weights are stored.
+        config: the model's (nested) dataclass.
+        extra: JSON-safe facts that belong to the model: action ranges, the split it was trained on, ...
+        state_dict: full tensors to write in place of the model's own, which under FSDP are shards.
+    """
+    weights = model.state_dict() if state_dict is None else state_dict
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+    metadata = {
+        "class": type(model).__name__,
+        "config": json.dumps(to_dict(config)),
+        "extra": json.dumps(extra or {}),
+    }
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
+
+
+def read_header(path: str | Path) -> Header:
+    """Class, config and extra of a model file, without reading its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, is no safetensors file, or was not written by `save_model`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = f"; did you mean {path / 'model.safetensors'}?" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); it is truncated or of another format: copy or train it again"
+        ) from error
+    if not {"class", "config", "extra"} <= set(metadata):
+        raise ValueError(
+            f"{path} was not written by vlarft: its header has {sorted(metadata) or 'no metadata'}, expected class, config and extra"
+        )
+    return Header(metadata["class"], json.loads(metadata["config"]), json.loads(metadata["extra"]))
+
+
+def load_model(
+    path: str | Path, model_class: type[ModelT], config_class: type, device: str | torch.device = "cpu"
+) -> tuple[ModelT, dict[str, Any]]:
+    """Build `model_class(config)` from a file of `save_model` and load its weights, all of them.
+
+    Returns:
+        The model, in eval mode, on `device`; and the file's `extra`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a truncated or foreign file, another class, or tensors that are missing, unexpected or of another shape (each is named).
+    """
+    header = read_header(path)
+    if header.cls != model_class.__name__:
+        raise ValueError(f"{path} holds a {header.cls}, expected a {model_class.__name__}")
+    model = model_class(from_dict(config_class, header.config, f"{path}: {config_class.__name__}"))
+    load_weights(model, load_file(path), str(path))
+    return model.to(device).eval(), header.extra
+
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Strict `load_state_dict` whose error lists what is missing, unexpected or misshapen."""
+    own = model.state_dict()
+    problems = [f"missing {k}" for k in own if k not in tensors]
+    problems += [f"unexpected {k}" for k in tensors if k not in own]
+    problems += [
+        f"{k} has shape {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in tensors and tensors[k].shape != own[k].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(f"{where} does not fit {type(model).__name__}: {shown}")
+    model.load_state_dict(tensors)
+
+
+def open_run(out_dir: str | Path, config: Any) -> Path | None:
+    """Create a run folder, or enter the one that an interrupted run of the same configuration left.
+
+    Returns:
+        The path of `train_state.pt` to resume from, or None when the run starts anew.
+
+    Raises:
+        ValueError: the folder belongs to another configuration; the message lists the fields that differ.
+    """
+    out_dir, ours = Path(out_dir), to_dict(config)
+    stored = out_dir / "config.json"
+    if stored.is_file():
+        try:
+            theirs = json.loads(stored.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{stored} is not readable JSON ({error}); remove the folder or choose another --out-dir"
+            ) from error
+        theirs.pop("out_dir", None)
+        if lines := differences(theirs, {k: v for k, v in ours.items() if k != "out_dir"}):
+            raise ValueError(
+                f"{out_dir} holds a run of another configuration: {'; '.join(lines)} (stored against given). "
+                "Choose another --out-dir, remove the folder, or give the stored values to resume."
+            )
+    else:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(stored, ours)
+    state = out_dir / "train_state.pt"
+    return state if state.is_file() else None
+
+
+def save_train_state(out_dir: str | Path, state: dict[str, Any]) -> None:
+    """Write `out_dir/train_state.pt` atomically: tensors and plain Python values only."""
+    write_atomic(Path(out_dir) / "train_state.pt", lambda tmp: torch.save(state, tmp))
+
+
+def load_train_state(path: str | Path) -> dict[str, Any]:
+    """Read a training state with `weights_only`, on the CPU.
+
+    Raises:
+        ValueError: the file is truncated or of another format.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a readable training state ({error}); remove it to start the run anew"
+        ) from error

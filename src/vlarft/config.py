@@ -1,0 +1,220 @@
+"""Frozen dataclasses as configurations: to and from JSON, and as a command line.
+
+A script declares one flat frozen `Config`, whose fields carry their help, and a dict of presets:
+
+    @dataclass(frozen=True)
+    class Config:
+        out_dir: str = opt("runs/wm", "folder that the run writes")
+        lr: float = opt(5e-5, "AdamW learning rate (Sec. 4)")
+
+    PRESETS = {"paper": Config(), "tiny": Config(lr=1e-3)}
+    if __name__ == "__main__":
+        main(parse(Config, PRESETS, sys.argv[1:]))
+
+`--preset tiny` picks the instance and every other flag overrides one field. A field whose type is itself a frozen dataclass (a model's config) becomes dotted flags,
+`--model.width 64`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+ConfigT = TypeVar("ConfigT")
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text that `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (nested) dataclass as plain JSON-safe types: tuples become lists, nested dataclasses dicts."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: a key that `cls` does not have, a field without default that is missing, or a value of another type. The message names the field.
+    """
+    where = where or cls.__name__
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(
+            f"{where} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(sorted(names))}"
+        )
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks the field {', '.join(map(repr, missing))}")
+    hints = _hints(cls)
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Names and both values of the leaves in which two `to_dict` results differ, for error messages."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(dict.fromkeys([*a, *b]))
+        return [line for k in keys for line in differences(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if a == b else [f"{prefix}: {a!r} against {b!r}"]
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one JSON value against its annotation; lists become tuples, dicts nested dataclasses."""
+    origin, args = get_origin(hint), get_args(hint)
+    wrong = ValueError(f"{where} must be {_type_name(hint)}, got {value!r}")
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for candidate in (a for a in args if a is not type(None)):
+            try:
+                return _convert(candidate, value, where)
+            except ValueError:
+                continue
+        raise wrong
+    if origin is Literal:
+        if value not in args:
+            raise wrong
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise wrong
+        return tuple(_convert(a, v, where) for a, v in zip(inner, value, strict=True))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise wrong
+        return from_dict(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))):
+        raise wrong
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else _type_name(a) for a in get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+
+
+def parse(
+    config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Sequence[str], description: str = ""
+) -> ConfigT:
+    """Build a config from the command line: `--preset NAME` picks the start, every other flag overrides one field.
+
+    bool fields become --x / --no-x, Literal fields choices, `X | None` accepts "none", tuples take several values, nested dataclasses dotted flags. The default preset is the
+    first of `presets`. Unknown flags, presets and choices exit with status 2 and name what is valid.
+    """
+    default = next(iter(presets))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(presets), default=default)
+    # --preset is read from its own small parser, so that a missing required value elsewhere does not hide a misspelt preset.
+    if any(a == "--preset" or a.startswith("--preset=") for a in argv):
+        chosen = first.parse_known_args(argv)[0].preset
+    else:
+        chosen = default
+    base = presets[chosen]
+
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--preset", choices=list(presets), default=default, help="named set of defaults")
+    _add_flags(parser, base, "")
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"}
+    try:
+        return _override(base, given, "")
+    except ValueError as error:  # a config's own __post_init__ refused a value
+        parser.error(str(error))
+
+
+def _add_flags(parser: argparse.ArgumentParser, base: Any, prefix: str) -> None:
+    hints = _hints(type(base))
+    for f in dataclasses.fields(base):
+        hint, value, name = hints[f.name], getattr(base, f.name), f"{prefix}{f.name}"
+        flag = "--" + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            _add_flags(parser, value, f"{name}.")
+            continue
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        options["help"] = f"{f.metadata.get('help', '')} [{value}]".strip().replace("%", "%%")
+        optional = get_origin(hint) in (Union, types.UnionType)
+        inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(inner) is Literal:
+            choices = [*get_args(inner), *([None] if optional else [])]
+            parser.add_argument(
+                flag,
+                choices=choices,
+                type=_reader(inner, optional),
+                metavar=f"{{{','.join(map(str, choices))}}}",
+                **options,
+            )
+        elif get_origin(inner) is tuple:
+            parser.add_argument(flag, nargs="+", type=_reader(get_args(inner)[0], optional), **options)
+        else:
+            parser.add_argument(flag, type=_reader(inner, optional), **options)
+
+
+def _reader(hint: Any, optional: bool) -> Any:
+    def read(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        if get_origin(hint) is Literal:
+            return next((a for a in get_args(hint) if str(a) == text), text)
+        if hint is bool:
+            if text.lower() not in ("true", "false"):
+                raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+            return text.lower() == "true"
+        value = hint(text)
+        if isinstance(value, float) and math.isnan(value):
+            raise argparse.ArgumentTypeError("expected a number, got nan")
+        return value
+
+    read.__name__ = _type_name(hint)  # argparse prints it: "invalid int value: 'x'"
+    return read
+
+
+def _override(base: ConfigT, given: Mapping[str, Any], prefix: str) -> ConfigT:
+    changes: dict[str, Any] = {}
+    hints = _hints(type(base))
+    for f in dataclasses.fields(base):
+        name = f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            changes[f.name] = _override(getattr(base, f.name), given, f"{name}.")
+        elif name in given:
+            value = given[name]
+            if isinstance(value, list):
+                value = None if value == [None] else tuple(value)
+            changes[f.name] = _convert(hints[f.name], value, f"--{name.replace('_', '-')}")
+    return dataclasses.replace(base, **changes)

@@ -1,0 +1,170 @@
+"""LIBERO's HDF5 layout, written and read.
+
+One file per task, `<suite>/<task>_demo.hdf5`:
+
+    data            attrs: bddl_file_name, env_args, problem_info (JSON with "language_instruction"), num_demos, total, image_convention, control_freq
+    data/demo_<i>   attrs: num_samples, model_file, init_state, and whatever the writer adds (seed, success, kind)
+      actions (T, 7)  intended_actions (T, 7)  states (T, S)  robot_states (T, 9)  rewards (T,)  dones (T,)
+      obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)  joint_states (T, J)
+
+`actions` are the executed ones; `intended_actions`, ours, are what the demonstrator wanted before noise was added. `image_convention` is "upright" in our files; where the attribute is
+missing, the images are LIBERO's own, upside down, and the reader turns them by 180 degrees as the public pipelines do.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import h5py
+
+DEMO = re.compile(r"demo_(\d+)$")
+
+
+def import_h5py() -> Any:
+    """The h5py module.
+
+    Raises:
+        ImportError: h5py is missing; the message says which extra brings it.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError('reading and writing demonstrations needs h5py: pip install "vlarft[data]"') from error
+    return h5py
+
+
+def write_task_attrs(data: "h5py.Group", instruction: str, env_args: Mapping[str, Any], control_freq: int = 20) -> None:
+    """Attributes of the file's `data` group; `num_demos` and `total` are kept current by `write_demo`.
+
+    Args:
+        data: the group "data" of an open file.
+        instruction: what the robot is told, for every demonstration of the file.
+        env_args: JSON-safe description of the environment (suite, task, image size, ...).
+        control_freq: control steps a second.
+    """
+    data.attrs["bddl_file_name"] = ""
+    data.attrs["env_args"] = json.dumps(dict(env_args))
+    data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+    data.attrs["image_convention"] = "upright"
+    data.attrs["control_freq"] = control_freq
+    for name in ("num_demos", "total"):
+        if name not in data.attrs:
+            data.attrs[name] = 0
+
+
+def write_demo(
+    data: "h5py.Group",
+    index: int,
+    *,
+    images: Mapping[str, np.ndarray],
+    actions: np.ndarray,
+    intended_actions: np.ndarray,
+    proprio: np.ndarray,
+    states: np.ndarray,
+    joint_states: np.ndarray | None = None,
+    success: bool = True,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Append one demonstration as `data/demo_<index>`.
+
+    Args:
+        data: the group "data" of an open file.
+        index: number of the demonstration in the file.
+        images: camera name (agentview, eye_in_hand) -> (T, H, W, 3) uint8, upright.
+        actions: (T, 7) executed raw environment actions.
+        intended_actions: (T, 7) the demonstrator's actions before noise.
+        proprio: (T, 8) position 3 [m], axis-angle 3 [rad], finger positions 2 [m], before each action.
+        states: (T, S) simulator state before each action; the first row becomes `init_state`.
+        joint_states: (T, J) joint positions; zeros of width 7 when the robot has no arm.
+        success: whether the last step fulfils the task; sets the last reward and done.
+        attrs: further attributes (seed, kind, ...).
+
+    Raises:
+        ValueError: lengths that differ, or an image array that is not uint8 (T, H, W, 3).
+    """
+    steps = len(actions)
+    arrays = {"intended_actions": intended_actions, "proprio": proprio, "states": states, **images}
+    for name, array in arrays.items():
+        if len(array) != steps:
+            raise ValueError(f"{name} has {len(array)} rows, expected {steps}, one per action")
+    for name, array in images.items():
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+            raise ValueError(f"images of {name} must be uint8 (T, H, W, 3), got {array.dtype} {array.shape}")
+    name = f"demo_{index}"
+    if name in data:  # left by a writer that was stopped half way
+        del data[name]
+    demo = data.create_group(name)
+    rewards = np.zeros(steps, np.uint8)
+    rewards[-1] = success
+    position, orientation, fingers = proprio[:, :3], proprio[:, 3:6], proprio[:, 6:]
+    datasets = {
+        "actions": actions,
+        "intended_actions": intended_actions,
+        "states": states,
+        "robot_states": np.concatenate([fingers, position, _quaternion(orientation)], 1),
+        "rewards": rewards,
+        "dones": rewards,
+        "obs/ee_states": proprio[:, :6],
+        "obs/ee_pos": position,
+        "obs/ee_ori": orientation,
+        "obs/gripper_states": fingers,
+        "obs/joint_states": np.zeros((steps, 7)) if joint_states is None else joint_states,
+    }
+    for key, array in datasets.items():
+        demo.create_dataset(key, data=array)
+    for camera, array in images.items():
+        # windows of 9 frames are read at random starts: chunks of 8 frames keep both the overhead and the waste small
+        chunks = (min(8, steps), *array.shape[1:])
+        demo.create_dataset(f"obs/{camera}_rgb", data=array, chunks=chunks, compression="gzip", compression_opts=4)
+    demo.attrs["num_samples"] = steps
+    demo.attrs["model_file"] = ""
+    demo.attrs["init_state"] = states[0]
+    demo.attrs["success"] = bool(success)
+    for key, value in (attrs or {}).items():
+        demo.attrs[key] = value
+    lengths = [data[k].attrs["num_samples"] for k in demo_names(data)]
+    data.attrs["num_demos"] = len(lengths)
+    data.attrs["total"] = int(sum(lengths))
+
+
+def demo_names(data: "h5py.Group") -> list[str]:
+    """Names of the complete demonstrations of a file, in numeric order (demo_2 before demo_10)."""
+    found = [k for k in data if DEMO.match(k) and "num_samples" in data[k].attrs]
+    return sorted(found, key=lambda k: int(DEMO.match(k).group(1)))
+
+
+def open_demo_file(path: str | Path) -> "h5py.File":
+    """Open a demonstration file for reading.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not HDF5, truncated, or without LIBERO's `data` group.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no demonstration file at {path}; collect_demos.py makes some")
+    try:
+        file = import_h5py().File(path, "r")
+    except OSError as error:
+        raise ValueError(
+            f"{path} is not a readable HDF5 file ({error}); it is truncated or of another format: remove it and collect or copy it again"
+        ) from error
+    if "data" not in file:
+        keys = list(file)
+        file.close()
+        raise ValueError(
+            f"{path} has no group 'data' (found {keys}); expected LIBERO's layout, see vlarft/data/hdf5.py"
+        )
+    return file
+
+
+def _quaternion(axis_angle: np.ndarray) -> np.ndarray:
+    """(T, 3) axis-angle [rad] -> (T, 4) quaternion x, y, z, w."""
+    angle = np.linalg.norm(axis_angle, axis=1, keepdims=True)
+    scale = np.where(angle < 1e-8, 0.5, np.sin(angle / 2) / np.maximum(angle, 1e-8))
+    return np.concatenate([axis_angle * scale, np.cos(angle / 2)], 1)

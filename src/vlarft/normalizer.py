@@ -1,0 +1,110 @@
+"""Actions and proprioception between the units of the environment and those of the policy.
+
+The one place that owns this conversion: the policy thinks in normalised actions, the environment and the world model take raw ones.
+
+Shapes: A action dim (7), P proprio dim (8).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+GripperEncoding = Literal["zero_one_open", "identity"]
+
+
+class Normalizer(nn.Module):
+    """Quantile normalisation; its numbers are buffers, so they are saved with the policy and loaded with it.
+
+    Motion dimensions (all but the last) map the 1 % and 99 % quantiles of the training actions to [-1, 1] and clip. The gripper is not scaled:
+    "zero_one_open" (OpenVLA's convention) maps the environment's -1 open / +1 close to 1 open / 0 close; "identity" keeps -1 / +1. Proprio maps its quantiles to [-1, 1], clipped.
+    A constant dimension (quantiles closer than 1e-6) maps to 0 and decodes to its constant.
+
+    Args:
+        action_dim: A, gripper last.
+        proprio_dim: P.
+        gripper: encoding of the last action dimension.
+    """
+
+    def __init__(self, action_dim: int = 7, proprio_dim: int = 8, gripper: GripperEncoding = "zero_one_open") -> None:
+        super().__init__()
+        self.gripper = gripper
+        self.register_buffer("action_low", -torch.ones(action_dim - 1))
+        self.register_buffer("action_high", torch.ones(action_dim - 1))
+        self.register_buffer("proprio_low", -torch.ones(proprio_dim))
+        self.register_buffer("proprio_high", torch.ones(proprio_dim))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    def fit(self, actions: Tensor, proprio: Tensor) -> "Normalizer":
+        """Take the 1 % and 99 % quantiles of a training split.
+
+        Args:
+            actions: (N, A) raw environment actions, gripper -1 open / +1 close.
+            proprio: (N, P) position in metres, axis-angle in radians, finger positions in metres.
+
+        Raises:
+            ValueError: wrong widths, NaN or infinite values, or a gripper outside [-1, 1].
+        """
+        for name, values, width in (
+            ("actions", actions, len(self.action_low) + 1),
+            ("proprio", proprio, len(self.proprio_low)),
+        ):
+            if values.ndim != 2 or values.shape[1] != width:
+                raise ValueError(f"{name} must have shape (N, {width}), got {tuple(values.shape)}")
+            if not torch.isfinite(values).all():
+                bad = int((~torch.isfinite(values)).any(1).nonzero()[0])
+                raise ValueError(f"{name} has NaN or infinite values, first in row {bad}; repair the demonstrations")
+        gripper = actions[:, -1]
+        if gripper.abs().max() > 1 + 1e-4:
+            raise ValueError(
+                f"gripper actions must lie in [-1, 1] (-1 open, +1 close), got [{gripper.min():.3g}, {gripper.max():.3g}]"
+            )
+        levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
+        for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
+            # sorted by hand: torch.quantile refuses more than 16M values
+            ordered = values.double().sort(0).values  # (N, D)
+            position = levels * (len(ordered) - 1)
+            lower, weight = position.floor().long(), (position % 1)[:, None]
+            upper = (lower + 1).clamp(max=len(ordered) - 1)
+            low, high = ordered[lower] * (1 - weight) + ordered[upper] * weight  # (D,), (D,)
+            getattr(self, f"{name}_low").copy_(low)
+            getattr(self, f"{name}_high").copy_(high)
+        self.fitted.fill_(True)
+        return self
+
+    def encode_actions(self, actions: Tensor) -> Tensor:
+        """Raw environment actions (..., A) to normalised ones (..., A), float32."""
+        motion = _to_unit(actions[..., :-1].float(), self.action_low, self.action_high)
+        gripper = actions[..., -1:].float()
+        if self.gripper == "zero_one_open":
+            gripper = (1 - gripper) / 2
+        return torch.cat([motion, gripper], -1)
+
+    def decode_actions(self, actions: Tensor) -> Tensor:
+        """Normalised actions (..., A) to raw ones: motion clipped to the quantile range, gripper -1 or +1 by its sign (its half, with "zero_one_open")."""
+        motion = _from_unit(actions[..., :-1].float().clamp(-1, 1), self.action_low, self.action_high)
+        gripper = actions[..., -1:].float()
+        closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0
+        return torch.cat([motion, torch.where(closed, 1.0, -1.0)], -1)
+
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
+        """Raw proprio (..., P) to [-1, 1], clipped, float32.
+
+        Raises:
+            ValueError: another width than P, or NaN.
+        """
+        if proprio.shape[-1] != len(self.proprio_low):
+            raise ValueError(f"proprio must have {len(self.proprio_low)} values, got {proprio.shape[-1]}")
+        if not torch.isfinite(proprio).all():
+            raise ValueError("proprio has NaN or infinite values")
+        return _to_unit(proprio.float(), self.proprio_low, self.proprio_high)
+
+
+def _to_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    span = high - low
+    unit = (2 * (values - low) / span.clamp(min=1e-6) - 1).clamp(-1, 1)
+    return torch.where(span < 1e-6, torch.zeros_like(unit), unit)
+
+
+def _from_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return low + (values + 1) / 2 * (high - low)

@@ -1,0 +1,87 @@
+"""One line per step on the terminal, the same numbers in out_dir/log.jsonl."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlarft.distributed import is_main
+
+
+class RunLog:
+    """Log of a run: `log(step, metrics)` prints one aligned line and appends one JSON line, on rank 0 only.
+
+    On resume, lines of steps that will be done again are dropped, so that the file reads as if the run had never stopped. TensorBoard is written when it is installed.
+
+    Args:
+        out_dir: the run's folder.
+        total_steps: for the share that the line shows.
+        name: first word of each line.
+        start_step: the step that the run (re)starts at.
+    """
+
+    def __init__(self, out_dir: str | Path, total_steps: int, name: str, start_step: int = 0) -> None:
+        self.path = Path(out_dir) / "log.jsonl"
+        self.total_steps, self.name = total_steps, name
+        self.started = time.monotonic()
+        self.file = self.writer = None
+        if not is_main():
+            return
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the line that a kill cut short
+                    continue
+                if entry["step"] < start_step:
+                    kept.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "w", buffering=1)
+        self.file.writelines(line + "\n" for line in kept)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard"), purge_step=start_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of step `step` (0-based)."""
+        if self.file is None:
+            return
+        values = {k: float(v) for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer is not None:
+            for k, v in values.items():
+                self.writer.add_scalar(k, v, step)
+        width = len(str(self.total_steps))
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in values.items())
+        print(f"{self.name} {step + 1:>{width}}/{self.total_steps}  {shown}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close the file; the run is over."""
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _short(value: float) -> str:
+    if value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def check_finite(loss: float, step: int, metrics: Mapping[str, float]) -> None:
+    """Stop the run at the first loss that is not a number.
+
+    Raises:
+        FloatingPointError: names the step and the metrics; the last checkpoint is left as it is.
+    """
+    if not math.isfinite(loss):
+        shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
+        raise FloatingPointError(
+            f"loss is {loss} at step {step} ({shown}); the last checkpoint is untouched: lower the learning rate or look at the data"
+        )
