@@ -1,0 +1,342 @@
+"""Decoder-only transformer in the LLaMA style: RMSNorm, rotary positions, grouped-query attention, SwiGLU, KV cache.
+
+One implementation for the world model and for the policy's language model (which adds biases on q, k, v and fewer
+key-value heads). There is no embedding and no output head inside: the owner embeds its tokens and reads the result.
+
+The names of the parameters follow `transformers` (`layers.0.self_attn.q_proj.weight`, ...), so public checkpoints need
+no renaming below the decoder.
+
+Shapes: B batch rows, S starts, G group members per start (B = S * G), N new tokens, P tokens in the cache, D width,
+H query heads, K key-value heads, E head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a decoder; the defaults are the world model of the paper (113,265,408 parameters without head).
+
+    Args:
+        depth: number of blocks.
+        width: model width D.
+        num_heads: query heads H.
+        num_kv_heads: key-value heads K, a divisor of `num_heads` (fewer = grouped-query attention).
+        ffn_dim: inner width of the SwiGLU feed-forward network.
+        head_dim: width E of one head; None = width // num_heads.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of RMSNorm.
+        qkv_bias: biases on the query, key and value projections (Qwen2 has them, LLaMA has none).
+        max_positions: longest sequence, cache included.
+        init_std: standard deviation of the initial weights.
+    """
+
+    depth: int = 12
+    width: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    ffn_dim: int = 3072
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    max_positions: int = 8192
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim is None and self.width % self.num_heads:
+            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}, or give head_dim")
+        if self.dim_per_head % 2:
+            raise ValueError(f"head width {self.dim_per_head} must be even: rotary positions turn pairs of channels")
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width E of one attention head."""
+        return self.width // self.num_heads if self.head_dim is None else self.head_dim
+
+
+class KVCache:
+    """Keys and values of past tokens, for incremental decoding.
+
+    A cache has up to two parts: an optional `prefix` shared by the G members of each start (made by `expand`, never
+    copied per member), and the rows' own part with room for `max_length` tokens, allocated at the first `append`.
+
+    Args:
+        config: sizes of the decoder that fills the cache.
+        batch_size: rows B.
+        max_length: room in tokens, prefix excluded.
+    """
+
+    def __init__(self, config: TransformerConfig, batch_size: int, max_length: int) -> None:
+        self.config, self.batch_size, self.max_length = config, batch_size, max_length
+        self.own_length = 0
+        self.group_size = 1
+        self.prefix_length = 0
+        self.prefix: Tensor | None = None  # (depth, 2, S, K, P, E)
+        self.own: Tensor | None = None  # (depth, 2, B, K, max_length, E)
+
+    @property
+    def length(self) -> int:
+        """Tokens held, prefix included: the position of the next token."""
+        return self.prefix_length + self.own_length
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new tokens of one layer and return that layer's own part so far.
+
+        Args:
+            layer: index of the block.
+            key: (B, K, N, E), already rotated.
+            value: (B, K, N, E).
+
+        Returns:
+            Keys and values (B, K, own_length + N, E). The length advances once per forward, in `advance`.
+        """
+        new_length = self.own_length + key.shape[2]
+        if new_length > self.max_length:
+            raise ValueError(f"KV cache has room for {self.max_length} tokens, {new_length} needed: allocate more")
+        if self.own is None:
+            sizes = (self.config.depth, 2, self.batch_size, key.shape[1], self.max_length, key.shape[3])
+            self.own = key.new_empty(sizes)
+        self.own[layer, 0, :, :, self.own_length : new_length] = key
+        self.own[layer, 1, :, :, self.own_length : new_length] = value
+        return self.own[layer, 0, :, :, :new_length], self.own[layer, 1, :, :, :new_length]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` more tokens, after every layer has appended them."""
+        self.own_length += num_tokens
+
+    def expand(self, group_size: int, max_length: int) -> "KVCache":
+        """A cache of B * group_size rows in which each run of `group_size` rows continues one row of this cache.
+
+        Args:
+            group_size: members G per start.
+            max_length: room for new tokens per row.
+
+        Returns:
+            A cache that reads this one's memory as its prefix; this cache must not be appended to while it is used.
+        """
+        if self.own is None or self.prefix is not None:
+            raise ValueError("only a cache that was filled directly can be expanded: run the prefix through it first")
+        expanded = KVCache(self.config, self.batch_size * group_size, max_length)
+        expanded.prefix = self.own[:, :, :, :, : self.own_length]
+        expanded.prefix_length, expanded.group_size = self.own_length, group_size
+        return expanded
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, half-split convention, float32.
+
+    Args:
+        positions: (N,) token positions.
+        head_dim: head width E.
+        theta: frequency base.
+
+    Returns:
+        Two tensors (N, E), the E/2 angles repeated for both halves.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[:, None] * theta**-exponents  # (N, E/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (N, E)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + E/2) of x (..., N, E) by the tables' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, in float32 under any autocast."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D), in x's dtype."""
+        return self.weight.to(x.dtype) * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, cfg: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.num_heads, self.num_kv_heads = layer, cfg.num_heads, cfg.num_kv_heads
+        dim = cfg.dim_per_head
+        self.q_proj = nn.Linear(cfg.width, cfg.num_heads * dim, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.width, cfg.num_kv_heads * dim, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.width, cfg.num_kv_heads * dim, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(cfg.num_heads * dim, cfg.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        """x: (B, N, D) -> (B, N, D); `mask` is None for plain causal attention, else (B or 1, 1, N, P + N)."""
+        query = rearrange(self.q_proj(x), "b n (h e) -> b h n e", h=self.num_heads)  # (B, H, N, E)
+        key = rearrange(self.k_proj(x), "b n (k e) -> b k n e", k=self.num_kv_heads)  # (B, K, N, E)
+        value = rearrange(self.v_proj(x), "b n (k e) -> b k n e", k=self.num_kv_heads)  # (B, K, N, E)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)  # (B, K, P + N, E)
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        if cache is not None and cache.prefix is not None:
+            prefix_key, prefix_value = cache.prefix[self.layer]  # (S, K, P, E) each
+            out = grouped_attention(query, key, value, prefix_key, prefix_value, cache.group_size, mask)
+        else:
+            grouped = self.num_heads != self.num_kv_heads
+            causal = mask is None and query.shape[2] > 1
+            out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(rearrange(out, "b h n e -> b n (h e)"))
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    group_size: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attention over a prefix shared by the G rows of a start, followed by each row's own tokens.
+
+    One softmax over both parts; the scores of the shared part are one matrix product per start with the G * N queries
+    side by side, so the prefix is read once per start and never copied.
+
+    Args:
+        query: (S * G, H, N, E).
+        key, value: (S * G, K, M, E), the rows' own tokens, the new ones included.
+        prefix_key, prefix_value: (S, K, P, E).
+        group_size: G.
+        mask: (S * G or 1, 1, N, P + M) True = attend, or None = attend to everything.
+
+    Returns:
+        (S * G, H, N, E).
+    """
+    heads_per_kv, num_kv = query.shape[1] // key.shape[1], key.shape[1]
+    sizes = {"g": group_size, "k": num_kv, "r": heads_per_kv}
+    num_new, prefix_length = query.shape[2], prefix_key.shape[2]
+    query = query * query.shape[-1] ** -0.5
+    by_start = rearrange(query, "(s g) (k r) n e -> s k (g r n) e", **sizes)
+    shared = by_start @ prefix_key.to(query.dtype).transpose(-1, -2)  # (S, K, G * R * N, P)
+    shared = rearrange(shared, "s k (g r n) p -> (s g) k (r n) p", n=num_new, **sizes)
+    own = rearrange(query, "b (k r) n e -> b k (r n) e", k=num_kv, r=heads_per_kv) @ key.transpose(-1, -2)
+    scores = torch.cat([shared, own], dim=-1).float()  # (S * G, K, R * N, P + M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat(1, 1, heads_per_kv, 1), -torch.inf)
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    shared, own = weights[..., :prefix_length], weights[..., prefix_length:]
+    by_start = rearrange(shared, "(s g) k (r n) p -> s k (g r n) p", n=num_new, **sizes)
+    from_prefix = by_start @ prefix_value.to(query.dtype)  # (S, K, G * R * N, E)
+    from_prefix = rearrange(from_prefix, "s k (g r n) e -> (s g) (k r) n e", n=num_new, **sizes)
+    return from_prefix + rearrange(own @ value, "b k (r n) e -> b (k r) n e", n=num_new)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn_dim, cfg.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D) -> (B, N, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, cfg: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.mlp = FeedForward(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        """x: (B, N, D) -> (B, N, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The stack of blocks and the final norm."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.layers = nn.ModuleList(DecoderBlock(cfg, layer) for layer in range(cfg.depth))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of `init_std`, zero biases, unit norms."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.cfg.init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Run the decoder on embedded tokens.
+
+        Args:
+            x: (B, N, D) embeddings of the new tokens.
+            cache: past keys and values; the new tokens follow it and are added to it.
+            key_padding_mask: (B, P + N) bool, True = may be attended, over cached and new tokens. Positions count
+                every token, padding included, so pad on the left. A padded token still attends to itself.
+
+        Returns:
+            (B, N, D) after the final norm.
+
+        Raises:
+            ValueError: the sequence is longer than `max_positions`, the cache or the mask has other sizes.
+        """
+        batch, num_new, _ = x.shape
+        past = 0 if cache is None else cache.length
+        if past + num_new > self.cfg.max_positions:
+            raise ValueError(f"{past + num_new} tokens exceed max_positions={self.cfg.max_positions}")
+        if cache is not None and cache.batch_size != batch:
+            raise ValueError(f"KV cache has {cache.batch_size} rows, the input {batch}: expand the cache")
+        if key_padding_mask is not None and key_padding_mask.shape != (batch, past + num_new):
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(batch, past + num_new)}"
+            )
+        positions = torch.arange(past, past + num_new, device=x.device)
+        cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, E)
+        mask = attention_mask(positions, key_padding_mask)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, mask)
+        if cache is not None:
+            cache.advance(num_new)
+        return self.norm(x)
+
+
+def attention_mask(positions: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
+    """Causal mask (B or 1, 1, N, P + N) for new tokens at `positions` (N,); None where no explicit mask is needed.
+
+    Without padding, a sequence from position 0 uses the kernel's own causal mask, and a single token sees everything.
+    """
+    num_new = positions.shape[0]
+    total = int(positions[-1]) + 1 if key_padding_mask is None else key_padding_mask.shape[1]
+    if key_padding_mask is None and (num_new == 1 or num_new == total):
+        return None
+    columns = torch.arange(total, device=positions.device)
+    causal = columns <= positions[:, None]  # (N, P + N)
+    if key_padding_mask is None:
+        return causal[None, None]
+    itself = columns == positions[:, None]  # a row without any key would have no softmax
+    return ((causal & key_padding_mask[:, None, :]) | itself)[:, None]  # (B, 1, N, P + N)
