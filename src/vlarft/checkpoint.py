@@ -1,6 +1,7 @@
 """Checkpoints and run folders: nothing is lost, nothing half written, nothing foreign taken for ours.
 
-A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file alone; training state (optimizer, step, random
+A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file
+alone; training state (optimizer, step, random
 states) lies beside it. Every file is written to `NAME.tmp` and moved into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
@@ -87,11 +88,13 @@ def read_header(path: str | Path) -> Header:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated or of another format: copy or train it again"
+            f"{path} is not a readable safetensors file ({error}); it is truncated or of another format: "
+            "copy or train it again"
         ) from error
     if not {"class", "config", "extra"} <= set(metadata):
         raise ValueError(
-            f"{path} was not written by vlarft: its header has {sorted(metadata) or 'no metadata'}, expected class, config and extra"
+            f"{path} was not written by vlarft: its header has {sorted(metadata) or 'no metadata'}, "
+            "expected class, config and extra"
         )
     return Header(metadata["class"], json.loads(metadata["config"]), json.loads(metadata["extra"]))
 
@@ -106,7 +109,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a truncated or foreign file, another class, or tensors that are missing, unexpected or of another shape (each is named).
+        ValueError: a truncated or foreign file, another class, or tensors that are missing, unexpected or of another
+        shape (each is named).
     """
     header = read_header(path)
     if header.cls != model_class.__name__:

@@ -11,7 +11,8 @@ A script declares one flat frozen `Config`, whose fields carry their help, and a
     if __name__ == "__main__":
         main(parse(Config, PRESETS, sys.argv[1:]))
 
-`--preset tiny` picks the instance and every other flag overrides one field. A field whose type is itself a frozen dataclass (a model's config) becomes dotted flags,
+`--preset tiny` picks the instance and every other flag overrides one field. A field whose type is itself a frozen
+dataclass (a model's config) becomes dotted flags,
 `--model.width 64`.
 """
 
@@ -53,7 +54,8 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") ->
     """The inverse of `to_dict`.
 
     Raises:
-        ValueError: a key that `cls` does not have, a field without default that is missing, or a value of another type. The message names the field.
+        ValueError: a key that `cls` does not have, a field without default that is missing, or a value of another type.
+        The message names the field.
     """
     where = where or cls.__name__
     names = {f.name for f in dataclasses.fields(cls)}
@@ -132,13 +134,15 @@ def parse(
 ) -> ConfigT:
     """Build a config from the command line: `--preset NAME` picks the start, every other flag overrides one field.
 
-    bool fields become --x / --no-x, Literal fields choices, `X | None` accepts "none", tuples take several values, nested dataclasses dotted flags. The default preset is the
+    bool fields become --x / --no-x, Literal fields choices, `X | None` accepts "none", tuples take several values,
+    nested dataclasses dotted flags. The default preset is the
     first of `presets`. Unknown flags, presets and choices exit with status 2 and name what is valid.
     """
     default = next(iter(presets))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets), default=default)
-    # --preset is read from its own small parser, so that a missing required value elsewhere does not hide a misspelt preset.
+    # --preset is read from its own small parser, so that a missing required value elsewhere does not hide a misspelt
+    # preset.
     if any(a == "--preset" or a.startswith("--preset=") for a in argv):
         chosen = first.parse_known_args(argv)[0].preset
     else:

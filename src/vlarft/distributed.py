@@ -15,7 +15,8 @@ from torch import Tensor, nn
 def setup() -> torch.device:
     """Join the process group that torchrun describes in the environment; return this process's device.
 
-    Uses NCCL and one GPU a process where there are GPUs, gloo on the CPU otherwise. Without torchrun's variables nothing is started.
+    Uses NCCL and one GPU a process where there are GPUs, gloo on the CPU otherwise. Without torchrun's variables
+    nothing is started.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -59,9 +60,11 @@ def local_batch(global_batch: int) -> int:
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module] = (), methods: Iterable[str] = ()) -> nn.Module:
-    """Shard a module's parameters over all processes (FSDP2), each of `blocks` as a unit of its own; one process: unchanged.
+    """Shard a module's parameters over all processes (FSDP2), each of `blocks` as a unit of its own; one process:
+    unchanged.
 
-    Gradients are averaged over processes. Only calls that pass through the wrapped module's `forward`, or through one of `methods`, gather the parameters, so name here every
+    Gradients are averaged over processes. Only calls that pass through the wrapped module's `forward`, or through one
+    of `methods`, gather the parameters, so name here every
     method that training calls.
 
     Args:
@@ -121,7 +124,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` returned, cutting whole tensors into this process's shards where parameters are sharded."""
+    """Load what `optimizer_state` returned, cutting whole tensors into this process's shards where parameters are
+    sharded.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def place(index: int, value: Any) -> Any:

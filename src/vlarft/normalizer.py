@@ -1,6 +1,7 @@
 """Actions and proprioception between the units of the environment and those of the policy.
 
-The one place that owns this conversion: the policy thinks in normalised actions, the environment and the world model take raw ones.
+The one place that owns this conversion: the policy thinks in normalised actions, the environment and the world model
+take raw ones.
 
 Shapes: A action dim (7), P proprio dim (8).
 """
@@ -16,8 +17,10 @@ GripperEncoding = Literal["zero_one_open", "identity"]
 class Normalizer(nn.Module):
     """Quantile normalisation; its numbers are buffers, so they are saved with the policy and loaded with it.
 
-    Motion dimensions (all but the last) map the 1 % and 99 % quantiles of the training actions to [-1, 1] and clip. The gripper is not scaled:
-    "zero_one_open" (OpenVLA's convention) maps the environment's -1 open / +1 close to 1 open / 0 close; "identity" keeps -1 / +1. Proprio maps its quantiles to [-1, 1], clipped.
+    Motion dimensions (all but the last) map the 1 % and 99 % quantiles of the training actions to [-1, 1] and clip. The
+    gripper is not scaled:
+    "zero_one_open" (OpenVLA's convention) maps the environment's -1 open / +1 close to 1 open / 0 close; "identity"
+    keeps -1 / +1. Proprio maps its quantiles to [-1, 1], clipped.
     A constant dimension (quantiles closer than 1e-6) maps to 0 and decodes to its constant.
 
     Args:
@@ -57,7 +60,8 @@ class Normalizer(nn.Module):
         gripper = actions[:, -1]
         if gripper.abs().max() > 1 + 1e-4:
             raise ValueError(
-                f"gripper actions must lie in [-1, 1] (-1 open, +1 close), got [{gripper.min():.3g}, {gripper.max():.3g}]"
+                "gripper actions must lie in [-1, 1] (-1 open, +1 close), "
+                f"got [{gripper.min():.3g}, {gripper.max():.3g}]"
             )
         levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
         for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
@@ -81,7 +85,9 @@ class Normalizer(nn.Module):
         return torch.cat([motion, gripper], -1)
 
     def decode_actions(self, actions: Tensor) -> Tensor:
-        """Normalised actions (..., A) to raw ones: motion clipped to the quantile range, gripper -1 or +1 by its sign (its half, with "zero_one_open")."""
+        """Normalised actions (..., A) to raw ones: motion clipped to the quantile range, gripper -1 or +1 by its sign
+        (its half, with "zero_one_open").
+        """
         motion = _from_unit(actions[..., :-1].float().clamp(-1, 1), self.action_low, self.action_high)
         gripper = actions[..., -1:].float()
         closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0

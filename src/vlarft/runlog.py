@@ -13,7 +13,8 @@ from vlarft.distributed import is_main
 class RunLog:
     """Log of a run: `log(step, metrics)` prints one aligned line and appends one JSON line, on rank 0 only.
 
-    On resume, lines of steps that will be done again are dropped, so that the file reads as if the run had never stopped. TensorBoard is written when it is installed.
+    On resume, lines of steps that will be done again are dropped, so that the file reads as if the run had never
+    stopped. TensorBoard is written when it is installed.
 
     Args:
         out_dir: the run's folder.
@@ -39,7 +40,7 @@ class RunLog:
                 if entry["step"] < start_step:
                     kept.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "w", buffering=1)
+        self.file = self.path.open("w", buffering=1)
         self.file.writelines(line + "\n" for line in kept)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -83,5 +84,6 @@ def check_finite(loss: float, step: int, metrics: Mapping[str, float]) -> None:
     if not math.isfinite(loss):
         shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
         raise FloatingPointError(
-            f"loss is {loss} at step {step} ({shown}); the last checkpoint is untouched: lower the learning rate or look at the data"
+            f"loss is {loss} at step {step} ({shown}); the last checkpoint is untouched: "
+            "lower the learning rate or look at the data"
         )

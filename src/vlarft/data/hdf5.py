@@ -2,12 +2,15 @@
 
 One file per task, `<suite>/<task>_demo.hdf5`:
 
-    data            attrs: bddl_file_name, env_args, problem_info (JSON with "language_instruction"), num_demos, total, image_convention, control_freq
+    data            attrs: bddl_file_name, env_args, problem_info (JSON with "language_instruction"), num_demos, total,
+    image_convention, control_freq
     data/demo_<i>   attrs: num_samples, model_file, init_state, and whatever the writer adds (seed, success, kind)
       actions (T, 7)  intended_actions (T, 7)  states (T, S)  robot_states (T, 9)  rewards (T,)  dones (T,)
-      obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)  joint_states (T, J)
+      obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)
+      joint_states (T, J)
 
-`actions` are the executed ones; `intended_actions`, ours, are what the demonstrator wanted before noise was added. `image_convention` is "upright" in our files; where the attribute is
+`actions` are the executed ones; `intended_actions`, ours, are what the demonstrator wanted before noise was added.
+`image_convention` is "upright" in our files; where the attribute is
 missing, the images are LIBERO's own, upside down, and the reader turns them by 180 degrees as the public pipelines do.
 """
 
@@ -152,7 +155,8 @@ def open_demo_file(path: str | Path) -> "h5py.File":
         file = import_h5py().File(path, "r")
     except OSError as error:
         raise ValueError(
-            f"{path} is not a readable HDF5 file ({error}); it is truncated or of another format: remove it and collect or copy it again"
+            f"{path} is not a readable HDF5 file ({error}); it is truncated or of another format: "
+            "remove it and collect or copy it again"
         ) from error
     if "data" not in file:
         keys = list(file)
