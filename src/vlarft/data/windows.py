@@ -73,10 +73,21 @@ class WindowSampler:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, batch_size: int, *seed: int) -> Batch:
-        """A random batch that depends on `seed` alone, by convention (seed, rank, step)."""
-        rng = np.random.default_rng(seed)
-        return self.windows(self.starts[rng.integers(len(self.starts), size=batch_size)], rng)
+    def batch(self, batch_size: int, *seed: int, part: tuple[int, int] = (0, 1)) -> Batch:
+        """A random batch that depends on `seed` alone, by convention (seed, step).
+
+        Args:
+            batch_size: of all processes together.
+            seed: integers.
+            part: (rank, world size): this process's contiguous share of the same global batch, so that a run does not
+                depend on the number of processes.
+        """
+        rank, world = part
+        share = batch_size // world
+        picks = np.random.default_rng(seed).integers(len(self.starts), size=batch_size)[
+            rank * share : (rank + 1) * share
+        ]
+        return self.windows(self.starts[picks], np.random.default_rng((*seed, rank)))
 
     def spread(self, count: int) -> Batch:
         """`count` windows spread evenly over all starts: the same for every call, for validation."""
