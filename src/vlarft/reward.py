@@ -1,0 +1,144 @@
+"""Verified rewards: rewards that need demonstrations only (Eq. 11 and Table 4).
+
+    R1  action deviation        policy's actions        against  the dataset's actions
+    R2  image consistency       policy's imagination    against  the dataset's frames
+    R3  model-based, default    policy's imagination    against  the imagination of the dataset's actions
+
+Shapes: S starts, G rollouts a start, T chunk steps, A action dim, (C, H, W) frame.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlarft.world_model import WorldModel
+
+RewardKind = Literal["r1", "r2", "r3"]
+OverFrames = Literal["sum", "mean", "last"]
+Imagination = Literal["sample", "common", "greedy"]
+
+
+class Reward(NamedTuple):
+    """Rewards of S starts x G rollouts.
+
+    reward: (S, G) float32
+    per_frame: (S, G, T) its terms before the reduction over frames (over chunk steps, for R1)
+    frames: (S, G, T, C, H, W) what the world model imagined from the policy's actions, None for R1
+    reference: (S, T, C, H, W) what they were compared with, None for R1
+    """
+
+    reward: Tensor
+    per_frame: Tensor
+    frames: Tensor | None
+    reference: Tensor | None
+
+
+def action_reward(actions: Tensor, reference: Tensor) -> Tensor:
+    """R1: negative L1 distance of raw actions.
+
+    Args:
+        actions: (S, G, T, A) the policy's.
+        reference: (S, T, A) the dataset's.
+
+    Returns:
+        (S, G, T), the mean over A.
+    """
+    return -(actions.float() - reference.float()[:, None]).abs().mean(-1)
+
+
+def image_reward(
+    frames: Tensor,
+    reference: Tensor,
+    *,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    l1_weight: float = 1.0,
+    perceptual_weight: float = 1.0,
+) -> Tensor:
+    """Eq. (11) before its sum over frames: -(lambda_1 L1 + lambda_lp LPIPS).
+
+    Args:
+        frames: (S, G, T, C, H, W) in [0, 1].
+        reference: (S, T, C, H, W) in [0, 1].
+        perceptual: distance of (..., C, H, W) pairs -> (...), or None to leave the term out.
+        l1_weight: lambda_1 of the mean absolute error over C, H and W.
+        perceptual_weight: lambda_lp.
+
+    Returns:
+        (S, G, T) float32.
+    """
+    reference = reference.float()[:, None].expand_as(frames)
+    total = l1_weight * (frames.float() - reference).abs().mean((-1, -2, -3))
+    if perceptual is not None:
+        total = total + perceptual_weight * perceptual(frames.float(), reference).float()
+    return -total
+
+
+def reduce_frames(per_frame: Tensor, over: OverFrames) -> Tensor:
+    """(S, G, T) -> (S, G): the sum over frames of Eq. (11), their mean (the release's), or the last frame alone."""
+    if over == "sum":
+        return per_frame.sum(-1)
+    return per_frame.mean(-1) if over == "mean" else per_frame[..., -1]
+
+
+@torch.no_grad()
+def verified_reward(
+    kind: RewardKind,
+    world_model: WorldModel | None,
+    actions: Tensor,
+    dataset_actions: Tensor,
+    dataset_frames: Tensor,
+    *,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    l1_weight: float = 1.0,
+    perceptual_weight: float = 1.0,
+    over_frames: OverFrames = "sum",
+    imagination: Imagination = "sample",
+    temperature: float = 1.0,
+    top_p: float = 0.8,
+    generator: torch.Generator | None = None,
+) -> Reward:
+    """Play S x G action chunks inside the frozen world model and score them.
+
+    Args:
+        kind: "r1", "r2" or "r3" (Table 4).
+        world_model: not needed by "r1".
+        actions: (S, G, T, A) raw environment actions of the policy.
+        dataset_actions: (S, T, A) raw actions of the demonstrations.
+        dataset_frames: (S, T + 1, C, H, W) frames of the demonstrations; the first is the start of all rollouts.
+        perceptual, l1_weight, perceptual_weight: see `image_reward`.
+        over_frames: see `reduce_frames`.
+        imagination: "sample" draws every rollout on its own; "common" draws the same random numbers for all members of
+            a group and for its reference, which removes most of the sampling noise from R3; "greedy" takes the most
+            likely token.
+        temperature, top_p: of the sampling.
+        generator: of the sampling.
+
+    Raises:
+        ValueError: R2 or R3 without a world model.
+    """
+    if kind == "r1":
+        per_step = action_reward(actions, dataset_actions)
+        return Reward(reduce_frames(per_step, over_frames), per_step, None, None)
+    if world_model is None:
+        raise ValueError(f"reward {kind} plays actions inside a world model; give one, or choose reward r1")
+    # R3's reference is one more member of each group: it shares the prefill and, with "common", the random numbers.
+    played = torch.cat([actions, dataset_actions[:, None]], 1) if kind == "r3" else actions
+    rollout = world_model.rollout(
+        dataset_frames[:, 0],
+        played,
+        greedy=imagination == "greedy",
+        common_random_numbers=imagination == "common",
+        temperature=temperature,
+        top_p=top_p,
+        generator=generator,
+    )
+    if kind == "r3":
+        frames, reference = rollout.frames[:, :-1], rollout.frames[:, -1]
+    else:
+        frames, reference = rollout.frames, dataset_frames[:, 1:]
+    per_frame = image_reward(
+        frames, reference, perceptual=perceptual, l1_weight=l1_weight, perceptual_weight=perceptual_weight
+    )
+    return Reward(reduce_frames(per_frame, over_frames), per_frame, frames, reference)
