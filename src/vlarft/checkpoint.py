@@ -11,7 +11,7 @@ states) lies beside it. Every file is written to `NAME.tmp` and moved into place
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,8 +136,13 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     model.load_state_dict(tensors)
 
 
-def open_run(out_dir: str | Path, config: Any) -> Path | None:
+def open_run(out_dir: str | Path, config: Any, ignore: Sequence[str] = ()) -> Path | None:
     """Create a run folder, or enter the one that an interrupted run of the same configuration left.
+
+    Args:
+        out_dir: the folder.
+        config: the script's dataclass.
+        ignore: fields that do not change the results (worker processes, ...) and may differ; so may out_dir itself.
 
     Returns:
         The path of `train_state.pt` to resume from, or None when the run starts anew.
@@ -154,8 +159,8 @@ def open_run(out_dir: str | Path, config: Any) -> Path | None:
             raise ValueError(
                 f"{stored} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
-        theirs.pop("out_dir", None)
-        if lines := differences(theirs, {k: v for k, v in ours.items() if k != "out_dir"}):
+        free = {"out_dir", *ignore}
+        if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (theirs, ours))):
             raise ValueError(
                 f"{out_dir} holds a run of another configuration: {'; '.join(lines)} (stored against given). "
                 "Choose another --out-dir, remove the folder, or give the stored values to resume."
