@@ -103,14 +103,14 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
     perturb = _perturbation(cfg)
     envs = []
     for state in states:
-        env = make_env(suite, task, image_size=policy.image_size)
+        env = make_env(suite, task, image_size=policy.vlm.image_size)
         env.reset(init_state=state, perturb=perturb)
         envs.append(env)
     played: list[list[np.ndarray]] = [[] for _ in states]
     success = [False] * len(states)
     active = list(range(len(states)))
     chunk = 0
-    shape = (policy.config.chunk, policy.config.action_dim)
+    shape = (policy.cfg.flow.chunk, policy.cfg.flow.action_dim)
     while active:
         observations = [envs[i].observe() for i in active]  # one frame a chunk is all that the policy sees
         actions = policy.act(
@@ -235,8 +235,9 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
-        if not 1 <= cfg.execute <= header.config["chunk"]:
-            raise ValueError(f"execute must lie in 1..{header.config['chunk']}, the chunk of {path}; got {cfg.execute}")
+        chunk = header.config["flow"]["chunk"]
+        if not 1 <= cfg.execute <= chunk:
+            raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return digests
 

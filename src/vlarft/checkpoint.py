@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlarft.config import differences, from_dict, to_dict
+from vlarft.distributed import is_main
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -165,7 +166,7 @@ def open_run(out_dir: str | Path, config: Any, ignore: Sequence[str] = ()) -> Pa
                 f"{out_dir} holds a run of another configuration: {'; '.join(lines)} (stored against given). "
                 "Choose another --out-dir, remove the folder, or give the stored values to resume."
             )
-    else:
+    elif is_main():
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(stored, ours)
     state = out_dir / "train_state.pt"

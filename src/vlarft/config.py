@@ -166,9 +166,11 @@ def _add_flags(parser: argparse.ArgumentParser, base: Any, prefix: str) -> None:
     for f in dataclasses.fields(base):
         hint, value, name = hints[f.name], getattr(base, f.name), f"{prefix}{f.name}"
         flag = "--" + name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
             _add_flags(parser, value, f"{name}.")
             continue
+        if dataclasses.is_dataclass(hint) or any(dataclasses.is_dataclass(a) for a in get_args(hint)):
+            continue  # a part that this preset leaves out: chosen by the preset, not by flags
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         options["help"] = f"{f.metadata.get('help', '')} [{value}]".strip().replace("%", "%%")
         optional = get_origin(hint) in (Union, types.UnionType)
@@ -214,7 +216,7 @@ def _override(base: ConfigT, given: Mapping[str, Any], prefix: str) -> ConfigT:
     hints = _hints(type(base))
     for f in dataclasses.fields(base):
         name = f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(hints[f.name]):
+        if dataclasses.is_dataclass(getattr(base, f.name)):
             changes[f.name] = _override(getattr(base, f.name), given, f"{name}.")
         elif name in given:
             value = given[name]
