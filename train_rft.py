@@ -39,6 +39,7 @@ from einops import rearrange
 from torch import Tensor
 from vlarft.metrics import perceptual
 
+from vlarft import distributed
 from vlarft.checkpoint import load_model, load_train_state, open_run, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
@@ -46,7 +47,7 @@ from vlarft.flow import Chain, chain_log_prob, matching_loss, sample_chain
 from vlarft.grpo import Objective, OverK, advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, verified_reward
+from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, check_same_robot, verified_reward
 from vlarft.runlog import RunLog, check_finite
 from vlarft.world_model import WorldModel
 
@@ -105,35 +106,6 @@ PRESETS = {
         divide_by_std=True, reference="intended", save_interval=1,
     ),
 }  # fmt: skip
-
-
-def check_pair(policy: VLAPolicy, world_model: WorldModel, cfg: Config) -> None:
-    """Refuse a policy and a world model that do not speak of the same robot.
-
-    Raises:
-        ValueError: another chunk length, image size or action range; the message names both values.
-    """
-    pairs = [
-        ("chunk length", policy.cfg.flow.chunk, world_model.cfg.chunk),
-        ("action dim", policy.cfg.flow.action_dim, world_model.cfg.action_dim),
-    ]
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise ValueError(
-                f"{name}: the policy {cfg.policy} has {ours}, the world model {cfg.world_model} has {theirs}; "
-                "train both on the same demonstrations with the same settings"
-            )
-    low, high = policy.normalizer.action_low, policy.normalizer.action_high  # (A - 1,)
-    wm_low, wm_high = world_model.action_low[:-1], world_model.action_high[:-1]
-    slack = 0.1 * (wm_high - wm_low) + 1e-3
-    outside = ((low < wm_low - slack) | (high > wm_high + slack)).nonzero().flatten().tolist()
-    if outside:
-        i = outside[0]
-        raise ValueError(
-            f"action ranges differ: in dimension {i} the policy {cfg.policy} emits [{low[i]:.3g}, {high[i]:.3g}], the "
-            f"world model {cfg.world_model} was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; train both on the same "
-            "demonstrations"
-        )
 
 
 def generator(device: torch.device, *seed: int) -> torch.Generator:
@@ -247,7 +219,7 @@ def main(cfg: Config) -> dict[str, float]:
     world_model = None
     if cfg.reward != "r1":
         world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
-        check_pair(policy, world_model, cfg)
+        check_same_robot(policy, world_model)
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights) if cfg.reward != "r1" else None
     distributed.local_batch(cfg.starts)
     resume = open_run(out_dir, cfg)

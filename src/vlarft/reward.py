@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vlarft.policy import VLAPolicy
 from vlarft.world_model import WorldModel
 
 RewardKind = Literal["r1", "r2", "r3"]
@@ -80,6 +81,33 @@ def reduce_frames(per_frame: Tensor, over: OverFrames) -> Tensor:
     if over == "sum":
         return per_frame.sum(-1)
     return per_frame.mean(-1) if over == "mean" else per_frame[..., -1]
+
+
+def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
+    """Refuse a policy and a world model that do not speak of the same robot.
+
+    Raises:
+        ValueError: another chunk length, action dim or action range; the message names both values.
+    """
+    advice = "train both on the same demonstrations with the same settings"
+    for name, ours, theirs in (
+        ("chunk length", policy.cfg.flow.chunk, world_model.cfg.chunk),
+        ("action dim", policy.cfg.flow.action_dim, world_model.cfg.action_dim),
+    ):
+        if ours != theirs:
+            raise ValueError(f"{name}: the policy has {ours}, the world model has {theirs}; {advice}")
+    low, high = policy.normalizer.action_low, policy.normalizer.action_high  # (A - 1,)
+    wm_low, wm_high = world_model.action_range  # (A,), (A,)
+    wm_low, wm_high = wm_low[:-1], wm_high[:-1]
+    # the policy's range are quantiles of what the world model saw, so it lies inside but for the demonstrator's noise
+    slack = 0.1 * (wm_high - wm_low) + 1e-3
+    outside = ((low < wm_low - slack) | (high > wm_high + slack)).nonzero().flatten().tolist()
+    if outside:
+        i = outside[0]
+        raise ValueError(
+            f"action ranges differ: in dimension {i} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world model was "
+            f"trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
+        )
 
 
 @torch.no_grad()
