@@ -1,0 +1,269 @@
+"""Measures of images, rankings and success rates.
+
+Images are float in [0, 1], (..., C, H, W), compared in float32; the leading axes are kept in the result.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LPIPS_BACKBONE = "vgg16-397923af.pth"
+
+
+def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error per image.
+
+    Args:
+        pred, target: (..., C, H, W) in [0, 1].
+        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without any counts as nan.
+
+    Returns:
+        (...) float32.
+    """
+    error = (pred.float() - target.float()).square()
+    if mask is None:
+        return error.mean(dim=(-3, -2, -1))
+    mask = mask.expand(error.shape).float()
+    return (error * mask).sum(dim=(-3, -2, -1)) / mask.sum(dim=(-3, -2, -1))
+
+
+def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, range 1: -10 log10(mse). Arguments as in `mse`; inf for equal images."""
+    return -10 * mse(pred, target, mask).log10()
+
+
+def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) -> Tensor:
+    """Pixels that differ from the context frame.
+
+    Args:
+        frames: (..., C, H, W), true frames.
+        context_frame: broadcastable to `frames`.
+        threshold: a pixel moves when a channel differs by more than this (0.04 = 10 of 255).
+
+    Returns:
+        (..., 1, H, W) bool.
+    """
+    return (frames - context_frame).abs().amax(dim=-3, keepdim=True) > threshold
+
+
+def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """Structural similarity per image, range 1, Gaussian window, mean over channels and over windows inside the image.
+
+    Args:
+        pred, target: (..., C, H, W) in [0, 1].
+        window: side of the window in pixels, odd.
+        sigma: its standard deviation in pixels.
+
+    Returns:
+        (...) float32.
+
+    Raises:
+        ValueError: images smaller than the window.
+    """
+    height, width = pred.shape[-2:]
+    if min(height, width) < window:
+        raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
+    offsets = torch.arange(window, dtype=torch.float32, device=pred.device) - (window - 1) / 2
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, kernel[None, None, :, None])
+        return F.conv2d(x, kernel[None, None, None, :])
+
+    pred, target = torch.broadcast_tensors(pred.float(), target.float())
+    x, y = (image.reshape(-1, 1, height, width) for image in (pred, target))  # (images * C, 1, H, W)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    cov = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return value.mean(dim=(-3, -2, -1)).reshape(pred.shape[:-2]).mean(dim=-1)
+
+
+class PerceptualDistance(nn.Module):
+    """Perceptual distance of images, per image, float32; differentiable in the first argument.
+
+    `distance(pred, target)` compares two stacks of images. Where one target serves many predictions, compute
+    `features(target)` once and use `distance_to(pred, features)`.
+
+    Args:
+        name: "lpips" (LPIPS with VGG16), "ssim" ((1 - SSIM) / 2) or "none" (zero).
+        weights: for lpips, the file of the VGG16 backbone; None = torchvision's cache.
+    """
+
+    def __init__(self, name: Literal["lpips", "ssim", "none"], weights: str | Path | None = None) -> None:
+        super().__init__()
+        if name not in ("lpips", "ssim", "none"):
+            raise ValueError(f"perceptual must be lpips, ssim or none, got {name!r}")
+        if weights is not None and name != "lpips":
+            raise ValueError(f"weights {weights} are of no use for perceptual={name!r}; only lpips has weights")
+        self.name = name
+        if name == "lpips":
+            self.lpips = _load_lpips(weights)
+
+    def features(self, target: Tensor) -> Tensor | list[Tensor]:
+        """What a comparison with `target` (..., C, H, W) needs, leading axes flattened for lpips."""
+        if self.name != "lpips":
+            return target.float()
+        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)
+        return [F.normalize(x, dim=1, eps=1e-10) for x in self.lpips.net(images)]
+
+    def distance_to(self, pred: Tensor, features: Tensor | list[Tensor]) -> Tensor:
+        """Distance of pred (..., C, H, W) to the images behind `features`, which may have fewer rows if they repeat.
+
+        Each run of consecutive images of `pred` is compared with one of the target's, in order.
+        """
+        if self.name == "none":
+            return pred.new_zeros(pred.shape[:-3], dtype=torch.float32)
+        if self.name == "ssim":
+            repeats = pred.shape[:-3].numel() // features.shape[:-3].numel()
+            target = features.flatten(0, -4).repeat_interleave(repeats, 0).reshape(pred.shape)
+            return (1 - ssim(pred, target)) / 2
+        total = pred.new_zeros(pred.shape[:-3].numel(), dtype=torch.float32)
+        ours = self.features(pred)
+        for head, mine, theirs in zip(self.lpips.lins, ours, features, strict=True):
+            theirs = theirs.repeat_interleave(mine.shape[0] // theirs.shape[0], 0)
+            total = total + head((mine - theirs).square()).mean(dim=(1, 2, 3))
+        return total.reshape(pred.shape[:-3])
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """pred, target: (..., C, H, W) in [0, 1] -> (...) float32."""
+        return self.distance_to(pred, self.features(target))
+
+
+def perceptual(name: Literal["lpips", "ssim", "none"], weights: str | Path | None = None) -> PerceptualDistance:
+    """The perceptual distance of that name, frozen.
+
+    Args:
+        name: "lpips", "ssim" or "none".
+        weights: file of the VGG16 backbone for lpips; None = torchvision's cache.
+
+    Raises:
+        FileNotFoundError: the backbone's weights are not to be had. Random ones are never used.
+        ImportError: lpips is not installed.
+        ValueError: another name.
+    """
+    return PerceptualDistance(name, weights).eval().requires_grad_(False)
+
+
+def _load_lpips(weights: str | Path | None) -> nn.Module:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE if weights is None else Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"LPIPS needs the VGG16 backbone, and {path} does not exist: download "
+            f"https://download.pytorch.org/models/{LPIPS_BACKBONE} to that place, give its path as "
+            "--perceptual-weights, or choose --perceptual ssim or --perceptual none, which need no weights"
+        )
+    try:
+        import lpips
+    except ImportError as error:
+        raise ImportError('the perceptual distance lpips needs: pip install "vlarft[lpips]"') from error
+    # pnet_rand only keeps the package from fetching the backbone itself: every weight is loaded below, strictly.
+    model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    wanted = model.net.state_dict()
+    renamed = {key: f"features.{key.split('.', 1)[1]}" for key in wanted}  # slice3.10.weight -> features.10.weight
+    if missing := [name for name in renamed.values() if name not in stored]:
+        raise ValueError(f"{path} is not torchvision's VGG16: it lacks {', '.join(missing[:5])}")
+    model.net.load_state_dict({key: stored[name] for key, name in renamed.items()})
+    return model
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 0 along the last axis, ties sharing their mean rank; float64."""
+    values = values.double()
+    below = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return below + (equal - 1) / 2
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's rank correlation along the last axis: (..., n), (..., n) -> (...) float64; nan for a constant input."""
+    x, y = ranks(a), ranks(b)
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+
+
+def pair_order(a: Tensor, b: Tensor) -> Tensor:
+    """Share of pairs along the last axis that a and b put in the same order; 0.5 is chance.
+
+    Pairs that tie in `b` do not count, those that tie in `a` alone count half.
+
+    Args:
+        a, b: (..., n).
+
+    Returns:
+        (...) float64; nan where every pair ties in `b`.
+    """
+    i, j = torch.triu_indices(a.shape[-1], a.shape[-1], offset=1, device=a.device)
+    sign_a = (a[..., i] - a[..., j]).double().sign()
+    sign_b = (b[..., i] - b[..., j]).double().sign()
+    counts = sign_b != 0
+    return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)
+
+
+class Interval(NamedTuple):
+    """A value with its lower and upper bound."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
+    """Share of successes with the Wilson score interval; z = 1.96 for 95 %.
+
+    Raises:
+        ValueError: no trials, or successes outside 0..trials.
+    """
+    if trials <= 0 or not 0 <= successes <= trials:
+        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
+    share = successes / trials
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+class PairedDifference(NamedTuple):
+    """Difference of two success rates on the same starts: interval of 95 %, exact McNemar p (two-sided)."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    only_first: int
+    only_second: int
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], z: float = 1.959964) -> PairedDifference:
+    """Success rate of `second` minus that of `first`, episode by episode on the same starts.
+
+    The interval is that of Agresti and Min: Wald on the discordant pairs after adding half a pair to each of the four
+    cells of the table; the p-value is the exact binomial test of McNemar.
+
+    Args:
+        first, second: outcomes in the same order of starts.
+        z: 1.96 for 95 %.
+
+    Raises:
+        ValueError: different lengths, or none.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"paired outcomes must be of one length > 0, got {len(first)} and {len(second)}")
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    n, b, c = len(pairs) + 2, only_first + 0.5, only_second + 0.5
+    centre = (c - b) / n
+    half = z * math.sqrt(b + c - (c - b) ** 2 / n) / n
+    discordant = only_first + only_second
+    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
+    difference = (only_second - only_first) / len(pairs)
+    return PairedDifference(
+        difference, max(-1.0, centre - half), min(1.0, centre + half), min(1.0, 2 * tail), only_first, only_second
+    )

@@ -1,0 +1,454 @@
+"""World model: an autoregressive transformer over frame tokens and action bins (Sec. 3.2).
+
+A sequence is the context frame, then frames and actions in turn; `TokenLayout` alone knows ids and positions:
+
+    ctx(f0) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
+
+Training maximises the likelihood of the tokens of frames >= 1, Eq. (3). A rollout, Eq. (2) and (10), runs ctx(f0) and
+dyn(f0) through the transformer once per start; the G action chunks of a start share that part of the KV cache.
+
+Actions are raw environment actions everywhere in this file; the model owns their ranges and bins.
+
+Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T actions, L = T + 1 frames, A action dim,
+Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vlarft.checkpoint import load_model
+from vlarft.tokenizer import PRESETS as TOKENIZERS
+from vlarft.tokenizer import ActionBins, Context, FrameTokenizer, TokenizerConfig
+from vlarft.transformer import Decoder, KVCache, TransformerConfig
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """Sizes of the world model; the defaults are the paper's (127,101,696 parameters without the tokenizer).
+
+    Args:
+        tokenizer: of the frozen tokenizer inside.
+        transformer: of the decoder.
+        chunk: actions T of a segment.
+        action_dim: action dimensions A, one token each.
+        action_bins: bins per dimension; all dimensions share their ids.
+        loss_on_actions: also predict the action tokens, as the public release does; the paper's Eq. (3) does not.
+        smooth_init: start the embeddings of action bins and of FSQ codes as smooth functions of their value instead of
+            independently, so that neighbours share what is learnt from the first step. Off in the paper; it matters
+            when training is short.
+    """
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    chunk: int = 8
+    action_dim: int = 7
+    action_bins: int = 256
+    loss_on_actions: bool = False
+    smooth_init: bool = False
+
+
+class TokenLayout:
+    """Ids and positions of the sequence.
+
+    Ids: future codes from 0, then context codes, then action bins (the same for every dimension), BOS, EOS. The last
+    two never occur in a sequence; they keep the vocabulary of the public checkpoints.
+
+    Args:
+        cfg: sizes.
+    """
+
+    def __init__(self, cfg: WorldModelConfig) -> None:
+        self.num_future_codes = math.prod(cfg.tokenizer.future_levels)
+        self.num_context_codes = math.prod(cfg.tokenizer.context_levels)
+        self.context_offset = self.num_future_codes
+        self.action_offset = self.context_offset + self.num_context_codes
+        self.bos = self.action_offset + cfg.action_bins
+        self.eos = self.bos + 1
+        self.vocab_size = self.eos + 1
+        self.context_length = cfg.tokenizer.num_context_tokens
+        self.frame_length = cfg.tokenizer.num_future_tokens
+        self.action_length = cfg.action_dim
+        self.step_length = self.frame_length + self.action_length
+        self.prefix_length = self.context_length + self.frame_length  # what all members of a group share
+        self.loss_on_actions = cfg.loss_on_actions
+
+    def length(self, num_actions: int) -> int:
+        """Tokens N of a sequence of `num_actions` actions and one frame more."""
+        return self.prefix_length + num_actions * self.step_length
+
+    def prefix(self, context_tokens: Tensor, first_tokens: Tensor) -> Tensor:
+        """ctx | dyn(f0): (S, Nc) and (S, Nf) -> ids (S, Nc + Nf)."""
+        return torch.cat([context_tokens + self.context_offset, first_tokens], dim=1)
+
+    def action_ids(self, bins: Tensor) -> Tensor:
+        """Action bins -> ids, of any shape."""
+        return bins + self.action_offset
+
+    def sequence(self, context_tokens: Tensor, future_tokens: Tensor, bins: Tensor) -> Tensor:
+        """The whole sequence.
+
+        Args:
+            context_tokens: (B, Nc).
+            future_tokens: (B, T + 1, Nf).
+            bins: (B, T, A).
+
+        Returns:
+            (B, N) ids.
+        """
+        steps = torch.cat([self.action_ids(bins), future_tokens[:, 1:]], dim=2).flatten(1)  # (B, T * (A + Nf))
+        return torch.cat([self.prefix(context_tokens, future_tokens[:, 0]), steps], dim=1)
+
+    def frame_positions(self, num_actions: int) -> Tensor:
+        """(T, Nf) positions of the tokens of frames 1..T."""
+        start = self.prefix_length + self.action_length
+        frames = start + self.step_length * torch.arange(num_actions)[:, None]
+        return frames + torch.arange(self.frame_length)
+
+    def target_positions(self, num_actions: int) -> Tensor:
+        """Positions of the tokens that the loss predicts: those of frames >= 1, with `loss_on_actions` all after dyn(f0)."""
+        if self.loss_on_actions:
+            return torch.arange(self.prefix_length, self.length(num_actions))
+        return self.frame_positions(num_actions).flatten()
+
+
+class Rollout(NamedTuple):
+    """Imagined futures: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1], of frames 1..T."""
+
+    tokens: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frame tokens are drawn.
+
+    Args:
+        greedy: take the likeliest code; the other settings are then without effect.
+        temperature: divides the logits.
+        top_p: smallest set of codes whose probability reaches this share.
+        top_k: at most this many codes; None = all.
+        common_random_numbers: the same draws for all members of a start (they depend on start, step and position alone),
+            so that members differ by their actions and not by luck.
+    """
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_p: float = 0.8
+    top_k: int | None = None
+    common_random_numbers: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}; use greedy=True for the limit 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
+
+    def draw(self, logits: Tensor, group_size: int, generator: torch.Generator | None) -> Tensor:
+        """One code per row: logits (S * G, V) float32 -> (S * G,) int64.
+
+        The draw is argmax(log p + Gumbel noise). With common random numbers the members share the noise, which keeps
+        their codes equal wherever their distributions are close.
+        """
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        log_prob = restrict(logits / self.temperature, self.top_p, self.top_k)
+        rows = logits.shape[0] // group_size if self.common_random_numbers else logits.shape[0]
+        device = logits.device if generator is None else generator.device
+        exponential = torch.empty(rows, logits.shape[1], device=device).exponential_(generator=generator)
+        noise = -exponential.clamp_min(1e-20).log().to(logits.device)  # (S or S * G, V) Gumbel
+        if self.common_random_numbers:
+            noise = noise.repeat_interleave(group_size, dim=0)
+        return (log_prob + noise).argmax(dim=-1)
+
+
+def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Log probabilities (B, V) with those outside the top-k and the nucleus at -inf; top-k is applied first."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    log_prob = logits.log_softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = log_prob.sort(dim=-1, descending=True)
+        before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+        ordered = ordered.masked_fill(before >= top_p, -torch.inf)  # the first is always kept: nothing is before it
+        log_prob = torch.empty_like(log_prob).scatter_(-1, order, ordered)
+    return log_prob
+
+
+class ClosedLoop(NamedTuple):
+    """Where frame-by-frame imagination stands; `pending` (S, n) are ids that the cache does not hold yet."""
+
+    context: Context
+    cache: KVCache
+    pending: Tensor
+    step: int
+    sampling: Sampling
+    generator: torch.Generator | None
+
+
+class WorldModel(nn.Module):
+    """Frozen tokenizer, action bins, embedding, decoder and head."""
+
+    def __init__(self, cfg: WorldModelConfig) -> None:
+        super().__init__()
+        self.cfg, self.layout = cfg, TokenLayout(cfg)
+        if self.layout.length(cfg.chunk) > cfg.transformer.max_positions:
+            raise ValueError(
+                f"a segment of {cfg.chunk} actions has {self.layout.length(cfg.chunk)} tokens, more than "
+                f"transformer.max_positions={cfg.transformer.max_positions}"
+            )
+        self.tokenizer = FrameTokenizer(cfg.tokenizer)
+        self.action_bins = ActionBins(cfg.action_dim, cfg.action_bins)
+        self.embed_tokens = nn.Embedding(self.layout.vocab_size, cfg.transformer.width)
+        self.decoder = Decoder(cfg.transformer)
+        self.lm_head = nn.Linear(cfg.transformer.width, self.layout.vocab_size, bias=False)
+        nn.init.normal_(self.embed_tokens.weight, std=cfg.transformer.init_std)
+        nn.init.normal_(self.lm_head.weight, std=cfg.transformer.init_std)
+        if cfg.smooth_init:
+            self._smooth_init()
+        self.tokenizer.requires_grad_(False)
+        self.tokenizer.eval()
+        self._closed_loop: ClosedLoop | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "WorldModel":
+        """The world model of a `model.safetensors`, its tokenizer included, in eval mode."""
+        return load_model(path, cls, WorldModelConfig, device)[0]
+
+    def _smooth_init(self) -> None:
+        """Embeddings as random smooth functions of the value: cosines for bins, linear in the code for FSQ tokens."""
+        std, width = self.cfg.transformer.init_std, self.cfg.transformer.width
+        layout, bins = self.layout, self.cfg.action_bins
+        with torch.no_grad():
+            value = torch.linspace(-1, 1, bins)[:, None]  # (bins, 1)
+            frequency, phase = torch.randn(width) * 4, torch.rand(width) * 2 * torch.pi
+            actions = std * 2**0.5 * torch.cos(value * frequency + phase)  # (bins, D)
+            self.embed_tokens.weight[layout.action_offset : layout.bos] = actions
+            spans = (
+                (self.tokenizer.future_fsq, 0),
+                (self.tokenizer.context_fsq, layout.context_offset),
+            )
+            for fsq, offset in spans:
+                codes = fsq.decode(torch.arange(fsq.num_codes))  # (codes, d)
+                smooth = codes @ torch.randn(codes.shape[1], width) / codes.square().sum(1).mean().sqrt()
+                rows = slice(offset, offset + fsq.num_codes)
+                self.embed_tokens.weight[rows] = std * (smooth + torch.randn(width)) / 2**0.5
+            codes = self.tokenizer.future_fsq.decode(torch.arange(layout.num_future_codes))
+            self.lm_head.weight[: layout.num_future_codes] = std * codes @ torch.randn(codes.shape[1], width)
+
+    def train(self, mode: bool = True) -> "WorldModel":
+        """Training mode for all but the tokenizer, which stays frozen in eval mode."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    @torch.no_grad()
+    def tokenize(self, frames: Tensor, context_frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens of segments, in one batched pass.
+
+        Args:
+            frames: (B, L, C, H, W) in [0, 1].
+            context_frame: (B, C, H, W); None = the segments' first frames.
+
+        Returns:
+            Context tokens (B, Nc) and future tokens (B, L, Nf).
+        """
+        context = self.tokenizer.encode_context(frames[:, 0] if context_frame is None else context_frame)
+        return context.tokens, self.tokenizer.encode_future(frames, context)
+
+    def loss(
+        self, frames: Tensor, actions: Tensor, context_frame: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next-token loss of segments, Eq. (3).
+
+        Args:
+            frames: (B, T + 1, C, H, W) in [0, 1].
+            actions: (B, T, A) raw, between the frames.
+            context_frame: (B, C, H, W); None = the first frames.
+
+        Returns:
+            See `token_loss`.
+        """
+        return self.token_loss(*self.tokenize(frames, context_frame), actions)
+
+    def token_loss(
+        self, context_tokens: Tensor, future_tokens: Tensor, actions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, a mean over all predicted tokens.
+
+        Args:
+            context_tokens: (B, Nc).
+            future_tokens: (B, T + 1, Nf).
+            actions: (B, T, A) raw.
+
+        Returns:
+            The scalar loss in nats, float32, and `accuracy` (teacher-forced, of frame tokens), `accuracy_changed`
+            (of those that differ from the same token of the frame before) and `outside` (share of action values
+            beyond the stored ranges).
+        """
+        num_actions = actions.shape[1]
+        ids = self.layout.sequence(context_tokens, future_tokens, self.action_bins.encode(actions))  # (B, N)
+        targets = self.layout.target_positions(num_actions).to(ids.device)
+        hidden = self.decoder(self.embed_tokens(ids[:, :-1]))[:, targets - 1]  # (B, targets, D)
+        logits = self.lm_head(hidden).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, targets].flatten())
+        with torch.no_grad():
+            is_frame = torch.isin(targets, self.layout.frame_positions(num_actions).to(ids.device))
+            right = (logits[:, is_frame].argmax(-1) == ids[:, targets[is_frame]]).float()  # (B, T * Nf)
+            changed = (future_tokens[:, 1:] != future_tokens[:, :-1]).flatten(1).float()
+            accuracy_changed = (right * changed).sum() / changed.sum().clamp_min(1)
+        metrics = {
+            "accuracy": right.mean(),
+            "accuracy_changed": accuracy_changed,
+            "outside": self.action_bins.outside(actions),
+        }
+        return loss, metrics
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        context_frame: Tensor,
+        actions: Tensor,
+        *,
+        greedy: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 0.8,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        common_random_numbers: bool = False,
+        first_frame: Tensor | None = None,
+    ) -> Rollout:
+        """Imagine the frames that follow each of G action chunks from each of S starts, Eq. (2) and (10).
+
+        Args:
+            context_frame: (S, C, H, W) in [0, 1].
+            actions: (S, G, T, A) raw environment actions.
+            greedy, temperature, top_p, top_k, common_random_numbers: see `Sampling`.
+            generator: source of the draws; the same seed gives the same rollout and, with common random numbers, the
+                same draws for any G.
+            first_frame: (S, C, H, W), frame 0 where it is not the context frame itself.
+
+        Returns:
+            Tokens and frames of steps 1..T.
+
+        Raises:
+            ValueError: actions of another shape, or more than the model's positions allow.
+        """
+        if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
+            raise ValueError(
+                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got shape "
+                f"{tuple(actions.shape)}; add a group axis of 1 for single rollouts"
+            )
+        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers)
+        group_size, num_actions = actions.shape[1:3]
+        context, prefilled = self._prefill(context_frame, first_frame)
+        cache = prefilled.expand(group_size, num_actions * self.layout.step_length)
+        bins = rearrange(self.action_bins.encode(actions), "s g t a -> (s g) t a")
+        pending = self.layout.action_ids(bins)[:, 0]  # (B, A): ids that the cache does not hold yet
+        frames = []
+        for step in range(num_actions):
+            tokens = self._sample_frame(cache, pending, sampling, group_size, generator)  # (B, Nf)
+            frames.append(tokens)
+            if step + 1 < num_actions:
+                pending = torch.cat([tokens[:, -1:], self.layout.action_ids(bins[:, step + 1])], dim=1)
+        tokens = rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size)
+        return Rollout(tokens, self.tokenizer.decode(tokens, context))
+
+    @torch.no_grad()
+    def reset(
+        self, context_frame: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Start frame-by-frame imagination.
+
+        Args:
+            context_frame: (S, C, H, W) in [0, 1].
+            sampling: None = greedy.
+            generator: source of the draws.
+        """
+        context, prefilled = self._prefill(context_frame, None)
+        cache = prefilled.expand(1, self.cfg.chunk * self.layout.step_length)
+        pending = torch.empty(context_frame.shape[0], 0, dtype=torch.long, device=context_frame.device)
+        self._closed_loop = ClosedLoop(context, cache, pending, 0, sampling or Sampling(greedy=True), generator)
+
+    @torch.no_grad()
+    def step(self, action: Tensor) -> Tensor:
+        """Imagine one more frame.
+
+        The model is trained on segments of `chunk` actions: after that many steps, imagination starts again from the
+        last imagined frame.
+
+        Args:
+            action: (S, A) raw environment action.
+
+        Returns:
+            (S, C, H, W) frame in [0, 1].
+
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        loop = self._closed_loop
+        if loop is None:
+            raise ValueError("step() needs a start: call reset(context_frame) first")
+        pending = torch.cat([loop.pending, self.layout.action_ids(self.action_bins.encode(action))], dim=1)
+        tokens = self._sample_frame(loop.cache, pending, loop.sampling, 1, loop.generator)  # (S, Nf)
+        frame = self.tokenizer.decode(tokens[:, None], loop.context)[:, 0]  # (S, C, H, W)
+        if loop.step + 1 == self.cfg.chunk:
+            self.reset(frame, loop.sampling, loop.generator)
+        else:
+            self._closed_loop = loop._replace(pending=tokens[:, -1:], step=loop.step + 1)
+        return frame
+
+    def _prefill(self, context_frame: Tensor, first_frame: Tensor | None) -> tuple[Context, KVCache]:
+        """Run ctx | dyn(f0) of each start through the decoder once."""
+        context = self.tokenizer.encode_context(context_frame)
+        first = context_frame if first_frame is None else first_frame
+        first_tokens = self.tokenizer.encode_future(first[:, None], context)[:, 0]
+        cache = KVCache(self.cfg.transformer, context_frame.shape[0], self.layout.prefix_length)
+        self.decoder(self.embed_tokens(self.layout.prefix(context.tokens, first_tokens)), cache)
+        return context, cache
+
+    def _sample_frame(
+        self,
+        cache: KVCache,
+        pending: Tensor,
+        sampling: Sampling,
+        group_size: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Feed pending ids (B, n), then draw the Nf tokens of one frame; the last one is left for the next call."""
+        head = self.lm_head.weight[: self.layout.num_future_codes]  # a frame is made of future codes only
+        tokens = []
+        for _ in range(self.layout.frame_length):
+            hidden = self.decoder(self.embed_tokens(pending), cache)[:, -1]  # (B, D)
+            pending = sampling.draw(F.linear(hidden, head).float(), group_size, generator)[:, None]  # (B, 1)
+            tokens.append(pending)
+        return torch.cat(tokens, dim=1)
+
+
+PRESETS = {
+    "paper": WorldModelConfig(),
+    "small": WorldModelConfig(
+        tokenizer=TOKENIZERS["small"],
+        transformer=TransformerConfig(depth=8, width=512, num_heads=8, num_kv_heads=8, ffn_dim=1536),
+    ),
+    "tiny": WorldModelConfig(
+        tokenizer=TOKENIZERS["tiny"],
+        transformer=TransformerConfig(depth=4, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512),
+        smooth_init=True,
+    ),
+    "smoke": WorldModelConfig(
+        tokenizer=TOKENIZERS["smoke"],
+        transformer=TransformerConfig(depth=1, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64),
+        action_bins=32,
+        smooth_init=True,
+    ),
+}
