@@ -1,0 +1,273 @@
+"""Expert demonstrations of the tabletop suites, as HDF5 in LIBERO's layout.
+
+    python collect_demos.py --preset tiny --out-dir demos                  # four tasks of tabletop_object, 64 px
+    python collect_demos.py --suites tabletop_goal --tasks 0 open_the_drawer --demos-per-task 10 --out-dir demos
+    python collect_demos.py --preset paper --out-dir demos --workers 8     # four suites x ten tasks x 50, 256 px
+
+Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from, and the intended
+one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is the first success among the start
+seeds that belong to i, so the files do not depend on the number of workers. `--keep-failed` keeps the first attempt of each i whatever
+came of it, and `--noisy-per-task` adds attempts with strong noise, both marked in the attributes `kind` and `success`; they serve
+a world model. The same command run again makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written
+whole or not at all, until their task is complete. More `--demos-per-task` extend a file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from vlarft.config import opt, parse
+from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
+from vlarft.sim import SUITES, TabletopEnv, make_env, task_index, task_names
+from vlarft.sim.experts import Expert
+
+FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
+ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
+
+
+def _tasks(config: Config, suite: str) -> list[int]:
+    names = task_names(suite)
+    return [task_index(suite, task) for task in (names if config.tasks is None else config.tasks)]
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5")
+    suites: tuple[str, ...] = opt(tuple(SUITES), "suites to collect")
+    tasks: tuple[str, ...] | None = opt(None, "task indices or names, in every suite given; none = all")
+    demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
+    image_size: int = opt(256, "side of the images in pixels")
+    wrist: bool = opt(False, "also store the wrist camera, as eye_in_hand")
+    action_noise: float = opt(0.2, "standard deviation of the expert's action noise, action units")
+    min_speed: float = opt(0.4, "the expert's speed is uniform in [min, max] per demonstration; 1 = 2 cm a step")
+    max_speed: float = opt(0.6, "see min_speed")
+    idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
+    max_attempts: int = opt(20, "start seeds tried for one demonstration")
+    keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")
+    noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
+    noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts, action units")
+    noisy_gripper_flips: float = opt(0.15, "share of reversed gripper commands in the noisy attempts")
+    seed: int = opt(0, "first start seed")
+    workers: int | None = opt(None, "worker processes; none = one per CPU core")
+
+    def __post_init__(self) -> None:
+        for name in ("demos_per_task", "image_size", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.demos_per_task > FIRST_NOISY:
+            raise ValueError(f"demos_per_task must be at most {FIRST_NOISY}, got {self.demos_per_task}")
+        if not 0.0 < self.min_speed <= self.max_speed <= 1.0:
+            raise ValueError(
+                f"need 0 < min_speed <= max_speed <= 1, got min_speed={self.min_speed}, max_speed={self.max_speed}"
+            )
+        if self.seed < 0 or self.seed + FIRST_NOISY * 2 > ATTEMPT_STRIDE:
+            raise ValueError(f"seed must be 0..{ATTEMPT_STRIDE - 2 * FIRST_NOISY}, got {self.seed}")
+        for suite in self.suites:
+            _tasks(self, suite)
+
+
+FOUR_BLOCKS = dict(suites=("tabletop_object",), tasks=("0", "1", "2", "3"), image_size=64)
+PRESETS = {
+    "paper": Config(),
+    "small": Config(image_size=128),
+    "tiny": Config(**FOUR_BLOCKS, demos_per_task=125),
+    "smoke": Config(**FOUR_BLOCKS, demos_per_task=3),
+}
+# Settings that only say how much is made and by whom; files of different values of these can be continued.
+NOT_CONTENT = ("out_dir", "suites", "tasks", "demos_per_task", "noisy_per_task", "workers", "max_attempts")
+
+
+class Job(NamedTuple):
+    config: Config
+    suite: str
+    task: int
+    index: int  # of the demonstration in its file
+
+
+def main(config: Config) -> list[Path]:
+    """Makes what is missing and returns the files of all selected tasks.
+
+    Raises:
+        ValueError: unknown suite or task, or a file made with other settings.
+        RuntimeError: no success in `max_attempts` attempts.
+    """
+    chosen = [(suite, task) for suite in config.suites for task in _tasks(config, suite)]
+    paths = {key: demo_path(config, *key) for key in chosen}
+    jobs = {key: list(_missing(config, *key)) for key in chosen}
+    todo = [job for key in chosen for job in jobs[key]]
+    workers = min(config.workers or os.cpu_count() or 1, max(len(todo), 1))
+    left = {key: len(jobs[key]) for key in chosen}
+    for key in chosen:
+        if not left[key]:
+            _merge(config, *key)
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(workers) if workers > 1 else None
+    try:
+        results = pool.imap_unordered(make_demo, todo) if pool else map(make_demo, todo)
+        for job in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
+            key = (job.suite, job.task)
+            left[key] -= 1
+            if not left[key]:
+                _merge(config, *key)
+    finally:
+        if pool:
+            pool.terminate()
+    for path in paths.values():
+        print(summary(path))
+    return list(paths.values())
+
+
+def demo_path(config: Config, suite: str, task: int) -> Path:
+    """The file of one task."""
+    return Path(config.out_dir) / suite / f"{task_names(suite)[task]}_demo.hdf5"
+
+
+def make_demo(job: Job) -> Job:
+    """Runs one demonstration (in a worker) and writes it to the parts of its task."""
+    config = job.config
+    noisy = job.index >= FIRST_NOISY
+    env = _environment(job.suite, job.task, config.image_size, config.wrist)
+    for attempt in range(config.max_attempts):
+        start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
+        env.reset(seed=start_seed)
+        speed = np.random.default_rng([start_seed, 1]).uniform(config.min_speed, config.max_speed)
+        expert = Expert(
+            env,
+            seed=start_seed,
+            action_noise=config.noisy_action_noise if noisy else config.action_noise,
+            gripper_flips=config.noisy_gripper_flips if noisy else 0.0,
+            speed=speed,
+        )
+        arrays, success = record(env, expert, config.idle_steps)
+        if success or noisy or config.keep_failed:
+            break
+    else:
+        raise RuntimeError(
+            f"{job.suite}/{env.task_name}: no success in {config.max_attempts} attempts from seed {config.seed + job.index}; "
+            f"lower action_noise (now {config.action_noise}) or raise max_attempts"
+        )
+    kind = "noisy" if noisy else "expert" if success else "failed"
+    part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
+    tmp = part.with_suffix(".tmp")
+    with import_h5py().File(tmp, "w") as file:
+        attrs = {"seed": start_seed, "attempt": attempt, "kind": kind, "speed": speed}
+        write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
+    os.replace(tmp, part)
+    return job
+
+
+def record(env: TabletopEnv, expert: Expert, idle_steps: int) -> tuple[dict, bool]:
+    """Plays an episode to success or the horizon, then `idle_steps` more after success.
+
+    Returns:
+        Keyword arguments of `write_demo`, one row per control step, each observed before its action; and whether it succeeded.
+    """
+    rows: dict[str, list[np.ndarray]] = {k: [] for k in ("actions", "intended_actions", "proprio", "states")}
+    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in env.cameras}
+    success, steps_left = False, env.horizon
+    while steps_left:
+        obs, action = env.observe(), expert.act()
+        for camera in env.cameras:
+            frames[camera].append(obs[camera])
+        rows["actions"].append(action.executed.astype(np.float32))
+        rows["intended_actions"].append(action.intended.astype(np.float32))
+        rows["proprio"].append(obs["proprio"])
+        rows["states"].append(env.get_state())
+        # The stored float32 action is the one that is executed, so that replaying a file repeats the episode bit for bit.
+        result = env.step(rows["actions"][-1])
+        steps_left -= 1
+        if result.success and not success:
+            success, steps_left = True, idle_steps
+    arrays = {name: np.stack(values) for name, values in rows.items()}
+    names = {"agentview": "agentview", "wrist": "eye_in_hand"}  # LIBERO's names
+    return {**arrays, "images": {names[camera]: np.stack(images) for camera, images in frames.items()}}, success
+
+
+def summary(path: Path) -> str:
+    """One line about a file."""
+    with open_demo_file(path) as file:
+        data = file["data"]
+        names = demo_names(data)
+        kinds = [data[name].attrs["kind"] for name in names]
+        steps = [int(data[name].attrs["num_samples"]) for name in names]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    return f"{path}: {counts}; {np.mean(steps):.0f} steps on average, {path.stat().st_size / 2**20:.1f} MiB"
+
+
+@lru_cache(maxsize=2)
+def _environment(suite: str, task: int, image_size: int, wrist: bool) -> TabletopEnv:
+    return make_env(suite, task, image_size, wrist=wrist)
+
+
+def _content(config: Config) -> dict:
+    return {k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}
+
+
+def _parts(path: Path) -> Path:
+    return path.with_suffix(".parts")
+
+
+def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
+    """Jobs of one task that neither its file nor its parts hold; checks that both were made with the same settings."""
+    path = demo_path(config, suite, task)
+    settings = _parts(path) / "settings.json"
+    done: set[str] = set()
+    if path.exists():
+        with open_demo_file(path) as file:
+            _check_settings(config, json.loads(file["data"].attrs["env_args"]).get("collection", {}), path)
+            done |= set(demo_names(file["data"]))
+    if settings.exists():
+        _check_settings(config, json.loads(settings.read_text()), settings)
+        done |= {part.stem for part in _parts(path).glob("demo_*.hdf5")}
+    indices = [*range(config.demos_per_task), *range(FIRST_NOISY, FIRST_NOISY + config.noisy_per_task)]
+    jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
+    if jobs and not settings.exists():
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        tmp = settings.with_suffix(".tmp")
+        tmp.write_text(json.dumps(_content(config)))
+        os.replace(tmp, settings)
+    return iter(jobs)
+
+
+def _check_settings(config: Config, found: dict, where: Path) -> None:
+    expected = json.loads(json.dumps(_content(config)))
+    wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
+    if wrong:
+        raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")
+
+
+def _merge(config: Config, suite: str, task: int) -> None:
+    """Moves the parts of a complete task into its file: a new file is written beside it and replaces it."""
+    path = demo_path(config, suite, task)
+    parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
+    if parts:
+        tmp = path.with_suffix(".tmp")
+        with import_h5py().File(tmp, "w") as file:
+            data = file.create_group("data")
+            args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
+            write_task_attrs(data, SUITES[suite].tasks[task].instruction, args)
+            for source in [path, *parts] if path.exists() else parts:
+                with open_demo_file(source) as other:
+                    for name in demo_names(other["data"]):
+                        other.copy(f"data/{name}", data)
+            names = demo_names(data)
+            data.attrs["num_demos"] = len(names)
+            data.attrs["total"] = sum(int(data[name].attrs["num_samples"]) for name in names)
+        os.replace(tmp, path)
+    shutil.rmtree(_parts(path), ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
