@@ -1,0 +1,329 @@
+"""Flow-matching action head, its sigma net, and the stochastic chain they define together.
+
+One time convention: tau = 0 is noise, tau = 1 is the action, velocity = actions - noise, tau_k = k / K in float32 for
+k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it.
+
+Shapes: S contexts, B rows (B = S * R: R group members, tau draws or flow steps of each context, context-major),
+T chunk steps, A action dim, K flow steps, N context tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch.distributions import Normal
+
+from vlarft.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Sizes of the action head and the sigma net; the defaults are the paper's."""
+
+    chunk: int = 8  # T
+    action_dim: int = 7  # A
+    proprio_dim: int = 8
+    context_dim: int = 896
+    embed_dim: int = 896  # width in which each noisy scalar and the proprio are embedded
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    num_steps: int = 10  # K
+    sigma_min: float = 0.08  # standard deviation of a step, in normalised action units
+    sigma_max: float = 0.2
+    sigma_uses_x: bool = False  # give the sigma net x_k besides (z, s, k); the public weights need it
+    noisy_dims: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)  # dims that the chain perturbs and the log-prob counts
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Everything a chunk's S contexts contribute, computed once.
+
+    kv: keys and values per block; base: (S, D), proprio embedding + context mean; repeats: rows per context;
+    sigma: the sigma net's own, where there is one.
+    """
+
+    kv: dict[int, KeyValue]
+    base: torch.Tensor
+    repeats: int = 1
+    sigma: Condition | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """B = S * repeats."""
+        return len(self.base) * self.repeats
+
+    def repeat(self, times: int) -> Condition:
+        """The same contexts with `times` as many rows each (row = context * repeats + member); nothing is copied."""
+        return replace(self, repeats=self.repeats * times, sigma=self.sigma and self.sigma.repeat(times))
+
+
+class Chain(NamedTuple):
+    """A sampled denoising chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, K, T, A) of its steps."""
+
+    x: torch.Tensor
+    log_prob: torch.Tensor
+
+
+class LogProb(NamedTuple):
+    """Score of a chain under the current networks; both (B, K, T, A), zero in dims that are not noisy."""
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+
+
+class ChunkNet(nn.Module):
+    """Noisy chunk, time, proprio and context -> one vector per chunk step. Velocity and sigma nets are both this.
+
+    Args:
+        cfg: sizes.
+        takes_x: False leaves the noisy chunk out; the tokens are then the positions alone.
+    """
+
+    def __init__(self, cfg: FlowConfig, takes_x: bool = True) -> None:
+        super().__init__()
+        self.cfg, width, embed = cfg, cfg.dit.width, cfg.embed_dim
+        if takes_x:
+            self.action_fc1, self.action_fc2 = nn.Linear(1, embed), nn.Linear(embed, embed)
+            self.action_out = nn.Linear(cfg.action_dim * embed, width)
+        self.takes_x = takes_x
+        self.proprio_fc1, self.proprio_fc2 = nn.Linear(cfg.proprio_dim, embed), nn.Linear(embed, embed)
+        self.proprio_out = nn.Linear(embed, width)
+        self.context_out = nn.Linear(cfg.context_dim, width)
+        self.time = TimeEmbedding(width)
+        self.register_buffer("positions", sincos_positions(cfg.chunk, width))
+        self.dit = DiT(cfg.dit, cfg.action_dim)
+
+    def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
+        """context: (S, N, context_dim), proprio: (S, proprio_dim) normalised -> the condition of S contexts.
+
+        Raises:
+            ValueError: other widths, or unequal numbers of contexts and proprio rows.
+        """
+        cfg = self.cfg
+        if context.ndim != 3 or context.shape[-1] != cfg.context_dim:
+            raise ValueError(f"context: got shape {tuple(context.shape)}, expected (S, N, {cfg.context_dim})")
+        if proprio.shape != (len(context), cfg.proprio_dim):
+            raise ValueError(
+                f"proprio: got shape {tuple(proprio.shape)}, expected {(len(context), cfg.proprio_dim)}: one row per context"
+            )
+        context = self.context_out(context)  # (S, N, D)
+        state = self.proprio_out(self.proprio_fc2(F.gelu(self.proprio_fc1(proprio))))  # (S, D)
+        return Condition(self.dit.prepare(context), state + context.mean(dim=1))
+
+    def forward(self, x: torch.Tensor | None, tau: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """x: (B, T, A) or None, tau: (B,), cond of S contexts with B = S * R -> (B, T, A)."""
+        rows, contexts = len(tau), len(cond.base)
+        if rows % contexts:
+            raise ValueError(f"{rows} rows do not divide among {contexts} contexts; pass a multiple, context-major")
+        tokens = self.positions
+        if self.takes_x:
+            features = self.action_fc2(F.gelu(self.action_fc1(x[..., None])))  # (B, T, A, E)
+            tokens = tokens + self.action_out(rearrange(features, "b t a e -> b t (a e)"))
+        else:
+            tokens = tokens.expand(rows, -1, -1)
+        c = self.time(tau) + cond.base.repeat_interleave(rows // contexts, dim=0)  # (B, D)
+        return self.dit(tokens, c, cond.kv)
+
+
+class FlowHead(nn.Module):
+    """The velocity net v(x, tau | z, s)."""
+
+    def __init__(self, cfg: FlowConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.net = ChunkNet(cfg)
+
+    def prepare(self, context: torch.Tensor, proprio: torch.Tensor, sigma_net: SigmaNet | None = None) -> Condition:
+        """What all flow steps of a chunk share, computed once.
+
+        Args:
+            context: (S, N, context_dim), Eq. (1).
+            proprio: (S, proprio_dim), normalised.
+            sigma_net: give it when the chain will be sampled or scored.
+        """
+        cond = self.net.prepare(context, proprio)
+        return cond if sigma_net is None else replace(cond, sigma=sigma_net.prepare(context, proprio))
+
+    def velocity(self, x: torch.Tensor, tau: torch.Tensor, cond: Condition) -> torch.Tensor:
+        """x: (B, T, A) at time tau (B,), B a multiple of the condition's contexts -> velocity (B, T, A), float32."""
+        return self.net(x, tau, cond).float()
+
+
+class SigmaNet(nn.Module):
+    """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
+
+    The output layer is zero-initialised, so sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
+
+    Raises:
+        ValueError: bounds out of order, or noisy_dims outside the action.
+    """
+
+    def __init__(self, cfg: FlowConfig) -> None:
+        super().__init__()
+        if not 0 < cfg.sigma_min <= cfg.sigma_max:
+            raise ValueError(
+                f"FlowConfig: sigma_min {cfg.sigma_min} and sigma_max {cfg.sigma_max}; expected 0 < sigma_min <= sigma_max"
+            )
+        if not cfg.noisy_dims or any(not 0 <= i < cfg.action_dim for i in cfg.noisy_dims):
+            raise ValueError(
+                f"FlowConfig.noisy_dims {cfg.noisy_dims}: expected one or more dims in 0..{cfg.action_dim - 1}"
+            )
+        self.cfg = cfg
+        self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
+
+    def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
+        """As `FlowHead.prepare`, with this net's own projections."""
+        return self.net.prepare(context, proprio)
+
+    def log_sigma(self, cond: Condition, k: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """log sigma_k of (z, s, k) and, when configured, x_k.
+
+        Args:
+            cond: of `prepare`, S contexts.
+            k: (B,) flow steps, 0..K-1.
+            x: (B, T, A), read only with `sigma_uses_x`.
+        Returns:
+            (B, T, A), float32, between log sigma_min and log sigma_max.
+        """
+        low, high = math.log(self.cfg.sigma_min), math.log(self.cfg.sigma_max)
+        out = self.net(x, k.float() / self.cfg.num_steps, cond).float()
+        return (low + high) / 2 + (high - low) / 2 * torch.tanh(out)
+
+
+def noisy_mask(cfg: FlowConfig, device: torch.device) -> torch.Tensor:
+    """(A,) bool: the dims that the chain perturbs and the log-prob counts."""
+    mask = torch.zeros(cfg.action_dim, dtype=torch.bool, device=device)
+    mask[list(cfg.noisy_dims)] = True
+    return mask
+
+
+def sample_tau(
+    num: int, alpha: float, beta: float, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """(num,) draws of Beta(alpha, beta), float32: the ratio of two gamma variables."""
+    shape = torch.tensor([alpha, beta], dtype=torch.float64, device=device).expand(num, 2)
+    gamma = torch._standard_gamma(shape, generator=generator)  # what torch.distributions.Gamma calls, with a generator
+    return (gamma[:, 0] / gamma.sum(-1)).float()
+
+
+def matching_loss(
+    head: FlowHead,
+    actions: torch.Tensor,
+    cond: Condition,
+    *,
+    generator: torch.Generator | None = None,
+    alpha: float = 1.5,
+    beta: float = 1.0,
+    draws: int = 1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. (4), Sec. 3.2: || v(a_tau, tau) - (a - eps) ||^2, averaged over B, draws, T and A.
+
+    Args:
+        head: velocity net.
+        actions: (S, T, A), normalised.
+        cond: of the same S contexts; its keys, values and means serve all draws.
+        generator: source of tau and eps, on the actions' device.
+        alpha, beta: tau ~ Beta(alpha, beta).
+        draws: pairs (tau, eps) per chunk.
+    Returns:
+        The scalar loss, and metrics {"flow_mse"}.
+    """
+    actions = repeat(actions.float(), "s t a -> (s r) t a", r=draws)
+    tau = sample_tau(len(actions), alpha, beta, generator=generator, device=actions.device)
+    noise = torch.randn(actions.shape, generator=generator, device=actions.device)
+    x = torch.lerp(noise, actions, tau[:, None, None])  # tau a + (1 - tau) eps
+    loss = F.mse_loss(head.velocity(x, tau, cond), actions - noise)
+    return loss, {"flow_mse": loss.detach()}
+
+
+def euler_step(head: FlowHead, x: torch.Tensor, k: torch.Tensor, num_steps: int, cond: Condition) -> torch.Tensor:
+    """Eq. (5): x + v(x, k / K) / K, for x (B, T, A) and k (B,); float32."""
+    return x + head.velocity(x, k.float() / num_steps, cond) / num_steps
+
+
+def transition(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, k: int | torch.Tensor, cond: Condition) -> Normal:
+    """Distribution of x_{k+1} given x_k, Eq. (5)-(7): mean of the Euler step, standard deviation of the sigma net.
+
+    Args:
+        head, sigma_net: the two networks.
+        x: (B, T, A), normalised actions on their way from noise.
+        k: flow step, 0..K-1: one for all rows, or (B,).
+        cond: of `head.prepare(..., sigma_net)`.
+    Returns:
+        Normal over (B, T, A), float32. Dims outside `noisy_dims` take its mean, see `sample_chain`.
+    Raises:
+        ValueError: the condition lacks the sigma net's part.
+    """
+    if cond.sigma is None:
+        raise ValueError(
+            "the condition has no part for the sigma net; make it with head.prepare(..., sigma_net=sigma_net)"
+        )
+    k = torch.as_tensor(k, device=x.device).expand(len(x))
+    mean = euler_step(head, x, k, head.cfg.num_steps, cond)
+    return Normal(mean, sigma_net.log_sigma(cond.sigma, k, x).exp(), validate_args=False)
+
+
+@torch.no_grad()
+def sample_chain(
+    head: FlowHead,
+    sigma_net: SigmaNet,
+    cond: Condition,
+    *,
+    generator: torch.Generator | None = None,
+    noise: torch.Tensor | None = None,
+) -> Chain:
+    """Sample action chunks step by step, Eq. (6).
+
+    Args:
+        head, sigma_net: the two networks.
+        cond: of `head.prepare(..., sigma_net)`, `.repeat(G)` for groups.
+        generator: source of all noise, on the networks' device.
+        noise: (B, T, A) start x_0; drawn when absent.
+    Returns:
+        The chain x (B, K + 1, T, A) and the log_prob (B, K, T, A) of each element of each step, float32.
+    """
+    cfg, device = head.cfg, cond.base.device
+    shape = (cond.num_rows, cfg.chunk, cfg.action_dim)
+    x = torch.randn(shape, generator=generator, device=device) if noise is None else noise.float()
+    mask, chain, log_probs = noisy_mask(sigma_net.cfg, device), [x], []
+    for k in range(cfg.num_steps):
+        step = transition(head, sigma_net, x, k, cond)
+        eps = torch.randn(shape, generator=generator, device=device)
+        x = torch.where(mask, step.mean + step.stddev * eps, step.mean)
+        chain.append(x)
+        log_probs.append(step.log_prob(x) * mask)
+    return Chain(torch.stack(chain, dim=1), torch.stack(log_probs, dim=1))
+
+
+def chain_log_prob(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, cond: Condition) -> LogProb:
+    """Score a sampled chain, differentiably, all K steps in one batch: the terms of Eq. (8), before any reduction.
+
+    Args:
+        head, sigma_net: the two networks.
+        x: (B, K + 1, T, A) of `sample_chain`.
+        cond: as for sampling; its tensors may carry gradients.
+    Returns:
+        log_prob and entropy, (B, K, T, A) each, float32; both 0 in dims that are not noisy, so that sums skip them.
+    """
+    num_steps, mask = head.cfg.num_steps, noisy_mask(sigma_net.cfg, x.device)
+    before, after = (rearrange(part, "b k t a -> (b k) t a") for part in (x[:, :-1], x[:, 1:]))
+    k = torch.arange(num_steps, device=x.device).repeat(len(x))  # (B * K,)
+    step = transition(head, sigma_net, before, k, cond)
+    log_prob, entropy = (
+        rearrange(part * mask, "(b k) t a -> b k t a", k=num_steps) for part in (step.log_prob(after), step.entropy())
+    )
+    return LogProb(log_prob, entropy)
+
+
+@torch.no_grad()
+def sample_ode(head: FlowHead, cond: Condition, *, noise: torch.Tensor, num_steps: int = 10) -> torch.Tensor:
+    """Deterministic actions: forward Euler from `noise` (B, T, A) at tau = 0 to tau = 1; normalised, float32."""
+    x = noise.float()
+    for k in range(num_steps):
+        x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, cond)
+    return x

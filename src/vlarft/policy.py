@@ -1,0 +1,308 @@
+"""The policy: camera images, instruction and proprio -> a chunk of actions, normalised inside, raw outside.
+
+    context z = vlm(images, instruction)            Eq. (1)
+    actions   = flow head from noise, given z and s  Sec. 3.3; deterministic (`act`) or as a chain (`flow.sample_chain`)
+
+The normaliser is part of the model and of its checkpoint. The sigma net exists once reinforcement fine-tuning has added
+it; evaluation does not use it.
+
+Shapes: B batch, V cameras, T chunk steps, A action dim, N context tokens, D context width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from vlarft.checkpoint import load_model, save_model
+from vlarft.dit import DiTConfig
+from vlarft.flow import Condition, FlowConfig, FlowHead, SigmaNet, matching_loss, sample_ode
+from vlarft.normalizer import GripperEncoding, Normalizer
+from vlarft.transformer import TransformerConfig
+from vlarft.vit import ConvEncoderConfig
+from vlarft.vlm import VLM, VLMConfig
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The whole policy; the defaults are the paper's."""
+
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes the last action dim
+    crop_area: float = 1.0  # central share of the image area that is looked at; 0.9 after training with random crops
+    key_head_dim: int | None = None  # inner width of the auxiliary key-position head; None: no such head
+    has_sigma_net: bool = False  # True in checkpoints of reinforcement fine-tuning
+
+
+SMOKE = PolicyConfig(
+    vlm=VLMConfig(
+        vision=ConvEncoderConfig(channels=(8, 8), strides=(4, 2), num_keypoints=4, width=16, film_dim=8),
+        fused_vision=None,
+        projector_dim=16,
+        language=TransformerConfig(depth=1, width=32, num_heads=2, num_kv_heads=1, ffn_dim=32, qkv_bias=True),
+        vocabulary=259,
+        num_queries=2,
+        query_init_std=0.02,
+    ),
+    flow=FlowConfig(
+        context_dim=32,
+        embed_dim=8,
+        dit=DiTConfig(width=32, depth=2, num_heads=2, mlp_dim=32, cross_attention_blocks=(0, 1), gamma_init=1.0),
+    ),
+    key_head_dim=16,
+)
+
+TINY = PolicyConfig(
+    vlm=VLMConfig(
+        vision=ConvEncoderConfig(film_dim=64),
+        fused_vision=None,
+        projector_dim=256,
+        language=TransformerConfig(depth=2, width=128, num_heads=4, num_kv_heads=2, ffn_dim=256, qkv_bias=True),
+        vocabulary=259,
+        bytes_per_token=4,
+        num_queries=8,
+        query_init_std=0.02,
+    ),
+    flow=FlowConfig(
+        context_dim=128,
+        embed_dim=16,
+        dit=DiTConfig(width=128, depth=3, num_heads=4, mlp_dim=384, cross_attention_blocks=(0, 1, 2), gamma_init=1.0),
+    ),
+    key_head_dim=128,
+)
+
+SMALL = PolicyConfig(
+    vlm=VLMConfig(
+        vision=ConvEncoderConfig(
+            image_size=128,
+            channels=(64, 128, 128, 192, 192),
+            strides=(2, 2, 1, 2, 1),
+            num_keypoints=64,
+            width=256,
+            film_dim=128,
+        ),
+        fused_vision=None,
+        projector_dim=512,
+        language=TransformerConfig(depth=6, width=384, num_heads=6, num_kv_heads=2, ffn_dim=1024, qkv_bias=True),
+        vocabulary=259,
+        num_queries=16,
+        query_init_std=0.02,
+    ),
+    flow=FlowConfig(
+        context_dim=384,
+        embed_dim=64,
+        dit=DiTConfig(
+            width=384, depth=6, num_heads=6, mlp_dim=1536, cross_attention_blocks=(0, 2, 4, 5), gamma_init=1.0
+        ),
+    ),
+    key_head_dim=256,
+)
+
+PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "tiny": TINY, "smoke": SMOKE}
+
+
+class VLAPolicy(nn.Module):
+    """Vision-language model, flow head, normaliser and, after reinforcement fine-tuning, the sigma net.
+
+    Args:
+        cfg: sizes.
+    Raises:
+        ValueError: the flow head expects another context width than the language model has.
+    """
+
+    def __init__(self, cfg: PolicyConfig) -> None:
+        super().__init__()
+        if cfg.flow.context_dim != cfg.vlm.language.width:
+            raise ValueError(
+                f"PolicyConfig: flow.context_dim {cfg.flow.context_dim} must equal vlm.language.width {cfg.vlm.language.width}"
+            )
+        self.cfg = cfg
+        self.vlm = VLM(cfg.vlm)
+        self.head = FlowHead(cfg.flow)
+        self.sigma_net = SigmaNet(cfg.flow) if cfg.has_sigma_net else None
+        self.normalizer = Normalizer(cfg.flow.action_dim, cfg.flow.proprio_dim, gripper=cfg.gripper)
+        self.key_head = None
+        if cfg.key_head_dim:
+            size = self.vlm.num_vision_tokens * self.vlm.vision_dim
+            self.key_head = nn.Sequential(nn.Linear(size, cfg.key_head_dim), nn.GELU(), nn.Linear(cfg.key_head_dim, 3))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> VLAPolicy:
+        """Read a policy from its checkpoint, in eval mode; errors as `checkpoint.load_model`."""
+        return load_model(path, cls, PolicyConfig, device)[0]
+
+    def save(self, path: str | Path, extra: dict | None = None, state_dict: dict | None = None) -> None:
+        """Write the policy, as `checkpoint.save_model`."""
+        save_model(path, self, self.cfg, extra, state_dict)
+
+    def add_sigma_net(self, **changes: object) -> SigmaNet:
+        """Create the sigma net (a fresh one, whatever there was) and note it in the configuration.
+
+        Args:
+            changes: fields of FlowConfig: sigma_min, sigma_max, sigma_uses_x, noisy_dims, num_steps.
+        """
+        flow = replace(self.cfg.flow, **changes)
+        self.cfg = replace(self.cfg, flow=flow, has_sigma_net=True)
+        self.head.cfg = self.head.net.cfg = flow
+        self.sigma_net = SigmaNet(flow).to(next(self.head.parameters()).device)
+        return self.sigma_net
+
+    def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
+        """Images as a camera or a batch gives them, to what the vision encoder takes.
+
+        Args:
+            images: uint8 (B, H, W, 3) or (B, V, H, W, 3); or floats in [0, 1], (B, 3, H, W) or (B, V, 3, H, W).
+            crop: False for images that a random crop has cut already.
+        Returns:
+            (B, V, 3, S, S) float32 in [0, 1]: central crop of `crop_area`, then bicubic resize with antialiasing.
+        Raises:
+            ValueError: another dtype or layout, or floats outside [0, 1].
+        """
+        images = torch.as_tensor(images)
+        shape, dtype = tuple(images.shape), images.dtype
+        if dtype == torch.uint8 and images.ndim in (4, 5) and shape[-1] == 3:
+            images = images.to(self.head.net.positions.device).movedim(-1, -3).float() / 255
+        elif dtype.is_floating_point and images.ndim in (4, 5) and shape[-3] == 3:
+            images = images.to(self.head.net.positions.device).float()
+            if images.min() < 0 or images.max() > 1:
+                raise ValueError(
+                    f"images: floats from {images.min():.3g} to {images.max():.3g}, expected [0, 1]; divide by 255, or pass uint8"
+                )
+        else:
+            raise ValueError(
+                f"images: got {dtype} {shape}; expected uint8 (B, [V,] H, W, 3) or floats in [0, 1] (B, [V,] 3, H, W)"
+            )
+        if images.ndim == 4:
+            images = images[:, None]
+        size = self.vlm.image_size
+        flat = center_crop(rearrange(images, "b v c h w -> (b v) c h w"), self.cfg.crop_area if crop else 1.0)
+        if flat.shape[-2:] != (size, size):
+            flat = F.interpolate(flat, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return rearrange(flat, "(b v) c h w -> b v c h w", b=len(images))
+
+    def encode(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
+        """Context of Eq. (1): images (B, V, 3, S, S) of `preprocess`, B instructions -> (B, N, D)."""
+        return self.vlm(images, instructions).context
+
+    def condition(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
+        """What a chunk's flow steps share, for sampling and scoring alike.
+
+        Args:
+            context: (S, N, D) of `encode`; may come from a frozen encoder, computed once per start.
+            proprio: (S, 8), raw.
+        """
+        proprio = self.normalizer.encode_proprio(proprio)
+        return self.head.prepare(context, proprio, sigma_net=self.sigma_net)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        instructions: list[str],
+        proprio: torch.Tensor,
+        actions: torch.Tensor,
+        key_position: torch.Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        alpha: float = 1.5,
+        beta: float = 1.0,
+        draws: int = 1,
+        key_weight: float = 0.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of supervised fine-tuning: Eq. (4) plus, when asked, key_weight times the auxiliary loss.
+
+        The auxiliary loss regresses the hand position at the demonstration's next gripper event from the vision
+        tokens (smooth L1 in normalised units, averaged over B and the three axes).
+
+        Args:
+            images: (B, V, 3, S, S) of `preprocess`.
+            instructions: B strings.
+            proprio: (B, 8), raw.
+            actions: (B, T, A), raw.
+            key_position: (B, 3) [m]; needed when key_weight > 0.
+            generator, alpha, beta, draws: see `flow.matching_loss`.
+            key_weight: weight of the auxiliary loss.
+        Returns:
+            The scalar loss and metrics: flow_mse and, with the auxiliary loss, key_loss.
+        Raises:
+            ValueError: an auxiliary loss without its head.
+        """
+        out = self.vlm(images, instructions)
+        state = self.normalizer.encode_proprio(proprio)
+        loss, metrics = matching_loss(
+            self.head,
+            self.normalizer.encode_actions(actions),
+            self.head.prepare(out.context, state),
+            generator=generator,
+            alpha=alpha,
+            beta=beta,
+            draws=draws,
+        )
+        if key_weight:
+            if self.key_head is None:
+                raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
+            # the key position is a hand position: the first three of the proprio, and normalised like them
+            target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - 3)))[:, :3]
+            key_loss = F.smooth_l1_loss(self.key_head(out.vision.flatten(1)).float(), target)
+            loss = loss + key_weight * key_loss
+            metrics["key_loss"] = key_loss.detach()
+        return loss, metrics
+
+    @torch.no_grad()
+    def act(
+        self,
+        images: np.ndarray | torch.Tensor,
+        instructions: list[str],
+        proprio: np.ndarray | torch.Tensor,
+        *,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int = 10,
+    ) -> torch.Tensor:
+        """Action chunks for the environment: the deterministic flow from noise; the sigma net is not used.
+
+        Args:
+            images: see `preprocess`.
+            instructions: B strings.
+            proprio: (B, 8), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m].
+            noise: (B, T, A), the start x_0; drawn from `generator` (on the policy's device) when absent.
+            generator: see above.
+            num_steps: Euler steps.
+        Returns:
+            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close.
+        Raises:
+            ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images.
+        """
+        if not self.normalizer.fitted:
+            raise ValueError("the policy's normaliser was never fitted; train the policy, or load a trained checkpoint")
+        images = self.preprocess(images)
+        proprio = torch.as_tensor(proprio, dtype=torch.float32, device=images.device)
+        shape = (len(images), self.cfg.flow.chunk, self.cfg.flow.action_dim)
+        if len(instructions) != len(images) or len(proprio) != len(images):
+            raise ValueError(
+                f"act: {len(images)} images, {len(instructions)} instructions, {len(proprio)} proprio rows; expected equal numbers"
+            )
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=images.device)
+        elif noise.shape != shape:
+            raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {shape}")
+        state = self.normalizer.encode_proprio(proprio)
+        cond = self.head.prepare(self.encode(images, instructions), state)
+        return self.normalizer.decode_actions(
+            sample_ode(self.head, cond, noise=noise.to(images.device), num_steps=num_steps)
+        )
+
+
+def center_crop(images: torch.Tensor, area: float) -> torch.Tensor:
+    """The central `area` share of (..., H, W), same aspect; 1.0 leaves the images as they are."""
+    if area >= 1:
+        return images
+    height, width = (round(n * area**0.5) for n in images.shape[-2:])
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]

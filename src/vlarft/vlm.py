@@ -1,0 +1,222 @@
+"""Vision-language model: camera images and an instruction -> context z for the action head (Eq. 1).
+
+The token sequence is [first text token][patches of every camera][other text tokens][action queries][padding], read
+causally by the decoder of `transformer.py` with Qwen2's options. The context is the last hidden state at the patches
+and at the learned action queries.
+
+Text is tokenised by bytes here, which suits models trained from scratch; the vocabulary of the public weights belongs
+to the code that loads them.
+
+Shapes: B batch, V cameras, N vision tokens per camera, P = V * N, Q action queries, D width, Dv vision width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from vlarft.transformer import Decoder, TransformerConfig
+from vlarft.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig
+
+QWEN2_HALF_B = TransformerConfig(
+    depth=24,
+    width=896,
+    num_heads=14,
+    num_kv_heads=2,
+    ffn_dim=4864,
+    rope_theta=1e6,
+    qkv_bias=True,
+    max_positions=32768,
+)
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Parts of the vision-language model; the defaults are the paper's, 1,252,553,792 parameters."""
+
+    vision: ViTConfig | ConvEncoderConfig = DINOV2_LARGE
+    fused_vision: ViTConfig | None = SIGLIP_SO400M  # a second encoder of the same image, channels concatenated
+    num_cameras: int = 1
+    projector_dim: int = 8704  # inner width of the projector's first layer
+    language: TransformerConfig = QWEN2_HALF_B
+    vocabulary: int = 151936
+    bytes_per_token: int = 1  # bytes whose embeddings (one table each) are summed into a token; 4 shortens the text
+    max_text_bytes: int = 256  # longer instructions are refused
+    num_queries: int = 64
+    query_init_std: float = 0.0  # the paper's queries start at zero; from scratch a small spread trains better
+    shift_context: bool = False  # read the hidden states one position early, as the public code and its weights do
+
+
+class VLMOutput(NamedTuple):
+    """What the vision-language model computes of one observation."""
+
+    context: torch.Tensor  # (B, P + Q, D)
+    vision: torch.Tensor  # (B, P, Dv), the encoders' tokens before the projector
+
+
+class ByteTokenizer:
+    """UTF-8 bytes between a begin and an end token."""
+
+    pad, begin, end = 256, 257, 258
+    vocabulary = 259
+
+    def encode(self, instruction: str) -> list[int]:
+        """Token ids of an instruction, lower-cased and stripped.
+
+        Raises:
+            ValueError: empty instruction.
+        """
+        text = instruction.strip().lower()
+        if not text:
+            raise ValueError(f"instruction {instruction!r} is empty; the policy needs to be told what to do")
+        return [self.begin, *text.encode(), self.end]
+
+
+class Projector(nn.Module):
+    """Vision tokens into the language model's width: three layers, GELU between them."""
+
+    def __init__(self, vision_dim: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_dim, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.fc3 = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, P, Dv) -> (B, P, D)."""
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+
+
+class InstructionEncoder(nn.Module):
+    """A small text encoder whose output modulates the first layers of the vision encoder (FiLM)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ByteTokenizer.vocabulary, width)
+        self.conv = nn.Conv1d(width, width, 5, padding=2)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: (B, n) padded byte tokens -> (B, width), the mean over the text's own tokens."""
+        keep = (ids != ByteTokenizer.pad)[..., None]  # (B, n, 1)
+        x = self.conv((self.embed(ids) * keep).transpose(1, 2)).transpose(1, 2)  # (B, n, width)
+        return self.out((F.gelu(x) * keep).sum(1) / keep.sum(1))
+
+
+class VLM(nn.Module):
+    """Vision encoder(s), projector, language model and learned action queries.
+
+    Args:
+        cfg: sizes.
+    Raises:
+        ValueError: encoders with different numbers of tokens, or a vocabulary too small for byte tokens.
+    """
+
+    def __init__(self, cfg: VLMConfig) -> None:
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, ByteTokenizer()
+        if cfg.bytes_per_token < 1:
+            raise ValueError(f"VLMConfig.bytes_per_token: got {cfg.bytes_per_token}, expected at least 1")
+        if cfg.vocabulary < self.tokenizer.vocabulary:
+            raise ValueError(f"VLMConfig.vocabulary {cfg.vocabulary} is too small for byte tokens; give at least 259")
+        self.vision = ViT(cfg.vision) if isinstance(cfg.vision, ViTConfig) else ConvEncoder(cfg.vision)
+        self.fused_vision = ViT(cfg.fused_vision) if cfg.fused_vision else None
+        if self.fused_vision and self.fused_vision.num_tokens != self.vision.num_tokens:
+            raise ValueError(
+                f"VLMConfig: vision gives {self.vision.num_tokens} tokens, fused_vision {self.fused_vision.num_tokens}; "
+                "their channels are concatenated, so choose sizes with equal numbers of patches"
+            )
+        self.vision_dim = cfg.vision.width + (cfg.fused_vision.width if cfg.fused_vision else 0)
+        self.num_vision_tokens = cfg.num_cameras * self.vision.num_tokens
+        self.image_size = cfg.vision.image_size
+        film_dim = getattr(cfg.vision, "film_dim", None)
+        self.instruction_encoder = InstructionEncoder(film_dim) if film_dim else None
+        self.projector = Projector(self.vision_dim, cfg.projector_dim, cfg.language.width)
+        self.embed_tokens = nn.Embedding(cfg.vocabulary * cfg.bytes_per_token, cfg.language.width)
+        self.language_model = Decoder(cfg.language)
+        self.action_queries = nn.Embedding(cfg.num_queries, cfg.language.width)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        nn.init.normal_(self.action_queries.weight, std=cfg.query_init_std)
+
+    def forward(self, images: torch.Tensor, instructions: list[str]) -> VLMOutput:
+        """Context of a batch of observations, Eq. (1).
+
+        Args:
+            images: (B, V, 3, H, W), floats in [0, 1], of the encoder's size.
+            instructions: B strings.
+        Returns:
+            Context (B, P + Q, D): vision tokens first, action queries last; and the vision tokens (B, P, Dv).
+        Raises:
+            ValueError: wrong number of cameras or image size; an empty or too long instruction.
+        """
+        if images.ndim != 5 or images.shape[:2] != (len(instructions), self.cfg.num_cameras):
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)} for {len(instructions)} instructions, expected "
+                f"({len(instructions)}, {self.cfg.num_cameras} cameras, 3, {self.image_size}, {self.image_size})"
+            )
+        text, lengths = self.embed_text(*self.tokenize(instructions, images.device))  # (B, n, D), (B,)
+        vision = self.encode_images(images, instructions)
+        x = self.arrange(text, lengths, self.projector(vision))  # (B, n + P + Q, D)
+        # the padding is on the right of a causal sequence, so nothing that is read below attends to it
+        hidden = self.language_model(x)
+        num_vision, first = self.num_vision_tokens, 0 if self.cfg.shift_context else 1
+        at_query = (lengths + num_vision - 1 + first)[:, None] + torch.arange(self.cfg.num_queries, device=x.device)
+        queries = hidden.gather(1, at_query[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, Q, D)
+        return VLMOutput(torch.cat([hidden[:, first : first + num_vision], queries], dim=1), vision)
+
+    def tokenize(self, instructions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded byte tokens (B, n), n the longest of the batch, and their numbers (B,)."""
+        encoded = [self.tokenizer.encode(text) for text in instructions]
+        for text, ids in zip(instructions, encoded, strict=True):
+            if len(ids) > self.cfg.max_text_bytes:
+                raise ValueError(
+                    f"instruction {text[:40]!r}... has {len(ids)} bytes with begin and end, the limit (max_text_bytes) is "
+                    f"{self.cfg.max_text_bytes}; shorten it"
+                )
+        longest = max(map(len, encoded))
+        padded = [ids + [self.tokenizer.pad] * (longest - len(ids)) for ids in encoded]
+        return torch.tensor(padded, device=device), torch.tensor([len(ids) for ids in encoded], device=device)
+
+    def embed_text(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Byte tokens (B, m) and numbers (B,) -> text tokens (B, n, D) and numbers (B,), n = m / bytes_per_token."""
+        group = self.cfg.bytes_per_token
+        ids = F.pad(ids, (0, -ids.shape[1] % group), value=self.tokenizer.pad)
+        ids = rearrange(ids, "b (n g) -> b n g", g=group)
+        tables = torch.arange(group, device=ids.device) * self.cfg.vocabulary  # each place in a group has its own rows
+        return self.embed_tokens(ids + tables).sum(dim=2), (lengths + group - 1) // group
+
+    def encode_images(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
+        """Vision tokens of all cameras, (B, V, 3, H, W) -> (B, P, Dv)."""
+        flat = rearrange(images, "b v c h w -> (b v) c h w")
+        if self.instruction_encoder is None:
+            tokens = self.vision(flat)  # (B * V, N, Dv)
+        else:
+            # a batch has few distinct instructions: encode each once
+            distinct = list(dict.fromkeys(instructions))
+            language = self.instruction_encoder(self.tokenize(distinct, images.device)[0])
+            index = torch.tensor([distinct.index(text) for text in instructions], device=images.device)
+            tokens = self.vision(flat, language[index].repeat_interleave(images.shape[1], dim=0))
+        if self.fused_vision is not None:
+            tokens = torch.cat([tokens, self.fused_vision(flat)], dim=-1)
+        return rearrange(tokens, "(b v) n d -> b (v n) d", v=images.shape[1])
+
+    def arrange(self, text: torch.Tensor, lengths: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Put text, patches and queries in order.
+
+        Args:
+            text: (B, n, D), right-padded.
+            lengths: (B,) text tokens that are not padding.
+            patches: (B, P, D).
+        Returns:
+            (B, n + P + Q, D); each row's queries follow its last text token directly.
+        """
+        text = F.pad(text, (0, 0, 0, self.cfg.num_queries))  # (B, n + Q, D)
+        query = torch.arange(text.shape[1], device=text.device) - lengths[:, None]  # index of the query at each place
+        is_query = (query >= 0) & (query < self.cfg.num_queries)
+        queries = self.action_queries(query.clamp(0, self.cfg.num_queries - 1))
+        text = torch.where(is_query[..., None], queries, text)
+        return torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)
