@@ -37,12 +37,14 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from vlarft.metrics import paired_difference, wilson_interval
-from vlarft.policy import VLAPolicy
+from vlarft.sim.perturb import Perturbation
 
 from vlarft.checkpoint import open_run, read_header, write_json
 from vlarft.config import opt, parse, to_dict
+from vlarft.metrics import paired_difference, wilson_interval
+from vlarft.policy import VLAPolicy
 from vlarft.sim import NUM_INITIAL_STATES, make_env, task_index, task_names
+from vlarft.sim.replay import replay_frames, write_gif
 
 
 @dataclass(frozen=True)
@@ -149,29 +151,8 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
     ]
 
 
-def _perturbation(cfg: Config):
-    if cfg.perturb is None:
-        return None
-    from vlarft.sim.perturb import Perturbation
-
-    return Perturbation.parse(cfg.perturb)
-
-
-def animate(cfg: Config, record: dict, path: Path) -> None:
-    """Replay a recorded episode, bit for bit, and write it as a GIF."""
-    from PIL import Image
-
-    env = make_env(record["suite"], record["task"], image_size=cfg.animate_size)
-    env.reset(init_state=record["init_state"], perturb=_perturbation(cfg))
-    frames = [env.observe()["agentview"]]
-    for step, action in enumerate(record["actions"]):
-        env.step(np.asarray(action))
-        if step % 2 or step + 1 == len(record["actions"]):
-            frames.append(env.observe()["agentview"])
-    images = [Image.fromarray(f) for f in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durations = [100] * (len(images) - 1) + [1500]  # 20 Hz control, every second frame; hold the last one
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+def _perturbation(cfg: Config) -> Perturbation | None:
+    return None if cfg.perturb is None else Perturbation.parse(cfg.perturb)
 
 
 def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict:
@@ -301,7 +282,9 @@ def main(cfg: Config) -> dict:
         )
         for r in own[: cfg.animate]:
             end = "success" if r["success"] else "failure"
-            animate(cfg, r, out_dir / f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}.gif")
+            start = (r["suite"], r["task"], r["init_state"])
+            frames = replay_frames(*start, r["actions"], size=cfg.animate_size, perturb=_perturbation(cfg))
+            write_gif(out_dir / f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}.gif", frames)
     print_table(results)
     return results
 

@@ -1,0 +1,29 @@
+# make demo              the whole pipeline on this machine, without GPU or download; PRESET=smoke does it in about a minute
+# make test              the tests
+# Both set up .venv first. TORCH chooses the torch that is installed there: any from 2.11 on.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PRESET ?= tiny
+OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python demo.py --preset $(PRESET) --out-dir $(OUT)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[$*]"
+	touch $@
