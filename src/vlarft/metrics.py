@@ -33,7 +33,7 @@ def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image, range 1: -10 log10(mse). Arguments as in `mse`; inf for equal images."""
+    """Peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
     return -10 * mse(pred, target, mask).log10()
 
 
@@ -184,7 +184,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last axis: (..., n), (..., n) -> (...) float64; nan for a constant input."""
+    """Spearman's rank correlation along the last axis: (..., n) twice -> (...) float64; nan for a constant input."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()

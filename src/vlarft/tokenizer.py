@@ -584,14 +584,18 @@ def _pyramid_l1(decoded: Tensor, target: Tensor, weight: Tensor, scales: int) ->
     return total / scales
 
 
-TINY_SIZES = dict(image_size=(64, 64), mid_res_blocks=1, res_blocks=1, norm_groups=8, dropout=0.0, future_patch=2)
 PRESETS = {
     "paper": TokenizerConfig(),
     "small": TokenizerConfig(
         image_size=(128, 128), stem=2, block_channels=(96, 192, 256), latent_channels=32, future_patch=2, norm_groups=16
     ),
     "tiny": TokenizerConfig(
-        **TINY_SIZES,
+        image_size=(64, 64),
+        res_blocks=1,
+        mid_res_blocks=1,
+        future_patch=2,
+        norm_groups=8,
+        dropout=0.0,
         stem=4,
         block_channels=(32, 96),
         latent_channels=16,
@@ -599,7 +603,12 @@ PRESETS = {
         future_levels=(5, 5, 5, 5),
     ),
     "smoke": TokenizerConfig(
-        **TINY_SIZES,
+        image_size=(64, 64),
+        res_blocks=1,
+        mid_res_blocks=1,
+        future_patch=2,
+        norm_groups=8,
+        dropout=0.0,
         stem=8,
         block_channels=(16,),
         latent_channels=8,

@@ -112,7 +112,7 @@ class TokenLayout:
         return frames + torch.arange(self.frame_length)
 
     def target_positions(self, num_actions: int) -> Tensor:
-        """Positions of the tokens that the loss predicts: those of frames >= 1, with `loss_on_actions` all after dyn(f0)."""
+        """Positions that the loss predicts: the tokens of frames >= 1; with `loss_on_actions`, all after dyn(f0)."""
         if self.loss_on_actions:
             return torch.arange(self.prefix_length, self.length(num_actions))
         return self.frame_positions(num_actions).flatten()
@@ -134,8 +134,8 @@ class Sampling:
         temperature: divides the logits.
         top_p: smallest set of codes whose probability reaches this share.
         top_k: at most this many codes; None = all.
-        common_random_numbers: the same draws for all members of a start (they depend on start, step and position alone),
-            so that members differ by their actions and not by luck.
+        common_random_numbers: the same draws for all members of a start (they depend on start, step and position
+            alone), so that members differ by their actions and not by luck.
     """
 
     greedy: bool = False
@@ -345,8 +345,8 @@ class WorldModel(nn.Module):
         """
         if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
             raise ValueError(
-                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got shape "
-                f"{tuple(actions.shape)}; add a group axis of 1 for single rollouts"
+                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got "
+                f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
             )
         sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers)
         group_size, num_actions = actions.shape[1:3]

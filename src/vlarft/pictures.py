@@ -1,0 +1,78 @@
+"""Grids of frames and animations as files. Needs pillow.
+
+Images: float (C, H, W) in [0, 1] with 3 channels; L columns or time steps, R rows.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _pillow():
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError as error:
+        raise ImportError('pictures need pillow: pip install "vlarft[plots]"') from error
+    return Image, ImageDraw
+
+
+def _to_uint8(image: Tensor, scale: int) -> np.ndarray:
+    """(3, H, W) float -> (H * scale, W * scale, 3) uint8, every pixel repeated."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return pixels.repeat(scale, 0).repeat(scale, 1)
+
+
+def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, min_side: int = 96) -> np.ndarray:
+    """One picture out of rows of equally large images.
+
+    Args:
+        rows: R sequences of images (3, H, W); shorter rows leave white on the right.
+        labels: R row titles, on the left.
+        min_side: small images are enlarged by a whole factor to at least this many pixels.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    image_module, draw_module = _pillow()
+    scale = max(1, -(-min_side // max(rows[0][0].shape[-2:])))
+    height, width = (side * scale for side in rows[0][0].shape[-2:])
+    gap, margin = 2, 0 if labels is None else 12 + 7 * max(len(label) for label in labels)
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, margin + columns * (width + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = r * (height + gap), margin + c * (width + gap)
+            canvas[top : top + height, left : left + width] = _to_uint8(image, scale)
+    if labels is None:
+        return canvas
+    picture = image_module.fromarray(canvas)
+    draw = draw_module.Draw(picture)
+    for r, label in enumerate(labels):
+        draw.text((6, r * (height + gap) + height // 2 - 6), label, fill=(0, 0, 0))
+    return np.asarray(picture)
+
+
+def save_png(path: str | Path, picture: np.ndarray) -> None:
+    """Write a picture of `grid` (height, width, 3) as PNG."""
+    image_module, _ = _pillow()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    image_module.fromarray(picture).save(tmp, format="PNG", optimize=True)
+    os.replace(tmp, path)
+
+
+def save_gif(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0) -> None:
+    """Write pictures of one size as an animation that repeats for ever."""
+    image_module, _ = _pillow()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    first, *rest = [image_module.fromarray(picture) for picture in pictures]
+    duration = round(1000 / frames_per_second)
+    first.save(tmp, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    os.replace(tmp, path)

@@ -1,0 +1,266 @@
+"""Train the frame tokenizer on demonstrations (stage I of the paper, Sec. 3.2; recipe of the public release).
+
+    python train_tokenizer.py --preset tiny --data demos --out-dir runs/tokenizer          laptop, minutes
+    python train_tokenizer.py --data libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU
+    torchrun --nproc-per-node 8 train_tokenizer.py --data libero --out-dir runs/tokenizer  8 GPUs
+
+Reads: HDF5 demonstrations (a folder or a file). Writes: out_dir/model.safetensors (weights, config, the split by
+episode), train_state.pt (to resume: give the same command again), log.jsonl, config.json, reconstructions.png.
+
+The loss is L1 plus a perceptual distance on the context frame and on the future frames.
+
+Deviations from the public recipe:
+- no adversarial loss (hinge GAN of weight 0.1 from step 10k) and no image augmentation;
+- the perceptual distance is a choice; lpips needs its VGG16 backbone on disk;
+- preset tiny (and smoke) weight the pixels that differ from the context frame, use L1 on several scales, and condition
+  on the segment's first frame, which is what the world model of that preset does.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlarft import distributed
+from vlarft.checkpoint import load_train_state, open_run, save_model, save_train_state
+from vlarft.config import opt, parse
+from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.data.windows import Batch, WindowSampler
+from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual
+from vlarft.pictures import grid, save_png
+from vlarft.runlog import RunLog, check_finite
+from vlarft.tokenizer import PRESETS as MODELS
+from vlarft.tokenizer import FrameTokenizer, TokenizerConfig, reconstruction_loss
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("runs/tokenizer", "folder that the run writes")
+    data: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
+    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    model: TokenizerConfig = opt(MODELS["paper"], "sizes of the tokenizer")
+    segment: int = opt(7, "frames of a segment that follows the context frame (7 in the public recipe)")
+    future_frames: int = opt(7, "frames drawn from each segment for a batch")
+    context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
+    batch_size: int = opt(16, "segments per step, over all processes (public recipe)")
+    steps: int = opt(150_000, "optimizer steps (the paper gives none for the tokenizer; that of its world model)")
+    max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
+    lr: float = opt(5e-4, "peak learning rate of AdamW (public recipe)")
+    warmup: int = opt(5000, "steps of linear warmup (public recipe)")
+    final_lr_share: float = opt(0.0, "learning rate at the end of the cosine, as a share of the peak")
+    weight_decay: float = opt(0.0, "AdamW weight decay (public recipe)")
+    beta2: float = opt(0.999, "AdamW second-moment decay (public recipe)")
+    clip: float = opt(1.0, "gradient norm limit (public recipe)")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
+    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
+    perceptual_weight: float = opt(1.0, "weight of the perceptual distance beside L1 (public recipe)")
+    moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
+    pyramid: int = opt(1, "scales of the L1, each half the one before")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
+    validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
+    validate_every: int = opt(2000, "steps between validations")
+    validation_segments: int = opt(64, "segments of a validation")
+    save_every: int = opt(2000, "steps between checkpoints")
+    log_every: int = opt(20, "steps between log lines")
+    seed: int = opt(0, "seed of the split, the weights and the batches")
+
+
+TINY = Config(
+    model=MODELS["tiny"],
+    segment=9,
+    future_frames=3,
+    context_lookback=0,
+    batch_size=16,
+    steps=900,
+    lr=2e-3,
+    warmup=50,
+    beta2=0.99,
+    perceptual="none",
+    moving_weight=6.0,
+    pyramid=3,
+    precision="fp32",
+    validation_fraction=0.05,
+    validate_every=300,
+    validation_segments=64,
+    save_every=300,
+)
+PRESETS = {
+    "paper": Config(),
+    "small": Config(model=MODELS["small"], batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
+    "tiny": TINY,
+    "smoke": replace(
+        TINY, model=MODELS["smoke"], batch_size=4, steps=20, warmup=2, validate_every=10, validation_segments=8
+    ),
+}
+
+
+def progress(cfg: Config, step: int, minutes: float) -> float:
+    """Share of the run that is done: steps, or the clock when `max_minutes` is set and runs out first."""
+    share = step / cfg.steps
+    if cfg.max_minutes is not None:  # the processes' clocks differ, and all must stop at the same step
+        share = max(share, distributed.mean_across_ranks({"share": minutes / cfg.max_minutes})["share"])
+    return share
+
+
+def learning_rate(cfg: Config, step: int, share: float) -> float:
+    """Linear warmup, then cosine over the run to `final_lr_share` of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * (cfg.final_lr_share + (1 - cfg.final_lr_share) * cosine)
+
+
+def pick_frames(batch: Batch, count: int, *seed: int) -> Tensor:
+    """`count` of each segment's frames, in order: (B, L, C, H, W) -> (B, count, C, H, W)."""
+    segments, length = batch.frames.shape[:2]
+    if count >= length:
+        return batch.frames
+    generator = torch.Generator().manual_seed(seed_of(*seed))
+    picks = torch.rand(segments, length, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
+    return batch.frames[torch.arange(segments)[:, None], picks]
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed out of (seed, rank, step)."""
+    value = 0
+    for part in parts:
+        value = (value * 1_000_003 + part) % 2**63
+    return value
+
+
+@torch.no_grad()
+def validate(model: FrameTokenizer, batch: Batch, device: torch.device, autocast: torch.autocast) -> dict[str, float]:
+    """Held-out PSNR [dB]: of context frame and future frames, on moving pixels, and there when copying the context."""
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64)
+    for i in range(0, len(batch.frames), 16):
+        context, frames = batch.context_frame[i : i + 16].to(device), batch.frames[i : i + 16].to(device)
+        with autocast:
+            out = model(context, frames)
+        moving, copied = moving_mask(frames, context[:, None]), context[:, None].expand_as(frames)
+        decoded = out.frames.float().clamp(0, 1)
+        errors = [((image - frames).square() * moving).sum() for image in (decoded, copied)]
+        parts = mse(out.context_frame.float().clamp(0, 1), context).sum(), mse(decoded, frames).mean(1).sum()
+        sums += torch.stack([*parts, *errors, moving.sum() * frames.shape[2]]).double().cpu()
+    model.train()
+    context_mse, frame_mse = (sums[:2] / len(batch.frames)).tolist()
+    moving_mse, copy_mse = (sums[2:4] / sums[4]).tolist()
+    as_db = {"context": context_mse, "future": frame_mse, "moving": moving_mse, "moving_copy": copy_mse}
+    return {f"val_psnr_{name}": -10 * math.log10(max(value, 1e-10)) for name, value in as_db.items()}
+
+
+@torch.no_grad()
+def draw(model: FrameTokenizer, batch: Batch, device: torch.device, path: Path) -> None:
+    """Picture of up to four held-out segments: true frames above their reconstructions, the context first."""
+    model.eval()
+    context, frames = batch.context_frame.to(device), batch.frames.to(device)
+    out = model(context, frames)
+    model.train()
+    rows, labels = [], []
+    for i in torch.linspace(0, len(frames) - 1, min(4, len(frames))).round().int().tolist():
+        rows += [[context[i], *frames[i]], [out.context_frame[i], *out.frames[i]]]
+        labels += ["true", "decoded"]
+    save_png(path, grid(rows, labels))
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Train; returns the last validation's metrics."""
+    device = distributed.setup()
+    if cfg.future_frames > cfg.segment:
+        raise ValueError(f"future_frames={cfg.future_frames} exceeds segment={cfg.segment}")
+    distributed.local_batch(cfg.batch_size)
+    part = distributed.rank(), distributed.world_size()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+    episodes = load_episodes(cfg.data, cfg.camera, successes_only=False)
+    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
+    size = tuple(train[0].images.shape[1:3])
+    if size != cfg.model.image_size:
+        raise ValueError(
+            f"{cfg.data} has images of {size[0]}x{size[1]}, the tokenizer is for {cfg.model.image_size[0]}x"
+            f"{cfg.model.image_size[1]}: give --model.image_size {size[0]} {size[1]}, or collect at the other size"
+        )
+    sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
+    validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
+
+    state_path = open_run(cfg.out_dir, cfg)
+    torch.manual_seed(cfg.seed)
+    model = FrameTokenizer(cfg.model).to(device)
+    distance: PerceptualDistance | None = None
+    if cfg.perceptual != "none":
+        distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
+    model.train()
+    distributed.shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+    step, minutes_before, metrics = 0, 0.0, {}
+    if state_path is not None:
+        state = load_train_state(state_path)
+        distributed.load_full_state_dict(model, state["model"])
+        distributed.load_optimizer_state(optimizer, state["optimizer"])
+        step, minutes_before, metrics = state["step"], state["minutes"], state["metrics"]
+    resumed_at = step
+
+    def save() -> None:
+        weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
+        if distributed.is_main():
+            names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+            extra = {**names, "metrics": metrics, "steps": step}
+            save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights)
+            state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
+            save_train_state(cfg.out_dir, {**state, "minutes": minutes_before + (time.monotonic() - started) / 60})
+
+    log, started = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), time.monotonic()
+    while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
+        torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
+        batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
+        context = batch.context_frame.to(device)
+        frames = pick_frames(batch, cfg.future_frames, cfg.seed, part[0], step).to(device)
+
+        with autocast:
+            out = model(context, frames)
+        loss, parts = reconstruction_loss(
+            out,
+            context,
+            frames,
+            perceptual=distance,
+            perceptual_weight=cfg.perceptual_weight,
+            moving_weight=cfg.moving_weight,
+            pyramid=cfg.pyramid,
+        )
+        parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
+        check_finite(parts["loss"], step, parts)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, share)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parts["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip)
+        optimizer.step()
+
+        step += 1
+        if step % cfg.validate_every == 0:
+            metrics = validate(model, validation, device, autocast)
+        if step % cfg.log_every == 0 or step % cfg.validate_every == 0:
+            used = {"codes_used": out.future_tokens.unique().numel(), "lr": optimizer.param_groups[0]["lr"]}
+            minutes = minutes_before + (time.monotonic() - started) / 60
+            fresh = metrics if step % cfg.validate_every == 0 else {}
+            log.log(step - 1, {**parts, **used, "minutes": minutes, **fresh})
+        if step % cfg.save_every == 0:
+            save()
+
+    if state_path is None or step > resumed_at:
+        metrics = validate(model, validation, device, autocast)
+        save()
+    if distributed.is_main():
+        draw(model, validation, device, Path(cfg.out_dir) / "reconstructions.png")
+        print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
+    log.close()
+    distributed.cleanup()
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
