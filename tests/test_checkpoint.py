@@ -1,0 +1,126 @@
+"""checkpoint: what is written comes back, what is foreign or broken is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vlarft import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class NetConfig:
+    width: int = 2
+
+
+class Net(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.linear = nn.Linear(cfg.width, 1)
+
+
+class Other(Net):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    out_dir: str
+    steps: int = 3
+    workers: int = 1
+
+
+def test_round_trip(tmp_path):
+    net = Net(NetConfig(5))
+    checkpoint.save_model(tmp_path / "m.safetensors", net, NetConfig(5), {"split": ["a"]})
+    loaded, extra = checkpoint.load_model(tmp_path / "m.safetensors", Net, NetConfig)
+    assert torch.equal(loaded.linear.weight, net.linear.weight)
+    assert extra == {"split": ["a"]}
+    assert not loaded.training
+    assert checkpoint.read_header(tmp_path / "m.safetensors") == ("Net", {"width": 5}, {"split": ["a"]})
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # no temporary file stays
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing"):
+        checkpoint.load_model(tmp_path / "nothing", Net, NetConfig)
+    with pytest.raises(FileNotFoundError, match="did you mean .*model.safetensors"):
+        checkpoint.load_model(tmp_path, Net, NetConfig)
+
+
+def test_truncated_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_model(path, Net(NetConfig()), NetConfig())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="not a readable safetensors file.*truncated"):
+        checkpoint.load_model(path, Net, NetConfig)
+
+
+def test_foreign_file(tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "f.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was not written by vlarft.*format"):
+        checkpoint.load_model(tmp_path / "f.safetensors", Net, NetConfig)
+
+
+def test_another_class(tmp_path):
+    checkpoint.save_model(tmp_path / "m.safetensors", Other(NetConfig()), NetConfig())
+    with pytest.raises(ValueError, match="holds a Other, expected a Net"):
+        checkpoint.load_model(tmp_path / "m.safetensors", Net, NetConfig)
+
+
+def test_other_tensors_are_listed(tmp_path):
+    path = tmp_path / "m.safetensors"
+    tensors = {"linear.weight": torch.zeros(1, 3), "linear.scale": torch.zeros(1)}
+    checkpoint.save_model(path, Net(NetConfig()), NetConfig(), state_dict=tensors)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_model(path, Net, NetConfig)
+    for part in ("missing linear.bias", "unexpected linear.scale", "linear.weight has shape (1, 3), expected (1, 2)"):
+        assert part in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, Net(NetConfig()), NetConfig())
+    before = path.read_bytes()
+
+    def fail(tmp):
+        tmp.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomic(path, fail)
+    assert path.read_bytes() == before
+
+
+def test_run_folder(tmp_path):
+    config = RunConfig(str(tmp_path / "run"))
+    assert checkpoint.open_run(config.out_dir, config) is None
+    checkpoint.save_train_state(config.out_dir, {"step": 2, "x": torch.ones(3)})
+    state = checkpoint.open_run(config.out_dir, config)
+    assert checkpoint.load_train_state(state)["step"] == 2
+
+
+def test_run_folder_of_another_configuration(tmp_path):
+    checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match="another configuration: steps: 3 against 4.*--out-dir"):
+        checkpoint.open_run(tmp_path, RunConfig(str(tmp_path), steps=4))
+    checkpoint.open_run(tmp_path, RunConfig("elsewhere", workers=8), ignore=("workers",))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+
+
+def test_truncated_training_state(tmp_path):
+    checkpoint.save_train_state(tmp_path, {"x": torch.ones(300)})
+    path = tmp_path / "train_state.pt"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a readable training state.*remove it"):
+        checkpoint.load_train_state(path)
+
+
+def test_json_is_readable(tmp_path):
+    checkpoint.write_json(tmp_path / "deep" / "a.json", {"x": [1]})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1]}

@@ -1,0 +1,203 @@
+"""data: LIBERO's layout written and read, the split, the windows."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
+from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
+
+
+def arrays(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "images": {"agentview": rng.integers(0, 256, (steps, 6, 8, 3), dtype=np.uint8)},
+        "actions": rng.uniform(-1, 1, (steps, 7)),
+        "intended_actions": rng.uniform(-1, 1, (steps, 7)),
+        "proprio": rng.uniform(-1, 1, (steps, 8)),
+        "states": rng.normal(size=(steps, 5)),
+    }
+
+
+def write(path, demos=3, steps=12, instruction="lift the cup"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        write_task_attrs(data, instruction, {"suite": "s"})
+        for i in range(demos):
+            write_demo(data, i, **arrays(steps + i, i), attrs={"seed": i, "kind": "expert"})
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = write(tmp_path / "suite" / "lift_demo.hdf5")
+    episodes = load_episodes(tmp_path, with_states=True)
+    assert [len(e) for e in episodes] == [12, 13, 14]
+    expected = arrays(13, 1)
+    episode = episodes[1]
+    assert (episode.name, episode.instruction) == ("suite/lift_demo/demo_1", "lift the cup")
+    np.testing.assert_array_equal(episode.images, expected["images"]["agentview"])
+    np.testing.assert_allclose(episode.actions, expected["actions"], rtol=1e-6)
+    np.testing.assert_allclose(episode.intended, expected["intended_actions"], rtol=1e-6)
+    np.testing.assert_allclose(episode.proprio, expected["proprio"], rtol=1e-6)
+    np.testing.assert_array_equal(episode.states, expected["states"])
+    with h5py.File(path) as file:
+        assert dict(file["data"].attrs)["num_demos"] == 3
+        assert file["data"].attrs["total"] == 12 + 13 + 14
+        robot = file["data/demo_0/robot_states"][()]
+        assert robot.shape == (12, 9)
+        np.testing.assert_allclose(np.linalg.norm(robot[:, 5:], axis=1), 1)  # a unit quaternion
+        assert file["data/demo_0/rewards"][()].tolist() == [0] * 11 + [1]
+
+
+def test_demonstrations_are_sorted_by_number(tmp_path):
+    with h5py.File(write(tmp_path / "s" / "a_demo.hdf5", demos=12)) as file:
+        assert demo_names(file["data"])[2:11:8] == ["demo_2", "demo_10"]
+
+
+def test_half_written_demonstration_is_ignored_and_replaced(tmp_path):
+    path = write(tmp_path / "s" / "a_demo.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        file["data"].create_group("demo_2").create_dataset("actions", data=np.zeros((4, 7)))
+    assert len(load_episodes(path)) == 2
+    with h5py.File(path, "a") as file:
+        write_demo(file["data"], 2, **arrays(9))
+    assert [len(e) for e in load_episodes(path)] == [12, 13, 9]
+
+
+def test_images_of_libero_are_turned(tmp_path):
+    path = write(tmp_path / "s" / "a_demo.hdf5", demos=1)
+    upright = load_episodes(path)[0].images
+    with h5py.File(path, "a") as file:
+        del file["data"].attrs["image_convention"]
+    np.testing.assert_array_equal(load_episodes(path)[0].images, upright[:, ::-1, ::-1])
+
+
+def test_failed_demonstrations_serve_the_world_model_only(tmp_path):
+    path = write(tmp_path / "s" / "a_demo.hdf5", demos=2)
+    with h5py.File(path, "a") as file:
+        write_demo(file["data"], 2, **arrays(9), success=False, attrs={"kind": "failed"})
+    assert len(load_episodes(path)) == 2
+    assert [e.kind for e in load_episodes(path, successes_only=False)] == ["expert", "expert", "failed"]
+
+
+def test_errors_name_file_and_field(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; make some with: python collect_demos.py"):
+        load_episodes(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no \*.hdf5 files"):
+        load_episodes(tmp_path / "empty")
+    path = write(tmp_path / "s" / "a_demo.hdf5")
+    with pytest.raises(ValueError, match=r"a_demo.hdf5: data/demo_0 has no obs/wrist_rgb; it has agentview_rgb"):
+        load_episodes(path, camera="wrist")
+    with pytest.raises(ValueError, match="lacks 1 of 1 named episodes, first 's/a_demo/demo_9'"):
+        load_episodes(path, names=["s/a_demo/demo_9"])
+    with h5py.File(path, "a") as file:
+        file["data/demo_1/actions"][3, 2] = np.nan
+    with pytest.raises(ValueError, match=r"data/demo_1/actions has nan at row 3, column 2"):
+        load_episodes(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1/actions"]
+        file["data/demo_1/actions"] = np.zeros((13, 6))
+    with pytest.raises(ValueError, match=r"data/demo_1/actions must have shape \(T, 7\), got \(13, 6\)"):
+        load_episodes(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="a_demo.hdf5 is not a readable HDF5 file.*truncated"):
+        load_episodes(path)
+
+
+def test_other_layouts_are_refused(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file["observations"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"has no group 'data' \(found \['observations'\]\)"):
+        load_episodes(tmp_path / "x.hdf5")
+
+
+def test_writer_checks_its_arrays(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        data = file.create_group("data")
+        good = arrays(5)
+        with pytest.raises(ValueError, match="states has 4 rows, expected 5"):
+            write_demo(data, 0, **{**good, "states": good["states"][:4]})
+        with pytest.raises(ValueError, match="images of agentview must be uint8"):
+            write_demo(data, 0, **{**good, "images": {"agentview": np.zeros((5, 6, 8, 3))}})
+
+
+def episode(name, steps, gripper_change=None):
+    intended = np.full((steps, 7), 0.5, np.float32)
+    intended[:, -1] = -1
+    if gripper_change is not None:
+        intended[gripper_change:, -1] = 1
+    proprio = np.tile(np.arange(steps, dtype=np.float32)[:, None], (1, 8))
+    images = np.zeros((steps, 4, 4, 3), np.uint8) + np.arange(steps, dtype=np.uint8)[:, None, None, None]
+    return Episode(name, f"task {name}", images, proprio, intended.copy(), intended)
+
+
+def test_split_is_fixed_by_names_and_seed():
+    episodes = [episode(f"e{i}", 10) for i in range(50)]
+    train, val = split_episodes(episodes, 1 / 50, seed=0)
+    assert (len(train), len(val)) == (49, 1)
+    again = split_episodes(episodes[::-1], 1 / 50, seed=0)
+    assert [e.name for e in again[0]] == [e.name for e in train]
+    assert {e.name for e in train} | {e.name for e in val} == {e.name for e in episodes}
+    assert [e.name for e in split_episodes(episodes, 1 / 50, seed=1)[1]] != [e.name for e in val]
+    with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
+        split_episodes(episodes[:1], 0.5, 0)
+    with pytest.raises(ValueError, match="got 1.5"):
+        split_episodes(episodes, 1.5, 0)
+
+
+def test_window_by_hand():
+    sampler = WindowSampler([episode("a", 20, gripper_change=7)], num_frames=9, chunk=8)
+    assert len(sampler) == 12  # starts 0..11
+    batch = sampler.windows(np.array([[0, 3]]))
+    assert (batch.frames[0, :, 0, 0, 0] * 255).round().tolist() == list(range(3, 12))
+    assert batch.frames.shape == (1, 9, 3, 4, 4)
+    assert batch.proprio[0, 0] == 3
+    assert batch.intended[0, :, -1].tolist() == [-1] * 4 + [1] * 4
+    assert batch.key_position[0].tolist() == [7, 7, 7]  # where the gripper closes
+    assert batch.instructions == ["task a"]
+    late = sampler.windows(np.array([[0, 8]]))
+    assert late.key_position[0].tolist() == [19, 19, 19]  # no further event: the episode's end
+
+
+def test_actions_beyond_the_end_hold_still():
+    sampler = WindowSampler([episode("a", 5, gripper_change=2)], num_frames=1, chunk=8)
+    batch = sampler.windows(np.array([[0, 3]]))
+    assert batch.intended[0, :2, 0].tolist() == [0.5, 0.5]
+    assert batch.intended[0, 2:, :-1].abs().max() == 0
+    assert batch.intended[0, 2:, -1].tolist() == [1] * 6
+
+
+def test_batches_depend_on_their_seed_alone():
+    sampler = WindowSampler([episode("a", 30), episode("b", 40)], num_frames=9)
+    one, two = sampler.batch(8, 0, 5), sampler.batch(8, 0, 5)
+    assert torch.equal(one.index, two.index)
+    assert not torch.equal(one.index, sampler.batch(8, 0, 6).index)
+    halves = [sampler.batch(8, 0, 5, part=(r, 2)).index for r in range(2)]
+    assert torch.equal(torch.cat(halves), one.index)
+
+
+def test_context_frame_comes_from_before_the_segment():
+    sampler = WindowSampler([episode("a", 60)], num_frames=9, context_lookback=15)
+    batch = sampler.batch(200, 1)
+    back = batch.index[:, 1] - (batch.context_frame[:, 0, 0, 0] * 255).round().long()
+    inside = batch.index[:, 1] >= 15
+    assert back[inside].min() == 1 and back[inside].max() == 15
+    plain = WindowSampler([episode("a", 60)], num_frames=9).batch(20, 1)
+    assert torch.equal(plain.context_frame, plain.frames[:, 0])
+
+
+def test_spread_covers_the_episodes():
+    sampler = WindowSampler([episode("a", 30), episode("b", 30)], num_frames=9)
+    assert sampler.spread(4).index[:, 0].tolist() == [0, 0, 1, 1]
+    assert len(sampler.spread(10**6).index) == len(sampler)
+
+
+def test_window_errors():
+    with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5"):
+        WindowSampler([episode("a", 5)], num_frames=9)
+    big = Episode("b", "t", np.zeros((20, 8, 8, 3), np.uint8), *[np.zeros((20, n), np.float32) for n in (8, 7, 7)])
+    with pytest.raises(ValueError, match=r"differ in image size: \[\(4, 4\), \(8, 8\)\]"):
+        WindowSampler([episode("a", 20), big])

@@ -1,0 +1,67 @@
+"""normalizer: quantiles, clipping, gripper conventions."""
+
+import pytest
+import torch
+
+from vlarft.normalizer import Normalizer
+
+
+def fitted(gripper="zero_one_open", n=1001):
+    ramp = torch.linspace(-1, 1, n)
+    actions = torch.stack([ramp * s for s in (1, 2, 3, 4, 5)] + [torch.full((n,), 0.3), torch.sign(ramp + 1e-3)], 1)
+    proprio = torch.stack([ramp * (i + 1) for i in range(8)], 1)
+    return Normalizer(gripper=gripper).fit(actions, proprio), actions, proprio
+
+
+def test_quantiles_match_torch():
+    normalizer, actions, proprio = fitted()
+    levels = torch.tensor([0.01, 0.99])
+    low, high = torch.quantile(actions[:, :-1], levels, dim=0)
+    torch.testing.assert_close(normalizer.action_low, low)
+    torch.testing.assert_close(normalizer.action_high, high)
+    low, high = torch.quantile(proprio, levels, dim=0)
+    torch.testing.assert_close(normalizer.proprio_low, low)
+
+
+@pytest.mark.parametrize("gripper", ["zero_one_open", "identity"])
+def test_round_trip_and_clip(gripper):
+    normalizer, actions, _ = fitted(gripper)
+    inside = actions[100:-100]
+    torch.testing.assert_close(normalizer.decode_actions(normalizer.encode_actions(inside)), inside)
+    extreme = normalizer.encode_actions(actions[-1:] * torch.tensor([9.0] * 5 + [1, 1]))
+    assert extreme[0, :5].tolist() == [1.0] * 5
+    assert extreme[0, 5] == 0  # constant dimension
+    assert normalizer.decode_actions(torch.full((1, 7), 50.0))[0, 0] == normalizer.action_high[0]
+
+
+def test_gripper_conventions():
+    opening, closing = torch.tensor([[0.0] * 6 + [-1]]), torch.tensor([[0.0] * 6 + [1]])
+    zero_one, same = Normalizer(), Normalizer(gripper="identity")
+    assert (zero_one.encode_actions(opening)[0, -1], zero_one.encode_actions(closing)[0, -1]) == (1, 0)
+    assert (same.encode_actions(opening)[0, -1], same.encode_actions(closing)[0, -1]) == (-1, 1)
+    assert zero_one.decode_actions(torch.tensor([[0.0] * 6 + [0.6]]))[0, -1] == -1
+    assert same.decode_actions(torch.tensor([[0.0] * 6 + [0.1]]))[0, -1] == 1
+
+
+def test_numbers_are_saved_with_the_policy():
+    normalizer, actions, _ = fitted()
+    other = Normalizer()
+    other.load_state_dict(normalizer.state_dict())
+    torch.testing.assert_close(other.encode_actions(actions), normalizer.encode_actions(actions))
+    assert bool(other.fitted)
+
+
+def test_errors():
+    good_actions, good_proprio = torch.zeros(5, 7), torch.zeros(5, 8)
+    with pytest.raises(ValueError, match=r"actions must have shape \(N, 7\), got \(5, 6\)"):
+        Normalizer().fit(good_actions[:, :6], good_proprio)
+    bad = good_actions.clone()
+    bad[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="actions has NaN or infinite values, first in row 3"):
+        Normalizer().fit(bad, good_proprio)
+    with pytest.raises(ValueError, match=r"gripper actions must lie in \[-1, 1\]"):
+        Normalizer().fit(good_actions + 2, good_proprio)
+    with pytest.raises(ValueError, match="proprio must have 8 values, got 7"):
+        Normalizer().encode_proprio(torch.zeros(1, 7))
+    with pytest.raises(ValueError, match="proprio has NaN"):
+        Normalizer().encode_proprio(torch.full((1, 8), float("nan")))

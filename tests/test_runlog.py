@@ -1,0 +1,32 @@
+"""runlog: one line a step, none lost, none twice."""
+
+import json
+
+import pytest
+
+from vlarft.runlog import RunLog, check_finite
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_resumed_log_reads_as_if_never_stopped(tmp_path, capsys):
+    log = RunLog(tmp_path, 4, "wm")
+    for step in range(3):
+        log.log(step, {"loss": 1.0 / (step + 1)})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # cut short by a kill
+    log = RunLog(tmp_path, 4, "wm", start_step=2)
+    log.log(2, {"loss": 0.5})
+    log.close()
+    assert lines(tmp_path) == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    assert "wm 3/4  loss 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_loss_that_is_no_number(loss):
+    check_finite(1.0, 0, {})
+    with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\)"):
+        check_finite(loss, 7, {"lr": 0.5})
