@@ -37,6 +37,18 @@ def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     return -10 * mse(pred, target, mask).log10()
 
 
+def pooled_psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> float:
+    """PSNR [dB] of the mean squared error over all pixels (of `mask`) of all images together.
+
+    Unlike the mean of per-image values, it is finite when single images are perfect or have no pixel in the mask.
+    Arguments as in `mse`; nan when no pixel counts.
+    """
+    error = (pred.float() - target.float()).square()
+    mask = torch.ones_like(error) if mask is None else mask.expand(error.shape).float()
+    share = float((error * mask).double().sum() / mask.double().sum())
+    return -10 * math.log10(share) if share > 0 else math.inf if share == 0 else math.nan
+
+
 def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) -> Tensor:
     """Pixels that differ from the context frame.
 

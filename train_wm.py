@@ -1,0 +1,290 @@
+"""Train the world model: Eq. (3) on tokens of demonstrations, with a frozen tokenizer (stage I of the paper, Sec. 3.2).
+
+    python train_wm.py --preset tiny --data demos --tokenizer runs/tokenizer --out-dir runs/wm           laptop, minutes
+    python train_wm.py --data libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
+    torchrun --nproc-per-node 8 train_wm.py --data libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
+
+Reads: HDF5 demonstrations; the tokenizer's model.safetensors. Writes: out_dir/model.safetensors (tokenizer, action
+ranges, weights, config, the split by episode), train_state.pt (to resume: give the same command again), log.jsonl,
+config.json, rollouts.png.
+
+The actions are the executed ones, in raw environment units; their ranges are those of the training split.
+
+Deviations from the paper and its release:
+- the loss is on frame tokens only, as in Eq. (3); `--loss-on-actions` adds the release's action tokens;
+- the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
+- preset tiny (and smoke): cosine schedule, smooth initial embeddings, the segment's first frame as context frame.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlarft import distributed
+from vlarft.checkpoint import load_train_state, open_run, read_header, save_model, save_train_state
+from vlarft.config import opt, parse
+from vlarft.data.episodes import Episode, load_episodes, split_episodes
+from vlarft.data.windows import Batch, WindowSampler
+from vlarft.metrics import moving_mask, pooled_psnr
+from vlarft.pictures import grid, save_png
+from vlarft.runlog import RunLog, check_finite
+from vlarft.tokenizer import FrameTokenizer
+from vlarft.transformer import TransformerConfig
+from vlarft.world_model import PRESETS as MODELS
+from vlarft.world_model import WorldModel, WorldModelConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("runs/wm", "folder that the run writes")
+    data: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
+    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    tokenizer: str = opt("runs/tokenizer", "tokenizer: its run folder or its model.safetensors")
+    transformer: TransformerConfig = opt(MODELS["paper"].transformer, "sizes of the transformer")
+    chunk: int = opt(8, "actions of a segment, one frame more (Sec. 4)")
+    action_bins: int = opt(256, "bins per action dimension")
+    loss_on_actions: bool = opt(False, "also predict action tokens, as the release does")
+    smooth_init: bool = opt(False, "initial embeddings that are smooth in the value they stand for")
+    context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
+    batch_size: int = opt(16, "segments per step, over all processes (paper)")
+    steps: int = opt(150_000, "optimizer steps (Sec. 4.2: 1.5e5)")
+    max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
+    lr: float = opt(5e-5, "peak learning rate of AdamW (release)")
+    warmup: int = opt(5000, "steps of linear warmup (release)")
+    schedule: Literal["constant", "cosine"] = opt("constant", "learning rate after the warmup (release: constant)")
+    weight_decay: float = opt(0.0, "AdamW weight decay (release)")
+    beta2: float = opt(0.999, "AdamW second-moment decay")
+    clip: float = opt(1.0, "gradient norm limit (release)")
+    cache_tokens: bool = opt(False, "tokenize all segments once, before training; needs context_lookback 0")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
+    validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
+    validate_every: int = opt(2000, "steps between validations")
+    validation_segments: int = opt(256, "segments of the validation loss")
+    rollout_segments: int = opt(64, "segments of the free-running greedy rollouts, with every validation")
+    save_every: int = opt(2000, "steps between checkpoints")
+    log_every: int = opt(20, "steps between log lines")
+    seed: int = opt(0, "seed of the split, the weights and the batches")
+
+
+TINY = Config(
+    transformer=MODELS["tiny"].transformer,
+    action_bins=MODELS["tiny"].action_bins,
+    smooth_init=True,
+    context_lookback=0,
+    steps=600,
+    lr=2e-3,
+    warmup=50,
+    schedule="cosine",
+    beta2=0.98,
+    precision="fp32",
+    validation_fraction=0.05,
+    validate_every=200,
+    validation_segments=128,
+    rollout_segments=64,
+    save_every=200,
+)
+PRESETS = {
+    "paper": Config(),
+    "small": Config(transformer=MODELS["small"].transformer, batch_size=32, steps=50_000, lr=3e-4, warmup=1000),
+    "tiny": TINY,
+    "smoke": replace(
+        TINY,
+        transformer=MODELS["smoke"].transformer,
+        action_bins=MODELS["smoke"].action_bins,
+        batch_size=4,
+        steps=20,
+        warmup=2,
+        validate_every=10,
+        validation_segments=8,
+        rollout_segments=4,
+    ),
+}
+
+
+class Tokens(NamedTuple):
+    """Segments as tokens: context (B, Nc), future (B, T + 1, Nf), and their raw actions (B, T, A)."""
+
+    context: Tensor
+    future: Tensor
+    actions: Tensor
+
+
+def progress(cfg: Config, step: int, minutes: float) -> float:
+    """Share of the run that is done: steps, or the clock when `max_minutes` is set and runs out first."""
+    share = step / cfg.steps
+    if cfg.max_minutes is not None:  # the processes' clocks differ, and all must stop at the same step
+        share = max(share, distributed.mean_across_ranks({"share": minutes / cfg.max_minutes})["share"])
+    return share
+
+
+def learning_rate(cfg: Config, step: int, share: float) -> float:
+    """Linear warmup, then constant or a cosine to zero over the run."""
+    decay = 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * decay
+
+
+def load_tokenizer(cfg: Config, held_out: list[Episode], device: torch.device) -> FrameTokenizer:
+    """The tokenizer to freeze.
+
+    Raises:
+        ValueError: it was trained on episodes that this run holds out.
+    """
+    path = Path(cfg.tokenizer)
+    path = path / "model.safetensors" if path.is_dir() else path
+    seen = set(read_header(path).extra.get("train_episodes", []))
+    if overlap := [e.name for e in held_out if e.name in seen]:
+        raise ValueError(
+            f"{path} was trained on {len(overlap)} of the {len(held_out)} held-out episodes (first {overlap[0]}): "
+            "use the --seed, --validation-fraction and --data of its training"
+        )
+    return FrameTokenizer.load(path, device)
+
+
+def tokenize(model: WorldModel, batch: Batch, device: torch.device, autocast: torch.autocast) -> Tokens:
+    """A batch as tokens, in one pass of the frozen tokenizer."""
+    with autocast:
+        context, future = model.tokenize(batch.frames.to(device), batch.context_frame.to(device))
+    return Tokens(context, future, batch.actions.to(device))
+
+
+def tokenize_all(model: WorldModel, sampler: WindowSampler, device: torch.device, autocast: torch.autocast) -> Tokens:
+    """All segments of a split as tokens, in memory."""
+    parts = []
+    for i in tqdm(range(0, len(sampler), 64), desc="tokenize", disable=None):
+        parts.append(tokenize(model, sampler.windows(sampler.starts[i : i + 64]), device, autocast))
+    return Tokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def validate(
+    model: WorldModel, batch: Batch, rollouts: Batch, device: torch.device, autocast: torch.autocast
+) -> tuple[dict[str, float], Tensor]:
+    """Held-out loss, also with the actions of other segments; greedy rollouts against copying the start frame."""
+    model.eval()
+    tokens, size = tokenize(model, batch, device, autocast), 32
+    sums: dict[str, float] = {}
+    for i in range(0, len(tokens.actions), size):
+        context, future, actions = (x[i : i + size] for x in tokens)
+        for name, given in (("val_", actions), ("val_shuffled_", actions.roll(1, dims=0))):
+            with autocast:
+                loss, parts = model.token_loss(context, future, given)
+            found = {"loss": loss} if name == "val_shuffled_" else {"loss": loss, **parts}
+            for key, value in found.items():
+                sums[name + key] = sums.get(name + key, 0.0) + float(value) * len(actions) / len(tokens.actions)
+    frames, start = rollouts.frames.to(device), rollouts.context_frame.to(device)
+    with autocast:
+        imagined = model.rollout(start, rollouts.actions[:, None].to(device), greedy=True, first_frame=frames[:, 0])
+    imagined, true, copied = imagined.frames[:, 0], frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
+    moving = moving_mask(true, copied)
+    sums["rollout_psnr"] = pooled_psnr(imagined, true)
+    sums["rollout_psnr_moving"] = pooled_psnr(imagined, true, moving)
+    sums["copy_psnr_moving"] = pooled_psnr(copied, true, moving)
+    model.train()
+    return sums, imagined
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Train; returns the last validation's metrics."""
+    device = distributed.setup()
+    distributed.local_batch(cfg.batch_size)
+    part = distributed.rank(), distributed.world_size()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    if cfg.cache_tokens and cfg.context_lookback:
+        raise ValueError(
+            f"cache_tokens needs context_lookback 0, got {cfg.context_lookback}: a drawn context frame changes tokens"
+        )
+
+    episodes = load_episodes(cfg.data, cfg.camera, successes_only=False)
+    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
+    sampler = WindowSampler(train, cfg.chunk + 1, cfg.chunk, cfg.context_lookback)
+    spread = WindowSampler(held_out, cfg.chunk + 1, cfg.chunk, cfg.context_lookback).spread
+    validation, rollouts = spread(cfg.validation_segments), spread(cfg.rollout_segments)
+
+    state_path = open_run(cfg.out_dir, cfg)
+    tokenizer = load_tokenizer(cfg, held_out, device)
+    torch.manual_seed(cfg.seed)
+    sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
+    options = {"loss_on_actions": cfg.loss_on_actions, "smooth_init": cfg.smooth_init}
+    model_config = WorldModelConfig(tokenizer.cfg, cfg.transformer, **sizes, **options)
+    model = WorldModel(model_config).to(device)
+    model.tokenizer.load_state_dict(tokenizer.state_dict())
+    actions = torch.cat([torch.from_numpy(e.actions) for e in train])
+    model.action_bins.set_range(actions.amin(0), actions.amax(0))
+    model.train()
+    distributed.shard(model, model.decoder.layers, ("tokenize", "token_loss", "rollout"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+    step, minutes_before, metrics = 0, 0.0, {}
+    if state_path is not None:
+        state = load_train_state(state_path)
+        distributed.load_full_state_dict(model, state["model"])
+        distributed.load_optimizer_state(optimizer, state["optimizer"])
+        step, minutes_before, metrics = state["step"], state["minutes"], state["metrics"]
+    resumed_at = step
+    cached = tokenize_all(model, sampler, device, autocast) if cfg.cache_tokens else None
+    row_of = {tuple(start): row for row, start in enumerate(sampler.starts.tolist())}
+
+    def save() -> None:
+        weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
+        if distributed.is_main():
+            names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+            extra = {**names, "data": cfg.data, "context_lookback": cfg.context_lookback, "metrics": metrics}
+            save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, {**extra, "steps": step}, weights)
+            state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
+            save_train_state(cfg.out_dir, {**state, "minutes": minutes_before + (time.monotonic() - started) / 60})
+
+    log, started = RunLog(cfg.out_dir, cfg.steps, "wm", step), time.monotonic()
+    while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
+        batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
+        if cached is None:
+            tokens = tokenize(model, batch, device, autocast)
+        else:
+            rows = [row_of[tuple(start)] for start in batch.index.tolist()]
+            tokens = Tokens(*(x[rows] for x in cached))
+        with autocast:
+            loss, parts = model.token_loss(*tokens)
+        parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
+        check_finite(parts["loss"], step, parts)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, share)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parts["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
+        optimizer.step()
+
+        step += 1
+        validates = step % cfg.validate_every == 0
+        if validates:
+            metrics, _ = validate(model, validation, rollouts, device, autocast)
+        if step % cfg.log_every == 0 or validates:
+            minutes = minutes_before + (time.monotonic() - started) / 60
+            fresh = metrics if validates else {}
+            log.log(step - 1, {**parts, "lr": optimizer.param_groups[0]["lr"], "minutes": minutes, **fresh})
+        if step % cfg.save_every == 0:
+            save()
+
+    metrics, imagined = validate(model, validation, rollouts, device, autocast)
+    if state_path is None or step > resumed_at:
+        save()
+    if distributed.is_main():
+        rows, labels = [], []
+        for i in torch.linspace(0, len(imagined) - 1, min(4, len(imagined))).round().int().tolist():
+            rows += [rollouts.frames[i], [rollouts.frames[i, 0], *imagined[i]]]
+            labels += ["true", "imagined"]
+        save_png(Path(cfg.out_dir) / "rollouts.png", grid(rows, labels))
+        print("world model: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
+    log.close()
+    distributed.cleanup()
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
