@@ -97,16 +97,15 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
         if ours != theirs:
             raise ValueError(f"{name}: the policy has {ours}, the world model has {theirs}; {advice}")
     low, high = policy.normalizer.action_low, policy.normalizer.action_high  # (A - 1,)
-    wm_low, wm_high = world_model.action_range  # (A,), (A,)
-    wm_low, wm_high = wm_low[:-1], wm_high[:-1]
+    wm_low, wm_high = world_model.action_bins.low[:-1], world_model.action_bins.high[:-1]  # (A - 1,)
     # the policy's range are quantiles of what the world model saw, so it lies inside but for the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3
     outside = ((low < wm_low - slack) | (high > wm_high + slack)).nonzero().flatten().tolist()
     if outside:
         i = outside[0]
         raise ValueError(
-            f"action ranges differ: in dimension {i} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world model was "
-            f"trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
+            f"action ranges differ: in dimension {i} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world model "
+            f"was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
         )
 
 

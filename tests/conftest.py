@@ -1,0 +1,86 @@
+"""Small worlds for the tests: demonstrations, a world model and a policy that are trained on nothing and fit together."""
+
+import os
+from pathlib import Path
+
+# The tests are many small computations: threads only get in each other's way. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from vlarft.data import load_episodes
+from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
+
+SIZE = 64  # px, the image size of the smoke presets
+
+
+def write_moving_square(path: Path, demos: int, steps: int, seed: int, instruction: str, low: float = -1.0) -> None:
+    """A file of demonstrations in which actions 0 and 1 push a square over a plain background."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with import_h5py().File(path, "w") as file:
+        data = file.create_group("data")
+        write_task_attrs(data, instruction, {"suite": path.parent.name})
+        for i in range(demos):
+            actions = rng.uniform(low, -low, (steps, 7)).astype(np.float32)
+            actions[:, 6] = np.where(np.arange(steps) < steps // 2, -1, 1)
+            position = SIZE / 2 + np.cumsum(2 * actions[:, :2] / -low, 0)
+            images = np.full((steps, SIZE, SIZE, 3), 120, np.uint8)
+            for t, (y, x) in enumerate(np.clip(position, 0, SIZE - 12).astype(int)):
+                images[t, y : y + 12, x : x + 12] = (200, 40, 40)
+            proprio = np.concatenate([position / SIZE, rng.normal(size=(steps, 6))], 1).astype(np.float32)
+            write_demo(
+                data,
+                i,
+                images={"agentview": images},
+                actions=actions,
+                intended_actions=np.clip(actions * 0.9, -1, 1) if low == -1.0 else actions,
+                proprio=proprio,
+                states=np.zeros((steps, 3)),
+            )
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory) -> Path:
+    """Folder of 2 tasks x 3 demonstrations of 14 steps."""
+    folder = tmp_path_factory.mktemp("demos")
+    for k, colour in enumerate(("red", "blue")):
+        write_moving_square(folder / "squares" / f"push_{colour}_demo.hdf5", 3, 14, k, f"push the {colour} square")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world_model_file(demos, tmp_path_factory) -> Path:
+    """A world model of smoke size with random weights and the action ranges of `demos`."""
+    from vlarft.checkpoint import save_model
+    from vlarft.world_model import PRESETS, WorldModel
+
+    torch.manual_seed(0)
+    config = PRESETS["smoke"]
+    model = WorldModel(config)
+    actions = torch.cat([torch.from_numpy(e.actions) for e in load_episodes(demos)])
+    model.action_bins.set_range(actions.amin(0), actions.amax(0))
+    path = tmp_path_factory.mktemp("wm") / "model.safetensors"
+    save_model(path, model, config, {"held_out_episodes": []})
+    return path
+
+
+@pytest.fixture(scope="session")
+def policy_file(demos, tmp_path_factory) -> Path:
+    """A policy of smoke size with random weights, its normaliser fitted on `demos`."""
+    from vlarft.policy import PRESETS, VLAPolicy
+
+    torch.manual_seed(1)
+    policy = VLAPolicy(PRESETS["smoke"])
+    episodes = load_episodes(demos)
+    policy.normalizer.fit(
+        torch.cat([torch.from_numpy(e.intended) for e in episodes]),
+        torch.cat([torch.from_numpy(e.proprio) for e in episodes]),
+    )
+    # the output layer starts at zero, which would hide what the tests look for
+    torch.nn.init.normal_(policy.head.net.dit.out.weight, std=0.5)
+    path = tmp_path_factory.mktemp("policy") / "model.safetensors"
+    policy.save(path, {"train_episodes": [e.name for e in episodes]})
+    return path

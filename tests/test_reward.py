@@ -1,0 +1,97 @@
+"""reward: R1, R2, R3 on constructed frames and actions; policies and world models that do not fit."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vlarft.metrics import perceptual
+from vlarft.policy import VLAPolicy
+from vlarft.reward import action_reward, check_same_robot, image_reward, reduce_frames, verified_reward
+from vlarft.world_model import Rollout, WorldModel
+
+
+class Painter:
+    """A world model whose frame t shows the running sum of the first action dimension as its brightness."""
+
+    calls = 0
+
+    def rollout(self, context_frame, actions, **how):
+        self.calls, self.how = self.calls + 1, how
+        shade = actions[..., 0].cumsum(-1)  # (S, G, T)
+        frames = shade[..., None, None, None].expand(*shade.shape, 3, 16, 16)
+        return Rollout(torch.zeros(*shade.shape, 1), frames)
+
+
+def chunk(*values):
+    actions = torch.zeros(len(values), 7)
+    actions[:, 0] = torch.tensor(values)
+    return actions
+
+
+def test_r1_by_hand():
+    policy = torch.stack([chunk(0.1, 0.2), chunk(0.0, 0.9)])[None]  # (1, 2, 2, 7)
+    reward = action_reward(policy, chunk(0.1, 0.2)[None])
+    torch.testing.assert_close(reward, -torch.tensor([[[0.0, 0.0], [0.1, 0.7]]]) / 7)
+
+
+def test_reductions_over_frames():
+    per_frame = torch.tensor([[[1.0, 2.0, 6.0]]])
+    assert [reduce_frames(per_frame, over).item() for over in ("sum", "mean", "last")] == [9.0, 3.0, 6.0]
+
+
+def test_image_reward_by_hand():
+    frames, reference = torch.full((1, 2, 1, 3, 16, 16), 0.5), torch.full((1, 1, 3, 16, 16), 0.5)
+    frames[0, 1] = 0.75
+    assert image_reward(frames, reference, perceptual=None, l1_weight=2.0).flatten().tolist() == [0.0, -0.5]
+    both = image_reward(frames, reference, perceptual=perceptual("ssim"), perceptual_weight=3.0)
+    distance = perceptual("ssim")(frames[0, 1], reference[0]).item()
+    assert distance > 0
+    torch.testing.assert_close(both.flatten(), torch.tensor([0.0, -0.25 - 3 * distance]), atol=1e-5, rtol=0)
+
+
+def test_r2_compares_with_the_dataset_and_r3_with_imagination():
+    actions = torch.stack([chunk(0.1, 0.2), chunk(0.3, 0.2)])[None]  # brightness 0.1 0.3 | 0.3 0.5
+    dataset_actions = chunk(0.1, 0.2)[None]
+    frames = torch.full((1, 3, 3, 16, 16), 0.4)
+    model = Painter()
+    r2 = verified_reward("r2", model, actions, dataset_actions, frames)
+    torch.testing.assert_close(r2.reward, -torch.tensor([[0.3 + 0.1, 0.1 + 0.1]]))
+    r3 = verified_reward("r3", model, actions, dataset_actions, frames, imagination="common")
+    torch.testing.assert_close(r3.reward, -torch.tensor([[0.0, 0.2 + 0.2]]))
+    torch.testing.assert_close(r3.per_frame, -torch.tensor([[[0.0, 0.0], [0.2, 0.2]]]))
+    assert model.calls == 2  # the reference is part of the same rollout
+    assert model.how["common_random_numbers"] and not model.how["greedy"]
+    assert r3.frames.shape == (1, 2, 2, 3, 16, 16) and r3.reference.shape == (1, 2, 3, 16, 16)
+
+
+def test_r1_needs_no_world_model_and_the_others_do():
+    actions, frames = torch.zeros(1, 2, 2, 7), torch.zeros(1, 3, 3, 16, 16)
+    assert verified_reward("r1", None, actions, actions[:, 0], frames).reward.tolist() == [[0.0, 0.0]]
+    with pytest.raises(ValueError, match="reward r3 plays actions inside a world model"):
+        verified_reward("r3", None, actions, actions[:, 0], frames)
+
+
+@pytest.mark.parametrize("imagination", ["greedy", "common"])
+def test_the_dataset_actions_themselves_earn_the_best_reward(world_model_file, imagination):
+    torch.manual_seed(0)
+    model = WorldModel.load(world_model_file)
+    dataset_actions, frames = torch.rand(2, 8, 7) - 0.5, torch.rand(2, 9, 3, 64, 64)
+    actions = torch.stack([dataset_actions, torch.rand(2, 8, 7) - 0.5], 1)
+    generator = torch.Generator().manual_seed(0)
+    reward = verified_reward(
+        "r3", model, actions, dataset_actions, frames, imagination=imagination, generator=generator
+    ).reward
+    assert reward[:, 0].abs().max() == 0
+    assert (reward[:, 1] < 0).all()
+
+
+def test_same_robot(policy_file, world_model_file):
+    policy, model = VLAPolicy.load(policy_file), WorldModel.load(world_model_file)
+    check_same_robot(policy, model)
+    model.action_bins.high[1] = 0.05
+    with pytest.raises(ValueError, match=r"dimension 1 the policy emits \[-0.*\], the world model was trained on"):
+        check_same_robot(policy, model)
+    model.cfg = dataclasses.replace(model.cfg, chunk=4)
+    with pytest.raises(ValueError, match="chunk length: the policy has 8, the world model has 4"):
+        check_same_robot(policy, model)
