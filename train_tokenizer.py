@@ -31,7 +31,7 @@ from vlarft.checkpoint import load_train_state, open_run, save_model, save_train
 from vlarft.config import opt, parse
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
-from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual
+from vlarft.metrics import PerceptualDistance, moving_mask, perceptual, pooled_psnr
 from vlarft.pictures import grid, save_png
 from vlarft.runlog import RunLog, check_finite
 from vlarft.tokenizer import PRESETS as MODELS
@@ -59,7 +59,9 @@ class Config:
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
     perceptual_weight: float = opt(1.0, "weight of the perceptual distance beside L1 (public recipe)")
+    square_weight: float = opt(0.0, "weight of the squared error beside L1")
     moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
+    unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
     pyramid: int = opt(1, "scales of the L1, each half the one before")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
     validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
@@ -81,7 +83,9 @@ TINY = Config(
     warmup=50,
     beta2=0.99,
     perceptual="none",
+    square_weight=2.0,
     moving_weight=6.0,
+    unusual_weight=6.0,
     pyramid=3,
     precision="fp32",
     validation_fraction=0.05,
@@ -123,6 +127,11 @@ def pick_frames(batch: Batch, count: int, *seed: int) -> Tensor:
     return batch.frames[torch.arange(segments)[:, None], picks]
 
 
+def median_frame(sampler: WindowSampler, count: int = 256) -> Tensor:
+    """(C, H, W), the median over frames spread evenly over the data: what is always there."""
+    return sampler.spread(count).context_frame.median(dim=0).values
+
+
 def seed_of(*parts: int) -> int:
     """One 63-bit seed out of (seed, rank, step)."""
     value = 0
@@ -132,24 +141,28 @@ def seed_of(*parts: int) -> int:
 
 
 @torch.no_grad()
-def validate(model: FrameTokenizer, batch: Batch, device: torch.device, autocast: torch.autocast) -> dict[str, float]:
-    """Held-out PSNR [dB]: of context frame and future frames, on moving pixels, and there when copying the context."""
+def validate(
+    model: FrameTokenizer, batch: Batch, usual: Tensor, device: torch.device, autocast: torch.autocast
+) -> dict[str, float]:
+    """Held-out PSNR [dB] over all pixels, on moving pixels (and there when copying the context), on unusual pixels."""
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
+    decoded_context, decoded = [], []
     for i in range(0, len(batch.frames), 16):
-        context, frames = batch.context_frame[i : i + 16].to(device), batch.frames[i : i + 16].to(device)
         with autocast:
-            out = model(context, frames)
-        moving, copied = moving_mask(frames, context[:, None]), context[:, None].expand_as(frames)
-        decoded = out.frames.float().clamp(0, 1)
-        errors = [((image - frames).square() * moving).sum() for image in (decoded, copied)]
-        parts = mse(out.context_frame.float().clamp(0, 1), context).sum(), mse(decoded, frames).mean(1).sum()
-        sums += torch.stack([*parts, *errors, moving.sum() * frames.shape[2]]).double().cpu()
+            out = model(batch.context_frame[i : i + 16].to(device), batch.frames[i : i + 16].to(device))
+        decoded_context.append(out.context_frame.float().clamp(0, 1).cpu())
+        decoded.append(out.frames.float().clamp(0, 1).cpu())
     model.train()
-    context_mse, frame_mse = (sums[:2] / len(batch.frames)).tolist()
-    moving_mse, copy_mse = (sums[2:4] / sums[4]).tolist()
-    as_db = {"context": context_mse, "future": frame_mse, "moving": moving_mse, "moving_copy": copy_mse}
-    return {f"val_psnr_{name}": -10 * math.log10(max(value, 1e-10)) for name, value in as_db.items()}
+    decoded_context, decoded = torch.cat(decoded_context), torch.cat(decoded)
+    frames, context = batch.frames, batch.context_frame
+    moving, unusual = moving_mask(frames, context[:, None]), moving_mask(context, usual)
+    return {
+        "val_psnr_context": pooled_psnr(decoded_context, context),
+        "val_psnr_context_unusual": pooled_psnr(decoded_context, context, unusual),
+        "val_psnr_future": pooled_psnr(decoded, frames),
+        "val_psnr_moving": pooled_psnr(decoded, frames, moving),
+        "val_psnr_moving_copy": pooled_psnr(context[:, None].expand_as(frames), frames, moving),
+    }
 
 
 @torch.no_grad()
@@ -163,7 +176,8 @@ def draw(model: FrameTokenizer, batch: Batch, device: torch.device, path: Path) 
     for i in torch.linspace(0, len(frames) - 1, min(4, len(frames))).round().int().tolist():
         rows += [[context[i], *frames[i]], [out.context_frame[i], *out.frames[i]]]
         labels += ["true", "decoded"]
-    save_png(path, grid(rows, labels))
+    if distributed.is_main():
+        save_png(path, grid(rows, labels))
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -185,6 +199,8 @@ def main(cfg: Config) -> dict[str, float]:
         )
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
+
+    usual = median_frame(sampler)
 
     state_path = open_run(cfg.out_dir, cfg)
     torch.manual_seed(cfg.seed)
@@ -227,7 +243,10 @@ def main(cfg: Config) -> dict[str, float]:
             frames,
             perceptual=distance,
             perceptual_weight=cfg.perceptual_weight,
+            square_weight=cfg.square_weight,
             moving_weight=cfg.moving_weight,
+            usual_frame=usual.to(device) if cfg.unusual_weight != 1 else None,
+            unusual_weight=cfg.unusual_weight,
             pyramid=cfg.pyramid,
         )
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
@@ -242,7 +261,7 @@ def main(cfg: Config) -> dict[str, float]:
 
         step += 1
         if step % cfg.validate_every == 0:
-            metrics = validate(model, validation, device, autocast)
+            metrics = validate(model, validation, usual, device, autocast)
         if step % cfg.log_every == 0 or step % cfg.validate_every == 0:
             used = {"codes_used": out.future_tokens.unique().numel(), "lr": optimizer.param_groups[0]["lr"]}
             minutes = minutes_before + (time.monotonic() - started) / 60
@@ -252,10 +271,10 @@ def main(cfg: Config) -> dict[str, float]:
             save()
 
     if state_path is None or step > resumed_at:
-        metrics = validate(model, validation, device, autocast)
+        metrics = validate(model, validation, usual, device, autocast)
         save()
+    draw(model, validation, device, Path(cfg.out_dir) / "reconstructions.png")  # on all ranks: its forward is collective
     if distributed.is_main():
-        draw(model, validation, device, Path(cfg.out_dir) / "reconstructions.png")
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     log.close()
     distributed.cleanup()
