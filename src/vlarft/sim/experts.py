@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlarft.sim.scenes import SURFACES
+from vlarft.sim.scenes import KNOB_TURN, surface_of
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.tasks import Goal
 
 _OPEN, _CLOSE = -1.0, 1.0
+_HANDLE_WIDTH = 0.014  # of drawer handle and knob, metres
 
 
 class ExpertAction(NamedTuple):
@@ -79,6 +80,12 @@ class Expert:
         return ExpertAction(executed, intended)
 
     def _towards(self, goal: Goal) -> np.ndarray:
+        if goal.kind == "open":
+            return self._open_drawer()
+        if goal.kind == "turn":
+            return self._turn_knob()
+        if goal.kind == "push":
+            return self._push(goal)
         return self._place(goal)
 
     def _place(self, goal: Goal) -> np.ndarray:
@@ -86,36 +93,71 @@ class Expert:
         env = self.env
         hand, width = env.hand_position, env.finger_width
         item, position = env.items[goal.item], env.position(goal.item)
-        surface = SURFACES[goal.target]
-        aim = env.position(goal.target) + np.array([*goal.offset, surface.height + item.half_height + surface.drop])
-        offset = position - hand
-        over_aim = bool(np.all(np.abs(position - aim)[:2] < 0.012))
-        if over_aim and position[2] < aim[2] + 0.006 or self._on_target(goal):
+        surface = surface_of(env.scene, goal.target)
+        aim = env.position(goal.target)
+        aim[2] += surface.height + item.half_height + surface.drop
+        over = np.abs(position - aim)[:2]
+        low = position[2] < aim[2] + 0.006
+        if low and (np.all(over < 0.010) or np.all(over < surface.reach) and not self._holds(item.width, position)):
             up = np.array([hand[0], hand[1], env.scene.travel_height])
-            return self._move(up, 0.0, _OPEN, slow=_ramp(width - item.width, 0.0, 0.015))
-        between = abs(offset[0]) < 0.5 * width + 0.004 and abs(offset[1]) < 0.018 and abs(offset[2]) < 0.018
-        if between and width < item.width + 0.004:
-            return self._travel(aim - offset, 0.0, _CLOSE)
-        # A hand that has begun to close keeps closing over a wider range, so that noise does not reopen it.
-        tolerance = 0.010 if width > 0.07 else 0.018
-        grasp = np.array([position[0], position[1], max(position[2], 0.014)])
-        near = np.linalg.norm(grasp[:2] - hand[:2]) < tolerance and abs(grasp[2] - hand[2]) < tolerance
-        return self._travel(grasp, 0.0, _CLOSE if near else _OPEN)
+            return self._move(up, env.hand_angles[0], _OPEN, slow=_ramp(width - item.width, 0.0, 0.015))
+        if self._holds(item.width, position):
+            return self._travel(aim - position + hand, 0.0, _CLOSE, goal.item)
+        yaw = math.remainder(env.yaw(goal.item), math.pi) if item.elongated else 0.0
+        return self._grasp(np.array([position[0], position[1], max(position[2], 0.014)]), yaw, goal.item)
 
-    def _on_target(self, goal: Goal) -> bool:
-        """The item lies on the target, whether or not the fingers are clear of it."""
+    def _open_drawer(self) -> np.ndarray:
+        handle = self.env.position("drawer")
+        if self._holds(_HANDLE_WIDTH, handle):
+            return self._move(handle - np.array([0.0, 0.1, 0.0]), 0.0, _CLOSE)
+        return self._grasp(handle, 0.0)
+
+    def _turn_knob(self) -> np.ndarray:
+        knob, angle = self.env.position("knob"), self.env.joint("knob")
+        if self._holds(_HANDLE_WIDTH, knob):
+            return self._move(knob, min(angle + 0.25, KNOB_TURN + 0.1), _CLOSE)
+        return self._grasp(knob, angle)
+
+    def _push(self, goal: Goal) -> np.ndarray:
+        """Push a disc away from the camera with the closed fingers. Open ones would wedge it and lift it afterwards."""
         env = self.env
-        item, surface = env.items[goal.item], SURFACES[goal.target]
-        gap = env.position(goal.item) - env.position(goal.target)
-        resting = gap[2] < surface.height + item.half_height + surface.drop + 0.006
-        return resting and bool(np.all(np.abs(gap[:2]) < surface.reach))
+        hand, position = env.hand_position, env.position(goal.item)
+        behind = position[1] - env.items[goal.item].size[0]
+        low = 0.014
+        if abs(hand[0] - position[0]) < 0.02 and hand[1] < behind + 0.015 and hand[2] < low + 0.014:
+            ahead = 0.1 * _ramp(hand[2] - low, 0.010, 0.005)
+            return self._move(np.array([position[0], hand[1] + ahead, low]), 0.0, _CLOSE)
+        return self._travel(np.array([position[0], behind - 0.018, low]), 0.0, _CLOSE, goal.item)
 
-    def _travel(self, point: np.ndarray, yaw: float, gripper: float) -> np.ndarray:
-        """Towards `point` through a funnel above it: sideways only at travelling height, down only when nearly over it."""
+    def _holds(self, width: float, position: np.ndarray) -> bool:
+        """A thing of this width at this position is in the closed fingers."""
+        env = self.env
+        offset = np.abs(position - env.hand_position)
+        between = offset[0] < 0.5 * width + 0.006 and offset[1] < 0.018 and offset[2] < 0.018
+        return bool(between and env.finger_width < width + 0.004)
+
+    def _grasp(self, point: np.ndarray, yaw: float, item: str = "") -> np.ndarray:
+        """Travel to `point` and close the fingers there."""
         hand = self.env.hand_position
+        # A hand that has begun to close keeps closing over a wider range, so that noise does not reopen it.
+        tolerance = 0.010 if self.env.finger_width > 0.07 else 0.018
+        near = np.linalg.norm(point[:2] - hand[:2]) < tolerance and abs(point[2] - hand[2]) < tolerance
+        return self._travel(point, yaw, _CLOSE if near else _OPEN, item)
+
+    def _travel(self, point: np.ndarray, yaw: float, gripper: float, item: str = "") -> np.ndarray:
+        """Towards `point` through a funnel above it: sideways only at travelling height, down only when nearly over it.
+
+        Nor sideways while another item than `item`, one just put down say, is still between the fingers.
+        """
+        env = self.env
+        hand = env.hand_position
         distance = float(np.linalg.norm(point[:2] - hand[:2]))
-        height = point[2] + (self.env.scene.travel_height - point[2]) * _ramp(distance, 0.012, 0.05)
+        height = point[2] + (env.scene.travel_height - point[2]) * _ramp(distance, 0.012, 0.05)
         sideways = _ramp(hand[2] - height, -0.045, -0.015)
+        for name, other in env.items.items():
+            position = env.position(name)
+            if name != item and np.linalg.norm(position[:2] - hand[:2]) < 0.04:
+                sideways *= _ramp(hand[2] - position[2] - other.half_height, 0.008, 0.018)
         return self._move(np.array([point[0], point[1], height]), yaw, gripper, sideways=sideways)
 
     def _move(

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, SURFACES, sample_layout, scene_xml
+from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, sample_layout, scene_xml, surface_of
 from vlarft.sim.tasks import SUITES, Goal
 
 if TYPE_CHECKING:
-    import mujoco
-
     from vlarft.sim.perturb import Perturbation
 
 NUM_INITIAL_STATES = 50
@@ -268,7 +266,7 @@ class TabletopEnv:
         if goal.kind == "turn":
             return self.joint("knob") > 0.8 * KNOB_TURN
         position, target = self.position(goal.item), self.position(goal.target)
-        surface = SURFACES[goal.target]
+        surface = surface_of(self.scene, goal.target)
         inside = bool(np.all(np.abs(position - target)[:2] < surface.reach))
         if goal.kind == "push":
             return inside
