@@ -16,6 +16,7 @@ Nc = h * w context tokens, Nf tokens of one future frame, d = len(levels) scalar
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,8 @@ class TokenizerConfig:
         norm_groups: groups of every GroupNorm; must divide all block channels.
         num_heads: heads of the cross-attention.
         dropout: dropout of the cross-attention's weights, in training.
+        local_init: start the cross-attention looking at its own place in the context. Off in the paper (positions start
+            at zero); it saves a short training the steps in which it finds out where things are.
     """
 
     image_size: tuple[int, int] = (256, 256)
@@ -62,6 +65,7 @@ class TokenizerConfig:
     norm_groups: int = 32
     num_heads: int = 4
     dropout: float = 0.1
+    local_init: bool = False
 
     def __post_init__(self) -> None:
         multiple = self.downsampling * self.future_patch
@@ -330,6 +334,11 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.GroupNorm(cfg.norm_groups, dim)
         self.kv_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
         self.q_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
+        if cfg.local_init:
+            with torch.no_grad():  # equal positions under equal projections: the score peaks at the query's own place
+                self.kv_pos_emb.normal_(std=1.5)
+                self.q_pos_emb.copy_(self.kv_pos_emb)
+                self.att.in_proj_weight[dim : 2 * dim] = self.att.in_proj_weight[:dim]
 
     def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Context features (S, D, h, w) -> keys and values, each (S, heads, Nc, E)."""
@@ -539,13 +548,19 @@ def reconstruction_loss(
     context_frame: Tensor,
     frames: Tensor,
     *,
-    perceptual: object = None,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     perceptual_weight: float = 1.0,
+    square_weight: float = 0.0,
     moving_weight: float = 1.0,
-    moving_threshold: float = 0.04,
+    usual_frame: Tensor | None = None,
+    unusual_weight: float = 1.0,
+    threshold: float = 0.04,
     pyramid: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
+    """L1 + perceptual distance on the context frame and on the future frames, each a weighted mean over its pixels.
+
+    The last six arguments are for short trainings: plain L1 seeks the median, and the median of a small object that
+    may be anywhere is the background.
 
     Args:
         reconstruction: of `forward`.
@@ -553,20 +568,27 @@ def reconstruction_loss(
         frames: (S, L, C, H, W) in [0, 1].
         perceptual: distance of `metrics.perceptual`, or None.
         perceptual_weight: its weight beside L1.
-        moving_weight: weight of the future pixels that differ from the context frame, those at rest have 1.
-        moving_threshold: a pixel moves when a channel differs by more than this.
-        pyramid: scales of the L1, each half the one before; 1 = full resolution only.
+        square_weight: weight of the squared error beside L1.
+        moving_weight: weight of the future pixels that differ from the context frame; those at rest have 1.
+        usual_frame: (C, H, W), what the data set shows mostly, or None.
+        unusual_weight: weight of the pixels that differ from it, in context and future frames.
+        threshold: pixels differ when a channel differs by more than this.
+        pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
 
     Returns:
         The scalar loss, and its parts.
     """
     decoded_context, decoded = reconstruction.context_frame.float(), reconstruction.frames.float()
-    moving = ((frames - context_frame[:, None]).abs().amax(dim=2, keepdim=True) > moving_threshold).float()
-    weight = 1 + (moving_weight - 1) * moving  # (S, L, 1, H, W)
-    context_l1 = _pyramid_l1(decoded_context, context_frame, torch.ones_like(context_frame[:, :1]), pyramid)
-    future_l1 = _pyramid_l1(decoded.flatten(0, 1), frames.flatten(0, 1), weight.flatten(0, 1), pyramid)
-    loss = context_l1 + future_l1
-    metrics = {"context_l1": context_l1.detach(), "future_l1": future_l1.detach()}
+    context_weight, weight = torch.ones_like(context_frame[:, :1]), torch.ones_like(frames[:, :, :1])
+    if usual_frame is not None:
+        context_weight = _weight_where(context_frame, usual_frame, threshold, unusual_weight)  # (S, 1, H, W)
+        weight = _weight_where(frames, usual_frame, threshold, unusual_weight)  # (S, L, 1, H, W)
+    weight = torch.maximum(weight, _weight_where(frames, context_frame[:, None], threshold, moving_weight))
+    context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
+    flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
+    future_error = _weighted_error(*flat, square_weight, pyramid)
+    loss = context_error + future_error
+    metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
     if perceptual is not None and perceptual_weight > 0:
         distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
         loss = loss + perceptual_weight * distance
@@ -574,13 +596,21 @@ def reconstruction_loss(
     return loss, metrics
 
 
-def _pyramid_l1(decoded: Tensor, target: Tensor, weight: Tensor, scales: int) -> Tensor:
-    """Weighted mean absolute error of (B, C, H, W), averaged over scales of average-pooled images."""
+def _weight_where(frames: Tensor, reference: Tensor, threshold: float, weight: float) -> Tensor:
+    """Weight (..., 1, H, W) where frames (..., C, H, W) differ from the reference, 1 elsewhere."""
+    differs = (frames - reference).abs().amax(dim=-3, keepdim=True) > threshold
+    return 1 + (weight - 1) * differs.float()
+
+
+def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, square_weight: float, scales: int) -> Tensor:
+    """Weighted mean of |e| + square_weight * e^2 of (B, C, H, W), averaged over scales of average-pooled images."""
     total = decoded.new_zeros(())
     for scale in range(scales):
         if scale:
             decoded, target, weight = (F.avg_pool2d(x, 2) for x in (decoded, target, weight))
-        total = total + ((decoded - target).abs().mean(dim=1, keepdim=True) * weight).sum() / weight.sum()
+        error = decoded - target
+        error = error.abs() if square_weight == 0 else error.abs() + square_weight * error.square()
+        total = total + (error.mean(dim=1, keepdim=True) * weight).sum() / weight.sum()
     return total / scales
 
 
