@@ -81,7 +81,9 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module] = (), methods: Iterable
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # the default leaves the outermost module whole after a forward without backward (validation): its parameters would
+    # then be plain tensors, and neither an average of weights nor a state dict could rely on finding shards
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for name in methods:
         register_fsdp_forward_method(module, name)
     return module

@@ -1,0 +1,134 @@
+"""distributed: two gloo processes do what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlarft import distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(processes: int, script: str, *arguments: object) -> None:
+    """Run a script under the variables that torchrun sets; fails with the output of the first process that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = []
+    for rank in range(processes):
+        env = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [w.communicate(timeout=240)[0] for w in workers]
+    for worker, output in zip(workers, outputs):
+        assert worker.returncode == 0, output[-3000:]
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_model(one: Path, two: Path) -> None:
+    """Equal on average to 1 % of what 4 steps of Adam move (a gradient near zero may change sign by rounding alone)."""
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key].float() - b[key].float()).abs().mean() < 5e-5, key
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 2, "--validation-fraction", 0.2]
+    launch(1, "train_tokenizer.py", *flags, "--out-dir", folder)
+    return folder / "model.safetensors"
+
+
+def test_tokenizer(demos, tmp_path):
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
+    flags += ["--future-frames", 9]  # all frames: which ones a smaller number picks depends on the rank
+    for n in (1, 2):
+        launch(n, "train_tokenizer.py", *flags, "--out-dir", tmp_path / str(n))
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_world_model(demos, tokenizer, tmp_path):
+    flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-every", 1]
+    flags += ["--validation-fraction", 0.2]
+    for n in (1, 2):
+        launch(n, "train_wm.py", *flags, "--out-dir", tmp_path / str(n))
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_sft_two_processes_are_two_accumulated_batches(demos, tmp_path):
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
+    launch(1, "train_sft.py", *flags, "--accumulate", 2, "--out-dir", tmp_path / "1")
+    launch(2, "train_sft.py", *flags, "--out-dir", tmp_path / "2")
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+
+
+def test_rft_shares_starts_and_averages_gradients(demos, policy_file, world_model_file, tmp_path):
+    flags = ["--preset", "smoke", "--demos", demos, "--policy", policy_file, "--world-model", world_model_file]
+    launch(2, "train_rft.py", *flags, "--out-dir", tmp_path)
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[0]["ratio_mean"] == pytest.approx(1, abs=1e-4)  # the sharded policy is scored as it was sampled
+    before, after = load_file(policy_file), load_file(tmp_path / "model.safetensors")
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))
+
+
+def test_one_process_is_plain():
+    module = torch.nn.Linear(2, 2)
+    assert distributed.shard(module) is module
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.mean_across_ranks({"a": torch.tensor(0.5)}) == {"a": 0.5}
+    assert distributed.local_batch(6) == 6
+
+
+def test_batch_that_does_not_divide(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes"):
+        distributed.local_batch(6)
+
+
+def test_clip_grad_norm_by_hand():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert distributed.clip_grad_norm([weight], 1.0) == pytest.approx(5)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_optimizer_state_round_trip():
+    def trained():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(net.parameters())
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return net, optimizer
+
+    net, optimizer = trained()
+    state = distributed.optimizer_state(optimizer)
+    fresh = torch.optim.AdamW(net.parameters())
+    distributed.load_optimizer_state(fresh, state)
+    for a, b in zip(fresh.state_dict()["state"].values(), optimizer.state_dict()["state"].values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
