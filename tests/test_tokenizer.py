@@ -116,9 +116,9 @@ def test_shapes_at_every_image_size(size):
     assert context.tokens.shape == (2, cells) == (2, config.num_context_tokens)
     tokens = model.encode_future(frames, context)
     assert tokens.shape == (2, 3, cells // 4) == (2, 3, config.num_future_tokens)
-    assert 0 <= tokens.min() and tokens.max() < math.prod(config.future_levels)
+    assert tokens.min() >= 0 and tokens.max() < math.prod(config.future_levels)
     decoded = model.decode(tokens, context)
-    assert decoded.shape == frames.shape and 0 <= decoded.min() and decoded.max() <= 1
+    assert decoded.shape == frames.shape and decoded.min() >= 0 and decoded.max() <= 1
     groups = tokens[:, None].expand(2, 4, 3, -1)
     # Larger batches take other convolution kernels: equal up to rounding.
     assert_close(model.decode(groups, context)[:, 3], decoded, atol=1e-5, rtol=1e-4)

@@ -52,9 +52,8 @@ def test_matches_transformers(family):
         depth=2, width=32, num_heads=4, num_kv_heads=2, ffn_dim=48, qkv_bias=bias, init_std=0.3, rope_theta=500.0
     )
     ours = make(config)
-    sizes = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
+    widths = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {**widths, "num_attention_heads": 4, "num_key_value_heads": 2}
     kinds = {
         "llama": (transformers.LlamaConfig, transformers.LlamaModel),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2Model),

@@ -1,0 +1,297 @@
+"""World model: layout, loss, cached rollouts against full forwards, groups, sampling, closed loop, errors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from vlarft.checkpoint import save_model
+from vlarft.tokenizer import PRESETS as TOKENIZERS
+from vlarft.tokenizer import TokenizerConfig
+from vlarft.transformer import TransformerConfig
+from vlarft.world_model import PRESETS, Sampling, TokenLayout, WorldModel, WorldModelConfig, restrict
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZER = TokenizerConfig(
+    image_size=(16, 16),
+    stem=4,
+    block_channels=(8,),
+    res_blocks=1,
+    mid_res_blocks=1,
+    latent_channels=4,
+    future_patch=2,
+    context_levels=(5, 3),
+    future_levels=(3, 3),
+    norm_groups=4,
+    dropout=0.0,
+)
+SMALL = WorldModelConfig(
+    tokenizer=TOKENIZER,
+    transformer=TransformerConfig(depth=2, width=32, num_heads=4, num_kv_heads=4, ffn_dim=48, init_std=0.3),
+    chunk=3,
+    action_dim=2,
+    action_bins=8,
+)
+
+
+def make(config: WorldModelConfig = SMALL) -> WorldModel:
+    torch.manual_seed(0)
+    model = WorldModel(config).eval()
+    with torch.no_grad():
+        model.tokenizer.quant_linear.weight.mul_(30)  # an untrained tokenizer gives the same token everywhere
+        model.tokenizer.quant_conv.weight.mul_(30)
+    return model
+
+
+def full_logits(model: WorldModel, context: torch.Tensor, future: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, Nf, V) of the future codes of frames 1..T, by one forward of the whole sequence."""
+    ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
+    with torch.no_grad():
+        logits = model.lm_head(model.decoder(model.embed_tokens(ids)))
+    positions = model.layout.frame_positions(actions.shape[1])
+    return logits[:, positions - 1, : model.layout.num_future_codes]
+
+
+def test_paper_preset_size_and_layout():
+    with torch.device("meta"):
+        model = WorldModel(replace(PRESETS["paper"], tokenizer=TOKENIZERS["paper"]))
+    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tokenizer."))
+    assert count == 127_101_696
+    layout = model.layout
+    assert (layout.vocab_size, layout.context_offset, layout.action_offset) == (9008, 4375, 8750)
+    assert (layout.bos, layout.eos) == (9006, 9007)
+    assert layout.prefix_length + layout.action_length == 1095 and layout.length(8) == 1656
+
+
+def test_layout_matches_the_published_sequence():
+    golden, layout = load_file(GOLDEN / "world_model_sequence.safetensors"), TokenLayout(PRESETS["paper"])
+    bins = golden["action_ids"].long()[:, :8] - layout.action_offset
+    ids = layout.sequence(golden["ctx_tokens"][:, 0].long(), golden["dyn_tokens"].long(), bins)
+    assert torch.equal(ids, golden["input_ids"].long()[:, :1656])  # which ends with one more copy of the last action
+    release = TokenLayout(replace(PRESETS["paper"], loss_on_actions=True))
+    labelled = (golden["labels"][0, :1656] != -100).nonzero()[:, 0]
+    assert torch.equal(release.target_positions(8), labelled)
+    frames = labelled[golden["input_ids"][0, labelled] < layout.num_future_codes]
+    assert torch.equal(layout.target_positions(8), frames)
+
+
+def test_layout_by_hand():
+    layout = TokenLayout(
+        SMALL
+    )  # 9 future codes, 15 context codes, 8 bins; 16 context tokens, 4 per frame, 2 per action
+    assert (layout.context_offset, layout.action_offset, layout.vocab_size) == (9, 24, 34)
+    future = torch.arange(8).reshape(1, 2, 4)
+    ids = layout.sequence(torch.zeros(1, 16, dtype=torch.long), future, torch.tensor([[[0, 7]]]))
+    assert ids.tolist() == [[9] * 16 + [0, 1, 2, 3] + [24, 31] + [4, 5, 6, 7]]
+    assert layout.target_positions(1).tolist() == [22, 23, 24, 25] and layout.length(1) == 26
+
+
+def test_loss_is_the_mean_cross_entropy_of_future_frames():
+    model = make()
+    frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2) * 2 - 1
+    loss, metrics = model.loss(frames, actions)
+    context, future = model.tokenize(frames)
+    ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
+    logits = model.lm_head(model.decoder(model.embed_tokens(ids)))
+    terms = [
+        F.cross_entropy(logits[b, p - 1], ids[b, p])
+        for b in range(2)
+        for t in range(3)
+        for p in range(16 + 4 + 2 + t * 6, 16 + 4 + 2 + t * 6 + 4)
+    ]
+    assert_close(loss, torch.stack(terms).mean())
+    right = full_logits(model, context, future, actions).argmax(-1)  # over future codes; the metric is over all ids
+    assert metrics["accuracy"] <= (right == future[:, 1:]).float().mean() + 1e-6
+    assert metrics["outside"] == 0 and model.loss(frames, actions + 9)[1]["outside"] == 1
+
+
+def test_loss_on_actions_adds_their_tokens():
+    frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2) * 2 - 1
+    paper, release = make(), make(replace(SMALL, loss_on_actions=True))
+    assert len(release.layout.target_positions(3)) == 3 * (4 + 2)
+    a, b = paper.loss(frames, actions), release.loss(frames, actions)
+    assert a[0] != b[0] and a[1]["accuracy"] == b[1]["accuracy"]
+
+
+def test_loss_does_not_see_the_future():
+    model = make()
+    frames, actions = torch.rand(1, 4, 3, 16, 16), torch.rand(1, 3, 2) * 2 - 1
+    context, future = model.tokenize(frames)
+    before = full_logits(model, context, future, actions)
+    changed = actions.clone()
+    changed[:, 1] = -changed[:, 1]
+    after = full_logits(model, context, future, changed)
+    assert_close(before[:, 0], after[:, 0])  # action 1 leads from frame 1 to frame 2
+    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-3
+    later = future.clone()
+    later[:, 2] = (later[:, 2] + 1) % 9
+    after = full_logits(model, context, later, actions)
+    assert_close(before[:, :1], after[:, :1])
+    assert_close(before[:, 1, 0], after[:, 1, 0])  # the first token of frame 2 is drawn before any of it is seen
+
+
+def test_gradient_reaches_every_trained_parameter_and_no_frozen_one():
+    model = make().train()
+    assert not model.tokenizer.training
+    model.loss(torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2))[0].backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("tokenizer."):
+            assert parameter.grad is None and not parameter.requires_grad, name
+        else:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_greedy_rollout_is_the_argmax_of_the_full_forward():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
+    rollout = model.rollout(start, actions, greedy=True)
+    assert rollout.tokens.shape == (2, 3, 3, 4) and rollout.frames.shape == (2, 3, 3, 3, 16, 16)
+    assert rollout.tokens.max() < 9
+    context, first = model.tokenize(start[:, None])
+    for g in range(3):
+        future = torch.cat([first, rollout.tokens[:, g]], dim=1)
+        logits = full_logits(model, context, future, actions[:, g])
+        assert torch.equal(logits.argmax(-1), rollout.tokens[:, g])
+    whole = model.tokenizer.encode_context(start)
+    assert_close(rollout.frames, model.tokenizer.decode(rollout.tokens, whole))
+
+
+def test_cached_logits_equal_the_full_forward(monkeypatch):
+    model, seen = make(), []
+    draw = Sampling.draw
+
+    def record(self, logits, group_size, generator):
+        seen.append(logits)
+        return draw(self, logits, group_size, generator)
+
+    monkeypatch.setattr(Sampling, "draw", record)
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 3, 2) * 2 - 1
+    rollout = model.rollout(start, actions, temperature=2.0, top_p=1.0, generator=torch.Generator().manual_seed(0))
+    cached = torch.stack(seen, dim=1).unflatten(1, (3, 4)).unflatten(0, (2, 2))  # (S, G, T, Nf, V)
+    context, first = model.tokenize(start[:, None])
+    for g in range(2):
+        want = full_logits(model, context, torch.cat([first, rollout.tokens[:, g]], 1), actions[:, g])
+        assert_close(cached[:, g], want, atol=1e-4, rtol=1e-4)
+
+
+def test_prefix_is_computed_once_per_start(monkeypatch):
+    model, rows = make(), []
+    forward = model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda x, *rest: rows.append(x.shape[:2]) or forward(x, *rest))
+    model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 5, 3, 2), greedy=True)
+    assert rows[0] == (2, 20) and sum(n for _, n in rows[1:]) == 3 * 6 - 1 and all(b == 10 for b, _ in rows[1:])
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_group_rollouts_equal_single_rollouts(common):
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
+    options = {"greedy": not common, "common_random_numbers": common, "temperature": 3.0, "top_p": 1.0}
+    together = model.rollout(start, actions, generator=torch.Generator().manual_seed(3), **options)
+    for g in range(3):
+        generator = torch.Generator().manual_seed(3)
+        alone = model.rollout(start, actions[:, g : g + 1], generator=generator, **options)
+        assert torch.equal(alone.tokens[:, 0], together.tokens[:, g])
+    assert (together.tokens[:, 0] != together.tokens[:, 1]).any()
+
+
+def test_common_random_numbers_and_seeds():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), (torch.rand(2, 1, 3, 2) * 2 - 1).expand(2, 4, 3, 2)
+
+    def roll(seed: int, common: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.rollout(
+            start, actions, temperature=3.0, top_p=1.0, generator=generator, common_random_numbers=common
+        ).tokens
+
+    same = roll(0, True)
+    assert (same == same[:, :1]).all() and (same != roll(1, True)).any()
+    different = roll(0, False)
+    assert (different != different[:, :1]).any()
+    assert torch.equal(different, roll(0, False))
+
+
+def test_first_frame_may_differ_from_the_context_frame():
+    model = make()
+    frames, actions = torch.rand(1, 4, 3, 16, 16), torch.rand(1, 1, 3, 2)
+    other = torch.rand(1, 3, 16, 16)
+    rollout = model.rollout(other, actions, greedy=True, first_frame=frames[:, 0])
+    context, first = model.tokenize(frames[:, :1], other)
+    logits = full_logits(model, context, torch.cat([first, rollout.tokens[:, 0]], 1), actions[:, 0])
+    assert torch.equal(logits.argmax(-1), rollout.tokens[:, 0])
+
+
+def test_restrict_by_hand():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
+    def kept(top_p: float, top_k: int | None) -> list[bool]:
+        return torch.isfinite(restrict(logits, top_p, top_k))[0].tolist()
+
+    assert kept(1.0, None) == [True] * 4
+    assert kept(0.8, None) == [True, True, False, False]  # 0.5 + 0.3 reach 0.8
+    assert kept(0.81, None) == [True, True, True, False]
+    assert kept(0.01, None) == [True, False, False, False]
+    assert kept(1.0, 3) == [True, True, True, False]
+    assert kept(0.8, 1) == [True, False, False, False]
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20000, 3)
+    got = Sampling(top_p=1.0).draw(logits, 1, torch.Generator().manual_seed(0))
+    share = torch.bincount(got, minlength=3) / len(got)
+    assert_close(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.015, rtol=0)
+    shared = Sampling(top_p=1.0, common_random_numbers=True).draw(logits, 4, torch.Generator().manual_seed(0))
+    assert (shared.unflatten(0, (-1, 4)) == shared[::4, None]).all()
+
+
+def test_closed_loop_equals_rollout_and_restarts_after_a_chunk():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 1, 6, 2) * 2 - 1
+    model.reset(start)
+    frames = torch.stack([model.step(actions[:, 0, t]) for t in range(6)], dim=1)
+    first = model.rollout(start, actions[:, :, :3], greedy=True).frames[:, 0]
+    assert_close(frames[:, :3], first, atol=1e-5, rtol=1e-4)
+    second = model.rollout(first[:, -1], actions[:, :, 3:], greedy=True).frames[:, 0]
+    assert_close(frames[:, 3:], second, atol=1e-5, rtol=1e-4)
+
+
+def test_smooth_init_gives_neighbours_similar_embeddings():
+    model = make(replace(SMALL, smooth_init=True, action_bins=64))
+    layout = model.layout
+    actions = model.embed_tokens.weight[layout.action_offset : layout.bos]
+    near = F.cosine_similarity(actions[:-1], actions[1:]).mean()
+    assert near > 0.9 > F.cosine_similarity(actions[:-16], actions[16:]).abs().mean() + 0.3
+    assert 0.5 < actions.std() / SMALL.transformer.init_std < 2
+
+
+def test_save_and_load(tmp_path):
+    model = make()
+    model.action_bins.set_range(torch.tensor([-0.5, -2.0]), torch.tensor([0.5, 1.0]))
+    save_model(tmp_path / "model.safetensors", model, SMALL)
+    again = WorldModel.load(tmp_path / "model.safetensors")
+    assert again.cfg == SMALL and again.action_bins.low.tolist() == [-0.5, -2.0]
+    start, actions = torch.rand(1, 3, 16, 16), torch.rand(1, 2, 3, 2)
+    a, b = (m.rollout(start, actions, greedy=True) for m in (model, again))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.frames, b.frames)
+
+
+def test_errors():
+    model = make()
+    with pytest.raises(ValueError, match=r"actions \(S, G, T, 2\) with S = 2 starts, got shape \(2, 3, 2\)"):
+        model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 2))
+    with pytest.raises(ValueError, match="call reset"):
+        model.step(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        Sampling(temperature=0)
+    with pytest.raises(ValueError, match="top_p must lie in"):
+        Sampling(top_p=0)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        Sampling(top_k=0)
+    short = replace(SMALL, transformer=replace(SMALL.transformer, max_positions=30))
+    with pytest.raises(ValueError, match="a segment of 3 actions has 38 tokens"):
+        WorldModel(short)
