@@ -113,7 +113,7 @@ class Expert:
         return self._grasp(handle, 0.0)
 
     def _turn_knob(self) -> np.ndarray:
-        knob, angle = self.env.position("knob"), self.env.joint("knob")
+        knob, angle = self.env.position("knob") + np.array([0.0, 0.0, 0.004]), self.env.joint("knob")
         if self._holds(_HANDLE_WIDTH, knob):
             return self._move(knob, min(angle + 0.25, KNOB_TURN + 0.1), _CLOSE)
         return self._grasp(knob, angle)

@@ -118,11 +118,11 @@ FIXTURE_XML = {
         <geom type="box" size="0.002 0.035 0.010" pos="0.042 0.058 -0.012" mass="0.02" rgba="0.62 0.70 0.78 1"/>
       </body>""",
     "dial": """
-      <geom type="cylinder" size="0.034 0.004" pos="0 0 0.004" rgba="0.92 0.92 0.88 1"/>
+      <geom type="cylinder" size="0.034 0.004" pos="0 0 0.004" rgba="0.12 0.12 0.14 1"/>
       <body name="knob" pos="0 0 0.030">
         <joint name="knob" type="hinge" axis="0 0 1" range="0 1.4" limited="true" frictionloss="0.02" damping="0.01"
           armature="0.0005"/>
-        <geom type="cylinder" size="0.024 0.005" pos="0 0 -0.016" mass="0.02" rgba="0.15 0.15 0.17 1"/>
+        <geom type="cylinder" size="0.006 0.005" pos="0 0 -0.017" mass="0.02" rgba="0.15 0.15 0.17 1"/>
         <geom type="box" size="0.007 0.026 0.014" mass="0.02" friction="1.5 0.02 0.001" rgba="0.95 0.30 0.10 1"/>
       </body>""",
 }

@@ -128,9 +128,9 @@ class TabletopEnv:
         self.num_rejected = 0
         if perturb is None:
             self.place(layout, hand)
+            self.settle()
         else:
             self.num_rejected = perturb.apply(self, layout, hand, np.random.default_rng([*entropy, 1]))
-        self.settle()
 
     def place(self, layout: dict[str, np.ndarray], hand: np.ndarray) -> None:
         """Writes a layout (body name -> x, y, z, yaw) and a hand position into the physics, at rest; call `settle` next."""
