@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,13 +38,13 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from vlarft.sim.perturb import Perturbation
 
 from vlarft.checkpoint import open_run, read_header, write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
 from vlarft.policy import VLAPolicy
 from vlarft.sim import NUM_INITIAL_STATES, make_env, task_index, task_names
+from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames, write_gif
 
 
@@ -60,7 +61,7 @@ class Config:
     num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
     noise: Literal["sampled", "zero"] = opt("sampled", "x0 of the ODE")
     seed: int = opt(0, "of x0 and of the perturbations")
-    workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each")
+    workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
     batch_size: int = opt(10, "episodes that a worker plays side by side, one policy call for all")
     animate: int = opt(0, "episodes per policy to write as GIF, the same starts for every policy")
     animate_size: int = opt(160, "side of the animation [px]")
@@ -155,6 +156,30 @@ def _perturbation(cfg: Config) -> Perturbation | None:
     return None if cfg.perturb is None else Perturbation.parse(cfg.perturb)
 
 
+def play_all(cfg: Config, jobs: list[tuple]) -> Iterator[list[dict]]:
+    """Results of `play` for each job as they come, from worker processes (from this one when `workers` is 0).
+
+    Raises:
+        RuntimeError: a worker died; what came before has been yielded.
+    """
+    if cfg.workers == 0:
+        yield from (play(cfg, *job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(cfg.workers, max(1, len(jobs))), context, _one_thread) as pool:
+        futures = [pool.submit(play, cfg, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died (out of memory?); finished episodes are kept: run the same command again to go "
+                "on, with fewer --workers if memory is short"
+            ) from error
+        finally:  # also when the caller is interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict:
     """Rates with Wilson intervals per policy, suite and task; differences to the first policy on the same starts."""
     outcome = {(r["policy"], r["suite"], r["task"], r["init_state"]): r["success"] for r in records}
@@ -162,7 +187,7 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
 
     def rate(policy: str, chosen: list) -> dict:
         wins = sum(outcome[(policy, *s)] for s in chosen)
-        low, high = wilson_interval(wins, len(chosen))
+        _, low, high = wilson_interval(wins, len(chosen))
         return {"success": wins, "episodes": len(chosen), "rate": wins / len(chosen), "low": low, "high": high}
 
     policies = []
@@ -174,8 +199,8 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
             suites[suite] = {"all": rate(path, of_suite), "tasks": tasks}
         entry = {"policy": path, "digest": digests[path], "all": rate(path, starts), "suites": suites}
         if path != cfg.policies[0]:
-            first = [outcome[(cfg.policies[0], *s)] for s in starts]
-            entry["against_first"] = paired_difference([outcome[(path, *s)] for s in starts], first)._asdict()
+            baseline, own = ([outcome[(p, *s)] for s in starts] for p in (cfg.policies[0], path))
+            entry["against_first"] = paired_difference(baseline, own)._asdict()
         policies.append(entry)
     return {"config": to_dict(cfg), "torch": torch.__version__, "policies": policies}
 
@@ -251,27 +276,15 @@ def main(cfg: Config) -> dict:
                     jobs.append((path, digests[path], suite, task, todo[k : k + cfg.batch_size]))
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
-    context = multiprocessing.get_context("spawn")
     with (
         log.open("a", buffering=1) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
-        ProcessPoolExecutor(min(cfg.workers, max(1, len(jobs))), context, _one_thread) as pool,
     ):
-        futures = [pool.submit(play, cfg, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                for record in future.result():
-                    records.append(record)
-                    file.write(json.dumps(record) + "\n")
-                    bar.update()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"a worker process died (out of memory?); {len(records)} of {total} episodes are kept in {log}: "
-                "run the same command again to go on, with fewer --workers if memory is short"
-            ) from error
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for played in play_all(cfg, jobs):
+            for record in played:
+                records.append(record)
+                file.write(json.dumps(record) + "\n")
+                bar.update()
 
     results = summarise(cfg, records, digests)
     write_json(out_dir / "results.json", results)

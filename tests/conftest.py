@@ -1,4 +1,4 @@
-"""Small worlds for the tests: demonstrations, a world model and a policy that are trained on nothing and fit together."""
+"""Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
 
 import os
 from pathlib import Path

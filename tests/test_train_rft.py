@@ -65,7 +65,9 @@ def test_micro_batches_give_the_same_gradient(config, parts):
     gradients = []
     for micro in (None, 1):
         optimizer = torch.optim.SGD(parameters, lr=0.0)
-        train_rft.update(dataclasses.replace(config, micro_starts=micro, clip_norm=1e9), policy, optimizer, rollouts, (0,))
+        train_rft.update(
+            dataclasses.replace(config, micro_starts=micro, clip_norm=1e9), policy, optimizer, rollouts, (0,)
+        )
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
@@ -80,7 +82,9 @@ def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
     assert torch.equal(before.normalizer.action_low, after.normalizer.action_low)
     assert after.sigma_net.net.dit.out.weight.abs().max() > 0  # started at zero
     expected = {"reward", "reward_std", "adv_std", "constant_groups", "sigma", "ratio_mean", "ratio_max", "approx_kl"}
-    assert expected | {"clip_frac", "grad_norm", "mse", "entropy", "policy_s", "world_model_s", "update_s"} <= set(metrics)
+    assert expected | {"clip_frac", "grad_norm", "mse", "entropy", "policy_s", "world_model_s", "update_s"} <= set(
+        metrics
+    )
     header = read_header(f"{config.out_dir}/model.safetensors")
     assert header.extra["rft"]["reward"] == "r3"
     assert header.extra["train_episodes"]

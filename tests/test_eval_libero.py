@@ -1,0 +1,143 @@
+"""eval_libero: the same starts for every policy, resumable, honest about bad input."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_libero
+from vlarft.policy import VLAPolicy
+
+SMOKE = eval_libero.PRESETS["smoke"]
+
+
+@pytest.fixture()
+def config(policy_file, tmp_path):
+    return dataclasses.replace(SMOKE, policies=(str(policy_file),), workers=0, out_dir=str(tmp_path / "eval"))
+
+
+@pytest.fixture()
+def other_policy(policy_file, tmp_path):
+    policy = VLAPolicy.load(policy_file)
+    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    policy.save(tmp_path / "other.safetensors")
+    return str(tmp_path / "other.safetensors")
+
+
+def records(config):
+    return [json.loads(line) for line in (Path(config.out_dir) / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_results_and_pairing(config, other_policy, capsys):
+    config = dataclasses.replace(config, policies=(*config.policies, other_policy), animate=1)
+    results = eval_libero.main(config)
+    first, second = results["policies"]
+    assert first["all"]["episodes"] == second["all"]["episodes"] == 2
+    assert "against_first" not in first and second["against_first"]["difference"] == pytest.approx(
+        second["all"]["rate"] - first["all"]["rate"]
+    )
+    starts = [(r["task"], r["init_state"]) for r in records(config)]
+    assert sorted(starts) == [(0, 0), (0, 0), (0, 1), (0, 1)]
+    horizon = 180
+    assert all(r["success"] or r["steps"] == horizon for r in records(config))
+    assert json.loads((Path(config.out_dir) / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert len(list(Path(config.out_dir).glob("policy*.gif"))) == 2
+    assert "[0.0, 65.8]  0/2" in capsys.readouterr().out  # Wilson's interval of 0 of 2
+
+
+def test_episodes_do_not_depend_on_their_company(config, tmp_path):
+    eval_libero.main(config)
+    alone = dataclasses.replace(config, batch_size=1, out_dir=str(tmp_path / "alone"))
+    eval_libero.main(alone)
+    for a, b in zip(*(sorted(records(c), key=lambda r: r["init_state"]) for c in (config, alone)), strict=True):
+        # one chunk is enough: float rounding differs between batch sizes, and a simulator amplifies it
+        torch.testing.assert_close(torch.tensor(a["actions"][:8]), torch.tensor(b["actions"][:8]), atol=1e-3, rtol=0)
+
+
+def test_worker_processes_play_the_same(config, tmp_path):
+    eval_libero.main(config)
+    parallel = dataclasses.replace(config, workers=1, out_dir=str(tmp_path / "parallel"))
+    eval_libero.main(parallel)
+    assert [r["actions"] for r in records(config)] == [r["actions"] for r in records(parallel)]
+
+
+def test_interrupted_evaluation_goes_on(config, monkeypatch):
+    config = dataclasses.replace(config, batch_size=1)
+    real, calls = eval_libero.play, []
+
+    def stop_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(eval_libero, "play", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        eval_libero.main(config)
+    assert len(records(config)) == 1
+    with (Path(config.out_dir) / "episodes.jsonl").open("a") as file:
+        file.write('{"policy": "cut sho')
+    results = eval_libero.main(config)
+    assert [c[-1] for c in calls] == [[0], [1], [1]]  # state 0 is not played again
+    assert results["policies"][0]["all"]["episodes"] == 2
+
+
+def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
+    path = tmp_path / "model.safetensors"
+    policy = VLAPolicy.load(policy_file)
+    policy.save(path)
+    config = dataclasses.replace(config, policies=(str(path),), episodes=1)
+    eval_libero.main(config)
+    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    policy.save(path)
+    before = records(config)
+    eval_libero.main(config)
+    assert len(records(config)) == 1 and records(config)[0]["digest"] != before[0]["digest"]
+
+
+def test_noise_depends_on_the_start_alone(config):
+    noise = [eval_libero.chunk_noise(config, (8, 7), "s", 0, state, chunk) for state in (0, 1) for chunk in (0, 1)]
+    assert len({n.sum().item() for n in noise}) == 4
+    assert torch.equal(noise[3], eval_libero.chunk_noise(config, (8, 7), "s", 0, 1, 1))
+    zero = dataclasses.replace(config, noise="zero")
+    assert eval_libero.chunk_noise(zero, (8, 7), "s", 0, 1, 1).abs().max() == 0
+
+
+def test_perturbed_and_replanning(config):
+    config = dataclasses.replace(config, perturb="object:2.5", execute=4, noise="zero", num_flow_steps=5, episodes=1)
+    results = eval_libero.main(config)
+    assert results["config"]["perturb"] == "object:2.5"
+    assert "rejected_starts" in records(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suites": ("tabletop_kitchen",)}, "unknown suite 'tabletop_kitchen'; the suites are"),
+        ({"tasks": ("fly",)}, "unknown task 'fly' of tabletop_object; give 0..9"),
+        ({"tasks": ("99",)}, "unknown task '99'"),
+        ({"episodes": 51}, r"episodes must lie in 1..50, got 51"),
+        ({"execute": 9}, "execute must lie in 1..8"),
+        ({"perturb": "wind:3"}, "perturbation 'wind:3' is not one of"),
+    ],
+)
+def test_bad_input(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        eval_libero.main(dataclasses.replace(config, **changes))
+
+
+def test_bad_checkpoints(config, world_model_file, tmp_path):
+    def run(*policies):
+        eval_libero.main(dataclasses.replace(config, policies=policies))
+
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        run(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="holds a WorldModel, expected a VLAPolicy"):
+        run(str(world_model_file))
+    with pytest.raises(ValueError, match="name a checkpoint twice"):
+        run(config.policies[0], config.policies[0])
+    (tmp_path / "cut.safetensors").write_bytes(Path(config.policies[0]).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated"):
+        run(str(tmp_path / "cut.safetensors"))
