@@ -1,0 +1,94 @@
+"""Low-rank adapters: start as the identity, merge exactly, train nothing else."""
+
+import pytest
+import torch
+
+from vlarft.lora import LoRAConfig, LoRALinear, add_lora, has_lora, lora_state_dict, merge_lora, merge_state_dict
+from vlarft.vlm import VLM, VLMConfig
+
+CFG = LoRAConfig(rank=3, alpha=6.0)
+
+
+def network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 4, bias=False))
+
+
+def trained() -> torch.nn.Sequential:
+    model = network()
+    add_lora(model, CFG)
+    with torch.no_grad():
+        for key, value in lora_state_dict(model).items():
+            if key.endswith("lora_b"):
+                value.normal_()
+    return model
+
+
+def test_hand_computed():
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0]])
+    layer = LoRALinear(linear, LoRAConfig(rank=1, alpha=3.0))
+    layer.lora_a.data, layer.lora_b.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0]])
+    # 1*5 + 2*1 = 7; 3/1 * 2 * (5 - 1) = 24
+    assert layer(torch.tensor([5.0, 1.0])).item() == 31.0
+    assert layer.merged().weight.tolist() == [[7.0, -4.0]]
+
+
+def test_starts_as_the_base_and_merges_exactly():
+    x = torch.randn(6, 5)
+    model = network()
+    before = model(x)
+    assert add_lora(model, CFG) == 3 * (5 + 7) + 3 * (7 + 4)
+    assert torch.equal(model(x), before)
+
+    model = trained()
+    adapted = model(x)
+    assert not torch.allclose(adapted, before)
+    from_state = network()
+    from_state.load_state_dict(merge_state_dict(model.state_dict(), CFG))
+    assert merge_lora(model) == 2
+    assert not has_lora(model) and list(model.state_dict()) == list(network().state_dict())
+    torch.testing.assert_close(model(x), adapted, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in from_state.state_dict().items())
+
+
+def test_gradient_reaches_adapters_only():
+    model = trained()
+    model(torch.randn(6, 5)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name), name
+        assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+
+
+def test_adapters_round_trip_alone():
+    model, other = trained(), network()
+    add_lora(other, CFG)
+    missing, unexpected = other.load_state_dict(lora_state_dict(model), strict=False)
+    assert not unexpected and all("lora_" not in key for key in missing)
+    x = torch.randn(6, 5)
+    assert torch.equal(other(x), model(x))
+
+
+def test_targets_and_dropout():
+    model = network()
+    add_lora(model, LoRAConfig(rank=2, targets=("2",), dropout=0.5))
+    assert isinstance(model[2], LoRALinear) and not isinstance(model[0], LoRALinear)
+    model[2].lora_b.data.normal_()
+    x = torch.randn(6, 5)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_paper_adapter_count():
+    with torch.device("meta"):
+        model = VLM(VLMConfig())
+        assert add_lora(model, LoRAConfig()) == 93_798_400
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="rank: got 0, expected at least 1"):
+        add_lora(network(), LoRAConfig(rank=0))
+    with pytest.raises(ValueError, match="already has adapters"):
+        add_lora(trained(), CFG)
+    with pytest.raises(ValueError, match="no linear layer has such a name"):
+        add_lora(network(), LoRAConfig(targets=("q_proj",)))

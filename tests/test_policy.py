@@ -1,0 +1,180 @@
+"""The policy: presets, images as given, act, the training loss, checkpoints, the sigma net's life."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vlarft.flow import chain_log_prob, sample_chain
+from vlarft.policy import PRESETS, PolicyConfig, VLAPolicy, center_crop
+
+CFG = PRESETS["smoke"]
+TEXTS = ["pick up the red block", "push the plate"]
+
+
+def make(cfg: PolicyConfig = CFG, fitted: bool = True) -> VLAPolicy:
+    torch.manual_seed(0)
+    policy = VLAPolicy(cfg).eval()
+    torch.nn.init.normal_(policy.head.net.dit.out.weight, std=0.3)
+    if fitted:
+        generator = torch.Generator().manual_seed(0)
+        actions = torch.rand(200, 7, generator=generator) * 2 - 1
+        policy.normalizer.fit(actions * 0.5, torch.randn(200, 8, generator=generator) * 0.1)
+    return policy
+
+
+def observations(batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8), rng.normal(size=(batch, 8)).astype(
+        np.float32
+    ) * 0.1
+
+
+def loss_inputs(policy: VLAPolicy) -> tuple:
+    images, proprio = observations()
+    generator = torch.Generator().manual_seed(1)
+    actions, key = torch.rand(2, 8, 7, generator=generator) - 0.5, torch.randn(2, 3, generator=generator) * 0.1
+    return policy.preprocess(images), TEXTS, torch.from_numpy(proprio), actions, key
+
+
+def test_act_gives_raw_actions():
+    policy = make()
+    images, proprio = observations()
+    actions = policy.act(images, TEXTS, proprio, generator=torch.Generator().manual_seed(0))
+    assert actions.shape == (2, 8, 7) and actions.dtype == torch.float32
+    assert actions[..., :6].abs().max() <= 0.5 and set(actions[..., 6].flatten().tolist()) <= {-1.0, 1.0}
+    again = policy.act(images, TEXTS, proprio, noise=torch.randn(2, 8, 7, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(actions, again)
+    with_camera_axis = policy.act(
+        images[:, None], TEXTS, proprio, generator=torch.Generator().manual_seed(0), num_steps=10
+    )
+    assert torch.equal(actions, with_camera_axis)
+    other = policy.act(images, TEXTS, proprio, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(actions, other)
+
+
+def test_a_row_does_not_depend_on_the_batch():
+    policy = make()
+    images, proprio = observations()
+    noise = torch.randn(2, 8, 7, generator=torch.Generator().manual_seed(0))
+    both = policy.act(images, TEXTS, proprio, noise=noise)
+    alone = policy.act(images[1:], TEXTS[1:], proprio[1:], noise=noise[1:])
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_preprocess():
+    policy = make()
+    images, _ = observations()
+    out = policy.preprocess(images)
+    assert out.shape == (2, 1, 3, 64, 64)
+    assert torch.equal(out[1, 0, 2], torch.from_numpy(images[1, :, :, 2]).float() / 255)
+    assert torch.equal(out, policy.preprocess(out)) and torch.equal(out, policy.preprocess(out[:, 0]))
+    big = np.full((1, 128, 96, 3), 51, np.uint8)
+    torch.testing.assert_close(policy.preprocess(big), torch.full((1, 1, 3, 64, 64), 0.2))
+    # the resize is Pillow's antialiased bicubic, up to its two roundings to 8 bits
+    pillow = pytest.importorskip("PIL.Image")
+    wide = np.random.default_rng(1).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    expected = np.asarray(pillow.fromarray(wide).resize((64, 64), resample=pillow.BICUBIC))
+    actual = policy.preprocess(wide[None])[0, 0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(actual - expected).max() <= 1.5
+
+
+def test_center_crop():
+    x = torch.arange(100.0).view(10, 10)
+    assert center_crop(x, 0.64).tolist() == x[1:9, 1:9].tolist()
+    assert torch.equal(center_crop(x, 1.0), x)
+    cropped = make(replace(CFG, crop_area=0.64))
+    images, _ = observations()
+    assert not torch.equal(cropped.preprocess(images), make().preprocess(images))
+    assert torch.equal(cropped.preprocess(images, crop=False), make().preprocess(images))
+
+
+def test_loss_reaches_every_parameter():
+    policy = make().train()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    loss, metrics = policy(*loss_inputs(policy), generator=torch.Generator().manual_seed(0), draws=2, key_weight=3.0)
+    assert set(metrics) == {"flow_mse", "key_loss"}
+    assert loss.item() == pytest.approx((metrics["flow_mse"] + 3 * metrics["key_loss"]).item(), rel=1e-6)
+    loss.backward()
+    assert [k for k, p in policy.named_parameters() if p.grad is None or not p.grad.any()] == []
+    without, metrics = policy(*loss_inputs(policy), generator=torch.Generator().manual_seed(0), draws=2)
+    assert without.item() == metrics["flow_mse"].item() and "key_loss" not in metrics
+
+
+def test_key_loss_by_hand():
+    policy = make()
+    inputs = loss_inputs(policy)
+    with torch.no_grad():
+        policy.key_head[2].weight.zero_()
+        policy.key_head[2].bias.zero_()
+    _, metrics = policy(*inputs, key_weight=1.0)
+    low, high = policy.normalizer.proprio_low[:3], policy.normalizer.proprio_high[:3]
+    target = (2 * (inputs[-1] - low) / (high - low) - 1).clamp(-1, 1)
+    assert metrics["key_loss"].item() == pytest.approx((target.square() / 2).mean().item(), rel=1e-5)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    policy = make()
+    policy.save(tmp_path / "p.safetensors", {"note": 1})
+    images, proprio = observations()
+    noise = torch.zeros(2, 8, 7)
+    loaded = VLAPolicy.load(tmp_path / "p.safetensors")
+    assert loaded.cfg == policy.cfg and not loaded.training
+    assert torch.equal(loaded.act(images, TEXTS, proprio, noise=noise), policy.act(images, TEXTS, proprio, noise=noise))
+
+
+def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
+    policy = make()
+    images, proprio = observations()
+    before = policy.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 7))
+    policy.add_sigma_net(sigma_max=0.3, noisy_dims=(0, 1, 2, 3, 4, 5))
+    torch.nn.init.normal_(policy.sigma_net.net.dit.out.weight)
+    policy.save(tmp_path / "p.safetensors")
+    loaded = VLAPolicy.load(tmp_path / "p.safetensors")
+    assert loaded.cfg.flow.sigma_max == 0.3 and loaded.cfg.has_sigma_net
+    assert torch.equal(loaded.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 7)), before)
+
+    # the context may come from a frozen encoder, once per start
+    context = loaded.encode(loaded.preprocess(images), TEXTS).detach()
+    cond = loaded.condition(context, torch.from_numpy(proprio)).repeat(3)
+    chain = sample_chain(loaded.head, loaded.sigma_net, cond, generator=torch.Generator().manual_seed(0))
+    score = chain_log_prob(loaded.head, loaded.sigma_net, chain.x, cond)
+    torch.testing.assert_close(score.log_prob, chain.log_prob, atol=1e-5, rtol=1e-5)
+    assert not chain.log_prob[..., 6].any() and loaded.normalizer.decode_actions(chain.x[:, -1]).shape == (6, 8, 7)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_fit_together(name):
+    with torch.device("meta"):
+        policy = VLAPolicy(PRESETS[name])
+    assert policy.cfg.flow.chunk == 8
+    paper = name == "paper"
+    assert (policy.key_head is None) == paper and (policy.vlm.instruction_encoder is None) == paper
+
+
+def test_errors(tmp_path):
+    policy = make()
+    images, proprio = observations()
+    with pytest.raises(ValueError, match="normaliser was never fitted"):
+        make(fitted=False).act(images, TEXTS, proprio)
+    with pytest.raises(ValueError, match="2 images, 1 instructions, 2 proprio rows"):
+        policy.act(images, TEXTS[:1], proprio)
+    with pytest.raises(ValueError, match=r"noise: got shape \(2, 8, 6\), expected \(2, 8, 7\)"):
+        policy.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 6))
+    with pytest.raises(ValueError, match="proprio has NaN"):
+        policy.act(images, TEXTS, proprio * np.nan)
+    with pytest.raises(ValueError, match=r"got torch.int64 \(2, 64, 64, 3\); expected uint8"):
+        policy.preprocess(images.astype(np.int64))
+    with pytest.raises(ValueError, match=r"floats from 0 to 255, expected \[0, 1\]"):
+        policy.preprocess(torch.tensor([0.0, 255.0]).view(1, 1, 1, 2).expand(1, 3, 64, 2))
+    with pytest.raises(ValueError, match=r"expected \(2, 1 cameras, 3, 64, 64\)"):
+        policy.act(np.stack([images, images], 1), TEXTS, proprio)
+    with pytest.raises(ValueError, match="context_dim 32 must equal vlm.language.width 896"):
+        VLAPolicy(replace(CFG, vlm=PolicyConfig().vlm))
+    no_key = make(replace(CFG, key_head_dim=None))
+    with pytest.raises(ValueError, match="no key head; set PolicyConfig.key_head_dim"):
+        no_key(*loss_inputs(no_key), key_weight=1.0)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        VLAPolicy.load(tmp_path / "none.safetensors")
