@@ -30,8 +30,9 @@ import numpy as np
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.data import load_episodes
-from vlarft.sim.replay import replay_frames, write_gif
+from vlarft.data import WindowSampler, load_episodes
+from vlarft.pictures import grid, save_gif, save_png
+from vlarft.sim.replay import replay_frames
 
 ROOT = Path(__file__).resolve().parent
 
@@ -120,17 +121,15 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
 
 def draw_demonstrations(demos: Path, path: Path) -> None:
     """PNG, one row per task: eight frames of its first demonstration."""
-    from PIL import Image
-
     first = {}
     for episode in load_episodes(demos):
         first.setdefault(episode.instruction, episode)
+    sampler = WindowSampler(list(first.values()), num_frames=1)
     rows = []
-    for episode in first.values():
+    for number, episode in enumerate(first.values()):
         times = np.linspace(0, len(episode) - 1, 8).round().astype(int)
-        rows.append(np.concatenate(list(episode.images[times]), 1))
-    image = Image.fromarray(np.concatenate(rows))
-    image.resize((image.width * 2, image.height * 2), Image.NEAREST).save(path)
+        rows.append(sampler.windows(np.array([(number, t) for t in times])).frames[:, 0])
+    save_png(path, grid(rows))
 
 
 def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
@@ -181,7 +180,7 @@ def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> 
     films = [replay_frames(*start, e[start]["actions"]) for e in (before, after)]
     length = max(map(len, films))
     films = [f + [f[-1]] * (length - len(f)) for f in films]
-    write_gif(path, [np.concatenate(pair, 1) for pair in zip(*films)])
+    save_gif(path, [np.concatenate(pair, 1) for pair in zip(*films)], frames_per_second=10, hold_last=1.5)
 
 
 def main(cfg: Config) -> dict:

@@ -42,10 +42,11 @@ from tqdm import tqdm
 from vlarft.checkpoint import open_run, read_header, write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
+from vlarft.pictures import save_gif
 from vlarft.policy import VLAPolicy
 from vlarft.sim import NUM_INITIAL_STATES, make_env, task_index, task_names
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.replay import replay_frames, write_gif
+from vlarft.sim.replay import replay_frames
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ def main(cfg: Config) -> dict:
             end = "success" if r["success"] else "failure"
             start = (r["suite"], r["task"], r["init_state"])
             frames = replay_frames(*start, r["actions"], size=cfg.animate_size, perturb=_perturbation(cfg))
-            write_gif(out_dir / f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}.gif", frames)
+            name = f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}.gif"
+            save_gif(out_dir / name, frames, frames_per_second=10, hold_last=1.5)
     print_table(results)
     return results
 

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from vlarft.metrics import perceptual
 
 from vlarft import distributed
 from vlarft.checkpoint import load_model, load_train_state, open_run, save_train_state
@@ -46,6 +45,8 @@ from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.flow import Chain, chain_log_prob, matching_loss, sample_chain
 from vlarft.grpo import Objective, OverK, advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.metrics import perceptual
+from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, check_same_robot, verified_reward
 from vlarft.runlog import RunLog, check_finite
@@ -202,14 +203,12 @@ def update(cfg: Config, policy: VLAPolicy, optimizer: torch.optim.Optimizer, rol
 
 
 def picture(path: Path, reward: Reward) -> None:
-    """PNG, rows: reference, best and worst imagination of the group with the widest spread; columns: time."""
-    from PIL import Image
-
+    """PNG of the group whose rewards differ most: reference, best and worst imagination; columns: time."""
     start = reward.reward.std(1).argmax()
     best, worst = reward.reward[start].argmax(), reward.reward[start].argmin()
-    rows = torch.stack([reward.reference[start], reward.frames[start, best], reward.frames[start, worst]])
-    grid = rearrange(rows, "r t c h w -> (r h) (t w) c").mul(255).round().byte().cpu().numpy()
-    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.NEAREST).save(path)
+    rows = [reward.reference[start], reward.frames[start, best], reward.frames[start, worst]]
+    labels = ["reference", *(f"{n} {reward.reward[start, i]:.2f}" for n, i in (("best", best), ("worst", worst)))]
+    save_png(path, grid(rows, labels))
 
 
 def main(cfg: Config) -> dict[str, float]:

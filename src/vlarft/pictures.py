@@ -66,13 +66,16 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
     os.replace(tmp, path)
 
 
-def save_gif(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0) -> None:
-    """Write pictures of one size as an animation that repeats for ever."""
+def save_gif(
+    path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0, hold_last: float = 0.0
+) -> None:
+    """Write pictures of one size as an animation that repeats for ever, its last one shown `hold_last` seconds more."""
     image_module, _ = _pillow()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     first, *rest = [image_module.fromarray(picture) for picture in pictures]
-    duration = round(1000 / frames_per_second)
+    duration = [round(1000 / frames_per_second)] * len(pictures)
+    duration[-1] += round(1000 * hold_last)
     first.save(tmp, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
     os.replace(tmp, path)

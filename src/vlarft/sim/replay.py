@@ -1,11 +1,7 @@
-"""Animations of recorded episodes: actions played again from their start, bit for bit, at any resolution."""
-
-from collections.abc import Sequence
-from pathlib import Path
+"""Recorded episodes played again from their start, bit for bit, and seen at any resolution."""
 
 import numpy as np
 
-from vlarft.checkpoint import write_atomic
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.tabletop import make_env
 
@@ -40,23 +36,3 @@ def replay_frames(
         if step % every == 0 or step == len(actions):
             frames.append(env.observe()["agentview"])
     return frames
-
-
-def write_gif(path: str | Path, frames: Sequence[np.ndarray], frame_ms: int = 100, hold_ms: int = 1500) -> None:
-    """Write frames (H, W, 3) uint8 as a looping GIF that holds its last frame.
-
-    Raises:
-        ImportError: pillow is missing; the message says which extra brings it.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('animations need pillow: pip install "vlarft[plots]"') from error
-    images = [Image.fromarray(f) for f in frames]
-    durations = [frame_ms] * (len(images) - 1) + [hold_ms]
-    write_atomic(
-        path,
-        lambda tmp: images[0].save(
-            tmp, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
-        ),
-    )
