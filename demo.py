@@ -167,7 +167,7 @@ def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
 
 
 def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> None:
-    """GIF: the SFT policy (left) and the RFT policy (right) from the same start, one where they differ if there is one."""
+    """GIF: SFT policy (left) and RFT policy (right) from the same start, one that RFT alone wins if there is one."""
     records = [json.loads(line) for line in (evaluation_dir / "episodes.jsonl").read_text().splitlines()]
     episodes = {p: {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == p} for p in policies}
     before, after = (episodes[p] for p in policies)
@@ -250,7 +250,8 @@ def print_summary(summary: dict, out: Path) -> None:
     print("\npolicy           success   95 % interval     episodes   against SFT on the same starts")
     for name, entry in zip(("SFT", "+ extra SFT", "+ RFT"), summary["evaluation"]):
         r = entry["all"]
-        line = f"  {name:<14} {100 * r['rate']:5.1f} %   [{100 * r['low']:.1f}, {100 * r['high']:.1f}] %   {r['episodes']:8d}"
+        interval = f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}] %"
+        line = f"  {name:<14} {100 * r['rate']:5.1f} %   {interval:<17} {r['episodes']:8d}"
         if d := entry.get("against_first"):
             line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] points"
         print(line)
