@@ -195,7 +195,7 @@ def main(cfg: Config) -> dict[str, float]:
     if size != cfg.model.image_size:
         raise ValueError(
             f"{cfg.data} has images of {size[0]}x{size[1]}, the tokenizer is for {cfg.model.image_size[0]}x"
-            f"{cfg.model.image_size[1]}: give --model.image_size {size[0]} {size[1]}, or collect at the other size"
+            f"{cfg.model.image_size[1]}: give --model.image-size {size[0]} {size[1]}, or collect at the other size"
         )
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)

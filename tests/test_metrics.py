@@ -16,6 +16,7 @@ from vlarft.metrics import (
     perceptual,
     pooled_psnr,
     psnr,
+    rank_agreement,
     spearman,
     ssim,
     wilson_interval,
@@ -86,6 +87,14 @@ def test_pair_order_by_hand():
     assert pair_order(torch.tensor([0.0, 0.0, 1.0]), truth).item() == pytest.approx(2.5 / 3)
     assert pair_order(torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 0.0, 1.0])) == 1  # the tie does not count
     assert pair_order(torch.rand(3), torch.zeros(3)).isnan()
+
+
+def test_rank_agreement_leaves_out_constant_rows():
+    error = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [3.0, 3.0, 3.0]])
+    got = rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]), error)
+    assert got.spearman == pytest.approx((1 + 0.5) / 2)
+    assert got.pair_order == pytest.approx((1 + 2 / 3) / 2)
+    assert got.standard_error == pytest.approx(0.5 / 2**0.5 / 2**0.5)
 
 
 def test_wilson_by_hand():

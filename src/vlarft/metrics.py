@@ -220,6 +220,25 @@ def pair_order(a: Tensor, b: Tensor) -> Tensor:
     return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)
 
 
+class RankAgreement(NamedTuple):
+    """Mean over rows of Spearman's rank correlation, its standard error, and the share of pairs in the right order."""
+
+    spearman: float
+    standard_error: float
+    pair_order: float
+
+
+def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
+    """How well a score (S, n), higher = better, orders the columns of each row by their error (S, n).
+
+    Rows in which either is constant do not count; nan where no row counts.
+    """
+    rank, pairs = spearman(score, -error), pair_order(score, -error)
+    rank, pairs = rank[~rank.isnan()], pairs[~pairs.isnan()]
+    standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
+    return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
+
+
 class Interval(NamedTuple):
     """A value with its lower and upper bound."""
 

@@ -48,6 +48,8 @@ class TokenizerConfig:
         norm_groups: groups of every GroupNorm; must divide all block channels.
         num_heads: heads of the cross-attention.
         dropout: dropout of the cross-attention's weights, in training.
+        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly every scalar rounds
+            to zero at first and tells the decoders nothing; about 6 starts with all levels in use.
         local_init: start the cross-attention looking at its own place in the context. Off in the paper (positions start
             at zero); it saves a short training the steps in which it finds out where things are.
     """
@@ -65,6 +67,7 @@ class TokenizerConfig:
     norm_groups: int = 32
     num_heads: int = 4
     dropout: float = 0.1
+    quant_gain: float = 1.0
     local_init: bool = False
 
     def __post_init__(self) -> None:
@@ -176,6 +179,9 @@ class FrameTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(len(cfg.context_levels), cfg.latent_channels, 1)
         self.quant_linear = nn.Linear(patch_dim, len(cfg.future_levels))
         self.post_quant_linear = nn.Linear(len(cfg.future_levels), patch_dim)
+        with torch.no_grad():
+            self.quant_conv.weight.mul_(cfg.quant_gain)
+            self.quant_linear.weight.mul_(cfg.quant_gain)
         self.context_fsq = FSQ(cfg.context_levels)
         self.future_fsq = FSQ(cfg.future_levels)
 

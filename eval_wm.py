@@ -1,0 +1,320 @@
+"""Measure a world model on held-out episodes: frames (Table 1) and action sensitivity.
+
+    python eval_wm.py --preset tiny --checkpoint runs/wm --out-dir runs/wm/eval                   one process
+    python eval_wm.py --preset tiny --checkpoint runs/wm --out-dir runs/wm/eval --true-error      with the simulator
+    torchrun --nproc-per-node 8 eval_wm.py --checkpoint runs/wm --out-dir runs/wm/eval            8 GPUs
+
+Reads: the world model; the held-out episodes of the demonstrations that it names. Writes: out_dir/eval.json,
+rollouts.png (rows: true, imagined; columns: time), rollouts.gif.
+
+Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
+repeats the start frame, over all pixels and over those that move.
+
+Action sensitivity (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all are
+imagined, and the rewards R3 (imagined against imagined) and R2 (imagined against recorded frames) are compared with the
+action error, and with `--true-error` with what the chunks really do: the simulator is put into the recorded state and
+plays them. Spearman's rank correlation and share of pairs in the right order within each start, mean over starts.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft import distributed
+from vlarft.checkpoint import read_header, write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.data.episodes import Episode, load_episodes
+from vlarft.data.windows import Batch, WindowSampler
+from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, rank_agreement, ssim
+from vlarft.pictures import grid, save_gif, save_png
+from vlarft.reward import image_reward
+from vlarft.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = opt("runs/wm", "world model: its run folder or its model.safetensors")
+    out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes")
+    data: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
+    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    segments: int = opt(1024, "held-out segments for the frame metrics, spread evenly; fewer when there are fewer")
+    batch_size: int = opt(16, "segments, or starts, imagined at once")
+    greedy: bool = opt(False, "frame metrics of greedy rollouts instead of sampled ones")
+    temperature: float = opt(1.0, "of sampled rollouts")
+    top_p: float = opt(0.8, "nucleus of sampled rollouts (release)")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
+    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
+    starts: int = opt(64, "starts of the action sensitivity; 0 leaves it out")
+    noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise sizes, standard deviation in raw action units")
+    draws: int = opt(6, "perturbed chunks per noise size and start")
+    flips: int = opt(3, "perturbed chunks per start whose gripper command is flipped from a random step on")
+    true_error: bool = opt(False, "also compare with the simulator's outcome (Tabletop demonstrations)")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards")
+    seed: int = opt(0, "seed of perturbations and draws")
+
+
+TINY = Config(segments=256, greedy=True, perceptual="ssim", starts=24, precision="fp32")
+PRESETS = {
+    "paper": Config(),
+    "small": Config(perceptual="ssim"),
+    "tiny": TINY,
+    "smoke": replace(TINY, segments=8, batch_size=4, starts=2, noise=(0.15, 0.4), draws=2, flips=1),
+}
+
+
+class TrueOutcome(NamedTuple):
+    """What P chunks really do: frames (P, T, C, H, W), and how far [m] hand, fingers and objects end from the first's."""
+
+    frames: Tensor
+    state_error: Tensor
+
+
+Simulate = Callable[[Episode, int, np.ndarray], TrueOutcome]
+
+
+def simulate_tabletop(environments: dict) -> Simulate:
+    """A function that plays action chunks (P, T, A) from an episode's recorded state at frame t."""
+
+    def simulate(episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
+        if episode.states is None or not str((episode.env_args or {}).get("suite", "")).startswith("tabletop"):
+            raise ValueError(f"--true-error needs Tabletop demonstrations with states; {episode.name} is none")
+        key = episode.env_args["suite"], episode.env_args["task"]
+        if key not in environments:
+            from vlarft.sim import make_env
+
+            environments[key] = make_env(*key, image_size=episode.images.shape[1:3])
+        env = environments[key]
+        frames, places = [], []
+        for chunk in chunks:
+            env.set_state(episode.states[start])
+            for action in chunk:
+                env.step(action)
+                frames.append(env.observe()["agentview"])
+                objects = [env.position(name) for name in env.items]
+                places.append(np.stack([env.hand_position, [env.finger_width, 0, 0], *objects]))
+        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        places = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
+        error = (places - places[:1]).norm(dim=-1).sum(dim=-1)
+        return TrueOutcome(images.unflatten(0, chunks.shape[:2]), error)
+
+    return simulate
+
+
+def perturb(actions: Tensor, cfg: Config, low: Tensor, high: Tensor, generator: torch.Generator) -> tuple[Tensor, list]:
+    """Chunks around recorded ones: (S, T, A) -> (S, 1 + P, T, A), the recorded chunk first; and P labels.
+
+    Noise leaves the gripper command (the last dimension) alone, and stays inside the recorded ranges.
+    """
+    starts, steps, dim = actions.shape
+    chunks, labels = [actions], ["recorded"]
+    for size in cfg.noise:
+        for _ in range(cfg.draws):
+            noise = torch.randn(starts, steps, dim, generator=generator) * size
+            noise[..., -1] = 0
+            chunks.append((actions + noise).clamp(low, high))
+            labels.append(f"noise {size:g}")
+    for _ in range(cfg.flips):
+        since = torch.randint(steps, (starts, 1), generator=generator)
+        flipped = torch.arange(steps) >= since  # (S, T)
+        chunk = actions.clone()
+        chunk[..., -1] = torch.where(flipped, low[-1] + high[-1] - chunk[..., -1], chunk[..., -1])
+        chunks.append(chunk)
+        labels.append("gripper flip")
+    return torch.stack(chunks, dim=1), labels[1:]
+
+
+def mine(total: int, batch_size: int) -> Iterator[slice]:
+    """This process's share of `total` rows, in batches."""
+    rank, world = distributed.rank(), distributed.world_size()
+    first, last = total * rank // world, total * (rank + 1) // world
+    for i in range(first, last, batch_size):
+        yield slice(i, min(i + batch_size, last))
+
+
+def frame_sums(pred: Tensor, true: Tensor, moving: Tensor, distance: PerceptualDistance) -> Tensor:
+    """Sums over segments of each metric, per frame index: (B, T, C, H, W) -> (6, T) float64.
+
+    Rows: mse, psnr, ssim, perceptual; squared error on moving pixels, and their number.
+    """
+    error = mse(pred, true)
+    rows = [error, -10 * error.clamp_min(1e-10).log10(), ssim(pred, true), distance(pred, true)]
+    squared = ((pred - true).square() * moving).sum(dim=(2, 3, 4))
+    rows += [squared, moving.sum(dim=(2, 3, 4)) * pred.shape[2]]
+    return torch.stack([row.double().sum(0) for row in rows]).cpu()
+
+
+def summary(sums: Tensor, count: float) -> dict[str, list[float]]:
+    """Metrics per frame index, and their mean over the frames as the last entry; PSNR in dB."""
+    names = ("mse", "psnr", "ssim", "perceptual")
+    out = {name: (row / count).tolist() for name, row in zip(names, sums, strict=False)}
+    out = {name: [*values, float(np.mean(values))] for name, values in out.items()}
+    squared, number = (torch.cat([row, row.sum()[None]]) for row in sums[4:])
+    out["psnr_moving"] = (-10 * (squared / number).clamp_min(1e-10).log10()).tolist()
+    return out
+
+
+def evaluate_frames(
+    model: WorldModel, batch: Batch, suites: list[str], cfg: Config, distance: PerceptualDistance, autocast
+) -> dict[str, dict]:
+    """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(cfg.seed * 1009 + distributed.rank())
+    names = sorted(set(suites))
+    sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
+    counts = torch.zeros(len(names), dtype=torch.float64)
+    for part in mine(len(batch.frames), cfg.batch_size):
+        frames = batch.frames[part].to(device)
+        with autocast:
+            rollout = model.rollout(
+                batch.context_frame[part].to(device),
+                batch.actions[part, None].to(device),
+                greedy=cfg.greedy,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                generator=generator,
+                first_frame=frames[:, 0],
+            )
+        true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
+        moving = moving_mask(true, copied)
+        for i, name in enumerate(names):
+            rows = [k for k, suite in enumerate(suites[part]) if suite == name]
+            counts[i] += len(rows)
+            for j, pred in enumerate((rollout.frames[:, 0], copied)):
+                if rows:
+                    sums[i, j] += frame_sums(pred[rows], true[rows], moving[rows], distance)
+    flat = torch.cat([sums.flatten(), counts])
+    flat = torch.tensor(list(distributed.mean_across_ranks(dict(enumerate(flat))).values())).double()
+    sums, counts = (flat * distributed.world_size()).split([sums.numel(), counts.numel()])
+    sums = sums.reshape(len(names), 2, 6, model.cfg.chunk)
+    found = {n: {"imagined": summary(s[0], c), "copy": summary(s[1], c)} for n, s, c in zip(names, sums, counts)}
+    total = sums.sum(0)
+    both = {"imagined": summary(total[0], counts.sum()), "copy": summary(total[1], counts.sum())}
+    return {**found, "all": both}
+
+
+def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> Tensor:
+    """Eq. (11) without its policy: (S, P, T, C, H, W) against (S, T, C, H, W) -> (S, P), summed over frames."""
+    return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
+
+
+def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
+    """Rank agreement of a score with an error, both (S, P): over all chunks, and within each label of three or more."""
+    groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
+    return {g: rank_agreement(score[:, c], error[:, c])._asdict() for g, c in groups.items() if len(c) >= 3}
+
+
+def evaluate_sensitivity(
+    model: WorldModel, batch: Batch, episodes: list[Episode], cfg: Config, distance, autocast, simulate: Simulate | None
+) -> dict[str, dict]:
+    """Rank agreement of the rewards with action error and true error; on the main process."""
+    device = next(model.parameters()).device
+    low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
+    chunks, labels = perturb(batch.actions, cfg, low, high, torch.Generator().manual_seed(cfg.seed))
+    scores: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[Tensor]] = {"action": [(chunks[:, 1:] - chunks[:, :1]).abs().mean(dim=(2, 3))]}
+    modes = {"greedy": {"greedy": True}, "common": {"common_random_numbers": True}, "independent": {}}
+    for i in range(0, len(chunks), cfg.batch_size):
+        part = slice(i, i + cfg.batch_size)
+        frames = batch.frames[part].to(device)
+        for name, options in modes.items():
+            generator = torch.Generator(device).manual_seed(cfg.seed + i)
+            given = {**options, "temperature": cfg.temperature, "top_p": cfg.top_p, "generator": generator}
+            with autocast:
+                rollout = model.rollout(
+                    batch.context_frame[part].to(device), chunks[part].to(device), first_frame=frames[:, 0], **given
+                )
+            members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]
+            scores.setdefault(f"R3 {name}", []).append(rewards(members, reference, distance))
+            scores.setdefault(f"R2 {name}", []).append(rewards(members, frames[:, 1:], distance))
+        if simulate is not None:
+            for k in range(i, min(i + cfg.batch_size, len(chunks))):
+                episode, start = batch.index[k].tolist()
+                outcome = simulate(episodes[episode], start, chunks[k].numpy())
+                truth = rewards(outcome.frames[None, 1:], outcome.frames[None, 0], distance)
+                scores.setdefault("true frames", []).append(truth)
+                errors.setdefault("true frames", []).append(-truth)
+                errors.setdefault("true state", []).append(outcome.state_error[None, 1:].mean(-1))
+    joined_scores = {name: torch.cat(parts) for name, parts in scores.items()}
+    joined_errors = {name: torch.cat(parts) for name, parts in errors.items()}
+    if simulate is not None:
+        joined_scores["action L1"] = -joined_errors["action"]
+    return {
+        against: {name: agreement(value, error, labels) for name, value in joined_scores.items() if name != against}
+        for against, error in joined_errors.items()
+    }
+
+
+def report(results: dict) -> str:
+    """The tables as text."""
+    lines = [
+        f"{'frame':>24} " + " ".join(f"{t + 1:>7}" for t in range(len(results["frames"]["all"]["copy"]["mse"]) - 1))
+    ]
+    lines[0] += "    mean"
+    single = len(results["frames"]) == 2  # one suite, which is then all there is
+    for suite, methods in list(results["frames"].items())[single:]:
+        for metric in methods["copy"]:
+            for method, values in methods.items():
+                row = " ".join(f"{v:7.4f}" if metric == "mse" else f"{v:7.3f}" for v in values[metric])
+                lines.append(f"{suite[-8:]:>8} {metric:>11} {method[:4]} {row}")
+    for against, found in results.get("sensitivity", {}).items():
+        lines.append(f"order of perturbed chunks against {against} error: Spearman (pairs in order)")
+        for name, groups in found.items():
+            cells = [f"{g} {v['spearman']:.2f} ({v['pair_order']:.2f})" for g, v in groups.items()]
+            lines.append(f"{name:>16}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def draw(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
+    """Greedy rollouts of up to four segments as a picture and as an animation."""
+    device = next(model.parameters()).device
+    picks = torch.linspace(0, len(batch.frames) - 1, min(4, len(batch.frames))).round().long()
+    frames = batch.frames[picks].to(device)
+    with autocast:
+        context = batch.context_frame[picks].to(device)
+        rollout = model.rollout(context, batch.actions[picks, None].to(device), greedy=True, first_frame=frames[:, 0])
+    imagined = torch.cat([frames[:, :1], rollout.frames[:, 0]], dim=1)
+    rows = [row for pair in zip(frames, imagined, strict=True) for row in pair]
+    save_png(out_dir / "rollouts.png", grid(rows, ["true", "imagined"] * len(picks)))
+    times = [grid([frames[:, t], imagined[:, t]], ["true", "imagined"]) for t in range(frames.shape[1])]
+    save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
+
+
+def main(cfg: Config) -> dict:
+    """Evaluate; returns what eval.json holds."""
+    device = distributed.setup()
+    path = Path(cfg.checkpoint)
+    path = path / "model.safetensors" if path.is_dir() else path
+    model, extra = WorldModel.load(path, device), read_header(path).extra
+    if "held_out_episodes" not in extra:
+        raise ValueError(f"{path} names no held-out episodes; it was not written by train_wm.py")
+    distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    options = {"successes_only": False, "with_states": cfg.true_error, "names": extra["held_out_episodes"]}
+    episodes = load_episodes(cfg.data or extra["data"], cfg.camera, **options)
+    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra["context_lookback"])
+    batch = sampler.spread(cfg.segments)
+    suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
+
+    results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
+    results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
+    if distributed.is_main():
+        if cfg.starts:
+            simulate = simulate_tabletop({}) if cfg.true_error else None
+            given = sampler.spread(cfg.starts), episodes, cfg, distance, autocast, simulate
+            results["sensitivity"] = evaluate_sensitivity(model, *given)
+        out_dir = Path(cfg.out_dir)
+        write_json(out_dir / "eval.json", results)
+        draw(model, batch, out_dir, autocast)
+        print(report(results))
+    distributed.cleanup()
+    return results
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -1,0 +1,161 @@
+"""eval_wm.py: frame metrics against hand-made rollouts, perturbations, agreement, the simulator's outcome, errors."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import eval_wm
+from eval_wm import PRESETS, agreement, evaluate_frames, frame_sums, main, mine, perturb, rewards, summary
+from vlarft.checkpoint import save_model
+from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.data.windows import WindowSampler
+from vlarft.metrics import perceptual, psnr
+from vlarft.world_model import PRESETS as MODELS
+from vlarft.world_model import Rollout, WorldModel
+
+CFG = PRESETS["smoke"]
+NO_CAST = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demos, tmp_path_factory):
+    """Run folder of an untrained world model that names its held-out episodes."""
+    folder = tmp_path_factory.mktemp("wm")
+    torch.manual_seed(0)
+    model = WorldModel(MODELS["smoke"])
+    train, held_out = split_episodes(load_episodes(demos), 0.34, 0)
+    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+    extra = {**names, "data": str(demos), "context_lookback": 0}
+    save_model(folder / "model.safetensors", model, MODELS["smoke"], extra)
+    return folder
+
+
+def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, capsys):
+    results = main(replace(CFG, checkpoint=str(checkpoint), out_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "eval.json").read_text()) == results
+    assert results["held_out_episodes"] == 2 and results["segments"] == 8
+    assert set(results["frames"]) == {"squares", "all"} and set(results["sensitivity"]) == {"action"}
+    assert len(results["frames"]["all"]["imagined"]["ssim"]) == 8 + 1
+    text = capsys.readouterr().out
+    assert "psnr_moving" in text and "R3 independent" in text
+    from PIL import Image
+
+    assert Image.open(tmp_path / "rollouts.gif").n_frames >= 9
+    assert np.asarray(Image.open(tmp_path / "rollouts.png")).std() > 5
+
+
+class FrameLater:
+    """A world model whose rollouts are the true frames, one step late: it copies the start, then lags."""
+
+    def __init__(self, frames: torch.Tensor) -> None:
+        self.frames, self.cfg, self.used = frames, MODELS["smoke"], 0
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def rollout(self, context_frame, actions, **options) -> Rollout:
+        rows = slice(self.used, self.used + len(actions))
+        self.used += len(actions)
+        return Rollout(torch.zeros(0), self.frames[rows, None, :-1])
+
+
+def test_frame_metrics_by_hand(demos):
+    batch = WindowSampler(load_episodes(demos), 9, 8).spread(6)
+    found = evaluate_frames(FrameLater(batch.frames), batch, ["a", "b"] * 3, CFG, perceptual("none"), NO_CAST)
+    true, late = batch.frames[:, 1:], batch.frames[:, :-1]
+    error = (true - late).square().mean(dim=(2, 3, 4))
+    assert found["all"]["imagined"]["mse"] == pytest.approx([*error.mean(0).tolist(), error.mean().item()], rel=1e-5)
+    assert found["a"]["imagined"]["mse"][:8] == pytest.approx(error[::2].mean(0).tolist(), rel=1e-5)
+    assert found["all"]["imagined"]["psnr"][8] == pytest.approx(psnr(late, true).clamp_max(100).mean().item(), rel=1e-5)
+    copy = batch.frames[:, :1]
+    moving = ((true - copy).abs().amax(2, keepdim=True) > 0.04).expand_as(true)
+    moved = -10 * np.log10((true - copy)[moving].square().mean().item())
+    assert found["all"]["copy"]["psnr_moving"][8] == pytest.approx(moved, rel=1e-4)
+    assert found["all"]["imagined"]["psnr_moving"][0] == pytest.approx(found["all"]["copy"]["psnr_moving"][0])
+    assert found["all"]["imagined"]["psnr_moving"][7] > found["all"]["copy"]["psnr_moving"][7] + 1
+
+
+def test_identical_frames_count_as_100_db():
+    frames = torch.rand(2, 1, 3, 16, 16)
+    found = summary(frame_sums(frames, frames, torch.ones(2, 1, 1, 16, 16), perceptual("ssim")), 2.0)
+    assert found["psnr"] == pytest.approx([100, 100]) and found["ssim"] == pytest.approx([1, 1])
+    assert found["psnr_moving"] == pytest.approx([100, 100])
+
+
+def test_perturbations():
+    low, high = torch.tensor([-1.0, -0.5, -1.0]), torch.tensor([1.0, 0.5, 1.0])
+    actions = torch.zeros(2, 4, 3)
+    actions[..., 2] = -1
+    cfg = replace(CFG, noise=(0.1, 5.0), draws=2, flips=3)
+    chunks, labels = perturb(actions, cfg, low, high, torch.Generator().manual_seed(0))
+    assert chunks.shape == (2, 1 + 2 * 2 + 3, 4, 3)
+    assert labels == ["noise 0.1"] * 2 + ["noise 5"] * 2 + ["gripper flip"] * 3
+    assert torch.equal(chunks[:, 0], actions)
+    assert (chunks[:, 1:5, :, 2] == -1).all() and (chunks[:, 5:, :, :2] == 0).all()
+    assert 0.04 < chunks[:, 1:3, :, :2].std() < 0.2 and (chunks[:, 3:5, :, 1].abs() == 0.5).float().mean() > 0.7
+    flipped = chunks[:, 5:, :, 2] == 1
+    assert flipped[..., -1].all() and (flipped.int().diff(dim=-1) >= 0).all()
+
+
+def test_agreement_by_label():
+    error = torch.tensor([[0.1, 0.2, 0.3, 1.0, 2.0, 3.0]])
+    labels = ["small"] * 3 + ["large"] * 3
+    found = agreement(torch.tensor([[-1.0, -2.0, -3.0, -6.0, -5.0, -4.0]]), error, labels)
+    assert found["small"]["spearman"] == pytest.approx(1) and found["large"]["spearman"] == pytest.approx(-1)
+    assert found["all"]["pair_order"] == pytest.approx(12 / 15)
+    assert "small" not in agreement(error[:, 2:], error[:, 2:], labels[2:])
+
+
+def test_reward_is_the_negative_l1_summed_over_frames():
+    frames, reference = torch.full((1, 2, 8, 3, 16, 16), 0.25), torch.full((1, 8, 3, 16, 16), 0.5)
+    frames[:, 1] = 0.5
+    assert rewards(frames, reference, perceptual("none")).tolist() == [[-2.0, 0.0]]
+
+
+def test_shares_of_the_processes(monkeypatch):
+    assert list(mine(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 3)
+    rows = []
+    for rank in range(3):
+        monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
+        rows += [i for part in mine(8, 2) for i in range(part.start, part.stop)]
+    assert rows == list(range(8))
+
+
+def test_true_outcome_of_the_simulator(demos):
+    pytest.importorskip("mujoco")
+    from vlarft.sim import make_env
+
+    env = make_env("tabletop_object", 0, image_size=32)
+    env.reset(seed=0)
+    episode = replace(
+        load_episodes(demos)[0],
+        images=np.zeros((3, 32, 32, 3), np.uint8),
+        states=np.stack([env.get_state()] * 3),
+        env_args={"suite": "tabletop_object", "task": 0},
+    )
+    chunks = np.zeros((3, 2, 7), np.float32)
+    chunks[1, :, 0], chunks[2, :, 0] = 0.2, 0.8
+    environments = {}
+    outcome = eval_wm.simulate_tabletop(environments)(episode, 1, chunks)
+    assert outcome.frames.shape == (3, 2, 3, 32, 32) and list(environments) == [("tabletop_object", 0)]
+    assert outcome.state_error[0].abs().max() == 0
+    assert 0.0001 < outcome.state_error[1, 0] < outcome.state_error[1, 1] < outcome.state_error[2, 1] < 0.2
+    env.step(chunks[2, 0])
+    assert torch.equal(outcome.frames[2, 0], torch.from_numpy(env.observe()["agentview"]).permute(2, 0, 1) / 255)
+
+
+def test_errors(checkpoint, demos, tmp_path):
+    given = {"out_dir": str(tmp_path), "checkpoint": str(checkpoint)}
+    with pytest.raises(ValueError, match="--true-error needs Tabletop demonstrations with states"):
+        main(replace(CFG, true_error=True, **given))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        main(replace(CFG, checkpoint=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):
+        main(replace(CFG, data=str(next((demos / "squares").glob("*red*"))), **given))
+    save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])
+    with pytest.raises(ValueError, match="names no held-out episodes"):
+        main(replace(CFG, checkpoint=str(tmp_path), out_dir=str(tmp_path / "out")))

@@ -1,0 +1,125 @@
+"""train_wm.py at smoke size: a run and its files, resume, cached tokens, two processes, errors."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_tokenizer
+import train_wm
+from train_wm import PRESETS, Config, learning_rate, load_tokenizer, main
+from vlarft.checkpoint import read_header
+from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.world_model import WorldModel
+
+ROOT = Path(__file__).parents[1]
+SPLIT = {"validation_fraction": 0.2, "seed": 0}
+SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_every=1, **SPLIT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demos, tmp_path_factory) -> Path:
+    """Run folder of a tokenizer that has seen a few steps."""
+    out_dir = tmp_path_factory.mktemp("tokenizer")
+    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, data=str(demos), out_dir=str(out_dir), **SPLIT)
+    train_tokenizer.main(cfg)
+    return out_dir
+
+
+def run(demos, tokenizer, out_dir, **changes) -> dict:
+    return main(replace(SMOKE, data=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
+
+
+def losses(out_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
+    metrics = run(demos, tokenizer, tmp_path, steps=20, lr=1e-2)
+    found = losses(tmp_path)
+    assert len(found) == 20 and sum(found[-3:]) < 0.8 * sum(found[:3])
+    assert 0 <= metrics["val_accuracy"] <= 1 and metrics["val_loss"] > 0 and "rollout_psnr_moving" in metrics
+    extra = read_header(tmp_path / "model.safetensors").extra
+    train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
+    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["data"] == str(demos)
+    model = WorldModel.load(tmp_path / "model.safetensors")
+    actions = torch.cat([torch.from_numpy(e.actions) for e in train])
+    assert torch.equal(model.action_bins.low, actions.amin(0)) and torch.equal(model.action_bins.high, actions.amax(0))
+    frozen = train_tokenizer.FrameTokenizer.load(tokenizer / "model.safetensors").state_dict()
+    assert all(torch.equal(v, frozen[k]) for k, v in model.tokenizer.state_dict().items())
+    assert (tmp_path / "rollouts.png").stat().st_size > 1000
+
+
+def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
+    run(demos, tokenizer, tmp_path / "whole")
+    check = train_wm.check_finite
+
+    def interrupt(loss, step, metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+        check(loss, step, metrics)
+
+    monkeypatch.setattr(train_wm, "check_finite", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(demos, tokenizer, tmp_path / "parts")
+    monkeypatch.setattr(train_wm, "check_finite", check)
+    run(demos, tokenizer, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
+    run(demos, tokenizer, tmp_path / "fly")
+    run(demos, tokenizer, tmp_path / "cached", cache_tokens=True)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(demos, tokenizer, tmp_path):
+    run(demos, tokenizer, tmp_path / "one", save_every=3)
+    flags = ["--preset", "smoke", "--data", demos, "--tokenizer", tokenizer, "--out-dir", tmp_path / "two"]
+    flags += ["--steps", 6, "--save-every", 3, "--validate-every", 3, "--log-every", 1, "--validation-fraction", 0.2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "train_wm.py", *flags]
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (WorldModel.load(tmp_path / n / "model.safetensors").state_dict() for n in ("one", "two"))
+    assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-4) for k in one)
+
+
+def test_learning_rate_by_hand():
+    cfg = Config(lr=2.0, warmup=4, schedule="constant")
+    assert [learning_rate(cfg, step, 0.5) for step in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
+    assert learning_rate(replace(cfg, schedule="cosine"), 99, 0.5) == pytest.approx(1.0)
+
+
+def test_errors(demos, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="cache_tokens needs context_lookback 0, got 15"):
+        run(demos, tokenizer, tmp_path / "a", cache_tokens=True, context_lookback=15)
+    with pytest.raises(ValueError, match=r"was trained on 1 of the 1 held-out episodes.*--seed"):
+        episodes = [e for e in load_episodes(demos) if e.name in _trained_on(tokenizer)]
+        load_tokenizer(replace(SMOKE, tokenizer=str(tokenizer)), episodes[:1], torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        run(demos, tmp_path / "nothing.safetensors", tmp_path / "b")
+    with pytest.raises(ValueError, match=r"expected frames .*\(3, 64, 64\)"):
+        model = WorldModel.load(_smoke_world_model(demos, tokenizer, tmp_path / "c"))
+        model.tokenize(torch.rand(1, 2, 3, 32, 32))
+
+
+def _trained_on(tokenizer: Path) -> list[str]:
+    return read_header(tokenizer / "model.safetensors").extra["train_episodes"]
+
+
+def _smoke_world_model(demos: Path, tokenizer: Path, out_dir: Path) -> Path:
+    run(demos, tokenizer, out_dir, steps=1)
+    return out_dir / "model.safetensors"
