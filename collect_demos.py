@@ -4,12 +4,13 @@
     python collect_demos.py --suites tabletop_goal --tasks 0 open_the_drawer --demos-per-task 10 --out-dir demos
     python collect_demos.py --preset paper --out-dir demos --workers 8     # four suites x ten tasks x 50, 256 px
 
-Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from, and the intended
-one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is the first success among the start
-seeds that belong to i, so the files do not depend on the number of workers. `--keep-failed` keeps the first attempt of each i whatever
-came of it, and `--noisy-per-task` adds attempts with strong noise, both marked in the attributes `kind` and `success`; they serve
-a world model. The same command run again makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written
-whole or not at all, until their task is complete. More `--demos-per-task` extend a file.
+Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from,
+and the intended one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is
+the first success among the start seeds that belong to i, so the files do not depend on the number of workers.
+`--keep-failed` keeps the first attempt of each i whatever came of it, and `--noisy-per-task` adds attempts with
+strong noise, both marked in the attributes `kind` and `success`; they serve a world model. The same command run again
+makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all, until
+their task is complete. More `--demos-per-task` extend a file.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Config:
             _tasks(self, suite)
 
 
-FOUR_BLOCKS = dict(suites=("tabletop_object",), tasks=("0", "1", "2", "3"), image_size=64)
+FOUR_BLOCKS = {"suites": ("tabletop_object",), "tasks": ("0", "1", "2", "3"), "image_size": 64}
 PRESETS = {
     "paper": Config(),
     "small": Config(image_size=128),
@@ -155,8 +156,8 @@ def make_demo(job: Job) -> Job:
             break
     else:
         raise RuntimeError(
-            f"{job.suite}/{env.task_name}: no success in {config.max_attempts} attempts from seed {config.seed + job.index}; "
-            f"lower action_noise (now {config.action_noise}) or raise max_attempts"
+            f"{job.suite}/{env.task_name}: no success in {config.max_attempts} attempts from seed "
+            f"{config.seed + job.index}; lower action_noise (now {config.action_noise}) or raise max_attempts"
         )
     kind = "noisy" if noisy else "expert" if success else "failed"
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
@@ -172,7 +173,8 @@ def record(env: TabletopEnv, expert: Expert, idle_steps: int) -> tuple[dict, boo
     """Plays an episode to success or the horizon, then `idle_steps` more after success.
 
     Returns:
-        Keyword arguments of `write_demo`, one row per control step, each observed before its action; and whether it succeeded.
+        Keyword arguments of `write_demo`, one row per control step, each observed before its action; and whether it
+        succeeded.
     """
     rows: dict[str, list[np.ndarray]] = {k: [] for k in ("actions", "intended_actions", "proprio", "states")}
     frames: dict[str, list[np.ndarray]] = {camera: [] for camera in env.cameras}
@@ -185,7 +187,7 @@ def record(env: TabletopEnv, expert: Expert, idle_steps: int) -> tuple[dict, boo
         rows["intended_actions"].append(action.intended.astype(np.float32))
         rows["proprio"].append(obs["proprio"])
         rows["states"].append(env.get_state())
-        # The stored float32 action is the one that is executed, so that replaying a file repeats the episode bit for bit.
+        # The stored float32 action is what is executed, so that replaying a file repeats the episode bit for bit.
         result = env.step(rows["actions"][-1])
         steps_left -= 1
         if result.success and not success:

@@ -1,7 +1,8 @@
 """Scripted experts from privileged state.
 
-The expert keeps no phase: each action is a function of the present physics state (which goal is open, is the item between the fingers, how
-far to go), nearly everywhere smooth, so that noise and perturbations never leave it waiting for a trigger it missed.
+The expert keeps no phase: each action is a function of the present physics state (which goal is open, is the item
+between the fingers, how far to go), nearly everywhere smooth, so that noise and perturbations never leave it waiting
+for a trigger it missed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Expert:
     Args:
         env: the environment, reset before `act`.
         seed: seed of the action noise.
-        action_noise: standard deviation of the noise on the three translations, in action units; rotations get half of it. The
-            noise is an AR(1) process, so that its effect on the path is larger than that of white noise.
+        action_noise: standard deviation of the noise on the three translations, in action units; rotations get half
+            of it. The noise is an AR(1) process, so that its effect on the path is larger than that of white noise.
         gripper_flips: share of steps whose gripper command is reversed.
         speed: largest translation in action units; 1 is 2 cm a step.
         persistence: correlation of successive noise values.
@@ -98,10 +99,11 @@ class Expert:
         aim[2] += surface.height + item.half_height + surface.drop
         over = np.abs(position - aim)[:2]
         low = position[2] < aim[2] + 0.006
-        if low and (np.all(over < 0.010) or np.all(over < surface.reach) and not self._holds(item.width, position)):
+        holds = self._holds(item.width, position)
+        if low and (np.all(over < 0.010) or (np.all(over < surface.reach) and not holds)):
             up = np.array([hand[0], hand[1], env.scene.travel_height])
             return self._move(up, env.hand_angles[0], _OPEN, slow=_ramp(width - item.width, 0.0, 0.015))
-        if self._holds(item.width, position):
+        if holds:
             return self._travel(aim - position + hand, 0.0, _CLOSE, goal.item)
         yaw = math.remainder(env.yaw(goal.item), math.pi) if item.elongated else 0.0
         return self._grasp(np.array([position[0], position[1], max(position[2], 0.014)]), yaw, goal.item)
@@ -119,7 +121,7 @@ class Expert:
         return self._grasp(knob, angle)
 
     def _push(self, goal: Goal) -> np.ndarray:
-        """Push a disc away from the camera with the closed fingers. Open ones would wedge it and lift it afterwards."""
+        """Push a disc away from the camera with the closed fingers; open ones would wedge it and lift it."""
         env = self.env
         hand, position = env.hand_position, env.position(goal.item)
         behind = position[1] - env.items[goal.item].size[0]
@@ -145,7 +147,7 @@ class Expert:
         return self._travel(point, yaw, _CLOSE if near else _OPEN, item)
 
     def _travel(self, point: np.ndarray, yaw: float, gripper: float, item: str = "") -> np.ndarray:
-        """Towards `point` through a funnel above it: sideways only at travelling height, down only when nearly over it.
+        """Towards `point` through a funnel above it: sideways only at travelling height, down only nearly over it.
 
         Nor sideways while another item than `item`, one just put down say, is still between the fingers.
         """

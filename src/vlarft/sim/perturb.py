@@ -1,7 +1,7 @@
-"""The paper's perturbed start states (Sec. 4.3, Tables 3 and 8): objects, goals, the robot, or all of them are displaced.
+"""The paper's perturbed start states (Tables 3 and 8): objects, goals, the robot, or all of them are displaced.
 
-Tables 3 and 8 give half ranges; displacements here are uniform in them. The robot's are read as millimetres, since +-20 cm
-would leave the table.
+Tables 3 and 8 give half ranges; displacements here are uniform in them. The robot's are read as millimetres, since
++-20 cm would leave the table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Perturbation:
     def apply(self, env: TabletopEnv, layout: dict[str, np.ndarray], hand: np.ndarray, rng: np.random.Generator) -> int:
         """Places and settles a displaced copy of a start state; `TabletopEnv.reset` calls it.
 
-        A draw is rejected, and another made, when things interpenetrate, leave the reachable table, or fall while settling.
+        A draw is rejected when things interpenetrate, leave the reachable table, or fall while settling.
 
         Args:
             env: the environment to place in.
@@ -80,7 +80,7 @@ class Perturbation:
                 for name in _moves_with(env.scene, body):
                     moved[name][:2] += shift
             start = hand + rng.uniform(-1.0, 1.0, size=3) * self.robot_mm / 1000.0
-            if not _reachable(env, moved, start):
+            if not _reachable(env, moved, start) or _fixtures_overlap(env.scene, moved):
                 continue
             env.place(moved, start)
             if _depth(env) > plain_depth + self.max_depth:
@@ -89,7 +89,8 @@ class Perturbation:
             if all(abs(env.position(name)[2] - moved[name][2]) < 0.005 for name in env.items):
                 return rejected
         raise RuntimeError(
-            f"{env.suite}/{env.task_name}: no valid start in {self.max_tries} draws of {self}; ask for smaller displacements"
+            f"{env.suite}/{env.task_name}: no valid start in {self.max_tries} draws of {self}; "
+            "ask for smaller displacements"
         )
 
 
@@ -122,6 +123,16 @@ def _reachable(env: TabletopEnv, layout: dict[str, np.ndarray], hand: np.ndarray
     low, high = np.asarray(env.config.low), np.asarray(env.config.high)
     inside = all(np.all(low[:2] <= pose[:2]) and np.all(pose[:2] <= high[:2]) for pose in layout.values())
     return inside and bool(np.all(low <= hand) and np.all(hand <= high))
+
+
+def _fixtures_overlap(scene: Scene, layout: dict[str, np.ndarray]) -> bool:
+    """Footprints of two fixtures intersect; the physics makes no contacts between things that cannot move."""
+    solid = [fixture for fixture in scene.fixtures if fixture.kind != "mat"]
+    return any(
+        np.all(np.abs(layout[a.name] - layout[b.name])[:2] < np.add(a.half, b.half))
+        for i, a in enumerate(solid)
+        for b in solid[:i]
+    )
 
 
 def _depth(env: TabletopEnv) -> float:

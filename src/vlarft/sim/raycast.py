@@ -1,10 +1,11 @@
-"""Images of a MuJoCo model without OpenGL: one ray per pixel with `mujoco.mj_multiRay` (mujoco >= 3.5 returns normals).
+"""Images of a MuJoCo model without OpenGL: one ray per pixel with `mujoco.mj_multiRay` of mujoco >= 3.5.
 
-Takes any MjModel made of primitives; meshes work too, only slower. Flat shading: ambient light plus one lamp that casts
-shadows. Rows run top to bottom, columns left to right, so images are upright.
+Takes any MjModel made of primitives; meshes work too, only slower. Flat shading: ambient light plus one lamp that
+casts shadows. Rows run top to bottom, columns left to right, so images are upright.
 
-Most of a frame seldom changes. For a camera bolted to the world, hits and shadows of the geoms that cannot move are kept, and
-only pixels and shadows inside the bounding spheres of the others are traced; the image is the same to the bit.
+Most of a frame seldom changes. For a camera bolted to the world, hits and shadows of the geoms that cannot move are
+kept, and only pixels and shadows inside the bounding spheres of the others are traced; the image is the same to the
+bit.
 
 Shapes: N rays, one per pixel, M moving geoms.
 """
@@ -53,8 +54,8 @@ class RaycastRenderer:
     """Renders the cameras of one model.
 
     Args:
-        model: compiled MjModel. `geom_rgba` (or the material's colour) is the surface colour, read once; geoms of alpha 0 or of
-            group 3 and higher are invisible, as in MuJoCo's viewer.
+        model: compiled MjModel. `geom_rgba` (or the material's colour) is the surface colour, read once; geoms of
+            alpha 0 or of group 3 and higher are invisible, as in MuJoCo's viewer.
         config: image size and light.
 
     Raises:

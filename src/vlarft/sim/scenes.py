@@ -48,7 +48,7 @@ class Fixture:
 
 @dataclass(frozen=True)
 class Spot:
-    """Start region of one body's origin: a rectangle on the table, or around another body's centre (`beside`, `on`)."""
+    """Start region of one body's origin: a rectangle on the table, or around another body (`beside`, `on`)."""
 
     body: str
     x: tuple[float, float]  # metres
@@ -86,7 +86,8 @@ def _bin_xml(inner: float) -> str:
     return f"""
       <geom type="box" size="{inner} {inner} 0.002" pos="0 0 0.002" rgba="0.42 0.28 0.18 1"/>""" + "".join(
         f"""
-      <geom type="box" size="{half_x} {half_y} {middle}" pos="{sign * x} {sign * y} {middle}" rgba="0.30 0.19 0.12 1"/>"""
+      <geom type="box" size="{half_x} {half_y} {middle}" pos="{sign * x} {sign * y} {middle}"
+        rgba="0.30 0.19 0.12 1"/>"""
         for x, y, half_x, half_y in sides
         for sign in (1, -1)
     )
@@ -257,7 +258,7 @@ def _try_layout(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray]
             if other in items and np.hypot(*gap) < item.keep_out + items[other].keep_out:
                 return None
             # The open fingers reach 5.6 cm to either side of an item in x and 1 cm in y.
-            if other in fixtures and np.all(gap < np.array(fixtures[other].half) + (0.066, 0.032)):
+            if other in fixtures and np.all(gap < np.add(fixtures[other].half, (0.066, 0.032))):
                 return None
         layout[item.name] = np.array([*xy, base + item.half_height + 5e-4, rng.uniform(-item.yaw, item.yaw)])
     return layout

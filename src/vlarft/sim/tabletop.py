@@ -1,8 +1,9 @@
 """TabletopEnv: a floating parallel gripper over a table, with LIBERO's action and observation interface.
 
-Actions are (7,) in [-1, 1]: dx, dy, dz (1 = 5 cm), a rotation vector in the world frame (1 = 0.5 rad), gripper (-1 open, +1 close). As in
-LIBERO's OSC_POSE the goal of a step is the present pose plus the action, followed by a critically damped controller, so that a constant
-action of 1 moves the hand 2 cm a step. Images are rendered only when `observe` is called.
+Actions are (7,) in [-1, 1]: dx, dy, dz (1 = 5 cm), a rotation vector in the world frame (1 = 0.5 rad), gripper (-1
+open, +1 close). As in LIBERO's OSC_POSE the goal of a step is the present pose plus the action, followed by a
+critically damped controller, so that a constant action of 1 moves the hand 2 cm a step. Images are rendered only when
+`observe` is called.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class TabletopEnv:
 
     Raises:
         ValueError: unknown suite or task.
-        ImportError: mujoco is not installed.
+        ImportError: mujoco is not installed, or too old.
     """
 
     def __init__(
@@ -72,6 +73,10 @@ class TabletopEnv:
             import mujoco
         except ImportError as error:
             raise ImportError('the tabletop suites need mujoco >= 3.5: pip install "vlarft[sim]"') from error
+        if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 5):
+            raise ImportError(
+                f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U "vlarft[sim]"'
+            )
         from vlarft.sim.raycast import RaycastConfig, RaycastRenderer
 
         self._mujoco = mujoco
@@ -98,7 +103,7 @@ class TabletopEnv:
         self.num_steps = 0
         self.num_rejected = 0
 
-    # -- episodes ------------------------------------------------------------------------------------------------------------
+    # Episodes
 
     def reset(
         self, init_state: int | None = None, seed: int | None = None, perturb: Perturbation | None = None
@@ -133,7 +138,7 @@ class TabletopEnv:
             self.num_rejected = perturb.apply(self, layout, hand, np.random.default_rng([*entropy, 1]))
 
     def place(self, layout: dict[str, np.ndarray], hand: np.ndarray) -> None:
-        """Writes a layout (body name -> x, y, z, yaw) and a hand position into the physics, at rest; call `settle` next."""
+        """Writes a layout (body name -> x, y, z, yaw) and a hand position into the physics; call `settle` next."""
         mj, model, data = self._mujoco, self.model, self.data
         mj.mj_resetData(model, data)
         for fixture in self.scene.fixtures:
@@ -179,24 +184,31 @@ class TabletopEnv:
         data.ctrl[3:6] = self._angles_after(config.rotation_scale * action[3:6])
         data.ctrl[6:8] = 0.5 * _OPEN_WIDTH if action[6] < 0.0 else 0.0
         self._mujoco.mj_step(self.model, data, config.num_substeps)
+        # mj_step leaves poses one substep behind; then a state would look different after `set_state`.
+        self._mujoco.mj_kinematics(self.model, data)
+        self._mujoco.mj_camlight(self.model, data)
         self.num_steps += 1
         success = self.success()
         return StepResult(success, success or self.num_steps >= self.horizon)
 
     def observe(self) -> dict[str, np.ndarray | str]:
-        """Renders now: {"agentview": (H, W, 3) uint8 upright, "wrist" if asked for, "proprio": (8,) float32, "instruction"}."""
+        """Renders now.
+
+        Returns:
+            "agentview" and, if asked for, "wrist": (H, W, 3) uint8, upright; "proprio": (8,) float32; "instruction".
+        """
         images = {camera: self._renderer.render(self.data, camera) for camera in self.cameras}
         return {**images, "proprio": self.proprio(), "instruction": self.instruction}
 
     def proprio(self) -> np.ndarray:
-        """(8,) float32: hand position (metres), axis-angle (rad), finger positions (metres; the second is <= 0 as in LIBERO)."""
+        """(8,) float32: hand position [m], axis-angle [rad], finger positions [m], the second <= 0 as in LIBERO."""
         qpos = self.data.qpos
         return np.concatenate([qpos[:3], _axis_angle(*qpos[3:6]), [qpos[6], -qpos[7]]]).astype(np.float32)
 
-    # -- whole state ---------------------------------------------------------------------------------------------------------
+    # Whole state
 
     def get_state(self) -> np.ndarray:
-        """Everything that decides the future, as one float64 vector: step count, integration state, fixture positions."""
+        """All that decides the future, as one float64 vector: step count, integration state, fixture positions."""
         mj, model = self._mujoco, self.model
         state = np.empty(mj.mj_stateSize(model, self._state_kind))
         mj.mj_getState(model, self.data, state, self._state_kind)
@@ -224,7 +236,7 @@ class TabletopEnv:
         self.num_steps = int(state[0])
         self._ready = True
 
-    # -- what the expert and the success test may know -----------------------------------------------------------------------
+    # What the expert and the success test may know
 
     @property
     def hand_position(self) -> np.ndarray:

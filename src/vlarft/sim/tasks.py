@@ -1,7 +1,7 @@
 """Suites and tasks: a scene, an instruction, and the goals that together are success.
 
-Four suites of ten tasks as in LIBERO: `tabletop_spatial` (the same two blocks, told apart by where they are), `tabletop_object`
-(told apart by what they are), `tabletop_goal` (one scene, ten goals), `tabletop_long` (two goals).
+Four suites of ten tasks as in LIBERO: `tabletop_spatial` (the same two blocks, told apart by where they are),
+`tabletop_object` (told apart by what they are), `tabletop_goal` (one scene, ten goals), `tabletop_long` (two goals).
 """
 
 from __future__ import annotations

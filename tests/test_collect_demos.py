@@ -1,0 +1,159 @@
+"""collect_demos.py: layout, determinism, resume, marks, errors."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import collect_demos
+from collect_demos import FIRST_NOISY, PRESETS, main
+from vlarft.config import parse
+from vlarft.data import load_episodes
+from vlarft.sim import make_env
+
+pytest.importorskip("mujoco")
+h5py = pytest.importorskip("h5py")
+
+
+def config(folder, **changes):
+    small = {"tasks": ("0", "2"), "demos_per_task": 2, "image_size": 16, "workers": 1, "idle_steps": 3}
+    return dataclasses.replace(PRESETS["smoke"], out_dir=str(folder), **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collected")
+    return folder, main(config(folder))
+
+
+def test_files_have_liberos_layout(collected):
+    folder, paths = collected
+    assert [path.name for path in paths] == [
+        "pick_up_the_red_block_and_place_it_in_the_bin_demo.hdf5",
+        "pick_up_the_blue_block_and_place_it_in_the_bin_demo.hdf5",
+    ]
+    assert sorted(path.name for path in (folder / "tabletop_object").iterdir()) == sorted(p.name for p in paths)
+    with h5py.File(paths[1]) as file:
+        data = file["data"]
+        assert set(data) == {"demo_0", "demo_1"} and data.attrs["num_demos"] == 2
+        assert json.loads(data.attrs["problem_info"])["language_instruction"].startswith("pick up the blue block")
+        assert json.loads(data.attrs["env_args"])["collection"]["action_noise"] == 0.2
+        for i in (0, 1):
+            demo = data[f"demo_{i}"]
+            steps = demo.attrs["num_samples"]
+            assert demo["obs/agentview_rgb"].shape == (steps, 16, 16, 3)
+            assert demo["obs/agentview_rgb"].compression == "gzip"
+            assert demo["actions"].shape == demo["intended_actions"].shape == (steps, 7)
+            assert demo.attrs["kind"] == "expert" and demo.attrs["success"] and demo.attrs["seed"] == i
+            noise = demo["actions"][:] - demo["intended_actions"][:]
+            assert noise[:-3, :3].std() > 0.1 and not noise[-3:].any()  # idle steps hold still
+            np.testing.assert_array_equal(demo["actions"][-3:], [[0, 0, 0, 0, 0, 0, -1]] * 3)
+        assert data.attrs["total"] == sum(data[name].attrs["num_samples"] for name in data)
+
+
+def test_episodes_load_and_replay_bit_for_bit(collected):
+    folder, _ = collected
+    episodes = load_episodes(folder, with_states=True)
+    assert len(episodes) == 4 and all(episode.success for episode in episodes)
+    env = make_env("tabletop_object", 2, 16)
+    episode = next(e for e in episodes if "blue" in e.instruction)
+    env.reset(seed=0)
+    for t in range(len(episode)):
+        np.testing.assert_array_equal(env.get_state(), episode.states[t])
+        if t % 10 == 0:
+            np.testing.assert_array_equal(env.observe()["agentview"], episode.images[t])
+            np.testing.assert_array_equal(env.proprio(), episode.proprio[t])
+        env.step(episode.actions[t])
+    assert env.success()
+
+
+def test_files_do_not_depend_on_workers_or_interruptions(collected, tmp_path, monkeypatch):
+    _, paths = collected
+    made = []
+    original = collect_demos.make_demo
+
+    def stops_at_the_third(job):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job)
+        return original(job)
+
+    monkeypatch.setattr(collect_demos, "make_demo", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(tmp_path))
+    monkeypatch.setattr(collect_demos, "make_demo", original)
+    folder = tmp_path / "tabletop_object"
+    blue = folder / f"{paths[1].stem}.parts"
+    (blue / "demo_0.tmp").write_bytes(b"half a file")
+    assert (folder / paths[0].name).exists() and not (folder / paths[1].name).exists()
+    again = main(config(tmp_path, workers=2))
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+    assert not list(tmp_path.rglob("*.parts")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_repeating_the_command_makes_nothing_and_more_demos_extend(collected, tmp_path, monkeypatch):
+    settings = config(tmp_path, tasks=("0",), demos_per_task=1)
+    (path,) = main(settings)
+    first = path.read_bytes()
+    monkeypatch.setattr(collect_demos, "make_demo", lambda job: pytest.fail("made again"))
+    main(settings)
+    assert path.read_bytes() == first
+    monkeypatch.undo()
+    main(dataclasses.replace(settings, demos_per_task=2, noisy_per_task=1))
+    with h5py.File(path) as file, h5py.File(collected[1][0]) as whole:
+        assert set(file["data"]) == {"demo_0", "demo_1", f"demo_{FIRST_NOISY}"}
+        assert file["data"].attrs["num_demos"] == 3
+        noisy = file[f"data/demo_{FIRST_NOISY}"]
+        assert noisy.attrs["kind"] == "noisy"
+        assert np.std(noisy["actions"][:, :3] - noisy["intended_actions"][:, :3]) > 0.3
+        for name in ("demo_0", "demo_1"):
+            np.testing.assert_array_equal(file[f"data/{name}/actions"], whole[f"data/{name}/actions"])
+
+
+def test_other_settings_in_the_same_folder_are_refused(collected):
+    folder, _ = collected
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 7 now\); give another --out-dir"):
+        main(config(folder, seed=7))
+
+
+def test_failures_are_retried_or_kept_and_marked(tmp_path):
+    hopeless = config(tmp_path / "a", tasks=("0",), demos_per_task=1, action_noise=3.0, max_attempts=2)
+    with pytest.raises(RuntimeError, match=r"no success in 2 attempts from seed 0; lower action_noise \(now 3.0\)"):
+        main(hopeless)
+    (path,) = main(dataclasses.replace(hopeless, out_dir=str(tmp_path / "b"), keep_failed=True))
+    with h5py.File(path) as file:
+        demo = file["data/demo_0"]
+        assert demo.attrs["kind"] == "failed" and not demo.attrs["success"] and demo["dones"][-1] == 0
+    assert load_episodes(path, successes_only=False)[0].kind == "failed"
+
+
+def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
+    (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, wrist=True))
+    with h5py.File(path) as file:
+        assert file["data/demo_0/obs/eye_in_hand_rgb"].shape == file["data/demo_0/obs/agentview_rgb"].shape
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--suites", "tabletop_moon"], "unknown suite 'tabletop_moon'; the suites are: tabletop_spatial"),
+        (["--suites", "tabletop_goal", "--tasks", "fly"], "unknown task 'fly' of tabletop_goal; give 0..9 or one of"),
+        (["--preset", "huge"], "huge"),
+        (["--demos-per-task", "0"], "demos_per_task must be at least 1, got 0"),
+        (["--min-speed", "0.9"], "need 0 < min_speed <= max_speed <= 1"),
+        (["--seed", "-1"], "seed must be 0"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_command_lines_exit_with_a_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(collect_demos.Config, PRESETS, arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_presets_select_what_they_say():
+    assert list(PRESETS) == ["paper", "small", "tiny", "smoke"]
+    assert PRESETS["paper"].image_size == 256 and len(PRESETS["paper"].suites) == 4 and PRESETS["paper"].tasks is None
+    assert PRESETS["tiny"].demos_per_task == 125 and PRESETS["tiny"].tasks == ("0", "1", "2", "3")

@@ -1,0 +1,137 @@
+"""The experts: every task once, noise and speed, recovery."""
+
+import numpy as np
+import pytest
+
+from vlarft.sim import SUITES, make_env
+from vlarft.sim.experts import Expert
+
+pytest.importorskip("mujoco")
+
+
+def play(env, expert, steps=None):
+    for _ in range(steps or env.horizon):
+        result = env.step(expert.act().executed)
+        if result.done:
+            return result
+    return result
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_every_task_of_a_suite_succeeds_without_noise(suite):
+    for task in range(10):
+        env = make_env(suite, task)
+        env.reset(seed=100 + task)
+        assert play(env, Expert(env)).success, env.task_name
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_demonstration_noise_is_survived(suite):
+    won = 0
+    for task in range(0, 10, 3):
+        env = make_env(suite, task)
+        env.reset(seed=200 + task)
+        won += play(env, Expert(env, seed=task, action_noise=0.2)).success
+    assert won >= 3
+
+
+def test_pace_is_that_of_libero():
+    env = make_env("tabletop_object", 2)
+    lengths, moved = [], []
+    for seed in range(5):
+        env.reset(seed=seed)
+        expert, before = Expert(env), env.hand_position
+        while not env.step(expert.act().executed).done:
+            moved.append(np.linalg.norm(env.hand_position - before))
+            before = env.hand_position
+        lengths.append(env.num_steps)
+    assert 45 <= np.mean(lengths) <= 100
+    assert 0.008 <= np.quantile(moved, 0.75) <= 0.02 and max(moved) <= 0.025
+
+
+def test_without_noise_executed_is_intended():
+    env = make_env("tabletop_goal", 0)
+    env.reset(seed=0)
+    action = Expert(env).act()
+    np.testing.assert_array_equal(action.executed, action.intended)
+    assert action.executed.shape == (7,) and np.abs(action.executed).max() <= 1.0
+    assert np.linalg.norm(action.intended[:3]) <= 0.5 + 1e-9
+
+
+def test_noise_has_the_asked_size_and_persistence():
+    env = make_env("tabletop_object", 0)
+    env.reset(seed=0)  # the state is left alone, so the intention is constant
+    expert = Expert(env, seed=3, action_noise=0.1, persistence=0.5)
+    noise = []
+    for _ in range(4000):
+        action = expert.act()
+        noise.append(action.executed - action.intended)
+    noise = np.array(noise)
+    np.testing.assert_allclose(noise[:, :6].std(axis=0), [0.1] * 3 + [0.05] * 3, rtol=0.1)
+    assert np.corrcoef(noise[:-1, 0], noise[1:, 0])[0, 1] == pytest.approx(0.5, abs=0.05)
+    assert not noise[:, 6].any()
+    flips = Expert(env, seed=3, gripper_flips=0.25)
+    assert np.mean([(a := flips.act()).executed[6] != a.intended[6] for _ in range(2000)]) == pytest.approx(
+        0.25, abs=0.04
+    )
+
+
+def test_noise_repeats_with_its_seed():
+    env = make_env("tabletop_object", 0)
+    env.reset(seed=0)
+    first, again, other = (Expert(env, seed=seed, action_noise=0.2).act().executed for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+
+
+def test_speed_scales_the_motion():
+    env = make_env("tabletop_object", 0)
+    lengths = []
+    for speed in (0.3, 0.6, 1.0):
+        env.reset(seed=0)
+        assert play(env, Expert(env, speed=speed)).success
+        lengths.append(env.num_steps)
+    assert lengths[0] > 1.5 * lengths[1] > 1.5 * lengths[2]
+
+
+def test_expert_picks_up_again_what_it_dropped():
+    env = make_env("tabletop_object", 0)
+    env.reset(seed=0)
+    expert = Expert(env)
+    while env.position("red_block")[2] < 0.07:
+        env.step(expert.act().executed)
+    for _ in range(4):
+        env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    assert env.position("red_block")[2] < 0.05
+    assert play(env, expert).success
+
+
+def test_expert_recovers_from_a_turned_hand():
+    env = make_env("tabletop_object", 1)
+    env.reset(seed=0)
+    for _ in range(6):
+        env.step(np.array([0, 0, 0, 0.4, 0.3, 0.6, 1.0]))
+    assert np.abs(env.hand_angles).max() > 0.3
+    assert play(env, Expert(env)).success
+
+
+def test_after_success_it_holds_still_and_open():
+    env = make_env("tabletop_object", 0)
+    env.reset(seed=0)
+    expert = Expert(env, action_noise=0.2)
+    assert play(env, expert).success
+    np.testing.assert_array_equal(expert.act().executed, [0, 0, 0, 0, 0, 0, -1])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"action_noise": -0.1}, "action_noise must be >= 0, got -0.1"),
+        ({"speed": 0.0}, r"speed must be in \(0, 1\], got 0.0"),
+        ({"gripper_flips": 2.0}, r"gripper_flips must be in \[0, 1\], got 2.0"),
+        ({"persistence": 1.0}, r"persistence must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Expert(make_env("tabletop_object", 0), **arguments)
