@@ -69,7 +69,7 @@ PRESETS = {
 
 
 class TrueOutcome(NamedTuple):
-    """What P chunks really do: frames (P, T, C, H, W), and how far [m] hand, fingers and objects end from the first's."""
+    """What P chunks really do: frames (P, T, C, H, W), how far [m] hand, fingers, objects are from the first's."""
 
     frames: Tensor
     state_error: Tensor
