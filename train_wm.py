@@ -51,6 +51,7 @@ class Config:
     chunk: int = opt(8, "actions of a segment, one frame more (Sec. 4)")
     action_bins: int = opt(256, "bins per action dimension")
     loss_on_actions: bool = opt(False, "also predict action tokens, as the release does")
+    future_codes_only: bool = opt(False, "normalise the loss over future codes only, as rollouts do")
     smooth_init: bool = opt(False, "initial embeddings that are smooth in the value they stand for")
     context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
     batch_size: int = opt(16, "segments per step, over all processes (paper)")
@@ -76,6 +77,7 @@ class Config:
 TINY = Config(
     transformer=MODELS["tiny"].transformer,
     action_bins=MODELS["tiny"].action_bins,
+    future_codes_only=True,
     smooth_init=True,
     context_lookback=0,
     steps=600,
@@ -211,7 +213,7 @@ def main(cfg: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(cfg, held_out, device)
     torch.manual_seed(cfg.seed)
     sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
-    options = {"loss_on_actions": cfg.loss_on_actions, "smooth_init": cfg.smooth_init}
+    options = {name: getattr(cfg, name) for name in ("loss_on_actions", "future_codes_only", "smooth_init")}
     model_config = WorldModelConfig(tokenizer.cfg, cfg.transformer, **sizes, **options)
     model = WorldModel(model_config).to(device)
     model.tokenizer.load_state_dict(tokenizer.state_dict())

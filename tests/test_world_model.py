@@ -117,6 +117,19 @@ def test_loss_on_actions_adds_their_tokens():
     assert a[0] != b[0] and a[1]["accuracy"] == b[1]["accuracy"]
 
 
+def test_loss_over_future_codes_only():
+    frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2) * 2 - 1
+    model = make(replace(SMALL, future_codes_only=True))
+    context, future = model.tokenize(frames)
+    logits = full_logits(model, context, future, actions)
+    want = F.cross_entropy(logits.flatten(0, 2), future[:, 1:].flatten())
+    loss, metrics = model.loss(frames, actions)
+    assert_close(loss, want)
+    assert_close(metrics["accuracy"], (logits.argmax(-1) == future[:, 1:]).float().mean())
+    with pytest.raises(ValueError, match="exclude each other"):
+        replace(SMALL, future_codes_only=True, loss_on_actions=True)
+
+
 def test_loss_does_not_see_the_future():
     model = make()
     frames, actions = torch.rand(1, 4, 3, 16, 16), torch.rand(1, 3, 2) * 2 - 1
@@ -141,7 +154,7 @@ def test_gradient_reaches_every_trained_parameter_and_no_frozen_one():
     for name, parameter in model.named_parameters():
         if name.startswith("tokenizer."):
             assert parameter.grad is None and not parameter.requires_grad, name
-        else:
+        else:  # the rows of the head beyond the future codes too: the loss is normalised over all of them
             assert parameter.grad.abs().max() > 0, name
 
 

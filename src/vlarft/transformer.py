@@ -131,7 +131,7 @@ class KVCache:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, half-split convention, float32.
+    """Cosine and signed sine of the rotary angles, half-split convention, float32.
 
     Args:
         positions: (N,) token positions.
@@ -139,18 +139,18 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
         theta: frequency base.
 
     Returns:
-        Two tensors (N, E), the E/2 angles repeated for both halves.
+        Two tensors (N, 1, E), the E/2 angles repeated for both halves, the sine negative in the first.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * theta**-exponents  # (N, E/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (N, E)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]  # (N, 1, E)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + E/2) of x (..., N, E) by the tables' angles."""
+    """Turn the channel pairs (i, i + E/2) of x (B, N, H, E) by the tables' angles."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + torch.cat([second, first], dim=-1) * sin.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -180,10 +180,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         """x: (B, N, D) -> (B, N, D); `mask` is None for plain causal attention, else (B or 1, 1, N, P + N)."""
-        query = rearrange(self.q_proj(x), "b n (h e) -> b h n e", h=self.num_heads)  # (B, H, N, E)
-        key = rearrange(self.k_proj(x), "b n (k e) -> b k n e", k=self.num_kv_heads)  # (B, K, N, E)
+        query = rearrange(self.q_proj(x), "b n (h e) -> b n h e", h=self.num_heads)
+        key = rearrange(self.k_proj(x), "b n (k e) -> b n k e", k=self.num_kv_heads)
         value = rearrange(self.v_proj(x), "b n (k e) -> b k n e", k=self.num_kv_heads)  # (B, K, N, E)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query = rotate(query, cos, sin).transpose(1, 2)  # (B, H, N, E)
+        key = rotate(key, cos, sin).transpose(1, 2)  # (B, K, N, E)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)  # (B, K, P + N, E)
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -316,7 +317,7 @@ class Decoder(nn.Module):
                 f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(batch, past + num_new)}"
             )
         positions = torch.arange(past, past + num_new, device=x.device)
-        cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, E)
+        cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, 1, E)
         mask = attention_mask(positions, key_padding_mask)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)

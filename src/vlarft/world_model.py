@@ -40,6 +40,8 @@ class WorldModelConfig:
         action_dim: action dimensions A, one token each.
         action_bins: bins per dimension; all dimensions share their ids.
         loss_on_actions: also predict the action tokens, as the public release does; the paper's Eq. (3) does not.
+        future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
+            in the paper; it makes the head of a small model cheap. Excludes `loss_on_actions`.
         smooth_init: start the embeddings of action bins and of FSQ codes as smooth functions of their value instead of
             independently, so that neighbours share what is learnt from the first step. Off in the paper; it matters
             when training is short.
@@ -51,7 +53,12 @@ class WorldModelConfig:
     action_dim: int = 7
     action_bins: int = 256
     loss_on_actions: bool = False
+    future_codes_only: bool = False
     smooth_init: bool = False
+
+    def __post_init__(self) -> None:
+        if self.future_codes_only and self.loss_on_actions:
+            raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
 
 class TokenLayout:
@@ -299,7 +306,8 @@ class WorldModel(nn.Module):
         ids = self.layout.sequence(context_tokens, future_tokens, self.action_bins.encode(actions))  # (B, N)
         targets = self.layout.target_positions(num_actions).to(ids.device)
         hidden = self.decoder(self.embed_tokens(ids[:, :-1]))[:, targets - 1]  # (B, targets, D)
-        logits = self.lm_head(hidden).float()
+        head = self.lm_head.weight[: self.layout.num_future_codes if self.cfg.future_codes_only else None]
+        logits = F.linear(hidden, head).float()  # (B, targets, V or whole vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, targets].flatten())
         with torch.no_grad():
             is_frame = torch.isin(targets, self.layout.frame_positions(num_actions).to(ids.device))
@@ -442,13 +450,15 @@ PRESETS = {
     ),
     "tiny": WorldModelConfig(
         tokenizer=TOKENIZERS["tiny"],
-        transformer=TransformerConfig(depth=4, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512),
+        transformer=TransformerConfig(depth=4, width=192, num_heads=3, num_kv_heads=3, ffn_dim=512),
+        future_codes_only=True,
         smooth_init=True,
     ),
     "smoke": WorldModelConfig(
         tokenizer=TOKENIZERS["smoke"],
         transformer=TransformerConfig(depth=1, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64),
         action_bins=32,
+        future_codes_only=True,
         smooth_init=True,
     ),
 }
