@@ -79,9 +79,9 @@ def _memory(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def run_stage(out_dir: Path, name: str, script: str, **flags: object) -> dict:
+def run_stage(folder: Path, name: str, script: str, /, **flags: object) -> dict:
     """Run one stage script unless it already ended well; returns {"command", "seconds", "peak_bytes"}."""
-    done = out_dir / "stages.json"
+    done = folder / "stages.json"
     stages = json.loads(done.read_text()) if done.is_file() else {}
     words = ["python", script]
     for flag, value in flags.items():
