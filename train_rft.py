@@ -103,7 +103,7 @@ PRESETS = {
         divide_by_std=True, reference="intended", mse_weight=0.1, save_interval=8,
     ),
     "smoke": Config(
-        steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
+        steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common",
         divide_by_std=True, reference="intended", save_interval=1,
     ),
 }  # fmt: skip
