@@ -145,7 +145,7 @@ def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
         ("wm", "world model: cross-entropy [nats]", ("loss", "val_loss")),
         ("sft", "SFT: flow-matching loss (Eq. 4)", ("flow_mse", "val_flow_mse")),
         ("rft", "RFT: verified reward (Eq. 11)", ("reward",)),
-        ("rft", "RFT: ratio - 1 and KL", ("approx_kl", "grad_norm")),
+        ("rft", "RFT: spread of the reward within groups", ("reward_std",)),
     ]
     for axis, (stage, title, names) in zip(axes.flat, panels):
         log = read_log(out_dir / stage)
