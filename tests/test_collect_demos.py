@@ -68,18 +68,18 @@ def test_episodes_load_and_replay_bit_for_bit(collected):
     assert env.success()
 
 
-def test_files_do_not_depend_on_workers_or_interruptions(collected, tmp_path, monkeypatch):
+def test_an_interrupted_collection_goes_on_where_it_stopped(collected, tmp_path, monkeypatch):
     _, paths = collected
     made = []
     original = collect_demos.make_demo
 
-    def stops_at_the_third(job):
-        if len(made) == 2:
+    def stops_at_the_fourth(job):
+        if len(made) == 3:
             raise KeyboardInterrupt
         made.append(job)
         return original(job)
 
-    monkeypatch.setattr(collect_demos, "make_demo", stops_at_the_third)
+    monkeypatch.setattr(collect_demos, "make_demo", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         main(config(tmp_path))
     monkeypatch.setattr(collect_demos, "make_demo", original)
@@ -87,9 +87,18 @@ def test_files_do_not_depend_on_workers_or_interruptions(collected, tmp_path, mo
     blue = folder / f"{paths[1].stem}.parts"
     (blue / "demo_0.tmp").write_bytes(b"half a file")
     assert (folder / paths[0].name).exists() and not (folder / paths[1].name).exists()
-    again = main(config(tmp_path, workers=2))
+    made.clear()
+    monkeypatch.setattr(collect_demos, "make_demo", lambda job: made.append(job) or original(job))
+    again = main(config(tmp_path))
+    assert [(job.task, job.index) for job in made] == [(2, 1)]
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
     assert not list(tmp_path.rglob("*.parts")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_files_do_not_depend_on_the_number_of_workers(collected, tmp_path):
+    _, paths = collected
+    again = main(config(tmp_path, workers=2))
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
 def test_repeating_the_command_makes_nothing_and_more_demos_extend(collected, tmp_path, monkeypatch):

@@ -89,18 +89,31 @@ def test_same_state_same_draw():
     np.testing.assert_array_equal(*states)
 
 
-def test_overlapping_starts_are_rejected_and_counted():
-    env = make_env("tabletop_long", 3)
-    perturb = Perturbation.parse("all:5/5/50")
-    rejected = 0
-    for state in range(25):
+def test_items_that_overlap_are_rejected_and_counted():
+    env = make_env("tabletop_spatial", 4)  # the block stands next to the can
+    rejected, perturb = 0, Perturbation.parse("object:9")
+    for state in range(40):
+        env.reset(init_state=state)
+        plain = {name: env.position(name) for name in env.items if name != "block_1"}
         env.reset(init_state=state, perturb=perturb)
         rejected += env.num_rejected
-        dist = env.data.contact.dist
-        assert len(dist) == 0 or dist.min() > -2e-3
+        # An overlapping start would push the other things aside.
+        assert all(np.abs(env.position(name) - position).max() < 1e-3 for name, position in plain.items())
     assert rejected > 0
     env.reset(init_state=0)
     assert env.num_rejected == 0
+
+
+def test_fixtures_that_overlap_are_rejected():
+    env = make_env("tabletop_long", "open_the_drawer_and_turn_the_knob")
+    cabinet, dial = (next(f for f in env.scene.fixtures if f.name == name) for name in ("cabinet", "dial"))
+    rejected, perturb = 0, Perturbation.parse("goal:5")
+    for state in range(20):
+        env.reset(init_state=state, perturb=perturb)
+        rejected += env.num_rejected
+        gap = np.abs(env.position("cabinet") - env.position("dial"))[:2]
+        assert np.any(gap >= np.add(cabinet.half, dial.half))
+    assert rejected > 0
 
 
 def test_impossible_displacement_is_an_error():

@@ -195,7 +195,9 @@ def scene_xml(scene: Scene, timestep: float) -> str:
     fixtures = "".join(f'\n    <body name="{f.name}">{FIXTURE_XML[f.kind]}\n    </body>' for f in scene.fixtures)
     return f"""<mujoco model="tabletop">
   <compiler angle="radian"/>
-  <option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="30"/>
+  <option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="30">
+    <flag multiccd="enable"/>
+  </option>
   <worldbody>
     <geom name="table" type="box" size="0.36 0.30 0.02" pos="0 0.02 -0.02" rgba="0.52 0.54 0.56 1"/>
     <camera name="agentview" pos="0 -0.62 0.64" xyaxes="1 0 0 0 0.68 0.73" fovy="30.5"/>{HAND_XML}{fixtures}

@@ -184,9 +184,7 @@ class TabletopEnv:
         data.ctrl[3:6] = self._angles_after(config.rotation_scale * action[3:6])
         data.ctrl[6:8] = 0.5 * _OPEN_WIDTH if action[6] < 0.0 else 0.0
         self._mujoco.mj_step(self.model, data, config.num_substeps)
-        # mj_step leaves poses one substep behind; then a state would look different after `set_state`.
-        self._mujoco.mj_kinematics(self.model, data)
-        self._mujoco.mj_camlight(self.model, data)
+        self._update_poses()
         self.num_steps += 1
         success = self.success()
         return StepResult(success, success or self.num_steps >= self.horizon)
@@ -231,8 +229,7 @@ class TabletopEnv:
         for fixture, position in zip(self.scene.fixtures, state[1 + size :].reshape(-1, 3)):
             model.body_pos[self._body[fixture.name]] = position
         mj.mj_setState(model, self.data, state[1 : 1 + size], self._state_kind)
-        mj.mj_forward(model, self.data)
-        mj.mj_setState(model, self.data, state[1 : 1 + size], self._state_kind)  # mj_forward moved the warm start
+        self._update_poses()
         self.num_steps = int(state[0])
         self._ready = True
 
@@ -289,6 +286,11 @@ class TabletopEnv:
     def success(self) -> bool:
         """All goals of the task hold at once."""
         return all(self.achieved(goal) for goal in self.task.goals)
+
+    def _update_poses(self) -> None:
+        """Poses of the present qpos; mj_step leaves them one substep behind, which images and success would show."""
+        self._mujoco.mj_kinematics(self.model, self.data)
+        self._mujoco.mj_camlight(self.model, self.data)
 
     def _angles_after(self, rotation_vector: np.ndarray) -> tuple[float, float, float]:
         """Yaw, pitch, roll after a world-frame rotation of the present hand, tilt limited, yaw continuous."""
