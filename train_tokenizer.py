@@ -63,6 +63,7 @@ class Config:
     moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
     unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
     pyramid: int = opt(1, "scales of the L1, each half the one before")
+    rounding_weight: float = opt(0.0, "weight of the future tokens' distance from their levels")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
     validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
     validate_every: int = opt(2000, "steps between validations")
@@ -248,6 +249,7 @@ def main(cfg: Config) -> dict[str, float]:
             usual_frame=usual.to(device) if cfg.unusual_weight != 1 else None,
             unusual_weight=cfg.unusual_weight,
             pyramid=cfg.pyramid,
+            rounding_weight=cfg.rounding_weight,
         )
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
         check_finite(parts["loss"], step, parts)
@@ -273,7 +275,9 @@ def main(cfg: Config) -> dict[str, float]:
     if state_path is None or step > resumed_at:
         metrics = validate(model, validation, usual, device, autocast)
         save()
-    draw(model, validation, device, Path(cfg.out_dir) / "reconstructions.png")  # on all ranks: its forward is collective
+    draw(
+        model, validation, device, Path(cfg.out_dir) / "reconstructions.png"
+    )  # on all ranks: its forward is collective
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     log.close()

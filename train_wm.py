@@ -52,6 +52,7 @@ class Config:
     action_bins: int = opt(256, "bins per action dimension")
     loss_on_actions: bool = opt(False, "also predict action tokens, as the release does")
     future_codes_only: bool = opt(False, "normalise the loss over future codes only, as rollouts do")
+    slot_embedding: bool = opt(False, "learned vectors for a token's place in its frame or action")
     smooth_init: bool = opt(False, "initial embeddings that are smooth in the value they stand for")
     context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
     batch_size: int = opt(16, "segments per step, over all processes (paper)")
@@ -213,7 +214,9 @@ def main(cfg: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(cfg, held_out, device)
     torch.manual_seed(cfg.seed)
     sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
-    options = {name: getattr(cfg, name) for name in ("loss_on_actions", "future_codes_only", "smooth_init")}
+    options = {
+        name: getattr(cfg, name) for name in ("loss_on_actions", "future_codes_only", "slot_embedding", "smooth_init")
+    }
     model_config = WorldModelConfig(tokenizer.cfg, cfg.transformer, **sizes, **options)
     model = WorldModel(model_config).to(device)
     model.tokenizer.load_state_dict(tokenizer.state_dict())

@@ -51,7 +51,7 @@ def full_logits(model: WorldModel, context: torch.Tensor, future: torch.Tensor, 
     """Logits (B, T, Nf, V) of the future codes of frames 1..T, by one forward of the whole sequence."""
     ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
     with torch.no_grad():
-        logits = model.lm_head(model.decoder(model.embed_tokens(ids)))
+        logits = model.lm_head(model.decoder(model.embed(ids)))
     positions = model.layout.frame_positions(actions.shape[1])
     return logits[:, positions - 1, : model.layout.num_future_codes]
 
@@ -87,6 +87,8 @@ def test_layout_by_hand():
     future = torch.arange(8).reshape(1, 2, 4)
     ids = layout.sequence(torch.zeros(1, 16, dtype=torch.long), future, torch.tensor([[[0, 7]]]))
     assert ids.tolist() == [[9] * 16 + [0, 1, 2, 3] + [24, 31] + [4, 5, 6, 7]]
+    slots = layout.slots(torch.arange(30)).tolist()
+    assert slots == list(range(16)) + [16, 17, 18, 19, 20, 21] * 2 + [16, 17] and layout.num_slots == 22
     assert layout.target_positions(1).tolist() == [22, 23, 24, 25] and layout.length(1) == 26
 
 
@@ -96,7 +98,7 @@ def test_loss_is_the_mean_cross_entropy_of_future_frames():
     loss, metrics = model.loss(frames, actions)
     context, future = model.tokenize(frames)
     ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
-    logits = model.lm_head(model.decoder(model.embed_tokens(ids)))
+    logits = model.lm_head(model.decoder(model.embed(ids)))
     terms = [
         F.cross_entropy(logits[b, p - 1], ids[b, p])
         for b in range(2)
@@ -147,8 +149,9 @@ def test_loss_does_not_see_the_future():
     assert_close(before[:, 1, 0], after[:, 1, 0])  # the first token of frame 2 is drawn before any of it is seen
 
 
-def test_gradient_reaches_every_trained_parameter_and_no_frozen_one():
-    model = make().train()
+@pytest.mark.parametrize("slot_embedding", [False, True])
+def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(slot_embedding):
+    model = make(replace(SMALL, slot_embedding=slot_embedding)).train()
     assert not model.tokenizer.training
     model.loss(torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2))[0].backward()
     for name, parameter in model.named_parameters():
@@ -158,8 +161,9 @@ def test_gradient_reaches_every_trained_parameter_and_no_frozen_one():
             assert parameter.grad.abs().max() > 0, name
 
 
-def test_greedy_rollout_is_the_argmax_of_the_full_forward():
-    model = make()
+@pytest.mark.parametrize("slot_embedding", [False, True])
+def test_greedy_rollout_is_the_argmax_of_the_full_forward(slot_embedding):
+    model = make(replace(SMALL, slot_embedding=slot_embedding))
     start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
     rollout = model.rollout(start, actions, greedy=True)
     assert rollout.tokens.shape == (2, 3, 3, 4) and rollout.frames.shape == (2, 3, 3, 3, 16, 16)

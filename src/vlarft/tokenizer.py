@@ -48,8 +48,8 @@ class TokenizerConfig:
         norm_groups: groups of every GroupNorm; must divide all block channels.
         num_heads: heads of the cross-attention.
         dropout: dropout of the cross-attention's weights, in training.
-        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly every scalar rounds
-            to zero at first and tells the decoders nothing; about 6 starts with all levels in use.
+        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly all scalars round
+            to zero at first and tell the decoders nothing; about 6 starts with all levels in use.
         local_init: start the cross-attention looking at its own place in the context. Off in the paper (positions start
             at zero); it saves a short training the steps in which it finds out where things are.
     """
@@ -133,6 +133,11 @@ class FSQ(nn.Module):
         indices = ((rounded.detach() + half) * self.basis).sum(dim=-1).round().long()
         return rounded / half, indices
 
+    def rounding_error(self, z: Tensor) -> Tensor:
+        """Mean squared distance of the bounded scalars to the levels they are rounded to, a scalar; 1/12 at random."""
+        bounded = self.bound(z)
+        return (bounded - bounded.detach().round()).square().mean()
+
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (...) -> codes (..., d) in [-1, 1], float32."""
         half = torch.div(self.levels, 2, rounding_mode="floor")
@@ -156,12 +161,16 @@ class Context(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both."""
+    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
+
+    rounding_error: a scalar, how far the future's scalars lie from their levels (`FSQ.rounding_error`).
+    """
 
     context_frame: Tensor
     frames: Tensor
     context_tokens: Tensor
     future_tokens: Tensor
+    rounding_error: Tensor
 
 
 class FrameTokenizer(nn.Module):
@@ -199,15 +208,12 @@ class FrameTokenizer(nn.Module):
         Returns:
             The context, from which any number of future frames can be encoded and decoded.
         """
-        return self._encode_context(frame)[0]
-
-    def _encode_context(self, frame: Tensor) -> tuple[Context, Tensor]:
         self._check(frame, 4)
         latent, features = self.encoder(frame, None)  # (S, D, h, w), features for the cross-attention
         codes, tokens = self.context_fsq(self.quant_conv(latent).permute(0, 2, 3, 1))  # (S, h, w, d), (S, h, w)
         pairs = zip(self.cond_encoder.cross_att_blocks, features, strict=True)
         encoder_kv = [block.keys_values(feature) for block, feature in pairs]
-        return self._context(tokens.flatten(1), codes, encoder_kv), latent
+        return self._context(tokens.flatten(1), codes, encoder_kv)
 
     def context_from_tokens(self, tokens: Tensor) -> Context:
         """Rebuild a context from its tokens (S, Nc): enough to decode future frames, not to encode them."""
@@ -221,17 +227,17 @@ class FrameTokenizer(nn.Module):
 
     def encode_future(self, frames: Tensor, context: Context) -> Tensor:
         """Tokenize frames relative to their start's context: (S, L, C, H, W) in [0, 1] -> (S, L, Nf) int64."""
-        return self._encode_future(frames, context)[1]
+        return self.future_fsq(self._future_scalars(frames, context))[1].unflatten(0, frames.shape[:2])
 
-    def _encode_future(self, frames: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _future_scalars(self, frames: Tensor, context: Context) -> Tensor:
+        """What the quantiser rounds: (S * L, Nf, d)."""
         self._check(frames, 5)
         if context.encoder_kv is None:
             raise ValueError("this context was rebuilt from tokens: encoding needs one from encode_context(frame)")
         latent, _ = self.cond_encoder(frames.flatten(0, 1), context.encoder_kv)  # (S * L, D, h, w)
         p = self.cfg.future_patch
         patches = rearrange(latent, "b d (h p) (w q) -> b (h w) (p q d)", p=p, q=p)  # (S * L, Nf, p * p * D)
-        codes, tokens = self.future_fsq(self.quant_linear(patches))  # (S * L, Nf, d), (S * L, Nf)
-        return codes, tokens.unflatten(0, frames.shape[:2])
+        return self.quant_linear(patches)
 
     def decode(self, tokens: Tensor, context: Context) -> Tensor:
         """Future frames from tokens.
@@ -263,10 +269,12 @@ class FrameTokenizer(nn.Module):
             context_frame: (S, C, H, W) in [0, 1].
             frames: (S, L, C, H, W) in [0, 1].
         """
-        context, _ = self._encode_context(context_frame)
-        codes, tokens = self._encode_future(frames, context)
+        context = self.encode_context(context_frame)
+        scalars = self._future_scalars(frames, context)
+        codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
         decoded = self._decode_future(codes, context).unflatten(0, frames.shape[:2])
-        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens)
+        tokens, error = tokens.unflatten(0, frames.shape[:2]), self.future_fsq.rounding_error(scalars)
+        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, error)
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)
@@ -562,11 +570,12 @@ def reconstruction_loss(
     unusual_weight: float = 1.0,
     threshold: float = 0.04,
     pyramid: int = 1,
+    rounding_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 + perceptual distance on the context frame and on the future frames, each a weighted mean over its pixels.
 
-    The last six arguments are for short trainings: plain L1 seeks the median, and the median of a small object that
-    may be anywhere is the background.
+    The arguments from `square_weight` on are for short trainings: plain L1 seeks the median, and the median of a small
+    object that may be anywhere is the background.
 
     Args:
         reconstruction: of `forward`.
@@ -580,6 +589,8 @@ def reconstruction_loss(
         unusual_weight: weight of the pixels that differ from it, in context and future frames.
         threshold: pixels differ when a channel differs by more than this.
         pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
+        rounding_weight: weight of the future tokens' rounding error: tokens that sit on their levels do not flicker
+            where nothing moves, which makes them easier to predict.
 
     Returns:
         The scalar loss, and its parts.
@@ -593,8 +604,9 @@ def reconstruction_loss(
     context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
     flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
     future_error = _weighted_error(*flat, square_weight, pyramid)
-    loss = context_error + future_error
-    metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
+    loss = context_error + future_error + rounding_weight * reconstruction.rounding_error
+    parts = {"context_error": context_error, "future_error": future_error}
+    metrics = {k: v.detach() for k, v in {**parts, "rounding_error": reconstruction.rounding_error}.items()}
     if perceptual is not None and perceptual_weight > 0:
         distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
         loss = loss + perceptual_weight * distance

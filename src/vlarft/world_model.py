@@ -42,6 +42,8 @@ class WorldModelConfig:
         loss_on_actions: also predict the action tokens, as the public release does; the paper's Eq. (3) does not.
         future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
             in the paper; it makes the head of a small model cheap. Excludes `loss_on_actions`.
+        slot_embedding: add a learned vector for a token's place in its frame or action to its embedding. The paper has
+            rotary positions only, from which a short training must first find out what each place means.
         smooth_init: start the embeddings of action bins and of FSQ codes as smooth functions of their value instead of
             independently, so that neighbours share what is learnt from the first step. Off in the paper; it matters
             when training is short.
@@ -54,6 +56,7 @@ class WorldModelConfig:
     action_bins: int = 256
     loss_on_actions: bool = False
     future_codes_only: bool = False
+    slot_embedding: bool = False
     smooth_init: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +114,16 @@ class TokenLayout:
         """
         steps = torch.cat([self.action_ids(bins), future_tokens[:, 1:]], dim=2).flatten(1)  # (B, T * (A + Nf))
         return torch.cat([self.prefix(context_tokens, future_tokens[:, 0]), steps], dim=1)
+
+    @property
+    def num_slots(self) -> int:
+        """Different places that a token can have: in the context frame, in a frame, in an action."""
+        return self.context_length + self.step_length
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """The place of each position, of any shape: 0..Nc - 1 in the context, then Nf of a frame and A of an action."""
+        inside = (positions - self.context_length) % self.step_length + self.context_length
+        return torch.where(positions < self.context_length, positions, inside)
 
     def frame_positions(self, num_actions: int) -> Tensor:
         """(T, Nf) positions of the tokens of frames 1..T."""
@@ -220,6 +233,9 @@ class WorldModel(nn.Module):
         self.lm_head = nn.Linear(cfg.transformer.width, self.layout.vocab_size, bias=False)
         nn.init.normal_(self.embed_tokens.weight, std=cfg.transformer.init_std)
         nn.init.normal_(self.lm_head.weight, std=cfg.transformer.init_std)
+        if cfg.slot_embedding:
+            self.embed_slots = nn.Embedding(self.layout.num_slots, cfg.transformer.width)
+            nn.init.normal_(self.embed_slots.weight, std=cfg.transformer.init_std)
         if cfg.smooth_init:
             self._smooth_init()
         self.tokenizer.requires_grad_(False)
@@ -251,6 +267,14 @@ class WorldModel(nn.Module):
                 self.embed_tokens.weight[rows] = std * (smooth + torch.randn(width)) / 2**0.5
             codes = self.tokenizer.future_fsq.decode(torch.arange(layout.num_future_codes))
             self.lm_head.weight[: layout.num_future_codes] = std * codes @ torch.randn(codes.shape[1], width)
+
+    def embed(self, ids: Tensor, first_position: int = 0) -> Tensor:
+        """Embeddings (B, N, D) of ids (B, N) that stand at `first_position` and after it."""
+        x = self.embed_tokens(ids)
+        if self.cfg.slot_embedding:
+            positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device)
+            x = x + self.embed_slots(self.layout.slots(positions))
+        return x
 
     def train(self, mode: bool = True) -> "WorldModel":
         """Training mode for all but the tokenizer, which stays frozen in eval mode."""
@@ -305,7 +329,7 @@ class WorldModel(nn.Module):
         num_actions = actions.shape[1]
         ids = self.layout.sequence(context_tokens, future_tokens, self.action_bins.encode(actions))  # (B, N)
         targets = self.layout.target_positions(num_actions).to(ids.device)
-        hidden = self.decoder(self.embed_tokens(ids[:, :-1]))[:, targets - 1]  # (B, targets, D)
+        hidden = self.decoder(self.embed(ids[:, :-1]))[:, targets - 1]  # (B, targets, D)
         head = self.lm_head.weight[: self.layout.num_future_codes if self.cfg.future_codes_only else None]
         logits = F.linear(hidden, head).float()  # (B, targets, V or whole vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, targets].flatten())
@@ -421,7 +445,7 @@ class WorldModel(nn.Module):
         first = context_frame if first_frame is None else first_frame
         first_tokens = self.tokenizer.encode_future(first[:, None], context)[:, 0]
         cache = KVCache(self.cfg.transformer, context_frame.shape[0], self.layout.prefix_length)
-        self.decoder(self.embed_tokens(self.layout.prefix(context.tokens, first_tokens)), cache)
+        self.decoder(self.embed(self.layout.prefix(context.tokens, first_tokens)), cache)
         return context, cache
 
     def _sample_frame(
@@ -436,7 +460,7 @@ class WorldModel(nn.Module):
         head = self.lm_head.weight[: self.layout.num_future_codes]  # a frame is made of future codes only
         tokens = []
         for _ in range(self.layout.frame_length):
-            hidden = self.decoder(self.embed_tokens(pending), cache)[:, -1]  # (B, D)
+            hidden = self.decoder(self.embed(pending, cache.length), cache)[:, -1]  # (B, D)
             pending = sampling.draw(F.linear(hidden, head).float(), group_size, generator)[:, None]  # (B, 1)
             tokens.append(pending)
         return torch.cat(tokens, dim=1)
