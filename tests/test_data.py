@@ -78,8 +78,9 @@ def test_failed_demonstrations_serve_the_world_model_only(tmp_path):
     path = write(tmp_path / "s" / "a_demo.hdf5", demos=2)
     with h5py.File(path, "a") as file:
         write_demo(file["data"], 2, **arrays(9), success=False, attrs={"kind": "failed"})
+        write_demo(file["data"], 3, **arrays(9), success=True, attrs={"kind": "noisy"})  # noise that got lucky
     assert len(load_episodes(path)) == 2
-    assert [e.kind for e in load_episodes(path, successes_only=False)] == ["expert", "expert", "failed"]
+    assert [e.kind for e in load_episodes(path, successes_only=False)] == ["expert", "expert", "failed", "noisy"]
 
 
 def test_errors_name_file_and_field(tmp_path):

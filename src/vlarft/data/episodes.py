@@ -72,7 +72,7 @@ def load_episodes(
     Args:
         path: a folder (searched at any depth) or one file.
         camera: reads `obs/<camera>_rgb`.
-        successes_only: leave out demonstrations marked as failed; they serve a world model, never a policy.
+        successes_only: leave out attempts marked as failed or noisy; they serve a world model, never a policy.
         with_states: also read the simulator states (evaluation of world models against true outcomes).
         names: only the episodes of these names, in this order.
 
@@ -96,7 +96,8 @@ def load_episodes(
                     continue
                 demo, where = data[key], f"{file_path}: data/{key}"
                 success = bool(demo.attrs.get("success", True))
-                if successes_only and not success:
+                kind = str(demo.attrs.get("kind", "expert"))
+                if successes_only and not (success and kind == "expert"):
                     continue
                 images = _dataset(demo, f"obs/{camera}_rgb", where)
                 if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -114,7 +115,6 @@ def load_episodes(
                 if len(set(lengths.values())) != 1:
                     raise ValueError(f"{where}: lengths differ: {lengths}")
                 states = _dataset(demo, "states", where) if with_states else None
-                kind = str(demo.attrs.get("kind", "expert"))
                 episodes.append(
                     Episode(name, instruction, images, proprio, actions, intended, success, kind, states, env_args)
                 )
