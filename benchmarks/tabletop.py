@@ -64,7 +64,7 @@ def steps_per_second(env: TabletopEnv, actions: np.ndarray, steps: int, images: 
     """Rates of stepping, and observing if `images`, through the recorded actions (resets included).
 
     Returns:
-        Steps per second of wall-clock time, and per second of this process's CPU time, which other programs disturb less.
+        Steps per second of wall-clock time, and per second of CPU time, which other programs disturb less.
     """
     env.reset(seed=0)
     env.observe()
