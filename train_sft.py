@@ -22,19 +22,22 @@ Differences from the paper:
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from vlarft import distributed
 from vlarft.checkpoint import load_train_state, open_run, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
+from vlarft.data.augment import Augmentation, augment
 from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
@@ -56,10 +59,10 @@ class Config:
     max_minutes: float | None = opt(None, "stop after this time; the learning rate then follows the share of time")
     batch_size: int = opt(16, "chunks per step, all processes together")
     accumulate: int = opt(1, "micro-batches per step")
-    learning_rate: float = opt(1e-4, "peak, AdamW")
+    lr: float = opt(1e-4, "peak learning rate, AdamW")
     schedule: Literal["constant", "cosine"] = opt("constant", "after the warm-up")
     warmup: int = opt(0, "steps of linear warm-up")
-    weight_decay: float = opt(0.01, "AdamW, matrices only")
+    weight_decay: float = opt(0.01, "AdamW, on matrices only")
     clip_norm: float = opt(1.0, "global gradient norm")
     alpha: float = opt(1.5, "tau ~ Beta(alpha, beta)")
     beta: float = opt(1.0, "tau ~ Beta(alpha, beta)")
@@ -70,12 +73,7 @@ class Config:
     lora_alpha: float = opt(128.0, "adapter scale times rank")
     lora_dropout: float = opt(0.0, "on the adapters' input")
     bf16: bool = opt(True, "autocast to bfloat16; master weights stay float32")
-    crop: bool = opt(True, "random crops of the policy's crop_area, where that is below 1")
-    brightness: float = opt(0.2, "factor 1 +- this")
-    contrast: float = opt(0.2, "factor 1 +- this")
-    saturation: float = opt(0.2, "factor 1 +- this")
-    hue: float = opt(0.05, "+- this share of a turn")
-    pixel_noise: float = opt(0.0, "standard deviation of noise on each pixel, in [0, 1] units")
+    augment: Augmentation = field(default_factory=Augmentation)
     val_every: int = opt(1000, "steps between validations")
     val_batch: int = opt(256, "held-out chunks of a validation")
     save_every: int = opt(1000, "steps between training states")
@@ -90,7 +88,7 @@ TINY = replace(
     validation_fraction=0.05,
     steps=1200,
     batch_size=64,
-    learning_rate=1e-3,
+    lr=1e-3,
     schedule="cosine",
     warmup=50,
     draws=4,
@@ -98,32 +96,21 @@ TINY = replace(
     ema=0.99,
     lora_rank=None,
     bf16=False,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    pixel_noise=0.02,
+    augment=Augmentation(crop=False, contrast=0.0, saturation=0.0, hue=0.0, pixel_noise=0.02),
     val_every=200,
     save_every=200,
 )
 PRESETS = {
     "paper": PAPER,
     "small": replace(
-        TINY,
-        policy="small",
-        steps=30_000,
-        batch_size=128,
-        learning_rate=3e-4,
-        warmup=500,
-        ema=0.999,
-        bf16=True,
-        val_every=1000,
-        save_every=1000,
+        TINY, policy="small", steps=30_000, batch_size=128, lr=3e-4, warmup=500, ema=0.999, bf16=True,
+        val_every=1000, save_every=1000,
     ),
     "tiny": TINY,
     "smoke": replace(
-        TINY, policy="smoke", steps=4, batch_size=4, draws=2, val_every=2, val_batch=8, save_every=2, warmup=1
+        TINY, policy="smoke", steps=4, batch_size=4, draws=2, val_every=2, val_batch=8, save_every=2, warmup=1,
     ),
-}
+}  # fmt: skip
 
 
 def build_policy(cfg: Config) -> VLAPolicy:
@@ -136,60 +123,17 @@ def build_policy(cfg: Config) -> VLAPolicy:
         return VLAPolicy.load(cfg.init).train()
     if cfg.policy == "paper" and not cfg.from_scratch:
         raise ValueError(
-            "policy 'paper' without --init would start from random weights, which is not what the paper does; give --init "
-            "CHECKPOINT (a policy written by this library; public weights cannot be read yet), or --from-scratch if you mean it"
+            "policy 'paper' without --init would start from random weights, which the paper's does not; give --init "
+            "CHECKPOINT (written by this library: public weights cannot be read yet), or --from-scratch if you mean it"
         )
     torch.manual_seed(cfg.seed)
     return VLAPolicy(POLICIES[cfg.policy])
 
 
-def augment(images: torch.Tensor, cfg: Config, crop_area: float, generator: torch.Generator) -> torch.Tensor:
-    """Random crop, colour and noise, one draw per row; all cameras of a row share it.
-
-    Args:
-        images: (B, V, 3, H, W), floats in [0, 1].
-        cfg: the ranges.
-        crop_area: area of the crop, at a random place, resized back to (H, W); 1 keeps all.
-        generator: on the images' device.
-    """
-    device, rows = images.device, len(images)
-
-    def factor(spread: float) -> torch.Tensor:
-        u = torch.rand(rows, 1, 1, 1, 1, generator=generator, device=device)
-        return 1 + spread * (2 * u - 1)
-
-    if cfg.crop and crop_area < 1:
-        size = crop_area**0.5
-        shift = (2 * torch.rand(rows, 2, generator=generator, device=device) - 1) * (1 - size)
-        theta = torch.cat([size * torch.eye(2, device=device).expand(rows, 2, 2), shift[..., None]], dim=-1)
-        flat, views = images.flatten(0, 1), images.shape[1]
-        grid = torch.nn.functional.affine_grid(theta.repeat_interleave(views, 0), flat.shape, align_corners=False)
-        images = torch.nn.functional.grid_sample(flat, grid, align_corners=False).view_as(images)
-    if cfg.brightness:
-        images = images * factor(cfg.brightness)
-    if cfg.contrast:
-        mean = images.mean(dim=(-3, -2, -1), keepdim=True)
-        images = mean + (images - mean) * factor(cfg.contrast)
-    if cfg.saturation:
-        grey = images.mean(dim=-3, keepdim=True)
-        images = grey + (images - grey) * factor(cfg.saturation)
-    if cfg.hue:
-        # a turn about the grey axis: c x + (1 - c) grey + s (grey direction cross x)
-        angle = 2 * torch.pi * (factor(cfg.hue) - 1)
-        grey, r, g, b = images.mean(dim=-3, keepdim=True), *images.split(1, dim=-3)
-        cross = torch.cat([b - g, r - b, g - r], dim=-3) / 3**0.5
-        images = grey + (images - grey) * angle.cos() + cross * angle.sin()
-    if cfg.pixel_noise:
-        images = images + cfg.pixel_noise * torch.randn(images.shape, generator=generator, device=device)
-    return images.clamp(0, 1)
-
-
 def generator_of(device: torch.device, *seed: int) -> torch.Generator:
-    """A generator whose state is a function of a few integers."""
-    mixed = 0
-    for value in seed:
-        mixed = (mixed * 1_000_003 + value + 1) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+    """A generator that depends on its integers alone."""
+    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 def compute_loss(
@@ -198,12 +142,10 @@ def compute_loss(
     """Loss of one batch on the policy's device; augmented and with all draws in training."""
     device = generator.device
     images = batch.frames[:, :1].to(device)  # (B, 1, 3, H, W): one camera
-    area = policy.cfg.crop_area
     if train:
-        images = augment(images, cfg, area, generator)
-    images = policy.preprocess(images, crop=not (train and cfg.crop))
-    autocast = torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else contextlib.nullcontext()
-    with autocast:
+        images = augment(images, cfg.augment, crop_area=policy.cfg.crop_area, generator=generator)
+    images = policy.preprocess(images, crop=not (train and cfg.augment.crop))
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         return policy(
             images,
             batch.instructions,
@@ -232,8 +174,10 @@ def swapped(policy: VLAPolicy, ema: dict[str, torch.Tensor]) -> Iterator[None]:
     """Run a block with the averaged weights in place of the trained ones."""
     trained = {k: p.detach().clone() for k, p in policy.named_parameters() if k in ema}
     load_parameters(policy, ema)
-    yield
-    load_parameters(policy, trained)
+    try:
+        yield
+    finally:
+        load_parameters(policy, trained)
 
 
 @torch.no_grad()
@@ -247,22 +191,26 @@ def load_parameters(policy: VLAPolicy, values: dict[str, torch.Tensor]) -> None:
 def learning_rate(cfg: Config, step: int, share: float) -> float:
     """Learning rate of a step: linear warm-up, then constant or half a cosine over the share of the run done."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    decay = 0.5 * (1 + torch.cos(torch.tensor(share * torch.pi)).item()) if cfg.schedule == "cosine" else 1.0
-    return cfg.learning_rate * warm * decay
+    decay = 0.5 * (1 + math.cos(share * math.pi)) if cfg.schedule == "cosine" else 1.0
+    return cfg.lr * warm * decay
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume training; returns the last validation metrics."""
     device = distributed.setup()
-    resume = open_run(cfg.out_dir, cfg)
+    # micro-batches are numbered over all processes, so that n processes do what n accumulated batches do
+    parts = cfg.accumulate * distributed.world_size()
+    if cfg.batch_size % parts:
+        raise ValueError(f"batch_size {cfg.batch_size} must be a multiple of accumulate x processes = {parts}")
 
     episodes = load_episodes(cfg.demos, cfg.camera)
     train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
 
     policy = build_policy(cfg)
-    chunk = policy.cfg.flow.chunk
-    train_data = WindowSampler(train_episodes, num_frames=1, chunk=chunk)
-    val_data = WindowSampler(val_episodes, num_frames=1, chunk=chunk)
+    resume = open_run(cfg.out_dir, cfg)
+    train_data, val_data = (
+        WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)
+    )
     if not policy.normalizer.fitted:
         intended, proprio = (
             torch.cat([torch.from_numpy(getattr(e, name)) for e in train_episodes]) for name in ("intended", "proprio")
@@ -274,25 +222,23 @@ def main(cfg: Config) -> dict[str, float]:
         add_lora(policy.vlm, lora)
         policy.vlm.action_queries.requires_grad_(True)
     policy.to(device).train()
-    encoders = (policy.vlm.vision, policy.vlm.fused_vision)
-    distributed.shard(
-        policy, [*policy.vlm.language_model.layers, *(b for e in encoders for b in getattr(e, "blocks", ()))]
-    )
+    vision_blocks = [b for e in (policy.vlm.vision, policy.vlm.fused_vision) for b in getattr(e, "blocks", ())]
+    distributed.shard(policy, [*vision_blocks, *policy.vlm.language_model.layers])
 
     trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
     step, minutes_before = 0, 0.0
-    if resume is not None:
+    if resume:
         state = load_train_state(resume)
         step, minutes_before = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["ema"])
     ema = {k: p.detach().clone() for k, p in trained.items()} if cfg.ema else {}
-    if resume is not None:
+    if resume:
         distributed.load_full_state_dict(policy, state["policy"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
     log, started, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), time.monotonic(), {}
@@ -312,7 +258,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     def save() -> None:
         with swapped(policy, ema):
-            averaged = distributed.full_state_dict(policy)
+            averaged = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
         state = {
             "step": step,
             "minutes": minutes_before + (time.monotonic() - started) / 60,
@@ -329,12 +275,6 @@ def main(cfg: Config) -> dict[str, float]:
         with swapped(policy, ema):
             return validate(policy, val_data, cfg, device)
 
-    # micro-batches are numbered over all processes, so that n processes do what n accumulated batches do
-    parts = cfg.accumulate * distributed.world_size()
-    if cfg.batch_size % parts:
-        raise ValueError(
-            f"batch_size {cfg.batch_size} does not divide by accumulate x processes = {parts}; choose a multiple"
-        )
     while (share := share_done()) < 1:
         clock = time.monotonic()
         rate = learning_rate(cfg, step, share)
@@ -345,12 +285,11 @@ def main(cfg: Config) -> dict[str, float]:
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
             batch = train_data.batch(cfg.batch_size, cfg.seed, step, part=(part, parts))
-            loss, parts_of_loss = compute_loss(
-                policy, batch, cfg, generator_of(device, cfg.seed, step, part), train=True
-            )
+            noise = generator_of(device, cfg.seed, step, part)
+            loss, parts_of_loss = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()
-            for name, value in {"loss": loss.detach(), **parts_of_loss}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / cfg.accumulate
+            for name, value in {"loss": loss, **parts_of_loss}.items():
+                totals[name] = totals.get(name, 0.0) + value.item() / cfg.accumulate
         check_finite(totals["loss"], step, totals)
         norm = distributed.clip_grad_norm(trained.values(), cfg.clip_norm)
         optimizer.step()
@@ -360,16 +299,17 @@ def main(cfg: Config) -> dict[str, float]:
                 for name, average in ema.items():
                     average.lerp_(trained[name], 1 - decay)
         step += 1
-        if step % cfg.val_every == 0 or step == cfg.steps:
+        line = {**distributed.mean_across_ranks(totals), "lr": rate, "grad_norm": norm}
+        if step % cfg.val_every == 0:
             metrics = evaluate()
-        if step % cfg.log_every == 0 or step % cfg.val_every == 0 or step == cfg.steps:
-            means = distributed.mean_across_ranks(totals)
-            new = metrics if step % cfg.val_every == 0 or step == cfg.steps else {}
-            log.log(step - 1, {**means, **new, "lr": rate, "grad_norm": norm, "step_s": time.monotonic() - clock})
-        if step % cfg.save_every == 0 and step < cfg.steps:
+            line |= metrics
+        if step % cfg.log_every == 0 or step % cfg.val_every == 0:
+            log.log(step - 1, {**line, "step_s": time.monotonic() - clock})
+        if step % cfg.save_every == 0:
             save()
-    if step < cfg.steps:
+    if step % cfg.val_every or not metrics:
         metrics = evaluate()
+        log.log(step - 1, metrics)
     save()
     log.close()
     distributed.cleanup()

@@ -103,7 +103,8 @@ class DiT(nn.Module):
         super().__init__()
         if any(not 0 <= i < cfg.depth for i in cfg.cross_attention_blocks):
             raise ValueError(
-                f"DiTConfig.cross_attention_blocks {cfg.cross_attention_blocks}: indices must lie in 0..{cfg.depth - 1} (depth - 1)"
+                f"DiTConfig.cross_attention_blocks {cfg.cross_attention_blocks}: "
+                f"indices must lie in 0..{cfg.depth - 1} (depth - 1)"
             )
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg, i in cfg.cross_attention_blocks) for i in range(cfg.depth))

@@ -63,7 +63,7 @@ class Condition:
 
 
 class Chain(NamedTuple):
-    """A sampled denoising chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, K, T, A) of its steps."""
+    """A sampled chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, K, T, A) of its steps."""
 
     x: torch.Tensor
     log_prob: torch.Tensor
@@ -109,7 +109,8 @@ class ChunkNet(nn.Module):
             raise ValueError(f"context: got shape {tuple(context.shape)}, expected (S, N, {cfg.context_dim})")
         if proprio.shape != (len(context), cfg.proprio_dim):
             raise ValueError(
-                f"proprio: got shape {tuple(proprio.shape)}, expected {(len(context), cfg.proprio_dim)}: one row per context"
+                f"proprio: got shape {tuple(proprio.shape)}, expected {(len(context), cfg.proprio_dim)}: "
+                "one row per context"
             )
         context = self.context_out(context)  # (S, N, D)
         state = self.proprio_out(self.proprio_fc2(F.gelu(self.proprio_fc1(proprio))))  # (S, D)
@@ -157,7 +158,7 @@ class FlowHead(nn.Module):
 class SigmaNet(nn.Module):
     """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
 
-    The output layer is zero-initialised, so sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
+    The output layer is zero-initialised: sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
 
     Raises:
         ValueError: bounds out of order, or noisy_dims outside the action.
@@ -167,7 +168,8 @@ class SigmaNet(nn.Module):
         super().__init__()
         if not 0 < cfg.sigma_min <= cfg.sigma_max:
             raise ValueError(
-                f"FlowConfig: sigma_min {cfg.sigma_min} and sigma_max {cfg.sigma_max}; expected 0 < sigma_min <= sigma_max"
+                f"FlowConfig: sigma_min {cfg.sigma_min} and sigma_max {cfg.sigma_max}; "
+                "expected 0 < sigma_min <= sigma_max"
             )
         if not cfg.noisy_dims or any(not 0 <= i < cfg.action_dim for i in cfg.noisy_dims):
             raise ValueError(

@@ -75,6 +75,7 @@ TINY = PolicyConfig(
         embed_dim=16,
         dit=DiTConfig(width=128, depth=3, num_heads=4, mlp_dim=384, cross_attention_blocks=(0, 1, 2), gamma_init=1.0),
     ),
+    gripper="identity",
     key_head_dim=128,
 )
 
@@ -121,7 +122,8 @@ class VLAPolicy(nn.Module):
         super().__init__()
         if cfg.flow.context_dim != cfg.vlm.language.width:
             raise ValueError(
-                f"PolicyConfig: flow.context_dim {cfg.flow.context_dim} must equal vlm.language.width {cfg.vlm.language.width}"
+                f"PolicyConfig: flow.context_dim {cfg.flow.context_dim} must equal vlm.language.width "
+                f"{cfg.vlm.language.width}"
             )
         self.cfg = cfg
         self.vlm = VLM(cfg.vlm)
@@ -173,7 +175,8 @@ class VLAPolicy(nn.Module):
             images = images.to(self.head.net.positions.device).float()
             if images.min() < 0 or images.max() > 1:
                 raise ValueError(
-                    f"images: floats from {images.min():.3g} to {images.max():.3g}, expected [0, 1]; divide by 255, or pass uint8"
+                    f"images: floats from {images.min():.3g} to {images.max():.3g}, expected [0, 1]; "
+                    "divide by 255, or pass uint8"
                 )
         else:
             raise ValueError(
@@ -218,7 +221,7 @@ class VLAPolicy(nn.Module):
         """Loss of supervised fine-tuning: Eq. (4) plus, when asked, key_weight times the auxiliary loss.
 
         The auxiliary loss regresses the hand position at the demonstration's next gripper event from the vision
-        tokens (smooth L1 in normalised units, averaged over B and the three axes).
+        tokens (smooth L1 in normalised units, quadratic below 0.1, averaged over B and the three axes).
 
         Args:
             images: (B, V, 3, S, S) of `preprocess`.
@@ -249,7 +252,7 @@ class VLAPolicy(nn.Module):
                 raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
             # the key position is a hand position: the first three of the proprio, and normalised like them
             target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - 3)))[:, :3]
-            key_loss = F.smooth_l1_loss(self.key_head(out.vision.flatten(1)).float(), target)
+            key_loss = F.smooth_l1_loss(self.key_head(out.vision.flatten(1)).float(), target, beta=0.1)
             loss = loss + key_weight * key_loss
             metrics["key_loss"] = key_loss.detach()
         return loss, metrics
@@ -286,7 +289,8 @@ class VLAPolicy(nn.Module):
         shape = (len(images), self.cfg.flow.chunk, self.cfg.flow.action_dim)
         if len(instructions) != len(images) or len(proprio) != len(images):
             raise ValueError(
-                f"act: {len(images)} images, {len(instructions)} instructions, {len(proprio)} proprio rows; expected equal numbers"
+                f"act: {len(images)} images, {len(instructions)} instructions, {len(proprio)} proprio rows; "
+                "expected equal numbers"
             )
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=images.device)

@@ -198,7 +198,8 @@ def check_image_size(images: torch.Tensor, image_size: int) -> None:
     """Raise ValueError unless images are (B, 3, image_size, image_size)."""
     if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
         raise ValueError(
-            f"images: got shape {tuple(images.shape)}, this encoder takes (B, 3, {image_size}, {image_size}); resize them first"
+            f"images: got shape {tuple(images.shape)}, this encoder takes (B, 3, {image_size}, {image_size}); "
+            "resize them first"
         )
 
 
@@ -207,9 +208,10 @@ class ConvEncoderConfig:
     """A convolutional encoder that ends in spatial-softmax keypoints; every keypoint is a token."""
 
     image_size: int = 64
-    channels: tuple[int, ...] = (32, 64, 64, 64)  # one 3x3 convolution each
-    strides: tuple[int, ...] = (2, 2, 1, 1)
-    num_keypoints: int = 32
+    channels: tuple[int, ...] = (64, 64)  # one convolution each
+    strides: tuple[int, ...] = (4, 1)  # kernels are 3 wide, or 2 * stride - 1 where that is more
+    num_keypoints: int = 16
+    attention_gain: float = 12.0  # on the initial weights of the keypoints' maps: flat softmaxes learn slowly
     width: int = 128  # of the tokens
     film_dim: int | None = None  # width of an instruction embedding that scales and shifts each layer; None: no FiLM
 
@@ -225,18 +227,21 @@ class ConvEncoder(nn.Module):
         super().__init__()
         if len(cfg.channels) != len(cfg.strides):
             raise ValueError(
-                f"ConvEncoderConfig: {len(cfg.channels)} channels but {len(cfg.strides)} strides; give one of each per layer"
+                f"ConvEncoderConfig: {len(cfg.channels)} channels but {len(cfg.strides)} strides; "
+                "give one of each per layer"
             )
         self.cfg = cfg
         self.num_tokens = cfg.num_keypoints
         widths = (3 + 2, *cfg.channels)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=s, padding=1)
+            nn.Conv2d(a, b, max(3, 2 * s - 1), stride=s, padding=max(3, 2 * s - 1) // 2)
             for a, b, s in zip(widths[:-1], widths[1:], cfg.strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(max(1, c // 16), c) for c in cfg.channels)
         self.films = nn.ModuleList(nn.Linear(cfg.film_dim, 2 * c) for c in cfg.channels) if cfg.film_dim else None
-        self.attend = nn.Conv2d(cfg.channels[-1], cfg.num_keypoints, 1)
+        self.attend = nn.Conv2d(cfg.channels[-1], cfg.num_keypoints, 1, bias=False)  # a softmax ignores a bias
+        with torch.no_grad():
+            self.attend.weight.mul_(cfg.attention_gain)
         self.embed = nn.Linear(2 + cfg.channels[-1], cfg.width)
         self.slot = nn.Parameter(torch.randn(cfg.num_keypoints, cfg.width) * 0.02)
 

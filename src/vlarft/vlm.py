@@ -101,10 +101,13 @@ class InstructionEncoder(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: (B, n) padded byte tokens -> (B, width), the mean over the text's own tokens."""
+        """ids: (B, n) padded byte tokens -> (B, width).
+
+        The maximum over the text: a mean would drown the one word that tells two instructions apart.
+        """
         keep = (ids != ByteTokenizer.pad)[..., None]  # (B, n, 1)
         x = self.conv((self.embed(ids) * keep).transpose(1, 2)).transpose(1, 2)  # (B, n, width)
-        return self.out((F.gelu(x) * keep).sum(1) / keep.sum(1))
+        return self.out(F.gelu(x).masked_fill(~keep, -1.0).amax(dim=1))  # gelu > -1
 
 
 class VLM(nn.Module):
@@ -127,8 +130,8 @@ class VLM(nn.Module):
         self.fused_vision = ViT(cfg.fused_vision) if cfg.fused_vision else None
         if self.fused_vision and self.fused_vision.num_tokens != self.vision.num_tokens:
             raise ValueError(
-                f"VLMConfig: vision gives {self.vision.num_tokens} tokens, fused_vision {self.fused_vision.num_tokens}; "
-                "their channels are concatenated, so choose sizes with equal numbers of patches"
+                f"VLMConfig: vision gives {self.vision.num_tokens} tokens, fused_vision "
+                f"{self.fused_vision.num_tokens}; their channels are concatenated, so choose sizes with equal numbers of patches"
             )
         self.vision_dim = cfg.vision.width + (cfg.fused_vision.width if cfg.fused_vision else 0)
         self.num_vision_tokens = cfg.num_cameras * self.vision.num_tokens
@@ -174,8 +177,8 @@ class VLM(nn.Module):
         for text, ids in zip(instructions, encoded, strict=True):
             if len(ids) > self.cfg.max_text_bytes:
                 raise ValueError(
-                    f"instruction {text[:40]!r}... has {len(ids)} bytes with begin and end, the limit (max_text_bytes) is "
-                    f"{self.cfg.max_text_bytes}; shorten it"
+                    f"instruction {text[:40]!r}... has {len(ids)} bytes with begin and end, the limit "
+                    f"(max_text_bytes) is {self.cfg.max_text_bytes}; shorten it"
                 )
         longest = max(map(len, encoded))
         padded = [ids + [self.tokenizer.pad] * (longest - len(ids)) for ids in encoded]

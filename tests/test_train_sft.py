@@ -1,0 +1,200 @@
+"""Supervised training: resume, EMA, accumulation, two processes, LoRA on export, continuing, errors."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlarft.data.augment import Augmentation, augment
+from vlarft.policy import VLAPolicy
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train_sft  # noqa: E402
+
+SMOKE = train_sft.PRESETS["smoke"]
+
+
+def config(demos: Path, out_dir: Path, **changes) -> train_sft.Config:
+    return replace(SMOKE, demos=str(demos), out_dir=str(out_dir), **changes)
+
+
+def weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(out_dir / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        if tolerance:
+            torch.testing.assert_close(a[key], b[key], msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+def noise_only(name: str) -> bool:
+    """Biases of keys shift all scores of a softmax alike: their gradient is rounding, which Adam makes full steps of."""
+    return name.endswith(("k.bias", "k_proj.bias", "qkv.bias"))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_trains_logs_and_writes_a_policy(demos, tmp_path):
+    metrics = train_sft.main(config(demos, tmp_path / "run"))
+    assert {"val_flow_mse", "val_key_loss"} <= set(metrics)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert {"loss", "flow_mse", "key_loss", "lr", "grad_norm", "step_s", "val_flow_mse"} <= set(lines[-1])
+    policy = VLAPolicy.load(tmp_path / "run" / "model.safetensors")
+    assert policy.normalizer.fitted and policy.normalizer.action_high.max() <= 0.9 + 1e-6  # of the intended actions
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    assert policy.act(images, ["pick up the red block"], np.zeros((1, 8))).shape == (1, 8, 7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": None, "lora_rank": 2, "schedule": "constant"}], ids=["ema", "lora"])
+def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
+    cfg = config(demos, tmp_path / "a", **changes)
+    expected = train_sft.main(cfg)
+    original, calls = train_sft.compute_loss, []
+
+    def killed(*args, train):
+        calls.append(train)
+        if calls.count(True) == 4:
+            raise Killed
+        return original(*args, train=train)
+
+    monkeypatch.setattr(train_sft, "compute_loss", killed)
+    with pytest.raises(Killed):
+        train_sft.main(replace(cfg, out_dir=str(tmp_path / "b")))
+    monkeypatch.setattr(train_sft, "compute_loss", original)
+    assert train_sft.main(replace(cfg, out_dir=str(tmp_path / "b"))) == expected
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    states = [torch.load(tmp_path / run / "train_state.pt", weights_only=True) for run in "ab"]
+    assert_same(states[0]["policy"], states[1]["policy"])
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in "ab"]
+    timeless = [[{k: v for k, v in json.loads(line).items() if k != "step_s"} for line in log] for log in logs]
+    assert timeless[0] == timeless[1]
+
+
+def test_ema_is_what_is_exported(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "run", steps=1, warmup=0, ema=0.999))
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
+    name = "head.net.dit.out.bias"
+    # zero-initialised, one step of decay min(0.999, 1 / 10)
+    torch.testing.assert_close(weights(tmp_path / "run")[name], 0.9 * state["policy"][name])
+    assert_same(weights(tmp_path / "run"), state["ema"])
+
+
+def test_lora_trains_little_and_leaves_no_trace(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "base"))
+    init = str(tmp_path / "base" / "model.safetensors")
+    train_sft.main(config(demos, tmp_path / "run", init=init, lora_rank=2, ema=None))
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "run")
+    changed = {k for k in after if not torch.equal(before[k], after[k])}
+    assert "vlm.language_model.layers.0.mlp.up_proj.weight" in changed and "vlm.action_queries.weight" in changed
+    assert not {"vlm.embed_tokens.weight", "vlm.language_model.norm.weight", "vlm.projector.fc1.bias"} & changed
+    # merged: the exported policy computes what the adapted one did
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)["policy"]
+    key = "vlm.projector.fc2"
+    merged = state[f"{key}.weight"] + 128.0 / 2 * state[f"{key}.lora_b"] @ state[f"{key}.lora_a"]
+    torch.testing.assert_close(after[f"{key}.weight"], merged)
+
+
+def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "base"))
+    path = tmp_path / "base" / "model.safetensors"
+    policy = VLAPolicy.load(path)
+    policy.normalizer.action_low.fill_(-0.123)
+    policy.save(tmp_path / "edited.safetensors")
+    train_sft.main(config(demos, tmp_path / "run", init=str(tmp_path / "edited.safetensors"), steps=2))
+    after = VLAPolicy.load(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(after.normalizer.action_low, policy.normalizer.action_low)
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1 and first["lr"] == pytest.approx(SMOKE.lr * 0.5)
+
+
+@pytest.mark.slow
+def test_accumulation_is_the_mean_of_its_micro_batches(demos, tmp_path):
+    # two processes do what two accumulated micro-batches do
+    train_sft.main(config(demos, tmp_path / "one", accumulate=2))
+    argv = ["--preset", "smoke", "--demos", str(demos), "--out-dir", str(tmp_path / "two")]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_sft.py", *argv],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    one, two = ({k: v for k, v in weights(tmp_path / run).items() if not noise_only(k)} for run in ("one", "two"))
+    assert_same(one, two, atol=2e-5, rtol=1e-3)
+
+
+def test_max_minutes_ends_a_run(demos, tmp_path):
+    cfg = config(demos, tmp_path / "run", steps=100_000, max_minutes=0.02)
+    train_sft.main(cfg)
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
+    assert 1 <= state["step"] < 100_000 and state["minutes"] >= 0.02
+
+
+def test_learning_rate():
+    cfg = replace(SMOKE, lr=2.0, warmup=4, schedule="cosine")
+    assert train_sft.learning_rate(cfg, 1, 0.0) == 1.0
+    assert train_sft.learning_rate(cfg, 10, 0.5) == pytest.approx(1.0)
+    assert train_sft.learning_rate(replace(cfg, schedule="constant"), 10, 0.5) == 2.0
+
+
+def test_augmentation():
+    images = torch.rand(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    off = Augmentation(crop=False, brightness=0, contrast=0, saturation=0, hue=0)
+
+    def run(cfg: Augmentation, area: float = 1.0, given: torch.Tensor = images) -> torch.Tensor:
+        return augment(given, cfg, crop_area=area, generator=torch.Generator().manual_seed(0))
+
+    assert torch.equal(run(off), images)
+    grey = images.mean(2, keepdim=True).expand_as(images)
+    for cfg in (replace(off, hue=0.5), replace(off, saturation=0.5)):  # colour changes leave grey alone
+        torch.testing.assert_close(run(cfg, given=grey), grey)
+        assert not torch.allclose(run(cfg), images)
+    # a third of a turn takes red to green
+    red = torch.tensor([0.6, 0.0, 0.0]).view(1, 1, 3, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    draw = 2 * torch.rand(1, generator=generator).item() - 1
+    turned = run(replace(off, hue=1 / 3 / draw), given=red)
+    torch.testing.assert_close(turned.flatten(), torch.tensor([0.0, 0.6, 0.0]), atol=1e-6, rtol=0)
+    scaled = run(replace(off, brightness=0.2)) / images
+    assert scaled[scaled.isfinite()].min() >= 0.8 and scaled[0].std() < 1e-2 and scaled[0].mean() != scaled[1].mean()
+    cropped = run(replace(off, crop=True), area=0.5)
+    assert cropped.shape == images.shape and not torch.allclose(cropped, images)
+    assert torch.equal(run(replace(off, crop=True)), images)
+    assert run(replace(off, pixel_noise=0.1)).sub(images).std().item() == pytest.approx(0.09, abs=0.02)
+
+
+def test_paper_preset_needs_weights_or_from_scratch(demos, tmp_path):
+    cfg = replace(train_sft.PRESETS["paper"], demos=str(demos), out_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"policy 'paper' without --init .*--init CHECKPOINT .*--from-scratch"):
+        train_sft.main(cfg)
+    assert not (tmp_path / "run").exists()
+    assert (cfg.lr, cfg.batch_size, cfg.steps, cfg.lora_rank, cfg.lora_alpha) == (1e-4, 16, 150_000, 64, 128)
+    assert cfg.key_weight == 0 and cfg.alpha == 1.5 and cfg.beta == 1.0
+
+
+def test_errors(demos, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        train_sft.main(config(demos, tmp_path / "a", init=str(tmp_path / "none.safetensors")))
+    with pytest.raises(ValueError, match=r"batch_size 4 must be a multiple of accumulate x processes = 3"):
+        train_sft.main(config(demos, tmp_path / "b", accumulate=3))
+    with pytest.raises(FileNotFoundError, match="demonstrations"):
+        train_sft.main(config(tmp_path / "nowhere", tmp_path / "c"))
+    train_sft.main(config(demos, tmp_path / "d"))
+    with pytest.raises(ValueError, match="another configuration: lr"):
+        train_sft.main(config(demos, tmp_path / "d", lr=0.5))
