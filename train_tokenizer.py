@@ -12,7 +12,7 @@ The loss is L1 plus a perceptual distance on the context frame and on the future
 Deviations from the public recipe:
 - no adversarial loss (hinge GAN of weight 0.1 from step 10k) and no image augmentation;
 - the perceptual distance is a choice; lpips needs its VGG16 backbone on disk;
-- preset tiny (and smoke) weight the pixels that differ from the context frame, use L1 on several scales, and condition
+- preset tiny (and smoke): see `reconstruction_loss` for its weights of pixels; it conditions
   on the segment's first frame, which is what the world model of that preset does.
 """
 
@@ -63,7 +63,6 @@ class Config:
     moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
     unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
     pyramid: int = opt(1, "scales of the L1, each half the one before")
-    rounding_weight: float = opt(0.0, "weight of the future tokens' distance from their levels")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
     validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
     validate_every: int = opt(2000, "steps between validations")
@@ -78,8 +77,8 @@ TINY = Config(
     segment=9,
     future_frames=3,
     context_lookback=0,
-    batch_size=16,
-    steps=900,
+    batch_size=8,
+    steps=1100,
     lr=2e-3,
     warmup=50,
     beta2=0.99,
@@ -90,7 +89,7 @@ TINY = Config(
     pyramid=3,
     precision="fp32",
     validation_fraction=0.05,
-    validate_every=300,
+    validate_every=550,
     validation_segments=64,
     save_every=300,
 )
@@ -249,7 +248,6 @@ def main(cfg: Config) -> dict[str, float]:
             usual_frame=usual.to(device) if cfg.unusual_weight != 1 else None,
             unusual_weight=cfg.unusual_weight,
             pyramid=cfg.pyramid,
-            rounding_weight=cfg.rounding_weight,
         )
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
         check_finite(parts["loss"], step, parts)

@@ -13,7 +13,8 @@ The actions are the executed ones, in raw environment units; their ranges are th
 Deviations from the paper and its release:
 - the loss is on frame tokens only, as in Eq. (3); `--loss-on-actions` adds the release's action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
-- preset tiny (and smoke): cosine schedule, smooth initial embeddings, the segment's first frame as context frame.
+- preset tiny (and smoke): cosine schedule, slot embeddings, embeddings that start smooth, a loss normalised over future
+  codes only, the segment's first frame as context frame.
 """
 
 import math
@@ -79,19 +80,21 @@ TINY = Config(
     transformer=MODELS["tiny"].transformer,
     action_bins=MODELS["tiny"].action_bins,
     future_codes_only=True,
+    slot_embedding=True,
     smooth_init=True,
     context_lookback=0,
-    steps=600,
+    batch_size=4,
+    steps=1600,
     lr=2e-3,
     warmup=50,
     schedule="cosine",
     beta2=0.98,
     precision="fp32",
     validation_fraction=0.05,
-    validate_every=200,
+    validate_every=400,
     validation_segments=128,
     rollout_segments=64,
-    save_every=200,
+    save_every=400,
 )
 PRESETS = {
     "paper": Config(),

@@ -133,11 +133,6 @@ class FSQ(nn.Module):
         indices = ((rounded.detach() + half) * self.basis).sum(dim=-1).round().long()
         return rounded / half, indices
 
-    def rounding_error(self, z: Tensor) -> Tensor:
-        """Mean squared distance of the bounded scalars to the levels they are rounded to, a scalar; 1/12 at random."""
-        bounded = self.bound(z)
-        return (bounded - bounded.detach().round()).square().mean()
-
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (...) -> codes (..., d) in [-1, 1], float32."""
         half = torch.div(self.levels, 2, rounding_mode="floor")
@@ -161,16 +156,12 @@ class Context(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
-
-    rounding_error: a scalar, how far the future's scalars lie from their levels (`FSQ.rounding_error`).
-    """
+    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both."""
 
     context_frame: Tensor
     frames: Tensor
     context_tokens: Tensor
     future_tokens: Tensor
-    rounding_error: Tensor
 
 
 class FrameTokenizer(nn.Module):
@@ -270,11 +261,10 @@ class FrameTokenizer(nn.Module):
             frames: (S, L, C, H, W) in [0, 1].
         """
         context = self.encode_context(context_frame)
-        scalars = self._future_scalars(frames, context)
-        codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
+        codes, tokens = self.future_fsq(self._future_scalars(frames, context))  # (S * L, Nf, d), (S * L, Nf)
         decoded = self._decode_future(codes, context).unflatten(0, frames.shape[:2])
-        tokens, error = tokens.unflatten(0, frames.shape[:2]), self.future_fsq.rounding_error(scalars)
-        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, error)
+        tokens = tokens.unflatten(0, frames.shape[:2])
+        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens)
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)
@@ -570,7 +560,6 @@ def reconstruction_loss(
     unusual_weight: float = 1.0,
     threshold: float = 0.04,
     pyramid: int = 1,
-    rounding_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 + perceptual distance on the context frame and on the future frames, each a weighted mean over its pixels.
 
@@ -589,8 +578,6 @@ def reconstruction_loss(
         unusual_weight: weight of the pixels that differ from it, in context and future frames.
         threshold: pixels differ when a channel differs by more than this.
         pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
-        rounding_weight: weight of the future tokens' rounding error: tokens that sit on their levels do not flicker
-            where nothing moves, which makes them easier to predict.
 
     Returns:
         The scalar loss, and its parts.
@@ -604,9 +591,8 @@ def reconstruction_loss(
     context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
     flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
     future_error = _weighted_error(*flat, square_weight, pyramid)
-    loss = context_error + future_error + rounding_weight * reconstruction.rounding_error
-    parts = {"context_error": context_error, "future_error": future_error}
-    metrics = {k: v.detach() for k, v in {**parts, "rounding_error": reconstruction.rounding_error}.items()}
+    loss = context_error + future_error
+    metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
     if perceptual is not None and perceptual_weight > 0:
         distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
         loss = loss + perceptual_weight * distance
@@ -645,10 +631,12 @@ PRESETS = {
         norm_groups=8,
         dropout=0.0,
         stem=4,
-        block_channels=(32, 96),
+        block_channels=(32, 64),
         latent_channels=16,
         context_levels=(7, 5, 5, 5, 5),
         future_levels=(5, 5, 5, 5),
+        quant_gain=6.0,
+        local_init=True,
     ),
     "smoke": TokenizerConfig(
         image_size=(64, 64),
@@ -662,5 +650,7 @@ PRESETS = {
         latent_channels=8,
         context_levels=(3, 3, 3),
         future_levels=(3, 3, 3),
+        quant_gain=6.0,
+        local_init=True,
     ),
 }

@@ -474,8 +474,9 @@ PRESETS = {
     ),
     "tiny": WorldModelConfig(
         tokenizer=TOKENIZERS["tiny"],
-        transformer=TransformerConfig(depth=4, width=192, num_heads=3, num_kv_heads=3, ffn_dim=512),
+        transformer=TransformerConfig(depth=4, width=192, num_heads=3, num_kv_heads=3, ffn_dim=512, init_std=0.06),
         future_codes_only=True,
+        slot_embedding=True,
         smooth_init=True,
     ),
     "smoke": WorldModelConfig(
@@ -483,6 +484,7 @@ PRESETS = {
         transformer=TransformerConfig(depth=1, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64),
         action_bins=32,
         future_codes_only=True,
+        slot_embedding=True,
         smooth_init=True,
     ),
 }
