@@ -117,13 +117,17 @@ def learning_rate(cfg: Config, step: int, share: float) -> float:
     return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * (cfg.final_lr_share + (1 - cfg.final_lr_share) * cosine)
 
 
-def pick_frames(batch: Batch, count: int, *seed: int) -> Tensor:
-    """`count` of each segment's frames, in order: (B, L, C, H, W) -> (B, count, C, H, W)."""
+def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
+    """`count` of each segment's frames, in order: (B, L, C, H, W) -> (B, count, C, H, W).
+
+    Drawn for the whole batch of all processes, of which `part` (rank, world size) has its share.
+    """
     segments, length = batch.frames.shape[:2]
     if count >= length:
         return batch.frames
     generator = torch.Generator().manual_seed(seed_of(*seed))
-    picks = torch.rand(segments, length, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
+    order = torch.rand(batch_size, length, generator=generator).argsort(dim=1)
+    picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
     return batch.frames[torch.arange(segments)[:, None], picks]
 
 
@@ -233,7 +237,7 @@ def main(cfg: Config) -> dict[str, float]:
         torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
         batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
         context = batch.context_frame.to(device)
-        frames = pick_frames(batch, cfg.future_frames, cfg.seed, part[0], step).to(device)
+        frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
 
         with autocast:
             out = model(context, frames)
