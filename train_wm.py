@@ -64,6 +64,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = opt("constant", "learning rate after the warmup (release: constant)")
     weight_decay: float = opt(0.0, "AdamW weight decay (release)")
     beta2: float = opt(0.999, "AdamW second-moment decay")
+    stale: float = opt(0.0, "share of input frames shown as if nothing had moved since the start, up to 0.5")
     clip: float = opt(1.0, "gradient norm limit (release)")
     cache_tokens: bool = opt(False, "tokenize all segments once, before training; needs context_lookback 0")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
@@ -250,6 +251,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     log, started = RunLog(cfg.out_dir, cfg.steps, "wm", step), time.monotonic()
     while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + part[0])  # which frames are stale
         batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
         if cached is None:
             tokens = tokenize(model, batch, device, autocast)
@@ -257,7 +259,7 @@ def main(cfg: Config) -> dict[str, float]:
             rows = [row_of[tuple(start)] for start in batch.index.tolist()]
             tokens = Tokens(*(x[rows] for x in cached))
         with autocast:
-            loss, parts = model.token_loss(*tokens)
+            loss, parts = model.token_loss(*tokens, stale=cfg.stale)
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
         check_finite(parts["loss"], step, parts)
 
