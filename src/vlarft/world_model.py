@@ -321,7 +321,7 @@ class WorldModel(nn.Module):
             future_tokens: (B, T + 1, Nf).
             actions: (B, T, A) raw.
             stale: mean share of the frames 1..T that the model sees as if nothing had moved since frame 0 (never as
-                targets). Where a step moves little, copying the last frame is nearly right, and a training would look at
+                targets). Where a step moves little, copying the last frame is nearly right, and training looks at
                 the actions late; with stale frames it has to add them up.
 
         Returns:
