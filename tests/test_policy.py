@@ -112,7 +112,19 @@ def test_key_loss_by_hand():
     _, metrics = policy(*inputs, key_weight=1.0)
     low, high = policy.normalizer.proprio_low[:3], policy.normalizer.proprio_high[:3]
     target = (2 * (inputs[-1] - low) / (high - low) - 1).clamp(-1, 1)
-    assert metrics["key_loss"].item() == pytest.approx((target.square() / 2).mean().item(), rel=1e-5)
+    by_hand = torch.where(target.abs() < 0.1, target.square() / 0.2, target.abs() - 0.05)
+    assert metrics["key_loss"].item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+
+
+def test_key_token_is_a_whole_share_of_the_mean():
+    policy = make()
+    images, _ = observations()
+    images = policy.preprocess(images)
+    context, key = policy.encode_with_key(images, TEXTS)
+    plain = policy.vlm(images, TEXTS).context
+    assert torch.equal(context, policy.encode(images, TEXTS)) and torch.equal(context[:, :-1], plain)
+    expected = (plain.sum(1) / context.shape[1]) + policy.key_embed(key)
+    torch.testing.assert_close(context.mean(1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -173,7 +185,9 @@ def test_errors(tmp_path):
         policy.act(np.stack([images, images], 1), TEXTS, proprio)
     with pytest.raises(ValueError, match="context_dim 32 must equal vlm.language.width 896"):
         VLAPolicy(replace(CFG, vlm=PolicyConfig().vlm))
-    no_key = make(replace(CFG, key_head_dim=None))
+    with pytest.raises(ValueError, match="key_token needs a key head; set key_head_dim"):
+        VLAPolicy(replace(CFG, key_head_dim=None))
+    no_key = make(replace(CFG, key_head_dim=None, key_token=False))
     with pytest.raises(ValueError, match="no key head; set PolicyConfig.key_head_dim"):
         no_key(*loss_inputs(no_key), key_weight=1.0)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):

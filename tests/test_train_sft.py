@@ -40,7 +40,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolera
 
 
 def noise_only(name: str) -> bool:
-    """Biases of keys shift all scores of a softmax alike: their gradient is rounding, which Adam makes full steps of."""
+    """Biases of keys shift all scores of a softmax alike: Adam makes full steps of their rounding errors."""
     return name.endswith(("k.bias", "k_proj.bias", "qkv.bias"))
 
 

@@ -87,7 +87,7 @@ def test_gradient_reaches_the_used_blocks_only():
 
 def test_keypoints_find_a_blob():
     # with features = the input's brightness and a sharp softmax, the token's first two numbers are the blob's place
-    cfg = replace(CONV, channels=(16,), strides=(1,), film_dim=None, num_keypoints=1, width=2)
+    cfg = replace(CONV, channels=(16,), kernels=(3,), strides=(1,), film_dim=None, num_keypoints=1, width=2)
     model = ConvEncoder(cfg)
     with torch.no_grad():
         model.norms[0] = torch.nn.Identity()
@@ -129,7 +129,7 @@ def test_errors():
         ViT(replace(DINO_LIKE, output_block=3))
     with pytest.raises(ValueError, match=r"images: got shape \(1, 3, 14, 14\), .* \(B, 3, 28, 28\)"):
         ViT(DINO_LIKE)(torch.rand(1, 3, 14, 14))
-    with pytest.raises(ValueError, match="2 channels but 3 strides"):
+    with pytest.raises(ValueError, match="2 channels, 2 kernels, 3 strides"):
         ConvEncoder(replace(CONV, strides=(1, 1, 1)))
     with pytest.raises(ValueError, match="film_dim is 4 but an instruction embedding was not given"):
         ConvEncoder(CONV)(torch.rand(1, 3, 16, 16))

@@ -23,7 +23,9 @@ CFG = VLMConfig(
 )
 CONV = replace(
     CFG,
-    vision=ConvEncoderConfig(image_size=16, channels=(16,), strides=(4,), num_keypoints=4, width=8, film_dim=6),
+    vision=ConvEncoderConfig(
+        image_size=16, channels=(16,), kernels=(7,), strides=(4,), num_keypoints=4, width=8, film_dim=6
+    ),
     fused_vision=None,
 )
 

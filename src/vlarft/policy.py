@@ -38,6 +38,7 @@ class PolicyConfig:
     gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes the last action dim
     crop_area: float = 1.0  # central share of the image area that is looked at; 0.9 after training with random crops
     key_head_dim: int | None = None  # inner width of the auxiliary key-position head; None: no such head
+    key_token: bool = False  # append the predicted key position to the context; needs the key head
     has_sigma_net: bool = False  # True in checkpoints of reinforcement fine-tuning
 
 
@@ -57,6 +58,7 @@ SMOKE = PolicyConfig(
         dit=DiTConfig(width=32, depth=2, num_heads=2, mlp_dim=32, cross_attention_blocks=(0, 1), gamma_init=1.0),
     ),
     key_head_dim=16,
+    key_token=True,
 )
 
 TINY = PolicyConfig(
@@ -72,19 +74,21 @@ TINY = PolicyConfig(
     ),
     flow=FlowConfig(
         context_dim=128,
-        embed_dim=16,
+        embed_dim=64,
         dit=DiTConfig(width=128, depth=3, num_heads=4, mlp_dim=384, cross_attention_blocks=(0, 1, 2), gamma_init=1.0),
     ),
     gripper="identity",
     key_head_dim=128,
+    key_token=True,
 )
 
 SMALL = PolicyConfig(
     vlm=VLMConfig(
         vision=ConvEncoderConfig(
             image_size=128,
-            channels=(64, 128, 128, 192, 192),
-            strides=(2, 2, 1, 2, 1),
+            channels=(96, 128, 128, 192),
+            kernels=(7, 3, 3, 3),
+            strides=(4, 1, 2, 1),
             num_keypoints=64,
             width=256,
             film_dim=128,
@@ -103,7 +107,9 @@ SMALL = PolicyConfig(
             width=384, depth=6, num_heads=6, mlp_dim=1536, cross_attention_blocks=(0, 2, 4, 5), gamma_init=1.0
         ),
     ),
+    gripper="identity",
     key_head_dim=256,
+    key_token=True,
 )
 
 PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "tiny": TINY, "smoke": SMOKE}
@@ -130,10 +136,14 @@ class VLAPolicy(nn.Module):
         self.head = FlowHead(cfg.flow)
         self.sigma_net = SigmaNet(cfg.flow) if cfg.has_sigma_net else None
         self.normalizer = Normalizer(cfg.flow.action_dim, cfg.flow.proprio_dim, gripper=cfg.gripper)
-        self.key_head = None
+        self.key_head = self.key_embed = None
+        if cfg.key_token and not cfg.key_head_dim:
+            raise ValueError("PolicyConfig: key_token needs a key head; set key_head_dim")
         if cfg.key_head_dim:
             size = self.vlm.num_vision_tokens * self.vlm.vision_dim
             self.key_head = nn.Sequential(nn.Linear(size, cfg.key_head_dim), nn.GELU(), nn.Linear(cfg.key_head_dim, 3))
+        if cfg.key_token:
+            self.key_embed = nn.Linear(3, cfg.flow.context_dim)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> VLAPolicy:
@@ -192,7 +202,21 @@ class VLAPolicy(nn.Module):
 
     def encode(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
         """Context of Eq. (1): images (B, V, 3, S, S) of `preprocess`, B instructions -> (B, N, D)."""
-        return self.vlm(images, instructions).context
+        return self.encode_with_key(images, instructions)[0]
+
+    def encode_with_key(
+        self, images: torch.Tensor, instructions: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`encode`'s context, and the predicted key position (B, 3), normalised, where there is a key head."""
+        out = self.vlm(images, instructions)
+        if self.key_head is None:
+            return out.context, None
+        key = self.key_head(out.vision.flatten(1)).float()
+        if self.key_embed is None:
+            return out.context, key
+        # the head also reads the mean over tokens: N times one token is a share of order one
+        token = self.key_embed(key)[:, None] * (out.context.shape[1] + 1)  # (B, 1, D)
+        return torch.cat([out.context, token.to(out.context.dtype)], dim=1), key
 
     def condition(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """What a chunk's flow steps share, for sampling and scoring alike.
@@ -236,23 +260,23 @@ class VLAPolicy(nn.Module):
         Raises:
             ValueError: an auxiliary loss without its head.
         """
-        out = self.vlm(images, instructions)
+        context, key = self.encode_with_key(images, instructions)
         state = self.normalizer.encode_proprio(proprio)
         loss, metrics = matching_loss(
             self.head,
             self.normalizer.encode_actions(actions),
-            self.head.prepare(out.context, state),
+            self.head.prepare(context, state),
             generator=generator,
             alpha=alpha,
             beta=beta,
             draws=draws,
         )
         if key_weight:
-            if self.key_head is None:
+            if key is None:
                 raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
             # the key position is a hand position: the first three of the proprio, and normalised like them
             target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - 3)))[:, :3]
-            key_loss = F.smooth_l1_loss(self.key_head(out.vision.flatten(1)).float(), target, beta=0.1)
+            key_loss = F.smooth_l1_loss(key, target, beta=0.1)
             loss = loss + key_weight * key_loss
             metrics["key_loss"] = key_loss.detach()
         return loss, metrics

@@ -209,7 +209,8 @@ class ConvEncoderConfig:
 
     image_size: int = 64
     channels: tuple[int, ...] = (64, 64)  # one convolution each
-    strides: tuple[int, ...] = (4, 1)  # kernels are 3 wide, or 2 * stride - 1 where that is more
+    kernels: tuple[int, ...] = (7, 3)  # odd
+    strides: tuple[int, ...] = (4, 1)
     num_keypoints: int = 16
     attention_gain: float = 12.0  # on the initial weights of the keypoints' maps: flat softmaxes learn slowly
     width: int = 128  # of the tokens
@@ -225,17 +226,17 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, cfg: ConvEncoderConfig) -> None:
         super().__init__()
-        if len(cfg.channels) != len(cfg.strides):
+        if not len(cfg.channels) == len(cfg.kernels) == len(cfg.strides):
             raise ValueError(
-                f"ConvEncoderConfig: {len(cfg.channels)} channels but {len(cfg.strides)} strides; "
-                "give one of each per layer"
+                f"ConvEncoderConfig: {len(cfg.channels)} channels, {len(cfg.kernels)} kernels, {len(cfg.strides)} "
+                "strides; give one of each per layer"
             )
         self.cfg = cfg
         self.num_tokens = cfg.num_keypoints
         widths = (3 + 2, *cfg.channels)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, max(3, 2 * s - 1), stride=s, padding=max(3, 2 * s - 1) // 2)
-            for a, b, s in zip(widths[:-1], widths[1:], cfg.strides, strict=True)
+            nn.Conv2d(a, b, k, stride=s, padding=k // 2)
+            for a, b, k, s in zip(widths[:-1], widths[1:], cfg.kernels, cfg.strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(max(1, c // 16), c) for c in cfg.channels)
         self.films = nn.ModuleList(nn.Linear(cfg.film_dim, 2 * c) for c in cfg.channels) if cfg.film_dim else None

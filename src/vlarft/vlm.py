@@ -131,7 +131,7 @@ class VLM(nn.Module):
         if self.fused_vision and self.fused_vision.num_tokens != self.vision.num_tokens:
             raise ValueError(
                 f"VLMConfig: vision gives {self.vision.num_tokens} tokens, fused_vision "
-                f"{self.fused_vision.num_tokens}; their channels are concatenated, so choose sizes with equal numbers of patches"
+                f"{self.fused_vision.num_tokens}; their channels are concatenated, so choose equal numbers of patches"
             )
         self.vision_dim = cfg.vision.width + (cfg.fused_vision.width if cfg.fused_vision else 0)
         self.num_vision_tokens = cfg.num_cameras * self.vision.num_tokens
