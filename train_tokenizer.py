@@ -63,6 +63,7 @@ class Config:
     moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
     unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
     pyramid: int = opt(1, "scales of the L1, each half the one before")
+    still_weight: float = opt(0.0, "weight that draws the codes of patches without moving pixels to the middle code")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
     validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
     validate_every: int = opt(2000, "steps between validations")
@@ -87,6 +88,7 @@ TINY = Config(
     moving_weight=6.0,
     unusual_weight=6.0,
     pyramid=3,
+    still_weight=0.3,
     precision="fp32",
     validation_fraction=0.05,
     validate_every=550,
@@ -214,7 +216,9 @@ def main(cfg: Config) -> dict[str, float]:
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     model.train()
     distributed.shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+    )
     step, minutes_before, metrics = 0, 0.0, {}
     if state_path is not None:
         state = load_train_state(state_path)
@@ -252,6 +256,7 @@ def main(cfg: Config) -> dict[str, float]:
             usual_frame=usual.to(device) if cfg.unusual_weight != 1 else None,
             unusual_weight=cfg.unusual_weight,
             pyramid=cfg.pyramid,
+            still_weight=cfg.still_weight,
         )
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
         check_finite(parts["loss"], step, parts)

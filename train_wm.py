@@ -229,7 +229,7 @@ def main(cfg: Config) -> dict[str, float]:
     model.train()
     distributed.shard(model, model.decoder.layers, ("tokenize", "token_loss", "rollout"))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     step, minutes_before, metrics = 0, 0.0, {}
     if state_path is not None:
         state = load_train_state(state_path)

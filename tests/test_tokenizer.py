@@ -209,7 +209,7 @@ def test_reconstruction_loss_by_hand():
     context = torch.zeros(1, 1, 2, 2)
     decoded = torch.zeros(1, 1, 1, 2, 2)
     decoded[..., 1, 1] = 0.5
-    out = Reconstruction(context + 0.25, decoded, torch.zeros(1), torch.zeros(1))
+    out = Reconstruction(context + 0.25, decoded, torch.zeros(1), torch.zeros(1), torch.full((1, 1, 4, 2), 0.5))
     loss, parts = reconstruction_loss(out, context, frames)
     assert_close(parts["context_error"], torch.tensor(0.25))
     assert_close(parts["future_error"], torch.tensor(1.5 / 4))
@@ -226,6 +226,10 @@ def test_reconstruction_loss_by_hand():
     # Half resolution: one pixel of target 0.25 and decoded 0.125, averaged with the full resolution.
     _, parts = reconstruction_loss(out, context, frames, pyramid=2)
     assert_close(parts["future_error"], torch.tensor((1.5 / 4 + 0.125) / 2))
+    # Four tokens of one pixel each, codes of square 0.25; the one that moves does not count.
+    out.future_codes[0, 0, 0] = 9.0
+    _, parts = reconstruction_loss(out, context, frames, still_weight=0.1)
+    assert_close(parts["still_code"], torch.tensor(0.25))
     constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1), perceptual_weight=0.5)
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
 

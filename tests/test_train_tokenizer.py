@@ -67,7 +67,7 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
 
 
 def test_perceptual_term_is_added(demos, tmp_path):
-    run(demos, tmp_path, steps=1, perceptual="ssim")
+    run(demos, tmp_path, steps=1, perceptual="ssim", still_weight=0.0)
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert entry["loss"] == pytest.approx(
         entry["context_error"] + entry["future_error"] + entry["perceptual"], rel=1e-5

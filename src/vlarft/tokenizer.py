@@ -156,12 +156,16 @@ class Context(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both."""
+    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
+
+    future_codes: (S, L, Nf, d), what the future's quantiser rounds, in [-1, 1].
+    """
 
     context_frame: Tensor
     frames: Tensor
     context_tokens: Tensor
     future_tokens: Tensor
+    future_codes: Tensor
 
 
 class FrameTokenizer(nn.Module):
@@ -261,10 +265,12 @@ class FrameTokenizer(nn.Module):
             frames: (S, L, C, H, W) in [0, 1].
         """
         context = self.encode_context(context_frame)
-        codes, tokens = self.future_fsq(self._future_scalars(frames, context))  # (S * L, Nf, d), (S * L, Nf)
+        scalars = self._future_scalars(frames, context)
+        codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
         decoded = self._decode_future(codes, context).unflatten(0, frames.shape[:2])
-        tokens = tokens.unflatten(0, frames.shape[:2])
-        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens)
+        soft = torch.tanh(scalars.float())
+        tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (tokens, soft))
+        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, soft)
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)
@@ -560,6 +566,7 @@ def reconstruction_loss(
     unusual_weight: float = 1.0,
     threshold: float = 0.04,
     pyramid: int = 1,
+    still_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 + perceptual distance on the context frame and on the future frames, each a weighted mean over its pixels.
 
@@ -578,6 +585,8 @@ def reconstruction_loss(
         unusual_weight: weight of the pixels that differ from it, in context and future frames.
         threshold: pixels differ when a channel differs by more than this.
         pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
+        still_weight: weight of the squared codes of patches without a moving pixel. It makes the middle code mean "as
+            in the context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
 
     Returns:
         The scalar loss, and its parts.
@@ -585,14 +594,22 @@ def reconstruction_loss(
     decoded_context, decoded = reconstruction.context_frame.float(), reconstruction.frames.float()
     context_weight, weight = torch.ones_like(context_frame[:, :1]), torch.ones_like(frames[:, :, :1])
     if usual_frame is not None:
-        context_weight = _weight_where(context_frame, usual_frame, threshold, unusual_weight)  # (S, 1, H, W)
-        weight = _weight_where(frames, usual_frame, threshold, unusual_weight)  # (S, L, 1, H, W)
-    weight = torch.maximum(weight, _weight_where(frames, context_frame[:, None], threshold, moving_weight))
+        context_weight = 1 + (unusual_weight - 1) * _differs(context_frame, usual_frame, threshold)  # (S, 1, H, W)
+        weight = 1 + (unusual_weight - 1) * _differs(frames, usual_frame, threshold)  # (S, L, 1, H, W)
+    moving = _differs(frames, context_frame[:, None], threshold)  # (S, L, 1, H, W)
+    weight = torch.maximum(weight, 1 + (moving_weight - 1) * moving)
     context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
     flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
     future_error = _weighted_error(*flat, square_weight, pyramid)
     loss = context_error + future_error
     metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
+    if still_weight > 0:
+        codes = reconstruction.future_codes
+        side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
+        still = 1 - F.max_pool2d(moving.flatten(0, 1), side).flatten(1)  # (S * L, Nf)
+        still_code = (codes.flatten(0, 1).square().mean(dim=-1) * still).sum() / still.sum().clamp_min(1)
+        loss = loss + still_weight * still_code
+        metrics["still_code"] = still_code.detach()
     if perceptual is not None and perceptual_weight > 0:
         distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
         loss = loss + perceptual_weight * distance
@@ -600,10 +617,9 @@ def reconstruction_loss(
     return loss, metrics
 
 
-def _weight_where(frames: Tensor, reference: Tensor, threshold: float, weight: float) -> Tensor:
-    """Weight (..., 1, H, W) where frames (..., C, H, W) differ from the reference, 1 elsewhere."""
-    differs = (frames - reference).abs().amax(dim=-3, keepdim=True) > threshold
-    return 1 + (weight - 1) * differs.float()
+def _differs(frames: Tensor, reference: Tensor, threshold: float) -> Tensor:
+    """1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
+    return ((frames - reference).abs().amax(dim=-3, keepdim=True) > threshold).float()
 
 
 def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, square_weight: float, scales: int) -> Tensor:
