@@ -13,8 +13,8 @@ The actions are the executed ones, in raw environment units; their ranges are th
 Deviations from the paper and its release:
 - the loss is on frame tokens only, as in Eq. (3); `--loss-on-actions` adds the release's action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
-- preset tiny (and smoke): cosine schedule, slot embeddings, embeddings that start smooth, a loss normalised over future
-  codes only, the segment's first frame as context frame.
+- preset tiny (and smoke): cosine schedule, slot embeddings, embeddings that start smooth, stale input frames, a loss
+  normalised over future codes only, the segment's first frame as context frame.
 """
 
 import math
@@ -90,6 +90,7 @@ TINY = Config(
     warmup=50,
     schedule="cosine",
     beta2=0.98,
+    stale=0.4,
     precision="fp32",
     validation_fraction=0.05,
     validate_every=400,
