@@ -32,6 +32,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlarft import distributed
 from vlarft.checkpoint import load_train_state, open_run, save_train_state
@@ -68,6 +69,7 @@ class Config:
     beta: float = opt(1.0, "tau ~ Beta(alpha, beta)")
     draws: int = opt(1, "(tau, eps) pairs per image")
     key_weight: float = opt(0.0, "weight of the auxiliary key-position loss")
+    key_batch: int = opt(0, "further images per step for that loss alone, all processes together")
     ema: float | None = opt(None, "decay of the averaged weights that are exported; none: no average")
     lora_rank: int | None = opt(64, "adapters on every linear layer of the VLM, the rest of it frozen; none: train all")
     lora_alpha: float = opt(128.0, "adapter scale times rank")
@@ -92,7 +94,7 @@ TINY = replace(
     schedule="cosine",
     warmup=50,
     draws=4,
-    key_weight=3.0,
+    key_weight=1.0,
     ema=0.99,
     lora_rank=None,
     bf16=False,
@@ -103,9 +105,8 @@ TINY = replace(
 PRESETS = {
     "paper": PAPER,
     "small": replace(
-        TINY, policy="small", steps=30_000, batch_size=128, lr=3e-4, warmup=500, ema=0.999, bf16=True,
-        val_every=1000, save_every=1000,
-    ),
+        TINY, policy="small", steps=30_000, batch_size=128, lr=3e-4, warmup=500, ema=0.999, bf16=True, val_every=1000,
+        save_every=1000),
     "tiny": TINY,
     "smoke": replace(
         TINY, policy="smoke", steps=4, batch_size=4, draws=2, val_every=2, val_batch=8, save_every=2, warmup=1,
@@ -132,25 +133,25 @@ def build_policy(cfg: Config) -> VLAPolicy:
 
 def generator_of(device: torch.device, *seed: int) -> torch.Generator:
     """A generator that depends on its integers alone."""
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
 
 
 def compute_loss(
     policy: VLAPolicy, batch: Batch, cfg: Config, generator: torch.Generator, train: bool
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of one batch on the policy's device; augmented and with all draws in training."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one batch on the policy's device; in training augmented, and the last key_batch's share without flow."""
     device = generator.device
     images = batch.frames[:, :1].to(device)  # (B, 1, 3, H, W): one camera
     if train:
         images = augment(images, cfg.augment, crop_area=policy.cfg.crop_area, generator=generator)
     images = policy.preprocess(images, crop=not (train and cfg.augment.crop))
+    flow_rows = len(images) * cfg.batch_size // (cfg.batch_size + cfg.key_batch) if train else len(images)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         return policy(
             images,
             batch.instructions,
             batch.proprio.to(device),
-            batch.intended.to(device),
+            batch.intended[:flow_rows].to(device),
             batch.key_position.to(device),
             generator=generator,
             alpha=cfg.alpha,
@@ -170,7 +171,7 @@ def validate(policy: VLAPolicy, sampler: WindowSampler, cfg: Config, device: tor
 
 
 @contextlib.contextmanager
-def swapped(policy: VLAPolicy, ema: dict[str, torch.Tensor]) -> Iterator[None]:
+def swapped(policy: VLAPolicy, ema: dict[str, Tensor]) -> Iterator[None]:
     """Run a block with the averaged weights in place of the trained ones."""
     trained = {k: p.detach().clone() for k, p in policy.named_parameters() if k in ema}
     load_parameters(policy, ema)
@@ -181,7 +182,7 @@ def swapped(policy: VLAPolicy, ema: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def load_parameters(policy: VLAPolicy, values: dict[str, torch.Tensor]) -> None:
+def load_parameters(policy: VLAPolicy, values: dict[str, Tensor]) -> None:
     """Copy values into the parameters of these names."""
     for name, parameter in policy.named_parameters():
         if name in values:
@@ -200,8 +201,9 @@ def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     # micro-batches are numbered over all processes, so that n processes do what n accumulated batches do
     parts = cfg.accumulate * distributed.world_size()
-    if cfg.batch_size % parts:
-        raise ValueError(f"batch_size {cfg.batch_size} must be a multiple of accumulate x processes = {parts}")
+    for name in ("batch_size", "key_batch"):
+        if getattr(cfg, name) % parts:
+            raise ValueError(f"{name} {getattr(cfg, name)} must be a multiple of accumulate x processes = {parts}")
 
     episodes = load_episodes(cfg.demos, cfg.camera)
     train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
@@ -284,7 +286,7 @@ def main(cfg: Config) -> dict[str, float]:
         totals: dict[str, float] = {"loss": 0.0}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
-            batch = train_data.batch(cfg.batch_size, cfg.seed, step, part=(part, parts))
+            batch = train_data.batch(cfg.batch_size + cfg.key_batch, cfg.seed, step, part=(part, parts))
             noise = generator_of(device, cfg.seed, step, part)
             loss, parts_of_loss = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()
@@ -307,9 +309,8 @@ def main(cfg: Config) -> dict[str, float]:
             log.log(step - 1, {**line, "step_s": time.monotonic() - clock})
         if step % cfg.save_every == 0:
             save()
-    if step % cfg.val_every or not metrics:
-        metrics = evaluate()
-        log.log(step - 1, metrics)
+    if not metrics or step % cfg.val_every:
+        log.log(step - 1, metrics := evaluate())
     save()
     log.close()
     distributed.cleanup()

@@ -103,6 +103,18 @@ def test_loss_reaches_every_parameter():
     assert without.item() == metrics["flow_mse"].item() and "key_loss" not in metrics
 
 
+def test_rows_without_actions_serve_the_key_loss_alone():
+    policy = make()
+    images, texts, proprio, actions, key = loss_inputs(policy)
+    options = {"key_weight": 1.0, "draws": 2}
+    _, both = policy(images, texts, proprio, actions, key, generator=torch.Generator().manual_seed(0), **options)
+    _, one = policy(images, texts, proprio, actions[:1], key, generator=torch.Generator().manual_seed(0), **options)
+    first = (images[:1], texts[:1], proprio[:1], actions[:1], key[:1])
+    _, alone = policy(*first, generator=torch.Generator().manual_seed(0), **options)
+    torch.testing.assert_close(one["flow_mse"], alone["flow_mse"])
+    torch.testing.assert_close(one["key_loss"], both["key_loss"])
+
+
 def test_key_loss_by_hand():
     policy = make()
     inputs = loss_inputs(policy)
@@ -120,9 +132,9 @@ def test_key_token_is_a_whole_share_of_the_mean():
     policy = make()
     images, _ = observations()
     images = policy.preprocess(images)
-    context, key = policy.encode_with_key(images, TEXTS)
-    plain = policy.vlm(images, TEXTS).context
-    assert torch.equal(context, policy.encode(images, TEXTS)) and torch.equal(context[:, :-1], plain)
+    context, (plain, vision) = policy.encode(images, TEXTS), policy.vlm(images, TEXTS)
+    key = policy.predict_key(vision)
+    assert torch.equal(context[:, :-1], plain)
     expected = (plain.sum(1) / context.shape[1]) + policy.key_embed(key)
     torch.testing.assert_close(context.mean(1), expected, atol=1e-5, rtol=1e-5)
 

@@ -202,21 +202,20 @@ class VLAPolicy(nn.Module):
 
     def encode(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
         """Context of Eq. (1): images (B, V, 3, S, S) of `preprocess`, B instructions -> (B, N, D)."""
-        return self.encode_with_key(images, instructions)[0]
-
-    def encode_with_key(
-        self, images: torch.Tensor, instructions: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`encode`'s context, and the predicted key position (B, 3), normalised, where there is a key head."""
         out = self.vlm(images, instructions)
-        if self.key_head is None:
-            return out.context, None
-        key = self.key_head(out.vision.flatten(1)).float()
+        return self.append_key(out.context, self.predict_key(out.vision))
+
+    def predict_key(self, vision: torch.Tensor) -> torch.Tensor | None:
+        """Vision tokens (B, P, Dv) -> predicted key position (B, 3), normalised, float32; None without a key head."""
+        return None if self.key_head is None else self.key_head(vision.flatten(1)).float()
+
+    def append_key(self, context: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+        """The context (B, N, D), with the predicted key position (B, 3) as one more token where there is a key token."""
         if self.key_embed is None:
-            return out.context, key
+            return context
         # the head also reads the mean over tokens: N times one token is a share of order one
-        token = self.key_embed(key)[:, None] * (out.context.shape[1] + 1)  # (B, 1, D)
-        return torch.cat([out.context, token.to(out.context.dtype)], dim=1), key
+        token = self.key_embed(key)[:, None] * (context.shape[1] + 1)  # (B, 1, D)
+        return torch.cat([context, token.to(context.dtype)], dim=1)
 
     def condition(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """What a chunk's flow steps share, for sampling and scoring alike.
@@ -251,7 +250,7 @@ class VLAPolicy(nn.Module):
             images: (B, V, 3, S, S) of `preprocess`.
             instructions: B strings.
             proprio: (B, 8), raw.
-            actions: (B, T, A), raw.
+            actions: (F, T, A), raw, F <= B: further rows serve the auxiliary loss alone, which costs no language model.
             key_position: (B, 3) [m]; needed when key_weight > 0.
             generator, alpha, beta, draws: see `flow.matching_loss`.
             key_weight: weight of the auxiliary loss.
@@ -260,12 +259,16 @@ class VLAPolicy(nn.Module):
         Raises:
             ValueError: an auxiliary loss without its head.
         """
-        context, key = self.encode_with_key(images, instructions)
+        rows = len(actions)
+        vision = self.vlm.encode_images(images, instructions)
+        key = self.predict_key(vision)
+        context = self.vlm.contextualize(vision[:rows], instructions[:rows])
+        context = self.append_key(context, None if key is None else key[:rows])
         state = self.normalizer.encode_proprio(proprio)
         loss, metrics = matching_loss(
             self.head,
             self.normalizer.encode_actions(actions),
-            self.head.prepare(context, state),
+            self.head.prepare(context, state[:rows]),
             generator=generator,
             alpha=alpha,
             beta=beta,

@@ -161,15 +161,19 @@ class VLM(nn.Module):
                 f"images: got shape {tuple(images.shape)} for {len(instructions)} instructions, expected "
                 f"({len(instructions)}, {self.cfg.num_cameras} cameras, 3, {self.image_size}, {self.image_size})"
             )
-        text, lengths = self.embed_text(*self.tokenize(instructions, images.device))  # (B, n, D), (B,)
         vision = self.encode_images(images, instructions)
+        return VLMOutput(self.contextualize(vision, instructions), vision)
+
+    def contextualize(self, vision: torch.Tensor, instructions: list[str]) -> torch.Tensor:
+        """The language model's part of `forward`: vision tokens (B, P, Dv), B instructions -> context (B, P + Q, D)."""
+        text, lengths = self.embed_text(*self.tokenize(instructions, vision.device))  # (B, n, D), (B,)
         x = self.arrange(text, lengths, self.projector(vision))  # (B, n + P + Q, D)
         # the padding is on the right of a causal sequence, so nothing that is read below attends to it
         hidden = self.language_model(x)
         num_vision, first = self.num_vision_tokens, 0 if self.cfg.shift_context else 1
         at_query = (lengths + num_vision - 1 + first)[:, None] + torch.arange(self.cfg.num_queries, device=x.device)
         queries = hidden.gather(1, at_query[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, Q, D)
-        return VLMOutput(torch.cat([hidden[:, first : first + num_vision], queries], dim=1), vision)
+        return torch.cat([hidden[:, first : first + num_vision], queries], dim=1)
 
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded byte tokens (B, n), n the longest of the batch, and their numbers (B,)."""
