@@ -6,7 +6,7 @@
 
 Reads demonstrations in LIBERO's HDF5 layout (`--demos`, a folder or a file). Writes to --out-dir: model.safetensors
 (the EMA of the weights where EMA is on, adapters merged), train_state.pt, log.jsonl, config.json. The same command
-resumes an interrupted run and ends with the same bits on a CPU.
+resumes an interrupted run, and ends with the same bits on a CPU.
 
 `--init` starts from a policy's checkpoint, its normaliser included, with a fresh optimizer and a fresh learning-rate
 schedule; a continued run is a new run. Loading the public Prismatic and Qwen weights is not part of this script yet:
@@ -61,6 +61,7 @@ class Config:
     batch_size: int = opt(16, "chunks per step, all processes together")
     accumulate: int = opt(1, "micro-batches per step")
     lr: float = opt(1e-4, "peak learning rate, AdamW")
+    head_lr: float | None = opt(None, "the action head's; none: lr")
     schedule: Literal["constant", "cosine"] = opt("constant", "after the warm-up")
     warmup: int = opt(0, "steps of linear warm-up")
     weight_decay: float = opt(0.01, "AdamW, on matrices only")
@@ -83,14 +84,17 @@ class Config:
     seed: int = opt(0, "of everything")
 
 
+HEAD = ("head.", "key_embed.")  # parameters that train at head_lr
 PAPER = Config()
 TINY = replace(
     PAPER,
     policy="tiny",
     validation_fraction=0.05,
-    steps=1200,
-    batch_size=64,
+    steps=1500,
+    batch_size=32,
+    key_batch=64,
     lr=1e-3,
+    head_lr=3e-3,
     schedule="cosine",
     warmup=50,
     draws=4,
@@ -105,11 +109,13 @@ TINY = replace(
 PRESETS = {
     "paper": PAPER,
     "small": replace(
-        TINY, policy="small", steps=30_000, batch_size=128, lr=3e-4, warmup=500, ema=0.999, bf16=True, val_every=1000,
-        save_every=1000),
+        TINY, policy="small", steps=30_000, batch_size=128, key_batch=0, lr=3e-4, head_lr=None, warmup=500, ema=0.999,
+        bf16=True, val_every=1000, save_every=1000,
+    ),
     "tiny": TINY,
     "smoke": replace(
-        TINY, policy="smoke", steps=4, batch_size=4, draws=2, val_every=2, val_batch=8, save_every=2, warmup=1,
+        TINY, policy="smoke", steps=4, batch_size=4, key_batch=4, draws=2, val_every=2, val_batch=8, save_every=2,
+        warmup=1,
     ),
 }  # fmt: skip
 
@@ -164,40 +170,33 @@ def compute_loss(
 @torch.no_grad()
 def validate(policy: VLAPolicy, sampler: WindowSampler, cfg: Config, device: torch.device) -> dict[str, float]:
     """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
-    policy.eval()
-    _, metrics = compute_loss(policy, sampler.spread(cfg.val_batch), cfg, generator_of(device, cfg.seed), train=False)
+    batch = sampler.spread(cfg.val_batch)
+    _, metrics = compute_loss(policy.eval(), batch, cfg, generator_of(device, cfg.seed), train=False)
     policy.train()
     return {f"val_{k}": float(v) for k, v in metrics.items()}
 
 
 @contextlib.contextmanager
-def swapped(policy: VLAPolicy, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Run a block with the averaged weights in place of the trained ones."""
-    trained = {k: p.detach().clone() for k, p in policy.named_parameters() if k in ema}
-    load_parameters(policy, ema)
+def swapped(parameters: list[Tensor], ema: list[Tensor]) -> Iterator[None]:
+    """Run a block with the averaged weights, where there are any, in place of the trained ones."""
+    trained = [p.detach().clone() for p in parameters]
     try:
+        for parameter, average in zip(parameters, ema):
+            parameter.data.copy_(average)
         yield
     finally:
-        load_parameters(policy, trained)
+        for parameter, value in zip(parameters, trained, strict=True):
+            parameter.data.copy_(value)
 
 
-@torch.no_grad()
-def load_parameters(policy: VLAPolicy, values: dict[str, Tensor]) -> None:
-    """Copy values into the parameters of these names."""
-    for name, parameter in policy.named_parameters():
-        if name in values:
-            parameter.copy_(values[name])
-
-
-def learning_rate(cfg: Config, step: int, share: float) -> float:
-    """Learning rate of a step: linear warm-up, then constant or half a cosine over the share of the run done."""
-    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    decay = 0.5 * (1 + math.cos(share * math.pi)) if cfg.schedule == "cosine" else 1.0
-    return cfg.lr * warm * decay
+def schedule(cfg: Config, step: int, share: float) -> float:
+    """Share of the peak learning rate: linear warm-up, then constant or half a cosine over the run's share done."""
+    warm = min(1.0, (step + 1) / max(cfg.warmup, 1))
+    return warm * (0.5 * (1 + math.cos(share * math.pi)) if cfg.schedule == "cosine" else 1.0)
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Train, or resume training; returns the last validation metrics."""
+    """Train, or resume; returns the last validation's metrics."""
     device = distributed.setup()
     # micro-batches are numbered over all processes, so that n processes do what n accumulated batches do
     parts = cfg.accumulate * distributed.world_size()
@@ -214,10 +213,8 @@ def main(cfg: Config) -> dict[str, float]:
         WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)
     )
     if not policy.normalizer.fitted:
-        intended, proprio = (
-            torch.cat([torch.from_numpy(getattr(e, name)) for e in train_episodes]) for name in ("intended", "proprio")
-        )
-        policy.normalizer.fit(intended, proprio)
+        columns = ([getattr(e, name) for e in train_episodes] for name in ("intended", "proprio"))
+        policy.normalizer.fit(*(torch.from_numpy(np.concatenate(column)) for column in columns))
     lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout) if cfg.lora_rank else None
     if lora:
         torch.manual_seed(cfg.seed + 1)
@@ -229,17 +226,22 @@ def main(cfg: Config) -> dict[str, float]:
 
     trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for k, p in trained.items() if k.startswith(HEAD) == head and (p.ndim > 1) == matrix],
+            "peak": (head and cfg.head_lr) or cfg.lr,
+            "weight_decay": cfg.weight_decay * matrix,
+        }
+        for head in (False, True)
+        for matrix in (False, True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
-    step, minutes_before = 0, 0.0
+    step, minutes_before, state = 0, 0.0, load_train_state(resume) if resume else {}
     if resume:
-        state = load_train_state(resume)
         step, minutes_before = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["ema"])
-    ema = {k: p.detach().clone() for k, p in trained.items()} if cfg.ema else {}
+    parameters = list(trained.values())
+    ema = [p.detach().clone() for p in parameters] if cfg.ema else []
     if resume:
         distributed.load_full_state_dict(policy, state["policy"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
@@ -259,7 +261,7 @@ def main(cfg: Config) -> dict[str, float]:
         return max(step / cfg.steps, distributed.mean_across_ranks({"m": minutes})["m"] / cfg.max_minutes)
 
     def save() -> None:
-        with swapped(policy, ema):
+        with swapped(parameters, ema):
             averaged = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
         state = {
             "step": step,
@@ -274,14 +276,13 @@ def main(cfg: Config) -> dict[str, float]:
             policy.save(Path(cfg.out_dir) / "model.safetensors", {**extra, "step": step}, weights)
 
     def evaluate() -> dict[str, float]:
-        with swapped(policy, ema):
+        with swapped(parameters, ema):
             return validate(policy, val_data, cfg, device)
 
     while (share := share_done()) < 1:
         clock = time.monotonic()
-        rate = learning_rate(cfg, step, share)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * schedule(cfg, step, share)
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {"loss": 0.0}
         for micro in range(cfg.accumulate):
@@ -293,18 +294,16 @@ def main(cfg: Config) -> dict[str, float]:
             for name, value in {"loss": loss, **parts_of_loss}.items():
                 totals[name] = totals.get(name, 0.0) + value.item() / cfg.accumulate
         check_finite(totals["loss"], step, totals)
-        norm = distributed.clip_grad_norm(trained.values(), cfg.clip_norm)
+        norm = distributed.clip_grad_norm(parameters, cfg.clip_norm)
         optimizer.step()
         if cfg.ema:
             decay = min(cfg.ema, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for name, average in ema.items():
-                    average.lerp_(trained[name], 1 - decay)
+            for parameter, average in zip(parameters, ema, strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
         step += 1
-        line = {**distributed.mean_across_ranks(totals), "lr": rate, "grad_norm": norm}
+        line = {**distributed.mean_across_ranks(totals), "lr": cfg.lr * schedule(cfg, step, share), "grad_norm": norm}
         if step % cfg.val_every == 0:
-            metrics = evaluate()
-            line |= metrics
+            line |= (metrics := evaluate())
         if step % cfg.log_every == 0 or step % cfg.val_every == 0:
             log.log(step - 1, {**line, "step_s": time.monotonic() - clock})
         if step % cfg.save_every == 0:

@@ -146,11 +146,21 @@ def test_max_minutes_ends_a_run(demos, tmp_path):
     assert 1 <= state["step"] < 100_000 and state["minutes"] >= 0.02
 
 
-def test_learning_rate():
-    cfg = replace(SMOKE, lr=2.0, warmup=4, schedule="cosine")
-    assert train_sft.learning_rate(cfg, 1, 0.0) == 1.0
-    assert train_sft.learning_rate(cfg, 10, 0.5) == pytest.approx(1.0)
-    assert train_sft.learning_rate(replace(cfg, schedule="constant"), 10, 0.5) == 2.0
+def test_schedule():
+    cfg = replace(SMOKE, warmup=4, schedule="cosine")
+    assert train_sft.schedule(cfg, 1, 0.0) == 0.5
+    assert train_sft.schedule(cfg, 10, 0.5) == pytest.approx(0.5)
+    assert train_sft.schedule(replace(cfg, schedule="constant"), 10, 0.5) == 1.0
+
+
+def test_head_has_its_own_learning_rate(demos, tmp_path):
+    init = tmp_path / "base" / "model.safetensors"
+    train_sft.main(config(demos, tmp_path / "base"))
+    changes = {"init": str(init), "steps": 1, "ema": None, "weight_decay": 0.0}
+    train_sft.main(config(demos, tmp_path / "run", lr=1e-30, head_lr=1e-3, **changes))
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "run")
+    changed = {k.split(".")[0] for k in after if not torch.equal(before[k], after[k])}
+    assert changed == {"head", "key_embed"}
 
 
 def test_augmentation():

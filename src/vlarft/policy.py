@@ -210,7 +210,7 @@ class VLAPolicy(nn.Module):
         return None if self.key_head is None else self.key_head(vision.flatten(1)).float()
 
     def append_key(self, context: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
-        """The context (B, N, D), with the predicted key position (B, 3) as one more token where there is a key token."""
+        """The context (B, N, D) and, where there is a key token, the predicted key position (B, 3) as one more."""
         if self.key_embed is None:
             return context
         # the head also reads the mean over tokens: N times one token is a share of order one
