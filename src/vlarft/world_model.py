@@ -248,13 +248,14 @@ class WorldModel(nn.Module):
         return load_model(path, cls, WorldModelConfig, device)[0]
 
     def _smooth_init(self) -> None:
-        """Embeddings as random smooth functions of the value: cosines for bins, linear in the code for FSQ tokens."""
+        """Embeddings as random smooth functions of the value: a line plus cosines for bins, linear for FSQ codes."""
         std, width = self.cfg.transformer.init_std, self.cfg.transformer.width
         layout, bins = self.layout, self.cfg.action_bins
         with torch.no_grad():
             value = torch.linspace(-1, 1, bins)[:, None]  # (bins, 1)
             frequency, phase = torch.randn(width) * 4, torch.rand(width) * 2 * torch.pi
-            actions = std * 2**0.5 * torch.cos(value * frequency + phase)  # (bins, D)
+            waves = 2**0.5 * torch.cos(value * frequency + phase)  # (bins, D)
+            actions = std * (3 * value * torch.randn(width) + waves) / 2**0.5  # a straight line is easy to add up
             self.embed_tokens.weight[layout.action_offset : layout.bos] = actions
             spans = (
                 (self.tokenizer.future_fsq, 0),
