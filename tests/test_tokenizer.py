@@ -122,6 +122,7 @@ def test_shapes_at_every_image_size(size):
     groups = tokens[:, None].expand(2, 4, 3, -1)
     # Larger batches take other convolution kernels: equal up to rounding.
     assert_close(model.decode(groups, context)[:, 3], decoded, atol=1e-5, rtol=1e-4)
+    assert_close(model.decode(groups, context, frames_at_once=1)[:, 0], decoded, atol=1e-5, rtol=1e-4)
     assert model.decode_context(context).shape == frames[:, 0].shape
 
 

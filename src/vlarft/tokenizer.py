@@ -234,24 +234,32 @@ class FrameTokenizer(nn.Module):
         patches = rearrange(latent, "b d (h p) (w q) -> b (h w) (p q d)", p=p, q=p)  # (S * L, Nf, p * p * D)
         return self.quant_linear(patches)
 
-    def decode(self, tokens: Tensor, context: Context) -> Tensor:
+    def decode(self, tokens: Tensor, context: Context, frames_at_once: int = 256) -> Tensor:
         """Future frames from tokens.
 
         Args:
             tokens: (S, L, Nf), or (S, G, L, Nf) for G rollouts of each start.
             context: of the S starts.
+            frames_at_once: starts are decoded in parts of at most this many frames, but at least one start, which
+                bounds the memory.
 
         Returns:
             (S, L, C, H, W) or (S, G, L, C, H, W), clipped to [0, 1], float32.
         """
-        codes = self.future_fsq.decode(tokens).flatten(0, -3)  # (S * [G *] L, Nf, d)
-        return self._decode_future(codes, context).float().clamp(0, 1).unflatten(0, tokens.shape[:-1])
+        starts = max(1, frames_at_once // tokens[0, ..., 0].numel())
+        parts = []
+        for i in range(0, len(tokens), starts):
+            part = slice(i, i + starts)
+            pairs = [(key[part], value[part]) for key, value in context.decoder_kv]
+            codes = self.future_fsq.decode(tokens[part]).flatten(0, -3)  # (S * [G *] L, Nf, d)
+            parts.append(self._decode_future(codes, pairs).float().clamp(0, 1))
+        return torch.cat(parts).unflatten(0, tokens.shape[:-1])
 
-    def _decode_future(self, codes: Tensor, context: Context) -> Tensor:
+    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
         patches = self.post_quant_linear(codes)  # (S * L, Nf, p * p * D)
         latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)
-        return self.cond_decoder(latent, context.decoder_kv)
+        return self.cond_decoder(latent, keys_values)
 
     def decode_context(self, context: Context) -> Tensor:
         """The context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
@@ -267,7 +275,7 @@ class FrameTokenizer(nn.Module):
         context = self.encode_context(context_frame)
         scalars = self._future_scalars(frames, context)
         codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
-        decoded = self._decode_future(codes, context).unflatten(0, frames.shape[:2])
+        decoded = self._decode_future(codes, context.decoder_kv).unflatten(0, frames.shape[:2])
         soft = torch.tanh(scalars.float())
         tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (tokens, soft))
         return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, soft)
