@@ -1,10 +1,10 @@
 """Measure a world model on held-out episodes: frames (Table 1) and action sensitivity.
 
-    python eval_wm.py --preset tiny --checkpoint runs/wm --out-dir runs/wm/eval                   one process
-    python eval_wm.py --preset tiny --checkpoint runs/wm --out-dir runs/wm/eval --true-error      with the simulator
-    torchrun --nproc-per-node 8 eval_wm.py --checkpoint runs/wm --out-dir runs/wm/eval            8 GPUs
+    python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval                   one process
+    python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval --true-error      with the simulator
+    torchrun --nproc-per-node 8 eval_wm.py --world-model runs/wm --out-dir runs/wm/eval            8 GPUs
 
-Reads: the world model; the held-out episodes of the demonstrations that it names. Writes: out_dir/eval.json,
+Reads: the world model; the held-out episodes of the demonstrations that it names. Writes: out_dir/results.json,
 rollouts.png (rows: true, imagined; columns: time), rollouts.gif.
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
@@ -39,9 +39,9 @@ from vlarft.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = opt("runs/wm", "world model: its run folder or its model.safetensors")
+    world_model: str = opt("runs/wm", "world model: its run folder or its model.safetensors")
     out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes")
-    data: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
+    demos: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
     camera: str = opt("agentview", "reads obs/<camera>_rgb")
     segments: int = opt(1024, "held-out segments for the frame metrics, spread evenly; fewer when there are fewer")
     batch_size: int = opt(16, "segments, or starts, imagined at once")
@@ -286,9 +286,9 @@ def draw(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Evaluate; returns what eval.json holds."""
+    """Evaluate; returns what results.json holds."""
     device = distributed.setup()
-    path = Path(cfg.checkpoint)
+    path = Path(cfg.world_model)
     path = path / "model.safetensors" if path.is_dir() else path
     model, extra = WorldModel.load(path, device), read_header(path).extra
     if "held_out_episodes" not in extra:
@@ -296,7 +296,7 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     options = {"successes_only": False, "with_states": cfg.true_error, "names": extra["held_out_episodes"]}
-    episodes = load_episodes(cfg.data or extra["data"], cfg.camera, **options)
+    episodes = load_episodes(cfg.demos or extra["demos"], cfg.camera, **options)
     sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra["context_lookback"])
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
@@ -309,7 +309,7 @@ def main(cfg: Config) -> dict:
             given = sampler.spread(cfg.starts), episodes, cfg, distance, autocast, simulate
             results["sensitivity"] = evaluate_sensitivity(model, *given)
         out_dir = Path(cfg.out_dir)
-        write_json(out_dir / "eval.json", results)
+        write_json(out_dir / "results.json", results)
         draw(model, batch, out_dir, autocast)
         print(report(results))
     distributed.cleanup()

@@ -1,8 +1,8 @@
 """Train the frame tokenizer on demonstrations (stage I of the paper, Sec. 3.2; recipe of the public release).
 
-    python train_tokenizer.py --preset tiny --data demos --out-dir runs/tokenizer          laptop, minutes
-    python train_tokenizer.py --data libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU
-    torchrun --nproc-per-node 8 train_tokenizer.py --data libero --out-dir runs/tokenizer  8 GPUs
+    python train_tokenizer.py --preset tiny --demos demos --out-dir runs/tokenizer          laptop, minutes
+    python train_tokenizer.py --demos libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU
+    torchrun --nproc-per-node 8 train_tokenizer.py --demos libero --out-dir runs/tokenizer  8 GPUs
 
 Reads: HDF5 demonstrations (a folder or a file). Writes: out_dir/model.safetensors (weights, config, the split by
 episode), train_state.pt (to resume: give the same command again), log.jsonl, config.json, reconstructions.png.
@@ -41,7 +41,7 @@ from vlarft.tokenizer import FrameTokenizer, TokenizerConfig, reconstruction_los
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("runs/tokenizer", "folder that the run writes")
-    data: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
+    demos: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
     camera: str = opt("agentview", "reads obs/<camera>_rgb")
     model: TokenizerConfig = opt(MODELS["paper"], "sizes of the tokenizer")
     segment: int = opt(7, "frames of a segment that follows the context frame (7 in the public recipe)")
@@ -195,12 +195,12 @@ def main(cfg: Config) -> dict[str, float]:
     part = distributed.rank(), distributed.world_size()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
-    episodes = load_episodes(cfg.data, cfg.camera, successes_only=False)
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
     size = tuple(train[0].images.shape[1:3])
     if size != cfg.model.image_size:
         raise ValueError(
-            f"{cfg.data} has images of {size[0]}x{size[1]}, the tokenizer is for {cfg.model.image_size[0]}x"
+            f"{cfg.demos} has images of {size[0]}x{size[1]}, the tokenizer is for {cfg.model.image_size[0]}x"
             f"{cfg.model.image_size[1]}: give --model.image-size {size[0]} {size[1]}, or collect at the other size"
         )
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)

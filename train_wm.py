@@ -1,8 +1,8 @@
 """Train the world model: Eq. (3) on tokens of demonstrations, with a frozen tokenizer (stage I of the paper, Sec. 3.2).
 
-    python train_wm.py --preset tiny --data demos --tokenizer runs/tokenizer --out-dir runs/wm           laptop, minutes
-    python train_wm.py --data libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
-    torchrun --nproc-per-node 8 train_wm.py --data libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
+    python train_wm.py --preset tiny --demos demos --tokenizer runs/tokenizer --out-dir runs/wm          laptop, minutes
+    python train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
+    torchrun --nproc-per-node 8 train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
 
 Reads: HDF5 demonstrations; the tokenizer's model.safetensors. Writes: out_dir/model.safetensors (tokenizer, action
 ranges, weights, config, the split by episode), train_state.pt (to resume: give the same command again), log.jsonl,
@@ -45,7 +45,7 @@ from vlarft.world_model import WorldModel, WorldModelConfig
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("runs/wm", "folder that the run writes")
-    data: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
+    demos: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
     camera: str = opt("agentview", "reads obs/<camera>_rgb")
     tokenizer: str = opt("runs/tokenizer", "tokenizer: its run folder or its model.safetensors")
     transformer: TransformerConfig = opt(MODELS["paper"].transformer, "sizes of the transformer")
@@ -150,7 +150,7 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], device: torch.device) -
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(
             f"{path} was trained on {len(overlap)} of the {len(held_out)} held-out episodes (first {overlap[0]}): "
-            "use the --seed, --validation-fraction and --data of its training"
+            "use the --seed, --validation-fraction and --demos of its training"
         )
     return FrameTokenizer.load(path, device)
 
@@ -209,7 +209,7 @@ def main(cfg: Config) -> dict[str, float]:
             f"cache_tokens needs context_lookback 0, got {cfg.context_lookback}: a drawn context frame changes tokens"
         )
 
-    episodes = load_episodes(cfg.data, cfg.camera, successes_only=False)
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
     sampler = WindowSampler(train, cfg.chunk + 1, cfg.chunk, cfg.context_lookback)
     spread = WindowSampler(held_out, cfg.chunk + 1, cfg.chunk, cfg.context_lookback).spread
@@ -245,7 +245,7 @@ def main(cfg: Config) -> dict[str, float]:
         weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
         if distributed.is_main():
             names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-            extra = {**names, "data": cfg.data, "context_lookback": cfg.context_lookback, "metrics": metrics}
+            extra = {**names, "demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics}
             save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, {**extra, "steps": step}, weights)
             state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
             save_train_state(cfg.out_dir, {**state, "minutes": minutes_before + (time.monotonic() - started) / 60})

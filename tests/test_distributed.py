@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlarft import distributed
+from vlarft.checkpoint import read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +48,7 @@ def assert_same_model(one: Path, two: Path) -> None:
     """Equal on average to 1 % of what 4 steps of Adam move (a gradient near zero may change sign by rounding alone)."""
     a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert a.keys() == b.keys()
+    assert read_header(one / "model.safetensors").cls == read_header(two / "model.safetensors").cls
     for key in a:
         assert (a[key].float() - b[key].float()).abs().mean() < 5e-5, key
 

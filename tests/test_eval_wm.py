@@ -28,14 +28,14 @@ def checkpoint(demos, tmp_path_factory):
     model = WorldModel(MODELS["smoke"])
     train, held_out = split_episodes(load_episodes(demos), 0.34, 0)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    extra = {**names, "data": str(demos), "context_lookback": 0}
+    extra = {**names, "demos": str(demos), "context_lookback": 0}
     save_model(folder / "model.safetensors", model, MODELS["smoke"], extra)
     return folder
 
 
 def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, capsys):
-    results = main(replace(CFG, checkpoint=str(checkpoint), out_dir=str(tmp_path)))
-    assert json.loads((tmp_path / "eval.json").read_text()) == results
+    results = main(replace(CFG, world_model=str(checkpoint), out_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["held_out_episodes"] == 2 and results["segments"] == 8
     assert set(results["frames"]) == {"squares", "all"} and set(results["sensitivity"]) == {"action"}
     assert len(results["frames"]["all"]["imagined"]["ssim"]) == 8 + 1
@@ -149,13 +149,13 @@ def test_true_outcome_of_the_simulator(demos):
 
 
 def test_errors(checkpoint, demos, tmp_path):
-    given = {"out_dir": str(tmp_path), "checkpoint": str(checkpoint)}
+    given = {"out_dir": str(tmp_path), "world_model": str(checkpoint)}
     with pytest.raises(ValueError, match="--true-error needs Tabletop demonstrations with states"):
         main(replace(CFG, true_error=True, **given))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        main(replace(CFG, checkpoint=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
+        main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):
-        main(replace(CFG, data=str(next((demos / "squares").glob("*red*"))), **given))
+        main(replace(CFG, demos=str(next((demos / "squares").glob("*red*"))), **given))
     save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])
     with pytest.raises(ValueError, match="names no held-out episodes"):
-        main(replace(CFG, checkpoint=str(tmp_path), out_dir=str(tmp_path / "out")))
+        main(replace(CFG, world_model=str(tmp_path), out_dir=str(tmp_path / "out")))

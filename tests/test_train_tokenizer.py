@@ -19,7 +19,7 @@ SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_e
 
 
 def run(demos, out_dir, **changes) -> dict:
-    return main(replace(SMOKE, data=str(demos), out_dir=str(out_dir), **changes))
+    return main(replace(SMOKE, demos=str(demos), out_dir=str(out_dir), **changes))
 
 
 def losses(out_dir) -> list[float]:

@@ -26,13 +26,13 @@ SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_e
 def tokenizer(demos, tmp_path_factory) -> Path:
     """Run folder of a tokenizer that has seen a few steps."""
     out_dir = tmp_path_factory.mktemp("tokenizer")
-    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, data=str(demos), out_dir=str(out_dir), **SPLIT)
+    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=str(demos), out_dir=str(out_dir), **SPLIT)
     train_tokenizer.main(cfg)
     return out_dir
 
 
 def run(demos, tokenizer, out_dir, **changes) -> dict:
-    return main(replace(SMOKE, data=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
+    return main(replace(SMOKE, demos=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
 
 
 def losses(out_dir: Path) -> list[float]:
@@ -46,7 +46,7 @@ def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
     assert 0 <= metrics["val_accuracy"] <= 1 and metrics["val_loss"] > 0 and "rollout_psnr_moving" in metrics
     extra = read_header(tmp_path / "model.safetensors").extra
     train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
-    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["data"] == str(demos)
+    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["demos"] == str(demos)
     model = WorldModel.load(tmp_path / "model.safetensors")
     actions = torch.cat([torch.from_numpy(e.actions) for e in train])
     assert torch.equal(model.action_bins.low, actions.amin(0)) and torch.equal(model.action_bins.high, actions.amax(0))
@@ -83,7 +83,7 @@ def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one(demos, tokenizer, tmp_path):
     run(demos, tokenizer, tmp_path / "one", save_every=3)
-    flags = ["--preset", "smoke", "--data", demos, "--tokenizer", tokenizer, "--out-dir", tmp_path / "two"]
+    flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--out-dir", tmp_path / "two"]
     flags += ["--steps", 6, "--save-every", 3, "--validate-every", 3, "--log-every", 1, "--validation-fraction", 0.2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "train_wm.py", *flags]
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

@@ -66,7 +66,8 @@ def save_model(
     weights = model.state_dict() if state_dict is None else state_dict
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
     metadata = {
-        "class": type(model).__name__,
+        # fully_shard gives a module a class of its own, FSDP<name>, derived from the one that we mean
+        "class": next(c.__name__ for c in type(model).__mro__ if not c.__name__.startswith("FSDP")),
         "config": json.dumps(to_dict(config)),
         "extra": json.dumps(extra or {}),
     }
