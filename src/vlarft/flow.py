@@ -97,6 +97,16 @@ class ChunkNet(nn.Module):
         self.time = TimeEmbedding(width)
         self.register_buffer("positions", sincos_positions(cfg.chunk, width))
         self.dit = DiT(cfg.dit, cfg.action_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings of order one, so that adaLN, which starts at zero, has something to modulate by at once."""
+        gelu_input, tau_features = {"action_fc2", "proprio_fc2"}, self.time.num_features / 2
+        for name, layer in self.named_children():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=(1.6 if name in gelu_input else 1.0) / layer.in_features**0.5)
+        nn.init.normal_(self.time.fc1.weight, std=tau_features**-0.5)
+        nn.init.normal_(self.time.fc2.weight, std=1.6 / self.time.fc2.in_features**0.5)
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """context: (S, N, context_dim), proprio: (S, proprio_dim) normalised -> the condition of S contexts.

@@ -213,6 +213,7 @@ class ConvEncoderConfig:
     strides: tuple[int, ...] = (4, 1)
     num_keypoints: int = 16
     attention_gain: float = 12.0  # on the initial weights of the keypoints' maps: flat softmaxes learn slowly
+    coordinate_gain: float = 8.0  # on a keypoint's (x, y) beside its features: without it positions are learned late
     width: int = 128  # of the tokens
     film_dim: int | None = None  # width of an instruction embedding that scales and shifts each layer; None: no FiLM
 
@@ -271,7 +272,8 @@ class ConvEncoder(nn.Module):
                 x = x * (1 + scale) + shift
             x = F.relu(x)
         weights = self.attend(x).flatten(2).float().softmax(dim=-1).to(x.dtype)  # (B, K, h*w)
-        values = torch.cat([coordinates(x).expand(len(x), -1, -1, -1), x], dim=1).flatten(2)  # (B, 2 + c, h*w)
+        places = self.cfg.coordinate_gain * coordinates(x).expand(len(x), -1, -1, -1)
+        values = torch.cat([places, x], dim=1).flatten(2)  # (B, 2 + c, h*w)
         return self.embed(weights @ values.transpose(1, 2)) + self.slot  # (B, K, D)
 
 
