@@ -1,9 +1,6 @@
 """train_wm.py at smoke size: a run and its files, resume, cached tokens, two processes, errors."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,23 +75,6 @@ def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
     run(demos, tokenizer, tmp_path / "fly")
     run(demos, tokenizer, tmp_path / "cached", cache_tokens=True)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(demos, tokenizer, tmp_path):
-    run(demos, tokenizer, tmp_path / "one", save_every=3)
-    flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--out-dir", tmp_path / "two"]
-    flags += ["--steps", 6, "--save-every", 3, "--validate-every", 3, "--log-every", 1, "--validation-fraction", 0.2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "train_wm.py", *flags]
-    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    one, two = (WorldModel.load(tmp_path / n / "model.safetensors").state_dict() for n in ("one", "two"))
-    assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-4) for k in one)
 
 
 def test_learning_rate_by_hand():
