@@ -138,6 +138,17 @@ def learning_rate(cfg: Config, step: int, share: float) -> float:
     return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * decay
 
 
+def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
+    """(B, T + 1) bool: which input frames of this process's segments are stale.
+
+    The share varies from segment to segment, from none to twice the mean. Drawn for the batch of all processes.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    rate = 2 * cfg.stale * torch.rand(cfg.batch_size, 1, generator=generator)
+    stale = torch.rand(cfg.batch_size, cfg.chunk + 1, generator=generator) < rate
+    return stale.chunk(part[1])[part[0]]
+
+
 def load_tokenizer(cfg: Config, held_out: list[Episode], device: torch.device) -> FrameTokenizer:
     """The tokenizer to freeze.
 
@@ -252,7 +263,6 @@ def main(cfg: Config) -> dict[str, float]:
 
     log, started = RunLog(cfg.out_dir, cfg.steps, "wm", step), time.monotonic()
     while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + part[0])  # which frames are stale
         batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
         if cached is None:
             tokens = tokenize(model, batch, device, autocast)
@@ -260,7 +270,7 @@ def main(cfg: Config) -> dict[str, float]:
             rows = [row_of[tuple(start)] for start in batch.index.tolist()]
             tokens = Tokens(*(x[rows] for x in cached))
         with autocast:
-            loss, parts = model.token_loss(*tokens, stale=cfg.stale)
+            loss, parts = model.token_loss(*tokens, stale_frames(cfg, step, part).to(device))
         parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
         check_finite(parts["loss"], step, parts)
 

@@ -83,6 +83,16 @@ def test_learning_rate_by_hand():
     assert learning_rate(replace(cfg, schedule="cosine"), 99, 0.5) == pytest.approx(1.0)
 
 
+def test_stale_frames_by_share_and_process():
+    cfg = replace(SMOKE, stale=0.3, batch_size=4000)
+    whole = train_wm.stale_frames(cfg, 5, (0, 1))
+    assert whole.shape == (4000, 9) and whole.float().mean() == pytest.approx(0.3, abs=0.02)
+    assert whole.float().mean(1).std() > 0.15  # the share varies between segments
+    assert torch.equal(torch.cat([train_wm.stale_frames(cfg, 5, (rank, 4)) for rank in range(4)]), whole)
+    assert not torch.equal(train_wm.stale_frames(cfg, 6, (0, 1)), whole)
+    assert not train_wm.stale_frames(replace(cfg, stale=0.0), 5, (0, 1)).any()
+
+
 def test_errors(demos, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="cache_tokens needs context_lookback 0, got 15"):
         run(demos, tokenizer, tmp_path / "a", cache_tokens=True, context_lookback=15)

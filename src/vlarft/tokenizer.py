@@ -576,7 +576,9 @@ def reconstruction_loss(
     pyramid: int = 1,
     still_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + perceptual distance on the context frame and on the future frames, each a weighted mean over its pixels.
+    """L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
+
+    Weights multiply a pixel's term and are not divided out again, so that a batch may be split over processes.
 
     The arguments from `square_weight` on are for short trainings: plain L1 seeks the median, and the median of a small
     object that may be anywhere is the background.
@@ -615,7 +617,7 @@ def reconstruction_loss(
         codes = reconstruction.future_codes
         side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
         still = 1 - F.max_pool2d(moving.flatten(0, 1), side).flatten(1)  # (S * L, Nf)
-        still_code = (codes.flatten(0, 1).square().mean(dim=-1) * still).sum() / still.sum().clamp_min(1)
+        still_code = (codes.flatten(0, 1).square().mean(dim=-1) * still).mean()
         loss = loss + still_weight * still_code
         metrics["still_code"] = still_code.detach()
     if perceptual is not None and perceptual_weight > 0:
@@ -631,14 +633,14 @@ def _differs(frames: Tensor, reference: Tensor, threshold: float) -> Tensor:
 
 
 def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, square_weight: float, scales: int) -> Tensor:
-    """Weighted mean of |e| + square_weight * e^2 of (B, C, H, W), averaged over scales of average-pooled images."""
+    """Mean of weight * (|e| + square_weight * e^2) of (B, C, H, W), averaged over scales of average-pooled images."""
     total = decoded.new_zeros(())
     for scale in range(scales):
         if scale:
             decoded, target, weight = (F.avg_pool2d(x, 2) for x in (decoded, target, weight))
         error = decoded - target
         error = error.abs() if square_weight == 0 else error.abs() + square_weight * error.square()
-        total = total + (error.mean(dim=1, keepdim=True) * weight).sum() / weight.sum()
+        total = total + (error * weight).mean()
     return total / scales
 
 

@@ -313,7 +313,7 @@ class WorldModel(nn.Module):
         return self.token_loss(*self.tokenize(frames, context_frame), actions)
 
     def token_loss(
-        self, context_tokens: Tensor, future_tokens: Tensor, actions: Tensor, stale: float = 0.0
+        self, context_tokens: Tensor, future_tokens: Tensor, actions: Tensor, stale: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, a mean over all predicted tokens.
 
@@ -321,9 +321,9 @@ class WorldModel(nn.Module):
             context_tokens: (B, Nc).
             future_tokens: (B, T + 1, Nf).
             actions: (B, T, A) raw.
-            stale: mean share of the frames 1..T that the model sees as if nothing had moved since frame 0 (never as
-                targets). Where a step moves little, copying the last frame is nearly right, and training looks at
-                the actions late; with stale frames it has to add them up.
+            stale: (B, T + 1) bool, the frames that the model sees as if nothing had moved since frame 0 (never as
+                targets); None = none. Where a step moves little, copying the last frame is nearly right, and training
+                looks at the actions late; with stale frames it has to add them up.
 
         Returns:
             The scalar loss in nats, float32, and `accuracy` (teacher-forced, of frame tokens), `accuracy_changed`
@@ -334,11 +334,9 @@ class WorldModel(nn.Module):
         bins = self.action_bins.encode(actions)
         ids = self.layout.sequence(context_tokens, future_tokens, bins)  # (B, N)
         seen = ids
-        if stale > 0:
-            rate = 2 * stale * torch.rand(len(ids), 1, device=ids.device)  # some segments see all, some next to nothing
-            hide = torch.rand(future_tokens.shape[:2], device=ids.device) < rate  # (B, T + 1)
-            seen = torch.where(hide[..., None], future_tokens[:, :1], future_tokens)
-            seen = self.layout.sequence(context_tokens, seen, bins)
+        if stale is not None:
+            frames = torch.where(stale[..., None], future_tokens[:, :1], future_tokens)
+            seen = self.layout.sequence(context_tokens, frames, bins)
         targets = self.layout.target_positions(num_actions).to(ids.device)
         hidden = self.decoder(self.embed(seen[:, :-1]))[:, targets - 1]  # (B, targets, D)
         head = self.lm_head.weight[: self.layout.num_future_codes if self.cfg.future_codes_only else None]
