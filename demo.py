@@ -85,7 +85,7 @@ def run_stage(folder: Path, name: str, script: str, /, **flags: object) -> dict:
     stages = json.loads(done.read_text()) if done.is_file() else {}
     words = ["python", script]
     for flag, value in flags.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{flag.replace('_', '-')}", *map(str, values)]
     command = shlex.join(words)
     stage = stages.get(name, {})

@@ -15,7 +15,8 @@ preset paper therefore needs --init, or --from-scratch to say that random weight
 Differences from the paper:
 - several (tau, eps) draws per image (preset tiny), since the vision encoder costs more than the head;
 - presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
-  regresses the hand position at the demonstration's next gripper event; both are off in preset paper;
+  regresses the hand position at the demonstration's next gripper event (on `key_batch` further images, too) and hands
+  its prediction to the head as one more context token; all of it is off in preset paper;
 - tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them.
 """
 
@@ -90,11 +91,10 @@ TINY = replace(
     PAPER,
     policy="tiny",
     validation_fraction=0.05,
-    steps=1500,
+    steps=1300,
     batch_size=32,
     key_batch=64,
-    lr=1e-3,
-    head_lr=3e-3,
+    lr=3e-3,
     schedule="cosine",
     warmup=50,
     draws=4,
