@@ -193,7 +193,14 @@ def main(cfg: Config) -> dict:
     run_stage(out, "tokenizer", "train_tokenizer.py", preset=preset, demos=demos, out_dir=out / "tokenizer")
     run_stage(out, "wm", "train_wm.py", preset=preset, demos=demos, tokenizer=model["tokenizer"], out_dir=out / "wm")
     run_stage(
-        out, "eval_wm", "eval_wm.py", preset=preset, demos=demos, world_model=model["wm"], out_dir=out / "eval_wm"
+        out,
+        "eval_wm",
+        "eval_wm.py",
+        preset=preset,
+        demos=demos,
+        world_model=model["wm"],
+        true_error=True,
+        out_dir=out / "eval_wm",
     )
     run_stage(out, "sft", "train_sft.py", preset=preset, demos=demos, out_dir=out / "sft")
     run_stage(

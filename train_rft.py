@@ -99,7 +99,7 @@ PRESETS = {
     "paper": Config(bf16=True),
     "small": Config(lr=3e-5, sigma_lr=3e-4, perceptual="ssim", imagination="greedy", divide_by_std=True),
     "tiny": Config(
-        steps=24, starts=8, group=12, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
+        steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
         divide_by_std=True, reference="intended", mse_weight=0.1, save_interval=8,
     ),
     "smoke": Config(
