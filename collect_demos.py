@@ -83,8 +83,8 @@ FOUR_BLOCKS = {"suites": ("tabletop_object",), "tasks": ("0", "1", "2", "3"), "i
 PRESETS = {
     "paper": Config(),
     "small": Config(image_size=128),
-    # 2 cm a step and little noise: an open-loop chunk then errs by less than a grasp forgives, and actions show at 64 px;
-    # the noisy attempts show the world model what other actions do
+    # 2 cm a step and little noise: an open-loop chunk then errs by less than a grasp forgives; the noisy attempts show
+    # the world model what other actions do
     "tiny": Config(
         **FOUR_BLOCKS, demos_per_task=150, action_noise=0.08, min_speed=0.8, max_speed=1.0, noisy_per_task=20
     ),
