@@ -248,6 +248,22 @@ def main(cfg: Config) -> dict:
     return summary
 
 
+def print_world_model(results: dict) -> None:
+    """Frame metrics beside the copy-last baseline, and how well the rewards order perturbed action chunks."""
+    imagined, copied = (results["frames"]["all"][name] for name in ("imagined", "copy"))
+    print("\nworld model, held-out episodes    imagined   last frame copied")
+    for name, label in (
+        ("psnr_moving", "PSNR, moving pixels [dB]"),
+        ("psnr", "PSNR, all pixels [dB]"),
+        ("ssim", "SSIM"),
+    ):
+        print(f"  {label:<30} {imagined[name][-1]:9.2f}   {copied[name][-1]:9.2f}")
+    print("order of perturbed chunks, Spearman with   true frames   true state   (within a start, mean over starts)")
+    for reward in ("R3 greedy", "R3 common", "R2 greedy"):
+        found = [results["sensitivity"][truth][reward]["all"]["spearman"] for truth in ("true frames", "true state")]
+        print(f"  {reward:<38} {found[0]:13.2f} {found[1]:12.2f}")
+
+
 def print_summary(summary: dict, out: Path) -> None:
     """The demo's last words."""
     print("\nstage            minutes   peak memory")
@@ -262,6 +278,7 @@ def print_summary(summary: dict, out: Path) -> None:
         if d := entry.get("against_first"):
             line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] points"
         print(line)
+    print_world_model(summary["world_model"])
     print(f"\npictures in {out}: demonstrations.png, curves.png, before_after.gif, eval_wm/, rft/rollouts.png")
 
 
