@@ -54,7 +54,7 @@ class MemoryPeak(threading.Thread):
         self.peak, self.over = 0, threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.5):
+        while not self.over.wait(2.0):
             self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(os.getpid())))
 
 

@@ -59,7 +59,7 @@ class Config:
     seed: int = opt(0, "seed of perturbations and draws")
 
 
-TINY = Config(segments=256, greedy=True, perceptual="ssim", starts=24, precision="fp32")
+TINY = Config(segments=128, greedy=True, perceptual="ssim", starts=12, precision="fp32")
 PRESETS = {
     "paper": Config(),
     "small": Config(perceptual="ssim"),
