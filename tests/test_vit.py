@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -56,7 +57,7 @@ def test_equals_timm_at_a_small_size(cfg, monkeypatch):
         init_values=1e-5 if cfg.layer_scale else None,
         global_pool="map" if cfg.attention_pool else "token",
         num_classes=0,
-        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=cfg.norm_eps),
+        norm_layer=partial(torch.nn.LayerNorm, eps=cfg.norm_eps),
     ).eval()
     model = ViT(cfg)
     scramble(model)
