@@ -223,6 +223,7 @@ def main(cfg: Config) -> dict:
         demos=demos,
         init=model["sft"],
         max_minutes=f"{rft_minutes:.2f}",
+        lr=3e-4,  # a tenth of the peak: a restart at the peak would first undo what the first run learnt
         out_dir=out / "sft_extra",
     )
     policies = [str(model[name]) for name in ("sft", "sft_extra", "rft")]

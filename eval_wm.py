@@ -17,10 +17,10 @@ plays them. Spearman's rank correlation and share of pairs in the right order wi
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,13 @@ from torch import Tensor
 from vlarft import distributed
 from vlarft.checkpoint import read_header, write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.data.episodes import Episode, load_episodes
+from vlarft.data.episodes import load_episodes
 from vlarft.data.windows import Batch, WindowSampler
-from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, rank_agreement, ssim
+from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.pictures import grid, save_gif, save_png
-from vlarft.reward import image_reward
+from vlarft.schedule import generator
+from vlarft.sensitivity import Perturbations, evaluate_sensitivity
+from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
 
@@ -51,9 +53,7 @@ class Config:
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
     starts: int = opt(64, "starts of the action sensitivity; 0 leaves it out")
-    noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise sizes, standard deviation in raw action units")
-    draws: int = opt(6, "perturbed chunks per noise size and start")
-    flips: int = opt(3, "perturbed chunks per start whose gripper command is flipped from a random step on")
+    perturb: Perturbations = field(default_factory=Perturbations)
     true_error: bool = opt(False, "also compare with the simulator's outcome (Tabletop demonstrations)")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards")
     seed: int = opt(0, "seed of perturbations and draws")
@@ -64,69 +64,8 @@ PRESETS = {
     "paper": Config(),
     "small": Config(perceptual="ssim"),
     "tiny": TINY,
-    "smoke": replace(TINY, segments=8, batch_size=4, starts=2, noise=(0.15, 0.4), draws=2, flips=1),
+    "smoke": replace(TINY, segments=8, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
 }
-
-
-class TrueOutcome(NamedTuple):
-    """What P chunks really do: frames (P, T, C, H, W), how far [m] hand, fingers, objects are from the first's."""
-
-    frames: Tensor
-    state_error: Tensor
-
-
-Simulate = Callable[[Episode, int, np.ndarray], TrueOutcome]
-
-
-def simulate_tabletop(environments: dict) -> Simulate:
-    """A function that plays action chunks (P, T, A) from an episode's recorded state at frame t."""
-
-    def simulate(episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
-        if episode.states is None or not str((episode.env_args or {}).get("suite", "")).startswith("tabletop"):
-            raise ValueError(f"--true-error needs Tabletop demonstrations with states; {episode.name} is none")
-        key = episode.env_args["suite"], episode.env_args["task"]
-        if key not in environments:
-            from vlarft.sim import make_env
-
-            environments[key] = make_env(*key, image_size=episode.images.shape[1:3])
-        env = environments[key]
-        frames, places = [], []
-        for chunk in chunks:
-            env.set_state(episode.states[start])
-            for action in chunk:
-                env.step(action)
-                frames.append(env.observe()["agentview"])
-                objects = [env.position(name) for name in env.items]
-                places.append(np.stack([env.hand_position, [env.finger_width, 0, 0], *objects]))
-        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
-        places = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
-        error = (places - places[:1]).norm(dim=-1).sum(dim=-1)
-        return TrueOutcome(images.unflatten(0, chunks.shape[:2]), error)
-
-    return simulate
-
-
-def perturb(actions: Tensor, cfg: Config, low: Tensor, high: Tensor, generator: torch.Generator) -> tuple[Tensor, list]:
-    """Chunks around recorded ones: (S, T, A) -> (S, 1 + P, T, A), the recorded chunk first; and P labels.
-
-    Noise leaves the gripper command (the last dimension) alone, and stays inside the recorded ranges.
-    """
-    starts, steps, dim = actions.shape
-    chunks, labels = [actions], ["recorded"]
-    for size in cfg.noise:
-        for _ in range(cfg.draws):
-            noise = torch.randn(starts, steps, dim, generator=generator) * size
-            noise[..., -1] = 0
-            chunks.append((actions + noise).clamp(low, high))
-            labels.append(f"noise {size:g}")
-    for _ in range(cfg.flips):
-        since = torch.randint(steps, (starts, 1), generator=generator)
-        flipped = torch.arange(steps) >= since  # (S, T)
-        chunk = actions.clone()
-        chunk[..., -1] = torch.where(flipped, low[-1] + high[-1] - chunk[..., -1], chunk[..., -1])
-        chunks.append(chunk)
-        labels.append("gripper flip")
-    return torch.stack(chunks, dim=1), labels[1:]
 
 
 def mine(total: int, batch_size: int) -> Iterator[slice]:
@@ -164,7 +103,7 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(cfg.seed * 1009 + distributed.rank())
+    draws = generator(device, cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)
@@ -177,7 +116,7 @@ def evaluate_frames(
                 greedy=cfg.greedy,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
-                generator=generator,
+                generator=draws,
                 first_frame=frames[:, 0],
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
@@ -196,58 +135,6 @@ def evaluate_frames(
     total = sums.sum(0)
     both = {"imagined": summary(total[0], counts.sum()), "copy": summary(total[1], counts.sum())}
     return {**found, "all": both}
-
-
-def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> Tensor:
-    """Eq. (11) without its policy: (S, P, T, C, H, W) against (S, T, C, H, W) -> (S, P), summed over frames."""
-    return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
-
-
-def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
-    """Rank agreement of a score with an error, both (S, P): over all chunks, and within each label of three or more."""
-    groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
-    return {g: rank_agreement(score[:, c], error[:, c])._asdict() for g, c in groups.items() if len(c) >= 3}
-
-
-def evaluate_sensitivity(
-    model: WorldModel, batch: Batch, episodes: list[Episode], cfg: Config, distance, autocast, simulate: Simulate | None
-) -> dict[str, dict]:
-    """Rank agreement of the rewards with action error and true error; on the main process."""
-    device = next(model.parameters()).device
-    low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
-    chunks, labels = perturb(batch.actions, cfg, low, high, torch.Generator().manual_seed(cfg.seed))
-    scores: dict[str, list[Tensor]] = {}
-    errors: dict[str, list[Tensor]] = {"action": [(chunks[:, 1:] - chunks[:, :1]).abs().mean(dim=(2, 3))]}
-    modes = {"greedy": {"greedy": True}, "common": {"common_random_numbers": True}, "independent": {}}
-    for i in range(0, len(chunks), cfg.batch_size):
-        part = slice(i, i + cfg.batch_size)
-        frames = batch.frames[part].to(device)
-        for name, options in modes.items():
-            generator = torch.Generator(device).manual_seed(cfg.seed + i)
-            given = {**options, "temperature": cfg.temperature, "top_p": cfg.top_p, "generator": generator}
-            with autocast:
-                rollout = model.rollout(
-                    batch.context_frame[part].to(device), chunks[part].to(device), first_frame=frames[:, 0], **given
-                )
-            members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]
-            scores.setdefault(f"R3 {name}", []).append(rewards(members, reference, distance))
-            scores.setdefault(f"R2 {name}", []).append(rewards(members, frames[:, 1:], distance))
-        if simulate is not None:
-            for k in range(i, min(i + cfg.batch_size, len(chunks))):
-                episode, start = batch.index[k].tolist()
-                outcome = simulate(episodes[episode], start, chunks[k].numpy())
-                truth = rewards(outcome.frames[None, 1:], outcome.frames[None, 0], distance)
-                scores.setdefault("true frames", []).append(truth)
-                errors.setdefault("true frames", []).append(-truth)
-                errors.setdefault("true state", []).append(outcome.state_error[None, 1:].mean(-1))
-    joined_scores = {name: torch.cat(parts) for name, parts in scores.items()}
-    joined_errors = {name: torch.cat(parts) for name, parts in errors.items()}
-    if simulate is not None:
-        joined_scores["action L1"] = -joined_errors["action"]
-    return {
-        against: {name: agreement(value, error, labels) for name, value in joined_scores.items() if name != against}
-        for against, error in joined_errors.items()
-    }
 
 
 def report(results: dict) -> str:
@@ -305,9 +192,19 @@ def main(cfg: Config) -> dict:
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
     if distributed.is_main():
         if cfg.starts:
-            simulate = simulate_tabletop({}) if cfg.true_error else None
-            given = sampler.spread(cfg.starts), episodes, cfg, distance, autocast, simulate
-            results["sensitivity"] = evaluate_sensitivity(model, *given)
+            results["sensitivity"] = evaluate_sensitivity(
+                model,
+                sampler.spread(cfg.starts),
+                episodes,
+                cfg.perturb,
+                distance,
+                autocast=autocast,
+                outcomes=TabletopOutcomes() if cfg.true_error else None,
+                batch_size=cfg.batch_size,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                seed=cfg.seed,
+            )
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw(model, batch, out_dir, autocast)

@@ -50,6 +50,7 @@ from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, check_same_robot, verified_reward
 from vlarft.runlog import RunLog, check_finite
+from vlarft.schedule import Clock, generator, rate_factor
 from vlarft.world_model import WorldModel
 
 
@@ -107,12 +108,6 @@ PRESETS = {
         divide_by_std=True, reference="intended", save_interval=1,
     ),
 }  # fmt: skip
-
-
-def generator(device: torch.device, *seed: int) -> torch.Generator:
-    """A generator that depends on its integers alone."""
-    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(state)
 
 
 class Rollouts(NamedTuple):
@@ -242,24 +237,20 @@ def main(cfg: Config) -> dict[str, float]:
     )
     base_rates = [cfg.lr, cfg.sigma_lr]
 
-    step, minutes_before = 0, 0.0
+    step, minutes = 0, 0.0
     if resume is not None:
         state = load_train_state(resume)
-        step, minutes_before = state["step"], state["minutes"]
+        step, minutes = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["policy"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
-    log = RunLog(out_dir, cfg.steps, "rft", step)
-    started = time.monotonic()
+    log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     metrics: dict[str, float] = {}
-
-    def minutes() -> float:
-        return minutes_before + (time.monotonic() - started) / 60
 
     def save() -> None:
         weights = distributed.full_state_dict(policy)
         state = {
             "step": step,
-            "minutes": minutes(),
+            "minutes": run.minutes,
             "policy": weights,
             "optimizer": distributed.optimizer_state(optimizer),
         }
@@ -267,11 +258,11 @@ def main(cfg: Config) -> dict[str, float]:
             save_train_state(out_dir, state)
             policy.save(out_dir / "model.safetensors", {**extra, "rft": to_dict(cfg)}, weights)
 
-    while step < cfg.steps and (cfg.max_minutes is None or minutes() < cfg.max_minutes):
+    while (share := run.share(step)) < 1:
         batch = sampler.batch(cfg.starts, cfg.seed, step, part=(distributed.rank(), distributed.world_size()))
         batch = Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
         for group, rate in zip(optimizer.param_groups, base_rates):
-            group["lr"] = rate * min(1.0, (step + 1) / cfg.warmup)
+            group["lr"] = rate * rate_factor(step, share, cfg.warmup, "constant")
         rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step, distributed.rank()))
         clock = time.monotonic()
         for epoch in range(cfg.epochs):

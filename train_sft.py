@@ -23,7 +23,6 @@ Differences from the paper:
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -44,6 +43,8 @@ from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
 from vlarft.runlog import RunLog, check_finite
+from vlarft.schedule import Clock, Decay, rate_factor
+from vlarft.schedule import generator as make_generator
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Config:
     accumulate: int = opt(1, "micro-batches per step")
     lr: float = opt(1e-4, "peak learning rate, AdamW")
     head_lr: float | None = opt(None, "the action head's; none: lr")
-    schedule: Literal["constant", "cosine"] = opt("constant", "after the warm-up")
+    schedule: Decay = opt("constant", "after the warm-up")
     warmup: int = opt(0, "steps of linear warm-up")
     weight_decay: float = opt(0.01, "AdamW, on matrices only")
     clip_norm: float = opt(1.0, "global gradient norm")
@@ -137,11 +138,6 @@ def build_policy(cfg: Config) -> VLAPolicy:
     return VLAPolicy(POLICIES[cfg.policy])
 
 
-def generator_of(device: torch.device, *seed: int) -> torch.Generator:
-    """A generator that depends on its integers alone."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-
-
 def compute_loss(
     policy: VLAPolicy, batch: Batch, cfg: Config, generator: torch.Generator, train: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,7 +167,7 @@ def compute_loss(
 def validate(policy: VLAPolicy, sampler: WindowSampler, cfg: Config, device: torch.device) -> dict[str, float]:
     """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
     batch = sampler.spread(cfg.val_batch)
-    _, metrics = compute_loss(policy.eval(), batch, cfg, generator_of(device, cfg.seed), train=False)
+    _, metrics = compute_loss(policy.eval(), batch, cfg, make_generator(device, cfg.seed), train=False)
     policy.train()
     return {f"val_{k}": float(v) for k, v in metrics.items()}
 
@@ -187,12 +183,6 @@ def swapped(parameters: list[Tensor], ema: list[Tensor]) -> Iterator[None]:
     finally:
         for parameter, value in zip(parameters, trained, strict=True):
             parameter.data.copy_(value)
-
-
-def schedule(cfg: Config, step: int, share: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then constant or half a cosine over the run's share done."""
-    warm = min(1.0, (step + 1) / max(cfg.warmup, 1))
-    return warm * (0.5 * (1 + math.cos(share * math.pi)) if cfg.schedule == "cosine" else 1.0)
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -236,16 +226,16 @@ def main(cfg: Config) -> dict[str, float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
-    step, minutes_before, state = 0, 0.0, load_train_state(resume) if resume else {}
+    step, minutes, state = 0, 0.0, load_train_state(resume) if resume else {}
     if resume:
-        step, minutes_before = state["step"], state["minutes"]
+        step, minutes = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["ema"])
     parameters = list(trained.values())
     ema = [p.detach().clone() for p in parameters] if cfg.ema else []
     if resume:
         distributed.load_full_state_dict(policy, state["policy"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
-    log, started, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), time.monotonic(), {}
+    log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
     extra = {
         "train_episodes": [e.name for e in train_episodes],
         "validation_episodes": [e.name for e in val_episodes],
@@ -253,19 +243,12 @@ def main(cfg: Config) -> dict[str, float]:
         "sft": to_dict(cfg),
     }
 
-    def share_done() -> float:
-        """Share of the run: of the steps, or of the time, in which the ranks agree."""
-        if cfg.max_minutes is None:
-            return step / cfg.steps
-        minutes = minutes_before + (time.monotonic() - started) / 60
-        return max(step / cfg.steps, distributed.mean_across_ranks({"m": minutes})["m"] / cfg.max_minutes)
-
     def save() -> None:
         with swapped(parameters, ema):
             averaged = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
         state = {
             "step": step,
-            "minutes": minutes_before + (time.monotonic() - started) / 60,
+            "minutes": clock.minutes,
             "policy": distributed.full_state_dict(policy),
             "ema": averaged,
             "optimizer": distributed.optimizer_state(optimizer),
@@ -279,16 +262,17 @@ def main(cfg: Config) -> dict[str, float]:
         with swapped(parameters, ema):
             return validate(policy, val_data, cfg, device)
 
-    while (share := share_done()) < 1:
-        clock = time.monotonic()
+    while (share := clock.share(step)) < 1:
+        started = time.monotonic()
+        factor = rate_factor(step, share, cfg.warmup, cfg.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(cfg, step, share)
+            group["lr"] = group["peak"] * factor
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {"loss": 0.0}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
             batch = train_data.batch(cfg.batch_size + cfg.key_batch, cfg.seed, step, part=(part, parts))
-            noise = generator_of(device, cfg.seed, step, part)
+            noise = make_generator(device, cfg.seed, step, part)
             loss, parts_of_loss = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()
             for name, value in {"loss": loss, **parts_of_loss}.items():
@@ -301,11 +285,11 @@ def main(cfg: Config) -> dict[str, float]:
             for parameter, average in zip(parameters, ema, strict=True):
                 average.lerp_(parameter.detach(), 1 - decay)
         step += 1
-        line = {**distributed.mean_across_ranks(totals), "lr": cfg.lr * schedule(cfg, step, share), "grad_norm": norm}
+        line = {**distributed.mean_across_ranks(totals), "lr": cfg.lr * factor, "grad_norm": norm}
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())
         if step % cfg.log_every == 0 or step % cfg.val_every == 0:
-            log.log(step - 1, {**line, "step_s": time.monotonic() - clock})
+            log.log(step - 1, {**line, "step_s": time.monotonic() - started})
         if step % cfg.save_every == 0:
             save()
     if not metrics or step % cfg.val_every:

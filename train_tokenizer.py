@@ -16,9 +16,7 @@ Deviations from the public recipe:
   on the segment's first frame, which is what the world model of that preset does.
 """
 
-import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,6 +32,7 @@ from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, perceptual, pooled_psnr
 from vlarft.pictures import grid, save_png
 from vlarft.runlog import RunLog, check_finite
+from vlarft.schedule import Clock, generator, rate_factor, seed_of
 from vlarft.tokenizer import PRESETS as MODELS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig, reconstruction_loss
 
@@ -105,20 +104,6 @@ PRESETS = {
 }
 
 
-def progress(cfg: Config, step: int, minutes: float) -> float:
-    """Share of the run that is done: steps, or the clock when `max_minutes` is set and runs out first."""
-    share = step / cfg.steps
-    if cfg.max_minutes is not None:  # the processes' clocks differ, and all must stop at the same step
-        share = max(share, distributed.mean_across_ranks({"share": minutes / cfg.max_minutes})["share"])
-    return share
-
-
-def learning_rate(cfg: Config, step: int, share: float) -> float:
-    """Linear warmup, then cosine over the run to `final_lr_share` of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * (cfg.final_lr_share + (1 - cfg.final_lr_share) * cosine)
-
-
 def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
     """`count` of each segment's frames, in order: (B, L, C, H, W) -> (B, count, C, H, W).
 
@@ -127,8 +112,7 @@ def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int]
     segments, length = batch.frames.shape[:2]
     if count >= length:
         return batch.frames
-    generator = torch.Generator().manual_seed(seed_of(*seed))
-    order = torch.rand(batch_size, length, generator=generator).argsort(dim=1)
+    order = torch.rand(batch_size, length, generator=generator("cpu", *seed)).argsort(dim=1)
     picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
     return batch.frames[torch.arange(segments)[:, None], picks]
 
@@ -136,14 +120,6 @@ def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int]
 def median_frame(sampler: WindowSampler, count: int = 256) -> Tensor:
     """(C, H, W), the median over frames spread evenly over the data: what is always there."""
     return sampler.spread(count).context_frame.median(dim=0).values
-
-
-def seed_of(*parts: int) -> int:
-    """One 63-bit seed out of (seed, rank, step)."""
-    value = 0
-    for part in parts:
-        value = (value * 1_000_003 + part) % 2**63
-    return value
 
 
 @torch.no_grad()
@@ -219,12 +195,12 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
     )
-    step, minutes_before, metrics = 0, 0.0, {}
+    step, minutes, metrics = 0, 0.0, {}
     if state_path is not None:
         state = load_train_state(state_path)
         distributed.load_full_state_dict(model, state["model"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
-        step, minutes_before, metrics = state["step"], state["minutes"], state["metrics"]
+        step, minutes, metrics = state["step"], state["minutes"], state["metrics"]
     resumed_at = step
 
     def save() -> None:
@@ -234,10 +210,10 @@ def main(cfg: Config) -> dict[str, float]:
             extra = {**names, "metrics": metrics, "steps": step}
             save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights)
             state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
-            save_train_state(cfg.out_dir, {**state, "minutes": minutes_before + (time.monotonic() - started) / 60})
+            save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
 
-    log, started = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), time.monotonic()
-    while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
+    log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
+    while (share := clock.share(step)) < 1:
         torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
         batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
         context = batch.context_frame.to(device)
@@ -262,7 +238,7 @@ def main(cfg: Config) -> dict[str, float]:
         check_finite(parts["loss"], step, parts)
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, share)
+            group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parts["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip)
@@ -273,9 +249,8 @@ def main(cfg: Config) -> dict[str, float]:
             metrics = validate(model, validation, usual, device, autocast)
         if step % cfg.log_every == 0 or step % cfg.validate_every == 0:
             used = {"codes_used": out.future_tokens.unique().numel(), "lr": optimizer.param_groups[0]["lr"]}
-            minutes = minutes_before + (time.monotonic() - started) / 60
             fresh = metrics if step % cfg.validate_every == 0 else {}
-            log.log(step - 1, {**parts, **used, "minutes": minutes, **fresh})
+            log.log(step - 1, {**parts, **used, "minutes": clock.minutes, **fresh})
         if step % cfg.save_every == 0:
             save()
 

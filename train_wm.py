@@ -17,9 +17,7 @@ Deviations from the paper and its release:
   normalised over future codes only, the segment's first frame as context frame.
 """
 
-import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,6 +34,7 @@ from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.pictures import grid, save_png
 from vlarft.runlog import RunLog, check_finite
+from vlarft.schedule import Clock, Decay, generator, rate_factor
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as MODELS
@@ -61,7 +60,7 @@ class Config:
     max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
     lr: float = opt(5e-5, "peak learning rate of AdamW (release)")
     warmup: int = opt(5000, "steps of linear warmup (release)")
-    schedule: Literal["constant", "cosine"] = opt("constant", "learning rate after the warmup (release: constant)")
+    schedule: Decay = opt("constant", "learning rate after the warmup (release: constant)")
     weight_decay: float = opt(0.0, "AdamW weight decay (release)")
     beta2: float = opt(0.999, "AdamW second-moment decay")
     stale: float = opt(0.0, "share of input frames shown as if nothing had moved since the start, up to 0.5")
@@ -124,28 +123,14 @@ class Tokens(NamedTuple):
     actions: Tensor
 
 
-def progress(cfg: Config, step: int, minutes: float) -> float:
-    """Share of the run that is done: steps, or the clock when `max_minutes` is set and runs out first."""
-    share = step / cfg.steps
-    if cfg.max_minutes is not None:  # the processes' clocks differ, and all must stop at the same step
-        share = max(share, distributed.mean_across_ranks({"share": minutes / cfg.max_minutes})["share"])
-    return share
-
-
-def learning_rate(cfg: Config, step: int, share: float) -> float:
-    """Linear warmup, then constant or a cosine to zero over the run."""
-    decay = 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    return cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * decay
-
-
 def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
     """(B, T + 1) bool: which input frames of this process's segments are stale.
 
     The share varies from segment to segment, from none to twice the mean. Drawn for the batch of all processes.
     """
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    rate = 2 * cfg.stale * torch.rand(cfg.batch_size, 1, generator=generator)
-    stale = torch.rand(cfg.batch_size, cfg.chunk + 1, generator=generator) < rate
+    source = generator("cpu", cfg.seed, step)
+    rate = 2 * cfg.stale * torch.rand(cfg.batch_size, 1, generator=source)
+    stale = torch.rand(cfg.batch_size, cfg.chunk + 1, generator=source) < rate
     return stale.chunk(part[1])[part[0]]
 
 
@@ -242,12 +227,12 @@ def main(cfg: Config) -> dict[str, float]:
     distributed.shard(model, model.decoder.layers, ("tokenize", "token_loss", "rollout"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    step, minutes_before, metrics = 0, 0.0, {}
+    step, minutes, metrics = 0, 0.0, {}
     if state_path is not None:
         state = load_train_state(state_path)
         distributed.load_full_state_dict(model, state["model"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
-        step, minutes_before, metrics = state["step"], state["minutes"], state["metrics"]
+        step, minutes, metrics = state["step"], state["minutes"], state["metrics"]
     resumed_at = step
     cached = tokenize_all(model, sampler, device, autocast) if cfg.cache_tokens else None
     row_of = {tuple(start): row for row, start in enumerate(sampler.starts.tolist())}
@@ -259,10 +244,10 @@ def main(cfg: Config) -> dict[str, float]:
             extra = {**names, "demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics}
             save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, {**extra, "steps": step}, weights)
             state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
-            save_train_state(cfg.out_dir, {**state, "minutes": minutes_before + (time.monotonic() - started) / 60})
+            save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
 
-    log, started = RunLog(cfg.out_dir, cfg.steps, "wm", step), time.monotonic()
-    while (share := progress(cfg, step, minutes_before + (time.monotonic() - started) / 60)) < 1:
+    log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)
+    while (share := clock.share(step)) < 1:
         batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
         if cached is None:
             tokens = tokenize(model, batch, device, autocast)
@@ -275,7 +260,7 @@ def main(cfg: Config) -> dict[str, float]:
         check_finite(parts["loss"], step, parts)
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, share)
+            group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parts["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
@@ -286,9 +271,8 @@ def main(cfg: Config) -> dict[str, float]:
         if validates:
             metrics, _ = validate(model, validation, rollouts, device, autocast)
         if step % cfg.log_every == 0 or validates:
-            minutes = minutes_before + (time.monotonic() - started) / 60
             fresh = metrics if validates else {}
-            log.log(step - 1, {**parts, "lr": optimizer.param_groups[0]["lr"], "minutes": minutes, **fresh})
+            log.log(step - 1, {**parts, "lr": optimizer.param_groups[0]["lr"], "minutes": clock.minutes, **fresh})
         if step % cfg.save_every == 0:
             save()
 

@@ -42,6 +42,8 @@ def test_round_trip(tmp_path):
     assert not loaded.training
     assert checkpoint.read_header(tmp_path / "m.safetensors") == ("Net", {"width": 5}, {"split": ["a"]})
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # no temporary file stays
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_missing_file(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval_wm
-from eval_wm import PRESETS, agreement, evaluate_frames, frame_sums, main, mine, perturb, rewards, summary
+from eval_wm import PRESETS, evaluate_frames, frame_sums, main, mine, summary
 from vlarft.checkpoint import save_model
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
@@ -85,36 +85,6 @@ def test_identical_frames_count_as_100_db():
     assert found["psnr_moving"] == pytest.approx([100, 100])
 
 
-def test_perturbations():
-    low, high = torch.tensor([-1.0, -0.5, -1.0]), torch.tensor([1.0, 0.5, 1.0])
-    actions = torch.zeros(2, 4, 3)
-    actions[..., 2] = -1
-    cfg = replace(CFG, noise=(0.1, 5.0), draws=2, flips=3)
-    chunks, labels = perturb(actions, cfg, low, high, torch.Generator().manual_seed(0))
-    assert chunks.shape == (2, 1 + 2 * 2 + 3, 4, 3)
-    assert labels == ["noise 0.1"] * 2 + ["noise 5"] * 2 + ["gripper flip"] * 3
-    assert torch.equal(chunks[:, 0], actions)
-    assert (chunks[:, 1:5, :, 2] == -1).all() and (chunks[:, 5:, :, :2] == 0).all()
-    assert 0.04 < chunks[:, 1:3, :, :2].std() < 0.2 and (chunks[:, 3:5, :, 1].abs() == 0.5).float().mean() > 0.7
-    flipped = chunks[:, 5:, :, 2] == 1
-    assert flipped[..., -1].all() and (flipped.int().diff(dim=-1) >= 0).all()
-
-
-def test_agreement_by_label():
-    error = torch.tensor([[0.1, 0.2, 0.3, 1.0, 2.0, 3.0]])
-    labels = ["small"] * 3 + ["large"] * 3
-    found = agreement(torch.tensor([[-1.0, -2.0, -3.0, -6.0, -5.0, -4.0]]), error, labels)
-    assert found["small"]["spearman"] == pytest.approx(1) and found["large"]["spearman"] == pytest.approx(-1)
-    assert found["all"]["pair_order"] == pytest.approx(12 / 15)
-    assert "small" not in agreement(error[:, 2:], error[:, 2:], labels[2:])
-
-
-def test_reward_is_the_negative_l1_summed_over_frames():
-    frames, reference = torch.full((1, 2, 8, 3, 16, 16), 0.25), torch.full((1, 8, 3, 16, 16), 0.5)
-    frames[:, 1] = 0.5
-    assert rewards(frames, reference, perceptual("none")).tolist() == [[-2.0, 0.0]]
-
-
 def test_shares_of_the_processes(monkeypatch):
     assert list(mine(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 3)
@@ -123,29 +93,6 @@ def test_shares_of_the_processes(monkeypatch):
         monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
         rows += [i for part in mine(8, 2) for i in range(part.start, part.stop)]
     assert rows == list(range(8))
-
-
-def test_true_outcome_of_the_simulator(demos):
-    pytest.importorskip("mujoco")
-    from vlarft.sim import make_env
-
-    env = make_env("tabletop_object", 0, image_size=32)
-    env.reset(seed=0)
-    episode = replace(
-        load_episodes(demos)[0],
-        images=np.zeros((3, 32, 32, 3), np.uint8),
-        states=np.stack([env.get_state()] * 3),
-        env_args={"suite": "tabletop_object", "task": 0},
-    )
-    chunks = np.zeros((3, 2, 7), np.float32)
-    chunks[1, :, 0], chunks[2, :, 0] = 0.2, 0.8
-    environments = {}
-    outcome = eval_wm.simulate_tabletop(environments)(episode, 1, chunks)
-    assert outcome.frames.shape == (3, 2, 3, 32, 32) and list(environments) == [("tabletop_object", 0)]
-    assert outcome.state_error[0].abs().max() == 0
-    assert 0.0001 < outcome.state_error[1, 0] < outcome.state_error[1, 1] < outcome.state_error[2, 1] < 0.2
-    env.step(chunks[2, 0])
-    assert torch.equal(outcome.frames[2, 0], torch.from_numpy(env.observe()["agentview"]).permute(2, 0, 1) / 255)
 
 
 def test_errors(checkpoint, demos, tmp_path):

@@ -146,13 +146,6 @@ def test_max_minutes_ends_a_run(demos, tmp_path):
     assert 1 <= state["step"] < 100_000 and state["minutes"] >= 0.02
 
 
-def test_schedule():
-    cfg = replace(SMOKE, warmup=4, schedule="cosine")
-    assert train_sft.schedule(cfg, 1, 0.0) == 0.5
-    assert train_sft.schedule(cfg, 10, 0.5) == pytest.approx(0.5)
-    assert train_sft.schedule(replace(cfg, schedule="constant"), 10, 0.5) == 1.0
-
-
 def test_head_has_its_own_learning_rate(demos, tmp_path):
     init = tmp_path / "base" / "model.safetensors"
     train_sft.main(config(demos, tmp_path / "base"))

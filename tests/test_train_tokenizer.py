@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_tokenizer
-from train_tokenizer import PRESETS, Config, learning_rate, main, median_frame, pick_frames, progress
+from train_tokenizer import PRESETS, Config, main, median_frame, pick_frames
 from vlarft.checkpoint import read_header
 from vlarft.config import parse
 from vlarft.data.episodes import load_episodes, split_episodes
@@ -72,14 +72,6 @@ def test_perceptual_term_is_added(demos, tmp_path):
     assert entry["loss"] == pytest.approx(
         entry["context_error"] + entry["future_error"] + entry["perceptual"], rel=1e-5
     )
-
-
-def test_learning_rate_by_hand():
-    cfg = Config(lr=1.0, warmup=4, steps=100, final_lr_share=0.1)
-    assert [learning_rate(cfg, step, 0.0) for step in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert learning_rate(cfg, 50, 0.5) == pytest.approx(0.55) and learning_rate(cfg, 99, 1.0) == pytest.approx(0.1)
-    assert progress(cfg, 25, 1e9) == 0.25  # the clock counts only when max_minutes is set
-    assert progress(replace(cfg, max_minutes=2.0), 25, 1.0) == 0.5
 
 
 def test_the_clock_ends_a_run(demos, tmp_path):

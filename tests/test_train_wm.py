@@ -9,7 +9,7 @@ import torch
 
 import train_tokenizer
 import train_wm
-from train_wm import PRESETS, Config, learning_rate, load_tokenizer, main
+from train_wm import PRESETS, load_tokenizer, main
 from vlarft.checkpoint import read_header
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.world_model import WorldModel
@@ -75,12 +75,6 @@ def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
     run(demos, tokenizer, tmp_path / "fly")
     run(demos, tokenizer, tmp_path / "cached", cache_tokens=True)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
-
-
-def test_learning_rate_by_hand():
-    cfg = Config(lr=2.0, warmup=4, schedule="constant")
-    assert [learning_rate(cfg, step, 0.5) for step in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
-    assert learning_rate(replace(cfg, schedule="cosine"), 99, 0.5) == pytest.approx(1.0)
 
 
 def test_stale_frames_by_share_and_process():

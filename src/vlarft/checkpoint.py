@@ -1,8 +1,8 @@
 """Checkpoints and run folders: nothing is lost, nothing half written, nothing foreign taken for ours.
 
 A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file
-alone; training state (optimizer, step, random
-states) lies beside it. Every file is written to `NAME.tmp` and moved into place.
+alone; training state (optimizer, step, random states) lies beside it. Every file is written to `NAME.tmp` and moved
+into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
@@ -42,6 +42,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     write(tmp)
     with open(tmp, "rb") as file:
         os.fsync(file.fileno())
+    os.umask(mask := os.umask(0))
+    os.chmod(tmp, 0o666 & ~mask)  # safetensors makes files that nobody else can read
     os.replace(tmp, path)
 
 

@@ -1,9 +1,14 @@
-"""Recorded episodes played again from their start, bit for bit, and seen at any resolution."""
+"""Recorded episodes played again from their start, bit for bit, and seen at any resolution; and played otherwise."""
+
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from vlarft.data.episodes import Episode
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.tabletop import make_env
+from vlarft.sim.tabletop import TabletopEnv, make_env
 
 
 def replay_frames(
@@ -36,3 +41,51 @@ def replay_frames(
         if step % every == 0 or step == len(actions):
             frames.append(env.observe()["agentview"])
     return frames
+
+
+class TrueOutcome(NamedTuple):
+    """What P action chunks really do.
+
+    frames: (P, T, C, H, W) float32 in [0, 1]
+    state_error: (P, T) float64, how far hand, fingers and objects are from those of the first chunk, summed [m]
+    """
+
+    frames: Tensor
+    state_error: Tensor
+
+
+class TabletopOutcomes:
+    """Plays action chunks from recorded states of Tabletop demonstrations; one simulator for each task."""
+
+    def __init__(self) -> None:
+        self.environments: dict[tuple[str, int], TabletopEnv] = {}
+
+    def play(self, episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
+        """Play P chunks, each from the episode's recorded state.
+
+        Args:
+            episode: with states.
+            start: step of the recorded state.
+            chunks: (P, T, A) raw actions.
+
+        Raises:
+            ValueError: the episode has no states, or is not of Tabletop.
+        """
+        if episode.states is None or not str((episode.env_args or {}).get("suite", "")).startswith("tabletop"):
+            raise ValueError(f"--true-error needs Tabletop demonstrations with states; {episode.name} is none")
+        key = episode.env_args["suite"], episode.env_args["task"]
+        if key not in self.environments:
+            self.environments[key] = make_env(*key, image_size=episode.images.shape[1:3])
+        env = self.environments[key]
+        frames, places = [], []
+        for chunk in chunks:
+            env.set_state(episode.states[start])
+            for action in chunk:
+                env.step(action)
+                frames.append(env.observe()["agentview"])
+                objects = [env.position(name) for name in env.items]
+                places.append(np.stack([env.hand_position, [env.finger_width, 0, 0], *objects]))
+        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        positions = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
+        error = (positions - positions[:1]).norm(dim=-1).sum(dim=-1)
+        return TrueOutcome(images.unflatten(0, chunks.shape[:2]), error)

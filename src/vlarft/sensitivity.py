@@ -1,0 +1,167 @@
+"""Action sensitivity of a world model: does it order perturbed action chunks as their true outcomes do?
+
+Not in the paper. R3 is worth as much as the world model's answer to small changes of the actions: here each start's
+recorded chunk is perturbed, all chunks are imagined, and the rewards R3 (imagined against imagined) and R2 (imagined
+against recorded frames) are compared with the action error, and where a simulator is at hand with what the chunks
+really do.
+
+Shapes: S starts, P perturbed chunks a start, T chunk steps, A action dim, (C, H, W) frame.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.config import opt
+from vlarft.data.episodes import Episode
+from vlarft.data.windows import Batch
+from vlarft.metrics import PerceptualDistance, rank_agreement
+from vlarft.normalizer import Normalizer
+from vlarft.reward import image_reward
+from vlarft.schedule import generator
+from vlarft.sim.replay import TabletopOutcomes
+from vlarft.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Perturbations:
+    """What is done to a recorded chunk."""
+
+    noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise sizes, standard deviation in normalised action units")
+    draws: int = opt(6, "perturbed chunks per noise size and start")
+    flips: int = opt(3, "perturbed chunks per start whose gripper command is flipped from a random step on")
+
+
+def half_range(episodes: Sequence[Episode]) -> Tensor:
+    """(A,) raw units per normalised one: half of what a policy's normaliser takes for the range of each action.
+
+    Of the successful expert episodes where there are any; 1 for the gripper, which is not scaled.
+    """
+    expert = [e for e in episodes if e.success and e.kind == "expert"] or episodes
+    actions, proprio = (np.concatenate([getattr(e, name) for e in expert]) for name in ("actions", "proprio"))
+    fitted = Normalizer(actions.shape[1], proprio.shape[1]).fit(torch.from_numpy(actions), torch.from_numpy(proprio))
+    return torch.cat([(fitted.action_high - fitted.action_low) / 2, torch.ones(1)])
+
+
+def perturb(
+    actions: Tensor, how: Perturbations, low: Tensor, high: Tensor, unit: Tensor, draws: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """Chunks around recorded ones.
+
+    Noise is in normalised units, as a policy's exploration is: a dimension that the demonstrations hardly use gets
+    hardly any. It leaves the gripper command (the last dimension) alone, and stays inside the recorded ranges.
+
+    Args:
+        actions: (S, T, A) raw.
+        how: sizes and numbers.
+        low, high: (A,) raw ranges.
+        unit: (A,) raw units per normalised one.
+        draws: of the noise.
+
+    Returns:
+        (S, 1 + P, T, A), the recorded chunk first; and P labels.
+    """
+    starts, steps, dim = actions.shape
+    chunks, labels = [actions], []
+    for size in how.noise:
+        for _ in range(how.draws):
+            noise = torch.randn(starts, steps, dim, generator=draws) * size * unit
+            noise[..., -1] = 0
+            chunks.append((actions + noise).clamp(low, high))
+            labels.append(f"noise {size:g}")
+    for _ in range(how.flips):
+        since = torch.randint(steps, (starts, 1), generator=draws)
+        flipped = torch.arange(steps) >= since  # (S, T)
+        chunk = actions.clone()
+        chunk[..., -1] = torch.where(flipped, low[-1] + high[-1] - chunk[..., -1], chunk[..., -1])
+        chunks.append(chunk)
+        labels.append("gripper flip")
+    return torch.stack(chunks, dim=1), labels
+
+
+def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> Tensor:
+    """Eq. (11) without its policy: (S, P, T, C, H, W) against (S, T, C, H, W) -> (S, P), summed over frames."""
+    return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
+
+
+def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
+    """Rank agreement of a score with an error, both (S, P): over all chunks, and within each label of three or more."""
+    groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
+    return {g: rank_agreement(score[:, c], error[:, c])._asdict() for g, c in groups.items() if len(c) >= 3}
+
+
+def evaluate_sensitivity(
+    model: WorldModel,
+    batch: Batch,
+    episodes: Sequence[Episode],
+    how: Perturbations,
+    distance: PerceptualDistance,
+    *,
+    autocast: AbstractContextManager,
+    outcomes: TabletopOutcomes | None = None,
+    batch_size: int = 16,
+    temperature: float = 1.0,
+    top_p: float = 0.8,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Rank agreement of the rewards with the action error, and with the true outcome where `outcomes` plays it.
+
+    Args:
+        model: whose R2 and R3 are judged, with greedy imagination, common random numbers and independent draws.
+        batch: S starts of `episodes`, with the recorded frames and actions.
+        episodes: that `batch.index` numbers.
+        how: the perturbations.
+        distance: perceptual term of the rewards.
+        autocast: around the model's forwards.
+        outcomes: simulator, or None.
+        batch_size: starts imagined at once.
+        temperature, top_p: of the sampled imaginations.
+        seed: of perturbations and draws.
+
+    Returns:
+        [truth][score][label] -> spearman and pair_order, each within a start, mean over starts. Truths: "action" (L1),
+        "true frames" (the reward with the simulator's frames), "true state" [m]; these also score each other.
+    """
+    device = next(model.parameters()).device
+    low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
+    chunks, labels = perturb(batch.actions, how, low, high, half_range(episodes), generator("cpu", seed))
+    scores: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[Tensor]] = {"action": [(chunks[:, 1:] - chunks[:, :1]).abs().mean(dim=(2, 3))]}
+    modes = {"greedy": {"greedy": True}, "common": {"common_random_numbers": True}, "independent": {}}
+    for i in range(0, len(chunks), batch_size):
+        part = slice(i, i + batch_size)
+        frames = batch.frames[part].to(device)
+        for name, options in modes.items():
+            with autocast:
+                rollout = model.rollout(
+                    batch.context_frame[part].to(device),
+                    chunks[part].to(device),
+                    first_frame=frames[:, 0],
+                    temperature=temperature,
+                    top_p=top_p,
+                    generator=generator(device, seed, i),
+                    **options,
+                )
+            members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]
+            scores.setdefault(f"R3 {name}", []).append(rewards(members, reference, distance))
+            scores.setdefault(f"R2 {name}", []).append(rewards(members, frames[:, 1:], distance))
+        if outcomes is not None:
+            for k in range(i, min(i + batch_size, len(chunks))):
+                episode, start = batch.index[k].tolist()
+                outcome = outcomes.play(episodes[episode], start, chunks[k].numpy())
+                truth = rewards(outcome.frames[None, 1:], outcome.frames[None, 0], distance)
+                scores.setdefault("true frames", []).append(truth)
+                errors.setdefault("true frames", []).append(-truth)
+                errors.setdefault("true state", []).append(outcome.state_error[None, 1:].mean(-1))
+    joined_scores = {name: torch.cat(parts) for name, parts in scores.items()}
+    joined_errors = {name: torch.cat(parts) for name, parts in errors.items()}
+    if outcomes is not None:
+        joined_scores["action L1"] = -joined_errors["action"]
+    return {
+        against: {name: agreement(value, error, labels) for name, value in joined_scores.items() if name != against}
+        for against, error in joined_errors.items()
+    }
