@@ -13,8 +13,8 @@ The actions are the executed ones, in raw environment units; their ranges are th
 Deviations from the paper and its release:
 - the loss is on frame tokens only, as in Eq. (3); `--loss-on-actions` adds the release's action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
-- preset tiny (and smoke): cosine schedule, slot embeddings, embeddings that start smooth, stale input frames, a loss
-  normalised over future codes only, the segment's first frame as context frame.
+- preset tiny (and smoke): cosine schedule, slot embeddings, factored tokens, stale input frames, a loss normalised over
+  future codes only, the segment's first frame as context frame.
 """
 
 import sys
@@ -53,7 +53,9 @@ class Config:
     loss_on_actions: bool = opt(False, "also predict action tokens, as the release does")
     future_codes_only: bool = opt(False, "normalise the loss over future codes only, as rollouts do")
     slot_embedding: bool = opt(False, "learned vectors for a token's place in its frame or action")
-    smooth_init: bool = opt(False, "initial embeddings that are smooth in the value they stand for")
+    factored_tokens: bool = opt(
+        False, "token embeddings and head also as linear functions of FSQ digits and action values"
+    )
     context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
     batch_size: int = opt(16, "segments per step, over all processes (paper)")
     steps: int = opt(150_000, "optimizer steps (Sec. 4.2: 1.5e5)")
@@ -81,7 +83,7 @@ TINY = Config(
     action_bins=MODELS["tiny"].action_bins,
     future_codes_only=True,
     slot_embedding=True,
-    smooth_init=True,
+    factored_tokens=True,
     context_lookback=0,
     batch_size=4,
     steps=1300,
@@ -216,7 +218,8 @@ def main(cfg: Config) -> dict[str, float]:
     torch.manual_seed(cfg.seed)
     sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
     options = {
-        name: getattr(cfg, name) for name in ("loss_on_actions", "future_codes_only", "slot_embedding", "smooth_init")
+        name: getattr(cfg, name)
+        for name in ("loss_on_actions", "future_codes_only", "slot_embedding", "factored_tokens")
     }
     model_config = WorldModelConfig(tokenizer.cfg, cfg.transformer, **sizes, **options)
     model = WorldModel(model_config).to(device)

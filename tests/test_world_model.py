@@ -51,7 +51,8 @@ def full_logits(model: WorldModel, context: torch.Tensor, future: torch.Tensor, 
     """Logits (B, T, Nf, V) of the future codes of frames 1..T, by one forward of the whole sequence."""
     ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
     with torch.no_grad():
-        logits = model.lm_head(model.decoder(model.embed(ids)))
+        tables = model.tables()
+        logits = F.linear(model.decoder(model.embed(ids, tables)), tables.head)
     positions = model.layout.frame_positions(actions.shape[1])
     return logits[:, positions - 1, : model.layout.num_future_codes]
 
@@ -98,7 +99,7 @@ def test_loss_is_the_mean_cross_entropy_of_future_frames():
     loss, metrics = model.loss(frames, actions)
     context, future = model.tokenize(frames)
     ids = model.layout.sequence(context, future, model.action_bins.encode(actions))
-    logits = model.lm_head(model.decoder(model.embed(ids)))
+    logits = model.lm_head(model.decoder(model.embed(ids, model.tables())))
     terms = [
         F.cross_entropy(logits[b, p - 1], ids[b, p])
         for b in range(2)
@@ -140,7 +141,9 @@ def test_stale_frames_are_inputs_only():
     loss = model.token_loss(context, future, actions, hidden)[0]
     frozen = future[:, :1].expand_as(future)
     logits = model.lm_head(
-        model.decoder(model.embed(model.layout.sequence(context, frozen, model.action_bins.encode(actions))))
+        model.decoder(
+            model.embed(model.layout.sequence(context, frozen, model.action_bins.encode(actions)), model.tables())
+        )
     )
     positions = model.layout.target_positions(3)
     assert_close(loss, F.cross_entropy(logits[:, positions - 1].flatten(0, 1), future[:, 1:].flatten()))
@@ -166,9 +169,12 @@ def test_loss_does_not_see_the_future():
     assert_close(before[:, 1, 0], after[:, 1, 0])  # the first token of frame 2 is drawn before any of it is seen
 
 
-@pytest.mark.parametrize("slot_embedding", [False, True])
-def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(slot_embedding):
-    model = make(replace(SMALL, slot_embedding=slot_embedding)).train()
+OPTIONS = pytest.mark.parametrize("options", [{}, {"slot_embedding": True, "factored_tokens": True}])
+
+
+@OPTIONS
+def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(options):
+    model = make(replace(SMALL, **options)).train()
     assert not model.tokenizer.training
     model.loss(torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2))[0].backward()
     for name, parameter in model.named_parameters():
@@ -178,9 +184,9 @@ def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(slot_embeddi
             assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("slot_embedding", [False, True])
-def test_greedy_rollout_is_the_argmax_of_the_full_forward(slot_embedding):
-    model = make(replace(SMALL, slot_embedding=slot_embedding))
+@OPTIONS
+def test_greedy_rollout_is_the_argmax_of_the_full_forward(options):
+    model = make(replace(SMALL, **options))
     start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
     rollout = model.rollout(start, actions, greedy=True)
     assert rollout.tokens.shape == (2, 3, 3, 4) and rollout.frames.shape == (2, 3, 3, 3, 16, 16)
@@ -294,13 +300,21 @@ def test_closed_loop_equals_rollout_and_restarts_after_a_chunk():
     assert_close(frames[:, 3:], second, atol=1e-5, rtol=1e-4)
 
 
-def test_smooth_init_gives_neighbours_similar_embeddings():
-    model = make(replace(SMALL, smooth_init=True, action_bins=64))
-    layout = model.layout
-    actions = model.embed_tokens.weight[layout.action_offset : layout.bos]
-    near = F.cosine_similarity(actions[:-1], actions[1:]).mean()
-    assert near > 0.9 > F.cosine_similarity(actions[:-16], actions[16:]).abs().mean() + 0.3
-    assert 0.5 < actions.std() / SMALL.transformer.init_std < 2
+def test_factored_tokens_add_a_linear_function_of_what_a_token_stands_for():
+    model = make(replace(SMALL, factored_tokens=True, action_bins=64))
+    layout, values = model.layout, model.token_values
+    assert values.shape == (layout.vocab_size, 3 + 3 + 3 + 5 + 9)  # levels (3, 3) and (3, 5); 9 of an action value
+    assert values[5].tolist() == [0, 0, 1, 0, 1, 0] + [0] * 17  # code 5 = 2 + 1 * 3
+    assert values[layout.context_offset + 7].nonzero().flatten().tolist() == [6 + 2, 6 + 5 + 1]  # 7 = 2 + 1 * 5
+    assert (
+        values[layout.action_offset, 14] == -2 and values[layout.bos - 1, 14] == 2 and (values[layout.bos :] == 0).all()
+    )
+    plain, tables = make(replace(SMALL, action_bins=64)).tables(), model.tables()
+    assert_close(tables.embedding, model.embed_tokens.weight + values @ model.embed_values.weight.T)
+    assert_close(tables.head, model.lm_head.weight + values @ model.head_values.weight.T)
+    assert torch.equal(plain.embedding, model.embed_tokens.weight)  # the same seed: the rows themselves do not change
+    actions = (values @ model.embed_values.weight.T)[layout.action_offset : layout.bos]
+    assert F.cosine_similarity(actions[:-1], actions[1:]).mean() > 0.9  # neighbours share what is learnt
 
 
 def test_save_and_load(tmp_path):

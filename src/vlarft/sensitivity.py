@@ -24,6 +24,7 @@ from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
 from vlarft.schedule import generator
 from vlarft.sim.replay import TabletopOutcomes
+from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel
 
 
@@ -88,6 +89,14 @@ def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> 
     return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
 
 
+@torch.no_grad()
+def reconstruct(tokenizer: FrameTokenizer, frames: Tensor, context_frame: Tensor) -> Tensor:
+    """Frames (P, T, C, H, W) of one start's P futures through the tokenizer, relative to (C, H, W); same shape."""
+    context = tokenizer.encode_context(context_frame[None])
+    tokens = tokenizer.encode_future(frames.flatten(0, 1)[None], context)  # (1, P * T, Nf)
+    return tokenizer.decode(tokens, context)[0].unflatten(0, frames.shape[:2])
+
+
 def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
     """Rank agreement of a score with an error, both (S, P): over all chunks, and within each label of three or more."""
     groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
@@ -125,6 +134,7 @@ def evaluate_sensitivity(
     Returns:
         [truth][score][label] -> spearman and pair_order, each within a start, mean over starts. Truths: "action" (L1),
         "true frames" (the reward with the simulator's frames), "true state" [m]; these also score each other.
+        "decoded frames" are the simulator's frames through the tokenizer: what R3 would be with a perfect transformer.
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
@@ -155,6 +165,9 @@ def evaluate_sensitivity(
                 outcome = outcomes.play(episodes[episode], start, chunks[k].numpy())
                 truth = rewards(outcome.frames[None, 1:], outcome.frames[None, 0], distance)
                 scores.setdefault("true frames", []).append(truth)
+                with autocast:
+                    decoded = reconstruct(model.tokenizer, outcome.frames.to(device), batch.context_frame[k].to(device))
+                scores.setdefault("decoded frames", []).append(rewards(decoded[None, 1:], decoded[None, 0], distance))
                 errors.setdefault("true frames", []).append(-truth)
                 errors.setdefault("true state", []).append(outcome.state_error[None, 1:].mean(-1))
     joined_scores = {name: torch.cat(parts) for name, parts in scores.items()}

@@ -136,8 +136,11 @@ class FSQ(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (...) -> codes (..., d) in [-1, 1], float32."""
         half = torch.div(self.levels, 2, rounding_mode="floor")
-        digits = torch.div(indices[..., None], self.basis.long(), rounding_mode="floor") % self.levels.long()
-        return (digits - half) / half
+        return (self.digits(indices) - half) / half
+
+    def digits(self, indices: Tensor) -> Tensor:
+        """Indices (...) -> level of each scalar (..., d) int64, from 0."""
+        return torch.div(indices[..., None], self.basis.long(), rounding_mode="floor") % self.levels.long()
 
 
 class Context(NamedTuple):
