@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from weights import uniform, weight
 
 from vlarft.checkpoint import read_header
 from vlarft.pretrained import (
@@ -20,9 +21,10 @@ from vlarft.pretrained import (
     transformer_config,
     world_model_from_public,
 )
+from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.transformer import TransformerConfig
-from vlarft.world_model import WorldModel, WorldModelConfig
+from vlarft.transformer import KVCache, TransformerConfig
+from vlarft.world_model import PRESETS, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = TokenizerConfig(
@@ -324,3 +326,78 @@ def test_action_ranges(tokenizer, llama, tmp_path, capsys):
         (tmp_path / "bad.json").write_text(table)
         with pytest.raises(ValueError, match=message):
             read_action_ranges(str(tmp_path / "bad.json"))
+
+
+def generated(layout: dict, gain: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The tensors of a public key listing, values by the rule of `golden/weights.py`."""
+    return {k: torch.from_numpy(weight(k, shape, gain.get(k, 0.7))) for k, shape in layout["tensors"].items()}
+
+
+@pytest.fixture(scope="module")
+def public_tokenizer() -> FrameTokenizer:
+    """The paper's tokenizer, 128.8 M parameters."""
+    layout = json.loads((GOLDEN / "tokenizer_public.json").read_text())
+    config = tokenizer_config(layout["config"])
+    assert config == TOKENIZERS["paper"]
+    return tokenizer_from_public(generated(layout, {"quant_conv.weight": 2.1, "quant_linear.weight": 2.1}), config)
+
+
+@pytest.mark.slow
+def test_public_tokenizer_at_full_size(public_tokenizer):
+    """Tokens, what is rounded to them, and pixels before clipping, of one context frame and two future frames."""
+    golden, model, seen = load_file(GOLDEN / "tokenizer.safetensors"), public_tokenizer, {}
+    coarse = torch.from_numpy(uniform("input/frames_coarse/1", (1, 3, 3, 32, 32), 0, 1))
+    fine = torch.from_numpy(uniform("input/frames_fine/1", (1, 3, 3, 256, 256), 0, 1))
+    frames = 0.75 * coarse.repeat_interleave(8, -2).repeat_interleave(8, -1) + 0.25 * fine
+    for name in ("quant_conv", "quant_linear", "cond_decoder"):
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        context = model.encode_context(frames[:, 0])
+        tokens = model.encode_future(frames[:, 1:], context)
+        rebuilt = model.context_from_tokens(golden["ctx_indices"][:, 0].long())
+        decoded = model.decode(golden["dyn_indices"].long(), rebuilt)
+        unclipped = torch.cat([model.decoder.image(rebuilt.features), seen["cond_decoder"]])[None]  # (1, 3, 3, H, W)
+    assert torch.equal(context.tokens.int(), golden["ctx_indices"][:, 0])
+    assert torch.equal(tokens.int(), golden["dyn_indices"])
+    # GroupNorm over channels-last images rounds more coarsely on the CPU: 4e-5 here against 6e-6
+    assert_close(seen["quant_conv"], golden["ctx_prequant"], atol=1e-4, rtol=0)
+    assert_close(seen["quant_linear"], golden["dyn_prequant"], atol=1e-4, rtol=0)
+    assert_close(unclipped[..., ::8, ::8], golden["decoded_grid"], atol=3e-4, rtol=0)
+    assert_close(unclipped[..., 120:124, :], golden["decoded_band"], atol=3e-4, rtol=0)
+    assert torch.equal(decoded, unclipped[:, 1:].clamp(0, 1))
+
+
+@pytest.mark.slow
+def test_public_world_model_at_full_size(public_tokenizer):
+    """Logits and log-probabilities of one sequence, through the KV cache; action bins; the loss, without the cache."""
+    golden, sequence = (load_file(GOLDEN / f"world_model{n}.safetensors") for n in ("", "_sequence"))
+    layout = json.loads((GOLDEN / "world_model_public.json").read_text())
+    config = WorldModelConfig(public_tokenizer.cfg, transformer_config(layout["config"]))
+    assert config == PRESETS["paper"]
+    model = world_model_from_public(generated(layout, {}), config, public_tokenizer, RANGES)
+    ids, prefix = sequence["input_ids"].long(), model.layout.prefix_length
+    cache = KVCache(config.transformer, 1, prefix)
+    with torch.no_grad():
+        start = model.decoder(model.embed(ids[:1, :prefix]), cache)
+        cache = cache.expand(1, ids.shape[1] - prefix)
+        hidden = torch.cat([start, model.decoder(model.embed(ids[:1, prefix:]), cache)], dim=1)[0]  # (N, D)
+        logits = model.lm_head(hidden)  # (N, vocabulary)
+    log_prob = logits.log_softmax(-1)
+    positions, full = golden["positions"].long(), golden["full_positions"].long()
+    close = {"atol": 2e-5, "rtol": 0}
+    assert_close(hidden[positions, :128], golden["last_hidden_head"], **close)
+    assert_close(logits[positions, :256], golden["logits_head"], **close)
+    assert_close(logits[full], golden["logits_full"], **close)
+    assert_close(log_prob[:-1].gather(1, ids[0, 1:, None])[:, 0], golden["logprob_next"], **close)
+    assert_close(-(log_prob.exp() * log_prob).sum(-1), golden["entropy"], **close)
+    clear = golden["argmax_gap"] > 1e-4
+    assert clear.sum() > 1600 and torch.equal(logits.argmax(-1).int()[clear], golden["argmax"][clear])
+
+    context, future = sequence["ctx_tokens"][:, 0].long(), sequence["dyn_tokens"].long()
+    bins = model.action_bins.encode(sequence["actions"])
+    num_tokens = model.layout.length(8)  # the published sequence has one more copy of the last action
+    assert torch.equal(model.layout.sequence(context, future, bins), ids[:, :num_tokens])
+    with torch.no_grad():
+        loss, _ = model.token_loss(context[:1], future[:1], sequence["actions"][:1])
+    targets = model.layout.target_positions(8)
+    assert_close(loss, -golden["logprob_next"][targets - 1].mean(), **close)
