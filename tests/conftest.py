@@ -1,6 +1,7 @@
 """Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
 
 import os
+import sys
 from pathlib import Path
 
 # The tests are many small computations: threads only get in each other's way. Set before torch is imported.
@@ -84,3 +85,13 @@ def policy_file(demos, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("policy") / "model.safetensors"
     policy.save(path, {"train_episodes": [e.name for e in episodes]})
     return path
+
+
+@pytest.fixture
+def transformers():
+    """The oracle. It imports torchvision when installed; one built for another torch fails, so that one is hidden."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        sys.modules["torchvision"] = None
+    return pytest.importorskip("transformers")

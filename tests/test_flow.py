@@ -1,13 +1,13 @@
 """Action head, sigma net and chain: one transition, exact scores, Eq. (4)-(8) by hand, the public head's numbers."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from weights import uniform, weight
 
 from vlarft.dit import DiTConfig
 from vlarft.flow import (
@@ -62,9 +62,6 @@ class ConstantVelocity(torch.nn.Module):
 
 
 def test_velocity_is_the_public_heads():
-    sys.path.insert(0, str(GOLDEN))
-    from weights import uniform, weight
-
     # (ours, public component, public name), from the outside in
     layers = [
         ("action_fc1", "noisy_action_projector", "fc1"),

@@ -1,7 +1,5 @@
 """Decoder: parity with transformers, causality, KV cache and shared prefixes, padding, gradients, errors."""
 
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -35,18 +33,8 @@ def test_rotation_by_hand():
     assert_close(turned[1], torch.stack([one.cos(), -tenth.sin(), one.sin(), tenth.cos()]))
 
 
-def import_transformers():
-    """transformers, which imports torchvision when installed; one built for another torch fails, so it is hidden."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        sys.modules["torchvision"] = None
-    return pytest.importorskip("transformers")
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_matches_transformers(family):
-    transformers = import_transformers()
+def test_matches_transformers(family, transformers):
     bias = family == "qwen2"
     config = TransformerConfig(
         depth=2, width=32, num_heads=4, num_kv_heads=2, ffn_dim=48, qkv_bias=bias, init_std=0.3, rope_theta=500.0
