@@ -161,7 +161,9 @@ def test_converted_world_model_against_transformers(transformers, tokenizer, tmp
     model = convert_world_model(tmp_path, tmp_path / "public", tokenizer)
     ids = torch.randint(9008, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert_close(model.lm_head(model.decoder(model.embed(ids))), oracle(ids).logits, atol=1e-4, rtol=1e-4)
+        assert_close(
+            model.lm_head(model.decoder(model.embed(ids, model.tables()))), oracle(ids).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_without_config_the_sizes_are_the_papers(tmp_path, tokenizer):
@@ -378,9 +380,10 @@ def test_public_world_model_at_full_size(public_tokenizer):
     ids, prefix = sequence["input_ids"].long(), model.layout.prefix_length
     cache = KVCache(config.transformer, 1, prefix)
     with torch.no_grad():
-        start = model.decoder(model.embed(ids[:1, :prefix]), cache)
+        x = model.embed(ids[:1], model.tables())
+        start = model.decoder(x[:, :prefix], cache)
         cache = cache.expand(1, ids.shape[1] - prefix)
-        hidden = torch.cat([start, model.decoder(model.embed(ids[:1, prefix:]), cache)], dim=1)[0]  # (N, D)
+        hidden = torch.cat([start, model.decoder(x[:, prefix:], cache)], dim=1)[0]  # (N, D)
         logits = model.lm_head(hidden)  # (N, vocabulary)
     log_prob = logits.log_softmax(-1)
     positions, full = golden["positions"].long(), golden["full_positions"].long()
