@@ -89,12 +89,14 @@ def test_pair_order_by_hand():
     assert pair_order(torch.rand(3), torch.zeros(3)).isnan()
 
 
-def test_rank_agreement_leaves_out_constant_rows():
+def test_rank_agreement_leaves_out_rows_of_constant_error():
     error = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [3.0, 3.0, 3.0]])
     got = rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]), error)
     assert got.spearman == pytest.approx((1 + 0.5) / 2)
     assert got.pair_order == pytest.approx((1 + 2 / 3) / 2)
     assert got.standard_error == pytest.approx(0.5 / 2**0.5 / 2**0.5)
+    blind = rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [0.3, 0.3, 0.3]]), error[:2])  # a constant score is no order
+    assert blind.spearman == pytest.approx(0.5) and blind.pair_order == pytest.approx(0.75)
 
 
 def test_wilson_by_hand():

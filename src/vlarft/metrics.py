@@ -231,10 +231,12 @@ class RankAgreement(NamedTuple):
 def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
     """How well a score (S, n), higher = better, orders the columns of each row by their error (S, n).
 
-    Rows in which either is constant do not count; nan where no row counts.
+    A row whose score is constant counts as no correlation: it orders nothing. Rows whose error is constant do not
+    count; nan where no row counts.
     """
-    rank, pairs = spearman(score, -error), pair_order(score, -error)
-    rank, pairs = rank[~rank.isnan()], pairs[~pairs.isnan()]
+    decided = error.amax(-1) > error.amin(-1)  # (S,)
+    score, error = score[decided], error[decided]
+    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)
     standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
     return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
 
