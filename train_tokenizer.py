@@ -31,10 +31,11 @@ from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, perceptual, pooled_psnr
 from vlarft.pictures import grid, save_png
+from vlarft.reconstruction import reconstruction_loss
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, generator, rate_factor, seed_of
 from vlarft.tokenizer import PRESETS as MODELS
-from vlarft.tokenizer import FrameTokenizer, TokenizerConfig, reconstruction_loss
+from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vlarft.checkpoint import save_model
+from vlarft.reconstruction import reconstruction_loss
 from vlarft.tokenizer import (
     FSQ,
     PRESETS,
     ActionBins,
     CrossAttention,
     FrameTokenizer,
-    Reconstruction,
     TokenizerConfig,
-    reconstruction_loss,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -202,37 +201,6 @@ def test_local_init_looks_at_its_own_place():
     query = (tokens @ block.att.in_proj_weight[:64].T).unflatten(2, (4, 16)).transpose(1, 2)
     weights = (query @ key.mT / 4).softmax(-1)
     assert (weights.mean(1)[0].argmax(-1) == torch.arange(16)).float().mean() > 0.9
-
-
-def test_reconstruction_loss_by_hand():
-    frames = torch.zeros(1, 1, 1, 2, 2)
-    frames[..., 0, 0] = 1.0  # one of four pixels moves
-    context = torch.zeros(1, 1, 2, 2)
-    decoded = torch.zeros(1, 1, 1, 2, 2)
-    decoded[..., 1, 1] = 0.5
-    out = Reconstruction(context + 0.25, decoded, torch.zeros(1), torch.zeros(1), torch.full((1, 1, 4, 2), 0.5))
-    loss, parts = reconstruction_loss(out, context, frames)
-    assert_close(parts["context_error"], torch.tensor(0.25))
-    assert_close(parts["future_error"], torch.tensor(1.5 / 4))
-    assert_close(loss, torch.tensor(0.25 + 1.5 / 4))
-    # The moving pixel has weight 3: (3 * 1 + 0.5) / 4.
-    _, parts = reconstruction_loss(out, context, frames, moving_weight=3.0)
-    assert_close(parts["future_error"], torch.tensor(3.5 / 4))
-    # Squares of weight 2: (1 + 2 + 0.5 + 2 * 0.25) / 4.
-    _, parts = reconstruction_loss(out, context, frames, square_weight=2.0)
-    assert_close(parts["future_error"], torch.tensor(1.0))
-    # Against a white usual frame the three black pixels are unusual, and all four of the context.
-    _, parts = reconstruction_loss(out, context, frames, usual_frame=torch.ones(1, 2, 2), unusual_weight=2.0)
-    assert_close(parts["future_error"], torch.tensor((1 + 2 * 0.5) / 4))
-    # Half resolution: one pixel of target 0.25 and decoded 0.125, averaged with the full resolution.
-    _, parts = reconstruction_loss(out, context, frames, pyramid=2)
-    assert_close(parts["future_error"], torch.tensor((1.5 / 4 + 0.125) / 2))
-    # Four tokens of one pixel each, codes of square 0.25; the one that moves does not count.
-    out.future_codes[0, 0, 0] = 9.0
-    _, parts = reconstruction_loss(out, context, frames, still_weight=0.1)
-    assert_close(parts["still_code"], torch.tensor(0.25 * 3 / 4))
-    constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1), perceptual_weight=0.5)
-    assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
 
 
 def test_save_and_load(tmp_path):
