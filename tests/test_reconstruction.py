@@ -1,10 +1,11 @@
-"""Losses of a reconstruction: hand-computed values."""
+"""Losses of a reconstruction: hand-computed values, the last layer's gradient against autograd."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
-from vlarft.reconstruction import reconstruction_loss
-from vlarft.tokenizer import Reconstruction
+from vlarft.reconstruction import adversarial_balance, last_layer_gradient, reconstruction_loss
+from vlarft.tokenizer import PRESETS, FrameTokenizer, Reconstruction
 
 
 def test_reconstruction_loss_by_hand():
@@ -13,7 +14,8 @@ def test_reconstruction_loss_by_hand():
     context = torch.zeros(1, 1, 2, 2)
     decoded = torch.zeros(1, 1, 1, 2, 2)
     decoded[..., 1, 1] = 0.5
-    out = Reconstruction(context + 0.25, decoded, torch.zeros(1), torch.zeros(1), torch.full((1, 1, 4, 2), 0.5))
+    unused = torch.zeros(1)
+    out = Reconstruction(context + 0.25, decoded, unused, unused, torch.full((1, 1, 4, 2), 0.5), unused)
     loss, parts = reconstruction_loss(out, context, frames)
     assert_close(parts["context_error"], torch.tensor(0.25))
     assert_close(parts["future_error"], torch.tensor(1.5 / 4))
@@ -36,3 +38,19 @@ def test_reconstruction_loss_by_hand():
     assert_close(parts["still_code"], torch.tensor(0.25 * 3 / 4))
     constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1), perceptual_weight=0.5)
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
+
+
+def test_last_layer_gradient_against_autograd():
+    torch.manual_seed(0)
+    model = FrameTokenizer(PRESETS["smoke"])
+    frames = torch.rand(2, 3, 3, 64, 64)
+    out = model(frames[:, 0], frames)
+    loss = reconstruction_loss(out, frames[:, 0], frames, pyramid=2)[0]
+    (want,) = torch.autograd.grad(loss, model.cond_decoder.conv_out.weight, retain_graph=True)
+    assert_close(last_layer_gradient(loss, out), want, atol=1e-7, rtol=1e-4)
+    loss.backward()  # the graph is still there
+
+
+def test_adversarial_balance_by_hand():
+    assert adversarial_balance(torch.tensor([3.0, 4.0]), torch.tensor([[0.0, 0.5]])) == pytest.approx(10)
+    assert adversarial_balance(torch.ones(1), torch.zeros(1)) == pytest.approx(1e4)

@@ -1,4 +1,5 @@
-"""What a tokenizer's reconstruction of a segment costs: pixels, a perceptual distance, still patches.
+"""What a tokenizer's reconstruction of a segment costs: pixels, a perceptual distance, still patches; and how much an
+adversarial term may weigh beside that.
 
 Shapes: S starts, L frames, C image channels, H, W image size; Nf tokens of one future frame, d scalars per code.
 """
@@ -77,6 +78,32 @@ def reconstruction_loss(
         loss = loss + perceptual_weight * distance
         metrics["perceptual"] = distance.detach()
     return loss, metrics
+
+
+def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
+    """Gradient of a loss on the decoded future frames with respect to the weights of the convolution that makes them.
+
+    It is computed from that layer's input and output: the weights themselves may be sharded. The graph is kept.
+
+    Args:
+        loss: scalar, computed from `reconstruction.frames`.
+        reconstruction: of `forward`.
+
+    Returns:
+        (outputs, inputs, 3, 3) float32, not averaged over processes.
+    """
+    (gradient,) = torch.autograd.grad(loss, reconstruction.frames, retain_graph=True)  # (S, L, C, H, W)
+    inputs = reconstruction.last_features.detach()  # (S * L, D, H / stem, W / stem)
+    outputs = F.pixel_unshuffle(gradient.flatten(0, 1), gradient.shape[-1] // inputs.shape[-1]).to(inputs.dtype)
+    return torch.nn.grad.conv2d_weight(inputs, (outputs.shape[1], inputs.shape[1], 3, 3), outputs, padding=1).float()
+
+
+def adversarial_balance(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> float:
+    """Factor that makes the adversarial term pull the last layer as hard as the reconstruction does, at most 1e4.
+
+    This is the adaptive weight of VQGAN (Esser et al., 2021): the ratio of the norms of both gradients.
+    """
+    return float((reconstruction_gradient.norm() / adversarial_gradient.norm().clamp_min(1e-8)).clamp_max(1e4))
 
 
 def _differs(frames: Tensor, reference: Tensor, threshold: float) -> Tensor:

@@ -158,6 +158,7 @@ class Reconstruction(NamedTuple):
     """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
 
     future_codes: (S, L, Nf, d), what the future's quantiser rounds, in [-1, 1].
+    last_features: (S * L, D, H / stem, W / stem), what the last convolution of cond_decoder sees.
     """
 
     context_frame: Tensor
@@ -165,6 +166,7 @@ class Reconstruction(NamedTuple):
     context_tokens: Tensor
     future_tokens: Tensor
     future_codes: Tensor
+    last_features: Tensor
 
 
 class FrameTokenizer(nn.Module):
@@ -251,10 +253,10 @@ class FrameTokenizer(nn.Module):
             part = slice(i, i + starts)
             pairs = [(key[part], value[part]) for key, value in context.decoder_kv]
             codes = self.future_fsq.decode(tokens[part]).flatten(0, -3)  # (S * [G *] L, Nf, d)
-            parts.append(self._decode_future(codes, pairs).float().clamp(0, 1))
+            parts.append(self._decode_future(codes, pairs)[0].float().clamp(0, 1))
         return torch.cat(parts).unflatten(0, tokens.shape[:-1])
 
-    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
         patches = self.post_quant_linear(codes)  # (S * L, Nf, p * p * D)
         latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)
@@ -262,7 +264,7 @@ class FrameTokenizer(nn.Module):
 
     def decode_context(self, context: Context) -> Tensor:
         """The context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
-        return self.decoder.image(context.features).float().clamp(0, 1)
+        return self.decoder.image(context.features)[0].float().clamp(0, 1)
 
     def forward(self, context_frame: Tensor, frames: Tensor) -> Reconstruction:
         """Encode, quantise and decode, for training.
@@ -274,10 +276,11 @@ class FrameTokenizer(nn.Module):
         context = self.encode_context(context_frame)
         scalars = self._future_scalars(frames, context)
         codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
-        decoded = self._decode_future(codes, context.decoder_kv).unflatten(0, frames.shape[:2])
+        decoded, last_features = self._decode_future(codes, context.decoder_kv)
         soft = torch.tanh(scalars.float())
-        tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (tokens, soft))
-        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, soft)
+        decoded, tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (decoded, tokens, soft))
+        decoded_context = self.decoder.image(context.features)[0]
+        return Reconstruction(decoded_context, decoded, context.tokens, tokens, soft, last_features)
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)
@@ -502,14 +505,15 @@ class FrameDecoder(nn.Module):
         """Latent (B, D, h, w) -> features (B, D', h, w)."""
         return self.mid_block(self.conv_in(latent.contiguous(memory_format=torch.channels_last)))
 
-    def image(self, x: Tensor) -> Tensor:
-        """Features (B, D', h, w) -> image (B, C, H, W), not clipped."""
+    def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D', h, w) -> image (B, C, H, W), not clipped, and what the last convolution made it from."""
         for stage in self.up_blocks:
             x = stage(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.conv_norm_out(x))), self.stem)
+        last = F.silu(self.conv_norm_out(x))
+        return F.pixel_shuffle(self.conv_out(last), self.stem), last
 
-    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Latent (B, D, h, w) -> image (B, C, H, W), looking at the context after the middle."""
+    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Latent (B, D, h, w) -> `image`, looking at the context after the middle."""
         x = self.middle(latent)
         for block, pair in zip(self.cross_att_blocks, keys_values, strict=True):
             x = block(x, pair)
