@@ -1,6 +1,7 @@
 """FSQ, action bins, frame tokenizer: hand-computed and golden values, sizes, conditioning, round trips, errors."""
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +89,11 @@ def test_action_bins_round_trip_and_ranges():
     assert_close(bins.decode(torch.tensor([[0, 5]])), torch.tensor([[0.05, 3.1]]))
     every = torch.arange(10)[:, None].expand(10, 2)
     assert torch.equal(bins.encode(bins.decode(every)), every)
-    assert bins.outside(torch.tensor([[0.5, 3.0], [1.5, 3.0]])) == 0.25
+    assert bins.outside(torch.tensor([[0.5, 3.0], [1.0, 4.0001]])) == 0  # rounding
+    with pytest.warns(UserWarning, match=r"1 of 4 action values \(25.0%, in dimensions \[0\]\) lie outside the ranges"):
+        assert bins.outside(torch.tensor([[0.5, 3.0], [1.5, 3.0]])) == 0.25
+    with warnings.catch_warnings(action="error"):  # once is enough
+        assert bins.outside(torch.tensor([[0.5, 3.0], [math.nan, 9.0]])) == 0.5
 
 
 def test_paper_preset_is_the_published_layout():
@@ -215,6 +220,24 @@ def test_save_and_load(tmp_path):
     )
 
 
+def test_checkpoint_of_another_grid_is_refused_by_name(tmp_path):
+    """Public checkpoints exist with 32 x 40 positions for what is a 32 x 32 grid here."""
+    wide = make(replace(SMALL, image_size=(16, 32)))
+    save_model(tmp_path / "model.safetensors", wide, SMALL)
+    with pytest.raises(ValueError, match=r"cond_decoder.*kv_pos_emb has shape \(32, 16\), expected \(24, 16\)"):
+        FrameTokenizer.load(tmp_path / "model.safetensors")
+
+
+def test_frames_out_of_range():
+    model, frames = make(), torch.rand(1, 2, 3, 16, 24)
+    context = model.encode_context(frames[:, 0])
+    for wrong, shown in ((frames * 255, "from 0[.].* to 25[0-9]"), (frames * 2 - 1, "from -"), (frames / 0, "nan|inf")):
+        for call in (lambda x: model.encode_context(x[:, 0]), lambda x: model.encode_future(x, context)):
+            with pytest.raises(ValueError, match=rf"frames in \[0, 1\], got values {shown}.*divide .* by 255"):
+                call(wrong)
+    model.encode_context(frames[:, 0] * 1.0005)  # rounding of a resize
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"image_size 60x64 cannot be tokenized.*multiples of 16"):
         replace(PRESETS["tiny"], image_size=(60, 64))
@@ -227,6 +250,8 @@ def test_errors():
         model.encode_context(torch.rand(1, 3, 24, 16))
     with pytest.raises(ValueError, match="divide uint8 images by 255"):
         model.encode_context(torch.zeros(1, 3, 16, 24, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="expected a float tensor in \\[0, 1\\], got ndarray of float32"):
+        model.encode_context(torch.zeros(1, 3, 16, 24).numpy())
     bins = ActionBins(7, 256)
     with pytest.raises(ValueError, match=r"actions of dimension 7, got shape \(2, 6\)"):
         bins.encode(torch.zeros(2, 6))

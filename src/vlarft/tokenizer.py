@@ -16,6 +16,7 @@ Nc = h * w context tokens, Nf tokens of one future frame, d = len(levels) scalar
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -290,8 +291,15 @@ class FrameTokenizer(nn.Module):
                 f"expected frames {lead} with (C, H, W) = {want}, got shape {tuple(frames.shape)}; "
                 "the image size is the tokenizer's: resize the frames or train a tokenizer for this size"
             )
-        if not frames.is_floating_point():
-            raise ValueError(f"expected float frames in [0, 1], got {frames.dtype}; divide uint8 images by 255")
+        if not torch.is_tensor(frames) or not frames.is_floating_point():
+            got = f"{type(frames).__name__} of {frames.dtype}"
+            raise ValueError(f"expected a float tensor in [0, 1], got {got}; divide uint8 images by 255")
+        low, high = torch.stack(frames.detach().aminmax()).tolist()  # one pass, one copy from the GPU
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # nan too; a resize may overshoot by rounding
+            raise ValueError(
+                f"expected frames in [0, 1], got values from {low:.3g} to {high:.3g}; divide images of 0..255 by 255, "
+                "map images of -1..1 by (x + 1) / 2"
+            )
 
 
 class ResBlock(nn.Module):
@@ -532,7 +540,7 @@ class ActionBins(nn.Module):
 
     def __init__(self, action_dim: int, num_bins: int) -> None:
         super().__init__()
-        self.num_bins = num_bins
+        self.num_bins, self.warned = num_bins, False
         self.register_buffer("low", torch.full((action_dim,), -1.0))
         self.register_buffer("high", torch.ones(action_dim))
 
@@ -559,9 +567,19 @@ class ActionBins(nn.Module):
         return self.low + (bins + 0.5) / self.num_bins * (self.high - self.low)
 
     def outside(self, actions: Tensor) -> Tensor:
-        """Share of action values outside the ranges by more than rounding, a scalar."""
+        """Share of action values outside the ranges by more than rounding, a scalar; the first time, with a warning."""
         slack = 1e-4 * (self.high - self.low)
-        return ((actions < self.low - slack) | (actions > self.high + slack)).float().mean()
+        beyond = ~((actions >= self.low - slack) & (actions <= self.high + slack))  # (..., A); nan counts
+        if not self.warned and (count := int(beyond.sum())):
+            self.warned = True
+            dims = beyond.flatten(0, -2).any(dim=0).nonzero().flatten().tolist()
+            warnings.warn(
+                f"{count} of {beyond.numel()} action values ({count / beyond.numel():.1%}, in dimensions {dims}) lie "
+                "outside the ranges that the world model was trained on and are clipped to them: it takes raw "
+                "environment actions, not normalised ones. This is said once",
+                stacklevel=3,
+            )
+        return beyond.float().mean()
 
 
 PRESETS = {
