@@ -186,6 +186,8 @@ def test_context_frame_comes_from_before_the_segment():
     back = batch.index[:, 1] - (batch.context_frame[:, 0, 0, 0] * 255).round().long()
     inside = batch.index[:, 1] >= 15
     assert back[inside].min() == 1 and back[inside].max() == 15
+    halves = [sampler.batch(200, 1, part=(r, 2)).context_frame for r in range(2)]
+    assert torch.equal(torch.cat(halves), batch.context_frame)  # the same for any number of processes
     plain = WindowSampler([episode("a", 60)], num_frames=9).batch(20, 1)
     assert torch.equal(plain.context_frame, plain.frames[:, 0])
 
@@ -199,6 +201,8 @@ def test_spread_covers_the_episodes():
 def test_window_errors():
     with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5"):
         WindowSampler([episode("a", 5)], num_frames=9)
+    with pytest.raises(ValueError, match="no episodes to draw windows from: this split is empty"):
+        WindowSampler([])
     big = Episode("b", "t", np.zeros((20, 8, 8, 3), np.uint8), *[np.zeros((20, n), np.float32) for n in (8, 7, 7)])
     with pytest.raises(ValueError, match=r"differ in image size: \[\(4, 4\), \(8, 8\)\]"):
         WindowSampler([episode("a", 20), big])
