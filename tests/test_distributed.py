@@ -108,8 +108,37 @@ def test_one_process_is_plain():
 
 def test_batch_that_does_not_divide(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes"):
+    assert distributed.local_batch(24) == 6 and distributed.local_batch(24, 3) == 2
+    with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes; choose a multiple"):
         distributed.local_batch(6)
+    for accumulate in (5, 0):
+        with pytest.raises(ValueError, match=f"batch size 24 does not divide by 4 processes x {accumulate} micro"):
+            distributed.local_batch(24, accumulate)
+
+
+def test_recompute_gives_the_same_gradients_from_fewer_activations():
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Tanh()) for _ in range(3)]
+    net = torch.nn.Sequential(*blocks)
+    names = list(net.state_dict())
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(1)
+        saved: list[torch.Tensor] = []
+        net.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            loss = net(torch.ones(4, 8)).square().sum()
+        kept = len(saved)
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters()], kept
+
+    plain, kept = step()
+    distributed.recompute(blocks)
+    again, less = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again)) and less < kept
+    assert list(net.state_dict()) == names
+    with torch.no_grad():
+        assert not net(torch.ones(1, 8)).requires_grad
 
 
 def test_clip_grad_norm_by_hand():
