@@ -7,6 +7,7 @@ import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
+from vlarft.data.windows import pick_frames
 
 
 def arrays(steps, seed=0):
@@ -196,6 +197,22 @@ def test_spread_covers_the_episodes():
     sampler = WindowSampler([episode("a", 30), episode("b", 30)], num_frames=9)
     assert sampler.spread(4).index[:, 0].tolist() == [0, 0, 1, 1]
     assert len(sampler.spread(10**6).index) == len(sampler)
+
+
+def test_frames_are_picked_in_order_and_by_seed(demos):
+    sampler = WindowSampler(load_episodes(demos), 9, 9)
+    batch = sampler.batch(3, 0)
+    batch = batch._replace(frames=torch.arange(27.0).reshape(3, 9, 1, 1, 1))
+    picked = pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1)
+    assert picked.shape == (3, 4) and (picked.diff(dim=1) > 0).all()
+    assert ((picked >= 9 * torch.arange(3)[:, None]) & (picked < 9 * torch.arange(1, 4)[:, None])).all()
+    assert torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1))
+    assert not torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 3).flatten(1))
+    last = batch._replace(frames=batch.frames[2:])
+    assert torch.equal(pick_frames(last, 4, 3, (2, 3), 1, 2).flatten(1), picked[2:])
+    assert pick_frames(batch, 9, 3, (0, 1), 0) is batch.frames
+    usual = sampler.median_frame()
+    assert usual.shape == (3, 64, 64) and (usual[:, 0, 0] - 120 / 255).abs().max() < 1e-6
 
 
 def test_window_errors():

@@ -62,13 +62,19 @@ def tokenizer(demos, tmp_path_factory):
 
 
 def test_tokenizer(demos, tmp_path):
+    """Also with a GAN and augmentation, and the two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
-    flags += ["--future-frames", 9]  # all frames: which ones a smaller number picks depends on the rank
-    for n in (1, 2):
-        launch(n, "train_tokenizer.py", *flags, "--out-dir", tmp_path / str(n))
+    flags += ["--gan-start", 1, "--augment.hue", 0.05, "--augment.crop", "--unusual-weight", 1, "--context-lookback", 5]
+    launch(1, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "1")
+    launch(2, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
-    losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    logs = [log_of(tmp_path / str(n)) for n in (1, 2)]
+    for name in ("loss", "adversarial", "hinge", "gradient_penalty", "balance"):
+        one, two = ([row[name] for row in log if name in row] for log in logs)
+        assert len(one) == (4 if name == "loss" else 3) and one == pytest.approx(two, rel=1e-3), name
+    discriminators = [torch.load(tmp_path / n / "train_state.pt")["networks"]["discriminator"] for n in ("1", "2")]
+    for key, one in discriminators[0].items():
+        assert (one - discriminators[1][key]).abs().mean() < 5e-5, key
 
 
 def test_world_model(demos, tokenizer, tmp_path):

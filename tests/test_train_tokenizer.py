@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import train_tokenizer
-from train_tokenizer import PRESETS, Config, main, median_frame, pick_frames
+from train_tokenizer import PRESETS, Config, main
 from vlarft.checkpoint import read_header
 from vlarft.config import parse
 from vlarft.data.episodes import load_episodes, split_episodes
-from vlarft.data.windows import WindowSampler
 from vlarft.tokenizer import FrameTokenizer
 
 SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_every=1, validation_fraction=0.2)
@@ -77,22 +76,6 @@ def test_perceptual_term_is_added(demos, tmp_path):
 def test_the_clock_ends_a_run(demos, tmp_path):
     run(demos, tmp_path, steps=10_000, max_minutes=0.02, validate_every=10_000, save_every=10_000)
     assert 1 <= len(losses(tmp_path)) < 1000 and (tmp_path / "model.safetensors").is_file()
-
-
-def test_frames_are_picked_in_order_and_by_seed(demos):
-    sampler = WindowSampler(load_episodes(demos), 9, 9)
-    batch = sampler.batch(3, 0)
-    batch = batch._replace(frames=torch.arange(27.0).reshape(3, 9, 1, 1, 1))
-    picked = pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1)
-    assert picked.shape == (3, 4) and (picked.diff(dim=1) > 0).all()
-    assert ((picked >= 9 * torch.arange(3)[:, None]) & (picked < 9 * torch.arange(1, 4)[:, None])).all()
-    assert torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1))
-    assert not torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 3).flatten(1))
-    last = batch._replace(frames=batch.frames[2:])
-    assert torch.equal(pick_frames(last, 4, 3, (2, 3), 1, 2).flatten(1), picked[2:])
-    assert pick_frames(batch, 9, 3, (0, 1), 0) is batch.frames
-    usual = median_frame(sampler)
-    assert usual.shape == (3, 64, 64) and (usual[:, 0, 0] - 120 / 255).abs().max() < 1e-6
 
 
 def test_errors(demos, tmp_path, capsys):

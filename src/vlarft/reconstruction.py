@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.tokenizer import Reconstruction
 
 
@@ -78,6 +79,26 @@ def reconstruction_loss(
         loss = loss + perceptual_weight * distance
         metrics["perceptual"] = distance.detach()
     return loss, metrics
+
+
+def reconstruction_psnr(
+    decoded_context: Tensor, decoded: Tensor, context_frame: Tensor, frames: Tensor, usual_frame: Tensor
+) -> dict[str, float]:
+    """PSNR [dB] over all pixels, on unusual pixels, on moving pixels, and there when the context frame is copied.
+
+    Args:
+        decoded_context, context_frame: (S, C, H, W) in [0, 1].
+        decoded, frames: (S, L, C, H, W) in [0, 1].
+        usual_frame: (C, H, W), what the data set shows mostly.
+    """
+    moving, unusual = moving_mask(frames, context_frame[:, None]), moving_mask(context_frame, usual_frame)
+    return {
+        "val_psnr_context": pooled_psnr(decoded_context, context_frame),
+        "val_psnr_context_unusual": pooled_psnr(decoded_context, context_frame, unusual),
+        "val_psnr_future": pooled_psnr(decoded, frames),
+        "val_psnr_moving": pooled_psnr(decoded, frames, moving),
+        "val_psnr_moving_copy": pooled_psnr(context_frame[:, None].expand_as(frames), frames, moving),
+    }
 
 
 def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
+from vlarft.schedule import generator
 
 
 class Batch(NamedTuple):
@@ -95,6 +96,10 @@ class WindowSampler:
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
         return self.windows(self.starts[picks], np.random.default_rng(0).random(len(picks)))
 
+    def median_frame(self, count: int = 256) -> Tensor:
+        """(C, H, W), the median over `count` frames spread evenly over the data: what is always there."""
+        return self.spread(count).context_frame.median(dim=0).values
+
     def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
         """The windows at `starts`.
 
@@ -123,6 +128,27 @@ class WindowSampler:
             key_position=torch.from_numpy(np.stack(keys)),
             index=torch.from_numpy(np.asarray(starts)),
         )
+
+
+def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
+    """`count` frames of each segment, in order.
+
+    Args:
+        batch: this share's segments, L frames each.
+        count: frames to keep.
+        batch_size: segments of all shares: drawn for them together, so that the picks do not depend on their number.
+        part: (number, count) of the share.
+        seed: integers.
+
+    Returns:
+        (B, count, C, H, W).
+    """
+    segments, length = batch.frames.shape[:2]
+    if count >= length:
+        return batch.frames
+    order = torch.rand(batch_size, length, generator=generator("cpu", *seed)).argsort(dim=1)
+    picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
+    return batch.frames[torch.arange(segments)[:, None], picks]
 
 
 def _to_float(images: np.ndarray) -> Tensor:
