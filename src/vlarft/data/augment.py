@@ -69,7 +69,7 @@ def augment(
         theta = torch.cat([scale, uniform(1 - size, 2, 1)], dim=-1).repeat_interleave(views, dim=0)  # (B * V, 2, 3)
         flat = images.flatten(0, 1)
         grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
-        images = F.grid_sample(flat, grid, align_corners=False).view_as(images)
+        images = F.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(images)
     if cfg.brightness:
         images = images * (1 + uniform(cfg.brightness, 1, 1, 1, 1))
     if cfg.contrast:
