@@ -78,10 +78,11 @@ def test_tokenizer(demos, tmp_path):
 
 
 def test_world_model(demos, tokenizer, tmp_path):
+    """The two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-every", 1]
-    flags += ["--validation-fraction", 0.2]
-    for n in (1, 2):
-        launch(n, "train_wm.py", *flags, "--out-dir", tmp_path / str(n))
+    flags += ["--validation-fraction", 0.2, "--context-lookback", 5]
+    launch(1, "train_wm.py", *flags, "--out-dir", tmp_path / "1")
+    launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
     losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

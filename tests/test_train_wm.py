@@ -77,6 +77,19 @@ def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 4}, {"checkpoint_activations": True}], ids=["accumulated", "recomputed"]
+)
+def test_how_a_step_is_computed_does_not_change_it(demos, tokenizer, tmp_path, changes):
+    common = {"steps": 3, "save_every": 3, "validate_every": 3, "context_lookback": 5}
+    run(demos, tokenizer, tmp_path / "one", **common)
+    run(demos, tokenizer, tmp_path / "two", **common, **changes)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    one, two = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("one", "two"))
+    for key in one:  # a gradient near zero may change sign by rounding alone, which Adam makes a full step of
+        assert (one[key] - two[key]).abs().mean() < 2e-5, key
+
+
 def test_stale_frames_by_share_and_process():
     cfg = replace(SMOKE, stale=0.3, batch_size=4000)
     whole = train_wm.stale_frames(cfg, 5, (0, 1))
@@ -88,6 +101,8 @@ def test_stale_frames_by_share_and_process():
 
 
 def test_errors(demos, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
+        run(demos, tokenizer, tmp_path / "a", accumulate=3)
     with pytest.raises(ValueError, match="cache_tokens needs context_lookback 0, got 15"):
         run(demos, tokenizer, tmp_path / "a", cache_tokens=True, context_lookback=15)
     with pytest.raises(ValueError, match=r"was trained on 1 of the 1 held-out episodes.*--seed"):
