@@ -174,7 +174,7 @@ def update_discriminator(
         loss, parts = discriminator.loss(true, decoded, cfg.gradient_penalty)
         (loss / len(pairs)).backward()
         totals = {k: totals.get(k, 0.0) + v / len(pairs) for k, v in parts.items()}
-    distributed.clip_grad_norm(discriminator.parameters(), cfg.clip)
+    totals["gan_grad_norm"] = torch.tensor(distributed.clip_grad_norm(discriminator.parameters(), cfg.clip))
     optimizer.step()
     discriminator.refresh()
     return totals

@@ -91,9 +91,9 @@ def test_how_a_step_is_computed_does_not_change_it(demos, tmp_path, changes):
     run(demos, tmp_path / "one", GAN, **steps)
     run(demos, tmp_path / "two", GAN, **steps, **changes)
     logs = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    for name in ("loss", "grad_norm"):
-        assert [row[name] for row in logs[0]] == pytest.approx([row[name] for row in logs[1]], rel=1e-3), name
-    assert logs[0][3]["balance"] == pytest.approx(logs[1][3]["balance"], rel=1e-3)
+    for name in ("loss", "grad_norm", "gan_grad_norm", "balance"):
+        one, two = ([row[name] for row in log if name in row] for log in logs)
+        assert one == pytest.approx(two, rel=1e-3) and len(one) >= 2, name
     one, two = networks(tmp_path / "one"), networks(tmp_path / "two")
     for key in one:  # a gradient near zero may change sign by rounding alone, which Adam makes a full step of
         assert (one[key] - two[key]).abs().mean() < 5e-5, key
