@@ -55,7 +55,8 @@ def test_a_run_trains_and_writes_its_files(demos, tmp_path):
 
 
 def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
-    run(demos, tmp_path / "whole", GAN)
+    cfg = replace(GAN, precision="bf16")
+    run(demos, tmp_path / "whole", cfg)
     check, seen = train_tokenizer.check_finite, []
 
     def interrupt(loss, step, metrics):
@@ -66,10 +67,10 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_tokenizer, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(demos, tmp_path / "parts", GAN)
+        run(demos, tmp_path / "parts", cfg)
     assert seen == [0, 1, 2, 3, 4, 5]
     monkeypatch.setattr(train_tokenizer, "check_finite", check)
-    run(demos, tmp_path / "parts", GAN)
+    run(demos, tmp_path / "parts", cfg)
     timeless = [
         [{k: v for k, v in r.items() if k != "minutes"} for r in log_of(tmp_path / n)] for n in ("whole", "parts")
     ]
@@ -79,7 +80,7 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
     states = [load_train_state(tmp_path / n / "train_state.pt") for n in ("whole", "parts")]
     assert states[0]["balance"] == states[1]["balance"] > 0
     before = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    run(demos, tmp_path / "whole", GAN)  # a finished run is left as it is
+    run(demos, tmp_path / "whole", cfg)  # a finished run is left as it is
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
 
 
