@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 train_tokenizer.py --demos libero --out-dir runs/tokenizer  8 GPUs
 
 Reads: HDF5 demonstrations (a folder or a file). Writes: out_dir/model.safetensors (weights, config, the split by
-episode), train_state.pt (to resume: give the same command again), log.jsonl, config.json, reconstructions.png.
+episode), train_state.pt (the discriminator, too; to resume: give the same command again), log.jsonl, config.json,
+reconstructions.png (of held-out segments, at every validation).
 
 The loss is L1 plus a perceptual distance on the context frame and on the future frames; from step `gan_start` on also a
 hinge GAN with gradient penalty. Each batch then serves both steps, the tokenizer's and after it the discriminator's.
