@@ -5,15 +5,20 @@
     torchrun --nproc-per-node 8 train_tokenizer.py --demos libero --out-dir runs/tokenizer  8 GPUs
 
 Reads: HDF5 demonstrations (a folder or a file). Writes: out_dir/model.safetensors (weights, config, the split by
-episode), train_state.pt (to resume: give the same command again), log.jsonl, config.json, reconstructions.png.
+episode), train_state.pt (the discriminator, too; to resume: give the same command again), log.jsonl, config.json,
+reconstructions.png (of held-out segments, at every validation).
 
-The loss is L1 plus a perceptual distance on the context frame and on the future frames.
+The loss is L1 plus a perceptual distance on the context frame and on the future frames; from step `gan_start` on also a
+hinge GAN with gradient penalty. Each batch then serves both steps, the tokenizer's and after it the discriminator's.
+The frames of a segment, context included, share one random crop and one change of colour.
 
 Deviations from the public recipe:
-- no adversarial loss (hinge GAN of weight 0.1 from step 10k) and no image augmentation;
+- the adversarial term's adaptive weight is the one measured on the step before, so that it is the same for all
+  micro-batches and processes, and compares with the whole reconstruction loss (`--gan-balance fixed` turns it off);
+- crops keep the image's shape; colours change in one order;
 - the perceptual distance is a choice; lpips needs its VGG16 backbone on disk;
-- preset tiny (and smoke): see `reconstruction_loss` for its weights of pixels; it conditions
-  on the segment's first frame, which is what the world model of that preset does.
+- preset tiny (and smoke): no GAN and no augmentation; see `reconstruction_loss` for its weights of pixels; it
+  conditions on the segment's first frame, which is what the world model of that preset does.
 """
 
 import sys
@@ -27,14 +32,17 @@ from torch import Tensor
 from vlarft import distributed
 from vlarft.checkpoint import load_train_state, open_run, save_model, save_train_state
 from vlarft.config import opt, parse
+from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.episodes import load_episodes, split_episodes
-from vlarft.data.windows import Batch, WindowSampler
-from vlarft.metrics import PerceptualDistance, moving_mask, perceptual, pooled_psnr
+from vlarft.data.windows import Batch, WindowSampler, pick_frames
+from vlarft.discriminator import Discriminator, DiscriminatorConfig
+from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.pictures import grid, save_png
+from vlarft.reconstruction import adversarial_balance, last_layer_gradient, reconstruction_loss, reconstruction_psnr
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, generator, rate_factor, seed_of
 from vlarft.tokenizer import PRESETS as MODELS
-from vlarft.tokenizer import FrameTokenizer, TokenizerConfig, reconstruction_loss
+from vlarft.tokenizer import FrameTokenizer, ResBlock, TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,13 @@ class Config:
     segment: int = opt(7, "frames of a segment that follows the context frame (7 in the public recipe)")
     future_frames: int = opt(7, "frames drawn from each segment for a batch")
     context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
+    augment: Augmentation = opt(
+        Augmentation(brightness=0.1, contrast=0.1, saturation=0.1), "changes shared by a segment (public recipe)"
+    )
+    crop_area: float = opt(0.8, "smallest share of the image that a crop keeps, the largest being 1 (public recipe)")
     batch_size: int = opt(16, "segments per step, over all processes (public recipe)")
+    accumulate: int = opt(1, "micro-batches per step and process")
+    checkpoint_activations: bool = opt(False, "compute activations twice instead of keeping them")
     steps: int = opt(150_000, "optimizer steps (the paper gives none for the tokenizer; that of its world model)")
     max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
     lr: float = opt(5e-4, "peak learning rate of AdamW (public recipe)")
@@ -63,6 +77,14 @@ class Config:
     unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
     pyramid: int = opt(1, "scales of the L1, each half the one before")
     still_weight: float = opt(0.0, "weight that draws the codes of patches without moving pixels to the middle code")
+    gan_start: int | None = opt(10_000, "first step with the adversarial loss (public recipe); none = never")
+    gan_weight: float = opt(0.1, "weight of the adversarial term (public recipe)")
+    gan_balance: Literal["adaptive", "fixed"] = opt(
+        "adaptive", "scale that term to the reconstruction's gradient first"
+    )
+    gradient_penalty: float = opt(10.0, "weight of the discriminator's gradient penalty (public recipe)")
+    gan_lr: float = opt(5e-4, "peak learning rate of the discriminator (that of the tokenizer)")
+    discriminator: DiscriminatorConfig = opt(DiscriminatorConfig(), "sizes of the discriminator")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
     validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
     validate_every: int = opt(2000, "steps between validations")
@@ -72,6 +94,8 @@ class Config:
     seed: int = opt(0, "seed of the split, the weights and the batches")
 
 
+# passed on to reconstruction_loss
+LOSS_FIELDS = ("perceptual_weight", "square_weight", "moving_weight", "unusual_weight", "pyramid", "still_weight")
 TINY = Config(
     model=MODELS["tiny"],
     segment=9,
@@ -88,6 +112,9 @@ TINY = Config(
     unusual_weight=6.0,
     pyramid=3,
     still_weight=0.6,
+    augment=OFF,
+    gan_start=None,
+    discriminator=DiscriminatorConfig((32, 64, 128)),
     precision="fp32",
     validation_fraction=0.05,
     validate_every=550,
@@ -104,62 +131,54 @@ PRESETS = {
 }
 
 
-def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
-    """`count` of each segment's frames, in order: (B, L, C, H, W) -> (B, count, C, H, W).
-
-    Drawn for the whole batch of all processes, of which `part` (rank, world size) has its share.
-    """
-    segments, length = batch.frames.shape[:2]
-    if count >= length:
-        return batch.frames
-    order = torch.rand(batch_size, length, generator=generator("cpu", *seed)).argsort(dim=1)
-    picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
-    return batch.frames[torch.arange(segments)[:, None], picks]
-
-
-def median_frame(sampler: WindowSampler, count: int = 256) -> Tensor:
-    """(C, H, W), the median over frames spread evenly over the data: what is always there."""
-    return sampler.spread(count).context_frame.median(dim=0).values
-
-
 @torch.no_grad()
 def validate(
-    model: FrameTokenizer, batch: Batch, usual: Tensor, device: torch.device, autocast: torch.autocast
+    model: FrameTokenizer, batch: Batch, usual: Tensor, autocast: torch.autocast, picture: Path
 ) -> dict[str, float]:
-    """Held-out PSNR [dB] over all pixels, on moving pixels (and there when copying the context), on unusual pixels."""
+    """Held-out PSNR [dB]; a picture of up to four segments, true frames above decoded ones, the context first."""
     model.eval()
-    decoded_context, decoded = [], []
+    device, outs = next(model.parameters()).device, []
     for i in range(0, len(batch.frames), 16):
         with autocast:
-            out = model(batch.context_frame[i : i + 16].to(device), batch.frames[i : i + 16].to(device))
-        decoded_context.append(out.context_frame.float().clamp(0, 1).cpu())
-        decoded.append(out.frames.float().clamp(0, 1).cpu())
+            outs.append(model(batch.context_frame[i : i + 16].to(device), batch.frames[i : i + 16].to(device))[:2])
     model.train()
-    decoded_context, decoded = torch.cat(decoded_context), torch.cat(decoded)
-    frames, context = batch.frames, batch.context_frame
-    moving, unusual = moving_mask(frames, context[:, None]), moving_mask(context, usual)
-    return {
-        "val_psnr_context": pooled_psnr(decoded_context, context),
-        "val_psnr_context_unusual": pooled_psnr(decoded_context, context, unusual),
-        "val_psnr_future": pooled_psnr(decoded, frames),
-        "val_psnr_moving": pooled_psnr(decoded, frames, moving),
-        "val_psnr_moving_copy": pooled_psnr(context[:, None].expand_as(frames), frames, moving),
-    }
-
-
-@torch.no_grad()
-def draw(model: FrameTokenizer, batch: Batch, device: torch.device, path: Path) -> None:
-    """Picture of up to four held-out segments: true frames above their reconstructions, the context first."""
-    model.eval()
-    context, frames = batch.context_frame.to(device), batch.frames.to(device)
-    out = model(context, frames)
-    model.train()
-    rows, labels = [], []
-    for i in torch.linspace(0, len(frames) - 1, min(4, len(frames))).round().int().tolist():
-        rows += [[context[i], *frames[i]], [out.context_frame[i], *out.frames[i]]]
-        labels += ["true", "decoded"]
+    context, frames = (torch.cat([x.float().clamp(0, 1).cpu() for x in column]) for column in zip(*outs, strict=True))
     if distributed.is_main():
-        save_png(path, grid(rows, labels))
+        picks = torch.linspace(0, len(frames) - 1, min(4, len(frames))).round().int().tolist()
+        pairs = [([batch.context_frame[i], *batch.frames[i]], [context[i], *frames[i]]) for i in picks]
+        save_png(picture, grid([row for pair in pairs for row in pair], ["true", "decoded"] * len(picks)))
+    return reconstruction_psnr(context, frames, batch.context_frame, batch.frames, usual)
+
+
+def train_batch(
+    cfg: Config, sampler: WindowSampler, step: int, part: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Share `part` of a step's batch, augmented: context frames (S, C, H, W) and future frames (S, L, C, H, W)."""
+    batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
+    context = batch.context_frame.to(device)
+    frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
+    if cfg.augment == OFF:
+        return context, frames
+    images, source = torch.cat([context[:, None], frames], dim=1), generator(device, cfg.seed, step, 1)
+    images = augment(images, cfg.augment, crop_area=(cfg.crop_area, 1.0), generator=source, part=part)
+    return images[:, 0], images[:, 1:]
+
+
+def update_discriminator(
+    cfg: Config, discriminator: Discriminator, optimizer: torch.optim.Optimizer, pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """One step on a batch's true and decoded frames, a pair (B, C, H, W) for each micro-batch; the mean metrics."""
+    optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, Tensor] = {}
+    for i, (true, decoded) in enumerate(pairs):
+        distributed.sync_gradients(discriminator, i + 1 == len(pairs))
+        loss, parts = discriminator.loss(true, decoded, cfg.gradient_penalty)
+        (loss / len(pairs)).backward()
+        totals = {k: totals.get(k, 0.0) + v / len(pairs) for k, v in parts.items()}
+    totals["gan_grad_norm"] = torch.tensor(distributed.clip_grad_norm(discriminator.parameters(), cfg.clip))
+    optimizer.step()
+    discriminator.refresh()
+    return totals
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -167,8 +186,13 @@ def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     if cfg.future_frames > cfg.segment:
         raise ValueError(f"future_frames={cfg.future_frames} exceeds segment={cfg.segment}")
-    distributed.local_batch(cfg.batch_size)
-    part = distributed.rank(), distributed.world_size()
+    if cfg.unusual_weight != 1 and cfg.augment != OFF:
+        raise ValueError(
+            f"unusual_weight={cfg.unusual_weight} compares frames with the data's median frame, which augmented frames "
+            "differ from everywhere: give --unusual-weight 1, or turn every --augment flag off"
+        )
+    distributed.local_batch(cfg.batch_size, cfg.accumulate)
+    parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
     episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
@@ -181,85 +205,102 @@ def main(cfg: Config) -> dict[str, float]:
         )
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
+    usual = sampler.median_frame()
 
-    usual = median_frame(sampler)
-
-    state_path = open_run(cfg.out_dir, cfg)
     torch.manual_seed(cfg.seed)
-    model = FrameTokenizer(cfg.model).to(device)
+    model, discriminator = FrameTokenizer(cfg.model).to(device).train(), None
+    if cfg.gan_start is not None:
+        discriminator = Discriminator(cfg.discriminator, cfg.model.channels, size).to(device)
     distance: PerceptualDistance | None = None
     if cfg.perceptual != "none":
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
-    model.train()
-    distributed.shard(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
-    )
-    step, minutes, metrics = 0, 0.0, {}
+    settings = {"perceptual": distance, "usual_frame": usual.to(device) if cfg.unusual_weight != 1 else None}
+    settings |= {name: getattr(cfg, name) for name in LOSS_FIELDS}
+    if cfg.checkpoint_activations:
+        distributed.recompute([m for m in model.modules() if isinstance(m, ResBlock)])
+    networks, peaks = {"tokenizer": distributed.shard(model)}, {"tokenizer": cfg.lr, "discriminator": cfg.gan_lr}
+    if discriminator is not None:
+        networks["discriminator"] = distributed.shard(discriminator, methods=("generator_loss", "loss", "refresh"))
+    options = {"betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
+    optimizers = {k: torch.optim.AdamW(net.parameters(), lr=peaks[k], **options) for k, net in networks.items()}
+
+    state_path = open_run(cfg.out_dir, cfg)
+    step, minutes, metrics, balance = 0, 0.0, {}, 0.0 if cfg.gan_balance == "adaptive" else 1.0
     if state_path is not None:
         state = load_train_state(state_path)
-        distributed.load_full_state_dict(model, state["model"])
-        distributed.load_optimizer_state(optimizer, state["optimizer"])
-        step, minutes, metrics = state["step"], state["minutes"], state["metrics"]
+        for name, network in networks.items():
+            distributed.load_full_state_dict(network, state["networks"][name])
+            distributed.load_optimizer_state(optimizers[name], state["optimizers"][name])
+        step, minutes, metrics, balance = (state[k] for k in ("step", "minutes", "metrics", "balance"))
     resumed_at = step
 
+    def evaluate() -> dict[str, float]:
+        return validate(model, validation, usual, autocast, Path(cfg.out_dir) / "reconstructions.png")
+
     def save() -> None:
-        weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
+        weights = {name: distributed.full_state_dict(network) for name, network in networks.items()}
+        states = {name: distributed.optimizer_state(optimizer) for name, optimizer in optimizers.items()}
         if distributed.is_main():
             names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
             extra = {**names, "metrics": metrics, "steps": step}
-            save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights)
-            state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
+            save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights["tokenizer"])
+            state = {"networks": weights, "optimizers": states, "step": step, "metrics": metrics, "balance": balance}
             save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
 
     log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     while (share := clock.share(step)) < 1:
-        torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
-        batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
-        context = batch.context_frame.to(device)
-        frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
+        adversarial = discriminator is not None and step >= cfg.gan_start
+        totals, pairs, slopes, codes = {}, [], 0.0, []
+        optimizers["tokenizer"].zero_grad(set_to_none=True)
+        for micro in range(cfg.accumulate):
+            part = distributed.rank() * cfg.accumulate + micro, parts
+            torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
+            context, frames = train_batch(cfg, sampler, step, part, device)
+            distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
+            with autocast:
+                out = model(context, frames)
+            # a view: gradients with respect to it end there and do not set off the sharded model's backward
+            out = out._replace(frames=out.frames.view_as(out.frames))
+            loss, terms = reconstruction_loss(out, context, frames, **settings)
+            if adversarial:
+                # (B, C, H, W) each, all frames of all segments
+                true, decoded = (torch.cat([c, f.flatten(0, 1)]) for c, f in ((context, frames), out[:2]))
+                terms["adversarial"] = discriminator.generator_loss(decoded)
+                if cfg.gan_balance == "adaptive":
+                    slopes = slopes + torch.stack([last_layer_gradient(x, out) for x in (loss, terms["adversarial"])])
+                loss = loss + cfg.gan_weight * balance * terms["adversarial"]
+                pairs.append((true, decoded.detach()))
+            (loss / cfg.accumulate).backward()
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
+            codes.append(out.future_tokens)
+        totals = distributed.mean_across_ranks(totals)
+        check_finite(totals["loss"], step, totals)
 
-        with autocast:
-            out = model(context, frames)
-        loss, parts = reconstruction_loss(
-            out,
-            context,
-            frames,
-            perceptual=distance,
-            perceptual_weight=cfg.perceptual_weight,
-            square_weight=cfg.square_weight,
-            moving_weight=cfg.moving_weight,
-            usual_frame=usual.to(device) if cfg.unusual_weight != 1 else None,
-            unusual_weight=cfg.unusual_weight,
-            pyramid=cfg.pyramid,
-            still_weight=cfg.still_weight,
-        )
-        parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
-        check_finite(parts["loss"], step, parts)
-
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parts["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip)
-        optimizer.step()
+        factor = rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peaks[name] * factor
+        totals["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip)
+        optimizers["tokenizer"].step()
+        if adversarial:
+            fooled = update_discriminator(cfg, discriminator, optimizers["discriminator"], pairs)
+            totals |= {**distributed.mean_across_ranks(fooled), "balance": balance}
+            if cfg.gan_balance == "adaptive":
+                balance = adversarial_balance(*distributed.mean_tensor(slopes))
 
         step += 1
         if step % cfg.validate_every == 0:
-            metrics = validate(model, validation, usual, device, autocast)
+            metrics = evaluate()
         if step % cfg.log_every == 0 or step % cfg.validate_every == 0:
-            used = {"codes_used": out.future_tokens.unique().numel(), "lr": optimizer.param_groups[0]["lr"]}
+            used = {"codes_used": torch.cat(codes).unique().numel(), "lr": cfg.lr * factor}
             fresh = metrics if step % cfg.validate_every == 0 else {}
-            log.log(step - 1, {**parts, **used, "minutes": clock.minutes, **fresh})
+            log.log(step - 1, {**totals, **used, "minutes": clock.minutes, **fresh})
         if step % cfg.save_every == 0:
             save()
 
     if state_path is None or step > resumed_at:
-        metrics = validate(model, validation, usual, device, autocast)
+        metrics = metrics if step % cfg.validate_every == 0 else evaluate()
         save()
-    draw(
-        model, validation, device, Path(cfg.out_dir) / "reconstructions.png"
-    )  # on all ranks: its forward is collective
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     log.close()

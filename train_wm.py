@@ -58,6 +58,8 @@ class Config:
     )
     context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
     batch_size: int = opt(16, "segments per step, over all processes (paper)")
+    accumulate: int = opt(1, "micro-batches per step and process")
+    checkpoint_activations: bool = opt(False, "compute activations twice instead of keeping them")
     steps: int = opt(150_000, "optimizer steps (Sec. 4.2: 1.5e5)")
     max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
     lr: float = opt(5e-5, "peak learning rate of AdamW (release)")
@@ -126,9 +128,9 @@ class Tokens(NamedTuple):
 
 
 def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
-    """(B, T + 1) bool: which input frames of this process's segments are stale.
+    """(B, T + 1) bool: which input frames of the segments of share `part` (number, count) are stale.
 
-    The share varies from segment to segment, from none to twice the mean. Drawn for the batch of all processes.
+    The share of stale frames varies from segment to segment, from none to twice the mean. Drawn for the whole batch.
     """
     source = generator("cpu", cfg.seed, step)
     rate = 2 * cfg.stale * torch.rand(cfg.batch_size, 1, generator=source)
@@ -174,16 +176,15 @@ def validate(
 ) -> tuple[dict[str, float], Tensor]:
     """Held-out loss, also with the actions of other segments; greedy rollouts against copying the start frame."""
     model.eval()
-    tokens, size = tokenize(model, batch, device, autocast), 32
     sums: dict[str, float] = {}
-    for i in range(0, len(tokens.actions), size):
-        context, future, actions = (x[i : i + size] for x in tokens)
+    for i in range(0, len(batch.actions), 32):
+        context, future, actions = tokenize(model, Batch(*(x[i : i + 32] for x in batch)), device, autocast)
         for name, given in (("val_", actions), ("val_shuffled_", actions.roll(1, dims=0))):
             with autocast:
                 loss, parts = model.token_loss(context, future, given)
             found = {"loss": loss} if name == "val_shuffled_" else {"loss": loss, **parts}
             for key, value in found.items():
-                sums[name + key] = sums.get(name + key, 0.0) + float(value) * len(actions) / len(tokens.actions)
+                sums[name + key] = sums.get(name + key, 0.0) + float(value) * len(actions) / len(batch.actions)
     frames, start = rollouts.frames.to(device), rollouts.context_frame.to(device)
     with autocast:
         imagined = model.rollout(start, rollouts.actions[:, None].to(device), greedy=True, first_frame=frames[:, 0])
@@ -199,8 +200,8 @@ def validate(
 def main(cfg: Config) -> dict[str, float]:
     """Train; returns the last validation's metrics."""
     device = distributed.setup()
-    distributed.local_batch(cfg.batch_size)
-    part = distributed.rank(), distributed.world_size()
+    distributed.local_batch(cfg.batch_size, cfg.accumulate)
+    parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     if cfg.cache_tokens and cfg.context_lookback:
         raise ValueError(
@@ -227,6 +228,8 @@ def main(cfg: Config) -> dict[str, float]:
     actions = torch.cat([torch.from_numpy(e.actions) for e in train])
     model.action_bins.set_range(actions.amin(0), actions.amax(0))
     model.train()
+    if cfg.checkpoint_activations:
+        distributed.recompute(model.decoder.layers)
     distributed.shard(model, model.decoder.layers, ("tokenize", "token_loss", "rollout"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
@@ -251,22 +254,28 @@ def main(cfg: Config) -> dict[str, float]:
 
     log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     while (share := clock.share(step)) < 1:
-        batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
-        if cached is None:
-            tokens = tokenize(model, batch, device, autocast)
-        else:
-            rows = [row_of[tuple(start)] for start in batch.index.tolist()]
-            tokens = Tokens(*(x[rows] for x in cached))
-        with autocast:
-            loss, parts = model.token_loss(*tokens, stale_frames(cfg, step, part).to(device))
-        parts = distributed.mean_across_ranks({"loss": loss.detach(), **parts})
-        check_finite(parts["loss"], step, parts)
+        optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for micro in range(cfg.accumulate):
+            part = distributed.rank() * cfg.accumulate + micro, parts
+            batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
+            if cached is None:
+                tokens = tokenize(model, batch, device, autocast)
+            else:
+                rows = [row_of[tuple(start)] for start in batch.index.tolist()]
+                tokens = Tokens(*(x[rows] for x in cached))
+            distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
+            with autocast:
+                loss, terms = model.token_loss(*tokens, stale_frames(cfg, step, part).to(device))
+            (loss / cfg.accumulate).backward()
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
+        totals = distributed.mean_across_ranks(totals)
+        check_finite(totals["loss"], step, totals)
 
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parts["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
+        totals["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
         optimizer.step()
 
         step += 1
@@ -275,7 +284,7 @@ def main(cfg: Config) -> dict[str, float]:
             metrics, _ = validate(model, validation, rollouts, device, autocast)
         if step % cfg.log_every == 0 or validates:
             fresh = metrics if validates else {}
-            log.log(step - 1, {**parts, "lr": optimizer.param_groups[0]["lr"], "minutes": clock.minutes, **fresh})
+            log.log(step - 1, {**totals, "lr": optimizer.param_groups[0]["lr"], "minutes": clock.minutes, **fresh})
         if step % cfg.save_every == 0:
             save()
 

@@ -53,10 +53,11 @@ def test_missing_file(tmp_path):
         checkpoint.load_model(tmp_path, Net, NetConfig)
 
 
-def test_truncated_file(tmp_path):
+@pytest.mark.parametrize("length", [0, 5, 60, -3])  # nothing, half a length, half a header, half a tensor
+def test_truncated_file(tmp_path, length):
     path = tmp_path / "m.safetensors"
     checkpoint.save_model(path, Net(NetConfig()), NetConfig())
-    path.write_bytes(path.read_bytes()[:-3])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match="not a readable safetensors file.*truncated"):
         checkpoint.load_model(path, Net, NetConfig)
 

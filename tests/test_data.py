@@ -7,6 +7,7 @@ import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
+from vlarft.data.windows import pick_frames
 
 
 def arrays(steps, seed=0):
@@ -186,6 +187,8 @@ def test_context_frame_comes_from_before_the_segment():
     back = batch.index[:, 1] - (batch.context_frame[:, 0, 0, 0] * 255).round().long()
     inside = batch.index[:, 1] >= 15
     assert back[inside].min() == 1 and back[inside].max() == 15
+    halves = [sampler.batch(200, 1, part=(r, 2)).context_frame for r in range(2)]
+    assert torch.equal(torch.cat(halves), batch.context_frame)  # the same for any number of processes
     plain = WindowSampler([episode("a", 60)], num_frames=9).batch(20, 1)
     assert torch.equal(plain.context_frame, plain.frames[:, 0])
 
@@ -196,9 +199,27 @@ def test_spread_covers_the_episodes():
     assert len(sampler.spread(10**6).index) == len(sampler)
 
 
+def test_frames_are_picked_in_order_and_by_seed(demos):
+    sampler = WindowSampler(load_episodes(demos), 9, 9)
+    batch = sampler.batch(3, 0)
+    batch = batch._replace(frames=torch.arange(27.0).reshape(3, 9, 1, 1, 1))
+    picked = pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1)
+    assert picked.shape == (3, 4) and (picked.diff(dim=1) > 0).all()
+    assert ((picked >= 9 * torch.arange(3)[:, None]) & (picked < 9 * torch.arange(1, 4)[:, None])).all()
+    assert torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1))
+    assert not torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 3).flatten(1))
+    last = batch._replace(frames=batch.frames[2:])
+    assert torch.equal(pick_frames(last, 4, 3, (2, 3), 1, 2).flatten(1), picked[2:])
+    assert pick_frames(batch, 9, 3, (0, 1), 0) is batch.frames
+    usual = sampler.median_frame()
+    assert usual.shape == (3, 64, 64) and (usual[:, 0, 0] - 120 / 255).abs().max() < 1e-6
+
+
 def test_window_errors():
     with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5"):
         WindowSampler([episode("a", 5)], num_frames=9)
+    with pytest.raises(ValueError, match="no episodes to draw windows from: this split is empty"):
+        WindowSampler([])
     big = Episode("b", "t", np.zeros((20, 8, 8, 3), np.uint8), *[np.zeros((20, n), np.float32) for n in (8, 7, 7)])
     with pytest.raises(ValueError, match=r"differ in image size: \[\(4, 4\), \(8, 8\)\]"):
         WindowSampler([episode("a", 20), big])

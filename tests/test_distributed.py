@@ -62,20 +62,27 @@ def tokenizer(demos, tmp_path_factory):
 
 
 def test_tokenizer(demos, tmp_path):
+    """Also with a GAN and augmentation, and the two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
-    flags += ["--future-frames", 9]  # all frames: which ones a smaller number picks depends on the rank
-    for n in (1, 2):
-        launch(n, "train_tokenizer.py", *flags, "--out-dir", tmp_path / str(n))
+    flags += ["--gan-start", 1, "--augment.hue", 0.05, "--augment.crop", "--unusual-weight", 1, "--context-lookback", 5]
+    launch(1, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "1")
+    launch(2, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
-    losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    logs = [log_of(tmp_path / str(n)) for n in (1, 2)]
+    for name in ("loss", "adversarial", "hinge", "gradient_penalty", "balance"):
+        one, two = ([row[name] for row in log if name in row] for log in logs)
+        assert len(one) == (4 if name == "loss" else 3) and one == pytest.approx(two, rel=1e-3), name
+    discriminators = [torch.load(tmp_path / n / "train_state.pt")["networks"]["discriminator"] for n in ("1", "2")]
+    for key, one in discriminators[0].items():
+        assert (one - discriminators[1][key]).abs().mean() < 5e-5, key
 
 
 def test_world_model(demos, tokenizer, tmp_path):
+    """The two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-every", 1]
-    flags += ["--validation-fraction", 0.2]
-    for n in (1, 2):
-        launch(n, "train_wm.py", *flags, "--out-dir", tmp_path / str(n))
+    flags += ["--validation-fraction", 0.2, "--context-lookback", 5]
+    launch(1, "train_wm.py", *flags, "--out-dir", tmp_path / "1")
+    launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
     losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -108,8 +115,37 @@ def test_one_process_is_plain():
 
 def test_batch_that_does_not_divide(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes"):
+    assert distributed.local_batch(24) == 6 and distributed.local_batch(24, 3) == 2
+    with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes; choose a multiple"):
         distributed.local_batch(6)
+    for accumulate in (5, 0):
+        with pytest.raises(ValueError, match=f"batch size 24 does not divide by 4 processes x {accumulate} micro"):
+            distributed.local_batch(24, accumulate)
+
+
+def test_recompute_gives_the_same_gradients_from_fewer_activations():
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Tanh()) for _ in range(3)]
+    net = torch.nn.Sequential(*blocks)
+    names = list(net.state_dict())
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(1)
+        saved: list[torch.Tensor] = []
+        net.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            loss = net(torch.ones(4, 8)).square().sum()
+        kept = len(saved)
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters()], kept
+
+    plain, kept = step()
+    distributed.recompute(blocks)
+    again, less = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again)) and less < kept
+    assert list(net.state_dict()) == names
+    with torch.no_grad():
+        assert not net(torch.ones(1, 8)).requires_grad
 
 
 def test_clip_grad_norm_by_hand():

@@ -8,22 +8,35 @@ import pytest
 import torch
 
 import train_tokenizer
-from train_tokenizer import PRESETS, Config, main, median_frame, pick_frames
-from vlarft.checkpoint import read_header
+from train_tokenizer import PRESETS, Config, main, train_batch
+from vlarft.checkpoint import load_train_state, read_header
 from vlarft.config import parse
+from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.tokenizer import FrameTokenizer
 
 SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_every=1, validation_fraction=0.2)
+AUGMENT = Augmentation(brightness=0.1, contrast=0.1, saturation=0.1)
+GAN = replace(SMOKE, gan_start=2, augment=AUGMENT, unusual_weight=1.0, context_lookback=5)
 
 
-def run(demos, out_dir, **changes) -> dict:
-    return main(replace(SMOKE, demos=str(demos), out_dir=str(out_dir), **changes))
+def run(demos, out_dir, base=SMOKE, **changes) -> dict:
+    return main(replace(base, demos=str(demos), out_dir=str(out_dir), **changes))
+
+
+def log_of(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out_dir) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in log_of(out_dir)]
+
+
+def networks(out_dir) -> dict[str, torch.Tensor]:
+    """Weights of tokenizer and discriminator."""
+    state = load_train_state(out_dir / "train_state.pt")["networks"]
+    return {f"{name}.{k}": v for name, network in state.items() for k, v in network.items()}
 
 
 def test_a_run_trains_and_writes_its_files(demos, tmp_path):
@@ -42,7 +55,8 @@ def test_a_run_trains_and_writes_its_files(demos, tmp_path):
 
 
 def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
-    run(demos, tmp_path / "whole")
+    cfg = replace(GAN, precision="bf16")
+    run(demos, tmp_path / "whole", cfg)
     check, seen = train_tokenizer.check_finite, []
 
     def interrupt(loss, step, metrics):
@@ -53,17 +67,85 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_tokenizer, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(demos, tmp_path / "parts")
+        run(demos, tmp_path / "parts", cfg)
     assert seen == [0, 1, 2, 3, 4, 5]
     monkeypatch.setattr(train_tokenizer, "check_finite", check)
-    run(demos, tmp_path / "parts")
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
-    whole, parts = (FrameTokenizer.load(file).state_dict() for file in files)
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    run(demos, tmp_path / "parts", cfg)
+    timeless = [
+        [{k: v for k, v in r.items() if k != "minutes"} for r in log_of(tmp_path / n)] for n in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1] and "hinge" in timeless[0][2] and "hinge" not in timeless[0][1]
+    whole, parts = networks(tmp_path / "whole"), networks(tmp_path / "parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole) and "discriminator.convs.0.left" in whole
+    states = [load_train_state(tmp_path / n / "train_state.pt") for n in ("whole", "parts")]
+    assert states[0]["balance"] == states[1]["balance"] > 0
     before = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    run(demos, tmp_path / "whole")  # a finished run is left as it is
+    run(demos, tmp_path / "whole", cfg)  # a finished run is left as it is
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 4}, {"checkpoint_activations": True}], ids=["accumulated", "recomputed"]
+)
+def test_how_a_step_is_computed_does_not_change_it(demos, tmp_path, changes):
+    steps = {"steps": 4, "save_every": 4, "validate_every": 4}
+    run(demos, tmp_path / "one", GAN, **steps)
+    run(demos, tmp_path / "two", GAN, **steps, **changes)
+    logs = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for name in ("loss", "grad_norm", "gan_grad_norm", "balance"):
+        one, two = ([row[name] for row in log if name in row] for log in logs)
+        assert one == pytest.approx(two, rel=1e-3) and len(one) >= 2, name
+    one, two = networks(tmp_path / "one"), networks(tmp_path / "two")
+    for key in one:  # a gradient near zero may change sign by rounding alone, which Adam makes a full step of
+        assert (one[key] - two[key]).abs().mean() < 5e-5, key
+
+
+def test_adversarial_term_steps_both_networks(demos, tmp_path):
+    logs = {}
+    for name, weight in (("with", 0.1), ("without", 0.0)):
+        changes = {"steps": 5, "gan_start": 1, "gan_weight": weight, "save_every": 5, "validate_every": 5}
+        run(demos, tmp_path / name, GAN, **changes)
+        logs[name] = log_of(tmp_path / name)
+    rows = logs["with"]
+    assert "balance" not in rows[0] and rows[1]["balance"] == 0 < rows[2]["balance"]  # known one step later
+    for row in rows[1:]:
+        pixels = row["context_error"] + row["future_error"] + SMOKE.still_weight * row["still_code"]
+        assert row["loss"] == pytest.approx(pixels + 0.1 * row["balance"] * row["adversarial"], rel=1e-5)
+        # before and after the tokenizer's step the discriminator sees the same decoded frames
+        assert row["logit_decoded"] == pytest.approx(-row["adversarial"], abs=1e-5)
+    assert rows[2]["hinge"] != rows[1]["hinge"] and losses(tmp_path / "with")[:2] == losses(tmp_path / "without")[:2]
+    one, two = networks(tmp_path / "with"), networks(tmp_path / "without")
+    assert not torch.equal(one["tokenizer.cond_decoder.conv_out.weight"], two["tokenizer.cond_decoder.conv_out.weight"])
+    fixed = {"gan_balance": "fixed", "steps": 3, "gan_start": 1, "validate_every": 3}
+    run(demos, tmp_path / "fixed", GAN, **fixed)
+    assert [row["balance"] for row in log_of(tmp_path / "fixed")[1:]] == [1, 1]
+
+
+def test_a_segment_is_augmented_as_one(demos):
+    sampler = WindowSampler(load_episodes(demos), 9, 9)
+    cfg = replace(GAN, batch_size=4, future_frames=9, context_lookback=0)
+    context, frames = train_batch(cfg, sampler, 3, (0, 1), torch.device("cpu"))
+    plain = train_batch(replace(cfg, augment=OFF), sampler, 3, (0, 1), torch.device("cpu"))
+    assert torch.equal(plain[0], plain[1][:, 0])  # the context frame is the segment's first, and stays it
+    torch.testing.assert_close(context, frames[:, 0])
+    corner = frames[:, :, :, 0, 0]  # background, (B, L, C)
+    assert (corner - corner[:, :1]).abs().max() < 0.01 and corner[:, 0].std(dim=0).min() > 0.01
+    halves = [train_batch(cfg, sampler, 3, (i, 2), torch.device("cpu")) for i in range(2)]
+    for whole, column in zip((context, frames), zip(*halves)):
+        assert torch.equal(torch.cat(column), whole)
+    assert not torch.equal(train_batch(cfg, sampler, 4, (0, 1), torch.device("cpu"))[0], context)
+    assert PRESETS["paper"].gan_start == 10_000 and PRESETS["paper"].augment == AUGMENT
+    assert all(PRESETS[name].gan_start is None and PRESETS[name].augment == OFF for name in ("tiny", "smoke"))
+
+
+def test_crops_keep_a_share_of_the_area():
+    ramp = torch.linspace(0, 1, 64).expand(400, 1, 3, 64, 64)  # the slope along a row is the zoom
+    crop = replace(OFF, crop=True)
+    out = augment(ramp, crop, crop_area=(0.5, 1.0), generator=torch.Generator().manual_seed(0))
+    area = ((out[:, 0, 0, 32, 40] - out[:, 0, 0, 32, 20]) / (ramp[0, 0, 0, 32, 40] - ramp[0, 0, 0, 32, 20])).square()
+    assert 0.499 < area.min() < 0.52 and 0.98 < area.max() < 1.001 and abs(area.mean() - 0.75) < 0.02
+    white = augment(torch.ones_like(ramp), crop, crop_area=0.5, generator=torch.Generator().manual_seed(0))
+    assert white.min() > 0.999  # nothing from beyond the border
 
 
 def test_perceptual_term_is_added(demos, tmp_path):
@@ -79,27 +161,18 @@ def test_the_clock_ends_a_run(demos, tmp_path):
     assert 1 <= len(losses(tmp_path)) < 1000 and (tmp_path / "model.safetensors").is_file()
 
 
-def test_frames_are_picked_in_order_and_by_seed(demos):
-    sampler = WindowSampler(load_episodes(demos), 9, 9)
-    batch = sampler.batch(3, 0)
-    batch = batch._replace(frames=torch.arange(27.0).reshape(3, 9, 1, 1, 1))
-    picked = pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1)
-    assert picked.shape == (3, 4) and (picked.diff(dim=1) > 0).all()
-    assert ((picked >= 9 * torch.arange(3)[:, None]) & (picked < 9 * torch.arange(1, 4)[:, None])).all()
-    assert torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 2).flatten(1))
-    assert not torch.equal(picked, pick_frames(batch, 4, 3, (0, 1), 1, 3).flatten(1))
-    last = batch._replace(frames=batch.frames[2:])
-    assert torch.equal(pick_frames(last, 4, 3, (2, 3), 1, 2).flatten(1), picked[2:])
-    assert pick_frames(batch, 9, 3, (0, 1), 0) is batch.frames
-    usual = median_frame(sampler)
-    assert usual.shape == (3, 64, 64) and (usual[:, 0, 0] - 120 / 255).abs().max() < 1e-6
-
-
 def test_errors(demos, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"images of 64x64, the tokenizer is for 32x32: give --model.image-size 64 64"):
         run(demos, tmp_path / "a", model=replace(SMOKE.model, image_size=(32, 32)))
     with pytest.raises(ValueError, match="future_frames=10 exceeds segment=9"):
         run(demos, tmp_path / "b", future_frames=10)
+    with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
+        run(demos, tmp_path / "b", accumulate=3)
+    with pytest.raises(ValueError, match=r"unusual_weight=6.0 compares .* give --unusual-weight 1"):
+        run(demos, tmp_path / "b", augment=AUGMENT)
+    with pytest.raises(ValueError, match="images of 64x64 are too small for a discriminator of 6 convolutions"):
+        run(demos, tmp_path / "b", gan_start=0, discriminator=PRESETS["paper"].discriminator)
+    assert not (tmp_path / "b").exists()
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         run(tmp_path / "nowhere", tmp_path / "c")
     run(demos, tmp_path / "d", steps=1)

@@ -10,8 +10,9 @@ import torch
 import train_tokenizer
 import train_wm
 from train_wm import PRESETS, load_tokenizer, main
-from vlarft.checkpoint import read_header
+from vlarft.checkpoint import load_model, read_header, save_model
 from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +22,16 @@ SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_e
 
 @pytest.fixture(scope="module")
 def tokenizer(demos, tmp_path_factory) -> Path:
-    """Run folder of a tokenizer that has seen a few steps."""
+    """Run folder of a tokenizer that has seen a few steps, its codes spread: they would all be the middle one."""
     out_dir = tmp_path_factory.mktemp("tokenizer")
     cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=str(demos), out_dir=str(out_dir), **SPLIT)
     train_tokenizer.main(cfg)
+    path = out_dir / "model.safetensors"
+    model, extra = load_model(path, FrameTokenizer, TokenizerConfig)
+    with torch.no_grad():
+        model.quant_linear.weight.mul_(30)
+        model.quant_conv.weight.mul_(30)
+    save_model(path, model, model.cfg, extra)
     return out_dir
 
 
@@ -32,8 +39,8 @@ def run(demos, tokenizer, out_dir, **changes) -> dict:
     return main(replace(SMOKE, demos=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
 
 
-def losses(out_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out_dir / "log.jsonl").read_text().splitlines()]
+def losses(out_dir: Path, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
@@ -47,7 +54,7 @@ def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
     model = WorldModel.load(tmp_path / "model.safetensors")
     actions = torch.cat([torch.from_numpy(e.actions) for e in train])
     assert torch.equal(model.action_bins.low, actions.amin(0)) and torch.equal(model.action_bins.high, actions.amax(0))
-    frozen = train_tokenizer.FrameTokenizer.load(tokenizer / "model.safetensors").state_dict()
+    frozen = FrameTokenizer.load(tokenizer / "model.safetensors").state_dict()
     assert all(torch.equal(v, frozen[k]) for k, v in model.tokenizer.state_dict().items())
     assert (tmp_path / "rollouts.png").stat().st_size > 1000
 
@@ -77,6 +84,20 @@ def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 4}, {"checkpoint_activations": True}], ids=["accumulated", "recomputed"]
+)
+def test_how_a_step_is_computed_does_not_change_it(demos, tokenizer, tmp_path, changes):
+    common = {"steps": 3, "save_every": 3, "validate_every": 3, "context_lookback": 5}
+    run(demos, tokenizer, tmp_path / "one", **common)
+    run(demos, tokenizer, tmp_path / "two", **common, **changes)
+    for name in ("loss", "grad_norm"):
+        assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-5), name
+    one, two = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("one", "two"))
+    for key in one:  # a gradient near zero may change sign by rounding alone, which Adam makes a full step of
+        assert (one[key] - two[key]).abs().mean() < 2e-5, key
+
+
 def test_stale_frames_by_share_and_process():
     cfg = replace(SMOKE, stale=0.3, batch_size=4000)
     whole = train_wm.stale_frames(cfg, 5, (0, 1))
@@ -88,6 +109,8 @@ def test_stale_frames_by_share_and_process():
 
 
 def test_errors(demos, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
+        run(demos, tokenizer, tmp_path / "a", accumulate=3)
     with pytest.raises(ValueError, match="cache_tokens needs context_lookback 0, got 15"):
         run(demos, tokenizer, tmp_path / "a", cache_tokens=True, context_lookback=15)
     with pytest.raises(ValueError, match=r"was trained on 1 of the 1 held-out episodes.*--seed"):

@@ -1,5 +1,6 @@
 """World model: layout, loss, cached rollouts against full forwards, groups, sampling, closed loop, errors."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +110,9 @@ def test_loss_is_the_mean_cross_entropy_of_future_frames():
     assert_close(loss, torch.stack(terms).mean())
     right = full_logits(model, context, future, actions).argmax(-1)  # over future codes; the metric is over all ids
     assert metrics["accuracy"] <= (right == future[:, 1:]).float().mean() + 1e-6
-    assert metrics["outside"] == 0 and model.loss(frames, actions + 9)[1]["outside"] == 1
+    assert metrics["outside"] == 0
+    with pytest.warns(UserWarning, match="12 of 12 action values"):
+        assert model.loss(frames, actions + 9)[1]["outside"] == 1
 
 
 def test_loss_on_actions_adds_their_tokens():
@@ -326,6 +329,26 @@ def test_save_and_load(tmp_path):
     start, actions = torch.rand(1, 3, 16, 16), torch.rand(1, 2, 3, 2)
     a, b = (m.rollout(start, actions, greedy=True) for m in (model, again))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.frames, b.frames)
+
+
+def test_actions_outside_the_ranges_are_clipped_with_one_warning():
+    model, start = make(), torch.rand(1, 3, 16, 16)
+    actions = torch.tensor([[[[0.5, -3.0], [0.0, 0.0], [2.0, 0.0]]]])  # ranges of -1 to 1
+    with pytest.warns(UserWarning, match=r"2 of 6 action values \(33.3%, in dimensions \[0, 1\]\).*raw environment"):
+        rollout = model.rollout(start, actions, greedy=True)
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(model.rollout(start, actions.clamp(-1, 1), greedy=True).tokens, rollout.tokens)
+        model.rollout(start, actions, greedy=True)
+    model = make()
+    model.reset(start)
+    with pytest.warns(UserWarning, match="1 of 2 action values"):
+        model.step(actions[:, 0, 0])
+
+
+def test_checkpoint_of_another_vocabulary_is_refused_by_name(tmp_path):
+    save_model(tmp_path / "model.safetensors", make(replace(SMALL, action_bins=16)), SMALL)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(42, 32\), expected \(34, 32\)"):
+        WorldModel.load(tmp_path / "model.safetensors")
 
 
 def test_errors():

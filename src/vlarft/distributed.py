@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def setup() -> torch.device:
@@ -48,15 +49,38 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_batch(global_batch: int) -> int:
-    """This process's share of a global batch size.
+def local_batch(global_batch: int, accumulate: int = 1) -> int:
+    """Rows of one of this process's `accumulate` micro-batches.
 
     Raises:
-        ValueError: the global batch does not divide by the number of processes.
+        ValueError: the global batch does not divide by the number of processes times that of micro-batches.
     """
-    if global_batch % world_size():
-        raise ValueError(f"batch size {global_batch} does not divide by {world_size()} processes; choose a multiple")
-    return global_batch // world_size()
+    if accumulate < 1 or global_batch % (world_size() * accumulate):
+        parts = f"{world_size()} processes" + (f" x {accumulate} micro-batches" if accumulate != 1 else "")
+        raise ValueError(f"batch size {global_batch} does not divide by {parts}; choose a multiple")
+    return global_batch // (world_size() * accumulate)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Forget the activations inside each block after its forward and compute them again in its backward.
+
+    Memory falls to one block's activations and the inputs of all, for a third more computation; the gradients are the
+    same. Call it before `shard`: the parameters are then gathered once for both, recomputation and backward.
+
+    Args:
+        blocks: changed in place, none inside another; their names and state dicts stay.
+    """
+
+    def wrap(forward: Any) -> Any:
+        def recomputed(*inputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*inputs)
+            return checkpoint(forward, *inputs, use_reentrant=False)
+
+        return recomputed
+
+    for block in blocks:
+        block.forward = wrap(block.forward)
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module] = (), methods: Iterable[str] = ()) -> nn.Module:
@@ -89,6 +113,12 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module] = (), methods: Iterable
     return module
 
 
+def sync_gradients(module: nn.Module, sync: bool) -> None:
+    """Whether the coming backwards average gradients over processes: off for all but the last micro-batch of a step."""
+    if hasattr(module, "set_requires_gradient_sync"):  # of a sharded module
+        module.set_requires_gradient_sync(sync)
+
+
 def full_tensor(value: Any) -> Any:
     """A sharded tensor gathered to a plain CPU tensor (a collective call); anything else unchanged."""
     if hasattr(value, "full_tensor"):
@@ -110,6 +140,15 @@ def mean_across_ranks(metrics: Mapping[str, float | Tensor]) -> dict[str, float]
         dist.all_reduce(values)
         values = values.cpu() / world_size()
     return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def mean_tensor(value: Tensor) -> Tensor:
+    """Average of a tensor over processes; a collective call."""
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / world_size()
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

@@ -62,7 +62,7 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    image_module.fromarray(picture).save(tmp, format="PNG", optimize=True)
+    image_module.fromarray(picture).save(tmp, format="PNG", compress_level=3)  # a tenth larger, in a tenth of the time
     os.replace(tmp, path)
 
 

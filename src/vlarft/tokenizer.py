@@ -16,7 +16,7 @@ Nc = h * w context tokens, Nf tokens of one future frame, d = len(levels) scalar
 """
 
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -162,6 +162,7 @@ class Reconstruction(NamedTuple):
     """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
 
     future_codes: (S, L, Nf, d), what the future's quantiser rounds, in [-1, 1].
+    last_features: (S * L, D, H / stem, W / stem), what the last convolution of cond_decoder sees.
     """
 
     context_frame: Tensor
@@ -169,6 +170,7 @@ class Reconstruction(NamedTuple):
     context_tokens: Tensor
     future_tokens: Tensor
     future_codes: Tensor
+    last_features: Tensor
 
 
 class FrameTokenizer(nn.Module):
@@ -255,10 +257,10 @@ class FrameTokenizer(nn.Module):
             part = slice(i, i + starts)
             pairs = [(key[part], value[part]) for key, value in context.decoder_kv]
             codes = self.future_fsq.decode(tokens[part]).flatten(0, -3)  # (S * [G *] L, Nf, d)
-            parts.append(self._decode_future(codes, pairs).float().clamp(0, 1))
+            parts.append(self._decode_future(codes, pairs)[0].float().clamp(0, 1))
         return torch.cat(parts).unflatten(0, tokens.shape[:-1])
 
-    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
         patches = self.post_quant_linear(codes)  # (S * L, Nf, p * p * D)
         latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)
@@ -266,7 +268,7 @@ class FrameTokenizer(nn.Module):
 
     def decode_context(self, context: Context) -> Tensor:
         """The context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
-        return self.decoder.image(context.features).float().clamp(0, 1)
+        return self.decoder.image(context.features)[0].float().clamp(0, 1)
 
     def forward(self, context_frame: Tensor, frames: Tensor) -> Reconstruction:
         """Encode, quantise and decode, for training.
@@ -278,10 +280,11 @@ class FrameTokenizer(nn.Module):
         context = self.encode_context(context_frame)
         scalars = self._future_scalars(frames, context)
         codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
-        decoded = self._decode_future(codes, context.decoder_kv).unflatten(0, frames.shape[:2])
+        decoded, last_features = self._decode_future(codes, context.decoder_kv)
         soft = torch.tanh(scalars.float())
-        tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (tokens, soft))
-        return Reconstruction(self.decoder.image(context.features), decoded, context.tokens, tokens, soft)
+        decoded, tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (decoded, tokens, soft))
+        decoded_context = self.decoder.image(context.features)[0]
+        return Reconstruction(decoded_context, decoded, context.tokens, tokens, soft, last_features)
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)
@@ -291,8 +294,15 @@ class FrameTokenizer(nn.Module):
                 f"expected frames {lead} with (C, H, W) = {want}, got shape {tuple(frames.shape)}; "
                 "the image size is the tokenizer's: resize the frames or train a tokenizer for this size"
             )
-        if not frames.is_floating_point():
-            raise ValueError(f"expected float frames in [0, 1], got {frames.dtype}; divide uint8 images by 255")
+        if not torch.is_tensor(frames) or not frames.is_floating_point():
+            got = f"{type(frames).__name__} of {frames.dtype}"
+            raise ValueError(f"expected a float tensor in [0, 1], got {got}; divide uint8 images by 255")
+        low, high = torch.stack(frames.detach().aminmax()).tolist()  # one pass, one copy from the GPU
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # nan too; a resize may overshoot by rounding
+            raise ValueError(
+                f"expected frames in [0, 1], got values from {low:.3g} to {high:.3g}; divide images of 0..255 by 255, "
+                "map images of -1..1 by (x + 1) / 2"
+            )
 
 
 class ResBlock(nn.Module):
@@ -506,14 +516,15 @@ class FrameDecoder(nn.Module):
         """Latent (B, D, h, w) -> features (B, D', h, w)."""
         return self.mid_block(self.conv_in(latent.contiguous(memory_format=torch.channels_last)))
 
-    def image(self, x: Tensor) -> Tensor:
-        """Features (B, D', h, w) -> image (B, C, H, W), not clipped."""
+    def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D', h, w) -> image (B, C, H, W), not clipped, and what the last convolution made it from."""
         for stage in self.up_blocks:
             x = stage(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.conv_norm_out(x))), self.stem)
+        last = F.silu(self.conv_norm_out(x))
+        return F.pixel_shuffle(self.conv_out(last), self.stem), last
 
-    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Latent (B, D, h, w) -> image (B, C, H, W), looking at the context after the middle."""
+    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Latent (B, D, h, w) -> `image`, looking at the context after the middle."""
         x = self.middle(latent)
         for block, pair in zip(self.cross_att_blocks, keys_values, strict=True):
             x = block(x, pair)
@@ -532,7 +543,7 @@ class ActionBins(nn.Module):
 
     def __init__(self, action_dim: int, num_bins: int) -> None:
         super().__init__()
-        self.num_bins = num_bins
+        self.num_bins, self.warned = num_bins, False
         self.register_buffer("low", torch.full((action_dim,), -1.0))
         self.register_buffer("high", torch.ones(action_dim))
 
@@ -559,92 +570,19 @@ class ActionBins(nn.Module):
         return self.low + (bins + 0.5) / self.num_bins * (self.high - self.low)
 
     def outside(self, actions: Tensor) -> Tensor:
-        """Share of action values outside the ranges by more than rounding, a scalar."""
+        """Share of action values outside the ranges by more than rounding, a scalar; the first time, with a warning."""
         slack = 1e-4 * (self.high - self.low)
-        return ((actions < self.low - slack) | (actions > self.high + slack)).float().mean()
-
-
-def reconstruction_loss(
-    reconstruction: Reconstruction,
-    context_frame: Tensor,
-    frames: Tensor,
-    *,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    perceptual_weight: float = 1.0,
-    square_weight: float = 0.0,
-    moving_weight: float = 1.0,
-    usual_frame: Tensor | None = None,
-    unusual_weight: float = 1.0,
-    threshold: float = 0.04,
-    pyramid: int = 1,
-    still_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
-
-    Weights multiply a pixel's term and are not divided out again, so that a batch may be split over processes.
-
-    The arguments from `square_weight` on are for short trainings: plain L1 seeks the median, and the median of a small
-    object that may be anywhere is the background.
-
-    Args:
-        reconstruction: of `forward`.
-        context_frame: (S, C, H, W) in [0, 1].
-        frames: (S, L, C, H, W) in [0, 1].
-        perceptual: distance of `metrics.perceptual`, or None.
-        perceptual_weight: its weight beside L1.
-        square_weight: weight of the squared error beside L1.
-        moving_weight: weight of the future pixels that differ from the context frame; those at rest have 1.
-        usual_frame: (C, H, W), what the data set shows mostly, or None.
-        unusual_weight: weight of the pixels that differ from it, in context and future frames.
-        threshold: pixels differ when a channel differs by more than this.
-        pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
-        still_weight: weight of the squared codes of patches without a moving pixel. It makes the middle code mean "as
-            in the context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
-
-    Returns:
-        The scalar loss, and its parts.
-    """
-    decoded_context, decoded = reconstruction.context_frame.float(), reconstruction.frames.float()
-    context_weight, weight = torch.ones_like(context_frame[:, :1]), torch.ones_like(frames[:, :, :1])
-    if usual_frame is not None:
-        context_weight = 1 + (unusual_weight - 1) * _differs(context_frame, usual_frame, threshold)  # (S, 1, H, W)
-        weight = 1 + (unusual_weight - 1) * _differs(frames, usual_frame, threshold)  # (S, L, 1, H, W)
-    moving = _differs(frames, context_frame[:, None], threshold)  # (S, L, 1, H, W)
-    weight = torch.maximum(weight, 1 + (moving_weight - 1) * moving)
-    context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
-    flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
-    future_error = _weighted_error(*flat, square_weight, pyramid)
-    loss = context_error + future_error
-    metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
-    if still_weight > 0:
-        codes = reconstruction.future_codes
-        side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
-        still = 1 - F.max_pool2d(moving.flatten(0, 1), side).flatten(1)  # (S * L, Nf)
-        still_code = (codes.flatten(0, 1).square().mean(dim=-1) * still).mean()
-        loss = loss + still_weight * still_code
-        metrics["still_code"] = still_code.detach()
-    if perceptual is not None and perceptual_weight > 0:
-        distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
-        loss = loss + perceptual_weight * distance
-        metrics["perceptual"] = distance.detach()
-    return loss, metrics
-
-
-def _differs(frames: Tensor, reference: Tensor, threshold: float) -> Tensor:
-    """1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
-    return ((frames - reference).abs().amax(dim=-3, keepdim=True) > threshold).float()
-
-
-def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, square_weight: float, scales: int) -> Tensor:
-    """Mean of weight * (|e| + square_weight * e^2) of (B, C, H, W), averaged over scales of average-pooled images."""
-    total = decoded.new_zeros(())
-    for scale in range(scales):
-        if scale:
-            decoded, target, weight = (F.avg_pool2d(x, 2) for x in (decoded, target, weight))
-        error = decoded - target
-        error = error.abs() if square_weight == 0 else error.abs() + square_weight * error.square()
-        total = total + (error * weight).mean()
-    return total / scales
+        beyond = ~((actions >= self.low - slack) & (actions <= self.high + slack))  # (..., A); nan counts
+        if not self.warned and (count := int(beyond.sum())):
+            self.warned = True
+            dims = beyond.flatten(0, -2).any(dim=0).nonzero().flatten().tolist()
+            warnings.warn(
+                f"{count} of {beyond.numel()} action values ({count / beyond.numel():.1%}, in dimensions {dims}) lie "
+                "outside the ranges that the world model was trained on and are clipped to them: it takes raw "
+                "environment actions, not normalised ones. This is said once",
+                stacklevel=3,
+            )
+        return beyond.float().mean()
 
 
 PRESETS = {

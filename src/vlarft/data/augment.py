@@ -1,6 +1,6 @@
-"""Image augmentation for policies: batched, on the images' device, one draw per observation.
+"""Image augmentation, batched, on the images' device: one draw per observation of a policy or segment of a tokenizer.
 
-Shapes: B batch, V cameras, H W pixels.
+Shapes: B batch, V images that share a draw (cameras of an observation, frames of a segment), H W pixels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from vlarft.config import opt
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges; the defaults are those of the public release."""
+    """Ranges; the defaults are those of the public release for policies."""
 
-    crop: bool = opt(True, "crop the policy's crop_area at a random place, where that is below 1")
+    crop: bool = opt(True, "crop at a random place, where the crop area is below 1")
     brightness: float = opt(0.2, "factor 1 +- this")
     contrast: float = opt(0.2, "factor 1 +- this, about the image's mean")
     saturation: float = opt(0.2, "factor 1 +- this, about grey")
@@ -27,31 +27,49 @@ class Augmentation:
     pixel_noise: float = opt(0.0, "standard deviation of noise on each value, in [0, 1] units")
 
 
-def augment(images: Tensor, cfg: Augmentation, *, crop_area: float, generator: torch.Generator) -> Tensor:
-    """Crop, colour and noise; all cameras of an observation share the draw.
+OFF = Augmentation(crop=False, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+
+
+def augment(
+    images: Tensor,
+    cfg: Augmentation,
+    *,
+    crop_area: float | tuple[float, float],
+    generator: torch.Generator,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Crop, colour and noise; the V images of a row share the draw (of noise, only its strength).
 
     Args:
         images: (B, V, 3, H, W), floats in [0, 1].
         cfg: ranges.
-        crop_area: share of the image area that a crop keeps, resized back to (H, W); 1 keeps all.
+        crop_area: share of the image area that a crop keeps, resized back to (H, W), or the range from which that share
+            is drawn; 1 keeps all.
         generator: on the images' device.
+        part: (number, count): the images are this share of a batch, for all of which is drawn, so that the result does
+            not depend on the number of processes or micro-batches.
 
     Returns:
         (B, V, 3, H, W) in [0, 1].
     """
     batch, views = images.shape[:2]
+    rows = slice(part[0] * batch, (part[0] + 1) * batch)
 
-    def uniform(spread: float, *shape: int) -> Tensor:
-        u = torch.rand(batch, *shape, generator=generator, device=images.device)
+    def uniform(spread: float | Tensor, *shape: int) -> Tensor:
+        u = torch.rand(batch * part[1], *shape, generator=generator, device=images.device)[rows]
         return spread * (2 * u - 1)
 
-    if cfg.crop and crop_area < 1:
-        size = crop_area**0.5
-        scale = size * torch.eye(2, device=images.device).expand(batch, 2, 2)
+    smallest, largest = crop_area if isinstance(crop_area, tuple) else (crop_area, crop_area)
+    if cfg.crop and smallest < 1:
+        area = torch.tensor((smallest + largest) / 2, device=images.device)
+        if smallest != largest:
+            area = area + uniform((largest - smallest) / 2, 1, 1)  # (B, 1, 1)
+        size = area.sqrt()
+        scale = (size * torch.eye(2, device=images.device)).expand(batch, 2, 2)
         theta = torch.cat([scale, uniform(1 - size, 2, 1)], dim=-1).repeat_interleave(views, dim=0)  # (B * V, 2, 3)
         flat = images.flatten(0, 1)
         grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
-        images = F.grid_sample(flat, grid, align_corners=False).view_as(images)
+        images = F.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(images)
     if cfg.brightness:
         images = images * (1 + uniform(cfg.brightness, 1, 1, 1, 1))
     if cfg.contrast:
@@ -68,6 +86,6 @@ def augment(images: Tensor, cfg: Augmentation, *, crop_area: float, generator: t
         across = torch.cat([b - g, r - b, g - r], dim=-3) / 3**0.5  # g x colour
         images = grey + (images - grey) * angle.cos() + across * angle.sin()
     if cfg.pixel_noise:
-        noise = torch.randn(images.shape, generator=generator, device=images.device)
-        images = images + cfg.pixel_noise * noise
+        whole = (batch * part[1], *images.shape[1:])
+        images = images + cfg.pixel_noise * torch.randn(whole, generator=generator, device=images.device)[rows]
     return images.clamp(0, 1)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
+from vlarft.schedule import generator
 
 
 class Batch(NamedTuple):
@@ -52,12 +53,14 @@ class WindowSampler:
             takes the segment's first frame.
 
     Raises:
-        ValueError: no episode is long enough, or episodes differ in image size.
+        ValueError: no episodes, none that is long enough, or episodes that differ in image size.
     """
 
     def __init__(
         self, episodes: Sequence[Episode], num_frames: int = 9, chunk: int = 8, context_lookback: int = 0
     ) -> None:
+        if not episodes:
+            raise ValueError("no episodes to draw windows from: this split is empty; collect more, or split otherwise")
         sizes = {e.images.shape[1:3] for e in episodes}
         if len(sizes) > 1:
             raise ValueError(f"episodes differ in image size: {sorted(sizes)}; collect them at one size")
@@ -65,7 +68,7 @@ class WindowSampler:
         self.context_lookback = context_lookback
         starts = [(i, t) for i, episode in enumerate(self.episodes) for t in range(len(episode) - num_frames + 1)]
         if not starts:
-            longest = max((len(e) for e in episodes), default=0)
+            longest = max(len(e) for e in episodes)
             raise ValueError(f"no episode has the {num_frames} frames of a window; the longest has {longest}")
         self.starts = np.array(starts)  # (N, 2)
         self.key_positions = [_key_positions(e) for e in self.episodes]
@@ -79,29 +82,37 @@ class WindowSampler:
         Args:
             batch_size: of all processes together.
             seed: integers.
-            part: (rank, world size): this process's contiguous share of the same global batch, so that a run does not
-                depend on the number of processes.
+            part: (number, count): a contiguous share of the same global batch, so that a run does not depend on the
+                number of processes or micro-batches.
         """
-        rank, world = part
-        share = batch_size // world
-        picks = np.random.default_rng(seed).integers(len(self.starts), size=batch_size)[
-            rank * share : (rank + 1) * share
-        ]
-        return self.windows(self.starts[picks], np.random.default_rng((*seed, rank)))
+        rng = np.random.default_rng(seed)
+        picks, lookback = rng.integers(len(self.starts), size=batch_size), rng.random(batch_size)
+        share = batch_size // part[1]
+        rows = slice(part[0] * share, (part[0] + 1) * share)
+        return self.windows(self.starts[picks[rows]], lookback[rows])
 
     def spread(self, count: int) -> Batch:
         """`count` windows spread evenly over all starts: the same for every call, for validation."""
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
-        return self.windows(self.starts[picks], np.random.default_rng(0))
+        return self.windows(self.starts[picks], np.random.default_rng(0).random(len(picks)))
 
-    def windows(self, starts: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
-        """The windows at `starts`, (B, 2) rows of episode number and first frame; `rng` draws context frames."""
+    def median_frame(self, count: int = 256) -> Tensor:
+        """(C, H, W), the median over `count` frames spread evenly over the data: what is always there."""
+        return self.spread(count).context_frame.median(dim=0).values
+
+    def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
+        """The windows at `starts`.
+
+        Args:
+            starts: (B, 2), rows of episode number and first frame.
+            lookback: (B,) in [0, 1), which of the earlier frames is the context frame; None = frame t.
+        """
         frames, contexts, actions, intended, proprio, keys = [], [], [], [], [], []
-        for i, t in starts:
+        for row, (i, t) in enumerate(starts):
             episode = self.episodes[i]
             frames.append(episode.images[t : t + self.num_frames])
             back = min(t, self.context_lookback)
-            offset = rng.integers(1, back + 1) if back and rng is not None else 0
+            offset = 1 + int(lookback[row] * back) if back and lookback is not None else 0
             contexts.append(episode.images[t - offset])
             actions.append(_padded(episode.actions, t, self.chunk))
             intended.append(_padded(episode.intended, t, self.chunk))
@@ -117,6 +128,27 @@ class WindowSampler:
             key_position=torch.from_numpy(np.stack(keys)),
             index=torch.from_numpy(np.asarray(starts)),
         )
+
+
+def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
+    """`count` frames of each segment, in order.
+
+    Args:
+        batch: this share's segments, L frames each.
+        count: frames to keep.
+        batch_size: segments of all shares: drawn for them together, so that the picks do not depend on their number.
+        part: (number, count) of the share.
+        seed: integers.
+
+    Returns:
+        (B, count, C, H, W).
+    """
+    segments, length = batch.frames.shape[:2]
+    if count >= length:
+        return batch.frames
+    order = torch.rand(batch_size, length, generator=generator("cpu", *seed)).argsort(dim=1)
+    picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
+    return batch.frames[torch.arange(segments)[:, None], picks]
 
 
 def _to_float(images: np.ndarray) -> Tensor:
