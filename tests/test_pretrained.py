@@ -358,7 +358,9 @@ def test_public_tokenizer_at_full_size(public_tokenizer):
         tokens = model.encode_future(frames[:, 1:], context)
         rebuilt = model.context_from_tokens(golden["ctx_indices"][:, 0].long())
         decoded = model.decode(golden["dyn_indices"].long(), rebuilt)
-        unclipped = torch.cat([model.decoder.image(rebuilt.features), seen["cond_decoder"]])[None]  # (1, 3, 3, H, W)
+        unclipped = torch.cat([model.decoder.image(rebuilt.features)[0], seen["cond_decoder"][0]])[
+            None
+        ]  # (1, 3, 3, H, W)
     assert torch.equal(context.tokens.int(), golden["ctx_indices"][:, 0])
     assert torch.equal(tokens.int(), golden["dyn_indices"])
     # GroupNorm over channels-last images rounds more coarsely on the CPU: 4e-5 here against 6e-6

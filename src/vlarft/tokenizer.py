@@ -570,10 +570,15 @@ class ActionBins(nn.Module):
         return self.low + (bins + 0.5) / self.num_bins * (self.high - self.low)
 
     def outside(self, actions: Tensor) -> Tensor:
-        """Share of action values outside the ranges by more than rounding, a scalar; the first time, with a warning."""
-        slack = 1e-4 * (self.high - self.low)
-        beyond = ~((actions >= self.low - slack) & (actions <= self.high + slack))  # (..., A); nan counts
-        if not self.warned and (count := int(beyond.sum())):
+        """Share of action values outside the ranges by more than rounding, a scalar."""
+        return self._beyond(actions).float().mean()
+
+    def warn_outside(self, actions: Tensor) -> None:
+        """Say once that actions to be imagined lie outside the ranges, with their number and dimensions."""
+        if self.warned:
+            return
+        beyond = self._beyond(actions)
+        if count := int(beyond.sum()):
             self.warned = True
             dims = beyond.flatten(0, -2).any(dim=0).nonzero().flatten().tolist()
             warnings.warn(
@@ -582,7 +587,11 @@ class ActionBins(nn.Module):
                 "environment actions, not normalised ones. This is said once",
                 stacklevel=3,
             )
-        return beyond.float().mean()
+
+    def _beyond(self, actions: Tensor) -> Tensor:
+        """(..., A) bool; nan counts as outside."""
+        slack = 1e-4 * (self.high - self.low)
+        return ~((actions >= self.low - slack) & (actions <= self.high + slack))
 
 
 PRESETS = {

@@ -405,7 +405,7 @@ class WorldModel(nn.Module):
                 f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
             )
         sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers)
-        self.action_bins.outside(actions)  # warns
+        self.action_bins.warn_outside(actions)
         group_size, num_actions = actions.shape[1:3]
         tables = self.tables()
         context, prefilled = self._prefill(context_frame, first_frame, tables)
@@ -457,7 +457,7 @@ class WorldModel(nn.Module):
         loop = self._closed_loop
         if loop is None:
             raise ValueError("step() needs a start: call reset(context_frame) first")
-        self.action_bins.outside(action)  # warns
+        self.action_bins.warn_outside(action)
         pending = torch.cat([loop.pending, self.layout.action_ids(self.action_bins.encode(action))], dim=1)
         tokens = self._sample_frame(loop.cache, pending, loop.tables, loop.sampling, 1, loop.generator)  # (S, Nf)
         frame = self.tokenizer.decode(tokens[:, None], loop.context)[:, 0]  # (S, C, H, W)
