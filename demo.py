@@ -2,16 +2,16 @@
 laptop).
 
 Calls the stage scripts in order, each as the command that a user would type, and prints it. Ends with a table: success
-rate of the SFT policy, of the same policy after extra SFT of
-the wall time that RFT took, and after RFT, on the same starts, with 95 % intervals; and the world model's metrics
-beside the baseline that copies the last frame.
+rate of the SFT policy, of the same policy after extra SFT of the wall time that RFT took (at a tenth of the learning
+rate, as plain fine-tuning would go on), and after RFT, on the same starts, with 95 % intervals; and the world model's
+metrics beside the baseline that copies the last frame.
 
     python demo.py                     preset tiny: at most 20 minutes on 2 CPU cores
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
-Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png, before_after.gif;
-imagination.png and rollouts.png come from the stages. An interrupted demo
-goes on with the same command: finished stages are skipped, the one that was cut short resumes.
+Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png, before_after.gif; further
+pictures come from the stages. An interrupted demo goes on with the same command: finished stages are skipped, the one
+that was cut short resumes.
 """
 
 import json

@@ -29,7 +29,7 @@ from torch import Tensor
 from vlarft import distributed
 from vlarft.checkpoint import read_header, write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.data.episodes import load_episodes
+from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.pictures import grid, save_gif, save_png
@@ -44,6 +44,7 @@ class Config:
     world_model: str = opt("runs/wm", "world model: its run folder or its model.safetensors")
     out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes")
     demos: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
+    all_episodes: bool = opt(False, "all of --demos, not the held-out ones that the world model names; never its own")
     camera: str = opt("agentview", "reads obs/<camera>_rgb")
     segments: int = opt(1024, "held-out segments for the frame metrics, spread evenly; fewer when there are fewer")
     batch_size: int = opt(16, "segments, or starts, imagined at once")
@@ -172,19 +173,41 @@ def draw(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
 
 
+def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
+    """Episodes that the world model was not trained on.
+
+    Raises:
+        ValueError: the checkpoint names none, and --all-episodes does not choose them; or that would choose seen ones.
+    """
+    extra, options = read_header(path).extra, {"successes_only": False, "with_states": cfg.true_error}
+    if not cfg.all_episodes:
+        if "held_out_episodes" not in extra:
+            raise ValueError(
+                f"{path} names no held-out episodes (it was not written by train_wm.py): give --all-episodes and "
+                "--demos with demonstrations that it was not trained on"
+            )
+        return load_episodes(cfg.demos or extra["demos"], cfg.camera, names=extra["held_out_episodes"], **options)
+    if cfg.demos is None:
+        raise ValueError("--all-episodes needs --demos, with demonstrations that the world model was not trained on")
+    episodes = load_episodes(cfg.demos, cfg.camera, **options)
+    if seen := {e.name for e in episodes} & set(extra.get("train_episodes", [])):
+        raise ValueError(
+            f"--all-episodes: {path} was trained on {len(seen)} of the {len(episodes)} episodes of {cfg.demos} "
+            f"(first {min(seen)}); leave the option out, or give other demonstrations"
+        )
+    return episodes
+
+
 def main(cfg: Config) -> dict:
     """Evaluate; returns what results.json holds."""
     device = distributed.setup()
     path = Path(cfg.world_model)
     path = path / "model.safetensors" if path.is_dir() else path
     model, extra = WorldModel.load(path, device), read_header(path).extra
-    if "held_out_episodes" not in extra:
-        raise ValueError(f"{path} names no held-out episodes; it was not written by train_wm.py")
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    options = {"successes_only": False, "with_states": cfg.true_error, "names": extra["held_out_episodes"]}
-    episodes = load_episodes(cfg.demos or extra["demos"], cfg.camera, **options)
-    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra["context_lookback"])
+    episodes = held_out_episodes(cfg, path)
+    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra.get("context_lookback", 0))
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 

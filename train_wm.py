@@ -46,6 +46,9 @@ class Config:
     out_dir: str = opt("runs/wm", "folder that the run writes")
     demos: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
     camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    experts_only: bool = opt(
+        False, "train without failed and noisy attempts, as the paper; they stay in the validation"
+    )
     tokenizer: str = opt("runs/tokenizer", "tokenizer: its run folder or its model.safetensors")
     transformer: TransformerConfig = opt(MODELS["paper"].transformer, "sizes of the transformer")
     chunk: int = opt(8, "actions of a segment, one frame more (Sec. 4)")
@@ -210,6 +213,8 @@ def main(cfg: Config) -> dict[str, float]:
 
     episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
+    if cfg.experts_only:
+        train = [e for e in train if e.success and e.kind == "expert"]
     sampler = WindowSampler(train, cfg.chunk + 1, cfg.chunk, cfg.context_lookback)
     spread = WindowSampler(held_out, cfg.chunk + 1, cfg.chunk, cfg.context_lookback).spread
     validation, rollouts = spread(cfg.validation_segments), spread(cfg.rollout_segments)

@@ -1,8 +1,11 @@
 """Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
 
+import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # The tests are many small computations: threads only get in each other's way. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +53,21 @@ def demos(tmp_path_factory) -> Path:
     for k, colour in enumerate(("red", "blue")):
         write_moving_square(folder / "squares" / f"push_{colour}_demo.hdf5", 3, 14, k, f"push the {colour} square")
     return folder
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch) -> Callable[[str], ModuleType]:
+    """Imports a script of benchmarks/, which is no package."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+        benchmark = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, benchmark)  # where dataclasses look up annotations
+        spec.loader.exec_module(benchmark)
+        return benchmark
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,9 @@ def test_truncated_training_state(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="not a readable training state.*remove it"):
         checkpoint.load_train_state(path)
+    path.write_bytes(b"an essay")
+    with pytest.raises(ValueError, match="not a readable training state"):
+        checkpoint.load_train_state(path)
 
 
 def test_json_is_readable(tmp_path):

@@ -10,7 +10,7 @@ import demo
 
 
 @pytest.mark.slow
-def test_whole_pipeline(tmp_path, capfd):
+def test_whole_pipeline(tmp_path, capfd, load_benchmark):
     cfg = dataclasses.replace(demo.PRESETS["smoke"], out_dir=str(tmp_path))
     summary = demo.main(cfg)
     assert list(summary["stages"]) == ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval"]
@@ -27,6 +27,17 @@ def test_whole_pipeline(tmp_path, capfd):
     demo.main(cfg)  # nothing is done again
     assert json.loads((tmp_path / "stages.json").read_text()) == before
     assert "[eval] done in" in capfd.readouterr().out
+
+    study = load_benchmark("world_model")
+    places = {"demo": str(tmp_path), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "study.json")}
+    report = study.main(dataclasses.replace(study.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "study.json").read_text()) == report
+    arm = report["arms"]["default"]
+    assert arm["steps"] == 20 and set(arm["order"]) == {"action", "true frames", "true state"}
+    assert {"R3 greedy", "decoded frames", "true frames"} <= set(arm["order"]["true state"])
+    assert "moving PSNR" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
+        study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
 
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path):

@@ -104,5 +104,16 @@ def test_errors(checkpoint, demos, tmp_path):
     with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):
         main(replace(CFG, demos=str(next((demos / "squares").glob("*red*"))), **given))
     save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])
-    with pytest.raises(ValueError, match="names no held-out episodes"):
-        main(replace(CFG, world_model=str(tmp_path), out_dir=str(tmp_path / "out")))
+    given = {"world_model": str(tmp_path), "out_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="names no held-out episodes.*give --all-episodes and --demos"):
+        main(replace(CFG, **given))
+    with pytest.raises(ValueError, match="--all-episodes needs --demos"):
+        main(replace(CFG, all_episodes=True, **given))
+
+
+def test_all_episodes_are_for_models_that_have_not_seen_them(checkpoint, demos, tmp_path):
+    given = {"demos": str(demos), "all_episodes": True, "out_dir": str(tmp_path / "out"), "starts": 0}
+    with pytest.raises(ValueError, match=r"was trained on 4 of the 6 episodes of .*leave the option out"):
+        main(replace(CFG, world_model=str(checkpoint), **given))
+    save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])  # as a public one
+    assert main(replace(CFG, world_model=str(tmp_path), **given))["held_out_episodes"] == 6

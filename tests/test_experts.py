@@ -1,10 +1,7 @@
 """The experts: every task once, noise and speed, recovery."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,11 +141,7 @@ def test_bad_settings(arguments, message):
 
 
 @pytest.mark.parametrize("name,changes", [("experts", {"tasks": 1, "states": 1}), ("tabletop", {"steps": 10})])
-def test_benchmarks_run_at_smoke_size(name, changes, tmp_path, monkeypatch):
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, benchmark)  # where dataclasses look up annotations
-    spec.loader.exec_module(benchmark)
+def test_benchmarks_run_at_smoke_size(name, changes, tmp_path, load_benchmark):
+    benchmark = load_benchmark(name)
     report = benchmark.main(dataclasses.replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "out.json"), **changes))
     assert json.loads((tmp_path / "out.json").read_text()) == report and len(report["rows"]) == 8

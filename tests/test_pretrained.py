@@ -303,8 +303,9 @@ def test_a_world_model_must_fit_its_tokenizer_and_have_no_other_parts(tokenizer,
     other = replace(TOKENIZER, future_patch=4)
     with pytest.raises(ValueError, match="not the given tokenizer's: future_patch: 4 against 2; use tokenizer.cfg"):
         world_model_from_public(llama, replace(CONFIG, tokenizer=other), tokenizer, RANGES)
-    with pytest.raises(ValueError, match="slot_embedding=True: public world models have rotary positions only"):
-        world_model_from_public(llama, replace(CONFIG, slot_embedding=True), tokenizer, RANGES)
+    for name in ("slot_embedding", "factored_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=True: public world models have no such part"):
+            world_model_from_public(llama, replace(CONFIG, **{name: True}), tokenizer, RANGES)
     with pytest.raises(ValueError, match=r"expected action ranges \(7, 2\), got shape \(2, 7\)"):
         world_model_from_public(llama, CONFIG, tokenizer, RANGES.T)
 

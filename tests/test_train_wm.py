@@ -1,6 +1,7 @@
 """train_wm.py at smoke size: a run and its files, resume, cached tokens, two processes, errors."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
     frozen = FrameTokenizer.load(tokenizer / "model.safetensors").state_dict()
     assert all(torch.equal(v, frozen[k]) for k, v in model.tokenizer.state_dict().items())
     assert (tmp_path / "rollouts.png").stat().st_size > 1000
+
+
+def test_experts_only_leaves_noisy_attempts_to_the_validation(demos, tokenizer, tmp_path):
+    import h5py
+
+    shutil.copytree(demos, tmp_path / "demos")
+    for path in (tmp_path / "demos").rglob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            file["data/demo_1"].attrs["kind"] = "noisy"
+    run(tmp_path / "demos", tokenizer, tmp_path / "run", steps=1, experts_only=True)
+    extra = read_header(tmp_path / "run" / "model.safetensors").extra
+    train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
+    assert extra["train_episodes"] == [e.name for e in train if not e.name.endswith("demo_1")]
+    assert extra["held_out_episodes"] == [e.name for e in held_out]
 
 
 def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):

@@ -141,8 +141,9 @@ def world_model_from_public(
     """
     if lines := differences(to_dict(config.tokenizer), to_dict(tokenizer.cfg)):
         raise ValueError(f"config.tokenizer is not the given tokenizer's: {'; '.join(lines)}; use tokenizer.cfg")
-    if config.slot_embedding:
-        raise ValueError("slot_embedding=True: public world models have rotary positions only; set it to False")
+    for name in ("slot_embedding", "factored_tokens"):
+        if getattr(config, name):
+            raise ValueError(f"{name}=True: public world models have no such part; set it to False")
     if action_ranges.shape != (config.action_dim, 2):
         raise ValueError(f"expected action ranges ({config.action_dim}, 2), got shape {tuple(action_ranges.shape)}")
     model = WorldModel(config)

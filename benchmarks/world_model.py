@@ -1,0 +1,119 @@
+"""What makes a world model tell actions apart: training arms on the same demonstrations and tokenizer, one factor each.
+
+    python demo.py                                                        makes the demonstrations and the tokenizer
+    python benchmarks/world_model.py --out results/world_model.json       trains and measures every arm
+
+Each arm is `train_wm.py --preset tiny` with the flags of `ARMS`, then `eval_wm.py --true-error` on the same held-out
+starts. Finished arms are not run again. Figures: validation loss, also with the actions of other segments; PSNR on
+moving pixels, of greedy rollouts and of copying the start frame; Spearman's rank correlation, with its standard error
+over starts, of R3 and R2 with the true frames and the true state, over all perturbations and for motion noise alone.
+Ceilings: the simulator's own frames, and these through the tokenizer.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = {
+    "default": [],
+    "paper's token rows": ["--no-factored-tokens"],
+    "no stale frames": ["--stale", "0"],
+    "demonstrations only": ["--experts-only"],
+    "three times as long": ["--steps", "4500"],
+    "larger": ["--transformer.depth", "6", "--transformer.width", "256", "--transformer.ffn-dim", "704"],
+}
+SCORES = ("R3 greedy", "R3 common", "R3 independent", "R2 greedy", "decoded frames", "true frames", "action L1")
+
+
+@dataclass(frozen=True)
+class Config:
+    demo: str = opt("runs/demo", "folder of a demo: its demonstrations and its tokenizer")
+    runs: str = opt("runs/world_model", "folder for the arms")
+    out: str = opt("results/world_model.json", "JSON file to write")
+    arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run")
+    starts: int = opt(32, "starts of the action sensitivity")
+    stage_preset: str = opt("tiny", "preset of the stages")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(arms=("default",), starts=2, stage_preset="smoke")}
+
+
+def call(*words: object) -> str:
+    """Run a script of the repository; returns its command line."""
+    command = [str(word) for word in words]
+    print(f"\n{shlex.join(['python', *command])}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
+    return shlex.join(["python", *command])
+
+
+def run_arm(cfg: Config, name: str) -> dict:
+    """Train and measure one arm, unless that is done."""
+    folder, demo = Path(cfg.runs) / name.replace(" ", "_").replace("'", ""), Path(cfg.demo)
+    demos, preset = ["--demos", demo / "demos"], ["--preset", cfg.stage_preset]
+    tokenizer = demo / "tokenizer" / "model.safetensors"
+    command = call("train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--out-dir", folder, *ARMS[name])
+    measured = folder / "eval" / "results.json"
+    if not measured.is_file():
+        where = ["--world-model", folder / "model.safetensors", "--out-dir", folder / "eval"]
+        call("eval_wm.py", *preset, *demos, *where, "--true-error", "--starts", cfg.starts)
+    results = json.loads(measured.read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = [line for line in log if "val_loss" in line][-1]
+    frames = results["frames"]["all"]
+    return {
+        "command": command,
+        "steps": log[-1]["step"] + 1,
+        "minutes": round(log[-1]["minutes"], 2),
+        "val_loss": last["val_loss"],
+        "val_shuffled_loss": last["val_shuffled_loss"],
+        "psnr_moving": frames["imagined"]["psnr_moving"][-1],
+        "copy_psnr_moving": frames["copy"]["psnr_moving"][-1],
+        "order": {
+            truth: {score: found[score] for score in SCORES if score in found}
+            for truth, found in results["sensitivity"].items()
+        },
+    }
+
+
+def table(arms: dict[str, dict]) -> str:
+    """One row per arm: losses, PSNR, Spearman of greedy R3 with the true state."""
+    lines = [f"{'arm':<22} steps  loss  shuffled  moving PSNR (copy)   R3 greedy with true state: all, noise sizes"]
+    for name, arm in arms.items():
+        order = arm["order"]["true state"]["R3 greedy"]
+        cells = [f"{label} {v['spearman']:.2f} +- {v['standard_error']:.2f}" for label, v in order.items()]
+        psnr = f"{arm['psnr_moving']:.2f} ({arm['copy_psnr_moving']:.2f}) dB"
+        losses = f"{arm['val_loss']:.3f}  {arm['val_shuffled_loss']:.3f}"
+        lines.append(f"{name:<22} {arm['steps']:5d}  {losses}   {psnr:<18}   {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> dict:
+    """Run the arms; returns what the JSON file holds."""
+    if unknown := [name for name in cfg.arms if name not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    report = {
+        "command": "python benchmarks/world_model.py",
+        "seed": 0,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "arms": {},
+    }
+    for name in cfg.arms:
+        report["arms"][name] = run_arm(cfg, name)
+        write_json(cfg.out, report)
+    print("\n" + table(report["arms"]))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
