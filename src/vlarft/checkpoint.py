@@ -26,6 +26,18 @@ from vlarft.distributed import is_main
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# what torch.load raises on files that it did not write, or of which a part is missing
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
+
 
 class Header(NamedTuple):
     """What a model file says about itself."""
@@ -190,7 +202,7 @@ def load_train_state(path: str | Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is not a readable training state ({error}); remove it to start the run anew"
         ) from error

@@ -21,7 +21,6 @@ Shapes: A action dim, N positions, D width.
 
 import argparse
 import json
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlarft.checkpoint import load_weights, save_model
+from vlarft.checkpoint import UNREADABLE, load_weights, save_model
 from vlarft.config import differences, to_dict
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.transformer import TransformerConfig
@@ -277,7 +276,7 @@ def _read_pickled(file: Path) -> Any:
     """What `torch.save` wrote, if it is tensors in plain containers; nothing in the file is executed."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(_unreadable(file, str(error).splitlines()[0])) from error
 
 
