@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from public_head import layer_names
 from safetensors.torch import load_file
 from weights import uniform, weight
 
@@ -62,44 +63,10 @@ class ConstantVelocity(torch.nn.Module):
 
 
 def test_velocity_is_the_public_heads():
-    # (ours, public component, public name), from the outside in
-    layers = [
-        ("action_fc1", "noisy_action_projector", "fc1"),
-        ("action_fc2", "noisy_action_projector", "fc2"),
-        ("proprio_fc1", "proprio_projector", "fc1"),
-        ("proprio_fc2", "proprio_projector", "fc2"),
-    ]
-    dit = "flow_predictor.dit"
-    names = {
-        "action_out": "x_embedder",
-        "proprio_out": "proprio_embedder",
-        "context_out": "context_adapter",
-        "time.fc1": "t_embedder.mlp.0",
-        "time.fc2": "t_embedder.mlp.2",
-        "dit.out": "final_layer.linear",
-        "dit.modulation": "final_layer.adaLN_modulation.1",
-    }
-    for i in range(8):
-        block = f"blocks.{i}"
-        names |= {f"dit.{block}.attn.{n}": f"{block}.attn_temporal.{n}" for n in ("qkv", "proj")}
-        names |= {f"dit.{block}.mlp.{n}": f"{block}.mlp.{n}" for n in ("fc1", "fc2")}
-        names[f"dit.{block}.modulation"] = f"{block}.adaLN_modulation.1"
-    for i in (0, 2, 4, 6, 7):
-        cross = f"blocks.{i}.cross_attn"
-        names |= {f"dit.{cross}.{a}": f"{cross}.attn.{b}" for a, b in (("q", "v_proj"), ("out", "out_v_proj"))}
-        names[f"dit.{cross}.norm"] = f"{cross}.layer_norm_v"
-        names |= {f"dit.context_kv.{i}.{a}": f"{cross}.attn.{b}" for a, b in (("k", "l_proj"), ("v", "values_l_proj"))}
-        names[f"dit.context_kv.{i}.norm"] = f"{cross}.layer_norm_l"
-    layers += [(ours, "action_head", f"{dit}.{theirs}") for ours, theirs in names.items()]
-
     head = FlowHead(FlowConfig())
     state = head.state_dict()
-    sources = {f"net.{a}.{kind}": f"{b}.{c}.{kind}" for a, b, c in layers for kind in ("weight", "bias")}
-    sources |= {
-        f"net.dit.blocks.{i}.cross_attn.gamma": f"action_head.{dit}.blocks.{i}.cross_attn.gamma_v"
-        for i in (0, 2, 4, 6, 7)
-    }
-    sources["net.positions"] = f"action_head.{dit}.temp_embed"
+    names = layer_names(8, (0, 2, 4, 6, 7))
+    sources = {f"net.{ours}": f"{part}.{name}" for ours, (part, name) in names.items()}
     head.load_state_dict({ours: torch.from_numpy(weight(key, state[ours].shape)) for ours, key in sources.items()})
 
     # the public files hold three more cross-attentions, which nothing reads, and the positions as a parameter
