@@ -21,7 +21,7 @@ Differences from the paper, and from the public code:
 - a cosine schedule with a warm-up, and an average of the weights that is what is exported (presets small and tiny);
 - adapters on parts that the features do not pass through (SigLIP's attention pool, the last block of each encoder) are
   made and stay frozen: they would never get a gradient;
-- a crop is taken from the whole range of places, in the size that the camera gives, then resized as Pillow does;
+- the random crop is cut out at the camera's resolution, before the resize;
 - presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
   regresses the hand position at the demonstration's next gripper event (on `key_batch` further images, too) and hands
   its prediction to the head as one more context token; all of it is off in preset paper;
@@ -147,7 +147,7 @@ def build_policy(cfg: Config) -> VLAPolicy:
             "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --from-scratch if you mean it"
         )
     torch.manual_seed(cfg.seed)
-    return VLAPolicy(POLICIES[cfg.policy])
+    return VLAPolicy(replace(POLICIES[cfg.policy], cameras=(cfg.camera,)))
 
 
 def compute_loss(

@@ -95,6 +95,8 @@ def test_an_observation_as_a_simulator_gives_it():
     expected = policy.act(images, TEXTS, proprio, noise=noise)
     assert torch.equal(policy.act(batch, noise=noise), expected)
     torch.testing.assert_close(policy.act(batch[1], noise=noise[1]), expected[1], atol=1e-5, rtol=1e-5)
+    turned = policy.act({**batch[1], "agentview": images[1, ::-1, ::-1].copy()[::-1, ::-1]}, noise=noise[1])
+    torch.testing.assert_close(turned, expected[1], atol=1e-5, rtol=1e-5)
     # cameras of any resolution, in the configured order; tensors as well as arrays
     two = make(replace(CFG, cameras=("agentview", "wrist"), vlm=replace(CFG.vlm, num_cameras=2)))
     small = np.full((30, 50, 3), 200, np.uint8)
@@ -121,6 +123,8 @@ def test_observations_that_are_refused():
     refuse("no proprio among", proprio=None)
     refuse(r"agentview is float32 \(64, 64, 3\), expected uint8 \(H, W, 3\)", agentview=images[0].astype(np.float32))
     refuse(r"agentview is uint8 \(3, 64, 64\), expected", agentview=images[0].transpose(2, 0, 1))
+    refuse(r"agentview is uint8 \(0, 64, 3\), expected", agentview=images[0, :0])
+    refuse(r"agentview is <class 'list'> \(1, 1, 3\), expected", agentview=[[[0, 0, 0]]])
     refuse("instruction is 3, expected a string", instruction=3)
     refuse("instruction '' is empty", instruction="")
     refuse(r"has 302 bytes .* the limit \(max_text_bytes\) is 256", instruction="x" * 300)

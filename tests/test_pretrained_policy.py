@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from public_head import layer_names
 from safetensors.torch import load_file
 from small_text import PROMPT_IDS, tokenizer_json, vocabulary_and_merges
 from test_pretrained import scramble, write
 from weights import uniform, weight
 
-from vlarft.dit import DiTConfig
+from vlarft.dit import DiTConfig, time_features
 from vlarft.flow import FlowConfig, FlowHead
 from vlarft.policy import PRESETS, VLAPolicy
 from vlarft.pretrained import policy_from_public, public_policy_config, read_statistics, read_text_tokenizer
@@ -337,7 +338,7 @@ def test_public_names_at_full_size(layout, count):
 
 
 def test_public_head_at_full_size():
-    """The public code's velocities, through the loader; their sign is turned."""
+    """The public code's velocities and what leads to them, through the loader; the sign is turned."""
     names = {part: listing(part) for part in HEAD_PARTS}
     tensors = {
         part: {k: torch.from_numpy(weight(f"{part}.{k}", shape)) for k, shape in keys.items()}
@@ -345,10 +346,22 @@ def test_public_head_at_full_size():
     }
     head = FlowHead(PRESETS["paper"].flow)
     load_head(head.net, tensors)
-    expected = load_file(GOLDEN / "04_action_head.safetensors")
+    expected, net = load_file(GOLDEN / "04_action_head.safetensors"), head.net
+    close = {"atol": 1e-5, "rtol": 0}
     with torch.no_grad():
+        # on the way: time, proprio, and each number of the noisy chunk, embedded
+        torch.testing.assert_close(time_features(expected["t"], 256), expected["t_freq"], **close)
+        torch.testing.assert_close(net.time(expected["t"]), expected["t_emb"], **close)
+        state = net.proprio_fc2(F.gelu(net.proprio_fc1(expected["proprio"])))
+        torch.testing.assert_close(state, expected["proprio_features"], **close)
+        numbers = net.action_fc2(
+            F.gelu(net.action_fc1(expected["noisy_actions"].flatten(1)[..., None]))
+        )  # (2, 56, 896)
+        torch.testing.assert_close(numbers[..., :64], expected["noisy_action_features_head"], **close)
+        embedded = net.action_out(numbers.unflatten(1, (8, 7)).flatten(2))
+        torch.testing.assert_close(embedded, expected["x_embedded"], **close)
         context = torch.from_numpy(uniform("input/context", (2, 320, 896), -1.5, 1.5))
         cond = head.prepare(context, expected["proprio"])
         for tau, velocity in zip(expected["t"], expected["velocity"], strict=True):
             actual = head.velocity(expected["noisy_actions"], tau.expand(2), cond)
-            torch.testing.assert_close(actual, -velocity, atol=1e-5, rtol=0)
+            torch.testing.assert_close(actual, -velocity, **close)

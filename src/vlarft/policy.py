@@ -318,10 +318,11 @@ class VLAPolicy(nn.Module):
                     f"of each of its cameras ({', '.join(self.cfg.cameras)}), proprio and instruction"
                 )
             for camera in self.cfg.cameras:
-                image = obs[camera]
-                if image.dtype not in (np.uint8, torch.uint8) or image.ndim != 3 or image.shape[-1] != 3:
+                dtype, shape = getattr(obs[camera], "dtype", type(obs[camera])), np.shape(obs[camera])
+                if dtype not in (np.uint8, torch.uint8) or len(shape) != 3 or shape[-1] != 3 or 0 in shape:
                     raise ValueError(
-                        f"observation: {camera} is {image.dtype} {tuple(image.shape)}, expected uint8 (H, W, 3), RGB"
+                        f"observation: {camera} is {dtype} {tuple(shape)}, expected uint8 (H, W, 3), RGB, an array or "
+                        "a tensor"
                     )
             if not isinstance(obs["instruction"], str):
                 raise ValueError(f"observation: instruction is {obs['instruction']!r}, expected a string")
@@ -332,7 +333,9 @@ class VLAPolicy(nn.Module):
                 )
         columns = []
         for camera in self.cfg.cameras:
-            images = [torch.as_tensor(obs[camera]) for obs in observations]
+            images = [obs[camera] for obs in observations]
+            # torch takes no negative strides, which an image that was turned has
+            images = [torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x for x in images]
             alike = len({image.shape for image in images}) == 1
             batches = [torch.stack(images)] if alike else [image[None] for image in images]
             columns.append(torch.cat([self.preprocess(batch) for batch in batches]))

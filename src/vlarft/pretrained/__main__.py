@@ -22,6 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from vlarft.checkpoint import save_model
 from vlarft.pretrained.policy import convert_policy
 from vlarft.pretrained.world_model import convert_tokenizer, convert_world_model, read_action_ranges
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
         sizes = (args.image_size, args.interpolate_positions)
         model = convert_tokenizer(args.path, *(tuple(size) if size else None for size in sizes))
     elif args.kind == "policy":
+        torch.manual_seed(0)  # of a new head
         model = convert_policy(args.path, text=args.text, dataset=args.statistics, step=args.step)
     elif args.action_ranges is None:
         parser.error("a world model's action ranges are not among its weights: give --action-ranges libero, or a file")
