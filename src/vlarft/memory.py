@@ -8,7 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Memory(NamedTuple):
-    """Bytes of one process. Not in it: the libraries' own, temporary results, and fragments of the allocator."""
+    """Bytes of one process. Not in it: temporary results (with recomputed blocks, one block's activations), what the
+    libraries take, and fragments of the allocator.
+    """
 
     weights: int  # and buffers
     training: int  # gradients, two moments of Adam and, where there is one, the average of the weights
