@@ -4,7 +4,7 @@
     python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
 
 chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk
-              (ours), or again at every step (straightforward)
+              (ours), or again at every step (straightforward); alone, and for `batch_size` observations at once
 head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context once per image
               (ours), or its rows repeated for every draw (straightforward)
 training step (--whole) vision, language model with adapters, head, AdamW, at the batch of the paper: steps a second and
@@ -94,7 +94,7 @@ def compare(ours: float, straightforward: float, difference: float) -> dict[str,
 
 
 def time_head(cfg: Config) -> dict[str, dict[str, float]]:
-    """Chunk latency at batch 1, and the head's training step."""
+    """Chunk latency alone and in a batch, and the head's training step."""
     sizes = POLICIES[cfg.policy]
     with torch.device(cfg.device):
         torch.manual_seed(0)
@@ -105,13 +105,17 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
         proprio = torch.randn(cfg.batch_size, sizes.flow.proprio_dim)
         actions = torch.randn(cfg.batch_size, sizes.flow.chunk, sizes.flow.action_dim)
 
-    def chunk() -> Tensor:
+    def chunk(rows: int) -> Tensor:
         with torch.no_grad(), autocast(cfg):
-            return sample_ode(head, head.prepare(context[:1], proprio[:1]), noise=actions[:1])
+            return sample_ode(head, head.prepare(context[:rows], proprio[:rows]), noise=actions[:rows])
 
-    def slow_chunk() -> Tensor:
+    def slow_chunk(rows: int) -> Tensor:
         with torch.no_grad(), autocast(cfg):
-            return straightforward_chunk(head, context[:1], proprio[:1], actions[:1])
+            return straightforward_chunk(head, context[:rows], proprio[:rows], actions[:rows])
+
+    def time_chunks(rows: int) -> dict[str, float]:
+        error = (chunk(rows) - slow_chunk(rows)).abs().max().item()
+        return compare(*alternate(cfg, lambda: chunk(rows), lambda: slow_chunk(rows)), error)
 
     def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(cfg.device).manual_seed(0)
@@ -125,7 +129,8 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
     (loss, grad), (slow_loss, slow_grad) = step(1, cfg.draws), step(cfg.draws, 1)
     error = max((loss - slow_loss).abs().item(), (grad - slow_grad).abs().max().item())
     return {
-        "chunk": compare(*alternate(cfg, chunk, slow_chunk), (chunk() - slow_chunk()).abs().max().item()),
+        "chunk": time_chunks(1),
+        "batch of chunks": time_chunks(cfg.batch_size),
         "head step": compare(*alternate(cfg, lambda: step(1, cfg.draws), lambda: step(cfg.draws, 1)), error),
     }
 
@@ -188,11 +193,11 @@ def main(cfg: Config) -> dict:
     if cfg.device == "cuda":
         report["gpu"] = torch.cuda.get_device_name()
     tolerance = 0.05 if cfg.device == "cuda" else 1e-4
-    for name in ("chunk", "head step"):
+    for name in ("chunk", "batch of chunks", "head step"):
         if report[name]["largest_difference"] > tolerance:
             raise RuntimeError(f"{name}: the versions differ by {report[name]['largest_difference']:.3g} > {tolerance}")
         row = report[name]
-        print(f"{name:<12} {1e3 * row['ours_s']:.2f} ms, straightforward {1e3 * row['straightforward_s']:.2f} ms")
+        print(f"{name:<16} {1e3 * row['ours_s']:.2f} ms, straightforward {1e3 * row['straightforward_s']:.2f} ms")
     if cfg.whole:
         for compiled in (False, True) if cfg.compile else (False,):
             name = "training step, compiled" if compiled else "training step"
