@@ -9,23 +9,31 @@ Reads demonstrations in LIBERO's HDF5 layout (`--demos`, a folder or a file). Wr
 resumes an interrupted run, and ends with the same bits on a CPU.
 
 `--init` starts from a policy's checkpoint, its normaliser included, with a fresh optimizer and a fresh learning-rate
-schedule; a continued run is a new run. Loading the public Prismatic and Qwen weights is not part of this script yet:
-preset paper therefore needs --init, or --from-scratch to say that random weights are meant.
+schedule; a continued run is a new run. `python -m vlarft.pretrained policy` makes such a checkpoint of public weights,
+which preset paper starts from; --from-scratch says that random weights are meant. Text is read as the checkpoint reads
+it (byte-level BPE with public weights), by bytes in a policy from scratch; the first lines of a run say which.
 
-Differences from the paper:
-- several (tau, eps) draws per image (preset tiny), since the vision encoder costs more than the head;
+The memory of a step is estimated before the first one. --accumulate and --checkpoint-activations lower it.
+
+Differences from the paper, and from the public code:
+- the head may train at a learning rate of its own (`head_lr`; no preset sets it): the paper has one;
+- several (tau, eps) draws per image (presets small and tiny), since the vision encoder costs more than the head;
+- a cosine schedule with a warm-up, and an average of the weights that is what is exported (presets small and tiny);
+- adapters on parts that the features do not pass through (SigLIP's attention pool, the last block of each encoder) are
+  made and stay frozen: they would never get a gradient;
+- the random crop is cut out at the camera's resolution, before the resize;
 - presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
   regresses the hand position at the demonstration's next gripper event (on `key_batch` further images, too) and hands
   its prediction to the head as one more context token; all of it is off in preset paper;
-- tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them.
+- tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them;
+- float32 master weights under bfloat16 autocast; loss, noise and time in float32.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -34,17 +42,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed
+from vlarft import distributed, memory
 from vlarft.checkpoint import load_train_state, open_run, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import Augmentation, augment
+from vlarft.ema import EMA
 from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
 from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, Decay, rate_factor
+from vlarft.schedule import Clock, Decay, rate_factor, seed_of
 from vlarft.schedule import generator as make_generator
+from vlarft.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,14 @@ class Config:
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy, when not given by --init")
     init: str | None = opt(None, "checkpoint of a policy to continue from, with a fresh optimizer")
     from_scratch: bool = opt(False, "accept random weights for policy paper")
+    refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out")
     steps: int = opt(150_000, "optimizer steps")
     max_minutes: float | None = opt(None, "stop after this time; the learning rate then follows the share of time")
     batch_size: int = opt(16, "chunks per step, all processes together")
     accumulate: int = opt(1, "micro-batches per step")
+    checkpoint_activations: bool = opt(False, "recompute transformer blocks in the backward, for less memory")
     lr: float = opt(1e-4, "peak learning rate, AdamW")
     head_lr: float | None = opt(None, "the action head's; none: lr")
     schedule: Decay = opt("constant", "after the warm-up")
@@ -132,10 +144,10 @@ def build_policy(cfg: Config) -> VLAPolicy:
     if cfg.policy == "paper" and not cfg.from_scratch:
         raise ValueError(
             "policy 'paper' without --init would start from random weights, which the paper's does not; give --init "
-            "CHECKPOINT (written by this library: public weights cannot be read yet), or --from-scratch if you mean it"
+            "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --from-scratch if you mean it"
         )
     torch.manual_seed(cfg.seed)
-    return VLAPolicy(POLICIES[cfg.policy])
+    return VLAPolicy(replace(POLICIES[cfg.policy], cameras=(cfg.camera,)))
 
 
 def compute_loss(
@@ -172,19 +184,6 @@ def validate(policy: VLAPolicy, sampler: WindowSampler, cfg: Config, device: tor
     return {f"val_{k}": float(v) for k, v in metrics.items()}
 
 
-@contextlib.contextmanager
-def swapped(parameters: list[Tensor], ema: list[Tensor]) -> Iterator[None]:
-    """Run a block with the averaged weights, where there are any, in place of the trained ones."""
-    trained = [p.detach().clone() for p in parameters]
-    try:
-        for parameter, average in zip(parameters, ema):
-            parameter.data.copy_(average)
-        yield
-    finally:
-        for parameter, value in zip(parameters, trained, strict=True):
-            parameter.data.copy_(value)
-
-
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume; returns the last validation's metrics."""
     device = distributed.setup()
@@ -202,17 +201,24 @@ def main(cfg: Config) -> dict[str, float]:
     train_data, val_data = (
         WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)
     )
-    if not policy.normalizer.fitted:
-        columns = ([getattr(e, name) for e in train_episodes] for name in ("intended", "proprio"))
-        policy.normalizer.fit(*(torch.from_numpy(np.concatenate(column)) for column in columns))
+    columns = ([getattr(e, name) for e in train_episodes] for name in ("intended", "proprio"))
+    columns = [torch.from_numpy(np.concatenate(column)) for column in columns]
+    if not policy.normalizer.fitted or cfg.refit_statistics:
+        policy.normalizer.fit(*columns)
+    policy.normalizer.check(*columns)
     lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout) if cfg.lora_rank else None
     if lora:
         torch.manual_seed(cfg.seed + 1)
         add_lora(policy.vlm, lora)
         policy.vlm.action_queries.requires_grad_(True)
     policy.to(device).train()
-    vision_blocks = [b for e in (policy.vlm.vision, policy.vlm.fused_vision) for b in getattr(e, "blocks", ())]
-    distributed.shard(policy, [*vision_blocks, *policy.vlm.language_model.layers])
+    vits = [e for e in (policy.vlm.vision, policy.vlm.fused_vision) if isinstance(e, ViT)]
+    for vit in vits:
+        vit.freeze_unread()
+    blocks = [*(block for vit in vits for block in vit.blocks), *policy.vlm.language_model.layers]
+    if cfg.checkpoint_activations:
+        distributed.recompute(blocks)
+    distributed.shard(policy, blocks)
 
     trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
     groups = [
@@ -231,7 +237,7 @@ def main(cfg: Config) -> dict[str, float]:
         step, minutes = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["ema"])
     parameters = list(trained.values())
-    ema = [p.detach().clone() for p in parameters] if cfg.ema else []
+    ema = EMA(parameters, cfg.ema)
     if resume:
         distributed.load_full_state_dict(policy, state["policy"])
         distributed.load_optimizer_state(optimizer, state["optimizer"])
@@ -244,7 +250,7 @@ def main(cfg: Config) -> dict[str, float]:
     }
 
     def save() -> None:
-        with swapped(parameters, ema):
+        with ema.swapped():
             averaged = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
         state = {
             "step": step,
@@ -258,8 +264,18 @@ def main(cfg: Config) -> dict[str, float]:
             weights = merge_state_dict(averaged, lora) if lora else averaged
             policy.save(Path(cfg.out_dir) / "model.safetensors", {**extra, "step": step}, weights)
 
+    def forward(rows: int) -> Tensor:
+        return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, 0), train=True)[0]
+
+    rows = cfg.batch_size + cfg.key_batch
+    estimate = memory.estimate(
+        policy, forward, rows // parts, rows // math.gcd(cfg.batch_size, cfg.key_batch), bool(cfg.ema)
+    )
+    if distributed.is_main():
+        print(f"text: {policy.vlm.tokenizer.description}\n{estimate}", file=sys.stderr)
+
     def evaluate() -> dict[str, float]:
-        with swapped(parameters, ema):
+        with ema.swapped():
             return validate(policy, val_data, cfg, device)
 
     while (share := clock.share(step)) < 1:
@@ -268,24 +284,24 @@ def main(cfg: Config) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {"loss": 0.0}
+        totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
             batch = train_data.batch(cfg.batch_size + cfg.key_batch, cfg.seed, step, part=(part, parts))
             noise = make_generator(device, cfg.seed, step, part)
-            loss, parts_of_loss = compute_loss(policy, batch, cfg, noise, train=True)
+            torch.manual_seed(seed_of(cfg.seed, step, part))  # of dropout
+            distributed.sync_gradients(policy, micro + 1 == cfg.accumulate)
+            loss, terms = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()
-            for name, value in {"loss": loss, **parts_of_loss}.items():
-                totals[name] = totals.get(name, 0.0) + value.item() / cfg.accumulate
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
+        totals = distributed.mean_across_ranks(totals)
         check_finite(totals["loss"], step, totals)
         norm = distributed.clip_grad_norm(parameters, cfg.clip_norm)
         optimizer.step()
-        if cfg.ema:
-            decay = min(cfg.ema, (step + 1) / (step + 10))
-            for parameter, average in zip(parameters, ema, strict=True):
-                average.lerp_(parameter.detach(), 1 - decay)
+        ema.update(step)
         step += 1
-        line = {**distributed.mean_across_ranks(totals), "lr": cfg.lr * factor, "grad_norm": norm}
+        line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm}
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())
         if step % cfg.log_every == 0 or step % cfg.val_every == 0:

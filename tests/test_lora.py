@@ -1,9 +1,23 @@
 """Low-rank adapters: start as the identity, merge exactly, train nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from vlarft.lora import LoRAConfig, LoRALinear, add_lora, has_lora, lora_state_dict, merge_lora, merge_state_dict
+from vlarft.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    has_lora,
+    load_lora,
+    lora_state_dict,
+    merge_lora,
+    merge_state_dict,
+    save_lora,
+)
+from vlarft.vit import SIGLIP_SO400M
 from vlarft.vlm import VLM, VLMConfig
 
 CFG = LoRAConfig(rank=3, alpha=6.0)
@@ -60,13 +74,37 @@ def test_gradient_reaches_adapters_only():
         assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
 
 
-def test_adapters_round_trip_alone():
-    model, other = trained(), network()
-    add_lora(other, CFG)
-    missing, unexpected = other.load_state_dict(lora_state_dict(model), strict=False)
-    assert not unexpected and all("lora_" not in key for key in missing)
-    x = torch.randn(6, 5)
-    assert torch.equal(other(x), model(x))
+def test_adapters_round_trip_alone(tmp_path):
+    model, path, x = trained(), tmp_path / "adapters.safetensors", torch.randn(6, 5)
+    save_lora(path, model)
+    assert path.stat().st_size < 2000 and set(load_file(path)) == {f"{i}.lora_{m}" for i in (0, 2) for m in "ab"}
+    for other in (network(), trained()):  # onto the bare model, and in place of other values
+        with torch.no_grad():
+            for value in lora_state_dict(other).values():
+                value.zero_()
+        load_lora(path, other)
+        assert torch.equal(other(x), model(x))
+        assert all(p.requires_grad == ("lora_" in k) for k, p in other.named_parameters())
+        merge_lora(other)
+        torch.testing.assert_close(other(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    path, other = tmp_path / "adapters.safetensors", network()
+    with pytest.raises(ValueError, match="the module has no adapters; add_lora first"):
+        save_lora(path, network())
+    save_lora(path, trained())
+    add_lora(other, replace(CFG, rank=4, alpha=8.0))
+    with pytest.raises(ValueError, match="other adapters than the module's: rank: 3 against 4; alpha: 6.0 against 8.0"):
+        load_lora(path, other)
+    wide = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.GELU())
+    with pytest.raises(
+        ValueError, match=r"linear layers: 0.lora_b: \(7, 3\) against \(8, 3\); 2.lora_a: .* against None"
+    ):
+        load_lora(path, wide)
+    assert not has_lora(wide)
+    with pytest.raises(ValueError, match="holds adapters of a Sequential, the module is a Linear"):
+        load_lora(path, torch.nn.Linear(5, 7))
 
 
 def test_targets_and_dropout():
@@ -83,6 +121,11 @@ def test_paper_adapter_count():
     with torch.device("meta"):
         model = VLM(VLMConfig())
         assert add_lora(model, LoRAConfig()) == 93_798_400
+        for encoder in (model.vision, model.fused_vision):
+            encoder.freeze_unread()
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 90_394_624
+        without_pool = VLM(VLMConfig(fused_vision=replace(SIGLIP_SO400M, attention_pool=False)))
+        assert add_lora(without_pool, LoRAConfig()) == 92_583_936
 
 
 def test_errors():

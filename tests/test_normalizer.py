@@ -65,3 +65,26 @@ def test_errors():
         Normalizer().encode_proprio(torch.zeros(1, 7))
     with pytest.raises(ValueError, match="proprio has NaN"):
         Normalizer().encode_proprio(torch.full((1, 8), float("nan")))
+
+
+def test_statistics_of_another_robot():
+    normalizer = Normalizer()
+    low, high = torch.full((6,), -0.5), torch.full((6,), 0.5)
+    with pytest.raises(ValueError, match=r"proprio statistics of shape \(9,\) and \(9,\), expected \(8,\): .*another"):
+        normalizer.set_quantiles(low, high, torch.zeros(9), torch.ones(9))
+    with pytest.raises(ValueError, match="action statistics must be finite, low <= high"):
+        normalizer.set_quantiles(high, low, torch.zeros(8), torch.ones(8))
+    with pytest.raises(ValueError, match="proprio statistics must be finite"):
+        normalizer.set_quantiles(low, high, torch.zeros(8), torch.full((8,), torch.nan))
+    assert not normalizer.fitted
+    normalizer.set_quantiles(low, high, torch.zeros(8), torch.tensor([1.0] * 7 + [0.0]))
+    assert normalizer.fitted and normalizer.action_high.tolist() == [0.5] * 6
+
+    actions, proprio = torch.full((10, 7), 0.1), torch.full((10, 8), 0.5)  # a constant dimension may lie elsewhere
+    actions[:5, 3] = 2.0
+    normalizer.check(actions, proprio)
+    actions[5, 3] = -2.0
+    with pytest.raises(ValueError, match=r"units: 60% of action 3 lie outside \[-0.5, 0.5\]"):
+        normalizer.check(actions, proprio)
+    with pytest.raises(ValueError, match="demonstrations have 7 action and 9 proprio dimensions, the policy 7 and 8"):
+        normalizer.check(actions, torch.zeros(10, 9))

@@ -13,7 +13,6 @@ from weights import uniform, weight
 from vlarft.checkpoint import read_header
 from vlarft.pretrained import (
     LIBERO_ACTION_RANGES,
-    main,
     read_action_ranges,
     read_weights,
     tokenizer_config,
@@ -21,6 +20,7 @@ from vlarft.pretrained import (
     transformer_config,
     world_model_from_public,
 )
+from vlarft.pretrained.__main__ import main
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.transformer import KVCache, TransformerConfig

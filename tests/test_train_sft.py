@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_text import tokenizer_json
+from test_pretrained_policy import PAPER
 
 from vlarft.data.augment import Augmentation, augment
+from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
+from vlarft.pretrained import public_policy_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,7 +65,11 @@ def test_trains_logs_and_writes_a_policy(demos, tmp_path):
     assert policy.act(images, ["pick up the red block"], np.zeros((1, 8))).shape == (1, 8, 7)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": None, "lora_rank": 2, "schedule": "constant"}], ids=["ema", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema": None, "lora_rank": 2, "schedule": "constant", "lora_dropout": 0.2}],
+    ids=["ema", "lora"],
+)
 def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
     cfg = config(demos, tmp_path / "a", **changes)
     expected = train_sft.main(cfg)
@@ -68,7 +77,7 @@ def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
 
     def killed(*args, train):
         calls.append(train)
-        if calls.count(True) == 4:
+        if calls.count(True) == 2 + 4:  # two for the estimate of the memory
             raise Killed
         return original(*args, train=train)
 
@@ -113,7 +122,7 @@ def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
     train_sft.main(config(demos, tmp_path / "base"))
     path = tmp_path / "base" / "model.safetensors"
     policy = VLAPolicy.load(path)
-    policy.normalizer.action_low.fill_(-0.123)
+    policy.normalizer.action_low.fill_(-0.623)
     policy.save(tmp_path / "edited.safetensors")
     train_sft.main(config(demos, tmp_path / "run", init=str(tmp_path / "edited.safetensors"), steps=2))
     after = VLAPolicy.load(tmp_path / "run" / "model.safetensors")
@@ -137,6 +146,53 @@ def test_accumulation_is_the_mean_of_its_micro_batches(demos, tmp_path):
     )
     one, two = ({k: v for k, v in weights(tmp_path / run).items() if not noise_only(k)} for run in ("one", "two"))
     assert_same(one, two, atol=2e-5, rtol=1e-3)
+
+
+def test_recomputed_activations_change_nothing(demos, tmp_path, capsys):
+    options = {"lora_rank": 2, "lora_dropout": 0.2}
+    train_sft.main(config(demos, tmp_path / "kept", **options))
+    train_sft.main(config(demos, tmp_path / "recomputed", checkpoint_activations=True, **options))
+    assert_same(weights(tmp_path / "kept"), weights(tmp_path / "recomputed"))
+    shown = capsys.readouterr().err
+    assert shown.count("text: bytes, 259 tokens") == 2
+    kept, recomputed = map(float, re.findall(r"estimated: [\d.]+ MiB \(.*activations ([\d.]+)\)", shown))
+    assert recomputed < kept
+
+
+def test_starts_from_public_weights(demos, tmp_path, monkeypatch):
+    """A converted checkpoint trains: text by BPE, adapters, nothing of the parts that the features skip."""
+    monkeypatch.setitem(POLICIES, "paper", PAPER)
+    content = tokenizer_json().encode()
+    torch.manual_seed(0)
+    policy = VLAPolicy(public_policy_config(shift_context=False, text_bytes=len(content)))
+    policy.vlm.fill_text(content)
+    policy.save(tmp_path / "public.safetensors")
+    cfg = replace(train_sft.PRESETS["paper"], demos=str(demos), out_dir=str(tmp_path / "run"), lora_rank=2, steps=2)
+    cfg = replace(cfg, init=str(tmp_path / "public.safetensors"), batch_size=2, accumulate=2, validation_fraction=0.2)
+    train_sft.main(cfg)
+    after = VLAPolicy.load(tmp_path / "run" / "model.safetensors")
+    assert after.normalizer.fitted and after.vlm.tokenizer.description.startswith("byte-level BPE")
+    before, after = load_file(tmp_path / "public.safetensors"), weights(tmp_path / "run")
+    changed = {k for k in after if not torch.equal(before[k], after[k]) and not k.startswith(("head.", "normalizer."))}
+    assert {"vlm.action_queries.weight", "vlm.vision.blocks.0.attn.qkv.weight"} <= changed
+    assert not [k for k in changed if "blocks.1." in k or "attn_pool" in k or k.endswith("bias")]
+    # every parameter that trains has moments
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)["optimizer"]
+    assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"])
+
+
+def test_statistics_of_another_robot(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "base", steps=1))
+    policy = VLAPolicy.load(tmp_path / "base" / "model.safetensors")
+    policy.normalizer.proprio_low[2] += 50
+    policy.normalizer.proprio_high[2] += 50
+    policy.save(tmp_path / "other.safetensors")
+    cfg = config(demos, tmp_path / "run", init=str(tmp_path / "other.safetensors"), steps=1)
+    with pytest.raises(ValueError, match=r"another robot or other units: 100% of proprio 2 lie outside .*--refit-stat"):
+        train_sft.main(cfg)
+    train_sft.main(replace(cfg, out_dir=str(tmp_path / "refitted"), refit_statistics=True))
+    refitted = VLAPolicy.load(tmp_path / "refitted" / "model.safetensors").normalizer
+    assert refitted.proprio_high[2] < 10
 
 
 def test_max_minutes_ends_a_run(demos, tmp_path):

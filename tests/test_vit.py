@@ -3,10 +3,13 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from weights import integers, weight
 
 from vlarft.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig, coordinates
 
@@ -76,6 +79,25 @@ def test_paper_sizes():
         dino, siglip = ViT(DINOV2_LARGE), ViT(SIGLIP_SO400M)
     assert dino(torch.rand(1, 3, 224, 224, device="meta")).shape == (1, 256, 1024)
     assert siglip(torch.rand(1, 3, 224, 224, device="meta")).shape == (1, 256, 1152)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cfg", "name"), [(DINOV2_LARGE, "dino"), (SIGLIP_SO400M, "siglip")], ids=["dinov2", "siglip"])
+def test_public_sizes_at_full_size(cfg, name):
+    """Patch tokens of the second-to-last block, as the public code takes them; later parts are not built."""
+    golden = load_file(Path(__file__).parent / "golden" / "06_vision.safetensors")
+    with torch.device("meta"):
+        model = ViT(replace(cfg, depth=cfg.output_block + 1, attention_pool=False))
+    used = {k: v for k, v in model.state_dict().items() if not k.startswith("norm.")}  # the final norm is not read
+    tensors = {k: torch.from_numpy(weight(f"{name}_featurizer.{k}", v.shape)) for k, v in used.items()}
+    assert model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys == []
+    coarse = integers("input/image_coarse", (28, 28, 3), 192).repeat(8, axis=0).repeat(8, axis=1)
+    image = torch.from_numpy(coarse + integers("input/image_fine", (224, 224, 3), 64))  # (H, W, 3)
+    assert torch.equal(image[0], golden["image_row0"].long())
+    with torch.no_grad():
+        tokens = model(image.float().permute(2, 0, 1)[None] / 255)[0]  # (256, D)
+    torch.testing.assert_close(tokens[::16], golden[f"{name}_patches_every16"], atol=5e-5, rtol=0)
+    torch.testing.assert_close(tokens[:, :8], golden[f"{name}_all_patches_head"], atol=5e-5, rtol=0)
 
 
 def test_gradient_reaches_the_used_blocks_only():

@@ -2,13 +2,17 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from weights import weight
 
-from vlarft.transformer import TransformerConfig
+from vlarft.lora import LoRAConfig, add_lora
+from vlarft.transformer import Decoder, TransformerConfig
 from vlarft.vit import ConvEncoderConfig, ViTConfig
-from vlarft.vlm import VLM, ByteTokenizer, VLMConfig
+from vlarft.vlm import QWEN2_HALF_B, VLM, ByteTokenizer, VLMConfig
 
 LANGUAGE = TransformerConfig(depth=2, width=16, num_heads=2, num_kv_heads=1, ffn_dim=24, qkv_bias=True, init_std=0.2)
 DINO = ViTConfig(image_size=28, width=8, depth=2, num_heads=2, mlp_dim=12, num_registers=1, output_block=1)
@@ -95,6 +99,28 @@ def test_language_model_is_qwen2():
     torch.testing.assert_close(actual, oracle(input_ids=ids).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_public_language_model_at_full_size():
+    """Hidden states and the tied head's logits of the public code on the paper's prompt."""
+    golden, seen = load_file(Path(__file__).parent / "golden" / "05_qwen.safetensors"), {}
+    with torch.device("meta"):
+        model = Decoder(QWEN2_HALF_B)
+    tensors = {k: torch.from_numpy(weight(f"model.{k}", v.shape)) for k, v in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    for i in (0, 22):
+        model.layers[i].register_forward_hook(lambda _m, _i, out, i=i: seen.update({i: out[0]}))
+    table = torch.from_numpy(weight("model.embed_tokens.weight", (VLMConfig().vocabulary, QWEN2_HALF_B.width)))
+    embedded = table[golden["input_ids"].long()]  # (1, 41, D)
+    with torch.no_grad():
+        hidden = model(embedded)[0]
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(embedded[0, :, :16], golden["hidden_after_embed_head"], **close)
+    torch.testing.assert_close(seen[0][:, :64], golden["hidden_after_layer1_head"], **close)
+    torch.testing.assert_close(seen[22][:, :64], golden["hidden_before_final_layer_head"], **close)
+    torch.testing.assert_close(hidden, golden["last_hidden"], **close)
+    torch.testing.assert_close(table[:1024] @ hidden[-1], golden["logits_last_head"], **close)
+
+
 def test_a_row_does_not_depend_on_the_batch():
     for cfg in (CFG, CONV):
         model = make(cfg)
@@ -119,6 +145,27 @@ def test_gradient_reaches_every_parameter():
         model(images(cfg), ["push the plate", "open the drawer"]).context.square().sum().backward()
         silent = {k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         assert {k for k in silent if not k.endswith(("vision.norm.weight", "vision.norm.bias"))} == set()
+
+
+def test_gradient_reaches_every_trainable_parameter_and_no_frozen_one():
+    cfg = replace(
+        CFG, vision=replace(DINO, depth=3), fused_vision=replace(CFG.fused_vision, depth=3, attention_pool=True)
+    )
+    for adapters in (False, True):
+        model = make(cfg)
+        if adapters:
+            add_lora(model, LoRAConfig(rank=2, alpha=4.0))
+            model.action_queries.requires_grad_(True)
+        for encoder in (model.vision, model.fused_vision):
+            encoder.freeze_unread()
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(parameter)
+        model(images(cfg), ["push the plate", "open the drawer"]).context.square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
+        trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        assert {"vision", "fused_vision", "projector", "language_model", "action_queries"} <= trained
 
 
 def test_byte_tokenizer():

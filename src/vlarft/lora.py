@@ -2,16 +2,25 @@
 
 `add_lora` turns linear layers into `LoRALinear` in place (same parameter names, plus `lora_a` and `lora_b`);
 `merge_lora` folds the product into W and turns them back, so an exported model has no trace of the adapters.
+`save_lora` and `load_lora` keep the adapters alone, a fraction of the model, in one file with their configuration.
+
+On every linear layer of the paper's vision-language model: 93,798,400 trainable parameters, 92,583,936 without SigLIP's
+attention pool. Neither the pool nor the encoders' last blocks take part in the features: 90,394,624 get a gradient.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from vlarft.checkpoint import read_header, save_model
+from vlarft.config import differences, from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,7 @@ def add_lora(module: nn.Module, cfg: LoRAConfig) -> int:
     if has_lora(module):
         raise ValueError("add_lora: the module already has adapters; merge_lora it first")
     module.requires_grad_(False)
-    found = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and any(target in name for target in cfg.targets)
-    ]
+    found = _targets(module, cfg)
     if not found:
         raise ValueError(f"LoRAConfig.targets {cfg.targets}: no linear layer has such a name; '' selects all")
     for name, child in found:
@@ -104,8 +109,65 @@ def has_lora(module: nn.Module) -> bool:
 
 
 def lora_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters alone, by their names in `module.state_dict()`; load with `strict=False`."""
+    """The adapters alone, by their names in `module.state_dict()`."""
     return {k: v for k, v in module.state_dict().items() if k.endswith((".lora_a", ".lora_b"))}
+
+
+def save_lora(path: str | Path, module: nn.Module) -> None:
+    """Write the adapters of `module`, and their configuration, to one safetensors file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    save_model(path, module, _config_of(module), state_dict=lora_state_dict(module))
+
+
+def load_lora(path: str | Path, module: nn.Module) -> None:
+    """Give `module` the adapters of a file; they are added, or replace the values of those that are there.
+
+    Args:
+        path: of `save_lora`.
+        module: of the class and sizes that the adapters were trained on; its own weights stay.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: adapters of another rank, scale or target than those present, of other layers, or of another model.
+    """
+    header = read_header(path)
+    if header.cls != type(module).__name__:
+        raise ValueError(f"{path} holds adapters of a {header.cls}, the module is a {type(module).__name__}")
+    cfg = from_dict(LoRAConfig, header.config, f"{path}: LoRAConfig")
+    if has_lora(module) and (lines := differences(to_dict(cfg), to_dict(_config_of(module)))):
+        raise ValueError(f"{path} holds other adapters than the module's: {'; '.join(lines)}; merge_lora it first")
+    tensors = load_file(path)
+    expected = {}
+    for name, child in _targets(module, cfg):
+        expected[f"{name}.lora_a"] = (cfg.rank, child.in_features)
+        expected[f"{name}.lora_b"] = (child.out_features, cfg.rank)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if lines := differences(found, expected):
+        shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
+        raise ValueError(f"{path} does not fit the module's linear layers: {shown}")
+    if not has_lora(module):
+        add_lora(module, cfg)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _targets(module: nn.Module, cfg: LoRAConfig) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that a configuration names, adapted or not."""
+    return [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and any(target in name for target in cfg.targets)
+    ]
+
+
+def _config_of(module: nn.Module) -> LoRAConfig:
+    """Configuration of the adapters of `module`, which are all made by one `add_lora`."""
+    for child in module.modules():
+        if isinstance(child, LoRALinear):
+            return child.cfg
+    raise ValueError("the module has no adapters; add_lora first")
 
 
 def merge_state_dict(state: dict[str, torch.Tensor], cfg: LoRAConfig) -> dict[str, torch.Tensor]:

@@ -76,6 +76,58 @@ class Normalizer(nn.Module):
         self.fitted.fill_(True)
         return self
 
+    def set_quantiles(self, action_low: Tensor, action_high: Tensor, proprio_low: Tensor, proprio_high: Tensor) -> None:
+        """Take over the 1 % and 99 % quantiles of a data set, in raw units.
+
+        Args:
+            action_low, action_high: (A - 1,), without the gripper.
+            proprio_low, proprio_high: (P,).
+
+        Raises:
+            ValueError: other widths (the statistics of another robot), numbers that are not finite, or low above high.
+        """
+        for name, low, high in (("action", action_low, action_high), ("proprio", proprio_low, proprio_high)):
+            own = getattr(self, f"{name}_low")
+            if low.shape != own.shape or high.shape != own.shape:
+                raise ValueError(
+                    f"{name} statistics of shape {tuple(low.shape)} and {tuple(high.shape)}, expected "
+                    f"{tuple(own.shape)}: they are of another robot"
+                )
+            if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low <= high).all()):
+                raise ValueError(f"{name} statistics must be finite, low <= high; got {low.tolist()}, {high.tolist()}")
+        self.action_low.copy_(action_low)
+        self.action_high.copy_(action_high)
+        self.proprio_low.copy_(proprio_low)
+        self.proprio_high.copy_(proprio_high)
+        self.fitted.fill_(True)
+
+    def check(self, actions: Tensor, proprio: Tensor) -> None:
+        """Compare the statistics with demonstrations, raw.
+
+        Args:
+            actions: (N, A).
+            proprio: (N, P).
+
+        Raises:
+            ValueError: other widths, or a dimension that is out of the quantiles' range more often than not.
+        """
+        width = len(self.action_low) + 1, len(self.proprio_low)
+        if (actions.shape[1], proprio.shape[1]) != width:
+            raise ValueError(
+                f"the demonstrations have {actions.shape[1]} action and {proprio.shape[1]} proprio dimensions, the "
+                f"policy {width[0]} and {width[1]}: they are of another robot"
+            )
+        for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            out = ((values < low) | (values > high)).float().mean(0) * (high - low >= 1e-6)
+            worst = int(out.argmax())
+            if out[worst] > 0.5:
+                raise ValueError(
+                    f"the policy's statistics are of another robot or other units: {out[worst]:.0%} of {name} {worst} "
+                    f"lie outside [{low[worst]:.3g}, {high[worst]:.3g}], its 1 % and 99 % quantiles; fit them anew "
+                    "(train_sft.py --refit-statistics) if that is meant"
+                )
+
     def encode_actions(self, actions: Tensor) -> Tensor:
         """Raw environment actions (..., A) to normalised ones (..., A), float32."""
         motion = _to_unit(actions[..., :-1].float(), self.action_low, self.action_high)

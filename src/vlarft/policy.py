@@ -11,8 +11,10 @@ Shapes: B batch, V cameras, T chunk steps, A action dim, N context tokens, D con
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ class PolicyConfig:
 
     vlm: VLMConfig = field(default_factory=VLMConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    cameras: tuple[str, ...] = ("agentview",)  # an observation's images, in the order of the vision tokens
     gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes the last action dim
     crop_area: float = 1.0  # central share of the image area that is looked at; 0.9 after training with random crops
     key_head_dim: int | None = None  # inner width of the auxiliary key-position head; None: no such head
@@ -115,13 +118,22 @@ SMALL = PolicyConfig(
 PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "tiny": TINY, "smoke": SMOKE}
 
 
+class Inputs(NamedTuple):
+    """A batch of observations: images (B, V, 3, S, S) of `preprocess`, B instructions, raw proprio (B, P)."""
+
+    images: torch.Tensor
+    instructions: list[str]
+    proprio: torch.Tensor
+
+
 class VLAPolicy(nn.Module):
     """Vision-language model, flow head, normaliser and, after reinforcement fine-tuning, the sigma net.
 
     Args:
         cfg: sizes.
     Raises:
-        ValueError: the flow head expects another context width than the language model has.
+        ValueError: the flow head expects another context width than the language model has, or the number of cameras
+            that are named is not the language model's.
     """
 
     def __init__(self, cfg: PolicyConfig) -> None:
@@ -130,6 +142,10 @@ class VLAPolicy(nn.Module):
             raise ValueError(
                 f"PolicyConfig: flow.context_dim {cfg.flow.context_dim} must equal vlm.language.width "
                 f"{cfg.vlm.language.width}"
+            )
+        if len(cfg.cameras) != cfg.vlm.num_cameras:
+            raise ValueError(
+                f"PolicyConfig: cameras {cfg.cameras} must name as many as vlm.num_cameras, {cfg.vlm.num_cameras}"
             )
         self.cfg = cfg
         self.vlm = VLM(cfg.vlm)
@@ -173,7 +189,7 @@ class VLAPolicy(nn.Module):
             images: uint8 (B, H, W, 3) or (B, V, H, W, 3); or floats in [0, 1], (B, 3, H, W) or (B, V, 3, H, W).
             crop: False for images that a random crop has cut already.
         Returns:
-            (B, V, 3, S, S) float32 in [0, 1]: central crop of `crop_area`, then bicubic resize with antialiasing.
+            (B, V, 3, S, S) float32 in [0, 1]: central crop of `crop_area`, then `resize`, which is Pillow's.
         Raises:
             ValueError: another dtype or layout, or floats outside [0, 1].
         """
@@ -197,7 +213,7 @@ class VLAPolicy(nn.Module):
         size = self.vlm.image_size
         flat = center_crop(rearrange(images, "b v c h w -> (b v) c h w"), self.cfg.crop_area if crop else 1.0)
         if flat.shape[-2:] != (size, size):
-            flat = F.interpolate(flat, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+            flat = resize(flat, size)
         return rearrange(flat, "(b v) c h w -> b v c h w", b=len(images))
 
     def encode(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
@@ -284,12 +300,55 @@ class VLAPolicy(nn.Module):
             metrics["key_loss"] = key_loss.detach()
         return loss, metrics
 
+    def observe(self, observations: Sequence[Mapping[str, Any]]) -> Inputs:
+        """Observations as a simulator or a robot gives them, as one batch.
+
+        Args:
+            observations: B mappings with an image per camera of the configuration, (H, W, 3) uint8, upright, of any
+                resolution; "proprio" (P,), raw; "instruction". Other entries are ignored.
+        Raises:
+            ValueError: no observation; one that lacks an entry or holds something else than is said above.
+        """
+        if not observations:
+            raise ValueError("act: no observation")
+        for obs in observations:
+            if missing := [name for name in (*self.cfg.cameras, "proprio", "instruction") if name not in obs]:
+                raise ValueError(
+                    f"observation: no {', '.join(missing)} among {', '.join(map(str, obs))}; the policy takes an image "
+                    f"of each of its cameras ({', '.join(self.cfg.cameras)}), proprio and instruction"
+                )
+            for camera in self.cfg.cameras:
+                dtype, shape = getattr(obs[camera], "dtype", type(obs[camera])), np.shape(obs[camera])
+                if dtype not in (np.uint8, torch.uint8) or len(shape) != 3 or shape[-1] != 3 or 0 in shape:
+                    raise ValueError(
+                        f"observation: {camera} is {dtype} {tuple(shape)}, expected uint8 (H, W, 3), RGB, an array or "
+                        "a tensor"
+                    )
+            if not isinstance(obs["instruction"], str):
+                raise ValueError(f"observation: instruction is {obs['instruction']!r}, expected a string")
+            if np.shape(obs["proprio"]) != (self.cfg.flow.proprio_dim,):
+                raise ValueError(
+                    f"observation: proprio has shape {np.shape(obs['proprio'])}, expected "
+                    f"({self.cfg.flow.proprio_dim},), raw: another robot's?"
+                )
+        columns = []
+        for camera in self.cfg.cameras:
+            images = [obs[camera] for obs in observations]
+            # torch takes no negative strides, which an image that was turned has
+            images = [torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x for x in images]
+            alike = len({image.shape for image in images}) == 1
+            batches = [torch.stack(images)] if alike else [image[None] for image in images]
+            columns.append(torch.cat([self.preprocess(batch) for batch in batches]))
+        images = torch.cat(columns, dim=1)  # (B, V, 3, S, S)
+        proprio = [torch.as_tensor(obs["proprio"], dtype=torch.float32, device=images.device) for obs in observations]
+        return Inputs(images, [obs["instruction"] for obs in observations], torch.stack(proprio))
+
     @torch.no_grad()
     def act(
         self,
-        images: np.ndarray | torch.Tensor,
-        instructions: list[str],
-        proprio: np.ndarray | torch.Tensor,
+        obs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | np.ndarray | torch.Tensor,
+        instructions: list[str] | None = None,
+        proprio: np.ndarray | torch.Tensor | None = None,
         *,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -298,21 +357,31 @@ class VLAPolicy(nn.Module):
         """Action chunks for the environment: the deterministic flow from noise; the sigma net is not used.
 
         Args:
-            images: see `preprocess`.
-            instructions: B strings.
-            proprio: (B, 8), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m].
+            obs: an observation or a list of B of them, see `observe`; or images, see `preprocess`, with the next two.
+            instructions: B strings, given with images.
+            proprio: (B, 8), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]; given with images.
             noise: (B, T, A), the start x_0; drawn from `generator` (on the policy's device) when absent.
             generator: see above.
             num_steps: Euler steps.
         Returns:
-            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close.
+            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. One
+            observation that is no list: (T, A), of noise (T, A).
         Raises:
-            ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images.
+            ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images,
+                images without instructions and proprio.
         """
         if not self.normalizer.fitted:
             raise ValueError("the policy's normaliser was never fitted; train the policy, or load a trained checkpoint")
-        images = self.preprocess(images)
-        proprio = torch.as_tensor(proprio, dtype=torch.float32, device=images.device)
+        if isinstance(obs, Mapping):
+            noise = None if noise is None else noise[None]
+            return self.act([obs], noise=noise, generator=generator, num_steps=num_steps)[0]
+        if isinstance(obs, np.ndarray | torch.Tensor):
+            if instructions is None or proprio is None:
+                raise ValueError("act: images come with instructions and proprio; or pass observations, see `observe`")
+            images = self.preprocess(obs)
+            proprio = torch.as_tensor(proprio, dtype=torch.float32, device=images.device)
+        else:
+            images, instructions, proprio = self.observe(obs)
         shape = (len(images), self.cfg.flow.chunk, self.cfg.flow.action_dim)
         if len(instructions) != len(images) or len(proprio) != len(images):
             raise ValueError(
@@ -328,6 +397,17 @@ class VLAPolicy(nn.Module):
         return self.normalizer.decode_actions(
             sample_ode(self.head, cond, noise=noise.to(images.device), num_steps=num_steps)
         )
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Bicubic resize with antialiasing to size x size, as Pillow does it to 8-bit images, which the public code uses:
+    each row, then each column, and both results rounded to 8 bits. (B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [0, 1].
+    """
+    for shape in ((images.shape[-2], size), (size, size)):
+        if shape != tuple(images.shape[-2:]):
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True)
+            images = images.mul(255).round().clamp(0, 255) / 255
+    return images
 
 
 def center_crop(images: torch.Tensor, area: float) -> torch.Tensor:

@@ -172,6 +172,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
         self.attn_pool = AttentionPool(cfg) if cfg.attention_pool else None
 
+    def freeze_unread(self) -> None:
+        """Freeze the parts that take no part in the features, and so would never get a gradient."""
+        for part in (*self.blocks[self.cfg.output_block + 1 :], self.norm, self.attn_pool):
+            if part is not None:
+                part.requires_grad_(False)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Patch tokens of block `output_block`.
 

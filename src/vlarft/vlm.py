@@ -4,8 +4,8 @@ The token sequence is [first text token][patches of every camera][other text tok
 causally by the decoder of `transformer.py` with Qwen2's options. The context is the last hidden state at the patches
 and at the learned action queries.
 
-Text is tokenised by bytes here, which suits models trained from scratch; the vocabulary of the public weights belongs
-to the code that loads them.
+Models trained from scratch read text as bytes; models with public weights read Qwen's prompt through the byte-level BPE
+of a tokenizer file that is part of the model (`text_file_bytes`).
 
 Shapes: B batch, V cameras, N vision tokens per camera, P = V * N, Q action queries, D width, Dv vision width.
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -47,7 +48,8 @@ class VLMConfig:
     language: TransformerConfig = QWEN2_HALF_B
     vocabulary: int = 151936
     bytes_per_token: int = 1  # bytes whose embeddings (one table each) are summed into a token; 4 shortens the text
-    max_text_bytes: int = 256  # longer instructions are refused
+    text_file_bytes: int = 0  # size of the tokenizer file that the model carries; 0: byte tokens, no file
+    max_text_bytes: int = 256  # bytes, or BPE tokens of the whole prompt; longer instructions are refused
     num_queries: int = 64
     query_init_std: float = 0.0  # the paper's queries start at zero; from scratch a small spread trains better
     shift_context: bool = False  # read the hidden states one position early, as the public code and its weights do
@@ -65,6 +67,8 @@ class ByteTokenizer:
 
     pad, begin, end = 256, 257, 258
     vocabulary = 259
+    unit = "bytes with begin and end"
+    description = "bytes, 259 tokens"
 
     def encode(self, instruction: str) -> list[int]:
         """Token ids of an instruction, lower-cased and stripped.
@@ -72,10 +76,99 @@ class ByteTokenizer:
         Raises:
             ValueError: empty instruction.
         """
-        text = instruction.strip().lower()
-        if not text:
-            raise ValueError(f"instruction {instruction!r} is empty; the policy needs to be told what to do")
-        return [self.begin, *text.encode(), self.end]
+        return [self.begin, *clean(instruction).encode(), self.end]
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PROMPT = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nWhat action should the robot take to {}?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+class BPETokenizer(nn.Module):
+    """Qwen's prompt around the instruction, byte-level BPE. The tokenizer's file is a buffer, so it is saved with the
+    weights and loaded with them.
+
+    Args:
+        num_bytes: size of the file, of tokenizer.json's kind.
+    """
+
+    unit = "tokens with the prompt"
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.register_buffer("file", torch.zeros(num_bytes, dtype=torch.uint8))
+        self.parsed: Any = None  # of the file, made when it is needed
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "parsed", None))
+
+    def parse(self) -> Any:
+        """The file as a `tokenizers.Tokenizer`.
+
+        Raises:
+            ImportError: the `tokenizers` package is missing.
+            ValueError: the file is no tokenizer, or lacks the prompt's special tokens.
+        """
+        if self.parsed is None:
+            tokenizers = import_tokenizers()
+            content = bytes(self.file.cpu().numpy())
+            try:
+                parsed = tokenizers.Tokenizer.from_buffer(content)
+            except Exception as error:  # the package raises nothing more specific
+                raise ValueError(
+                    f"the text tokenizer ({len(content):,} bytes) is no readable tokenizer.json: {error}"
+                ) from error
+            if missing := [token for token in SPECIAL_TOKENS if parsed.token_to_id(token) is None]:
+                raise ValueError(f"the text tokenizer lacks {', '.join(missing)}: it is not that of a Qwen2 model")
+            self.parsed = parsed
+        return self.parsed
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token."""
+        return self.parse().token_to_id(SPECIAL_TOKENS[0])
+
+    @property
+    def vocabulary(self) -> int:
+        """Largest id plus one."""
+        return max(self.parse().get_vocab().values()) + 1
+
+    @property
+    def description(self) -> str:
+        """Kind and size, for messages."""
+        return f"byte-level BPE in Qwen's prompt, {len(self.parse().get_vocab()):,} tokens"
+
+    def encode(self, instruction: str) -> list[int]:
+        """Token ids of the prompt with an instruction, lower-cased and stripped.
+
+        Raises:
+            ValueError: empty instruction.
+        """
+        return self.parse().encode(PROMPT.format(clean(instruction)), add_special_tokens=False).ids
+
+
+def clean(instruction: str) -> str:
+    """An instruction stripped and lower-cased.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not (text := instruction.strip().lower()):
+        raise ValueError(f"instruction {instruction!r} is empty; the policy needs to be told what to do")
+    return text
+
+
+def import_tokenizers() -> ModuleType:
+    """The `tokenizers` package, which only public weights need.
+
+    Raises:
+        ImportError: it is missing; the message says what installs it.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError('public weights read text through `tokenizers`: pip install "vlarft[public]"') from error
+    return tokenizers
 
 
 class Projector(nn.Module):
@@ -135,10 +228,12 @@ class VLM(nn.Module):
 
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
-        self.cfg, self.tokenizer = cfg, ByteTokenizer()
-        if cfg.bytes_per_token < 1:
-            raise ValueError(f"VLMConfig.bytes_per_token: got {cfg.bytes_per_token}, expected at least 1")
-        if cfg.vocabulary < self.tokenizer.vocabulary:
+        self.cfg = cfg
+        self.tokenizer = BPETokenizer(cfg.text_file_bytes) if cfg.text_file_bytes else ByteTokenizer()
+        if cfg.bytes_per_token < 1 or (cfg.text_file_bytes and cfg.bytes_per_token > 1):
+            expected = "1 with a text tokenizer's file" if cfg.text_file_bytes else "at least 1"
+            raise ValueError(f"VLMConfig.bytes_per_token: got {cfg.bytes_per_token}, expected {expected}")
+        if not cfg.text_file_bytes and cfg.vocabulary < self.tokenizer.vocabulary:
             raise ValueError(f"VLMConfig.vocabulary {cfg.vocabulary} is too small for byte tokens; give at least 259")
         self.vision = ViT(cfg.vision) if isinstance(cfg.vision, ViTConfig) else ConvEncoder(cfg.vision)
         self.fused_vision = ViT(cfg.fused_vision) if cfg.fused_vision else None
@@ -158,6 +253,25 @@ class VLM(nn.Module):
         self.action_queries = nn.Embedding(cfg.num_queries, cfg.language.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         nn.init.normal_(self.action_queries.weight, std=cfg.query_init_std)
+
+    def fill_text(self, content: bytes) -> None:
+        """Take over the content of a tokenizer.json, of the size that the configuration names.
+
+        Raises:
+            ValueError: another size, no tokenizer, or more tokens than the embedding has rows.
+            ImportError: the `tokenizers` package is missing.
+        """
+        if len(content) != self.cfg.text_file_bytes:
+            raise ValueError(
+                f"the text tokenizer has {len(content)} bytes, VLMConfig.text_file_bytes is {self.cfg.text_file_bytes}"
+            )
+        self.tokenizer.file.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self.tokenizer.parsed = None
+        if self.tokenizer.vocabulary > self.cfg.vocabulary:
+            raise ValueError(
+                f"the text tokenizer has ids up to {self.tokenizer.vocabulary - 1}, the embedding "
+                f"{self.cfg.vocabulary} rows: it is that of another model"
+            )
 
     def forward(self, images: torch.Tensor, instructions: list[str]) -> VLMOutput:
         """Context of a batch of observations, Eq. (1).
@@ -190,12 +304,12 @@ class VLM(nn.Module):
         return torch.cat([hidden[:, first : first + num_vision], queries], dim=1)
 
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded byte tokens (B, n), n the longest of the batch, and their numbers (B,)."""
+        """Right-padded text tokens (B, n), n the longest of the batch, and their numbers (B,)."""
         encoded = [self.tokenizer.encode(text) for text in instructions]
         for text, ids in zip(instructions, encoded, strict=True):
             if len(ids) > self.cfg.max_text_bytes:
                 raise ValueError(
-                    f"instruction {text[:40]!r}... has {len(ids)} bytes with begin and end, the limit "
+                    f"instruction {text[:40]!r}... has {len(ids)} {self.tokenizer.unit}, the limit "
                     f"(max_text_bytes) is {self.cfg.max_text_bytes}; shorten it"
                 )
         longest = max(map(len, encoded))
@@ -203,7 +317,7 @@ class VLM(nn.Module):
         return torch.tensor(padded, device=device), torch.tensor([len(ids) for ids in encoded], device=device)
 
     def embed_text(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Byte tokens (B, m) and numbers (B,) -> text tokens (B, n, D) and numbers (B,), n = m / bytes_per_token."""
+        """Text tokens (B, m) and numbers (B,) -> text tokens (B, n, D) and numbers (B,), n = m / bytes_per_token."""
         group = self.cfg.bytes_per_token
         ids = F.pad(ids, (0, -ids.shape[1] % group), value=self.tokenizer.pad)
         ids = rearrange(ids, "b (n g) -> b n g", g=group)

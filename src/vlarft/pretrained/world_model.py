@@ -1,29 +1,15 @@
-"""Public checkpoints of the frame tokenizer and the world model, as ours: key maps, and a command that converts.
+"""Public frame tokenizers and world models as ours.
 
-    python -m vlarft.pretrained tokenizer WorldModel-Tokenizer --out runs/public/tokenizer.safetensors
-    python -m vlarft.pretrained world-model WorldModel-Libero-Spatial --out runs/public/world_model.safetensors \\
-        --tokenizer runs/public/tokenizer.safetensors --action-ranges libero
-
-Reads the folder of a downloaded repository: its config.json (without one, the paper's sizes) and its weights, one
-safetensors file, safetensors with an index, or a .bin / .pt of tensors alone. Writes one file that
-`FrameTokenizer.load` and `WorldModel.load` read, in float32.
-
-Every tensor is accounted for: one that is missing, left over or of another shape is an error that names it.
+The weights need no switch: layout, rounding and rotary positions of ours are the public ones.
 
     tokenizer     our names are the public ones; positions of another grid are resampled only when asked
     world model   `LlamaForCausalLM` below is the map; what it leaves out on purpose is in `RECOMPUTED`
 
-The weights need no switch: layout, rounding and rotary positions of ours are the public ones. The public world models
-saw raw environment actions, cut into bins over ranges that are not among the weights: `--action-ranges`.
-
 Shapes: A action dim, N positions, D width.
 """
 
-import argparse
-import json
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlarft.checkpoint import UNREADABLE, load_weights, save_model
 from vlarft.config import differences, to_dict
+from vlarft.pretrained.files import check_config, load_public, read_config, read_json, read_pickled, read_weights
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.transformer import TransformerConfig
 from vlarft.world_model import WorldModel, WorldModelConfig
@@ -94,7 +78,7 @@ def tokenizer_from_public(
     for name, own in model.state_dict().items():
         if name.endswith("pos_emb") and name in tensors and tensors[name].shape[1:] == own.shape[1:]:
             tensors[name] = _fit_positions(tensors[name], config, interpolate_positions, f"{where}: {name}")
-    _load(model, tensors, "tokenizer", where)
+    load_public(model, tensors, "tokenizer", where)
     return model.eval()
 
 
@@ -149,19 +133,8 @@ def world_model_from_public(
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.action_bins.set_range(action_ranges[:, 0], action_ranges[:, 1])
     tensors = {name: tensor for name, tensor in state_dict.items() if not RECOMPUTED.fullmatch(name)}
-    _load(LlamaForCausalLM(model), tensors, "world model", where)
+    load_public(LlamaForCausalLM(model), tensors, "world model", where)
     return model.eval()
-
-
-def _load(model: nn.Module, tensors: dict[str, Tensor], what: str, where: str) -> None:
-    """`load_weights` that tells another model from a damaged one."""
-    own = model.state_dict()
-    if not own.keys() & tensors.keys():
-        raise ValueError(
-            f"{where} holds no {what}: of its {len(tensors)} tensors ({', '.join(list(tensors)[:3])}, ...) none has a "
-            f"name of the layout ({', '.join(list(own)[:3])}, ...)"
-        )
-    load_weights(model, tensors, where)
 
 
 def tokenizer_config(public: Mapping[str, Any]) -> TokenizerConfig:
@@ -174,7 +147,7 @@ def tokenizer_config(public: Mapping[str, Any]) -> TokenizerConfig:
     # 12 is 2^12 codes and stands for the levels 7, 5, 5, 5, 5
     fixed = {"act_fn": "silu", "norm_type": "group", "mid_block_add_attention": False, "context_length": 1}
     fixed |= {"in_channels": 3, "out_channels": 3, "vq_fsq_levels": 12, "dyn_fsq_levels": 12}
-    _check_config(public, "tokenizer", needed, fixed)
+    check_config(public, "tokenizer", needed, fixed)
     return TokenizerConfig(
         image_size=(public["resolution"], public["resolution"]),
         block_channels=tuple(public["block_out_channels"]),
@@ -195,7 +168,7 @@ def transformer_config(public: Mapping[str, Any]) -> TransformerConfig:
     fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     fixed |= {"tie_word_embeddings": False, "rope_scaling": None}
     rope = public.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
-    _check_config({**public, **rope}, "world model", needed, {**fixed, "rope_type": "default"})
+    check_config({**public, **rope}, "world model", needed, {**fixed, "rope_type": "default"})
     return TransformerConfig(
         depth=public["num_hidden_layers"],
         width=public["hidden_size"],
@@ -207,92 +180,6 @@ def transformer_config(public: Mapping[str, Any]) -> TransformerConfig:
         norm_eps=public["rms_norm_eps"],
         max_positions=public.get("max_position_embeddings", TransformerConfig.max_positions),
     )
-
-
-def _check_config(public: Mapping[str, Any], what: str, needed: Sequence[str], fixed: Mapping[str, Any]) -> None:
-    if missing := [name for name in needed if name not in public]:
-        raise ValueError(
-            f"config.json is not that of a public {what}: it lacks {', '.join(missing)} and has "
-            f"{', '.join(list(public)[:8])}"
-        )
-    if other := [f"{k}={public[k]!r}, expected {v!r}" for k, v in fixed.items() if public.get(k, v) != v]:
-        raise ValueError(f"config.json describes a {what} that ours does not compute: {'; '.join(other)}")
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a downloaded repository.
-
-    Args:
-        path: its folder, or one file of weights.
-
-    Raises:
-        FileNotFoundError: no such path, no weights in the folder, or a shard of the index is missing.
-        ValueError: several files that could be meant, or one that is truncated or holds more than tensors.
-    """
-    path = Path(path)
-    tensors: dict[str, Tensor] = {}
-    for file in [path] if path.is_file() else _weight_files(path):
-        part = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
-        if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
-            content = ", ".join(map(str, list(part)[:8])) if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"{file} holds {content}, expected tensors by name: save the state dict alone")
-        tensors |= part
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give the folder of a downloaded repository, or its weight file")
-    for suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        found = sorted(folder.glob(f"*{suffix}.index.json")) or sorted(folder.glob(f"*{suffix}"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise ValueError(
-                f"{folder} holds several files of weights ({names}): give the one that is meant in place of the "
-                "folder; if they are shards, their .index.json is missing: download it too"
-            )
-        if found and found[0].suffix == ".json":
-            shards = sorted({folder / name for name in _read_json(found[0]).get("weight_map", {}).values()})
-            if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{found[0]} names {', '.join(missing)}, not in {folder}: download them too")
-            return shards
-        if found:
-            return found
-    names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-    raise FileNotFoundError(
-        f"{folder} holds no weights (*.safetensors, *.bin, *.pt, *.pth) but {names}: download the repository with its "
-        "large files"
-    )
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(_unreadable(file, error)) from error
-
-
-def _read_pickled(file: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors in plain containers; nothing in the file is executed."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise ValueError(_unreadable(file, str(error).splitlines()[0])) from error
-
-
-def _unreadable(file: Path, error: Any) -> str:
-    size = file.stat().st_size
-    return (
-        f"{file} ({size:,} bytes) is no readable file of tensors ({error}): it is truncated, a git-lfs pointer or of "
-        "another format; download it again"
-    )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); download it again") from error
 
 
 def read_action_ranges(source: str) -> Tensor:
@@ -310,7 +197,7 @@ def read_action_ranges(source: str) -> Tensor:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f'no action ranges at {path}: give "libero", a .json or a .pth file')
-    table = _read_json(path) if path.suffix == ".json" else _read_pickled(path)
+    table = read_json(path) if path.suffix == ".json" else read_pickled(path)
     try:
         ranges = torch.as_tensor(table, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -324,7 +211,7 @@ def convert_tokenizer(
     path: Path, image_size: tuple[int, int] | None, interpolate_positions: tuple[int, int] | None
 ) -> FrameTokenizer:
     """The tokenizer of a downloaded repository; see `tokenizer_from_public` for the errors."""
-    public, where = _read_config(path)
+    public, where = read_config(path)
     config = TokenizerConfig() if public is None else tokenizer_config(public)
     config = replace(config, image_size=image_size or config.image_size)
     return tokenizer_from_public(read_weights(path), config, interpolate_positions, where)
@@ -332,57 +219,7 @@ def convert_tokenizer(
 
 def convert_world_model(path: Path, tokenizer: FrameTokenizer, action_ranges: Tensor) -> WorldModel:
     """The world model of a downloaded repository; see `world_model_from_public` for the errors."""
-    public, where = _read_config(path)
+    public, where = read_config(path)
     transformer = TransformerConfig() if public is None else transformer_config(public)
     config = WorldModelConfig(tokenizer.cfg, transformer, action_dim=len(action_ranges))
     return world_model_from_public(read_weights(path), config, tokenizer, action_ranges, where)
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The repository's config.json, None without one; and how messages name the repository."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if file.is_file():
-        return _read_json(file), str(path)
-    return None, f"{path} (no config.json beside it, so read at the paper's sizes)"
-
-
-def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring.
-
-    Raises:
-        FileExistsError: `--out` exists; and the errors of the functions above.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    commands = {kind: kinds.add_parser(kind, allow_abbrev=False) for kind in ("tokenizer", "world-model")}
-    for command in commands.values():
-        command.add_argument("path", type=Path, metavar="FOLDER", help="downloaded repository, or its weight file")
-        command.add_argument("--out", type=Path, required=True, help="file to write, by convention *.safetensors")
-    size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
-    commands["tokenizer"].add_argument("--image-size", **size, help="pixels, in place of config.json's resolution")
-    commands["tokenizer"].add_argument("--interpolate-positions", **size, help="resample the positions, of this grid")
-    commands["world-model"].add_argument(
-        "--tokenizer", required=True, help="converted tokenizer that it was trained on"
-    )
-    commands["world-model"].add_argument(
-        "--action-ranges", help='"libero", or a .json / .pth file: [low, high] of each dimension, raw units'
-    )
-    args = parser.parse_args(argv)
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} exists: remove it or choose another --out")
-    if args.kind == "tokenizer":
-        sizes = (args.image_size, args.interpolate_positions)
-        model = convert_tokenizer(args.path, *(tuple(size) if size else None for size in sizes))
-    elif args.action_ranges is None:
-        parser.error("a world model's action ranges are not among its weights: give --action-ranges libero, or a file")
-    else:
-        model = convert_world_model(
-            args.path, FrameTokenizer.load(args.tokenizer), read_action_ranges(args.action_ranges)
-        )
-    save_model(args.out, model, model.cfg, {"source": args.path.resolve().name})
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__} of {count:,} parameters -> {args.out}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

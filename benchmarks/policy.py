@@ -1,0 +1,211 @@
+"""Speed of the policy's action head, and of a whole training step, with random weights.
+
+    python benchmarks/policy.py --out results/policy.json                                  the head, on any machine
+    python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
+
+chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk
+              (ours), or again at every step (straightforward); alone, and for `batch_size` observations at once
+head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context once per image
+              (ours), or its rows repeated for every draw (straightforward)
+training step (--whole) vision, language model with adapters, head, AdamW, at the batch of the paper: steps a second and
+              peak memory, with --compile also with compiled blocks
+
+Both versions of the head run in turns in the same process, and must give the same numbers. Median seconds over the
+repeats; first calls are not counted.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.flow import FlowHead, euler_step, matching_loss, sample_ode
+from vlarft.lora import LoRAConfig, add_lora
+from vlarft.policy import PRESETS as POLICIES
+from vlarft.policy import VLAPolicy
+from vlarft.vit import ViT
+
+
+@dataclass(frozen=True)
+class Config:
+    policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy")
+    out: str = opt("results/policy.json", "JSON file to write")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
+    batch_size: int = opt(16, "observations of a training step")
+    draws: int = opt(4, "pairs (tau, eps) per observation of the head's step")
+    repeats: int = opt(20, "timed calls of each version")
+    whole: bool = opt(False, "also time whole training steps")
+    compile: bool = opt(False, "whole training steps also with compiled blocks")
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(policy="smoke", batch_size=2, draws=2, repeats=2, whole=True),
+}
+
+
+def alternate(cfg: Config, *versions: Callable[[], object]) -> list[float]:
+    """Median seconds of each version, called in turns."""
+    seconds: list[list[float]] = [[] for _ in versions]
+    for repeat in range(cfg.repeats + 2):
+        for times, version in zip(seconds, versions, strict=True):
+            synchronize(cfg)
+            started = time.perf_counter()
+            version()
+            synchronize(cfg)
+            if repeat >= 2:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+def synchronize(cfg: Config) -> None:
+    if cfg.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def autocast(cfg: Config) -> torch.autocast:
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda")
+
+
+def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, noise: Tensor) -> Tensor:
+    """`sample_ode` that projects the context again at every step."""
+    x, num_steps = noise, head.cfg.num_steps
+    for k in range(num_steps):
+        x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, head.prepare(context, proprio))
+    return x
+
+
+def compare(ours: float, straightforward: float, difference: float) -> dict[str, float]:
+    return {
+        "ours_s": ours,
+        "straightforward_s": straightforward,
+        "times_faster": straightforward / ours,
+        "largest_difference": difference,
+    }
+
+
+def time_head(cfg: Config) -> dict[str, dict[str, float]]:
+    """Chunk latency alone and in a batch, and the head's training step."""
+    sizes = POLICIES[cfg.policy]
+    with torch.device(cfg.device):
+        torch.manual_seed(0)
+        head = FlowHead(sizes.flow)
+        torch.nn.init.normal_(head.net.dit.out.weight, std=0.1)  # from its initial zero, all actions would be the noise
+        tokens = sizes.vlm.num_cameras * _vision_tokens(sizes.vlm.vision) + sizes.vlm.num_queries + sizes.key_token
+        context = torch.randn(cfg.batch_size, tokens, sizes.flow.context_dim)
+        proprio = torch.randn(cfg.batch_size, sizes.flow.proprio_dim)
+        actions = torch.randn(cfg.batch_size, sizes.flow.chunk, sizes.flow.action_dim)
+
+    def chunk(rows: int) -> Tensor:
+        with torch.no_grad(), autocast(cfg):
+            return sample_ode(head, head.prepare(context[:rows], proprio[:rows]), noise=actions[:rows])
+
+    def slow_chunk(rows: int) -> Tensor:
+        with torch.no_grad(), autocast(cfg):
+            return straightforward_chunk(head, context[:rows], proprio[:rows], actions[:rows])
+
+    def time_chunks(rows: int) -> dict[str, float]:
+        error = (chunk(rows) - slow_chunk(rows)).abs().max().item()
+        return compare(*alternate(cfg, lambda: chunk(rows), lambda: slow_chunk(rows)), error)
+
+    def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(cfg.device).manual_seed(0)
+        rows = [x.repeat_interleave(repeated, dim=0) for x in (actions, context, proprio)]
+        with autocast(cfg):
+            loss, _ = matching_loss(head, rows[0], head.prepare(*rows[1:]), generator=generator, draws=draws)
+        head.zero_grad()
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in head.parameters()])
+
+    (loss, grad), (slow_loss, slow_grad) = step(1, cfg.draws), step(cfg.draws, 1)
+    error = max((loss - slow_loss).abs().item(), (grad - slow_grad).abs().max().item())
+    return {
+        "chunk": time_chunks(1),
+        "batch of chunks": time_chunks(cfg.batch_size),
+        "head step": compare(*alternate(cfg, lambda: step(1, cfg.draws), lambda: step(cfg.draws, 1)), error),
+    }
+
+
+def _vision_tokens(vision: object) -> int:
+    patches = getattr(vision, "patch_size", None)
+    return (vision.image_size // patches) ** 2 if patches else vision.num_keypoints
+
+
+def time_training(cfg: Config, compiled: bool) -> dict[str, float]:
+    """Whole training steps of the policy: adapters on the vision-language model, everything of the head."""
+    torch.manual_seed(0)
+    policy = VLAPolicy(POLICIES[cfg.policy])
+    add_lora(policy.vlm, LoRAConfig())
+    policy.vlm.action_queries.requires_grad_(True)
+    policy.to(cfg.device).train()
+    vits = [e for e in (policy.vlm.vision, policy.vlm.fused_vision) if isinstance(e, ViT)]
+    for vit in vits:
+        vit.freeze_unread()
+    if compiled:
+        for block in (*(b for vit in vits for b in vit.blocks), *policy.vlm.language_model.layers):
+            block.compile()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    size, flow = policy.vlm.image_size, policy.cfg.flow
+    with torch.device(cfg.device):
+        images = torch.rand(cfg.batch_size, policy.vlm.cfg.num_cameras, 3, size, size)
+        proprio = torch.randn(cfg.batch_size, flow.proprio_dim)
+        actions = torch.randn(cfg.batch_size, flow.chunk, flow.action_dim).clamp(-1, 1)
+    generator = torch.Generator(cfg.device).manual_seed(0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(cfg):
+            loss, _ = policy(images, ["turn on the stove"] * cfg.batch_size, proprio, actions, generator=generator)
+        loss.backward()
+        optimizer.step()
+
+    if cfg.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    (seconds,) = alternate(cfg, step)
+    result = {"steps_per_s": 1 / seconds, "trainable": sum(p.numel() for p in trained)}
+    if cfg.device == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+def main(cfg: Config) -> dict:
+    """Time, compare, write; returns what the JSON file holds.
+
+    Raises:
+        RuntimeError: the two versions of the head disagree.
+    """
+    report = {
+        "config": to_dict(cfg),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        **time_head(cfg),
+    }
+    if cfg.device == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+    tolerance = 0.05 if cfg.device == "cuda" else 1e-4
+    for name in ("chunk", "batch of chunks", "head step"):
+        if report[name]["largest_difference"] > tolerance:
+            raise RuntimeError(f"{name}: the versions differ by {report[name]['largest_difference']:.3g} > {tolerance}")
+        row = report[name]
+        print(f"{name:<16} {1e3 * row['ours_s']:.2f} ms, straightforward {1e3 * row['straightforward_s']:.2f} ms")
+    if cfg.whole:
+        for compiled in (False, True) if cfg.compile else (False,):
+            name = "training step, compiled" if compiled else "training step"
+            report[name] = time_training(cfg, compiled)
+            print(f"{name:<24} {report[name]['steps_per_s']:.2f} a second")
+    write_json(cfg.out, report)
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))

@@ -1,0 +1,38 @@
+"""Exponential moving average of the weights that train."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """The average; without a decay there is none, and its methods do nothing.
+
+    Args:
+        parameters: those that train; the average starts as their copy.
+        decay: of the average per step, in [0, 1); while the run is young, (step + 1) / (step + 10) where that is less.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float | None) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.averages = [] if decay is None else [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (0-based)."""
+        for average, parameter in zip(self.averages, self.parameters):
+            average.lerp_(parameter, 1 - min(self.decay, (step + 1) / (step + 10)))
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Run a block with the averaged weights in place of the trained ones."""
+        trained = [p.detach().clone() for p in self.parameters] if self.averages else []
+        try:
+            for parameter, average in zip(self.parameters, self.averages):
+                parameter.data.copy_(average)
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, trained):
+                parameter.data.copy_(value)

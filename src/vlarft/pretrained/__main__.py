@@ -1,0 +1,84 @@
+"""Public checkpoints of the frame tokenizer, the world model and the policy, as ours.
+
+    python -m vlarft.pretrained tokenizer WorldModel-Tokenizer --out runs/public/tokenizer.safetensors
+    python -m vlarft.pretrained world-model WorldModel-Libero-Spatial --out runs/public/world_model.safetensors \\
+        --tokenizer runs/public/tokenizer.safetensors --action-ranges libero
+    python -m vlarft.pretrained policy POLICY --out runs/public/policy.safetensors
+
+Reads the folder of a downloaded repository: its config.json (without one, the paper's sizes) and its weights, one
+safetensors file, safetensors with an index, or a .bin / .pt of tensors. Writes one file that `FrameTokenizer.load`,
+`WorldModel.load` or `VLAPolicy.load` reads, in float32.
+
+Every tensor is accounted for: one that is missing, left over or of another shape is an error that names it.
+
+The public world models saw raw environment actions, cut into bins over ranges that are not among the weights:
+`--action-ranges`. A policy's folder also holds the action head's three side files (without them the head is new, for
+`train_sft.py --init`), dataset_statistics.json, whose quantiles become the normaliser's, and the text tokenizer
+(tokenizer.json, or vocab.json and merges.txt); `--text` names another place for it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlarft.checkpoint import save_model
+from vlarft.pretrained.policy import convert_policy
+from vlarft.pretrained.world_model import convert_tokenizer, convert_world_model, read_action_ranges
+from vlarft.tokenizer import FrameTokenizer
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see the module's docstring.
+
+    Raises:
+        FileExistsError: `--out` exists; and the errors of the functions that convert.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vlarft.pretrained", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    commands = {kind: kinds.add_parser(kind, allow_abbrev=False) for kind in ("tokenizer", "world-model", "policy")}
+    for command in commands.values():
+        command.add_argument("path", type=Path, metavar="FOLDER", help="downloaded repository, or its weight file")
+        command.add_argument("--out", type=Path, required=True, help="file to write, by convention *.safetensors")
+    size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    commands["tokenizer"].add_argument("--image-size", **size, help="pixels, in place of config.json's resolution")
+    commands["tokenizer"].add_argument("--interpolate-positions", **size, help="resample the positions, of this grid")
+    commands["world-model"].add_argument(
+        "--tokenizer", required=True, help="converted tokenizer that it was trained on"
+    )
+    commands["world-model"].add_argument(
+        "--action-ranges", help='"libero", or a .json / .pth file: [low, high] of each dimension, raw units'
+    )
+    commands["policy"].add_argument("--text", type=Path, help="tokenizer.json, or a folder with it or vocab and merges")
+    commands["policy"].add_argument("--statistics", help="entry of dataset_statistics.json, where it has several")
+    commands["policy"].add_argument("--step", type=int, help="of the head's side files, where there are several")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists: remove it or choose another --out")
+    if args.kind == "tokenizer":
+        sizes = (args.image_size, args.interpolate_positions)
+        model = convert_tokenizer(args.path, *(tuple(size) if size else None for size in sizes))
+    elif args.kind == "policy":
+        torch.manual_seed(0)  # of a new head
+        model = convert_policy(args.path, text=args.text, dataset=args.statistics, step=args.step)
+    elif args.action_ranges is None:
+        parser.error("a world model's action ranges are not among its weights: give --action-ranges libero, or a file")
+    else:
+        model = convert_world_model(
+            args.path, FrameTokenizer.load(args.tokenizer), read_action_ranges(args.action_ranges)
+        )
+    save_model(args.out, model, model.cfg, {"source": args.path.resolve().name})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__} of {count:,} parameters -> {args.out}")
+    if args.kind == "policy":
+        print(
+            f"text: {model.vlm.tokenizer.description}; statistics: {'set' if model.normalizer.fitted else 'none yet'}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
