@@ -144,7 +144,7 @@ def main(cfg: Config) -> dict[str, float]:
         check_same_robot(policy, world_model)
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     distributed.local_batch(cfg.starts)
-    resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold", "micro_starts"))
+    resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))
     chunk = policy.cfg.flow.chunk
     episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
     sampler = WindowSampler(episodes, cfg.chunks * chunk + 1, cfg.chunks * chunk)
