@@ -57,6 +57,8 @@ from vlarft.reward import Reward, check_same_robot
 from vlarft.rollout import RolloutConfig, collect, fit_drift
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, rate_factor
+from vlarft.sim import NUM_INITIAL_STATES
+from vlarft.sim.evaluate import play_episodes
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
@@ -83,6 +85,10 @@ class Config(GateConfig, ObjectiveConfig, RolloutConfig):  # each module owns it
     noisy_dims: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6), "dims with noise and likelihood; leave 6 out: no gripper")
     noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
     diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
+    success_interval: int | None = opt(None, "steps between success rates in the simulator (Tabletop); none: never")
+    success_suite: str = opt("tabletop_object", "suite of those")
+    success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
+    success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
     save_interval: int = opt(20, "steps between checkpoints")
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
@@ -132,6 +138,19 @@ def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
         names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     states = gated and cfg.gate_true_error
     return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=states), gated
+
+
+def success_rate(cfg: Config, policy: VLAPolicy) -> dict[str, float]:
+    """Success rate of the deterministic policy in the simulator, played by the main process alone."""
+    weights = distributed.full_state_dict(policy)
+    wins = [0.0]
+    if distributed.is_main():
+        whole = VLAPolicy(policy.cfg).eval()
+        whole.load_state_dict(weights)
+        states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
+        played = [play_episodes(whole, cfg.success_suite, task, states, seed=cfg.seed) for task in cfg.success_tasks]
+        wins = [float(record["success"]) for records in played for record in records]
+    return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -199,6 +218,8 @@ def main(cfg: Config) -> dict[str, float]:
         looked = gate() if gated and step % cfg.gate_interval == 0 else {}
         if step % cfg.diagnose_interval == 0:
             looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
+        if cfg.success_interval and step % cfg.success_interval == 0:
+            looked |= success_rate(cfg, policy)
         part = distributed.rank(), distributed.world_size()
         batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):
@@ -227,7 +248,7 @@ def main(cfg: Config) -> dict[str, float]:
             save()
     save()
     found, after = diagnose(*look, distance, (cfg.seed, 4))
-    metrics |= found
+    metrics |= found | (success_rate(cfg, policy) if cfg.success_interval else {})
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, after)
         if "loss" in metrics and cfg.reward != "r1":

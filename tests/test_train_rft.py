@@ -306,6 +306,22 @@ def test_time_limit_stops_early(config):
     assert len(log_of(train_rft.Path(config.out_dir))) < 50
 
 
+def test_success_rate_at_intervals(config, monkeypatch):
+    played = []
+
+    def play(policy, suite, task, states, *, seed):
+        played.append((suite, task, list(states)))
+        return [{"success": state == 49} for state in states]
+
+    monkeypatch.setattr(train_rft, "play_episodes", play)
+    changes = {"success_interval": 2, "success_episodes": 4, "success_tasks": (0, 3), "steps": 3, "gate_starts": 0}
+    metrics = train_rft.main(dataclasses.replace(config, **changes))
+    assert metrics["success_rate"] == 0.25 and played[:2] == [("tabletop_object", t, [46, 47, 48, 49]) for t in (0, 3)]
+    rows = log_of(train_rft.Path(config.out_dir))
+    assert ["success_rate" in row for row in rows] == [True, False, True]
+    assert len(played) == 6
+
+
 def test_refusals(config, tmp_path):
     def run(**changes):
         train_rft.main(dataclasses.replace(config, out_dir=str(tmp_path / "x"), **changes))
