@@ -114,3 +114,6 @@ def test_same_robot(policy_file, world_model_file):
     model.cfg = dataclasses.replace(model.cfg, chunk=4)
     with pytest.raises(ValueError, match="chunk length: the policy has 8, the world model has 4"):
         check_same_robot(policy, model)
+    policy.normalizer.fitted.fill_(False)
+    with pytest.raises(ValueError, match="the policy's normaliser was never fitted: its actions have no units"):
+        check_same_robot(policy, model)

@@ -98,9 +98,14 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
     """Refuse a policy and a world model that do not speak of the same robot.
 
     Raises:
-        ValueError: another chunk length, action dim or action range; the message names both values.
+        ValueError: another chunk length, action dim or action range (the message names both values), or a policy whose
+            normaliser was never fitted.
     """
     advice = "train both on the same demonstrations with the same settings"
+    if not policy.normalizer.fitted:
+        raise ValueError(
+            "the policy's normaliser was never fitted: its actions have no units; train it with train_sft.py"
+        )
     for name, ours, theirs in (
         ("chunk length", policy.cfg.flow.chunk, world_model.cfg.chunk),
         ("action dim", policy.cfg.flow.action_dim, world_model.cfg.action_dim),
