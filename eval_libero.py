@@ -17,8 +17,8 @@ Reads checkpoints of train_sft.py and train_rft.py. Writes out_dir/episodes.json
 end: an interrupted evaluation resumes with the same command),
 out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences), out_dir/*.gif.
 
-Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier and `--noise zero` starts the ODE at 0;
-both are reported in results.json.
+Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0 and
+`--noise stochastic` plays the policy with the noise of its fine-tuning; all are reported in results.json.
 """
 
 import functools
@@ -27,15 +27,12 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -44,7 +41,8 @@ from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
 from vlarft.pictures import save_gif
 from vlarft.policy import VLAPolicy
-from vlarft.sim import NUM_INITIAL_STATES, make_env, task_index, task_names
+from vlarft.sim import NUM_INITIAL_STATES, task_index, task_names
+from vlarft.sim.evaluate import PlayNoise, play_episodes
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
 
@@ -60,7 +58,7 @@ class Config:
     perturb: str | None = opt(None, "perturbation of the starts (Table 3), e.g. object:2.5, goal:5, robot:20")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8, the whole chunk)")
     num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
-    noise: Literal["sampled", "zero"] = opt("sampled", "x0 of the ODE")
+    noise: PlayNoise = opt("sampled", "x0 of the ODE; or stochastic: the policy that train_rft.py samples")
     seed: int = opt(0, "of x0 and of the perturbations")
     workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
     batch_size: int = opt(10, "episodes that a worker plays side by side, one policy call for all")
@@ -86,71 +84,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def chunk_noise(cfg: Config, shape: tuple[int, int], suite: str, task: int, state: int, chunk: int) -> torch.Tensor:
-    """(T, A) x0 of one chunk of one episode: a pure function of its arguments."""
-    if cfg.noise == "zero":
-        return torch.zeros(shape)
-    key = f"{cfg.seed}/{suite}/{task}/{state}/{chunk}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
 def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: list[int]) -> list[dict]:
-    """Play one task from several initial states side by side.
-
-    Returns:
-        One record per episode: policy, digest, suite, task, init_state, success, steps, seconds, actions (T, 7).
-    """
-    policy = _policy(path, digest)
-    started = time.monotonic()
-    perturb = _perturbation(cfg)
-    envs = []
-    for state in states:
-        env = make_env(suite, task, image_size=policy.vlm.image_size)
-        env.reset(init_state=state, perturb=perturb)
-        envs.append(env)
-    played: list[list[np.ndarray]] = [[] for _ in states]
-    success = [False] * len(states)
-    active = list(range(len(states)))
-    chunk = 0
-    shape = (policy.cfg.flow.chunk, policy.cfg.flow.action_dim)
-    while active:
-        observations = [envs[i].observe() for i in active]  # one frame a chunk is all that the policy sees
-        actions = policy.act(
-            np.stack([o["agentview"] for o in observations]),
-            [o["instruction"] for o in observations],
-            np.stack([o["proprio"] for o in observations]),
-            noise=torch.stack([chunk_noise(cfg, shape, suite, task, states[i], chunk) for i in active]),
-            num_steps=cfg.num_flow_steps,
-        )
-        ended = set()
-        for i, row in zip(active, actions.cpu().numpy()):
-            for action in row[: cfg.execute]:
-                result = envs[i].step(action)
-                played[i].append(action)
-                if result.done:
-                    success[i] = result.success
-                    ended.add(i)
-                    break
-        active = [i for i in active if i not in ended]
-        chunk += 1
-    seconds = (time.monotonic() - started) / len(states)
-    return [
-        {
-            "policy": path,
-            "digest": digest,
-            "suite": suite,
-            "task": task,
-            "init_state": state,
-            "success": bool(ok),
-            "steps": len(actions),
-            "seconds": round(seconds, 4),
-            "rejected_starts": env.num_rejected,
-            "actions": np.round(np.stack(actions), 5).tolist(),
-        }
-        for state, ok, actions, env in zip(states, success, played, envs)
-    ]
+    """Records of `play_episodes` for one task and some initial states, with the policy's path and digest."""
+    options = {"seed": cfg.seed, "noise": cfg.noise, "execute": cfg.execute, "num_flow_steps": cfg.num_flow_steps}
+    records = play_episodes(_policy(path, digest), suite, task, states, **options, perturb=_perturbation(cfg))
+    return [{"policy": path, "digest": digest, **record} for record in records]
 
 
 def _perturbation(cfg: Config) -> Perturbation | None:
@@ -245,6 +183,9 @@ def check(cfg: Config) -> dict[str, str]:
         chunk = header.config["flow"]["chunk"]
         if not 1 <= cfg.execute <= chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
+        flow = header.config["flow"]
+        if cfg.noise == "stochastic" and not (header.config["has_sigma_net"] or flow.get("noise") == "flow_sde"):
+            raise ValueError(f"noise stochastic: {path} was never fine-tuned by train_rft.py, so it has no noise")
         digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return digests
 

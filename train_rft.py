@@ -1,61 +1,70 @@
 """Stage II: reinforcement fine-tuning of a VLA policy inside a frozen world model (Sec. 3.3, Algorithm 1).
 
 Per step: 16 start states of the demonstrations; 16 action chunks a start, sampled from the SDE policy (Eqs. 5-7); each
-chunk played inside the world model (Eq. 10) and scored by a
-verified reward (Eq. 11, Table 4); group-relative advantages (Eq. 12); one update of flow head and sigma net (Eq. 13).
-The vision-language model and the world model stay frozen; the
-vision-language model runs once per start.
+chunk played inside the world model (Eq. 10) and scored by a verified reward (Eq. 11, Table 4); group-relative
+advantages (Eq. 12); updates of flow head and sigma net (Eq. 13). The vision-language model and the world model stay
+frozen; the vision-language model runs once per start.
 
     python train_rft.py --policy runs/sft/model.safetensors --world-model runs/wm/model.safetensors --demos demos
+    python train_rft.py --preset release ...            # what the public code chose where the paper chose otherwise
+    python train_rft.py --algorithm rwr ...             # control: reward-weighted regression on the same rollouts
     torchrun --nproc-per-node 8 train_rft.py ...        # starts are spread over processes, a group stays on one
 
 Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations that the policy was trained on (its
-training split, named in its checkpoint). Writes
-out_dir/model.safetensors (the whole policy with its sigma net), train_state.pt, log.jsonl, rollouts.png (best and worst
-imagination of the last step beside the reference). The same
-command resumes an interrupted run.
+splits, named in its checkpoint). Writes out_dir/model.safetensors (the whole policy with its sigma net),
+train_state.pt, log.jsonl, rollouts.png (best and worst imagination of the last step beside the reference), actions.png
+(action distributions before and after, Fig. 4). The same command resumes an interrupted run.
+
+Before the first step, and at intervals, a trust gate asks on held-out starts whether the reward tells actions apart
+(gate.py); if not, the run stops.
+
+The other control is more supervised training: `train_sft.py --init SFT --steps N`, N the steps that see as many samples
+(steps x starts x group / batch_size), or `--max-minutes M`, M the minutes that this run's log adds up to.
 
 Deviations from the paper, each an option:
 - the log-density of a chunk is the sum over its 8 x 7 scalars; Eq. (8) leaves this open. The mean over the K steps is
-Eq. (8).
+  Eq. (8); over the noisy ones alone with --noisy-steps.
 - the entropy is the mean over all scalars of the chain; the paper does not define its reduction.
+- preset release: element ratios of log-probs summed over K, PPO's minimum with dual clip 3, advantage over the group's
+  std, mean over frames, MSE gated by the KL (shut in the first update on each batch), x_k into the sigma net. Its
+  defects (bf16 log-probs and clock, no float32 masters, dropout, unsynchronised gradients) are not repeated.
 - preset tiny divides the advantage by the group's standard deviation (as the public release), imagines greedily and
-takes the intended actions of noisy demonstrations as reference
-  (--divide-by-std, --imagination, --reference); its learning rates are those of a head with 1/100 of the paper's
-  parameters.
+  takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
+  learning rates are those of a head with 1/100 of the paper's parameters.
+- not in the paper, off by default: --noise flow_sde, --kl-weight, --chunks > 1, --gamma.
 """
 
 import math
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor
+from torch import Tensor, manual_seed
+from torch.optim import AdamW
 
 from vlarft import distributed
-from vlarft.checkpoint import load_model, load_train_state, open_run, save_train_state
+from vlarft.checkpoint import load_model, load_train_state, open_run, read_header, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
-from vlarft.flow import Chain, chain_log_prob, matching_loss, sample_chain
-from vlarft.grpo import Objective, OverK, advantages, mean_entropy, policy_loss
-from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.flow import Noise
+from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
 from vlarft.metrics import perceptual
+from vlarft.objective import ObjectiveConfig, supervised_copy, update
 from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, check_same_robot, verified_reward
+from vlarft.reward import Reward, check_same_robot
+from vlarft.rollout import RolloutConfig, collect, fit_drift
 from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, generator, rate_factor
+from vlarft.schedule import Clock, rate_factor
+from vlarft.sim import NUM_INITIAL_STATES
+from vlarft.sim.evaluate import play_episodes
+from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GateConfig, ObjectiveConfig, RolloutConfig):  # each module owns its options; bases keep the flags flat
     policy: str = opt("runs/sft/model.safetensors", "policy to fine-tune, of train_sft.py")
     world_model: str = opt("runs/wm/model.safetensors", "frozen world model, of train_wm.py")
     demos: str = opt("demos", "folder of demonstrations (HDF5)")
@@ -63,138 +72,48 @@ class Config:
     seed: int = opt(0, "of starts, chains and imagination")
     steps: int = opt(400, "GRPO steps (Sec. 4.3)")
     starts: int = opt(16, "start states a step, over all processes (release)")
-    group: int = opt(16, "rollouts a start (Sec. 4.1)")
-    epochs: int = opt(1, "updates on each batch of rollouts (release)")
-    micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none takes all")
     lr: float = opt(1e-6, "AdamW learning rate of the flow head (release)")
     sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (release)")
     weight_decay: float = opt(0.01, "AdamW weight decay (release)")
     warmup: int = opt(10, "steps of linear warmup, constant after (release)")
-    clip_norm: float = opt(1.0, "global gradient norm (release)")
-    reward: RewardKind = opt("r3", "verified reward (Table 4)")
-    reference: Literal["executed", "intended"] = opt(
-        "executed", "dataset actions that R1 and R3 compare with: executed, or before the demonstrator's noise"
-    )
-    l1_weight: float = opt(1.0, "lambda_1 (Eq. 11)")
-    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term (Eq. 11)")
-    perceptual_weight: float = opt(1.0, "lambda_lp (Eq. 11)")
-    perceptual_weights: str | None = opt(None, "VGG-16 weights for lpips; none looks in torchvision's cache")
-    over_frames: OverFrames = opt("sum", "reduction of the reward over frames (Eq. 11); mean is the release's")
-    imagination: Imagination = opt("sample", "sampling inside the world model: sample, common random numbers, greedy")
-    temperature: float = opt(1.0, "of the imagination (release)")
-    top_p: float = opt(0.8, "of the imagination (release)")
-    divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. 12 does not")
-    over_k: OverK = opt("mean", "reduction of log-probs over flow steps (Eq. 8); sum is the release's")
-    objective: Objective = opt("clip", "surrogate: Eq. 13, or PPO's pessimistic minimum (release)")
-    clip_low: float = opt(0.2, "ratio >= 1 - clip_low")
-    clip_high: float = opt(0.2, "ratio <= 1 + clip_high")
-    mse_weight: float = opt(0.01, "lambda_mse of the flow-matching loss (Eq. 13, release)")
-    mse_draws: int = opt(16, "(tau, eps) pairs per start in that loss")
-    entropy_weight: float = opt(0.003, "alpha of the entropy bonus (Eq. 13, release)")
-    bf16: bool = opt(False, "bf16 autocast around the frozen vision-language model")
+    noise: Noise = opt("sigma_net", "of the chain: learnt (Eq. 6, 7), or flow_sde, which keeps the ODE's marginals")
+    sigma_min: float = opt(0.08, "least standard deviation of a flow step, normalised units (release)")
+    sigma_max: float = opt(0.2, "largest one (release)")
+    sigma_init: float | None = opt(None, "that of the untrained sigma net; none: the geometric mean of both")
+    sigma_uses_x: bool = opt(False, "give the sigma net x_k besides (z, s, k) (release)")
+    sde_noise: float = opt(0.7, "strength of flow_sde's schedule")
+    noisy_dims: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6), "dims with noise and likelihood; leave 6 out: no gripper")
+    noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
+    diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
+    success_interval: int | None = opt(None, "steps between success rates in the simulator (Tabletop); none: never")
+    success_suite: str = opt("tabletop_object", "suite of those")
+    success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
+    success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
     save_interval: int = opt(20, "steps between checkpoints")
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
 
+PAPER = Config(bf16=True)
+SMOKE = Config(
+    steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common", divide_by_std=True,
+    reference="intended", mse_draws=4, save_interval=1, gate_starts=2, gate_draws=1, gate_samples=3, gate_stop=False,
+    diagnose_interval=1,
+)  # fmt: skip
 PRESETS = {
-    "paper": Config(bf16=True),
+    "paper": PAPER,
+    "release": replace(
+        PAPER, divide_by_std=True, over_frames="mean", over_k="sum", ratio_per="element", objective="ppo",
+        dual_clip=3.0, mse_gate=0.2, entropy_over="k+1", sigma_uses_x=True,
+    ),
     "small": Config(lr=3e-5, sigma_lr=3e-4, perceptual="ssim", imagination="greedy", divide_by_std=True),
     "tiny": Config(
         steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
-        divide_by_std=True, reference="intended", mse_weight=0.1, save_interval=8,
+        divide_by_std=True, reference="intended", mse_weight=0.1, save_interval=8, gate_starts=12, gate_draws=2,
+        gate_samples=6, gate_interval=10, gate_true_error=True, diagnose_interval=5,
     ),
-    "smoke": Config(
-        steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common",
-        divide_by_std=True, reference="intended", save_interval=1,
-    ),
+    "smoke": SMOKE,
 }  # fmt: skip
-
-
-class Rollouts(NamedTuple):
-    """What one batch of starts gave; all that the update needs."""
-
-    batch: Batch
-    context: Tensor  # (S, N, D)
-    chain: Chain
-    reward: Reward
-    advantage: Tensor  # (S, G)
-    seconds: dict[str, float]
-
-
-def collect(cfg: Config, policy: VLAPolicy, world_model: WorldModel | None, batch: Batch, distance, seed) -> Rollouts:
-    """Algorithm 1, lines 6-14: sample chunks, play them in the world model, score them."""
-    device = batch.frames.device
-    clock = time.monotonic()
-    autocast = torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
-    with torch.no_grad(), autocast:
-        context = policy.encode(policy.preprocess(batch.frames[:, 0]), batch.instructions).float()
-    with torch.no_grad():
-        cond = policy.condition(context, batch.proprio).repeat(cfg.group)
-        chain = sample_chain(policy.head, policy.sigma_net, cond, generator=generator(device, *seed, 0))
-        actions = policy.normalizer.decode_actions(chain.x[:, -1])
-    t_policy, clock = time.monotonic() - clock, time.monotonic()
-    reward = verified_reward(
-        cfg.reward,
-        world_model,
-        rearrange(actions, "(s g) t a -> s g t a", g=cfg.group),
-        batch.actions if cfg.reference == "executed" else batch.intended,
-        batch.frames,
-        perceptual=distance,
-        l1_weight=cfg.l1_weight,
-        perceptual_weight=cfg.perceptual_weight,
-        over_frames=cfg.over_frames,
-        imagination=cfg.imagination,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        generator=generator(device, *seed, 1),
-    )
-    seconds = {"policy_s": t_policy, "world_model_s": time.monotonic() - clock}
-    advantage = advantages(reward.reward, divide_by_std=cfg.divide_by_std)
-    return Rollouts(batch, context, chain, reward, advantage, seconds)
-
-
-def update(cfg: Config, policy: VLAPolicy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, seed) -> dict:
-    """One optimizer step on Eq. (13); gradients are exact whatever `micro_starts` is."""
-    num_starts, group = rollouts.advantage.shape
-    old_log_prob = reduce_log_prob(rollouts.chain.log_prob, cfg.over_k).view(num_starts, group)
-    target = policy.normalizer.encode_actions(rollouts.batch.intended)  # (S, T, A)
-    size = cfg.micro_starts or num_starts
-    totals: dict[str, float] = {}
-    optimizer.zero_grad(set_to_none=True)
-    for first in range(0, num_starts, size):
-        part = slice(first, min(first + size, num_starts))
-        share = (part.stop - part.start) / num_starts
-        cond = policy.condition(rollouts.context[part], rollouts.batch.proprio[part])
-        chains = rollouts.chain.x[part.start * group : part.stop * group]  # (B, K + 1, T, A)
-        scored = chain_log_prob(policy.head, policy.sigma_net, chains, cond.repeat(group))
-        surrogate, metrics = policy_loss(
-            reduce_log_prob(scored.log_prob, cfg.over_k),
-            old_log_prob[part].flatten(),
-            rollouts.advantage[part].flatten(),
-            clip_low=cfg.clip_low,
-            clip_high=cfg.clip_high,
-            objective=cfg.objective,
-        )
-        noise = generator(target.device, *seed, part.start)
-        mse, _ = matching_loss(policy.head, target[part], cond, generator=noise, draws=cfg.mse_draws)
-        entropy = mean_entropy(scored.entropy)
-        loss = surrogate + cfg.mse_weight * mse - cfg.entropy_weight * entropy  # Eq. (13)
-        (share * loss).backward()
-        noisy = len(policy.sigma_net.cfg.noisy_dims) / scored.entropy.shape[-1]
-        # a Gaussian's entropy is log sigma + log(2 pi e) / 2: sigma here is the geometric mean over the chain
-        metrics["sigma"] = math.exp(entropy.item() / noisy - 0.5 * math.log(2 * math.pi * math.e))
-        metrics |= {"loss": loss.item(), "policy_loss": surrogate.item(), "mse": mse.item(), "entropy": entropy.item()}
-        for name, value in metrics.items():
-            if name == "ratio_max":
-                totals[name] = max(value, totals.get(name, value))
-            else:
-                totals[name] = totals.get(name, 0.0) + share * value
-    totals["grad_norm"] = distributed.clip_grad_norm(
-        [p for g in optimizer.param_groups for p in g["params"]], cfg.clip_norm
-    )
-    if np.isfinite(totals["loss"]):
-        optimizer.step()
-    return totals
+NOISE = ("sigma_min", "sigma_max", "sigma_init", "sigma_uses_x", "sde_noise", "noisy_dims", "noisy_steps")
 
 
 def picture(path: Path, reward: Reward) -> None:
@@ -206,36 +125,67 @@ def picture(path: Path, reward: Reward) -> None:
     save_png(path, grid(rows, labels))
 
 
+def on(device, batch: Batch) -> Batch:
+    """The batch with its tensors on a device."""
+    return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
+
+
+def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
+    """Episodes of the fixed starts, and whether they are held out: the training ones where there is no gate."""
+    gated = cfg.gate_starts > 0 and cfg.reward != "r1"
+    names = extra["train_episodes"]
+    if gated:
+        names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
+    states = gated and cfg.gate_true_error
+    return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=states), gated
+
+
+def success_rate(cfg: Config, policy: VLAPolicy) -> dict[str, float]:
+    """Success rate of the deterministic policy in the simulator, played by the main process alone."""
+    weights = distributed.full_state_dict(policy)
+    wins = [0.0]
+    if distributed.is_main():
+        whole = VLAPolicy(policy.cfg).eval()
+        whole.load_state_dict(weights)
+        states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
+        played = [play_episodes(whole, cfg.success_suite, task, states, seed=cfg.seed) for task in cfg.success_tasks]
+        wins = [float(record["success"]) for records in played for record in records]
+    return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
+
+
 def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     out_dir = Path(cfg.out_dir)
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
-    world_model = None
+    world_model = distance = None
     if cfg.reward != "r1":
         world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
         check_same_robot(policy, world_model)
-    distance = perceptual(cfg.perceptual, cfg.perceptual_weights) if cfg.reward != "r1" else None
+        distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     distributed.local_batch(cfg.starts)
-    resume = open_run(out_dir, cfg)
-    episodes = load_episodes(cfg.demos, names=extra["train_episodes"])
-    sampler = WindowSampler(episodes, policy.cfg.flow.chunk + 1, policy.cfg.flow.chunk)
+    resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))
+    chunk = policy.cfg.flow.chunk
+    episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
+    sampler = WindowSampler(episodes, cfg.chunks * chunk + 1, cfg.chunks * chunk)
+    drift = fit_drift(episodes, chunk).to(device) if cfg.chunks > 1 else None
+    probe_episodes, gated = held_out(cfg, extra)
+    probe = on(device, WindowSampler(probe_episodes, chunk + 1, chunk).spread(cfg.gate_starts or 16))
 
-    torch.manual_seed(cfg.seed)  # of the fresh sigma net
-    if policy.sigma_net is None:
-        policy.add_sigma_net()
+    manual_seed(cfg.seed)  # of the fresh sigma net
+    policy.make_stochastic(cfg.noise, **{name: getattr(cfg, name) for name in NOISE})
     policy.requires_grad_(False).eval()
-    policy.head.requires_grad_(True)
-    policy.sigma_net.requires_grad_(True)
-    distributed.shard(policy.head, policy.head.net.dit.blocks, ("prepare", "velocity"))
-    distributed.shard(policy.sigma_net, policy.sigma_net.net.dit.blocks, ("prepare", "log_sigma"))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(policy.head.parameters()), "lr": cfg.lr},
-            {"params": list(policy.sigma_net.parameters()), "lr": cfg.sigma_lr},
-        ],
-        weight_decay=cfg.weight_decay,
-    )
-    base_rates = [cfg.lr, cfg.sigma_lr]
+    supervised = supervised_copy(policy) if cfg.kl_weight else None
+    rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
+    trained = {name: net for name in rates if (net := getattr(policy, name)) is not None}
+    for net in trained.values():
+        net.requires_grad_(True)
+    look = (cfg, policy, world_model, probe)  # at the policy before any change of it
+    _, before = diagnose(*look, distance, (cfg.seed, 4))
+    for net in trained.values():
+        distributed.shard(net, net.net.dit.blocks, ("prepare", "velocity" if net is policy.head else "log_sigma"))
+    groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
+    optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
+    base_rates = [group["lr"] for group in groups]
 
     step, minutes = 0, 0.0
     if resume is not None:
@@ -245,6 +195,7 @@ def main(cfg: Config) -> dict[str, float]:
         distributed.load_optimizer_state(optimizer, state["optimizer"])
     log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     metrics: dict[str, float] = {}
+    outcomes = TabletopOutcomes() if cfg.gate_true_error else None
 
     def save() -> None:
         weights = distributed.full_state_dict(policy)
@@ -258,35 +209,50 @@ def main(cfg: Config) -> dict[str, float]:
             save_train_state(out_dir, state)
             policy.save(out_dir / "model.safetensors", {**extra, "rft": to_dict(cfg)}, weights)
 
+    def gate() -> dict[str, float]:
+        found = trust_gate(cfg, cfg, policy, world_model, probe, probe_episodes, distance, (cfg.seed, 5), outcomes)
+        check_gate(cfg, cfg, found, step)
+        return found
+
     while (share := run.share(step)) < 1:
-        batch = sampler.batch(cfg.starts, cfg.seed, step, part=(distributed.rank(), distributed.world_size()))
-        batch = Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
+        looked = gate() if gated and step % cfg.gate_interval == 0 else {}
+        if step % cfg.diagnose_interval == 0:
+            looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
+        if cfg.success_interval and step % cfg.success_interval == 0:
+            looked |= success_rate(cfg, policy)
+        part = distributed.rank(), distributed.world_size()
+        batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):
             group["lr"] = rate * rate_factor(step, share, cfg.warmup, "constant")
-        rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step, distributed.rank()))
+        rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift)
         clock = time.monotonic()
-        for epoch in range(cfg.epochs):
-            totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step, distributed.rank(), 2, epoch))
+        totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step), supervised)
         rewards = rollouts.reward.reward
         metrics = distributed.mean_across_ranks(
             {
                 "reward": rewards.mean(),
                 "reward_std": rewards.std(1).mean(),
-                "adv_std": rollouts.advantage.std(),
+                "adv_std": rollouts.advantage.square().mean(),  # of the whole batch, whose mean is 0: see below
                 "constant_groups": (rewards == rewards[:, :1]).all(1).float().mean(),
                 **totals,
                 **rollouts.seconds,
                 "update_s": time.monotonic() - clock,
             }
         )
+        metrics["adv_std"] = math.sqrt(metrics["adv_std"])
+        metrics |= distributed.max_across_ranks({k: v for k, v in totals.items() if k.endswith("_max")}) | looked
         check_finite(metrics["loss"], step, metrics)
         log.log(step, metrics)
         step += 1
         if step % cfg.save_interval == 0 and step < cfg.steps:
             save()
     save()
-    if distributed.is_main() and metrics and cfg.reward != "r1":
-        picture(out_dir / "rollouts.png", rollouts.reward)
+    found, after = diagnose(*look, distance, (cfg.seed, 4))
+    metrics |= found | (success_rate(cfg, policy) if cfg.success_interval else {})
+    if distributed.is_main():
+        picture_actions(out_dir / "actions.png", before, after)
+        if "loss" in metrics and cfg.reward != "r1":
+            picture(out_dir / "rollouts.png", rollouts.reward)
     log.close()
     distributed.cleanup()
     return metrics

@@ -1,5 +1,7 @@
 """data: LIBERO's layout written and read, the split, the windows."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -144,6 +146,12 @@ def test_split_is_fixed_by_names_and_seed():
     assert [e.name for e in again[0]] == [e.name for e in train]
     assert {e.name for e in train} | {e.name for e in val} == {e.name for e in episodes}
     assert [e.name for e in split_episodes(episodes, 1 / 50, seed=1)[1]] != [e.name for e in val]
+    # a world model that also sees failures holds out the demonstrations that the policy holds out
+    others = [replace(episode(f"x{i}", 10), kind="noisy", success=False) for i in range(30)]
+    policy, model = split_episodes(episodes, 0.1, 0)[1], split_episodes([*others, *episodes], 0.1, 0)[1]
+    assert [e.name for e in model if e.kind == "expert"] == [e.name for e in policy] and len(model) == 8
+    assert [len(part) for part in split_episodes([episodes[0], others[0]], 0.1, 0)] == [1, 1]
+    assert [len(part) for part in split_episodes([episodes[0], others[0]], 0.9, 0)] == [1, 1]
     with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
         split_episodes(episodes[:1], 0.5, 0)
     with pytest.raises(ValueError, match="got 1.5"):

@@ -9,6 +9,7 @@ import torch
 
 import eval_libero
 from vlarft.policy import VLAPolicy
+from vlarft.sim.evaluate import chunk_noise
 
 SMOKE = eval_libero.PRESETS["smoke"]
 
@@ -97,12 +98,11 @@ def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
     assert len(records(config)) == 1 and records(config)[0]["digest"] != before[0]["digest"]
 
 
-def test_noise_depends_on_the_start_alone(config):
-    noise = [eval_libero.chunk_noise(config, (8, 7), "s", 0, state, chunk) for state in (0, 1) for chunk in (0, 1)]
+def test_noise_depends_on_the_start_alone():
+    noise = [chunk_noise("sampled", (8, 7), 0, "s", 0, state, chunk) for state in (0, 1) for chunk in (0, 1)]
     assert len({n.sum().item() for n in noise}) == 4
-    assert torch.equal(noise[3], eval_libero.chunk_noise(config, (8, 7), "s", 0, 1, 1))
-    zero = dataclasses.replace(config, noise="zero")
-    assert eval_libero.chunk_noise(zero, (8, 7), "s", 0, 1, 1).abs().max() == 0
+    assert torch.equal(noise[3], chunk_noise("sampled", (8, 7), 0, "s", 0, 1, 1))
+    assert chunk_noise("zero", (8, 7), 0, "s", 0, 1, 1).abs().max() == 0
 
 
 def test_perturbed_and_replanning(config):
@@ -141,3 +141,22 @@ def test_bad_checkpoints(config, world_model_file, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(Path(config.policies[0]).read_bytes()[:1000])
     with pytest.raises(ValueError, match="truncated"):
         run(str(tmp_path / "cut.safetensors"))
+
+
+def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
+    with pytest.raises(ValueError, match="noise stochastic: .* was never fine-tuned by train_rft.py"):
+        eval_libero.main(dataclasses.replace(config, noise="stochastic"))
+    first = {}
+    for kind in ("sigma_net", "flow_sde"):
+        policy = VLAPolicy.load(policy_file)
+        policy.make_stochastic(kind)
+        path = str(tmp_path / f"{kind}.safetensors")
+        policy.save(path)
+        for noise in ("sampled", "stochastic"):
+            run = dataclasses.replace(
+                config, policies=(path,), noise=noise, episodes=1, out_dir=str(tmp_path / kind / noise)
+            )
+            eval_libero.main(run)
+            first[kind, noise] = torch.tensor(records(run)[0]["actions"][:8]).flatten()
+    assert torch.equal(first["sigma_net", "sampled"], first["flow_sde", "sampled"])  # the ODE knows of no noise
+    assert len({tuple(v.tolist()) for v in first.values()}) == 3

@@ -227,6 +227,28 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
     assert not chain.log_prob[..., 6].any() and loaded.normalizer.decode_actions(chain.x[:, -1]).shape == (6, 8, 7)
 
 
+def test_stochastic_policy_acts_with_given_noise(tmp_path):
+    images, proprio = observations()
+    x0, steps = torch.zeros(2, 8, 7), torch.randn(2, 3, 8, 7, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="the policy has no sigma net, so it has no noise; fine-tune it"):
+        make().act(images, TEXTS, proprio, noise=x0, step_noise=steps)
+    for kind in ("sigma_net", "flow_sde"):
+        policy = make()
+        plain = policy.act(images, TEXTS, proprio, noise=x0)
+        policy.make_stochastic(kind, noisy_steps=(1, 2, 3), noisy_dims=(0, 1))
+        policy.make_stochastic(kind, noisy_steps=(1, 2, 3))  # the same again: nothing happens
+        policy.save(tmp_path / f"{kind}.safetensors")
+        loaded = VLAPolicy.load(tmp_path / f"{kind}.safetensors")
+        assert (loaded.sigma_net is None) == (kind == "flow_sde") and loaded.cfg == policy.cfg
+        assert torch.equal(loaded.act(images, TEXTS, proprio, noise=x0), plain)
+        noisy = loaded.act(images, TEXTS, proprio, noise=x0, step_noise=steps)
+        assert (noisy - plain).abs().max() > 0.01
+        still = loaded.act(images, TEXTS, proprio, noise=x0, step_noise=0 * steps)
+        assert torch.allclose(still, plain, atol=1e-5) == (kind == "sigma_net")  # flow_sde's drift pulls to the mean
+        with pytest.raises(ValueError, match=r"other noise: it has noisy_steps \(1, 2, 3\), asked None"):
+            policy.make_stochastic(kind, noisy_steps=None)
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_fit_together(name):
     with torch.device("meta"):

@@ -38,6 +38,23 @@ def test_r1_by_hand():
 def test_reductions_over_frames():
     per_frame = torch.tensor([[[1.0, 2.0, 6.0]]])
     assert [reduce_frames(per_frame, over).item() for over in ("sum", "mean", "last")] == [9.0, 3.0, 6.0]
+    assert reduce_frames(per_frame, "discounted", 0.5).item() == 1 + 2 / 2 + 6 / 4
+    assert reduce_frames(per_frame, "discounted").item() == 9.0
+    with pytest.raises(ValueError, match=r"gamma must lie in \(0, 1\], got 1.5"):
+        reduce_frames(per_frame, "discounted", 1.5)
+    with pytest.raises(ValueError, match="gamma 0.5 is of no use with over_frames='sum'; choose discounted"):
+        reduce_frames(per_frame, "sum", 0.5)
+
+
+def test_the_references_features_are_computed_once():
+    distance, images = perceptual("ssim"), []
+    real = distance.features
+    distance.features = lambda target: images.append(target.shape[:-3].numel()) or real(target)
+    frames, reference = torch.rand(2, 5, 3, 3, 16, 16), torch.rand(2, 3, 3, 16, 16)
+    reward = image_reward(frames, reference, perceptual=distance)
+    assert images == [2 * 3]
+    one = image_reward(frames[1:, 4:, 2:], reference[1:, 2:], perceptual=distance)
+    torch.testing.assert_close(reward[1, 4, 2], one[0, 0, 0])
 
 
 def test_image_reward_by_hand():
@@ -96,4 +113,7 @@ def test_same_robot(policy_file, world_model_file):
         check_same_robot(policy, model)
     model.cfg = dataclasses.replace(model.cfg, chunk=4)
     with pytest.raises(ValueError, match="chunk length: the policy has 8, the world model has 4"):
+        check_same_robot(policy, model)
+    policy.normalizer.fitted.fill_(False)
+    with pytest.raises(ValueError, match="the policy's normaliser was never fitted: its actions have no units"):
         check_same_robot(policy, model)

@@ -258,6 +258,28 @@ def test_common_random_numbers_and_seeds():
     assert torch.equal(different, roll(0, False))
 
 
+@pytest.mark.parametrize("common", [False, True])
+def test_shares_of_a_batch_draw_what_the_whole_batch_draws(common):
+    model = make()
+    start, actions = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 3, 2) * 2 - 1
+    options = {"temperature": 3.0, "top_p": 1.0, "common_random_numbers": common}
+    whole = model.rollout(start, actions, generator=torch.Generator().manual_seed(5), **options).tokens
+    for number in range(2):
+        rows, draws = slice(2 * number, 2 * number + 2), torch.Generator().manual_seed(5)
+        share = model.rollout(start[rows], actions[rows], generator=draws, part=(number, 2), **options).tokens
+        assert torch.equal(share, whole[rows])
+
+
+def test_members_that_start_apart_may_share_their_draws():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 3, 2) * 2 - 1
+    options = {"temperature": 3.0, "top_p": 1.0, "common_random_numbers": True}
+    group = model.rollout(start, actions, generator=torch.Generator().manual_seed(5), **options).tokens
+    apart, alone = start.repeat_interleave(4, 0), actions.flatten(0, 1)[:, None]
+    same = model.rollout(apart, alone, generator=torch.Generator().manual_seed(5), shared_by=4, **options).tokens
+    assert torch.equal(same[:, 0].unflatten(0, (2, 4)), group)
+
+
 def test_first_frame_may_differ_from_the_context_frame():
     model = make()
     frames, actions = torch.rand(1, 4, 3, 16, 16), torch.rand(1, 1, 3, 2)

@@ -142,6 +142,15 @@ def mean_across_ranks(metrics: Mapping[str, float | Tensor]) -> dict[str, float]
     return dict(zip(metrics, values.tolist(), strict=True))
 
 
+def max_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Largest value of each metric over processes, in float64; a collective call."""
+    values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64)
+    if world_size() > 1:
+        values = values.cuda() if torch.cuda.is_available() else values
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
 def mean_tensor(value: Tensor) -> Tensor:
     """Average of a tensor over processes; a collective call."""
     if world_size() == 1:

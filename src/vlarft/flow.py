@@ -4,14 +4,14 @@ One time convention: tau = 0 is noise, tau = 1 is the action, velocity = actions
 k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it.
 
 Shapes: S contexts, B rows (B = S * R: R group members, tau draws or flow steps of each context, context-major),
-T chunk steps, A action dim, K flow steps, N context tokens, D width.
+T chunk steps, A action dim, K flow steps (M of them noisy), N context tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,10 +21,16 @@ from torch.distributions import Normal
 
 from vlarft.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
 
+Noise = Literal["sigma_net", "flow_sde"]
+
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes of the action head and the sigma net; the defaults are the paper's."""
+    """Sizes of the action head and the sigma net, and the noise of the chain; the defaults are the paper's.
+
+    Raises:
+        ValueError: bounds out of order, or noisy dims or steps that do not exist.
+    """
 
     chunk: int = 8  # T
     action_dim: int = 7  # A
@@ -37,6 +43,33 @@ class FlowConfig:
     sigma_max: float = 0.2
     sigma_uses_x: bool = False  # give the sigma net x_k besides (z, s, k); the public weights need it
     noisy_dims: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)  # dims that the chain perturbs and the log-prob counts
+    noisy_steps: tuple[int, ...] | None = None  # flow steps that do, the others follow the ODE; None: all K
+    noise: Noise = "sigma_net"  # of the chain: learnt and added (the paper's), or a fixed schedule that keeps marginals
+    sigma_init: float | None = None  # sigma of the untrained net; None: the geometric mean of its bounds
+    sde_noise: float = 0.7  # strength of flow_sde's schedule (Flow-GRPO)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min <= self.sigma_max:
+            raise ValueError(
+                f"FlowConfig: sigma_min {self.sigma_min} and sigma_max {self.sigma_max}; "
+                "expected 0 < sigma_min <= sigma_max"
+            )
+        if self.sigma_init is not None and not self.sigma_min < self.sigma_init < self.sigma_max:
+            raise ValueError(
+                f"FlowConfig.sigma_init {self.sigma_init}: expected between sigma_min {self.sigma_min} and sigma_max "
+                f"{self.sigma_max}, which a tanh reaches only in the limit"
+            )
+        if not self.sde_noise > 0:
+            raise ValueError(f"FlowConfig.sde_noise must be positive, got {self.sde_noise}")
+        for name, count in (("noisy_dims", self.action_dim), ("noisy_steps", self.num_steps)):
+            chosen = getattr(self, name)
+            if chosen is not None and (not chosen or any(not 0 <= i < count for i in chosen)):
+                raise ValueError(f"FlowConfig.{name} {chosen}: expected one or more {name[6:]} in 0..{count - 1}")
+
+    @property
+    def scored_steps(self) -> tuple[int, ...]:
+        """The M flow steps with noise, in order; the others have no density."""
+        return tuple(range(self.num_steps)) if self.noisy_steps is None else tuple(sorted(set(self.noisy_steps)))
 
 
 @dataclass(frozen=True)
@@ -63,17 +96,22 @@ class Condition:
 
 
 class Chain(NamedTuple):
-    """A sampled chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, K, T, A) of its steps."""
+    """A sampled chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, M, T, A) of its noisy steps."""
 
     x: torch.Tensor
     log_prob: torch.Tensor
 
 
 class LogProb(NamedTuple):
-    """Score of a chain under the current networks; both (B, K, T, A), zero in dims that are not noisy."""
+    """Score of a chain under the current networks, all (B, M, T, A).
+
+    log_prob and entropy are zero in dims that are not noisy; mean and sigma are those of the steps' Gaussians.
+    """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
+    mean: torch.Tensor
+    sigma: torch.Tensor
 
 
 class ChunkNet(nn.Module):
@@ -168,25 +206,19 @@ class FlowHead(nn.Module):
 class SigmaNet(nn.Module):
     """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
 
-    The output layer is zero-initialised: sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
-
-    Raises:
-        ValueError: bounds out of order, or noisy_dims outside the action.
+    The output layer's weights are zero-initialised: sigma starts at `sigma_init`, by default the geometric mean of its
+    bounds, sqrt(0.08 * 0.2) = 0.1265, where the output's bias is zero, too.
     """
 
     def __init__(self, cfg: FlowConfig) -> None:
         super().__init__()
-        if not 0 < cfg.sigma_min <= cfg.sigma_max:
-            raise ValueError(
-                f"FlowConfig: sigma_min {cfg.sigma_min} and sigma_max {cfg.sigma_max}; "
-                "expected 0 < sigma_min <= sigma_max"
-            )
-        if not cfg.noisy_dims or any(not 0 <= i < cfg.action_dim for i in cfg.noisy_dims):
-            raise ValueError(
-                f"FlowConfig.noisy_dims {cfg.noisy_dims}: expected one or more dims in 0..{cfg.action_dim - 1}"
-            )
         self.cfg = cfg
         self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
+        if cfg.sigma_init is not None:
+            low, high = math.log(cfg.sigma_min), math.log(cfg.sigma_max)
+            nn.init.constant_(
+                self.net.dit.out.bias, math.atanh((2 * math.log(cfg.sigma_init) - low - high) / (high - low))
+            )
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """As `FlowHead.prepare`, with this net's own projections."""
@@ -232,6 +264,8 @@ def matching_loss(
     alpha: float = 1.5,
     beta: float = 1.0,
     draws: int = 1,
+    pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Eq. (4), Sec. 3.2: || v(a_tau, tau) - (a - eps) ||^2, averaged over B, draws, T and A.
 
@@ -242,15 +276,43 @@ def matching_loss(
         generator: source of tau and eps, on the actions' device.
         alpha, beta: tau ~ Beta(alpha, beta).
         draws: pairs (tau, eps) per chunk.
+        pairs: tau (S, draws) and eps (S, draws, T, A) of `matching_pairs`, drawn for more rows than these; None = drawn
+            here.
+        weights: (S,) of the chunks, of mean 1 over the whole batch; None = all alike.
     Returns:
         The scalar loss, and metrics {"flow_mse"}.
     """
+    if pairs is None:
+        pairs = matching_pairs(actions.shape, draws, alpha=alpha, beta=beta, generator=generator, device=actions.device)
+    tau, noise = pairs[0].flatten(), pairs[1].flatten(0, 1)
     actions = repeat(actions.float(), "s t a -> (s r) t a", r=draws)
-    tau = sample_tau(len(actions), alpha, beta, generator=generator, device=actions.device)
-    noise = torch.randn(actions.shape, generator=generator, device=actions.device)
     x = torch.lerp(noise, actions, tau[:, None, None])  # tau a + (1 - tau) eps
-    loss = F.mse_loss(head.velocity(x, tau, cond), actions - noise)
+    velocity, target = head.velocity(x, tau, cond), actions - noise
+    if weights is None:
+        loss = F.mse_loss(velocity, target)
+    else:
+        loss = ((velocity - target).square().mean((1, 2)) * weights.repeat_interleave(draws)).mean()
     return loss, {"flow_mse": loss.detach()}
+
+
+def matching_pairs(
+    shape: tuple[int, int, int],
+    draws: int,
+    *,
+    alpha: float = 1.5,
+    beta: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random part of Eq. (4) for S chunks: tau (S, draws) ~ Beta(alpha, beta) and eps (S, draws, T, A) ~ N(0, 1).
+
+    Args:
+        shape: (S, T, A).
+        draws: pairs per chunk.
+        alpha, beta, generator, device: see `sample_tau`.
+    """
+    tau = sample_tau(shape[0] * draws, alpha, beta, generator=generator, device=device).view(shape[0], draws)
+    return tau, torch.randn((shape[0], draws, *shape[1:]), generator=generator, device=device)
 
 
 def euler_step(head: FlowHead, x: torch.Tensor, k: torch.Tensor, num_steps: int, cond: Condition) -> torch.Tensor:
@@ -258,24 +320,67 @@ def euler_step(head: FlowHead, x: torch.Tensor, k: torch.Tensor, num_steps: int,
     return x + head.velocity(x, k.float() / num_steps, cond) / num_steps
 
 
-def transition(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, k: int | torch.Tensor, cond: Condition) -> Normal:
-    """Distribution of x_{k+1} given x_k, Eq. (5)-(7): mean of the Euler step, standard deviation of the sigma net.
+def sde_step(
+    head: FlowHead, x: torch.Tensor, k: torch.Tensor, num_steps: int, cond: Condition
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One Euler-Maruyama step of Flow-SDE: noise whose drift correction keeps the marginals of the ODE.
+
+    Not in the paper (Flow-GRPO's idea, derived for this file's convention). With x_tau = (1 - tau) eps + tau a, the
+    exact velocity is v(x, tau) = E[a - eps | x]. Since x = eps + tau (a - eps), E[eps | x] = x - tau v. Given a, x_tau
+    is N(tau a, (1 - tau)^2), so the score of its marginal is
+
+        score(x, tau) = -E[x - tau a | x] / (1 - tau)^2 = -E[eps | x] / (1 - tau) = (tau v - x) / (1 - tau).
+
+    By the Fokker-Planck equation dx = f dtau + g dW has the ODE's marginals if f = v + g^2 / 2 score, for any g(tau).
+    The schedule is g^2 = s^2 (1 - tau) / max(tau, 1 / K), s = `sde_noise`. With c = g^2 / (2 (1 - tau)), which is
+    s^2 / (2 max(tau, 1 / K)):
+
+        mean = x + (v + c (tau v - x)) / K,    variance = g^2 / K = 2 c (1 - tau) / K.
+
+    Both ends are safe. Near tau = 0, where s^2 (1 - tau) / tau diverges, tau is held at the first step's length. At
+    tau -> 1 the score's 1 / (1 - tau) cancels against g^2; noise and correction of the last step, tau = 1 - 1 / K, are
+    finite, and tau = 1 is never the start of a step. The marginals are kept exactly as K grows, and for a dim without
+    noise whatever the others do, since g may differ by dim. As s -> 0 this is Eq. (5).
 
     Args:
-        head, sigma_net: the two networks.
+        head, x, k, num_steps, cond: as `euler_step`.
+
+    Returns:
+        Mean (B, T, A), corrected in the noisy dims only, and standard deviation (B, 1, 1); float32.
+    """
+    tau = k.float() / num_steps  # (B,)
+    velocity = head.velocity(x, tau, cond)
+    tau = tau[:, None, None]
+    c = head.cfg.sde_noise**2 / (2 * tau.clamp_min(1 / num_steps))
+    correction = c * (tau * velocity - x) * noisy_mask(head.cfg, x.device)
+    return x + (velocity + correction) / num_steps, (2 * c * (1 - tau) / num_steps).sqrt()
+
+
+def transition(
+    head: FlowHead, sigma_net: SigmaNet | None, x: torch.Tensor, k: int | torch.Tensor, cond: Condition
+) -> Normal:
+    """Distribution of x_{k+1} given x_k.
+
+    With the sigma net Eq. (5)-(7): mean of the Euler step, standard deviation of the net. With flow_sde `sde_step`.
+
+    Args:
+        head, sigma_net: the two networks; flow_sde needs no sigma net.
         x: (B, T, A), normalised actions on their way from noise.
-        k: flow step, 0..K-1: one for all rows, or (B,).
+        k: flow step, 0..K-1: one for all rows, or (B,). Steps that are not noisy take `euler_step` instead.
         cond: of `head.prepare(..., sigma_net)`.
     Returns:
         Normal over (B, T, A), float32. Dims outside `noisy_dims` take its mean, see `sample_chain`.
     Raises:
         ValueError: the condition lacks the sigma net's part.
     """
+    k = torch.as_tensor(k, device=x.device).expand(len(x))
+    if head.cfg.noise == "flow_sde":
+        mean, sigma = sde_step(head, x, k, head.cfg.num_steps, cond)
+        return Normal(mean, sigma.expand_as(mean), validate_args=False)
     if cond.sigma is None:
         raise ValueError(
             "the condition has no part for the sigma net; make it with head.prepare(..., sigma_net=sigma_net)"
         )
-    k = torch.as_tensor(k, device=x.device).expand(len(x))
     mean = euler_step(head, x, k, head.cfg.num_steps, cond)
     return Normal(mean, sigma_net.log_sigma(cond.sigma, k, x).exp(), validate_args=False)
 
@@ -283,53 +388,60 @@ def transition(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, k: int | to
 @torch.no_grad()
 def sample_chain(
     head: FlowHead,
-    sigma_net: SigmaNet,
+    sigma_net: SigmaNet | None,
     cond: Condition,
     *,
     generator: torch.Generator | None = None,
     noise: torch.Tensor | None = None,
+    step_noise: torch.Tensor | None = None,
 ) -> Chain:
     """Sample action chunks step by step, Eq. (6).
 
     Args:
         head, sigma_net: the two networks.
         cond: of `head.prepare(..., sigma_net)`, `.repeat(G)` for groups.
-        generator: source of all noise, on the networks' device.
+        generator: source of all noise that is not given, on the networks' device.
         noise: (B, T, A) start x_0; drawn when absent.
+        step_noise: (B, M, T, A) of the noisy steps; drawn when absent.
     Returns:
-        The chain x (B, K + 1, T, A) and the log_prob (B, K, T, A) of each element of each step, float32.
+        The chain x (B, K + 1, T, A) and the log_prob (B, M, T, A) of each element of each noisy step, float32.
     """
     cfg, device = head.cfg, cond.base.device
     shape = (cond.num_rows, cfg.chunk, cfg.action_dim)
     x = torch.randn(shape, generator=generator, device=device) if noise is None else noise.float()
-    mask, chain, log_probs = noisy_mask(sigma_net.cfg, device), [x], []
+    mask, chain, log_probs = noisy_mask(cfg, device), [x], []
     for k in range(cfg.num_steps):
+        if k not in cfg.scored_steps:
+            x = euler_step(head, x, torch.full((len(x),), k, device=device), cfg.num_steps, cond)
+            chain.append(x)
+            continue
         step = transition(head, sigma_net, x, k, cond)
-        eps = torch.randn(shape, generator=generator, device=device)
+        if step_noise is None:
+            eps = torch.randn(shape, generator=generator, device=device)
+        else:
+            eps = step_noise[:, len(log_probs)]
         x = torch.where(mask, step.mean + step.stddev * eps, step.mean)
         chain.append(x)
         log_probs.append(step.log_prob(x) * mask)
     return Chain(torch.stack(chain, dim=1), torch.stack(log_probs, dim=1))
 
 
-def chain_log_prob(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, cond: Condition) -> LogProb:
-    """Score a sampled chain, differentiably, all K steps in one batch: the terms of Eq. (8), before any reduction.
+def chain_log_prob(head: FlowHead, sigma_net: SigmaNet | None, x: torch.Tensor, cond: Condition) -> LogProb:
+    """Score a sampled chain, differentiably, all noisy steps in one batch: the terms of Eq. (8), before any reduction.
 
     Args:
         head, sigma_net: the two networks.
         x: (B, K + 1, T, A) of `sample_chain`.
         cond: as for sampling; its tensors may carry gradients.
     Returns:
-        log_prob and entropy, (B, K, T, A) each, float32; both 0 in dims that are not noisy, so that sums skip them.
+        log_prob, entropy, mean and sigma, (B, M, T, A) each, float32; the first two 0 in dims that are not noisy, so
+        that sums skip them.
     """
-    num_steps, mask = head.cfg.num_steps, noisy_mask(sigma_net.cfg, x.device)
-    before, after = (rearrange(part, "b k t a -> (b k) t a") for part in (x[:, :-1], x[:, 1:]))
-    k = torch.arange(num_steps, device=x.device).repeat(len(x))  # (B * K,)
-    step = transition(head, sigma_net, before, k, cond)
-    log_prob, entropy = (
-        rearrange(part * mask, "(b k) t a -> b k t a", k=num_steps) for part in (step.log_prob(after), step.entropy())
-    )
-    return LogProb(log_prob, entropy)
+    mask, steps = noisy_mask(head.cfg, x.device), torch.tensor(head.cfg.scored_steps, device=x.device)  # (A,), (M,)
+    before, after = (rearrange(x[:, index], "b m t a -> (b m) t a") for index in (steps, steps + 1))
+    step = transition(head, sigma_net, before, steps.repeat(len(x)), cond)
+    parts = step.log_prob(after) * mask, step.entropy() * mask, step.mean, step.stddev
+    return LogProb(*(rearrange(part, "(b m) t a -> b m t a", m=len(steps)) for part in parts))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Images: float (C, H, W) in [0, 1] with 3 channels; L columns or time steps, R ro
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,48 @@ def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, 
     for r, label in enumerate(labels):
         draw.text((6, r * (height + gap) + height // 2 - 6), label, fill=(0, 0, 0))
     return np.asarray(picture)
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, Tensor]], bins: int = 40, size: tuple[int, int] = (360, 240)
+) -> np.ndarray:
+    """One picture of histograms, a panel beside the other, the series of a panel over each other.
+
+    Args:
+        panels: title -> {label: values (N,)}, up to four series; each is normalised by its own N, over the range of all
+            series of the panel.
+        bins: of each histogram.
+        size: width and height of a panel [px].
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    image_module, draw_module = _pillow()
+    colours = ((120, 140, 160), (200, 110, 70), (80, 140, 90), (130, 100, 170))
+    width, height = size
+    left, right, top, bottom = 12, width - 12, 40, height - 24
+    canvas = image_module.new("RGB", (width * len(panels), height), (255, 255, 255))
+    draw = draw_module.Draw(canvas)
+    for number, (title, series) in enumerate(panels.items()):
+        x0 = number * width
+        values = {label: v.detach().double().cpu() for label, v in series.items()}
+        low = min(float(v.min()) for v in values.values())
+        high = max(float(v.max()) for v in values.values())
+        high = max(high, low + 1e-6)
+        shares = {label: torch.histc(v, bins, low, high) / len(v) for label, v in values.items()}
+        peak = max(float(s.max()) for s in shares.values())
+        draw.text((x0 + left, 4), title, fill=(0, 0, 0))
+        for i, (label, share) in enumerate(shares.items()):
+            steps = [(x0 + left, bottom)]
+            for b, value in enumerate(share.tolist()):
+                y = bottom - (bottom - top) * value / peak
+                steps += [(x0 + left + (right - left) * (b + d) / bins, y) for d in (0, 1)]
+            draw.line([*steps, (x0 + right, bottom)], fill=colours[i], width=2)
+            draw.text((x0 + left + 90 * i, 20), label, fill=colours[i])
+        draw.line([(x0 + left, bottom), (x0 + right, bottom)], fill=(0, 0, 0))
+        draw.text((x0 + left, bottom + 6), f"{low:.3g}", fill=(0, 0, 0))
+        draw.text((x0 + right - 36, bottom + 6), f"{high:.3g}", fill=(0, 0, 0))
+    return np.asarray(canvas)
 
 
 def save_png(path: str | Path, picture: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from einops import rearrange
 
 from vlarft.checkpoint import load_model, save_model
 from vlarft.dit import DiTConfig
-from vlarft.flow import Condition, FlowConfig, FlowHead, SigmaNet, matching_loss, sample_ode
+from vlarft.flow import Condition, FlowConfig, FlowHead, Noise, SigmaNet, matching_loss, sample_chain, sample_ode
 from vlarft.normalizer import GripperEncoding, Normalizer
 from vlarft.transformer import TransformerConfig
 from vlarft.vit import ConvEncoderConfig
@@ -174,13 +174,40 @@ class VLAPolicy(nn.Module):
         """Create the sigma net (a fresh one, whatever there was) and note it in the configuration.
 
         Args:
-            changes: fields of FlowConfig: sigma_min, sigma_max, sigma_uses_x, noisy_dims, num_steps.
+            changes: fields of FlowConfig: sigma_min, sigma_max, sigma_init, sigma_uses_x, noisy_dims, noisy_steps.
         """
-        flow = replace(self.cfg.flow, **changes)
+        flow = replace(self.cfg.flow, noise="sigma_net", **changes)
         self.cfg = replace(self.cfg, flow=flow, has_sigma_net=True)
         self.head.cfg = self.head.net.cfg = flow
         self.sigma_net = SigmaNet(flow).to(next(self.head.parameters()).device)
         return self.sigma_net
+
+    def make_stochastic(self, noise: Noise, **changes: object) -> None:
+        """Give the policy the noise of reinforcement fine-tuning, and note it in the configuration.
+
+        A sigma net that is there already, of an earlier fine-tuning, is kept if it was made with the same settings.
+
+        Args:
+            noise: "sigma_net" (Eq. 5-7) or "flow_sde" (`flow.sde_step`), which needs no sigma net.
+            changes: fields of FlowConfig: those of `add_sigma_net`, and sde_noise.
+        Raises:
+            ValueError: the policy's own noise has other settings; both values are named.
+        """
+        flow = self.cfg.flow
+        stochastic = self.sigma_net is not None or flow.noise == "flow_sde"
+        if stochastic:
+            wanted = {"noise": noise, **changes}
+            if lines := [f"{k} {getattr(flow, k)!r}, asked {v!r}" for k, v in wanted.items() if getattr(flow, k) != v]:
+                raise ValueError(
+                    f"the policy was fine-tuned with other noise: it has {'; '.join(lines)}. Give its values, or start "
+                    "from the policy of train_sft.py"
+                )
+        elif noise == "sigma_net":
+            self.add_sigma_net(**changes)
+        else:
+            flow = replace(flow, noise=noise, **changes)
+            self.cfg = replace(self.cfg, flow=flow)
+            self.head.cfg = self.head.net.cfg = flow
 
     def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
         """Images as a camera or a batch gives them, to what the vision encoder takes.
@@ -353,8 +380,11 @@ class VLAPolicy(nn.Module):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         num_steps: int = 10,
+        step_noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Action chunks for the environment: the deterministic flow from noise; the sigma net is not used.
+
+        `step_noise` plays the stochastic policy of reinforcement fine-tuning instead, to look at it.
 
         Args:
             obs: an observation or a list of B of them, see `observe`; or images, see `preprocess`, with the next two.
@@ -362,19 +392,20 @@ class VLAPolicy(nn.Module):
             proprio: (B, 8), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]; given with images.
             noise: (B, T, A), the start x_0; drawn from `generator` (on the policy's device) when absent.
             generator: see above.
-            num_steps: Euler steps.
+            num_steps: Euler steps, of the deterministic flow.
+            step_noise: (B, M, T, A), N(0, 1) of the M noisy flow steps, see `flow.sample_chain`; None = deterministic.
         Returns:
             (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. One
             observation that is no list: (T, A), of noise (T, A).
         Raises:
             ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images,
-                images without instructions and proprio.
+                images without instructions and proprio, step noise for a policy that was never fine-tuned.
         """
         if not self.normalizer.fitted:
             raise ValueError("the policy's normaliser was never fitted; train the policy, or load a trained checkpoint")
         if isinstance(obs, Mapping):
-            noise = None if noise is None else noise[None]
-            return self.act([obs], noise=noise, generator=generator, num_steps=num_steps)[0]
+            noise, step_noise = (None if x is None else x[None] for x in (noise, step_noise))
+            return self.act([obs], noise=noise, generator=generator, num_steps=num_steps, step_noise=step_noise)[0]
         if isinstance(obs, np.ndarray | torch.Tensor):
             if instructions is None or proprio is None:
                 raise ValueError("act: images come with instructions and proprio; or pass observations, see `observe`")
@@ -392,8 +423,16 @@ class VLAPolicy(nn.Module):
             noise = torch.randn(shape, generator=generator, device=images.device)
         elif noise.shape != shape:
             raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {shape}")
-        state = self.normalizer.encode_proprio(proprio)
-        cond = self.head.prepare(self.encode(images, instructions), state)
+        context = self.encode(images, instructions)
+        if step_noise is not None:
+            if self.sigma_net is None and self.cfg.flow.noise == "sigma_net":
+                raise ValueError(
+                    "the policy has no sigma net, so it has no noise; fine-tune it with train_rft.py first"
+                )
+            cond, draws = self.condition(context, proprio), step_noise.to(images.device)
+            chain = sample_chain(self.head, self.sigma_net, cond, noise=noise.to(images.device), step_noise=draws)
+            return self.normalizer.decode_actions(chain.x[:, -1])
+        cond = self.head.prepare(context, self.normalizer.encode_proprio(proprio))
         return self.normalizer.decode_actions(
             sample_ode(self.head, cond, noise=noise.to(images.device), num_steps=num_steps)
         )

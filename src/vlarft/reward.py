@@ -7,17 +7,17 @@
 Shapes: S starts, G rollouts a start, T chunk steps, A action dim, (C, H, W) frame.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
 from vlarft.world_model import WorldModel
 
 RewardKind = Literal["r1", "r2", "r3"]
-OverFrames = Literal["sum", "mean", "last"]
+OverFrames = Literal["sum", "mean", "last", "discounted"]
 Imagination = Literal["sample", "common", "greedy"]
 
 
@@ -53,7 +53,7 @@ def image_reward(
     frames: Tensor,
     reference: Tensor,
     *,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    perceptual: PerceptualDistance | None,
     l1_weight: float = 1.0,
     perceptual_weight: float = 1.0,
 ) -> Tensor:
@@ -62,22 +62,33 @@ def image_reward(
     Args:
         frames: (S, G, T, C, H, W) in [0, 1].
         reference: (S, T, C, H, W) in [0, 1].
-        perceptual: distance of (..., C, H, W) pairs -> (...), or None to leave the term out.
+        perceptual: distance of images, or None to leave the term out; the reference's features are computed once.
         l1_weight: lambda_1 of the mean absolute error over C, H and W.
         perceptual_weight: lambda_lp.
 
     Returns:
         (S, G, T) float32.
     """
-    reference = reference.float()[:, None].expand_as(frames)
-    total = l1_weight * (frames.float() - reference).abs().mean((-1, -2, -3))
+    frames, reference = frames.float().transpose(1, 2), reference.float()  # (S, T, G, C, H, W), (S, T, C, H, W)
+    total = l1_weight * (frames - reference[:, :, None]).abs().mean((-1, -2, -3))  # (S, T, G)
     if perceptual is not None:
-        total = total + perceptual_weight * perceptual(frames.float(), reference).float()
-    return -total
+        total = total + perceptual_weight * perceptual.distance_to(frames, perceptual.features(reference)).float()
+    return -total.transpose(1, 2)
 
 
-def reduce_frames(per_frame: Tensor, over: OverFrames) -> Tensor:
-    """(S, G, T) -> (S, G): the sum over frames of Eq. (11), their mean (the release's), or the last frame alone."""
+def reduce_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Tensor:
+    """(S, G, T) -> (S, G): the sum over frames of Eq. (11), their mean (the release's), the last frame alone, or
+    "discounted", the sum of gamma^t times frame t, t from 0.
+
+    Raises:
+        ValueError: gamma outside (0, 1], or one that the reduction would ignore.
+    """
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+    if over != "discounted" and gamma != 1:
+        raise ValueError(f"gamma {gamma} is of no use with over_frames={over!r}; choose discounted")
+    if over == "discounted":
+        return (per_frame * gamma ** torch.arange(per_frame.shape[-1], device=per_frame.device)).sum(-1)
     if over == "sum":
         return per_frame.sum(-1)
     return per_frame.mean(-1) if over == "mean" else per_frame[..., -1]
@@ -87,9 +98,14 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
     """Refuse a policy and a world model that do not speak of the same robot.
 
     Raises:
-        ValueError: another chunk length, action dim or action range; the message names both values.
+        ValueError: another chunk length, action dim or action range (the message names both values), or a policy whose
+            normaliser was never fitted.
     """
     advice = "train both on the same demonstrations with the same settings"
+    if not policy.normalizer.fitted:
+        raise ValueError(
+            "the policy's normaliser was never fitted: its actions have no units; train it with train_sft.py"
+        )
     for name, ours, theirs in (
         ("chunk length", policy.cfg.flow.chunk, world_model.cfg.chunk),
         ("action dim", policy.cfg.flow.action_dim, world_model.cfg.action_dim),
@@ -117,14 +133,17 @@ def verified_reward(
     dataset_actions: Tensor,
     dataset_frames: Tensor,
     *,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    perceptual: PerceptualDistance | None = None,
     l1_weight: float = 1.0,
     perceptual_weight: float = 1.0,
     over_frames: OverFrames = "sum",
+    gamma: float = 1.0,
     imagination: Imagination = "sample",
     temperature: float = 1.0,
     top_p: float = 0.8,
     generator: torch.Generator | None = None,
+    part: tuple[int, int] = (0, 1),
+    start_frames: Tensor | None = None,
 ) -> Reward:
     """Play S x G action chunks inside the frozen world model and score them.
 
@@ -135,37 +154,48 @@ def verified_reward(
         dataset_actions: (S, T, A) raw actions of the demonstrations.
         dataset_frames: (S, T + 1, C, H, W) frames of the demonstrations; the first is the start of all rollouts.
         perceptual, l1_weight, perceptual_weight: see `image_reward`.
-        over_frames: see `reduce_frames`.
+        over_frames, gamma: see `reduce_frames`.
         imagination: "sample" draws every rollout on its own; "common" draws the same random numbers for all members of
             a group and for its reference, which removes most of the sampling noise from R3; "greedy" takes the most
             likely token.
         temperature, top_p: of the sampling.
         generator: of the sampling.
+        part: this process's (number, count) of the batch's equal shares; the draws are those of the whole batch.
+        start_frames: (S, G, C, H, W), for R3 (S, G + 1, C, H, W) with the reference's last, where the rollouts go on
+            from frames of their own (closed-loop imagination); None = dataset_frames[:, 0] for all.
 
     Raises:
         ValueError: R2 or R3 without a world model.
     """
     if kind == "r1":
         per_step = action_reward(actions, dataset_actions)
-        return Reward(reduce_frames(per_step, over_frames), per_step, None, None)
+        return Reward(reduce_frames(per_step, over_frames, gamma), per_step, None, None)
     if world_model is None:
         raise ValueError(f"reward {kind} plays actions inside a world model; give one, or choose reward r1")
     # R3's reference is one more member of each group: it shares the prefill and, with "common", the random numbers.
     played = torch.cat([actions, dataset_actions[:, None]], 1) if kind == "r3" else actions
+    members = played.shape[1]
+    if start_frames is None:
+        starts, shared_by = dataset_frames[:, 0], 1
+    else:  # every member is a start of its own now
+        starts, shared_by, played = start_frames.flatten(0, 1), members, played.flatten(0, 1)[:, None]
     rollout = world_model.rollout(
-        dataset_frames[:, 0],
+        starts,
         played,
         greedy=imagination == "greedy",
         common_random_numbers=imagination == "common",
         temperature=temperature,
         top_p=top_p,
         generator=generator,
+        part=part,
+        shared_by=shared_by,
     )
+    imagined = rollout.frames if start_frames is None else rollout.frames[:, 0].unflatten(0, (-1, members))
     if kind == "r3":
-        frames, reference = rollout.frames[:, :-1], rollout.frames[:, -1]
+        frames, reference = imagined[:, :-1], imagined[:, -1]
     else:
-        frames, reference = rollout.frames, dataset_frames[:, 1:]
+        frames, reference = imagined, dataset_frames[:, 1:]
     per_frame = image_reward(
         frames, reference, perceptual=perceptual, l1_weight=l1_weight, perceptual_weight=perceptual_weight
     )
-    return Reward(reduce_frames(per_frame, over_frames), per_frame, frames, reference)
+    return Reward(reduce_frames(per_frame, over_frames, gamma), per_frame, frames, reference)

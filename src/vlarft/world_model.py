@@ -156,6 +156,8 @@ class Sampling:
         top_k: at most this many codes; None = all.
         common_random_numbers: the same draws for all members of a start (they depend on start, step and position
             alone), so that members differ by their actions and not by luck.
+        part: (number, count) of equal shares of a larger batch: the draws are made for all of it and these rows take
+            theirs, so that a run does not depend on the number of processes.
     """
 
     greedy: bool = False
@@ -163,6 +165,7 @@ class Sampling:
     top_p: float = 0.8
     top_k: int | None = None
     common_random_numbers: bool = False
+    part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -183,7 +186,8 @@ class Sampling:
         log_prob = restrict(logits / self.temperature, self.top_p, self.top_k)
         rows = logits.shape[0] // group_size if self.common_random_numbers else logits.shape[0]
         device = logits.device if generator is None else generator.device
-        exponential = torch.empty(rows, logits.shape[1], device=device).exponential_(generator=generator)
+        exponential = torch.empty(rows * self.part[1], logits.shape[1], device=device).exponential_(generator=generator)
+        exponential = exponential[self.part[0] * rows : (self.part[0] + 1) * rows]
         noise = -exponential.clamp_min(1e-20).log().to(logits.device)  # (S or S * G, V) Gumbel
         if self.common_random_numbers:
             noise = noise.repeat_interleave(group_size, dim=0)
@@ -382,6 +386,8 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         common_random_numbers: bool = False,
         first_frame: Tensor | None = None,
+        part: tuple[int, int] = (0, 1),
+        shared_by: int = 1,
     ) -> Rollout:
         """Imagine the frames that follow each of G action chunks from each of S starts, Eq. (2) and (10).
 
@@ -392,6 +398,9 @@ class WorldModel(nn.Module):
             generator: source of the draws; the same seed gives the same rollout and, with common random numbers, the
                 same draws for any G.
             first_frame: (S, C, H, W), frame 0 where it is not the context frame itself.
+            part: see `Sampling`.
+            shared_by: with common random numbers, so many consecutive starts share their draws, too: members of one
+                group that no longer see the same frame.
 
         Returns:
             Tokens and frames of steps 1..T.
@@ -404,7 +413,7 @@ class WorldModel(nn.Module):
                 f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got "
                 f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
             )
-        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers)
+        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
         self.action_bins.warn_outside(actions)
         group_size, num_actions = actions.shape[1:3]
         tables = self.tables()
@@ -414,7 +423,7 @@ class WorldModel(nn.Module):
         pending = self.layout.action_ids(bins)[:, 0]  # (B, A): ids that the cache does not hold yet
         frames = []
         for step in range(num_actions):
-            tokens = self._sample_frame(cache, pending, tables, sampling, group_size, generator)  # (B, Nf)
+            tokens = self._sample_frame(cache, pending, tables, sampling, group_size * shared_by, generator)  # (B, Nf)
             frames.append(tokens)
             if step + 1 < num_actions:
                 pending = torch.cat([tokens[:, -1:], self.layout.action_ids(bins[:, step + 1])], dim=1)

@@ -163,6 +163,9 @@ def split_episodes(
 ) -> tuple[list[Episode], list[Episode]]:
     """Split by episode, with at least one in each part; the same for the same names and seed, whatever their order.
 
+    Successful demonstrations and other attempts are split apart: a policy, which sees the former alone, and a world
+    model that sees all of the same files hold out the same demonstrations, if fraction and seed are the same.
+
     Args:
         episodes: all of a data set.
         validation_fraction: share of the validation part; 1/50 in the paper (Sec. 4.2).
@@ -175,7 +178,15 @@ def split_episodes(
         raise ValueError(f"validation_fraction must lie in (0, 1), got {validation_fraction}")
     if len(episodes) < 2:
         raise ValueError(f"a split needs at least 2 episodes, got {len(episodes)}; collect more demonstrations")
-    ordered = sorted(episodes, key=lambda e: e.name)
-    random.Random(seed).shuffle(ordered)
-    count = min(max(1, round(validation_fraction * len(ordered))), len(ordered) - 1)
-    return ordered[count:], ordered[:count]
+    train, validation = [], []
+    for demonstration in (True, False):
+        ordered = [e for e in episodes if (e.success and e.kind == "expert") == demonstration]
+        ordered.sort(key=lambda e: e.name)
+        random.Random(seed).shuffle(ordered)
+        count = round(validation_fraction * len(ordered))
+        if not validation and len(ordered) > 1:
+            count = min(max(1, count), len(ordered) - 1)
+        train, validation = train + ordered[count:], validation + ordered[:count]
+    if not (train and validation):  # one demonstration, one other attempt
+        train, validation = (train + validation)[1:], (train + validation)[:1]
+    return train, validation

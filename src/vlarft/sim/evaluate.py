@@ -1,0 +1,112 @@
+"""A policy plays evaluation episodes, several side by side: what eval_libero.py and a fine-tuning run's curves share.
+
+Shapes: B episodes, T chunk steps, A action dim, M noisy flow steps.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.policy import VLAPolicy
+from vlarft.sim.perturb import Perturbation
+from vlarft.sim.tabletop import make_env
+
+PlayNoise = Literal["sampled", "zero", "stochastic"]
+
+
+def chunk_noise(
+    noise: PlayNoise, shape: tuple[int, ...], seed: int, suite: str, task: int, state: int, chunk: int
+) -> Tensor:
+    """Random numbers (`shape`) of one chunk of one episode: a pure function of the arguments; all 0 for "zero"."""
+    if noise == "zero":
+        return torch.zeros(shape)
+    key = f"{seed}/{suite}/{task}/{state}/{chunk}".encode()
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+@torch.no_grad()
+def play_episodes(
+    policy: VLAPolicy,
+    suite: str,
+    task: int,
+    states: Sequence[int],
+    *,
+    seed: int = 0,
+    noise: PlayNoise = "sampled",
+    execute: int = 8,
+    num_flow_steps: int = 10,
+    perturb: Perturbation | None = None,
+) -> list[dict]:
+    """Play one task from several initial states side by side.
+
+    Args:
+        policy: in eval mode.
+        suite, task: of the simulator.
+        states: initial states.
+        seed: of the noise, which depends on (seed, suite, task, state, chunk) alone.
+        noise: x0 of the deterministic flow, "sampled" or "zero"; or "stochastic", the policy that reinforcement
+            fine-tuning samples, with the same x0 as "sampled".
+        execute: actions of a chunk that are executed before the next is planned.
+        num_flow_steps: Euler steps of the deterministic flow.
+        perturb: of the starts.
+
+    Returns:
+        One record per episode: suite, task, init_state, success, steps, seconds, rejected_starts, actions (steps, A).
+    """
+    started = time.monotonic()
+    envs = []
+    for state in states:
+        env = make_env(suite, task, image_size=policy.vlm.image_size)
+        env.reset(init_state=state, perturb=perturb)
+        envs.append(env)
+    played: list[list[np.ndarray]] = [[] for _ in states]
+    success = [False] * len(states)
+    active = list(range(len(states)))
+    chunk, flow = 0, policy.cfg.flow
+    while active:
+        observations = [envs[i].observe() for i in active]  # one frame a chunk is all that the policy sees
+        keys = [(seed, suite, task, states[i], chunk) for i in active]
+        x0 = torch.stack([chunk_noise(noise, (flow.chunk, flow.action_dim), *key) for key in keys])
+        steps = None
+        if noise == "stochastic":
+            shape = (len(flow.scored_steps), flow.chunk, flow.action_dim)
+            steps = torch.stack([chunk_noise(noise, shape, seed, f"{suite}/steps", *key[2:]) for key in keys])
+        actions = policy.act(
+            np.stack([o["agentview"] for o in observations]),
+            [o["instruction"] for o in observations],
+            np.stack([o["proprio"] for o in observations]),
+            noise=x0,
+            step_noise=steps,
+            num_steps=num_flow_steps,
+        )
+        ended = set()
+        for i, row in zip(active, actions.cpu().numpy()):
+            for action in row[:execute]:
+                result = envs[i].step(action)
+                played[i].append(action)
+                if result.done:
+                    success[i] = result.success
+                    ended.add(i)
+                    break
+        active = [i for i in active if i not in ended]
+        chunk += 1
+    seconds = (time.monotonic() - started) / len(states)
+    return [
+        {
+            "suite": suite,
+            "task": task,
+            "init_state": state,
+            "success": bool(ok),
+            "steps": len(actions),
+            "seconds": round(seconds, 4),
+            "rejected_starts": env.num_rejected,
+            "actions": np.round(np.stack(actions), 5).tolist(),
+        }
+        for state, ok, actions, env in zip(states, success, played, envs)
+    ]
