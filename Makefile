@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python demo.py --preset $(PRESET) --out-dir $(OUT)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .

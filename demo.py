@@ -85,8 +85,8 @@ def run_stage(folder: Path, name: str, script: str, /, **flags: object) -> dict:
     stages = json.loads(done.read_text()) if done.is_file() else {}
     words = ["python", script]
     for flag, value in flags.items():
-        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{flag.replace('_', '-')}", *map(str, values)]
+        values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
     command = shlex.join(words)
     stage = stages.get(name, {})
     if stage.get("command") == command and stage.get("done"):
@@ -211,6 +211,7 @@ def main(cfg: Config) -> dict:
         demos=demos,
         policy=model["sft"],
         world_model=model["wm"],
+        gate_stop=False,  # a demo goes on and shows the trust gate's figure
         out_dir=out / "rft",
     )
     log = read_log(out / "rft")
@@ -243,6 +244,7 @@ def main(cfg: Config) -> dict:
         "peak_gib": max(s["peak_bytes"] for s in stages.values()) / 2**30,
         "evaluation": evaluation["policies"],
         "world_model": world_model,
+        "trust_gate": {name: rows[0, 1] for name, rows in log.items() if name.startswith("gate")},
     }
     write_json(out / "summary.json", summary)
     print_summary(summary, out)
@@ -280,6 +282,12 @@ def print_summary(summary: dict, out: Path) -> None:
             line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] points"
         print(line)
     print_world_model(summary["world_model"])
+    gate = summary["trust_gate"]
+    print(
+        f"trust gate: R3 orders chunks around the policy's own actions with {gate['gate_policy']:.2f} by action error",
+        end="",
+    )
+    print(f", {gate['gate_policy_true']:.2f} by the simulator's outcome" if "gate_policy_true" in gate else "")
     print(f"\npictures in {out}: demonstrations.png, curves.png, before_after.gif, eval_wm/, rft/rollouts.png")
 
 

@@ -67,11 +67,14 @@ def test_experts_only_leaves_noisy_attempts_to_the_validation(demos, tokenizer, 
     for path in (tmp_path / "demos").rglob("*.hdf5"):
         with h5py.File(path, "r+") as file:
             file["data/demo_1"].attrs["kind"] = "noisy"
-    run(tmp_path / "demos", tokenizer, tmp_path / "run", steps=1, experts_only=True)
+    blank = FrameTokenizer.load(tokenizer / "model.safetensors")  # has seen no episodes: the split is another one
+    save_model(tmp_path / "blank.safetensors", blank, blank.cfg)
+    run(tmp_path / "demos", tmp_path / "blank.safetensors", tmp_path / "run", steps=1, experts_only=True)
     extra = read_header(tmp_path / "run" / "model.safetensors").extra
-    train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
-    assert extra["train_episodes"] == [e.name for e in train if not e.name.endswith("demo_1")]
+    train, held_out = split_episodes(load_episodes(tmp_path / "demos", successes_only=False), 0.2, 0)
     assert extra["held_out_episodes"] == [e.name for e in held_out]
+    assert extra["train_episodes"] == [e.name for e in train if e.kind == "expert"] and len(train) > 3
+    assert {e.kind for e in train} == {"expert", "noisy"}
 
 
 def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
