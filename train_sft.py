@@ -11,9 +11,8 @@ resumes an interrupted run, and ends with the same bits on a CPU.
 `--init` starts from a policy's checkpoint, its normaliser included, with a fresh optimizer and a fresh learning-rate
 schedule; a continued run is a new run. `python -m vlarft.pretrained policy` makes such a checkpoint of public weights,
 which preset paper starts from; --from-scratch says that random weights are meant. Text is read as the checkpoint reads
-it (byte-level BPE with public weights), by bytes in a policy from scratch; the first lines of a run say which.
-
-The memory of a step is estimated before the first one. --accumulate and --checkpoint-activations lower it.
+it (byte-level BPE with public weights), by bytes in a policy from scratch; the first lines of a run say which, and
+estimate the memory of a step, which --accumulate and --checkpoint-activations lower.
 
 Differences from the paper, and from the public code:
 - the head may train at a learning rate of its own (`head_lr`; no preset sets it): the paper has one;
@@ -95,7 +94,8 @@ class Config:
     val_batch: int = opt(256, "held-out chunks of a validation")
     save_every: int = opt(1000, "steps between training states")
     log_every: int = opt(10, "steps between log lines")
-    seed: int = opt(0, "of everything")
+    seed: int = opt(0, "of everything but the split")
+    split_seed: int = opt(0, "of the validation split; the world model's --seed makes both hold out the same episodes")
 
 
 HEAD = ("head.", "key_embed.")  # parameters that train at head_lr
@@ -194,7 +194,7 @@ def main(cfg: Config) -> dict[str, float]:
             raise ValueError(f"{name} {getattr(cfg, name)} must be a multiple of accumulate x processes = {parts}")
 
     episodes = load_episodes(cfg.demos, cfg.camera)
-    train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
+    train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
 
     policy = build_policy(cfg)
     resume = open_run(cfg.out_dir, cfg)

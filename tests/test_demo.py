@@ -44,3 +44,30 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path):
     with pytest.raises(SystemExit, match=r"\[rft\] ended with status 1; the same command goes on from there"):
         demo.run_stage(tmp_path, "rft", "train_rft.py", preset="smoke", policy=tmp_path / "none", out_dir=tmp_path)
     assert json.loads((tmp_path / "stages.json").read_text())["rft"]["done"] is False
+
+
+@pytest.mark.slow
+def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
+    study = load_benchmark("rft_study")
+    cfg = dataclasses.replace(study.PRESETS["smoke"], out_dir=str(tmp_path / "runs"), out=str(tmp_path / "study.json"))
+    report = study.main(cfg)
+    assert json.loads((tmp_path / "study.json").read_text()) == report
+    found = report["suites"]["tabletop_object"]["starts"]["none"]
+    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT"]
+    assert all(values["all"]["episodes"] == 2 and len(values["seeds"]) == 1 for values in found.values())
+    assert "against_sft" in found["RFT R3"] and "against_sft" not in found["SFT"]
+    assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
+    assert "tabletop_object, starts: none" in capfd.readouterr().out
+    study.main(cfg)  # nothing is trained again
+    assert "train_" not in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown arm 'PPO'"):
+        study.main(dataclasses.replace(cfg, arms=("PPO",)))
+
+
+def test_study_pools_pairs_of_all_seeds(load_benchmark):
+    study = load_benchmark("rft_study")
+    first = {"SFT": {(0, 0): True, (0, 1): False}, "RWR": {(0, 0): True, (0, 1): True}}
+    second = {"SFT": {(0, 0): False, (0, 1): False}, "RWR": {(0, 0): False, (0, 1): True}}
+    found = study.compare([first, second])
+    assert found["RWR"]["all"]["rate"] == 0.75 and [s["rate"] for s in found["RWR"]["seeds"]] == [1.0, 0.5]
+    assert found["RWR"]["against_sft"]["difference"] == 0.5 and found["RWR"]["against_sft"]["only_second"] == 2

@@ -1,0 +1,214 @@
+"""The study: when does fine-tuning inside the world model beat more supervised training? (Tables 2, 3, 4, 10)
+
+    python benchmarks/rft_study.py                                               two suites, three seeds, every arm
+    python benchmarks/rft_study.py --suites tabletop_goal tabletop_long --seeds 0 --arms "extra SFT" "RFT R3"
+
+For each suite: demonstrations, tokenizer and world model, once. For each seed: an early and a long-trained SFT policy,
+then every arm from the long-trained one. "extra SFT" has the wall time of "RFT R3" and goes on at a tenth of the peak
+learning rate. All policies of a seed play the same starts, plain and perturbed. Every stage is a command of the
+repository, is printed, and is not run again once it is done.
+
+Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
+differences to the long-trained policy (pairs of all seeds pooled); the trust gate before the first step of "RFT R3".
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.metrics import paired_difference, wilson_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+RFT_ARMS = {
+    "RWR": ["--algorithm", "rwr"],
+    "RFT R1": ["--reward", "r1"],
+    "RFT R2": ["--reward", "r2"],
+    "RFT R3": ["--reward", "r3"],
+}
+ARMS = ("extra SFT", *RFT_ARMS)
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("runs/study", "folder for all runs")
+    out: str = opt("results/rft_study.json", "JSON file to write")
+    suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
+    tasks: tuple[str, ...] = opt(tuple(map(str, range(10))), "tasks of each suite")
+    seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
+    arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
+    episodes: int = opt(50, "initial states per task")
+    stage_preset: str = opt("tiny", "preset of the stages")
+    demos_per_task: int = opt(100, "demonstrations per task")
+    world_model_steps: int = opt(4500, "steps of the world model")
+    early_steps: int = opt(800, "steps of the early SFT policy")
+    sft_steps: int = opt(5000, "steps of the long-trained SFT policy")
+    rft_steps: int = opt(40, "steps of each fine-tuning")
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(
+        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT", "RWR", "RFT R3"), perturb=("none",),
+        episodes=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
+        rft_steps=2,
+    ),
+}  # fmt: skip
+
+
+def call(*words: object) -> None:
+    """Run a script of the repository with the command that a user would type; it ends at once if it ran before."""
+    command = [str(word) for word in words]
+    print(f"\n{shlex.join(['python', *command])}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
+
+
+def run_once(out_dir: Path, *words: object) -> Path:
+    """Run a training script unless it finished; returns its checkpoint."""
+    done = out_dir / "done"
+    if not done.is_file():
+        call(*words, "--out-dir", out_dir)
+        done.touch()
+    return out_dir / "model.safetensors"
+
+
+def rft_minutes(run: Path) -> float:
+    """Wall time that the steps of a fine-tuning took, without gates and diagnostics [min]."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
+
+
+def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
+    """All policies of one suite and seed: name -> checkpoint."""
+    folder = Path(cfg.out_dir) / suite
+    own, preset, demos = folder / f"seed{seed}", ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
+    where = ["--suites", suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
+    if not (folder / "demos" / "done").is_file():
+        call("collect_demos.py", *preset, *where, "--out-dir", folder / "demos")
+        (folder / "demos" / "done").touch()
+    tokenizer = run_once(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
+    world_model = run_once(
+        folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
+    )
+    sft = ["train_sft.py", *preset, *demos, "--seed", seed]
+    policies = {
+        "SFT early": run_once(own / "early", *sft, "--steps", cfg.early_steps),
+        "SFT": run_once(own / "sft", *sft, "--steps", cfg.sft_steps),
+    }
+    rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
+    rft += ["--seed", seed, "--steps", cfg.rft_steps, "--no-gate-stop"]
+    for name, flags in RFT_ARMS.items():
+        if name in cfg.arms:
+            policies[name] = run_once(own / name.replace(" ", "_"), *rft, *flags)
+    if "extra SFT" in cfg.arms:
+        longest = own / ("RFT_R3" if "RFT R3" in cfg.arms else name_of_first_arm(cfg))
+        minutes = f"{rft_minutes(longest):.3f}"
+        more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes]
+        policies["extra SFT"] = run_once(own / "extra", *sft, *more)
+    return policies
+
+
+def name_of_first_arm(cfg: Config) -> str:
+    """Folder of the fine-tuning that extra SFT takes its wall time from, where "RFT R3" is not run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in cfg.arms:
+        if name in RFT_ARMS:
+            return name.replace(" ", "_")
+    raise ValueError('arm "extra SFT" takes its wall time from a fine-tuning: add "RFT R3" or another one to --arms')
+
+
+def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
+    """Outcomes of all policies of a seed: name -> (task, initial state) -> success."""
+    out_dir = Path(cfg.out_dir) / suite / f"seed{seed}" / f"eval_{perturb.replace(':', '_')}"
+    flags = ["--suites", suite, "--tasks", *cfg.tasks, "--episodes", cfg.episodes, "--out-dir", out_dir]
+    flags += [] if perturb == "none" else ["--perturb", perturb]
+    call("eval_libero.py", "--preset", cfg.stage_preset, "--policies", *policies.values(), *flags)
+    records = [json.loads(line) for line in (out_dir / "episodes.jsonl").read_text().splitlines()]
+    names = {str(path): name for name, path in policies.items()}
+    outcomes: dict[str, dict[tuple, bool]] = {name: {} for name in policies}
+    for record in records:
+        outcomes[names[record["policy"]]][record["task"], record["init_state"]] = record["success"]
+    return outcomes
+
+
+def rate(outcomes: list[bool]) -> dict[str, float]:
+    """Success rate with its 95 % Wilson interval."""
+    _, low, high = wilson_interval(sum(outcomes), len(outcomes))
+    return {"rate": sum(outcomes) / len(outcomes), "low": low, "high": high, "episodes": len(outcomes)}
+
+
+def compare(by_seed: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
+    """Rates of each policy, and paired differences to "SFT", over the outcomes of all seeds."""
+    found = {}
+    for name in by_seed[0]:
+        starts = [(seed, start) for seed, outcomes in enumerate(by_seed) for start in sorted(outcomes[name])]
+        base, own = ([by_seed[seed][which][start] for seed, start in starts] for which in ("SFT", name))
+        found[name] = {"all": rate(own), "seeds": [rate(list(outcomes[name].values())) for outcomes in by_seed]}
+        if name != "SFT":
+            found[name]["against_sft"] = paired_difference(base, own)._asdict()
+    return found
+
+
+def trust_gate(cfg: Config, suite: str, seed: int) -> dict[str, float]:
+    """What the gate said before the first step of "RFT R3"; empty where that arm is not run."""
+    log = Path(cfg.out_dir) / suite / f"seed{seed}" / "RFT_R3" / "log.jsonl"
+    first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
+    return {name: value for name, value in first.items() if name.startswith("gate")}
+
+
+def table(report: dict) -> str:
+    """One row per policy, suite and perturbation."""
+    lines = []
+    for suite, entry in report["suites"].items():
+        for perturb, found in entry["starts"].items():
+            lines.append(f"{suite}, starts: {perturb}")
+            for name, values in found.items():
+                r, line = values["all"], f"  {name:<10}"
+                line += f" {100 * r['rate']:5.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] of {r['episodes']}"
+                if d := values.get("against_sft"):
+                    line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+                    line += f" p = {d['p_value']:.2g}"
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; returns what the JSON file holds.
+
+    Raises:
+        ValueError: an unknown arm.
+    """
+    if unknown := [name for name in cfg.arms if name not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    report = {
+        "command": "python benchmarks/rft_study.py",
+        "config": to_dict(cfg),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "suites": {},
+    }
+    for suite in cfg.suites:
+        policies = {seed: train(cfg, suite, seed) for seed in cfg.seeds}
+        starts = {
+            perturb: compare([play(cfg, suite, seed, perturb, policies[seed]) for seed in cfg.seeds])
+            for perturb in cfg.perturb
+        }
+        report["suites"][suite] = {"starts": starts, "trust_gate": [trust_gate(cfg, suite, s) for s in cfg.seeds]}
+        write_json(cfg.out, report)
+    print("\n" + table(report))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
