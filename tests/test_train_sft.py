@@ -1,9 +1,7 @@
 """Supervised training: resume, EMA, accumulation, two processes, LoRA on export, continuing, errors."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,11 +40,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolera
             torch.testing.assert_close(a[key], b[key], msg=lambda m, key=key: f"{key}: {m}", **tolerance)
         else:
             assert torch.equal(a[key], b[key]), key
-
-
-def noise_only(name: str) -> bool:
-    """Biases of keys shift all scores of a softmax alike: Adam makes full steps of their rounding errors."""
-    return name.endswith(("k.bias", "k_proj.bias", "qkv.bias"))
 
 
 class Killed(Exception):
@@ -129,23 +122,6 @@ def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
     assert torch.equal(after.normalizer.action_low, policy.normalizer.action_low)
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1 and first["lr"] == pytest.approx(SMOKE.lr * 0.5)
-
-
-@pytest.mark.slow
-def test_accumulation_is_the_mean_of_its_micro_batches(demos, tmp_path):
-    # two processes do what two accumulated micro-batches do
-    train_sft.main(config(demos, tmp_path / "one", accumulate=2))
-    argv = ["--preset", "smoke", "--demos", str(demos), "--out-dir", str(tmp_path / "two")]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_sft.py", *argv],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    one, two = ({k: v for k, v in weights(tmp_path / run).items() if not noise_only(k)} for run in ("one", "two"))
-    assert_same(one, two, atol=2e-5, rtol=1e-3)
 
 
 def test_recomputed_activations_change_nothing(demos, tmp_path, capsys):
