@@ -46,7 +46,7 @@ class WorldModelConfig:
             rotary positions only, from which a short training must first find out what each place means.
         factored_tokens: add to each token's row, in the embedding and in the head, a learned linear function of what
             the token stands for: the digits of an FSQ code, the value of an action bin. What is learnt from one token
-            then serves its neighbours. Off in the paper; a short training gains about half again its steps.
+            then serves its neighbours. Off in the paper; made for short trainings.
     """
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
