@@ -1,10 +1,9 @@
 """Success rates of policies in a simulator, on the same starts, with intervals (Tables 2 and 3).
 
 Every policy plays every (suite, task, initial state); the first one is the baseline of a paired comparison. As in the
-paper the policy emits chunks of 8 actions that are executed open
-loop, and actions come from the deterministic ODE with a random x0; the sigma net is not used. x0 is drawn per (seed,
-task, initial state, chunk), so it is the same for every policy and
-does not depend on how episodes are spread over workers.
+paper the policy emits chunks of 8 actions that are executed open loop, and actions come from the deterministic ODE with
+a random x0; the sigma net is not used. x0 is drawn per (seed, task, initial state, chunk), so it is the same for every
+policy and does not depend on how episodes are spread over workers.
 
 Suites: tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (the embedded benchmark; LIBERO's interface and
 protocol: 10 tasks x 50 initial states, a horizon per suite).
@@ -14,8 +13,8 @@ protocol: 10 tasks x 50 initial states, a horizon per suite).
     python eval_libero.py --policies runs/sft/model.safetensors --perturb object:2.5
 
 Reads checkpoints of train_sft.py and train_rft.py. Writes out_dir/episodes.jsonl (one line an episode, appended as they
-end: an interrupted evaluation resumes with the same command),
-out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences), out_dir/*.gif.
+end: an interrupted evaluation resumes with the same command), out_dir/results.json (rates with 95 % Wilson intervals
+per policy, suite and task; paired differences), out_dir/*.gif.
 
 Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0 and
 `--noise stochastic` plays the policy with the noise of its fine-tuning; all are reported in results.json.

@@ -36,13 +36,14 @@ from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
 from vlarft.discriminator import Discriminator, DiscriminatorConfig
+from vlarft.frame_networks import ResBlock
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.pictures import grid, save_png
 from vlarft.reconstruction import adversarial_balance, last_layer_gradient, reconstruction_loss, reconstruction_psnr
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, generator, rate_factor, seed_of
 from vlarft.tokenizer import PRESETS as MODELS
-from vlarft.tokenizer import FrameTokenizer, ResBlock, TokenizerConfig
+from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True)

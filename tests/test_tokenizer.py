@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import save_model
+from vlarft.frame_networks import CrossAttention
 from vlarft.reconstruction import reconstruction_loss
 from vlarft.tokenizer import (
     FSQ,
     PRESETS,
-    ActionBins,
-    CrossAttention,
     FrameTokenizer,
     TokenizerConfig,
 )
@@ -93,7 +93,8 @@ def test_action_bins_round_trip_and_ranges():
     assert bins.outside(torch.tensor([[0.5, 3.0], [math.nan, 9.0]])) == 0.5
     with pytest.warns(UserWarning, match=r"1 of 4 action values \(25.0%, in dimensions \[0\]\) lie outside the ranges"):
         bins.warn_outside(torch.tensor([[0.5, 3.0], [1.5, 3.0]]))
-    with warnings.catch_warnings(action="error"):  # once is enough
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
         bins.warn_outside(torch.tensor([[0.5, 3.0], [1.5, 3.0]]))
 
 

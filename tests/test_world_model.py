@@ -357,7 +357,8 @@ def test_actions_outside_the_ranges_are_clipped_with_one_warning():
     actions = torch.tensor([[[[0.5, -3.0], [0.0, 0.0], [2.0, 0.0]]]])  # ranges of -1 to 1
     with pytest.warns(UserWarning, match=r"2 of 6 action values \(33.3%, in dimensions \[0, 1\]\).*raw environment"):
         rollout = model.rollout(start, actions, greedy=True)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert torch.equal(model.rollout(start, actions.clamp(-1, 1), greedy=True).tokens, rollout.tokens)
         model.rollout(start, actions, greedy=True)
     model = make()

@@ -24,7 +24,7 @@ from vlarft.metrics import PerceptualDistance
 from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Reward, verified_reward
-from vlarft.rollout import RolloutConfig, encode, sample_group
+from vlarft.rollout import RolloutConfig, dataset_actions, encode, reward_options, sample_group
 from vlarft.schedule import generator
 from vlarft.sensitivity import Perturbations, agreement, perturb
 from vlarft.sim.replay import TabletopOutcomes
@@ -83,8 +83,7 @@ def _reward(
     at_once: int,
 ) -> Tensor:
     """The run's reward (S, P) of chunks (S, P, T, A), `at_once` starts at a time."""
-    dataset = batch.actions if cfg.reference == "executed" else batch.intended
-    out = []
+    dataset, out = dataset_actions(cfg, batch), []
     for i in range(0, len(chunks), at_once):
         part = slice(i, i + at_once)
         reward: Reward = verified_reward(
@@ -94,13 +93,7 @@ def _reward(
             dataset[part],
             batch.frames[part],
             perceptual=distance,
-            l1_weight=cfg.l1_weight,
-            perceptual_weight=cfg.perceptual_weight,
-            over_frames=cfg.over_frames,
-            gamma=cfg.gamma,
-            imagination=cfg.imagination,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
+            **reward_options(cfg),
             generator=generator(chunks.device, *seed, i),
         )
         out.append(reward.reward)
@@ -139,7 +132,7 @@ def trust_gate(
         with the action error (mean L1 to the dataset's chunk), `_pairs` the share of pairs in the right order, `_true`
         and `_true_pairs` the same for the true error.
     """
-    dataset = batch.actions if rollout.reference == "executed" else batch.intended  # (S, T, A)
+    dataset = dataset_actions(rollout, batch)  # (S, T, A)
     bins, motion = world_model.action_bins, policy.normalizer
     unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()  # (A,)
     how = Perturbations(cfg.gate_noise, cfg.gate_draws, 0)
@@ -211,7 +204,7 @@ def diagnose(
         `error_x`, ... `error_gripper`, its mean absolute error to the dataset per dimension, in normalised units.
         And the raw chunks (S, draws, T, A).
     """
-    dataset = batch.actions if rollout.reference == "executed" else batch.intended
+    dataset = dataset_actions(rollout, batch)
     context = encode(rollout, policy, batch.frames[:, 0], batch.instructions, at_once)
     cond = policy.head.prepare(context, policy.normalizer.encode_proprio(batch.proprio)).repeat(draws)
     shape = (cond.num_rows, policy.cfg.flow.chunk, policy.cfg.flow.action_dim)

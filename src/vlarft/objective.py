@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlarft import distributed
 from vlarft.config import opt
-from vlarft.flow import FlowHead, LogProb, SigmaNet, chain_log_prob, matching_loss, matching_pairs
+from vlarft.flow import Condition, FlowHead, LogProb, SigmaNet, chain_log_prob, matching_loss, matching_pairs
 from vlarft.grpo import (
     EntropyOver,
     Objective,
@@ -219,9 +219,13 @@ def _add(totals: dict[str, float], weight: float, metrics: dict[str, float]) -> 
             totals[name] = totals.get(name, 0.0) + weight * value
 
 
-def _demonstrated(policy: VLAPolicy, rollouts: Rollouts, starts: Tensor) -> Tensor:
-    """Normalised intended actions (n, T, A) of the demonstrations' first chunk: targets of the matching loss."""
-    return policy.normalizer.encode_actions(rollouts.batch.intended[starts, : policy.cfg.flow.chunk])
+def _demonstration_loss(
+    cfg: ObjectiveConfig, policy: VLAPolicy, rollouts: Rollouts, starts: Tensor, cond: Condition, pairs: tuple
+) -> Tensor:
+    """Matching loss (Eq. 4) on the intended actions of the demonstrations' first chunk, at some of the starts."""
+    target = policy.normalizer.encode_actions(rollouts.batch.intended[starts, : policy.cfg.flow.chunk])
+    pairs = tuple(value[starts] for value in pairs)
+    return matching_loss(policy.head, target, cond, draws=cfg.mse_draws, pairs=pairs)[0]
 
 
 def _backward_grpo(
@@ -259,9 +263,7 @@ def _backward_grpo(
                 loss, metrics["kl_supervised"] = loss + cfg.kl_weight * kl, kl.item()
             loss = loss / count
             if c == 0:
-                pair = tuple(value[part.starts] for value in pairs[0])
-                target = _demonstrated(policy, rollouts, part.starts)
-                mse, _ = matching_loss(policy.head, target, cond, draws=cfg.mse_draws, pairs=pair)
+                mse = _demonstration_loss(cfg, policy, rollouts, part.starts, cond, pairs[0])
                 loss = loss + cfg.mse_weight * gate * mse
                 _add(totals, part.share, {"mse": mse.item(), "mse_gate": gate})
             (part.share * loss).backward()
@@ -294,9 +296,7 @@ def _backward_rwr(
             regression, _ = matching_loss(policy.head, played, cond, pairs=pair, weights=weight)
             loss = regression / count
             if c == 0:
-                pair = tuple(value[part.starts] for value in pairs[0])
-                target = _demonstrated(policy, rollouts, part.starts)
-                mse, _ = matching_loss(policy.head, target, cond, draws=cfg.mse_draws, pairs=pair)
+                mse = _demonstration_loss(cfg, policy, rollouts, part.starts, cond, pairs[0])
                 loss = loss + cfg.mse_weight * mse
                 _add(totals, part.share, {"mse": mse.item()})
             (part.share * loss).backward()

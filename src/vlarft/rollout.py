@@ -51,6 +51,17 @@ class RolloutConfig:
     bf16: bool = opt(False, "bf16 autocast around the frozen vision-language model")
 
 
+def dataset_actions(cfg: RolloutConfig, batch: Batch) -> Tensor:
+    """The dataset's raw actions (S, chunks * T, A) that R1 and R3 compare with."""
+    return batch.actions if cfg.reference == "executed" else batch.intended
+
+
+def reward_options(cfg: RolloutConfig) -> dict:
+    """Weights and imagination, as keyword arguments of `verified_reward`."""
+    names = "l1_weight", "perceptual_weight", "over_frames", "gamma", "imagination", "temperature", "top_p"
+    return {name: getattr(cfg, name) for name in names}
+
+
 class PlayedChunk(NamedTuple):
     """One action chunk of every rollout, and what the policy saw before it.
 
@@ -135,7 +146,7 @@ def collect(
         )
     device, part = batch.frames.device, (distributed.rank(), distributed.world_size())
     starts, steps = len(batch.frames), policy.cfg.flow.chunk
-    dataset = batch.actions if cfg.reference == "executed" else batch.intended  # (S, chunks * T, A)
+    dataset = dataset_actions(cfg, batch)
     frames, proprio, instructions = batch.frames[:, 0], batch.proprio, batch.instructions
     start_frames, repeats = None, cfg.group
     chunks, rewards, seconds = [], [], {"policy_s": 0.0, "world_model_s": 0.0}
@@ -155,11 +166,7 @@ def collect(
             dataset[:, of_chunk],
             batch.frames[:, c * steps : (c + 1) * steps + 1],
             perceptual=distance,
-            l1_weight=cfg.l1_weight,
-            perceptual_weight=cfg.perceptual_weight,
-            imagination=cfg.imagination,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
+            **reward_options(cfg),
             generator=generator(device, *seed, 1, c),
             part=part,
             start_frames=start_frames,

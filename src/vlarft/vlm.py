@@ -190,7 +190,7 @@ class InstructionEncoder(nn.Module):
 
     One row per word and one for the whole text, found by hashing. The text's own row starts ten times larger: two
     instructions are far apart from the first step, while their words, of which all but one may be the same, share what
-    is learned. (An encoder over bytes needs hundreds of steps before it tells "red" from "blue" in a long sentence.)
+    is learned. (To an encoder over bytes, long sentences that differ in "red" and "blue" start out nearly the same.)
     A text never seen in training keeps its untrained row, so the policy is for the instructions it was trained on.
 
     Args:

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import load_model
 from vlarft.tokenizer import PRESETS as TOKENIZERS
-from vlarft.tokenizer import ActionBins, Context, FrameTokenizer, TokenizerConfig
+from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
 from vlarft.transformer import Decoder, KVCache, TransformerConfig
 
 

@@ -1,0 +1,244 @@
+"""Networks of the frame tokenizer: convolutional encoders and decoders with cross-attention into a context frame.
+
+Parameter names are those of the public checkpoints.
+
+Shapes: B images, C channels, h, w grid; D channels of a feature map; N = h * w positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vlarft.tokenizer import TokenizerConfig
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice, around a residual."""
+
+    def __init__(self, dim_in: int, dim_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, dim_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, dim_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        if dim_in != dim_out:
+            self.conv_shortcut = nn.Conv2d(dim_in, dim_out, 1)
+        else:
+            self.conv_shortcut = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D', h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the latent grid, around a residual."""
+
+    def __init__(self, dim: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D, h, w)."""
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h * w, D)
+        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](out[:, 0]).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class AttentionWeights(nn.Module):
+    """Projections of a multi-head attention, in one matrix for query, key and value."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+
+class CrossAttention(nn.Module):
+    """SiLU(z + attention(z -> context features)), with learned positions on both sides."""
+
+    def __init__(self, dim: int, num_tokens: int, cfg: TokenizerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = cfg.num_heads, cfg.dropout
+        self.att = AttentionWeights(dim)
+        self.kv_norm = nn.GroupNorm(cfg.norm_groups, dim)
+        self.q_norm = nn.GroupNorm(cfg.norm_groups, dim)
+        self.kv_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
+        self.q_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
+        if cfg.local_init:
+            with torch.no_grad():  # equal positions under equal projections: the score peaks at the query's own place
+                self.kv_pos_emb.normal_(std=1.5)
+                self.q_pos_emb.copy_(self.kv_pos_emb)
+                self.att.in_proj_weight[dim : 2 * dim] = self.att.in_proj_weight[:dim]
+
+    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Context features (S, D, h, w) -> keys and values, each (S, heads, Nc, E)."""
+        tokens = self.kv_norm(features).flatten(2).transpose(1, 2) + self.kv_pos_emb  # (S, Nc, D)
+        dim = tokens.shape[-1]
+        both = F.linear(tokens, self.att.in_proj_weight[dim:], self.att.in_proj_bias[dim:])  # (S, Nc, 2 * D)
+        key, value = rearrange(both, "s n (two f e) -> two s f n e", two=2, f=self.num_heads)
+        return key, value
+
+    def forward(self, z: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """z: (S * L, D, h, w), the L frames of a start together -> the same shape."""
+        key, value = keys_values
+        starts, dim = key.shape[0], z.shape[1]
+        tokens = self.q_norm(z).flatten(2).transpose(1, 2) + self.q_pos_emb  # (S * L, N, D)
+        query = F.linear(tokens, self.att.in_proj_weight[:dim], self.att.in_proj_bias[:dim])
+        # The L frames of a start are one long query, so that its keys and values are used in place.
+        query = rearrange(query, "(s l) n (f e) -> s f (l n) e", s=starts, f=self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), dropout_p=dropout)
+        out = rearrange(out, "s f (l n) e -> (s l) n (f e)", n=tokens.shape[1])
+        return F.silu(z + self.att.out_proj(out).transpose(1, 2).unflatten(2, z.shape[2:]))
+
+
+class MidBlock(nn.Module):
+    """Residual blocks at the latent grid, with self-attention after the first in the conditional networks."""
+
+    def __init__(self, dim: int, cfg: TokenizerConfig, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(dim, dim, cfg.norm_groups) for _ in range(cfg.mid_res_blocks))
+        self.attentions = nn.ModuleList([SpatialAttention(dim, cfg.norm_groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D, h, w)."""
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        for block in self.resnets[1:]:
+            x = block(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution that pads the right and the bottom only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D, h / 2, w / 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D, 2 * h, 2 * w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """Residual blocks, then a change of resolution unless it is the last stage."""
+
+    def __init__(self, dims: tuple[int, int], num_blocks: int, groups: int, resample: str | None) -> None:
+        super().__init__()
+        dim_in, dim_out = dims
+        self.resnets = nn.ModuleList(
+            ResBlock(dim_in if i == 0 else dim_out, dim_out, groups) for i in range(num_blocks)
+        )
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(dim_out)])
+        elif resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(dim_out)])
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> (B, D', h', w')."""
+        for block in self.resnets:
+            x = block(x)
+        if self.resample is None:
+            return x
+        return (self.downsamplers if self.resample == "down" else self.upsamplers)[0](x)
+
+
+class Encoder(nn.Module):
+    """Image -> latent grid. The conditional one looks at the context after each of the stages at the latent grid."""
+
+    def __init__(self, cfg: TokenizerConfig, conditional: bool) -> None:
+        super().__init__()
+        dims, last = cfg.block_channels, len(cfg.block_channels) - 1
+        self.stem = cfg.stem
+        self.conv_in = nn.Conv2d(cfg.channels * cfg.stem**2, dims[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Stage((dims[max(i - 1, 0)], dims[i]), cfg.res_blocks, cfg.norm_groups, "down" if i < last else None)
+            for i in range(len(dims))
+        )
+        self.cross_stages = [i for i in (last - 1, last) if i >= 0]
+        self.cross_att_blocks = nn.ModuleList(
+            CrossAttention(dims[i], cfg.num_context_tokens, cfg) for i in self.cross_stages if conditional
+        )
+        self.mid_block = MidBlock(dims[-1], cfg, attention=conditional)
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(dims[-1], cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, keys_values: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Tensor]]:
+        """x: (B, C, H, W) -> latent (B, D, h, w) and the features of the stages at the latent grid."""
+        x = F.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)
+        features = []
+        for i, stage in enumerate(self.down_blocks):
+            x = stage(x)
+            if i in self.cross_stages:
+                if keys_values is not None:
+                    x = self.cross_att_blocks[len(features)](x, keys_values[len(features)])
+                features.append(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)))), features
+
+
+class FrameDecoder(nn.Module):
+    """Latent grid -> image, in two halves: `middle` at the latent grid, `image` up to the pixels."""
+
+    def __init__(self, cfg: TokenizerConfig, conditional: bool) -> None:
+        super().__init__()
+        dims, last = cfg.block_channels[::-1], len(cfg.block_channels) - 1
+        self.stem = cfg.stem
+        self.conv_in = nn.Conv2d(cfg.latent_channels, dims[0], 3, padding=1)
+        self.mid_block = MidBlock(dims[0], cfg, attention=conditional)
+        self.cross_att_blocks = nn.ModuleList(
+            [CrossAttention(dims[0], cfg.num_context_tokens, cfg)] if conditional else []
+        )
+        self.up_blocks = nn.ModuleList(
+            Stage((dims[max(i - 1, 0)], dims[i]), cfg.res_blocks + 1, cfg.norm_groups, "up" if i < last else None)
+            for i in range(len(dims))
+        )
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(dims[-1], cfg.channels * cfg.stem**2, 3, padding=1)
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """Latent (B, D, h, w) -> features (B, D', h, w)."""
+        return self.mid_block(self.conv_in(latent.contiguous(memory_format=torch.channels_last)))
+
+    def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D', h, w) -> image (B, C, H, W), not clipped, and what the last convolution made it from."""
+        for stage in self.up_blocks:
+            x = stage(x)
+        last = F.silu(self.conv_norm_out(x))
+        return F.pixel_shuffle(self.conv_out(last), self.stem), last
+
+    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Latent (B, D, h, w) -> `image`, looking at the context after the middle."""
+        x = self.middle(latent)
+        for block, pair in zip(self.cross_att_blocks, keys_values, strict=True):
+            x = block(x, pair)
+        return self.image(x)
