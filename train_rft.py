@@ -57,14 +57,15 @@ from vlarft.reward import Reward, check_same_robot
 from vlarft.rollout import RolloutConfig, collect, fit_drift
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, rate_factor
-from vlarft.sim import NUM_INITIAL_STATES
-from vlarft.sim.evaluate import play_episodes
+from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
 
 @dataclass(frozen=True)
-class Config(GateConfig, ObjectiveConfig, RolloutConfig):  # each module owns its options; bases keep the flags flat
+class Config(
+    GateConfig, ObjectiveConfig, RolloutConfig, SuccessConfig
+):  # each module owns its options; bases keep the flags flat
     policy: str = opt("runs/sft/model.safetensors", "policy to fine-tune, of train_sft.py")
     world_model: str = opt("runs/wm/model.safetensors", "frozen world model, of train_wm.py")
     demos: str = opt("demos", "folder of demonstrations (HDF5)")
@@ -85,10 +86,6 @@ class Config(GateConfig, ObjectiveConfig, RolloutConfig):  # each module owns it
     noisy_dims: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6), "dims with noise and likelihood; leave 6 out: no gripper")
     noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
     diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
-    success_interval: int | None = opt(None, "steps between success rates in the simulator (Tabletop); none: never")
-    success_suite: str = opt("tabletop_object", "suite of those")
-    success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
-    success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
     save_interval: int = opt(20, "steps between checkpoints")
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
@@ -138,19 +135,6 @@ def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
         names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     states = gated and cfg.gate_true_error
     return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=states), gated
-
-
-def success_rate(cfg: Config, policy: VLAPolicy) -> dict[str, float]:
-    """Success rate of the deterministic policy in the simulator, played by the main process alone."""
-    weights = distributed.full_state_dict(policy)
-    wins = [0.0]
-    if distributed.is_main():
-        whole = VLAPolicy(policy.cfg).eval()
-        whole.load_state_dict(weights)
-        states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
-        played = [play_episodes(whole, cfg.success_suite, task, states, seed=cfg.seed) for task in cfg.success_tasks]
-        wins = [float(record["success"]) for records in played for record in records]
-    return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -209,6 +193,9 @@ def main(cfg: Config) -> dict[str, float]:
             save_train_state(out_dir, state)
             policy.save(out_dir / "model.safetensors", {**extra, "rft": to_dict(cfg)}, weights)
 
+    def success() -> dict[str, float]:
+        return success_rate(cfg, policy.cfg, distributed.full_state_dict(policy), cfg.seed)
+
     def gate() -> dict[str, float]:
         found = trust_gate(cfg, cfg, policy, world_model, probe, probe_episodes, distance, (cfg.seed, 5), outcomes)
         check_gate(cfg, cfg, found, step)
@@ -219,7 +206,7 @@ def main(cfg: Config) -> dict[str, float]:
         if step % cfg.diagnose_interval == 0:
             looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
         if cfg.success_interval and step % cfg.success_interval == 0:
-            looked |= success_rate(cfg, policy)
+            looked |= success()
         part = distributed.rank(), distributed.world_size()
         batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):
@@ -248,7 +235,7 @@ def main(cfg: Config) -> dict[str, float]:
             save()
     save()
     found, after = diagnose(*look, distance, (cfg.seed, 4))
-    metrics |= found | (success_rate(cfg, policy) if cfg.success_interval else {})
+    metrics |= found | (success() if cfg.success_interval else {})
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, after)
         if "loss" in metrics and cfg.reward != "r1":

@@ -12,10 +12,10 @@ resumes an interrupted run, and ends with the same bits on a CPU.
 schedule; a continued run is a new run. `python -m vlarft.pretrained policy` makes such a checkpoint of public weights,
 which preset paper starts from; --from-scratch says that random weights are meant. Text is read as the checkpoint reads
 it (byte-level BPE with public weights), by bytes in a policy from scratch; the first lines of a run say which, and
-estimate the memory of a step, which --accumulate and --checkpoint-activations lower.
+estimate the memory of a step, which --accumulate and --checkpoint-activations lower. --success-interval measures the
+exported weights in the simulator as they train; --train head leaves the vision-language model alone, as RFT does.
 
 Differences from the paper, and from the public code:
-- the head may train at a learning rate of its own (`head_lr`; no preset sets it): the paper has one;
 - several (tau, eps) draws per image (presets small and tiny), since the vision encoder costs more than the head;
 - a cosine schedule with a warm-up, and an average of the weights that is what is exported (presets small and tiny);
 - adapters on parts that the features do not pass through (SigLIP's attention pool, the last block of each encoder) are
@@ -53,11 +53,12 @@ from vlarft.policy import VLAPolicy
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, Decay, rate_factor, seed_of
 from vlarft.schedule import generator as make_generator
+from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.vit import ViT
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SuccessConfig):
     """One supervised run; the defaults are the paper's (Table 6)."""
 
     demos: str = opt("demos", "folder or file of demonstrations")
@@ -66,6 +67,7 @@ class Config:
     init: str | None = opt(None, "checkpoint of a policy to continue from, with a fresh optimizer")
     from_scratch: bool = opt(False, "accept random weights for policy paper")
     refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
+    train: Literal["all", "head"] = opt("all", "the whole policy, or its flow head alone")
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out")
     steps: int = opt(150_000, "optimizer steps")
@@ -74,7 +76,6 @@ class Config:
     accumulate: int = opt(1, "micro-batches per step")
     checkpoint_activations: bool = opt(False, "recompute transformer blocks in the backward, for less memory")
     lr: float = opt(1e-4, "peak learning rate, AdamW")
-    head_lr: float | None = opt(None, "the action head's; none: lr")
     schedule: Decay = opt("constant", "after the warm-up")
     warmup: int = opt(0, "steps of linear warm-up")
     weight_decay: float = opt(0.01, "AdamW, on matrices only")
@@ -97,32 +98,25 @@ class Config:
     seed: int = opt(0, "of everything but the split")
     split_seed: int = opt(0, "of the validation split; the world model's --seed makes both hold out the same episodes")
 
+    def __post_init__(self) -> None:
+        if self.train == "head" and self.key_batch:
+            raise ValueError(
+                f"train head leaves the vision encoder alone, and the {self.key_batch} further images of --key-batch "
+                "train nothing else; give --key-batch 0"
+            )
 
-HEAD = ("head.", "key_embed.")  # parameters that train at head_lr
+
 PAPER = Config()
 TINY = replace(
-    PAPER,
-    policy="tiny",
-    validation_fraction=0.05,
-    steps=1300,
-    batch_size=32,
-    key_batch=64,
-    lr=3e-3,
-    schedule="cosine",
-    warmup=50,
-    draws=4,
-    key_weight=1.0,
-    ema=0.99,
-    lora_rank=None,
-    bf16=False,
-    augment=Augmentation(crop=False, contrast=0.0, saturation=0.0, hue=0.0, pixel_noise=0.02),
-    val_every=200,
+    PAPER, policy="tiny", validation_fraction=0.05, steps=1300, batch_size=32, key_batch=64, lr=3e-3, schedule="cosine",
+    warmup=50, draws=4, key_weight=1.0, ema=0.99, lora_rank=None, bf16=False,
+    augment=Augmentation(crop=False, contrast=0.0, saturation=0.0, hue=0.0, pixel_noise=0.02), val_every=200,
     save_every=200,
-)
+)  # fmt: skip
 PRESETS = {
     "paper": PAPER,
     "small": replace(
-        TINY, policy="small", steps=30_000, batch_size=128, key_batch=0, lr=3e-4, head_lr=None, warmup=500, ema=0.999,
+        TINY, policy="small", steps=30_000, batch_size=128, key_batch=0, lr=3e-4, warmup=500, ema=0.999,
         bf16=True, val_every=1000, save_every=1000,
     ),
     "tiny": TINY,
@@ -175,20 +169,10 @@ def compute_loss(
         )
 
 
-@torch.no_grad()
-def validate(policy: VLAPolicy, sampler: WindowSampler, cfg: Config, device: torch.device) -> dict[str, float]:
-    """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
-    batch = sampler.spread(cfg.val_batch)
-    _, metrics = compute_loss(policy.eval(), batch, cfg, make_generator(device, cfg.seed), train=False)
-    policy.train()
-    return {f"val_{k}": float(v) for k, v in metrics.items()}
-
-
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume; returns the last validation's metrics."""
     device = distributed.setup()
-    # micro-batches are numbered over all processes, so that n processes do what n accumulated batches do
-    parts = cfg.accumulate * distributed.world_size()
+    parts = cfg.accumulate * distributed.world_size()  # n processes do what n accumulated batches do
     for name in ("batch_size", "key_batch"):
         if getattr(cfg, name) % parts:
             raise ValueError(f"{name} {getattr(cfg, name)} must be a multiple of accumulate x processes = {parts}")
@@ -206,7 +190,10 @@ def main(cfg: Config) -> dict[str, float]:
     if not policy.normalizer.fitted or cfg.refit_statistics:
         policy.normalizer.fit(*columns)
     policy.normalizer.check(*columns)
-    lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout) if cfg.lora_rank else None
+    whole = cfg.train == "all"
+    lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout) if cfg.lora_rank and whole else None
+    if not whole:
+        policy.requires_grad_(False).head.requires_grad_(True)
     if lora:
         torch.manual_seed(cfg.seed + 1)
         add_lora(policy.vlm, lora)
@@ -220,14 +207,9 @@ def main(cfg: Config) -> dict[str, float]:
         distributed.recompute(blocks)
     distributed.shard(policy, blocks)
 
-    trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
-        {
-            "params": [p for k, p in trained.items() if k.startswith(HEAD) == head and (p.ndim > 1) == matrix],
-            "peak": (head and cfg.head_lr) or cfg.lr,
-            "weight_decay": cfg.weight_decay * matrix,
-        }
-        for head in (False, True)
+        {"params": [p for p in parameters if (p.ndim > 1) == matrix], "weight_decay": cfg.weight_decay * matrix}
         for matrix in (False, True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
@@ -236,7 +218,6 @@ def main(cfg: Config) -> dict[str, float]:
     if resume:
         step, minutes = state["step"], state["minutes"]
         distributed.load_full_state_dict(policy, state["ema"])
-    parameters = list(trained.values())
     ema = EMA(parameters, cfg.ema)
     if resume:
         distributed.load_full_state_dict(policy, state["policy"])
@@ -249,20 +230,25 @@ def main(cfg: Config) -> dict[str, float]:
         "sft": to_dict(cfg),
     }
 
-    def save() -> None:
+    def averaged() -> dict[str, Tensor]:
         with ema.swapped():
-            averaged = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
+            return {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
+
+    def exported(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return merge_state_dict(weights, lora) if lora else weights
+
+    def save() -> None:
+        weights = averaged()
         state = {
             "step": step,
             "minutes": clock.minutes,
             "policy": distributed.full_state_dict(policy),
-            "ema": averaged,
+            "ema": weights,
             "optimizer": distributed.optimizer_state(optimizer),
         }
         if distributed.is_main():
             save_train_state(cfg.out_dir, state)
-            weights = merge_state_dict(averaged, lora) if lora else averaged
-            policy.save(Path(cfg.out_dir) / "model.safetensors", {**extra, "step": step}, weights)
+            policy.save(Path(cfg.out_dir) / "model.safetensors", {**extra, "step": step}, exported(weights))
 
     def forward(rows: int) -> Tensor:
         return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, 0), train=True)[0]
@@ -274,15 +260,20 @@ def main(cfg: Config) -> dict[str, float]:
     if distributed.is_main():
         print(f"text: {policy.vlm.tokenizer.description}\n{estimate}", file=sys.stderr)
 
+    @torch.no_grad()
     def evaluate() -> dict[str, float]:
+        """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
+        batch, draws = val_data.spread(cfg.val_batch), make_generator(device, cfg.seed)
         with ema.swapped():
-            return validate(policy, val_data, cfg, device)
+            _, metrics = compute_loss(policy.eval(), batch, cfg, draws, train=False)
+        policy.train()
+        return {f"val_{k}": float(v) for k, v in metrics.items()}
 
     while (share := clock.share(step)) < 1:
         started = time.monotonic()
         factor = rate_factor(step, share, cfg.warmup, cfg.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = cfg.lr * factor
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
@@ -301,11 +292,13 @@ def main(cfg: Config) -> dict[str, float]:
         optimizer.step()
         ema.update(step)
         step += 1
-        line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm}
+        line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm, "step_s": time.monotonic() - started}
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())
-        if step % cfg.log_every == 0 or step % cfg.val_every == 0:
-            log.log(step - 1, {**line, "step_s": time.monotonic() - started})
+        if measured := cfg.success_interval and step % cfg.success_interval == 0:
+            line |= success_rate(cfg, policy.cfg, exported(averaged()), cfg.seed)
+        if measured or step % cfg.log_every == 0 or step % cfg.val_every == 0:
+            log.log(step - 1, line)
         if step % cfg.save_every == 0:
             save()
     if not metrics or step % cfg.val_every:

@@ -16,6 +16,7 @@ from vlarft.metrics import perceptual
 from vlarft.objective import supervised_copy, update
 from vlarft.policy import VLAPolicy
 from vlarft.rollout import fit_drift, propagate
+from vlarft.sim import evaluate
 from vlarft.world_model import WorldModel
 
 SMOKE = train_rft.PRESETS["smoke"]
@@ -313,7 +314,7 @@ def test_success_rate_at_intervals(config, monkeypatch):
         played.append((suite, task, list(states)))
         return [{"success": state == 49} for state in states]
 
-    monkeypatch.setattr(train_rft, "play_episodes", play)
+    monkeypatch.setattr(evaluate, "play_episodes", play)
     changes = {"success_interval": 2, "success_episodes": 4, "success_tasks": (0, 3), "steps": 3, "gate_starts": 0}
     metrics = train_rft.main(dataclasses.replace(config, **changes))
     assert metrics["success_rate"] == 0.25 and played[:2] == [("tabletop_object", t, [46, 47, 48, 49]) for t in (0, 3)]

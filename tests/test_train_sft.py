@@ -17,6 +17,7 @@ from vlarft.data.augment import Augmentation, augment
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
 from vlarft.pretrained import public_policy_config
+from vlarft.sim import evaluate
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -175,14 +176,33 @@ def test_max_minutes_ends_a_run(demos, tmp_path):
     assert 1 <= state["step"] < 100_000 and state["minutes"] >= 0.02
 
 
-def test_head_has_its_own_learning_rate(demos, tmp_path):
+def test_train_head_leaves_the_rest_alone(demos, tmp_path):
     init = tmp_path / "base" / "model.safetensors"
     train_sft.main(config(demos, tmp_path / "base"))
-    changes = {"init": str(init), "steps": 1, "ema": None, "weight_decay": 0.0}
-    train_sft.main(config(demos, tmp_path / "run", lr=1e-30, head_lr=1e-3, **changes))
+    changes = {"init": str(init), "steps": 1, "ema": None, "train": "head"}
+    train_sft.main(config(demos, tmp_path / "run", key_batch=0, **changes))
     before, after = weights(tmp_path / "base"), weights(tmp_path / "run")
     changed = {k.split(".")[0] for k in after if not torch.equal(before[k], after[k])}
-    assert changed == {"head", "key_embed"}
+    assert changed == {"head"}
+    with pytest.raises(ValueError, match=r"the 4 further images of --key-batch train nothing else"):
+        config(demos, tmp_path / "more", key_batch=4, **changes)
+
+
+def test_success_rate_at_intervals(demos, tmp_path, monkeypatch):
+    played = []
+
+    def play(policy, suite, task, states, *, seed):
+        played.append((suite, task, list(states), {k: v.clone() for k, v in policy.state_dict().items()}))
+        return [{"success": state == 49} for state in states]
+
+    monkeypatch.setattr(evaluate, "play_episodes", play)
+    changes = {"success_interval": 2, "success_episodes": 4, "success_tasks": (0, 3), "success_suite": "tabletop_goal"}
+    train_sft.main(config(demos, tmp_path / "run", steps=4, log_every=3, lora_rank=2, **changes))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("success_rate") == 0.25] == [1, 3]
+    assert [p[:3] for p in played] == 2 * [("tabletop_goal", task, [46, 47, 48, 49]) for task in (0, 3)]
+    exported = weights(tmp_path / "run")  # what is played is what is saved: averaged, adapters merged
+    assert all(torch.equal(played[-1][3][k], v) for k, v in exported.items())
 
 
 def test_augmentation():
