@@ -202,11 +202,14 @@ def main(cfg: Config) -> dict[str, float]:
         return found
 
     while (share := run.share(step)) < 1:
-        looked = gate() if gated and step % cfg.gate_interval == 0 else {}
-        if step % cfg.diagnose_interval == 0:
-            looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
-        if cfg.success_interval and step % cfg.success_interval == 0:
-            looked |= success()
+        looked = {"minutes": run.minutes}
+        with run.paused():
+            if gated and step % cfg.gate_interval == 0:
+                looked |= gate()
+            if step % cfg.diagnose_interval == 0:
+                looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
+            if cfg.success_interval and step % cfg.success_interval == 0:
+                looked |= success()
         part = distributed.rank(), distributed.world_size()
         batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):

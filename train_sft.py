@@ -293,10 +293,12 @@ def main(cfg: Config) -> dict[str, float]:
         ema.update(step)
         step += 1
         line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm, "step_s": time.monotonic() - started}
+        line["minutes"] = clock.minutes
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())
         if measured := cfg.success_interval and step % cfg.success_interval == 0:
-            line |= success_rate(cfg, policy.cfg, exported(averaged()), cfg.seed)
+            with clock.paused():
+                line |= success_rate(cfg, policy.cfg, exported(averaged()), cfg.seed)
         if measured or step % cfg.log_every == 0 or step % cfg.val_every == 0:
             log.log(step - 1, line)
         if step % cfg.save_every == 0:

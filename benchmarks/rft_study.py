@@ -5,11 +5,13 @@
 
 For each suite: demonstrations, tokenizer and world model, once. For each seed: an early and a long-trained SFT policy,
 then every arm from the long-trained one. "extra SFT" has the wall time of "RFT R3" and goes on at a tenth of the peak
-learning rate. All policies of a seed play the same starts, plain and perturbed. Every stage is a command of the
-repository, is printed, and is not run again once it is done.
+learning rate; "extra SFT head" the same with the flow head alone, the part that fine-tuning touches. All policies of a
+seed play the same starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run
+again once it is done.
 
 Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
-differences to the long-trained policy (pairs of all seeds pooled); the trust gate before the first step of "RFT R3".
+differences to the long-trained policy (pairs of all seeds pooled); success rates while the policies trained, against
+steps and minutes; the trust gate before the first step of "RFT R3".
 """
 
 import json
@@ -34,7 +36,8 @@ RFT_ARMS = {
     "RFT R2": ["--reward", "r2"],
     "RFT R3": ["--reward", "r3"],
 }
-ARMS = ("extra SFT", *RFT_ARMS)
+EXTRA_ARMS = {"extra SFT": [], "extra SFT head": ["--train", "head", "--key-batch", 0]}
+ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,16 @@ class Config:
     early_steps: int = opt(800, "steps of the early SFT policy")
     sft_steps: int = opt(5000, "steps of the long-trained SFT policy")
     rft_steps: int = opt(40, "steps of each fine-tuning")
+    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning")
+    curve_episodes: int = opt(20, "episodes per task of each of them")
 
 
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT", "RWR", "RFT R3"), perturb=("none",),
-        episodes=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
-        rft_steps=2,
+        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT head", "RWR", "RFT R3"),
+        perturb=("none",), episodes=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2,
+        sft_steps=4, rft_steps=2, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
 
@@ -99,34 +104,49 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     world_model = run_once(
         folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
     )
+    curve = ["--success-suite", suite, "--success-tasks", *cfg.tasks, "--success-episodes", cfg.curve_episodes]
     sft = ["train_sft.py", *preset, *demos, "--seed", seed]
+    long = ["--steps", cfg.sft_steps, *curve, "--success-interval", max(1, cfg.sft_steps // cfg.curve_points)]
     policies = {
         "SFT early": run_once(own / "early", *sft, "--steps", cfg.early_steps),
-        "SFT": run_once(own / "sft", *sft, "--steps", cfg.sft_steps),
+        "SFT": run_once(own / "sft", *sft, *long),
     }
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--no-gate-stop"]
+    rft += [*curve, "--success-interval", max(1, cfg.rft_steps // cfg.curve_points)]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
             policies[name] = run_once(own / name.replace(" ", "_"), *rft, *flags)
-    if "extra SFT" in cfg.arms:
-        longest = own / ("RFT_R3" if "RFT R3" in cfg.arms else name_of_first_arm(cfg))
-        minutes = f"{rft_minutes(longest):.3f}"
-        more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes]
-        policies["extra SFT"] = run_once(own / "extra", *sft, *more)
+    for name, flags in EXTRA_ARMS.items():
+        if name in cfg.arms:
+            minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
+            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags]
+            policies[name] = run_once(own / name.replace(" ", "_"), *sft, *more)
     return policies
 
 
-def name_of_first_arm(cfg: Config) -> str:
-    """Folder of the fine-tuning that extra SFT takes its wall time from, where "RFT R3" is not run.
+def timed_arm(cfg: Config) -> str:
+    """The fine-tuning that extra SFT takes its wall time from: "RFT R3", or the first arm where that is not run.
 
     Raises:
         ValueError: there is none.
     """
-    for name in cfg.arms:
-        if name in RFT_ARMS:
-            return name.replace(" ", "_")
-    raise ValueError('arm "extra SFT" takes its wall time from a fine-tuning: add "RFT R3" or another one to --arms')
+    for name in ("RFT R3", *cfg.arms):
+        if name in RFT_ARMS and name in cfg.arms:
+            return name
+    raise ValueError('extra SFT takes its wall time from a fine-tuning: add "RFT R3" or another one to --arms')
+
+
+def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float]]]:
+    """Success rates while the policies trained: name -> [{step, minutes, success_rate}]."""
+    found = {}
+    for folder in sorted((Path(cfg.out_dir) / suite / f"seed{seed}").iterdir()):
+        log = folder / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        names = "step", "minutes", "success_rate"
+        if rows := [{name: row[name] for name in names} for row in rows if "success_rate" in row]:
+            found[folder.name] = rows
+    return found
 
 
 def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
@@ -175,7 +195,7 @@ def table(report: dict) -> str:
         for perturb, found in entry["starts"].items():
             lines.append(f"{suite}, starts: {perturb}")
             for name, values in found.items():
-                r, line = values["all"], f"  {name:<10}"
+                r, line = values["all"], f"  {name:<14}"
                 line += f" {100 * r['rate']:5.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] of {r['episodes']}"
                 if d := values.get("against_sft"):
                     line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
@@ -204,7 +224,11 @@ def main(cfg: Config) -> dict:
             perturb: compare([play(cfg, suite, seed, perturb, policies[seed]) for seed in cfg.seeds])
             for perturb in cfg.perturb
         }
-        report["suites"][suite] = {"starts": starts, "trust_gate": [trust_gate(cfg, suite, s) for s in cfg.seeds]}
+        report["suites"][suite] = {
+            "starts": starts,
+            "trust_gate": [trust_gate(cfg, suite, seed) for seed in cfg.seeds],
+            "curves": [curves(cfg, suite, seed) for seed in cfg.seeds],
+        }
         write_json(cfg.out, report)
     print("\n" + table(report))
     return report

@@ -53,11 +53,16 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     report = study.main(cfg)
     assert json.loads((tmp_path / "study.json").read_text()) == report
     found = report["suites"]["tabletop_object"]["starts"]["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT"]
+    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head"]
     assert all(values["all"]["episodes"] == 2 and len(values["seeds"]) == 1 for values in found.values())
     assert "against_sft" in found["RFT R3"] and "against_sft" not in found["SFT"]
     assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
+    curves = report["suites"]["tabletop_object"]["curves"][0]
+    assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2, "sft": 2}
+    assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
+        study.timed_arm(dataclasses.replace(cfg, arms=("extra SFT",)))
     study.main(cfg)  # nothing is trained again
     assert "train_" not in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'PPO'"):

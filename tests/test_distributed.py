@@ -107,7 +107,7 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
     assert [row["step"] for row in two] == [0, 1]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        numbers = [{k: v for k, v in row.items() if not k.endswith("_s")} for row in (a, b)]
+        numbers = [{k: v for k, v in row.items() if not k.endswith(("_s", "minutes"))} for row in (a, b)]
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-4)
     before, after = load_file(policy_file), load_file(tmp_path / "2" / "model.safetensors")
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlarft import schedule
 from vlarft.schedule import Clock, generator, rate_factor, seed_of
 
 
@@ -24,3 +25,14 @@ def test_seeds_depend_on_every_part_and_their_order():
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
     draws = [torch.rand(3, generator=generator("cpu", *parts)) for parts in ((3, 4), (3, 4), (4, 3))]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_paused_time_does_not_count(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
+    clock = Clock(10, max_minutes=2.0, minutes_before=0.5)
+    now[0] += 30
+    with clock.paused():
+        now[0] += 600
+    now[0] += 30
+    assert clock.minutes == 1.5 and clock.share(0) == 0.75

@@ -1,7 +1,9 @@
 """The clock of a run: the share of it that is done, the learning rate there, and random numbers of each step."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -29,6 +31,13 @@ class Clock:
     def minutes(self) -> float:
         """Wall time of the run so far [min]."""
         return self.minutes_before + (time.monotonic() - self.started) / 60
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run a block whose time does not count: measurements that are not part of the training."""
+        paused = time.monotonic()
+        yield
+        self.started += time.monotonic() - paused
 
     def share(self, step: int) -> float:
         """Share of the run that is done after `step` steps, 1 or more at its end; the same on every process."""
