@@ -15,21 +15,16 @@ steps and minutes; the trust gate before the first step of "RFT R3".
 """
 
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from stages import call, machine, read_lines
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
 
-ROOT = Path(__file__).resolve().parents[1]
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr"],
     "RFT R1": ["--reward", "r1"],
@@ -70,13 +65,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def call(*words: object) -> None:
-    """Run a script of the repository with the command that a user would type; it ends at once if it ran before."""
-    command = [str(word) for word in words]
-    print(f"\n{shlex.join(['python', *command])}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
-
-
 def run_once(out_dir: Path, *words: object) -> Path:
     """Run a training script unless it finished; returns its checkpoint."""
     done = out_dir / "done"
@@ -88,7 +76,7 @@ def run_once(out_dir: Path, *words: object) -> Path:
 
 def rft_minutes(run: Path) -> float:
     """Wall time that the steps of a fine-tuning took, without gates and diagnostics [min]."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "log.jsonl")
     return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
 
 
@@ -142,7 +130,7 @@ def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float
     found = {}
     for folder in sorted((Path(cfg.out_dir) / suite / f"seed{seed}").iterdir()):
         log = folder / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        rows = read_lines(log) if log.is_file() else []
         names = "step", "minutes", "success_rate"
         if rows := [{name: row[name] for name in names} for row in rows if "success_rate" in row]:
             found[folder.name] = rows
@@ -155,7 +143,7 @@ def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, P
     flags = ["--suites", suite, "--tasks", *cfg.tasks, "--episodes", cfg.episodes, "--out-dir", out_dir]
     flags += [] if perturb == "none" else ["--perturb", perturb]
     call("eval_libero.py", "--preset", cfg.stage_preset, "--policies", *policies.values(), *flags)
-    records = [json.loads(line) for line in (out_dir / "episodes.jsonl").read_text().splitlines()]
+    records = read_lines(out_dir / "episodes.jsonl")
     names = {str(path): name for name, path in policies.items()}
     outcomes: dict[str, dict[tuple, bool]] = {name: {} for name in policies}
     for record in records:
@@ -215,7 +203,7 @@ def main(cfg: Config) -> dict:
     report = {
         "command": "python benchmarks/rft_study.py",
         "config": to_dict(cfg),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": machine(),
         "suites": {},
     }
     for suite in cfg.suites:

@@ -12,21 +12,15 @@ tokenizer.
 """
 
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from stages import call, machine, read_lines
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Arm(NamedTuple):
@@ -66,14 +60,6 @@ class Config:
 PRESETS = {"paper": Config(), "smoke": Config(arms=("default",), starts=2, stage_preset="smoke")}
 
 
-def call(*words: object) -> str:
-    """Run a script of the repository; returns its command line."""
-    command = [str(word) for word in words]
-    print(f"\n{shlex.join(['python', *command])}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
-    return shlex.join(["python", *command])
-
-
 def run_arm(cfg: Config, name: str) -> dict:
     """Train and measure one arm, unless that is done."""
     folder, demo = Path(cfg.runs) / name.replace(" ", "_").replace("'", ""), Path(cfg.demo)
@@ -89,7 +75,7 @@ def run_arm(cfg: Config, name: str) -> dict:
         where = ["--world-model", folder / "model.safetensors", "--out-dir", folder / "eval"]
         call("eval_wm.py", *preset, *demos, *where, "--true-error", "--starts", cfg.starts)
     results = json.loads(measured.read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = read_lines(folder / "log.jsonl")
     last = [line for line in log if "val_loss" in line][-1]
     frames = results["frames"]["all"]
     return {
@@ -126,7 +112,7 @@ def main(cfg: Config) -> dict:
     report = {
         "command": "python benchmarks/world_model.py",
         "seed": 0,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": machine(),
         "arms": {},
     }
     for name in cfg.arms:

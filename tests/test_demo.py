@@ -39,6 +39,17 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark):
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
 
+    study = load_benchmark("sft_study")
+    places = {"demos": str(tmp_path / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
+    report = study.main(dataclasses.replace(study.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "sft.json").read_text()) == report
+    first, other = report["arms"].values()
+    assert first["success"]["episodes"] == 2 and [point["step"] for point in first["curve"]] == [1, 3]
+    assert "against_first" in other and "against_first" not in first
+    assert "no key-position loss" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
+        study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
+
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path):
     with pytest.raises(SystemExit, match=r"\[rft\] ended with status 1; the same command goes on from there"):
