@@ -47,6 +47,7 @@ from vlarft import distributed
 from vlarft.checkpoint import load_model, load_train_state, open_run, read_header, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
+from vlarft.data.convention import check_same_images
 from vlarft.flow import Noise
 from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
 from vlarft.metrics import perceptual
@@ -145,6 +146,9 @@ def main(cfg: Config) -> dict[str, float]:
     if cfg.reward != "r1":
         world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
         check_same_robot(policy, world_model)
+        check_same_images(
+            extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
+        )
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     distributed.local_batch(cfg.starts)
     resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))

@@ -46,6 +46,7 @@ from vlarft.checkpoint import load_train_state, open_run, save_train_state
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import Augmentation, augment
+from vlarft.data.convention import image_convention
 from vlarft.ema import EMA
 from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
@@ -226,7 +227,7 @@ def main(cfg: Config) -> dict[str, float]:
     extra = {
         "train_episodes": [e.name for e in train_episodes],
         "validation_episodes": [e.name for e in val_episodes],
-        "camera": cfg.camera,
+        **image_convention(train_episodes, cfg.camera),
         "sft": to_dict(cfg),
     }
 

@@ -33,6 +33,7 @@ from vlarft import distributed
 from vlarft.checkpoint import load_train_state, open_run, save_model, save_train_state
 from vlarft.config import opt, parse
 from vlarft.data.augment import OFF, Augmentation, augment
+from vlarft.data.convention import image_convention
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
 from vlarft.discriminator import Discriminator, DiscriminatorConfig
@@ -243,7 +244,7 @@ def main(cfg: Config) -> dict[str, float]:
         states = {name: distributed.optimizer_state(optimizer) for name, optimizer in optimizers.items()}
         if distributed.is_main():
             names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-            extra = {**names, "metrics": metrics, "steps": step}
+            extra = {**names, **image_convention(train, cfg.camera), "metrics": metrics, "steps": step}
             save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights["tokenizer"])
             state = {"networks": weights, "optimizers": states, "step": step, "metrics": metrics, "balance": balance}
             save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})

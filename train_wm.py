@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vlarft import distributed
 from vlarft.checkpoint import load_train_state, open_run, read_header, save_model, save_train_state
 from vlarft.config import opt, parse
+from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
@@ -141,15 +142,17 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
     return stale.chunk(part[1])[part[0]]
 
 
-def load_tokenizer(cfg: Config, held_out: list[Episode], device: torch.device) -> FrameTokenizer:
+def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: torch.device) -> FrameTokenizer:
     """The tokenizer to freeze.
 
     Raises:
-        ValueError: it was trained on episodes that this run holds out.
+        ValueError: it was trained on episodes that this run holds out, or on images of another convention.
     """
     path = Path(cfg.tokenizer)
     path = path / "model.safetensors" if path.is_dir() else path
-    seen = set(read_header(path).extra.get("train_episodes", []))
+    extra = read_header(path).extra
+    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {cfg.demos}")
+    seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(
             f"{path} was trained on {len(overlap)} of the {len(held_out)} held-out episodes (first {overlap[0]}): "
@@ -220,13 +223,12 @@ def main(cfg: Config) -> dict[str, float]:
     validation, rollouts = spread(cfg.validation_segments), spread(cfg.rollout_segments)
 
     state_path = open_run(cfg.out_dir, cfg)
-    tokenizer = load_tokenizer(cfg, held_out, device)
+    images = image_convention(train, cfg.camera)
+    tokenizer = load_tokenizer(cfg, held_out, images, device)
     torch.manual_seed(cfg.seed)
     sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
-    options = {
-        name: getattr(cfg, name)
-        for name in ("loss_on_actions", "future_codes_only", "slot_embedding", "factored_tokens")
-    }
+    names = "loss_on_actions", "future_codes_only", "slot_embedding", "factored_tokens"
+    options = {name: getattr(cfg, name) for name in names}
     model_config = WorldModelConfig(tokenizer.cfg, cfg.transformer, **sizes, **options)
     model = WorldModel(model_config).to(device)
     model.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -252,8 +254,9 @@ def main(cfg: Config) -> dict[str, float]:
         weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
         if distributed.is_main():
             names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-            extra = {**names, "demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics}
-            save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, {**extra, "steps": step}, weights)
+            facts = {"demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics, "steps": step}
+            extra = {**names, **images, **facts}
+            save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, extra, weights)
             state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
             save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
 

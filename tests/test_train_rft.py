@@ -9,15 +9,16 @@ import torch
 from conftest import write_moving_square
 
 import train_rft
-from vlarft.checkpoint import read_header
+from vlarft.checkpoint import load_model, read_header, save_model
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.data.convention import image_convention
 from vlarft.flow import chain_log_prob
 from vlarft.metrics import perceptual
 from vlarft.objective import supervised_copy, update
-from vlarft.policy import VLAPolicy
+from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.rollout import fit_drift, propagate
 from vlarft.sim import evaluate
-from vlarft.world_model import WorldModel
+from vlarft.world_model import WorldModel, WorldModelConfig
 
 SMOKE = train_rft.PRESETS["smoke"]
 RELEASE = {
@@ -335,6 +336,24 @@ def test_refusals(config, tmp_path):
         run(world_model=config.policy)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(demos=str(tmp_path / "no_demos"))
+    files = [tmp_path / "policy.safetensors", tmp_path / "model.safetensors"]
+    record = image_convention(load_episodes(config.demos), "agentview")
+    turned = {**record, "mean_frame": np.array(record["mean_frame"])[::-1, ::-1].tolist()}
+    for convention, message in (
+        (
+            {"camera": "eye_in_hand"},
+            "image conventions differ: policy .* has camera 'agentview', world .* has 'eye",
+        ),
+        (turned, "image conventions differ: .*world model .* look like those of policy .* turned by 180 degrees"),
+    ):
+        for source, kind, kind_config, file, facts in (
+            (config.policy, VLAPolicy, PolicyConfig, files[0], record),
+            (config.world_model, WorldModel, WorldModelConfig, files[1], convention),
+        ):
+            model, extra = load_model(source, kind, kind_config)
+            save_model(file, model, model.cfg, {**extra, **facts})
+        with pytest.raises(ValueError, match=message):
+            run(policy=str(files[0]), world_model=str(files[1]))
     train_rft.main(dataclasses.replace(config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(config, steps=1, lr=0.5))

@@ -133,7 +133,7 @@ def test_errors(demos, tokenizer, tmp_path):
         run(demos, tokenizer, tmp_path / "a", cache_tokens=True, context_lookback=15)
     with pytest.raises(ValueError, match=r"was trained on 1 of the 1 held-out episodes.*--seed"):
         episodes = [e for e in load_episodes(demos) if e.name in _trained_on(tokenizer)]
-        load_tokenizer(replace(SMOKE, tokenizer=str(tokenizer)), episodes[:1], torch.device("cpu"))
+        load_tokenizer(replace(SMOKE, tokenizer=str(tokenizer)), episodes[:1], {}, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         run(demos, tmp_path / "nothing.safetensors", tmp_path / "b")
     with pytest.raises(ValueError, match=r"expected frames .*\(3, 64, 64\)"):

@@ -1,0 +1,47 @@
+"""Image conventions: what is recorded, which differences are refused, which are none."""
+
+import numpy as np
+import pytest
+
+from vlarft.data.convention import VIEWS, check_same_images, image_convention
+from vlarft.data.episodes import Episode
+
+
+def episode(images: np.ndarray, name: str = "e") -> Episode:
+    steps = len(images)
+    numbers = np.zeros((steps, 8), np.float32)
+    return Episode(name, "text", images, numbers, numbers[:, :7], numbers[:, :7])
+
+
+@pytest.fixture
+def scene() -> np.ndarray:
+    """Five uint8 frames of 24 x 32 pixels: dark, red at the upper left."""
+    images = np.full((5, 24, 32, 3), 40, np.uint8)
+    images[:, :6, :12, 0] = 240
+    return images
+
+
+def test_record(scene):
+    record = image_convention([episode(scene), episode(scene)], "wrist")
+    mean = np.array(record["mean_frame"])
+    assert record["camera"] == "wrist" and mean.shape == (8, 8, 3)
+    np.testing.assert_allclose(mean[:2, :3, 0], 240 / 255, atol=1e-4)
+    np.testing.assert_allclose(mean[2:], 40 / 255, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_another_view_is_refused(scene, name):
+    other = np.stack([VIEWS[name](frame) for frame in scene])
+    ours, theirs = (image_convention([episode(images)], "agentview") for images in (scene, other))
+    with pytest.raises(ValueError, match=f"images of WM look like those of POLICY {name} .*difference 0.000, as they"):
+        check_same_images(ours, "POLICY", theirs, "WM")
+
+
+def test_other_scenes_of_the_same_convention_pass(scene):
+    moved = scene.copy()
+    moved[:, 10:16, 20:26, 1] = 200
+    ours, theirs = (image_convention([episode(images)], "agentview") for images in (scene, moved))
+    check_same_images(ours, "a", theirs, "b")
+    check_same_images({}, "a", theirs, "b")  # public weights have no record
+    with pytest.raises(ValueError, match="a has camera 'agentview', b has 'wrist'"):
+        check_same_images(ours, "a", {"camera": "wrist"}, "b")
