@@ -2,15 +2,27 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import demo
 
+ROOT = Path(__file__).parents[1]
+
+
+def run_notebook(name: str) -> dict:
+    """Run the code cells of a notebook in order; returns their variables."""
+    path, names = ROOT / "notebooks" / name, {"__name__": "notebook"}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    return names
+
 
 @pytest.mark.slow
-def test_whole_pipeline(tmp_path, capfd, load_benchmark):
+def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     cfg = dataclasses.replace(demo.PRESETS["smoke"], out_dir=str(tmp_path))
     summary = demo.main(cfg)
     assert list(summary["stages"]) == ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval"]
@@ -27,6 +39,13 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark):
     demo.main(cfg)  # nothing is done again
     assert json.loads((tmp_path / "stages.json").read_text()) == before
     assert "[eval] done in" in capfd.readouterr().out
+
+    monkeypatch.setenv("DEMO", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = run_notebook("imagination.ipynb")
+    assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
+    cells = run_notebook("rft_step.ipynb")
+    assert cells["reward"].reward.shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
 
     study = load_benchmark("world_model")
     places = {"demo": str(tmp_path), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "study.json")}
