@@ -170,7 +170,8 @@ def main(cfg: Config) -> dict[str, float]:
     look = (cfg, policy, world_model, probe)  # at the policy before any change of it
     _, before = diagnose(*look, distance, (cfg.seed, 4))
     for net in trained.values():
-        distributed.shard(net, net.net.dit.blocks, ("prepare", "velocity" if net is policy.head else "log_sigma"))
+        use = "velocity" if net is policy.head else "log_sigma"
+        distributed.shard(net, methods=("prepare", "at_steps", use))  # whole: its blocks' modulations run before them
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
     base_rates = [group["lr"] for group in groups]

@@ -21,17 +21,17 @@ def scrambled(cfg: DiTConfig = CFG) -> DiT:
 def test_starts_at_zero():
     torch.manual_seed(0)
     model = DiT(CFG, out_dim=5)
-    out = model(torch.randn(2, 4, 16), torch.randn(2, 16), model.prepare(torch.randn(2, 6, 16)))
+    out = model(torch.randn(2, 4, 16), model.modulations(torch.randn(2, 16)), model.prepare(torch.randn(2, 6, 16)))
     assert out.shape == (2, 4, 5) and not out.any()
     # adaLN-Zero: each block's self-attention and MLP start as the identity
     without_cross = DiT(DiTConfig(width=16, depth=3, num_heads=2, mlp_dim=24, cross_attention_blocks=()), out_dim=5)
     x = torch.randn(2, 4, 16)
-    assert torch.equal(without_cross.blocks[1](x, torch.randn(2, 16), None), x)
+    assert torch.equal(without_cross.blocks[1](x, without_cross.modulations(torch.randn(2, 16))[1], None), x)
 
 
 def test_rows_share_a_context_as_if_it_were_copied():
     model, rows = scrambled(), 3
-    x, c, context = torch.randn(2 * rows, 4, 16), torch.randn(2 * rows, 16), torch.randn(2, 6, 16)
+    x, c, context = torch.randn(2 * rows, 4, 16), model.modulations(torch.randn(2 * rows, 16)), torch.randn(2, 6, 16)
     shared = model(x, c, model.prepare(context))
     copied = model(x, c, model.prepare(context.repeat_interleave(rows, dim=0)))
     torch.testing.assert_close(shared, copied, atol=1e-5, rtol=1e-5)
@@ -57,7 +57,8 @@ def test_cross_attention_is_torch_attention():
 def test_gradient_reaches_every_parameter():
     model = scrambled()
     context = torch.randn(2, 6, 16, requires_grad=True)
-    model(torch.randn(4, 4, 16), torch.randn(4, 16), model.prepare(context)).square().sum().backward()
+    c = model.modulations(torch.randn(4, 16))
+    model(torch.randn(4, 4, 16), c, model.prepare(context)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     assert context.grad.abs().sum() > 0
 

@@ -55,7 +55,10 @@ class ConstantVelocity(torch.nn.Module):
         super().__init__()
         self.cfg, self.value, self.taus = CFG, value, []
 
-    def velocity(self, x, tau, cond):
+    def at_steps(self, cond, num_steps):
+        return cond
+
+    def velocity(self, x, tau, cond, k=None):
         self.taus.append(tau)
         return self.value.expand_as(x)
 
@@ -122,6 +125,21 @@ def test_groups_equal_copies_of_the_context():
     torch.testing.assert_close(chains[0].log_prob, chains[1].log_prob, atol=1e-3, rtol=1e-3)
 
 
+def test_modulations_ahead_of_the_steps_change_nothing():
+    head, sigma_net = make()
+    (context, proprio), num_steps = inputs(), head.cfg.num_steps
+    cond = head.prepare(context, proprio, sigma_net).repeat(3)
+    x, k = noise(6), torch.tensor([0, 3, 9, 5, 5, 1])
+    ahead = head.at_steps(cond, num_steps)
+    assert [m.shape for m in ahead.modulations] == [(num_steps, 2, 6 * 16)] * 2 + [(num_steps, 2, 2 * 16)]
+    each, at_once = (head.velocity(x, k / num_steps, c, k) for c in (cond, ahead))
+    torch.testing.assert_close(at_once, each, atol=1e-6, rtol=1e-5)
+    each, at_once = (sigma_net.log_sigma(c, k) for c in (cond.sigma, sigma_net.at_steps(cond.sigma)))
+    torch.testing.assert_close(at_once, each, atol=1e-6, rtol=1e-5)
+    moved = head.velocity(x, k / num_steps, ahead, (k + 1) % num_steps)  # and k chooses them, not tau
+    assert (moved - head.velocity(x, k / num_steps, cond)).abs().max() > 1e-3
+
+
 def test_vanishing_sigma_is_the_ode():
     head, sigma_net = make(replace(CFG, sigma_min=1e-9, sigma_max=1e-9))
     cond = head.prepare(*inputs(), sigma_net)
@@ -164,7 +182,10 @@ class GaussianFlow(torch.nn.Module):
         super().__init__()
         self.cfg, self.mean, self.std = cfg, mean, std
 
-    def velocity(self, x, tau, cond):
+    def at_steps(self, cond, num_steps):
+        return cond
+
+    def velocity(self, x, tau, cond, k=None):
         tau = tau[:, None, None]
         variance = (1 - tau) ** 2 + (tau * self.std) ** 2
         return self.mean + (tau * self.std**2 - (1 - tau)) / variance * (x - tau * self.mean)

@@ -133,7 +133,7 @@ def test_diagnosis_of_a_policy_that_knows(policy, demos, policy_file, world_mode
     batch, _ = held_out_batch(demos, policy_file)
     target = policy.normalizer.encode_actions(batch.actions)  # (S, T, A)
 
-    def velocity(x, tau, cond):  # straight to the dataset's actions, 0.1 beside them in y
+    def velocity(x, tau, cond, k):  # straight to the dataset's actions, 0.1 beside them in y
         goal = target.repeat_interleave(len(x) // len(target), 0).clone()
         goal[..., 1] += 0.1 * (goal[..., 1] < 0) - 0.1 * (goal[..., 1] >= 0)
         return (goal - x) / (1 - tau[:, None, None])

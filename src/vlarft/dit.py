@@ -1,7 +1,9 @@
 """Diffusion transformer over the tokens of one action chunk, conditioned by adaLN-Zero and by cross-attention.
 
 The context enters in two ways: its mean is part of the modulation vector, and some blocks attend to its tokens. Keys
-and values of these blocks depend on the context alone, so `prepare` computes them once for all flow steps.
+and values of these blocks depend on the context alone, so `prepare` computes them once for all flow steps. What adaLN
+makes of the modulation vector depends on context and time alone, so `modulations` may compute it once for all rows and
+steps; a third of the trunk's weights are there.
 
 Shapes: S contexts, R rows per context (B = S * R), T chunk steps, N context tokens, D width.
 """
@@ -80,9 +82,9 @@ class Block(nn.Module):
         self.mlp = MLP(cfg.width, cfg.mlp_dim, approximate="tanh")
         self.modulation = nn.Linear(cfg.width, 6 * cfg.width)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, kv: KeyValue | None) -> torch.Tensor:
-        """x: (B, T, D), c: (B, D) after its SiLU -> (B, T, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, kv: KeyValue | None) -> torch.Tensor:
+        """x: (B, T, D), modulation: (B, 6 D) -> (B, T, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)  # (B, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         if self.cross_attn is not None:
             x = self.cross_attn(x, kv)
@@ -128,12 +130,16 @@ class DiT(nn.Module):
         """Keys and values of every cross-attention by its block's index, from the projected context (S, N, D)."""
         return {int(i): project(context) for i, project in self.context_kv.items()}
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, kv: dict[int, KeyValue]) -> torch.Tensor:
-        """x: (S * R, T, D) tokens, c: (S * R, D) condition, kv: of S contexts -> (S * R, T, out_dim)."""
+    def modulations(self, c: torch.Tensor) -> list[torch.Tensor]:
+        """Condition c (..., D) -> shifts, scales and gates of each block (..., 6 D), and of the output (..., 2 D)."""
         c = F.silu(c)
-        for i, block in enumerate(self.blocks):
-            x = block(x, c, kv.get(i))
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        return [layer(c) for layer in (*(block.modulation for block in self.blocks), self.modulation)]
+
+    def forward(self, x: torch.Tensor, modulations: list[torch.Tensor], kv: dict[int, KeyValue]) -> torch.Tensor:
+        """x: (S * R, T, D) tokens, modulations: of S * R rows, kv: of S contexts -> (S * R, T, out_dim)."""
+        for i, (block, modulation) in enumerate(zip(self.blocks, modulations)):
+            x = block(x, modulation, kv.get(i))
+        shift, scale = modulations[-1][:, None].chunk(2, dim=-1)
         return self.out(modulate(self.norm(x), shift, scale))
 
 

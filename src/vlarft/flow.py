@@ -77,13 +77,14 @@ class Condition:
     """Everything a chunk's S contexts contribute, computed once.
 
     kv: keys and values per block; base: (S, D), proprio embedding + context mean; repeats: rows per context;
-    sigma: the sigma net's own, where there is one.
+    sigma: the sigma net's own, where there is one; modulations: of `at_steps`, (K, S, 6 D) per block.
     """
 
     kv: dict[int, KeyValue]
     base: torch.Tensor
     repeats: int = 1
     sigma: Condition | None = None
+    modulations: list[torch.Tensor] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -164,8 +165,25 @@ class ChunkNet(nn.Module):
         state = self.proprio_out(self.proprio_fc2(F.gelu(self.proprio_fc1(proprio))))  # (S, D)
         return Condition(self.dit.prepare(context), state + context.mean(dim=1))
 
-    def forward(self, x: torch.Tensor | None, tau: torch.Tensor, cond: Condition) -> torch.Tensor:
-        """x: (B, T, A) or None, tau: (B,), cond of S contexts with B = S * R -> (B, T, A)."""
+    def at_steps(self, cond: Condition, num_steps: int) -> Condition:
+        """The condition with the modulations of tau = k / num_steps for all k: one product for all rows and steps."""
+        tau = torch.arange(num_steps, device=cond.base.device) / num_steps  # (K,)
+        return replace(cond, modulations=self.dit.modulations(self.time(tau)[:, None] + cond.base))  # (K, S, D) inside
+
+    def forward(
+        self, x: torch.Tensor | None, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the net.
+
+        Args:
+            x: (B, T, A), or None where the net does not take it.
+            tau: (B,).
+            cond: of S contexts with B = S * R.
+            k: (B,), the steps that tau stands for, where `cond` is of `at_steps`.
+
+        Returns:
+            (B, T, A).
+        """
         rows, contexts = len(tau), len(cond.base)
         if rows % contexts:
             raise ValueError(f"{rows} rows do not divide among {contexts} contexts; pass a multiple, context-major")
@@ -175,8 +193,12 @@ class ChunkNet(nn.Module):
             tokens = tokens + self.action_out(rearrange(features, "b t a e -> b t (a e)"))
         else:
             tokens = tokens.expand(rows, -1, -1)
-        c = self.time(tau) + cond.base.repeat_interleave(rows // contexts, dim=0)  # (B, D)
-        return self.dit(tokens, c, cond.kv)
+        own = torch.arange(rows, device=tau.device) // (rows // contexts)  # (B,), each row's context
+        if cond.modulations is None or k is None:
+            modulations = self.dit.modulations(self.time(tau) + cond.base[own])  # (B, 6 D) each
+        else:
+            modulations = [value[k, own] for value in cond.modulations]
+        return self.dit(tokens, modulations, cond.kv)
 
 
 class FlowHead(nn.Module):
@@ -198,9 +220,15 @@ class FlowHead(nn.Module):
         cond = self.net.prepare(context, proprio)
         return cond if sigma_net is None else replace(cond, sigma=sigma_net.prepare(context, proprio))
 
-    def velocity(self, x: torch.Tensor, tau: torch.Tensor, cond: Condition) -> torch.Tensor:
+    def at_steps(self, cond: Condition, num_steps: int) -> Condition:
+        """`cond` made ready for the times k / num_steps; every step that is given k then costs a third less."""
+        return self.net.at_steps(cond, num_steps)
+
+    def velocity(
+        self, x: torch.Tensor, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x: (B, T, A) at time tau (B,), B a multiple of the condition's contexts -> velocity (B, T, A), float32."""
-        return self.net(x, tau, cond).float()
+        return self.net(x, tau, cond, k).float()
 
 
 class SigmaNet(nn.Module):
@@ -224,6 +252,10 @@ class SigmaNet(nn.Module):
         """As `FlowHead.prepare`, with this net's own projections."""
         return self.net.prepare(context, proprio)
 
+    def at_steps(self, cond: Condition) -> Condition:
+        """As `FlowHead.at_steps`, for this net's part of a condition."""
+        return self.net.at_steps(cond, self.cfg.num_steps)
+
     def log_sigma(self, cond: Condition, k: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """log sigma_k of (z, s, k) and, when configured, x_k.
 
@@ -235,7 +267,7 @@ class SigmaNet(nn.Module):
             (B, T, A), float32, between log sigma_min and log sigma_max.
         """
         low, high = math.log(self.cfg.sigma_min), math.log(self.cfg.sigma_max)
-        out = self.net(x, k.float() / self.cfg.num_steps, cond).float()
+        out = self.net(x, k.float() / self.cfg.num_steps, cond, k).float()
         return (low + high) / 2 + (high - low) / 2 * torch.tanh(out)
 
 
@@ -317,7 +349,7 @@ def matching_pairs(
 
 def euler_step(head: FlowHead, x: torch.Tensor, k: torch.Tensor, num_steps: int, cond: Condition) -> torch.Tensor:
     """Eq. (5): x + v(x, k / K) / K, for x (B, T, A) and k (B,); float32."""
-    return x + head.velocity(x, k.float() / num_steps, cond) / num_steps
+    return x + head.velocity(x, k.float() / num_steps, cond, k) / num_steps
 
 
 def sde_step(
@@ -349,7 +381,7 @@ def sde_step(
         Mean (B, T, A), corrected in the noisy dims only, and standard deviation (B, 1, 1); float32.
     """
     tau = k.float() / num_steps  # (B,)
-    velocity = head.velocity(x, tau, cond)
+    velocity = head.velocity(x, tau, cond, k)
     tau = tau[:, None, None]
     c = head.cfg.sde_noise**2 / (2 * tau.clamp_min(1 / num_steps))
     correction = c * (tau * velocity - x) * noisy_mask(head.cfg, x.device)
@@ -385,6 +417,12 @@ def transition(
     return Normal(mean, sigma_net.log_sigma(cond.sigma, k, x).exp(), validate_args=False)
 
 
+def _at_steps(head: FlowHead, sigma_net: SigmaNet | None, cond: Condition) -> Condition:
+    """The condition made ready for the chain's steps, in both networks."""
+    own = sigma_net.at_steps(cond.sigma) if sigma_net and cond.sigma else cond.sigma
+    return replace(head.at_steps(cond, head.cfg.num_steps), sigma=own)
+
+
 @torch.no_grad()
 def sample_chain(
     head: FlowHead,
@@ -406,7 +444,7 @@ def sample_chain(
     Returns:
         The chain x (B, K + 1, T, A) and the log_prob (B, M, T, A) of each element of each noisy step, float32.
     """
-    cfg, device = head.cfg, cond.base.device
+    cfg, device, cond = head.cfg, cond.base.device, _at_steps(head, sigma_net, cond)
     shape = (cond.num_rows, cfg.chunk, cfg.action_dim)
     x = torch.randn(shape, generator=generator, device=device) if noise is None else noise.float()
     mask, chain, log_probs = noisy_mask(cfg, device), [x], []
@@ -437,6 +475,7 @@ def chain_log_prob(head: FlowHead, sigma_net: SigmaNet | None, x: torch.Tensor, 
         log_prob, entropy, mean and sigma, (B, M, T, A) each, float32; the first two 0 in dims that are not noisy, so
         that sums skip them.
     """
+    cond = _at_steps(head, sigma_net, cond)
     mask, steps = noisy_mask(head.cfg, x.device), torch.tensor(head.cfg.scored_steps, device=x.device)  # (A,), (M,)
     before, after = (rearrange(x[:, index], "b m t a -> (b m) t a") for index in (steps, steps + 1))
     step = transition(head, sigma_net, before, steps.repeat(len(x)), cond)
@@ -447,7 +486,7 @@ def chain_log_prob(head: FlowHead, sigma_net: SigmaNet | None, x: torch.Tensor, 
 @torch.no_grad()
 def sample_ode(head: FlowHead, cond: Condition, *, noise: torch.Tensor, num_steps: int = 10) -> torch.Tensor:
     """Deterministic actions: forward Euler from `noise` (B, T, A) at tau = 0 to tau = 1; normalised, float32."""
-    x = noise.float()
+    x, cond = noise.float(), head.at_steps(cond, num_steps)
     for k in range(num_steps):
         x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, cond)
     return x
