@@ -11,7 +11,7 @@ again once it is done.
 
 Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
 differences to the long-trained policy (pairs of all seeds pooled); success rates while the policies trained, against
-steps and minutes; the trust gate before the first step of "RFT R3".
+steps and minutes; the trust gate before the first step of "RFT R3". And a picture of those curves, of the first seed.
 """
 
 import json
@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, machine, read_lines
+from stages import call, draw_curves, machine, read_lines
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -39,6 +39,7 @@ ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 class Config:
     out_dir: str = opt("runs/study", "folder for all runs")
     out: str = opt("results/rft_study.json", "JSON file to write")
+    figure: str = opt("docs/images/rft_study.png", "picture of the curves to write")
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
     tasks: tuple[str, ...] = opt(tuple(map(str, range(10))), "tasks of each suite")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
@@ -108,7 +109,8 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
-            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags]
+            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags, *curve]
+            more += ["--success-interval", max(1, cfg.sft_steps // (10 * cfg.curve_points))]
             policies[name] = run_once(own / name.replace(" ", "_"), *sft, *more)
     return policies
 
@@ -218,6 +220,11 @@ def main(cfg: Config) -> dict:
             "curves": [curves(cfg, suite, seed) for seed in cfg.seeds],
         }
         write_json(cfg.out, report)
+    panels = {}
+    for suite, entry in report["suites"].items():
+        series = {name: rows for name, rows in entry["curves"][0].items() if name != "sft"}
+        panels[suite] = {name: [(row["minutes"], row["success_rate"]) for row in rows] for name, rows in series.items()}
+    draw_curves(panels, Path(cfg.figure), "minutes of fine-tuning")
     print("\n" + table(report))
     return report
 

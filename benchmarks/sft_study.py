@@ -6,14 +6,14 @@
 Each arm is `train_sft.py --preset tiny` with the flags of `ARMS`, with success rates along the way, then
 `eval_libero.py` on all initial states of the tasks; all arms play the same starts. Finished arms are not run again.
 Writes one JSON: success rate with its 95 % interval, paired difference to the first arm, held-out loss, and the curve
-of success rates against steps and minutes.
+of success rates against steps and minutes; and a picture of the curves.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, machine, read_lines
+from stages import call, draw_curves, machine, read_lines
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -35,6 +35,7 @@ class Config:
     demos: str = opt("runs/demo/demos", "demonstrations")
     runs: str = opt("runs/sft_study", "folder for the arms")
     out: str = opt("results/sft_study.json", "JSON file to write")
+    figure: str = opt("docs/images/sft_study.png", "picture of the curves to write")
     arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run; the first is the one that others are compared with")
     suite: str = opt("tabletop_object", "suite of the demonstrations")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
@@ -119,6 +120,8 @@ def main(cfg: Config) -> dict:
         "arms": arms,
     }
     write_json(cfg.out, report)
+    curves = {name: [(p["step"] + 1, p["success_rate"]) for p in arm["curve"]] for name, arm in arms.items()}
+    draw_curves({f"SFT from scratch, {cfg.suite}": curves}, Path(cfg.figure), "step")
     print("\n" + table(arms))
     return report
 

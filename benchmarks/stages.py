@@ -1,4 +1,4 @@
-"""What the studies share: stage scripts run as a user would run them, and the description of the machine."""
+"""What the studies share: stage scripts run as a user would run them, curves, and the description of the machine."""
 
 import json
 import os
@@ -34,3 +34,24 @@ def read_lines(path: Path) -> list[dict]:
 def machine() -> str:
     """Architecture, cores and torch version, for the reports."""
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def draw_curves(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x_label: str) -> None:
+    """PNG of success rates: a panel per title, a curve [(x, rate in 0..1)] per label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, constrained_layout=True)
+    for axis, (title, series) in zip(axes.flat, panels.items()):
+        for label, points in series.items():
+            axis.plot([x for x, _ in points], [100 * rate for _, rate in points], marker=".", label=label)
+        axis.set_title(title)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel("success [%]")
+        axis.set_ylim(0, 100)
+        axis.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

@@ -60,11 +60,14 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
 
     study = load_benchmark("sft_study")
     places = {"demos": str(tmp_path / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
+    places["figure"] = str(tmp_path / "figures" / "sft.png")
     report = study.main(dataclasses.replace(study.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "sft.json").read_text()) == report
     first, other = report["arms"].values()
     assert first["success"]["episodes"] == 2 and [point["step"] for point in first["curve"]] == [1, 3]
     assert "against_first" in other and "against_first" not in first
+    with Image.open(places["figure"]) as image:
+        assert image.size == (480, 320)
     assert "no key-position loss" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
@@ -80,6 +83,7 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path):
 def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     study = load_benchmark("rft_study")
     cfg = dataclasses.replace(study.PRESETS["smoke"], out_dir=str(tmp_path / "runs"), out=str(tmp_path / "study.json"))
+    cfg = dataclasses.replace(cfg, figure=str(tmp_path / "curves.png"))
     report = study.main(cfg)
     assert json.loads((tmp_path / "study.json").read_text()) == report
     found = report["suites"]["tabletop_object"]["starts"]["none"]
@@ -88,7 +92,10 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     assert "against_sft" in found["RFT R3"] and "against_sft" not in found["SFT"]
     assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
     curves = report["suites"]["tabletop_object"]["curves"][0]
+    assert len(curves.pop("extra_SFT_head")) >= 1
     assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2, "sft": 2}
+    with Image.open(cfg.figure) as image:
+        assert image.size == (480, 320)
     assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
