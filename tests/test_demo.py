@@ -54,6 +54,8 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     arm = report["arms"]["default"]
     assert arm["steps"] == 20 and set(arm["order"]) == {"action", "true frames", "true state"}
     assert {"R3 greedy", "decoded frames", "true frames"} <= set(arm["order"]["true state"])
+    assert set(arm["near_policy"]) == {"greedy", "common", "sample"}
+    assert -1 <= arm["near_policy"]["greedy"]["gate_policy_true"] <= 1
     assert "moving PSNR" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
