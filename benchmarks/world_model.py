@@ -38,10 +38,9 @@ class Arm(NamedTuple):
     tokenizer: list[str] | None = None
 
 
-LONG, LARGE = (
-    ["--steps", "4500"],
-    ["--transformer.depth", "6", "--transformer.width", "256", "--transformer.ffn-dim", "704"],
-)
+LONG = ["--steps", "4500"]
+LARGE = "--transformer.depth 6 --transformer.width 256 --transformer.ffn-dim 704".split()
+LARGE += "--transformer.num-heads 8 --transformer.num-kv-heads 8".split()
 ARMS = {
     "default": Arm([]),
     "three times as long": Arm(LONG),
