@@ -39,8 +39,8 @@ class Arm(NamedTuple):
 
 
 LONG = ["--steps", "4500"]
-LARGE = "--transformer.depth 6 --transformer.width 256 --transformer.ffn-dim 704".split()
-LARGE += "--transformer.num-heads 8 --transformer.num-kv-heads 8".split()
+LARGE = ["--transformer.depth", "6", "--transformer.width", "256", "--transformer.ffn-dim", "704"]
+LARGE += ["--transformer.num-heads", "8", "--transformer.num-kv-heads", "8"]
 ARMS = {
     "default": Arm([]),
     "three times as long": Arm(LONG),
