@@ -131,7 +131,16 @@ def trust_gate(
         where there is one, else with the action error. And for each family `gate_dataset`, `gate_policy`: Spearman
         with the action error (mean L1 to the dataset's chunk), `_pairs` the share of pairs in the right order, `_true`
         and `_true_pairs` the same for the true error.
+
+    Raises:
+        ValueError: fewer than two chunks of a family, which have no order.
     """
+    for name, count in (
+        ("gate_noise x gate_draws", len(cfg.gate_noise) * cfg.gate_draws),
+        ("gate_samples", cfg.gate_samples),
+    ):
+        if count < 2:
+            raise ValueError(f"{name} is {count}: an order needs at least 2 chunks per start")
     dataset = dataset_actions(rollout, batch)  # (S, T, A)
     bins, motion = world_model.action_bins, policy.normalizer
     unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()  # (A,)
