@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlarft.data import load_episodes
+from vlarft.data.convert import main as convert
 from vlarft.data.tfrecord import crc32c, parse_example, read_records
 
 STEPS, SIZE = 12, 24
@@ -170,3 +171,16 @@ def test_missing_parts_are_named(tmp_path):
         path.write_bytes(record(example({k: v for k, v in features.items() if v is not None})))
         with pytest.raises(ValueError, match=text):
             load_episodes(path)
+
+
+def test_becomes_a_lerobot_set(tmp_path):
+    written = [content(i) for i in range(2)]
+    make(tmp_path / "rlds", written)
+    arguments = [str(tmp_path / "rlds"), str(tmp_path / "set"), "--format", "lerobot", "--images", "png"]
+    with pytest.raises(ValueError, match=r"does not say how many steps a second it has: give --fps \(LIBERO: 20\)"):
+        convert(arguments)
+    convert([*arguments, "--fps", "20"])
+    for one, two in zip(load_episodes(tmp_path / "rlds"), load_episodes(tmp_path / "set"), strict=True):
+        assert (two.fps, two.instruction, list(two.cameras)) == (20, "pick up the bowl", ["image", "image2"])
+        np.testing.assert_array_equal(one.actions, two.actions)
+        np.testing.assert_array_equal(one.images, two.images)

@@ -50,14 +50,16 @@ class Episode:
         return len(self.actions)
 
 
-def pick_camera(cameras: Mapping[str, object], name: str, where: str) -> str:
+def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
     """The key of `cameras` that `name` means: itself, or another format's name of the same camera (`CAMERAS`).
+
+    None is the first, for those who look at all of them.
 
     Raises:
         ValueError: there is none, naming those there are.
     """
     same = next((group for group in ((k, *v) for k, v in CAMERAS.items()) if name in group), ())
-    for candidate in (name, *same):
+    for candidate in (name, *same) if name is not None else tuple(cameras)[:1]:
         if candidate in cameras:
             return candidate
     raise ValueError(
@@ -94,3 +96,15 @@ def check_lengths(where: str, **columns: object) -> None:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{where}: lengths differ: {lengths}")
+
+
+def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
+    """(T,) bool: steps whose intended action neither moves nor changes the gripper (the rule of the public pipelines).
+
+    Absolute targets do not move where they repeat the one before.
+    """
+    motion, gripper = episode.intended[:, :-1], episode.intended[:, -1]
+    if episode.absolute:
+        motion = np.diff(motion, axis=0, prepend=np.inf)
+    same = np.diff(gripper, prepend=gripper[:1]) == 0
+    return (np.abs(motion).max(1) < threshold) & same

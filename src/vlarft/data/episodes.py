@@ -54,7 +54,7 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
 
 def read_episodes(
     path: str | Path,
-    camera: str,
+    camera: str | None,
     keep: Callable[[str, bool, str], bool],
     *,
     with_states: bool = False,
@@ -63,7 +63,8 @@ def read_episodes(
     """The episodes at `path`, one after the other, each checked by itself; see `load_episodes`.
 
     Args:
-        path, camera, with_states, cache_bytes: see there.
+        path, with_states, cache_bytes: see there.
+        camera: see there; None takes the first.
         keep: (name, success, kind) -> whether an episode is wanted.
     """
     kind, places = demo_files(path)

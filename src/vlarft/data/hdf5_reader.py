@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_hdf5(
-    path: Path, camera: str, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
+    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
 ) -> Iterator[Episode]:
     """The demonstrations of one file.
 

@@ -90,7 +90,9 @@ def read_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def read_lerobot(root: Path, camera: str, budget: Budget, keep: Callable[[str, bool, str], bool]) -> Iterator[Episode]:
+def read_lerobot(
+    root: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
+) -> Iterator[Episode]:
     """The episodes of one data set.
 
     Args:
@@ -105,9 +107,9 @@ def read_lerobot(root: Path, camera: str, budget: Budget, keep: Callable[[str, b
     """
     info, meta = read_info(root), root / "meta" / "info.json"
     features = info["features"]
-    keys = {k.rpartition(".")[2]: k for k, f in features.items() if f["dtype"] in ("video", "image") and not _depth(f)}
-    key_of = {name: key for key in keys.values() for name in (key, key.rpartition(".")[2])}
-    camera = key_of[pick_camera(key_of if camera in key_of else keys, camera, str(meta))].rpartition(".")[2]
+    keys = _cameras(features)
+    name_of = {**{key: name for name, key in keys.items()}, **{name: name for name in keys}}
+    camera = name_of[pick_camera(name_of if camera in name_of else keys, camera, str(meta))]
     action, state = (_feature(features, names, meta) for names in (ACTION, STATE))
     entries, tasks = _entries(root, info, [k for k in keys.values() if features[k]["dtype"] == "video"])
     absolute = bool(info.get("vlarft", {}).get("absolute", False))
@@ -137,6 +139,13 @@ def read_lerobot(root: Path, camera: str, budget: Budget, keep: Callable[[str, b
             fps=float(info["fps"]),
             absolute=absolute,
         )
+
+
+def _cameras(features: dict) -> dict[str, str]:
+    """Name -> feature key of the colour cameras; the name is the key's last part where that is unique."""
+    keys = [k for k, f in features.items() if f["dtype"] in ("video", "image") and not _depth(f)]
+    short = [k.rpartition(".")[2] for k in keys]
+    return {name if short.count(name) == 1 else key: key for name, key in zip(short, keys)}
 
 
 def _depth(feature: dict) -> bool:

@@ -33,7 +33,9 @@ def check_shards(files: list[Path]) -> None:
                     raise ValueError(f"{other} is missing beside {path.name}: the download is incomplete")
 
 
-def read_rlds(path: Path, camera: str, budget: Budget, keep: Callable[[str, bool, str], bool]) -> Iterator[Episode]:
+def read_rlds(
+    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
+) -> Iterator[Episode]:
     """The episodes of one TFRecord file.
 
     Args:
