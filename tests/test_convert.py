@@ -1,6 +1,7 @@
 """Conversions: there and back without loss, into units and sizes, and a LeRobot set as its readers expect it."""
 
 import json
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -165,3 +166,12 @@ def test_large_sets_go_to_several_files(tmp_path, monkeypatch, options):
         assert {p.name for p in (tmp_path / "b" / folder).iterdir()} >= {"chunk-000", "chunk-001"}
     for one, two in zip(before, load_episodes(tmp_path / "b", successes_only=False), strict=True):
         same(one, two, 0 if options else 2)
+
+
+def test_benchmark_runs_at_smoke_size(tmp_path, load_benchmark):
+    benchmark = load_benchmark("data")
+    results = benchmark.main(replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "data.json")))
+    assert json.loads((tmp_path / "data.json").read_text()) == results
+    for name in ("hdf5", "hdf5 original", "lerobot mp4", "lerobot png", "rlds"):
+        assert results[name]["windows_per_s"] > 0
+    assert "cached_times_faster" not in results["hdf5 original"] and results["lerobot mp4"]["ahead_waits"] > 0

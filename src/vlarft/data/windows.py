@@ -3,6 +3,7 @@
 Shapes: B batch, L frames, T chunk steps, C H W pixels.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class WindowSampler:
         context_lookback: the context frame is drawn from this many frames before the segment (15 in RLVR-World); 0
             takes the segment's first frame.
         num_workers: threads that decode images which are not in memory, those of the next batch while this one is used;
-            0 decodes in the caller. The batches are the same.
+            0 decodes in the caller; None takes half of the machine's cores, four at most. The batches are the same.
 
     Raises:
         ValueError: no episodes, none that is long enough, or episodes that differ in image size.
@@ -67,7 +68,7 @@ class WindowSampler:
         num_frames: int = 9,
         chunk: int = 8,
         context_lookback: int = 0,
-        num_workers: int = 2,
+        num_workers: int | None = None,
     ) -> None:
         if not episodes:
             raise ValueError("no episodes to draw windows from: this split is empty; collect more, or split otherwise")
@@ -83,6 +84,8 @@ class WindowSampler:
                 f"no episode has the {num_frames} frames of a window; the longest has {len(longest)}, {longest.name}"
             )
         self.starts = np.array(starts)  # (N, 2)
+        if num_workers is None:
+            num_workers = min(4, max(1, (os.cpu_count() or 1) // 2))
         self.num_workers = num_workers if any(isinstance(e.images, Frames) for e in episodes) else 0
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[tuple, list[Future]] = {}  # batches that are being decoded, by the arguments of `batch`
