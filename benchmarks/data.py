@@ -14,8 +14,8 @@ rlds            pillow alone, on JPEG bytes that are in memory already
 
 Both run in turns, must give the same frames, and the median of the repeats counts. `cached` is ours when the decoded
 frames fit into memory; `ahead` is the share of the decoding that a caller still waits for with two threads, when it
-computes for as long as a batch takes to decode; mapped files have neither. Absolute numbers are those of the machine and
-of what else it does; the ratios are the result.
+computes for as long as a batch takes to decode; mapped files have neither. Absolute numbers are the machine's and
+those of what else it does; the ratios are the result.
 """
 
 import io
