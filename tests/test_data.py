@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
+from vlarft.data.episode import no_ops
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
 
@@ -225,8 +226,10 @@ def test_frames_are_picked_in_order_and_by_seed(demos):
 
 
 def test_window_errors():
-    with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5"):
+    with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5, a"):
         WindowSampler([episode("a", 5)], num_frames=9)
+    with pytest.warns(UserWarning, match="1 of 2 episodes are shorter than a window of 9 frames .* first short"):
+        assert len(WindowSampler([episode("short", 5), episode("long", 12)], num_frames=9)) == 4
     with pytest.raises(ValueError, match="no episodes to draw windows from: this split is empty"):
         WindowSampler([])
     big = Episode("b", "t", np.zeros((20, 8, 8, 3), np.uint8), *[np.zeros((20, n), np.float32) for n in (8, 7, 7)])
@@ -305,3 +308,15 @@ def test_gripper_in_other_units_is_refused(tmp_path):
 def test_absolute_targets_are_repeated_beyond_the_end():
     sampler = WindowSampler([replace(episode("a", 5, gripper_change=2), absolute=True)], num_frames=1, chunk=8)
     assert sampler.windows(np.array([[0, 3]])).intended[0, 2:].unique(dim=0).tolist() == [[0.5] * 6 + [1]]
+
+
+def test_no_ops_by_hand():
+    actions = np.zeros((6, 7), np.float32)
+    actions[:, 6] = [-1, -1, 1, 1, 1, 1]
+    actions[4, 1] = 0.5
+    one = replace(episode("a", 6), actions=actions, intended=actions)
+    assert no_ops(one).tolist() == [True, True, False, True, False, True]  # 2 closes the gripper, 4 moves
+    targets = np.cumsum(actions, 0)
+    targets[:, 6] = actions[:, 6]
+    held = replace(one, actions=targets, intended=targets, absolute=True)
+    assert no_ops(held).tolist() == [False, True, False, True, False, True]  # the first target may be a move

@@ -268,6 +268,15 @@ def test_broken_tables_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the gripper action lies in \[0, 1\], never below 0; expected -1 open"):
         load_episodes(root)
     path.write_bytes(content)
+    for values, text in (
+        (lambda c: pa.array([row[: 6 + (t > 20)] for t, row in enumerate(c.to_pylist())]), r"rows of \[6, 7\] numbers"),
+        (lambda c: pa.array([None, *c.to_pylist()[1:]]), r"action has 1 empty rows"),
+        (lambda c: pa.array(["up"] * len(c)), r"action holds string, expected numbers"),
+    ):
+        rewrite(root, "action", values)
+        with pytest.raises(ValueError, match=rf"file-000.parquet: action .*{text}|{text}"):
+            load_episodes(root)
+    path.write_bytes(content)
     rewrite(root, "episode_index", lambda c: pa.array([min(v, 1) for v in c.to_pylist()]))
     with pytest.raises(ValueError, match=r"episode 1 has 31 rows, the metadata say 11 in a row"):
         load_episodes(root)

@@ -114,14 +114,14 @@ def read_lerobot(
     entries, tasks = _entries(root, info, [k for k in keys.values() if features[k]["dtype"] == "video"])
     absolute = bool(info.get("vlarft", {}).get("absolute", False))
     for entry in entries:
-        name, where = f"{root.name}/episode_{entry.index:06d}", f"{entry.data}: episode {entry.index}"
+        name, where = f"{root.resolve().name}/episode_{entry.index:06d}", f"{entry.data}: episode {entry.index}"
         if not keep(name, entry.success, entry.kind):
             continue
         table = _columns(
             entry.data, stamp(entry.data), (action, state, *(k for k in ("intended_action",) if k in features))
         )
         first, rows = _rows(table, entry, float(info["fps"]), where)
-        columns = {k: check_numbers(_matrix(v[rows]), f"{where}: {k}") for k, v in table.items() if k not in SCALARS}
+        columns = {k: check_numbers(v[rows], f"{where}: {k}") for k, v in table.items() if k not in SCALARS}
         cameras = {
             short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in keys.items()
         }
@@ -221,23 +221,31 @@ SCALARS = ("episode_index", "frame_index", "timestamp", "task_index")
 
 @functools.lru_cache(maxsize=2)  # consecutive episodes share a file
 def _columns(path: Path, written: int, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The numeric columns of a data file; lists as arrays of arrays."""
+    """The numeric columns of a data file: (N,) indices and times, (N, D) features."""
     file = open_parquet(path)
     names = file.schema_arrow.names
     if missing := [n for n in (*wanted, "episode_index") if n not in names]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
     table = file.read(columns=[n for n in (*wanted, *SCALARS) if n in names])
-    return {n: table[n].to_numpy() for n in table.column_names}
+    matrices = {n: _matrix(table[n].combine_chunks(), f"{path}: {n}") for n in table.column_names}
+    return {n: matrix[:, 0] if n in SCALARS else matrix for n, matrix in matrices.items()}
 
 
-def _matrix(column: np.ndarray) -> np.ndarray:
-    """(T,) lists -> (T, D); (T,) scalars -> (T, 1)."""
-    if column.dtype != object:
-        return column[:, None]
-    widths = {len(row) for row in column}
-    if len(widths) > 1:
-        raise ValueError(f"rows of {sorted(widths)} numbers in one column")
-    return np.stack(column)
+def _matrix(column: Any, where: str) -> np.ndarray:
+    """An arrow array of N lists of D numbers -> (N, D); of N numbers -> (N, 1)."""
+    from pyarrow import compute, types
+
+    if column.null_count:
+        raise ValueError(f"{where} has {column.null_count} empty rows; remove or repair them")
+    values, width = column, 1
+    if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
+        widths = sorted(compute.list_value_length(column).unique().to_pylist())
+        if len(widths) > 1:
+            raise ValueError(f"{where} has rows of {widths} numbers; expected as many in each")
+        values, width = column.flatten(), widths[0] if widths else 1
+    if not (types.is_integer(values.type) or types.is_floating(values.type)):
+        raise ValueError(f"{where} holds {column.type}, expected numbers or lists of them")
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
 def _rows(table: dict[str, np.ndarray], entry: _Entry, fps: float, where: str) -> tuple[int, slice]:

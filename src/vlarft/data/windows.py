@@ -4,6 +4,7 @@ Shapes: B batch, L frames, T chunk steps, C H W pixels.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -50,8 +51,8 @@ class WindowSampler:
 
     Args:
         episodes: one split.
-        num_frames: L. Windows with L > 1 start where L frames follow; with L = 1 at every frame. Shorter episodes have
-            none.
+        num_frames: L. Windows with L > 1 start where L frames follow; with L = 1 at every frame. Shorter episodes are
+            left out, with a warning that names one.
         chunk: T. Actions beyond an episode's end are padded: no motion, gripper held.
         context_lookback: the context frame is drawn from this many frames before the segment (15 in RLVR-World); 0
             takes the segment's first frame.
@@ -82,6 +83,12 @@ class WindowSampler:
             longest = max(episodes, key=len)
             raise ValueError(
                 f"no episode has the {num_frames} frames of a window; the longest has {len(longest)}, {longest.name}"
+            )
+        if short := [e.name for e in self.episodes if len(e) < num_frames]:
+            warnings.warn(
+                f"{len(short)} of {len(self.episodes)} episodes are shorter than a window of {num_frames} frames and "
+                f"are left out, first {short[0]}",
+                stacklevel=2,
             )
         self.starts = np.array(starts)  # (N, 2)
         if num_workers is None:
@@ -114,7 +121,7 @@ class WindowSampler:
         following = (batch_size, (*seed[:-1], seed[-1] + 1), part) if seed else None
         if following and following not in self._ahead:
             self._ahead[following] = self._decode(*self._draw(*following))
-        return self._collate(starts, [future.result() for future in waiting])
+        return self._collate(starts, [images for future in waiting for images in future.result()])
 
     def _draw(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Starts (B, 2) and lookbacks (B,) of a share of a batch."""
@@ -126,7 +133,8 @@ class WindowSampler:
 
     def _decode(self, starts: np.ndarray, lookback: np.ndarray) -> list[Future]:
         self._pool = self._pool or ThreadPoolExecutor(self.num_workers, "windows")
-        return [self._pool.submit(self._look, int(i), int(t), back) for (i, t), back in zip(starts, lookback)]
+        shares = np.array_split(np.arange(len(starts)), self.num_workers)
+        return [self._pool.submit(self._look_at, starts[rows], lookback[rows]) for rows in shares if len(rows)]
 
     def spread(self, count: int) -> Batch:
         """`count` windows spread evenly over all starts: the same for every call, for validation."""
@@ -144,8 +152,11 @@ class WindowSampler:
             starts: (B, 2), rows of episode number and first frame.
             lookback: (B,) in [0, 1), which of the earlier frames is the context frame; None = frame t.
         """
+        return self._collate(starts, self._look_at(starts, lookback))
+
+    def _look_at(self, starts: np.ndarray, lookback: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
         backs = [None] * len(starts) if lookback is None else lookback
-        return self._collate(starts, [self._look(i, t, back) for (i, t), back in zip(starts, backs)])
+        return [self._look(int(i), int(t), back) for (i, t), back in zip(starts, backs)]
 
     def _look(self, i: int, t: int, lookback: float | None) -> tuple[np.ndarray, np.ndarray]:
         """The frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
