@@ -109,7 +109,8 @@ def import_pillow() -> Any:
 
 def map_file(path: Path) -> np.ndarray:
     """A file's bytes, (N,) uint8, mapped into memory: read when they are looked at, and shared between processes."""
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    # a plain array: np.memmap's own class makes every slice slower
+    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 def decode_image(blob: Any, where: str) -> np.ndarray:
