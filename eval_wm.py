@@ -45,7 +45,7 @@ class Config:
     out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes")
     demos: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
     all_episodes: bool = opt(False, "all of --demos, not the held-out ones that the world model names; never its own")
-    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    camera: str = opt("agentview", "camera of the demonstrations")
     segments: int = opt(1024, "held-out segments for the frame metrics, spread evenly; fewer when there are fewer")
     batch_size: int = opt(16, "segments, or starts, imagined at once")
     greedy: bool = opt(False, "frame metrics of greedy rollouts instead of sampled ones")

@@ -69,7 +69,7 @@ class Config(
 ):  # each module owns its options; bases keep the flags flat
     policy: str = opt("runs/sft/model.safetensors", "policy to fine-tune, of train_sft.py")
     world_model: str = opt("runs/wm/model.safetensors", "frozen world model, of train_wm.py")
-    demos: str = opt("demos", "folder of demonstrations (HDF5)")
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
     out_dir: str = opt("runs/rft", "folder that the run writes")
     seed: int = opt(0, "of starts, chains and imagination")
     steps: int = opt(400, "GRPO steps (Sec. 4.3)")
@@ -84,7 +84,9 @@ class Config(
     sigma_init: float | None = opt(None, "that of the untrained sigma net; none: the geometric mean of both")
     sigma_uses_x: bool = opt(False, "give the sigma net x_k besides (z, s, k) (release)")
     sde_noise: float = opt(0.7, "strength of flow_sde's schedule")
-    noisy_dims: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6), "dims with noise and likelihood; leave 6 out: no gripper")
+    noisy_dims: tuple[int, ...] | None = opt(
+        None, "dims with noise and likelihood, 0 to 5 leaves LIBERO's gripper out; none: the policy's, which are all"
+    )
     noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
     diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
     save_interval: int = opt(20, "steps between checkpoints")
@@ -99,6 +101,7 @@ SMOKE = Config(
 )  # fmt: skip
 PRESETS = {
     "paper": PAPER,
+    "robot": replace(PAPER, steps=200),  # the real robot's (A.5)
     "release": replace(
         PAPER, divide_by_std=True, over_frames="mean", over_k="sum", ratio_per="element", objective="ppo",
         dual_clip=3.0, mse_gate=0.2, entropy_over="k+1", sigma_uses_x=True,
@@ -160,7 +163,10 @@ def main(cfg: Config) -> dict[str, float]:
     probe = on(device, WindowSampler(probe_episodes, chunk + 1, chunk).spread(cfg.gate_starts or 16))
 
     manual_seed(cfg.seed)  # of the fresh sigma net
-    policy.make_stochastic(cfg.noise, **{name: getattr(cfg, name) for name in NOISE})
+    options = {name: getattr(cfg, name) for name in NOISE} | {
+        "noisy_dims": cfg.noisy_dims or policy.cfg.flow.noisy_dims
+    }
+    policy.make_stochastic(cfg.noise, **options)
     policy.requires_grad_(False).eval()
     supervised = supervised_copy(policy) if cfg.kl_weight else None
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr}

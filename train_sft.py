@@ -4,7 +4,7 @@
     python train_sft.py --preset tiny --demos demos --out-dir runs/more --init runs/sft/model.safetensors --steps 400
     torchrun --nproc-per-node 8 train_sft.py --preset paper --demos libero --out-dir runs/paper --from-scratch
 
-Reads demonstrations in LIBERO's HDF5 layout (`--demos`, a folder or a file). Writes to --out-dir: model.safetensors
+Reads demonstrations of any format (`--demos`, see docs/data.md). Writes to --out-dir: model.safetensors
 (the EMA of the weights where EMA is on, adapters merged), train_state.pt, log.jsonl, config.json. The same command
 resumes an interrupted run, and ends with the same bits on a CPU.
 
@@ -62,7 +62,7 @@ from vlarft.vit import ViT
 class Config(SuccessConfig):
     """One supervised run; the defaults are the paper's (Table 6)."""
 
-    demos: str = opt("demos", "folder or file of demonstrations")
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
     out_dir: str = opt("runs/sft", "folder of the run")
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy, when not given by --init")
     init: str | None = opt(None, "checkpoint of a policy to continue from, with a fresh optimizer")
@@ -116,6 +116,7 @@ TINY = replace(
 )  # fmt: skip
 PRESETS = {
     "paper": PAPER,
+    "robot": replace(PAPER, steps=20_000),  # the real robot's (A.5), batches of 16
     "small": replace(
         TINY, policy="small", steps=30_000, batch_size=128, key_batch=0, lr=3e-4, warmup=500, ema=0.999,
         bf16=True, val_every=1000, save_every=1000,
@@ -128,8 +129,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def build_policy(cfg: Config) -> VLAPolicy:
-    """The policy to train: of `init`, or random weights of the preset's sizes.
+def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAPolicy:
+    """The policy to train: of `init`, or random weights of the preset's sizes and the robot's dimensions.
 
     Raises:
         ValueError: paper's sizes with random weights and without --from-scratch.
@@ -142,7 +143,9 @@ def build_policy(cfg: Config) -> VLAPolicy:
             "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --from-scratch if you mean it"
         )
     torch.manual_seed(cfg.seed)
-    return VLAPolicy(replace(POLICIES[cfg.policy], cameras=(cfg.camera,)))
+    sizes = POLICIES[cfg.policy]
+    dims = {"action_dim": action_dim, "proprio_dim": proprio_dim, "noisy_dims": tuple(range(action_dim))}
+    return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=replace(sizes.flow, **dims)))
 
 
 def compute_loss(
@@ -181,7 +184,7 @@ def main(cfg: Config) -> dict[str, float]:
     episodes = load_episodes(cfg.demos, cfg.camera)
     train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
 
-    policy = build_policy(cfg)
+    policy = build_policy(cfg, *(getattr(train_episodes[0], name).shape[1] for name in ("actions", "proprio")))
     resume = open_run(cfg.out_dir, cfg)
     train_data, val_data = (
         WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)

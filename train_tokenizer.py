@@ -4,7 +4,7 @@
     python train_tokenizer.py --demos libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU
     torchrun --nproc-per-node 8 train_tokenizer.py --demos libero --out-dir runs/tokenizer  8 GPUs
 
-Reads: HDF5 demonstrations (a folder or a file). Writes: out_dir/model.safetensors (weights, config, the split by
+Reads: demonstrations of any format (docs/data.md). Writes: out_dir/model.safetensors (weights, config, the split by
 episode), train_state.pt (the discriminator, too; to resume: give the same command again), log.jsonl, config.json,
 reconstructions.png (of held-out segments, at every validation).
 
@@ -50,8 +50,8 @@ from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("runs/tokenizer", "folder that the run writes")
-    demos: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
-    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
+    camera: str = opt("agentview", "camera of the demonstrations")
     model: TokenizerConfig = opt(MODELS["paper"], "sizes of the tokenizer")
     segment: int = opt(7, "frames of a segment that follows the context frame (7 in the public recipe)")
     future_frames: int = opt(7, "frames drawn from each segment for a batch")

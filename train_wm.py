@@ -4,9 +4,9 @@
     python train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
     torchrun --nproc-per-node 8 train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
 
-Reads: HDF5 demonstrations; the tokenizer's model.safetensors. Writes: out_dir/model.safetensors (tokenizer, action
-ranges, weights, config, the split by episode), train_state.pt (to resume: give the same command again), log.jsonl,
-config.json, rollouts.png.
+Reads: demonstrations of any format (docs/data.md); the tokenizer's model.safetensors. Writes: out_dir/model.safetensors
+(tokenizer, action ranges, weights, config, the split by episode), train_state.pt (to resume: give the same command
+again), log.jsonl, config.json, rollouts.png.
 
 The actions are the executed ones, in raw environment units; their ranges are those of the training split.
 
@@ -45,8 +45,8 @@ from vlarft.world_model import WorldModel, WorldModelConfig
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("runs/wm", "folder that the run writes")
-    demos: str = opt("demos", "demonstrations: a folder of HDF5 files, or one file")
-    camera: str = opt("agentview", "reads obs/<camera>_rgb")
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
+    camera: str = opt("agentview", "camera of the demonstrations")
     experts_only: bool = opt(
         False, "train without failed and noisy attempts, as the paper; they stay in the validation"
     )
@@ -107,6 +107,7 @@ TINY = Config(
 )
 PRESETS = {
     "paper": Config(),
+    "robot": Config(steps=24_000),  # the real robot's (A.5), batches of 16
     "small": Config(transformer=MODELS["small"].transformer, batch_size=32, steps=50_000, lr=3e-4, warmup=1000),
     "tiny": TINY,
     "smoke": replace(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlarft.data.convention import VIEWS, check_same_images, image_convention
-from vlarft.data.episodes import Episode
+from vlarft.data.episode import Episode
 
 
 def episode(images: np.ndarray, name: str = "e") -> Episode:

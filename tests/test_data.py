@@ -1,5 +1,6 @@
 """data: LIBERO's layout written and read, the split, the windows."""
 
+import json
 from dataclasses import replace
 
 import h5py
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
+from vlarft.data.episode import no_ops
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
 
@@ -93,7 +95,7 @@ def test_errors_name_file_and_field(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no \*.hdf5 files"):
         load_episodes(tmp_path / "empty")
     path = write(tmp_path / "s" / "a_demo.hdf5")
-    with pytest.raises(ValueError, match=r"a_demo.hdf5: data/demo_0 has no obs/wrist_rgb; it has agentview_rgb"):
+    with pytest.raises(ValueError, match=r"a_demo.hdf5: data/demo_0 has no camera 'wrist'; it has agentview"):
         load_episodes(path, camera="wrist")
     with pytest.raises(ValueError, match="lacks 1 of 1 named episodes, first 's/a_demo/demo_9'"):
         load_episodes(path, names=["s/a_demo/demo_9"])
@@ -224,10 +226,97 @@ def test_frames_are_picked_in_order_and_by_seed(demos):
 
 
 def test_window_errors():
-    with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5"):
+    with pytest.raises(ValueError, match="no episode has the 9 frames of a window; the longest has 5, a"):
         WindowSampler([episode("a", 5)], num_frames=9)
+    with pytest.warns(UserWarning, match="1 of 2 episodes are shorter than a window of 9 frames .* first short"):
+        assert len(WindowSampler([episode("short", 5), episode("long", 12)], num_frames=9)) == 4
     with pytest.raises(ValueError, match="no episodes to draw windows from: this split is empty"):
         WindowSampler([])
     big = Episode("b", "t", np.zeros((20, 8, 8, 3), np.uint8), *[np.zeros((20, n), np.float32) for n in (8, 7, 7)])
     with pytest.raises(ValueError, match=r"differ in image size: \[\(4, 4\), \(8, 8\)\]"):
         WindowSampler([episode("a", 20), big])
+
+
+def libero_original(path, compression=None, chunks=None):
+    """A file as LIBERO's own scripts write it: upside down, 20 Hz in env_args, no attribute of ours."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    views = {k: rng.integers(0, 256, (15, 128, 128, 3), dtype=np.uint8) for k in ("agentview", "eye_in_hand")}
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps({"type": 1, "env_kwargs": {"control_freq": 20}})
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "put the bowl on the stove"})
+        demo = data.create_group("demo_0")
+        demo.attrs["num_samples"] = 15
+        demo["actions"] = rng.uniform(-1, 1, (15, 7))
+        demo["obs/ee_states"], demo["obs/gripper_states"] = rng.normal(size=(15, 6)), rng.normal(size=(15, 2))
+        for name, images in views.items():
+            demo.create_dataset(f"obs/{name}_rgb", data=images, compression=compression, chunks=chunks)
+    return views
+
+
+@pytest.mark.parametrize(
+    ("compression", "chunks"),
+    [(None, None), (None, (4, 128, 128, 3)), ("gzip", (4, 128, 128, 3)), ("lzf", (4, 128, 128, 3)), ("gzip", True)],
+)
+def test_original_files_are_read_in_any_storage(tmp_path, compression, chunks):
+    path = tmp_path / "libero_goal" / "put_demo.hdf5"
+    views = libero_original(path, compression, chunks)
+    episode = load_episodes(tmp_path, "eye_in_hand")[0]
+    assert (episode.instruction, episode.fps, episode.images.shape) == (
+        "put the bowl on the stove",
+        20,
+        (15, 128, 128, 3),
+    )
+    assert list(episode.cameras) == ["agentview", "eye_in_hand"]
+    for name, images in views.items():
+        np.testing.assert_array_equal(episode.cameras[name], images[:, ::-1, ::-1])
+        np.testing.assert_array_equal(episode.cameras[name][3:12], images[3:12, ::-1, ::-1])
+        np.testing.assert_array_equal(episode.cameras[name][-1], images[-1, ::-1, ::-1])
+    assert isinstance(episode.images, np.ndarray) == (chunks is None)  # a view of the file
+    episode = load_episodes(tmp_path, "image", cache_bytes=128 * 128 * 3 * 6)[0]  # RLDS' name; room for six frames
+    for t in (0, 6, 9, 2):
+        np.testing.assert_array_equal(episode.images[t : t + 5], views["agentview"][t : t + 5, ::-1, ::-1])
+
+
+def test_damaged_images_are_refused_when_they_are_looked_at(tmp_path):
+    path = write(tmp_path / "s" / "a_demo.hdf5", demos=1)
+    with h5py.File(path) as file:
+        place = file["data/demo_0/obs/agentview_rgb"].id.get_chunk_info(1)
+    content = bytearray(path.read_bytes())
+    content[place.byte_offset : place.byte_offset + 8] = b"\0" * 8
+    path.write_bytes(content)
+    images = load_episodes(path)[0].images
+    assert images[:8].shape == (8, 6, 8, 3)
+    with pytest.raises(ValueError, match=r"data/demo_0/obs/agentview_rgb, frames from 8 on: .*damaged file"):
+        images[8]
+
+
+def test_gripper_in_other_units_is_refused(tmp_path):
+    path = write(tmp_path / "s" / "a_demo.hdf5")
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            demo["actions"][:, 6] = np.linspace(0, 1, len(demo["actions"]))
+    with pytest.raises(ValueError, match=r"the gripper action lies in \[0, 1\], never below 0; .*data.convert"):
+        load_episodes(path)
+    with h5py.File(path, "a") as file:
+        file["data/demo_1/actions"][:, 6] = 80
+    with pytest.raises(ValueError, match=r"s/a_demo/demo_1: the gripper action lies in \[80, 80\]; expected -1 open"):
+        load_episodes(path)
+
+
+def test_absolute_targets_are_repeated_beyond_the_end():
+    sampler = WindowSampler([replace(episode("a", 5, gripper_change=2), absolute=True)], num_frames=1, chunk=8)
+    assert sampler.windows(np.array([[0, 3]])).intended[0, 2:].unique(dim=0).tolist() == [[0.5] * 6 + [1]]
+
+
+def test_no_ops_by_hand():
+    actions = np.zeros((6, 7), np.float32)
+    actions[:, 6] = [-1, -1, 1, 1, 1, 1]
+    actions[4, 1] = 0.5
+    one = replace(episode("a", 6), actions=actions, intended=actions)
+    assert no_ops(one).tolist() == [True, True, False, True, False, True]  # 2 closes the gripper, 4 moves
+    targets = np.cumsum(actions, 0)
+    targets[:, 6] = actions[:, 6]
+    held = replace(one, actions=targets, intended=targets, absolute=True)
+    assert no_ops(held).tolist() == [False, True, False, True, False, True]  # the first target may be a move

@@ -245,7 +245,8 @@ def test_options(config, changes):
         assert metrics["ratio_max"] != pytest.approx(1, abs=1e-6)  # the second epoch scores an updated policy
     saved = VLAPolicy.load(f"{config.out_dir}/model.safetensors")
     assert (saved.sigma_net is None) == (changes.get("noise") == "flow_sde") == (saved.cfg.flow.noise == "flow_sde")
-    for name in ("noisy_dims", "noisy_steps", "sigma_min", "sigma_init", "sigma_uses_x"):
+    assert saved.cfg.flow.noisy_dims == changes.get("noisy_dims", tuple(range(7)))
+    for name in ("noisy_steps", "sigma_min", "sigma_init", "sigma_uses_x"):
         assert getattr(saved.cfg.flow, name) == getattr(dataclasses.replace(config, **changes), name)
 
 

@@ -1,6 +1,7 @@
-"""Demonstrations: files on disk (`hdf5`), episodes and their split (`episodes`), training windows (`windows`)."""
+"""Demonstrations: formats on disk (`hdf5`, `lerobot`, `rlds`), their episodes and split (`episodes`), `windows`."""
 
-from vlarft.data.episodes import Episode, load_episodes, split_episodes
+from vlarft.data.episode import Episode
+from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 
 __all__ = ["Batch", "Episode", "WindowSampler", "load_episodes", "split_episodes"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlarft.data.episodes import Episode
+from vlarft.data.episode import Episode
 
 SIZE, FRAMES = 8, 64  # side of the mean frame, frames that are averaged
 VIEWS = {

@@ -1,62 +1,85 @@
-"""Episodes: demonstrations in memory, and their split into training and validation.
+"""Demonstrations of any format that is read here, and their split into training and validation."""
 
-Shapes: T steps, H and W pixels.
-"""
-
-import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vlarft.data.hdf5 import demo_names, open_demo_file
+from vlarft.data.episode import Episode
+from vlarft.data.frames import Budget
+from vlarft.data.hdf5_reader import read_hdf5
+from vlarft.data.lerobot import read_lerobot
+from vlarft.data.rlds import check_shards, read_rlds
+
+CACHE_BYTES = 1 << 30  # of decoded frames; a set that is smaller is decoded once
 
 
-@dataclass(frozen=True)
-class Episode:
-    """One demonstration.
+def demo_files(path: str | Path) -> tuple[str, list[Path]]:
+    """The format of the demonstrations at `path`, and where they lie.
 
-    images: (T, H, W, 3) uint8, upright, frame t seen before action t
-    proprio: (T, 8) float32, position 3 [m], axis-angle 3 [rad], finger positions 2 [m]
-    actions: (T, 7) float32, executed raw environment actions; what the world model learns from
-    intended: (T, 7) float32, what the demonstrator wanted before noise; what the policy imitates
-    states: (T, S) float64 simulator states, or None where the file has none
-    name: suite/file/demo, unique in a data set: the split is stored by it
-    """
+    Args:
+        path: a folder, searched at any depth, or one HDF5 or TFRecord file.
 
-    name: str
-    instruction: str
-    images: np.ndarray
-    proprio: np.ndarray
-    actions: np.ndarray
-    intended: np.ndarray
-    success: bool = True
-    kind: str = "expert"
-    states: np.ndarray | None = None
-    env_args: dict | None = None
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-
-def demo_files(path: str | Path) -> list[Path]:
-    """The `*.hdf5` files of a folder (at any depth, sorted), or the one file that `path` is.
+    Returns:
+        "hdf5" and files, "rlds" and TFRecord files, or "lerobot" and folders that hold meta/info.json; sorted.
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: several formats in one folder.
     """
     path = Path(path)
     if path.is_file():
-        return [path]
-    files = sorted(path.rglob("*.hdf5")) if path.is_dir() else []
-    if not files:
-        what = "has no *.hdf5 files" if path.is_dir() else "does not exist"
+        return ("rlds" if ".tfrecord" in path.name else "hdf5"), [path]
+    if not path.is_dir():
         raise FileNotFoundError(
-            f"demonstrations: {path} {what}; make some with: python collect_demos.py --out-dir {path}"
+            f"demonstrations: {path} does not exist; make some with: python collect_demos.py --out-dir {path}"
         )
-    return files
+    found = {
+        "lerobot": [p.parent.parent for p in path.rglob("meta/info.json")],
+        "hdf5": [*path.rglob("*.hdf5"), *path.rglob("*.h5")],
+        "rlds": [p for p in path.rglob("*.tfrecord*") if p.is_file()],
+    }
+    found = {kind: sorted(places) for kind, places in found.items() if places}
+    if not found:
+        raise FileNotFoundError(
+            f"demonstrations: {path} has no *.hdf5 files, no meta/info.json (LeRobot) and no *.tfrecord* files (RLDS); "
+            f"make some with: python collect_demos.py --out-dir {path}"
+        )
+    if len(found) > 1:
+        examples = "; ".join(f"{kind}: {places[0]}" for kind, places in found.items())
+        raise ValueError(f"{path} has demonstrations of several formats ({examples}): give the folder of one of them")
+    return next(iter(found.items()))
+
+
+def read_episodes(
+    path: str | Path,
+    camera: str | None,
+    keep: Callable[[str, bool, str], bool],
+    *,
+    with_states: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> Iterator[Episode]:
+    """The episodes at `path`, one after the other, each checked by itself; see `load_episodes`.
+
+    Args:
+        path, with_states, cache_bytes: see there.
+        camera: see there; None takes the first.
+        keep: (name, success, kind) -> whether an episode is wanted.
+    """
+    kind, places = demo_files(path)
+    if with_states and kind != "hdf5":
+        raise ValueError(f"{path} ({kind}) holds no simulator states; they are in HDF5 demonstrations only")
+    budget = Budget(cache_bytes)
+    if kind == "rlds":
+        check_shards(places)
+    for place in places:
+        if kind == "hdf5":
+            yield from read_hdf5(place, camera, budget, keep, with_states)
+        elif kind == "rlds":
+            yield from read_rlds(place, camera, budget, keep)
+        else:
+            yield from read_lerobot(place, camera, budget, keep)
 
 
 def load_episodes(
@@ -66,96 +89,84 @@ def load_episodes(
     successes_only: bool = True,
     with_states: bool = False,
     names: Sequence[str] | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> list[Episode]:
-    """Read demonstrations of LIBERO's HDF5 layout into memory.
+    """Read demonstrations; their images stay on disk until they are looked at.
+
+    The format is recognised: LIBERO's HDF5, original and ours; LeRobotDataset v3.0, v2.1 and v2.0; RLDS TFRecords.
+    Images are upright, that is, LIBERO's turned by 180 degrees, as public policies see them; actions are raw, their
+    last dimension the gripper, -1 open and +1 close.
 
     Args:
         path: a folder (searched at any depth) or one file.
-        camera: reads `obs/<camera>_rgb`.
+        camera: whose images become `Episode.images`; "agentview" and "eye_in_hand" also mean the other formats' names
+            of LIBERO's two cameras.
         successes_only: leave out attempts marked as failed or noisy; they serve a world model, never a policy.
-        with_states: also read the simulator states (evaluation of world models against true outcomes).
+        with_states: also read the simulator states (evaluation of world models against true outcomes); HDF5 only.
         names: only the episodes of these names, in this order.
+        cache_bytes: decoded frames kept in memory, over all episodes; as long as there is room, none is decoded twice.
 
     Returns:
         Episodes in order of file and demonstration number.
 
     Raises:
         FileNotFoundError: no such file or folder, or no demonstrations in it.
-        ValueError: truncated file, missing camera or dataset, NaN actions or proprio, wrong widths, unknown name.
+        ValueError: truncated file, missing camera or feature, NaN actions or proprio, wrong widths, unknown name,
+            episodes that differ in fps or in the width of actions or proprio, a gripper in other units.
     """
-    episodes = []
-    for file_path in demo_files(path):
-        with open_demo_file(file_path) as file:
-            data = file["data"]
-            upright = data.attrs.get("image_convention", "") == "upright"
-            instruction = _instruction(data, file_path)
-            env_args = json.loads(data.attrs["env_args"]) if data.attrs.get("env_args") else None
-            for key in demo_names(data):
-                name = f"{file_path.parent.name}/{file_path.stem}/{key}"
-                if names is not None and name not in names:
-                    continue
-                demo, where = data[key], f"{file_path}: data/{key}"
-                success = bool(demo.attrs.get("success", True))
-                kind = str(demo.attrs.get("kind", "expert"))
-                if successes_only and not (success and kind == "expert"):
-                    continue
-                images = _dataset(demo, f"obs/{camera}_rgb", where)
-                if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-                    raise ValueError(
-                        f"{where}/obs/{camera}_rgb must be uint8 (T, H, W, 3), got {images.dtype} {images.shape}"
-                    )
-                if not upright:
-                    images = np.ascontiguousarray(images[:, ::-1, ::-1])
-                actions = _numbers(demo, "actions", 7, where)
-                intended = _numbers(demo, "intended_actions", 7, where) if "intended_actions" in demo else actions
-                proprio = np.concatenate(
-                    [_numbers(demo, "obs/ee_states", 6, where), _numbers(demo, "obs/gripper_states", 2, where)], 1
-                )
-                lengths = {"actions": len(actions), "images": len(images), "proprio": len(proprio)}
-                if len(set(lengths.values())) != 1:
-                    raise ValueError(f"{where}: lengths differ: {lengths}")
-                states = _dataset(demo, "states", where) if with_states else None
-                episodes.append(
-                    Episode(name, instruction, images, proprio, actions, intended, success, kind, states, env_args)
-                )
+    wanted = None if names is None else set(names)
+
+    def keep(name: str, success: bool, kind: str) -> bool:
+        return (wanted is None or name in wanted) and (not successes_only or (success and kind == "expert"))
+
+    episodes = list(read_episodes(path, camera, keep, with_states=with_states, cache_bytes=cache_bytes))
+    by_name = {e.name: e for e in episodes}
     if names is not None:
-        by_name = {e.name: e for e in episodes}
         if missing := [n for n in names if n not in by_name]:
             raise ValueError(f"{path} lacks {len(missing)} of {len(names)} named episodes, first {missing[0]!r}")
-        return [by_name[n] for n in names]
+        episodes = [by_name[n] for n in names]
     if not episodes:
         raise FileNotFoundError(f"{path} has no {'successful ' if successes_only else ''}demonstrations")
+    if len(by_name) < len({id(e) for e in episodes}):
+        twice = next(e.name for e in episodes if by_name[e.name] is not e)
+        raise ValueError(f"{path} has two episodes of the name {twice!r}, in folders of one name; rename one of them")
+    if problems := same_robot(episodes) + gripper_problems(episodes):
+        raise ValueError(f"{path}: {problems[0]}")
     return episodes
 
 
-def _instruction(data, path: Path) -> str:
-    info = json.loads(data.attrs["problem_info"]) if "problem_info" in data.attrs else {}
-    text = info.get("language_instruction", "")
-    text = " ".join(text) if isinstance(text, list) else text
-    if not text.strip():
-        raise ValueError(f"{path}: attribute problem_info of 'data' has no language_instruction")
-    return text.strip()
+def same_robot(episodes: Sequence[Episode]) -> list[str]:
+    """How the episodes of a data set differ where they must not: fps, and the width of actions and proprio."""
+    problems = []
+    for what, fix, value in (
+        ("fps", "resample them, or train on one kind", lambda e: e.fps),
+        ("number of action dimensions", "train on one robot", lambda e: e.actions.shape[1]),
+        ("number of proprio dimensions", "train on one robot", lambda e: e.proprio.shape[1]),
+        ("kind of actions (absolute)", "convert them to one kind", lambda e: e.absolute),
+    ):
+        first = {}
+        for e in episodes:
+            if value(e) is not None:
+                first.setdefault(value(e), e.name)
+        if len(first) > 1:
+            examples = ", ".join(f"{v} in {name}" for v, name in list(first.items())[:2])
+            problems.append(f"episodes differ in {what}: {examples}; {fix}")
+    return problems
 
 
-def _dataset(demo, key: str, where: str) -> np.ndarray:
-    if key not in demo:
-        group = key.rpartition("/")[0]
-        there = sorted(demo[group]) if group and group in demo else sorted(demo)
-        raise ValueError(f"{where} has no {key}; it has {', '.join(there)}. Collect it again, or name another camera")
-    try:
-        return demo[key][()]
-    except OSError as error:
-        raise ValueError(f"{where}/{key} cannot be read ({error}); the file is damaged") from error
-
-
-def _numbers(demo, key: str, width: int, where: str) -> np.ndarray:
-    values = _dataset(demo, key, where).astype(np.float32)
-    if values.ndim != 2 or values.shape[1] != width:
-        raise ValueError(f"{where}/{key} must have shape (T, {width}), got {values.shape}")
-    if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"{where}/{key} has {values[row, column]} at row {row}, column {column}; remove or repair it")
-    return values
+def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
+    """Whether the last action dimension is what it must be: from -1, open, to +1, closed."""
+    low, high = (np.array([getattr(e.actions[:, -1], f)() for e in episodes]) for f in ("min", "max"))
+    fix = (
+        "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
+        "--gripper LOW HIGH, the values of open and closed"
+    )
+    worst = int(np.argmax(np.maximum(-low, high)))
+    if max(-low.min(), high.max()) > 1 + 1e-4:
+        return [f"{episodes[worst].name}: the gripper action lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"]
+    if low.min() >= 0 and low.min() < high.max():
+        return [f"the gripper action lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"]
+    return []
 
 
 def split_episodes(

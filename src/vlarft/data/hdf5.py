@@ -68,7 +68,7 @@ def write_demo(
     actions: np.ndarray,
     intended_actions: np.ndarray,
     proprio: np.ndarray,
-    states: np.ndarray,
+    states: np.ndarray | None = None,
     joint_states: np.ndarray | None = None,
     success: bool = True,
     attrs: Mapping[str, Any] | None = None,
@@ -82,7 +82,7 @@ def write_demo(
         actions: (T, 7) executed raw environment actions.
         intended_actions: (T, 7) the demonstrator's actions before noise.
         proprio: (T, 8) position 3 [m], axis-angle 3 [rad], finger positions 2 [m], before each action.
-        states: (T, S) simulator state before each action; the first row becomes `init_state`.
+        states: (T, S) simulator state before each action; the first row becomes `init_state`. None: there are none.
         joint_states: (T, J) joint positions; zeros of width 7 when the robot has no arm.
         success: whether the last step fulfils the task; sets the last reward and done.
         attrs: further attributes (seed, kind, ...).
@@ -91,7 +91,8 @@ def write_demo(
         ValueError: lengths that differ, or an image array that is not uint8 (T, H, W, 3).
     """
     steps = len(actions)
-    arrays = {"intended_actions": intended_actions, "proprio": proprio, "states": states, **images}
+    arrays = {"intended_actions": intended_actions, "proprio": proprio, **images}
+    arrays |= {} if states is None else {"states": states}
     for name, array in arrays.items():
         if len(array) != steps:
             raise ValueError(f"{name} has {len(array)} rows, expected {steps}, one per action")
@@ -108,7 +109,6 @@ def write_demo(
     datasets = {
         "actions": actions,
         "intended_actions": intended_actions,
-        "states": states,
         "robot_states": np.concatenate([fingers, position, _quaternion(orientation)], 1),
         "rewards": rewards,
         "dones": rewards,
@@ -118,6 +118,9 @@ def write_demo(
         "obs/gripper_states": fingers,
         "obs/joint_states": np.zeros((steps, 7)) if joint_states is None else joint_states,
     }
+    if states is not None:
+        datasets["states"] = states
+        demo.attrs["init_state"] = states[0]
     for key, array in datasets.items():
         demo.create_dataset(key, data=array)
     for camera, array in images.items():
@@ -126,7 +129,6 @@ def write_demo(
         demo.create_dataset(f"obs/{camera}_rgb", data=array, chunks=chunks, compression="gzip", compression_opts=4)
     demo.attrs["num_samples"] = steps
     demo.attrs["model_file"] = ""
-    demo.attrs["init_state"] = states[0]
     demo.attrs["success"] = bool(success)
     for key, value in (attrs or {}).items():
         demo.attrs[key] = value

@@ -3,7 +3,10 @@
 Shapes: B batch, L frames, T chunk steps, C H W pixels.
 """
 
+import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vlarft.data.episodes import Episode
+from vlarft.data.episode import Episode
+from vlarft.data.frames import Frames
 from vlarft.schedule import generator
 
 
@@ -19,9 +23,9 @@ class Batch(NamedTuple):
     """A batch of windows that start at frame t of their episodes.
 
     frames: (B, L, C, H, W) float32 in [0, 1], frames t .. t+L-1
-    actions: (B, T, 7) executed raw actions t .. t+T-1
-    intended: (B, T, 7) intended raw actions
-    proprio: (B, 8) raw, at t
+    actions: (B, T, A) executed raw actions t .. t+T-1
+    intended: (B, T, A) intended raw actions
+    proprio: (B, P) raw, at t
     instructions: B strings
     context_frame: (B, C, H, W), the frame that the tokenizer conditions on: frame t, or an earlier one
         (`context_lookback`)
@@ -47,17 +51,25 @@ class WindowSampler:
 
     Args:
         episodes: one split.
-        num_frames: L. Windows with L > 1 start where L frames follow; with L = 1 at every frame.
+        num_frames: L. Windows with L > 1 start where L frames follow; with L = 1 at every frame. Shorter episodes are
+            left out, with a warning that names one.
         chunk: T. Actions beyond an episode's end are padded: no motion, gripper held.
         context_lookback: the context frame is drawn from this many frames before the segment (15 in RLVR-World); 0
             takes the segment's first frame.
+        num_workers: threads that decode images which are not in memory, those of the next batch while this one is used;
+            0 decodes in the caller; None takes half of the machine's cores, four at most. The batches are the same.
 
     Raises:
         ValueError: no episodes, none that is long enough, or episodes that differ in image size.
     """
 
     def __init__(
-        self, episodes: Sequence[Episode], num_frames: int = 9, chunk: int = 8, context_lookback: int = 0
+        self,
+        episodes: Sequence[Episode],
+        num_frames: int = 9,
+        chunk: int = 8,
+        context_lookback: int = 0,
+        num_workers: int | None = None,
     ) -> None:
         if not episodes:
             raise ValueError("no episodes to draw windows from: this split is empty; collect more, or split otherwise")
@@ -68,9 +80,22 @@ class WindowSampler:
         self.context_lookback = context_lookback
         starts = [(i, t) for i, episode in enumerate(self.episodes) for t in range(len(episode) - num_frames + 1)]
         if not starts:
-            longest = max(len(e) for e in episodes)
-            raise ValueError(f"no episode has the {num_frames} frames of a window; the longest has {longest}")
+            longest = max(episodes, key=len)
+            raise ValueError(
+                f"no episode has the {num_frames} frames of a window; the longest has {len(longest)}, {longest.name}"
+            )
+        if short := [e.name for e in self.episodes if len(e) < num_frames]:
+            warnings.warn(
+                f"{len(short)} of {len(self.episodes)} episodes are shorter than a window of {num_frames} frames and "
+                f"are left out, first {short[0]}",
+                stacklevel=2,
+            )
         self.starts = np.array(starts)  # (N, 2)
+        if num_workers is None:
+            num_workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+        self.num_workers = num_workers if any(isinstance(e.images, Frames) for e in episodes) else 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[tuple, list[Future]] = {}  # batches that are being decoded, by the arguments of `batch`
         self.key_positions = [_key_positions(e) for e in self.episodes]
 
     def __len__(self) -> int:
@@ -85,11 +110,31 @@ class WindowSampler:
             part: (number, count): a contiguous share of the same global batch, so that a run does not depend on the
                 number of processes or micro-batches.
         """
+        starts, lookback = self._draw(batch_size, seed, part)
+        if not self.num_workers:
+            return self.windows(starts, lookback)
+        key = (batch_size, seed, part)
+        waiting = self._ahead.pop(key, None) or self._decode(starts, lookback)
+        while len(self._ahead) >= max(2, part[1]):  # guesses that nobody came for
+            for future in self._ahead.pop(next(iter(self._ahead))):
+                future.cancel()
+        following = (batch_size, (*seed[:-1], seed[-1] + 1), part) if seed else None
+        if following and following not in self._ahead:
+            self._ahead[following] = self._decode(*self._draw(*following))
+        return self._collate(starts, [images for future in waiting for images in future.result()])
+
+    def _draw(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Starts (B, 2) and lookbacks (B,) of a share of a batch."""
         rng = np.random.default_rng(seed)
         picks, lookback = rng.integers(len(self.starts), size=batch_size), rng.random(batch_size)
         share = batch_size // part[1]
         rows = slice(part[0] * share, (part[0] + 1) * share)
-        return self.windows(self.starts[picks[rows]], lookback[rows])
+        return self.starts[picks[rows]], lookback[rows]
+
+    def _decode(self, starts: np.ndarray, lookback: np.ndarray) -> list[Future]:
+        self._pool = self._pool or ThreadPoolExecutor(self.num_workers, "windows")
+        shares = np.array_split(np.arange(len(starts)), self.num_workers)
+        return [self._pool.submit(self._look_at, starts[rows], lookback[rows]) for rows in shares if len(rows)]
 
     def spread(self, count: int) -> Batch:
         """`count` windows spread evenly over all starts: the same for every call, for validation."""
@@ -107,17 +152,27 @@ class WindowSampler:
             starts: (B, 2), rows of episode number and first frame.
             lookback: (B,) in [0, 1), which of the earlier frames is the context frame; None = frame t.
         """
-        frames, contexts, actions, intended, proprio, keys = [], [], [], [], [], []
-        for row, (i, t) in enumerate(starts):
+        return self._collate(starts, self._look_at(starts, lookback))
+
+    def _look_at(self, starts: np.ndarray, lookback: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        backs = [None] * len(starts) if lookback is None else lookback
+        return [self._look(int(i), int(t), back) for (i, t), back in zip(starts, backs)]
+
+    def _look(self, i: int, t: int, lookback: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """The frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
+        images, back = self.episodes[i].images, min(t, self.context_lookback)
+        frames = images[t : t + self.num_frames]
+        return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
+
+    def _collate(self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        actions, intended, proprio, keys = [], [], [], []
+        for i, t in starts:
             episode = self.episodes[i]
-            frames.append(episode.images[t : t + self.num_frames])
-            back = min(t, self.context_lookback)
-            offset = 1 + int(lookback[row] * back) if back and lookback is not None else 0
-            contexts.append(episode.images[t - offset])
-            actions.append(_padded(episode.actions, t, self.chunk))
-            intended.append(_padded(episode.intended, t, self.chunk))
+            actions.append(_padded(episode.actions, t, self.chunk, episode.absolute))
+            intended.append(_padded(episode.intended, t, self.chunk, episode.absolute))
             proprio.append(episode.proprio[t])
             keys.append(self.key_positions[i][t])
+        frames, contexts = zip(*images)
         return Batch(
             frames=_to_float(np.stack(frames)),
             actions=torch.from_numpy(np.stack(actions)),
@@ -156,20 +211,24 @@ def _to_float(images: np.ndarray) -> Tensor:
     return rearrange(torch.from_numpy(images), "... h w c -> ... c h w").float() / 255
 
 
-def _padded(actions: np.ndarray, start: int, chunk: int) -> np.ndarray:
-    """(chunk, 7) actions from `start`, padded beyond the end: no motion, gripper held."""
+def _padded(actions: np.ndarray, start: int, chunk: int, absolute: bool) -> np.ndarray:
+    """(chunk, A) actions from `start`, padded beyond the end: the last target, or no motion and the gripper held."""
     rows = actions[start : start + chunk]
     if len(rows) == chunk:
         return rows
-    padding = np.zeros((chunk - len(rows), actions.shape[1]), actions.dtype)
-    padding[:, -1] = actions[-1, -1]
+    padding = np.repeat(actions[-1:], chunk - len(rows), axis=0)
+    if not absolute:
+        padding[:, :-1] = 0
     return np.concatenate([rows, padding])
 
 
 def _key_positions(episode: Episode) -> np.ndarray:
-    """(T, 3) hand position at the next change of the intended gripper command after each step, else the last one."""
+    """(T, 3) hand position at the next change of the intended gripper command after each step, else the last one.
+
+    The first three proprio dimensions are taken for it, whatever the robot's are.
+    """
     closed = episode.intended[:, -1] > 0
-    out = np.empty((len(episode), 3), np.float32)
+    out = np.empty((len(episode), min(3, episode.proprio.shape[1])), np.float32)
     position = episode.proprio[-1, :3]
     for t in reversed(range(len(episode))):
         if t + 1 < len(episode) and closed[t + 1] != closed[t]:

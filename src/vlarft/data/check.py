@@ -1,0 +1,362 @@
+"""What is in a folder of demonstrations, and what would break training on it.
+
+    python -m vlarft.data.check PATH [--picture check.png] [--json check.json]
+
+Reads any format that `load_episodes` reads. Prints episodes, frames, fps, cameras, instructions, ranges of actions and
+proprioception, units, gripper, no-ops and image orientation, then warnings and errors; writes three sample frames of
+every camera. Exits with 1 where training would refuse the data, and with 0 otherwise, warnings or not.
+
+Hints are statistics, not proofs: look at the picture.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlarft.data.episode import Episode, no_ops
+from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
+from vlarft.data.frames import Frames
+from vlarft.data.video import VideoFrames, scan
+from vlarft.pictures import grid, save_png
+
+WINDOW = 9  # frames of a window of the world model
+FEW = 10  # episodes
+
+
+@dataclass
+class Report:
+    """facts: JSON-safe; warnings: what may spoil training; errors: what stops it."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Episode]]:
+    """Look at everything but most of the pixels.
+
+    Args:
+        path: demonstrations.
+        camera: the one that training will use, whose absence is then an error; None looks at all that are there.
+
+    Returns:
+        The report, and the episodes that could be read.
+    """
+    report, episodes = Report(), []
+    try:
+        report.facts["format"] = demo_files(path)[0]
+        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
+            episodes.append(episode)
+    except (ValueError, OSError, ImportError) as error:
+        report.errors.append(str(error))
+    if not episodes:
+        report.errors = report.errors or [f"{path} has no complete demonstrations"]
+        return report, []
+    report.errors += same_robot(episodes) + gripper_problems(episodes)
+    _contents(report, episodes)
+    if len({(e.actions.shape[1], e.proprio.shape[1]) for e in episodes}) == 1:
+        _numbers(report, episodes)
+        _gripper(report, episodes)
+        _motion(report, episodes)
+    try:
+        _images(report, episodes)
+    except (ValueError, OSError) as error:
+        report.errors.append(str(error))
+    return report, episodes
+
+
+def _contents(report: Report, episodes: Sequence[Episode]) -> None:
+    """Episodes, lengths, cameras, instructions."""
+    lengths, instructions = np.array([len(e) for e in episodes]), Counter(e.instruction for e in episodes)
+    sizes: dict[str, set[tuple[int, int]]] = {}
+    for e in episodes:
+        for name, images in e.cameras.items():
+            sizes.setdefault(name, set()).add(tuple(images.shape[1:3]))
+    fps = sorted({e.fps for e in episodes if e.fps is not None})
+    report.facts |= {
+        "episodes": len(episodes),
+        "frames": int(lengths.sum()),
+        "fps": fps[0] if len(fps) == 1 else fps or None,
+        "lengths": {"shortest": int(lengths.min()), "median": float(np.median(lengths)), "longest": int(lengths.max())},
+        "cameras": {name: [f"{h} x {w}" for h, w in sorted(s)] for name, s in sizes.items()},
+        "instructions": dict(instructions.most_common()),
+        "kinds": dict(Counter(e.kind if e.success or e.kind != "expert" else "failed" for e in episodes)),
+        "actions of the demonstrator apart from executed ones": any(e.intended is not e.actions for e in episodes),
+    }
+    warn = report.warnings.append
+    if len(episodes) < FEW:
+        warn(f"{len(episodes)} episodes: a held-out part needs 2 at least, training far more")
+    if short := [e for e in episodes if len(e) < WINDOW]:
+        warn(f"{len(short)} episodes are shorter than a window of {WINDOW} frames and are left out: {short[0].name}")
+    if len(long := [e for e in episodes if len(e) > 4 * np.median(lengths)]):
+        warn(f"{len(long)} episodes are more than 4 times as long as the median, first {long[0].name}: pauses in them?")
+    if not fps:
+        warn("the files do not say how many steps a second they have")
+    for name, found in sizes.items():
+        if len(found) > 1:
+            report.errors.append(f"camera {name} has images of several sizes: {sorted(found)}; convert with --size")
+        elif (size := next(iter(found)))[0] != size[1]:
+            warn(
+                f"camera {name} is {size[0]} x {size[1]}; the models take squares: convert with --size (--centre-crop)"
+            )
+    if missing := [n for n in sizes if any(n not in e.cameras for e in episodes)]:
+        warn(f"not every episode has the camera {', '.join(missing)}")
+    plain: dict[str, str] = {}
+    for text in instructions:
+        other = plain.setdefault(" ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()), text)
+        if other != text:
+            warn(f"instructions {other!r} and {text!r} differ in spelling alone; are they one task?")
+
+
+def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
+    """Statistics of actions and proprio, and columns that carry nothing."""
+    for name, values in (("actions", _joined(episodes, "intended")), ("proprio", _joined(episodes, "proprio"))):
+        low, high = values.min(0), values.max(0)
+        q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
+        rows = {"min": low, "q01": q01, "mean": values.mean(0), "std": values.std(0), "q99": q99, "max": high}
+        report.facts[name] = {k: [float(f"{x:.4g}") for x in v] for k, v in rows.items()}
+        motion = range(values.shape[1] - (name == "actions"))
+        if constant := [i for i in range(values.shape[1]) if high[i] - low[i] < 1e-6]:
+            report.warnings.append(f"{name} {constant} never change: missing columns, or a joint that is not used")
+        if narrow := [i for i in motion if q99[i] - q01[i] < 1e-6 < high[i] - low[i]]:
+            report.warnings.append(f"{name} {narrow} change in less than 2 % of the steps; the normaliser drops them")
+        if name == "actions":
+            stuck = [i for i in motion if i not in constant and np.isin(values[:, i], (low[i], high[i])).mean() > 0.2]
+            if stuck:
+                report.warnings.append(f"actions {stuck} are at their limits in over 20 % of the steps: clipped?")
+            outlier = [i for i in motion if high[i] - low[i] > 20 * (q99[i] - q01[i]) > 0]
+            if outlier:
+                report.warnings.append(f"actions {outlier} have outliers, 20 times their usual range: glitches?")
+
+
+def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
+    """Values, and whether the fingers close when +1 is commanded."""
+    gripper = _joined(episodes, "intended")[:, -1]
+    values = np.unique(gripper.round(4))
+    facts = report.facts["gripper"] = {
+        "range": [float(gripper.min()), float(gripper.max())],
+        "values": values.tolist() if len(values) <= 6 else f"{len(values)} different ones",
+        "closed in": f"{(gripper > 0).mean():.0%} of the steps",
+    }
+    if len(values) == 1:
+        report.warnings.append(f"the gripper command is always {values[0]:g}")
+        return
+    if any(e.proprio.shape[1] != 8 for e in episodes):
+        return
+    steady = 5  # steps that fingers need
+    width, closed = [], []
+    for e in episodes:
+        command = e.actions[:, -1] > 0
+        settled = [t for t in range(steady, len(e)) if (command[t - steady : t] == command[t]).all()]
+        width.append(np.abs(e.proprio[settled, 6:]).sum(1))
+        closed.append(command[settled])
+    width, closed = np.concatenate(width), np.concatenate(closed)
+    if closed.any() and not closed.all():
+        apart = {"open": float(width[~closed].mean()), "closed": float(width[closed].mean())}
+        facts["mean finger opening (proprio 6, 7) with the command"] = {k: float(f"{v:.4g}") for k, v in apart.items()}
+        if apart["closed"] > 1.05 * apart["open"]:
+            report.warnings.append(
+                "the fingers are further apart when the gripper command is positive: the sign looks inverted; "
+                "convert with --gripper 1 -1"
+            )
+
+
+def _motion(report: Report, episodes: Sequence[Episode]) -> None:
+    """No-ops, what a unit of action does, its delay, and whether actions are positions."""
+    idle = [no_ops(e) for e in episodes]
+    share = np.concatenate(idle).mean()
+    report.facts["no-ops"] = f"{int(sum(i.sum() for i in idle))} ({share:.1%} of the steps)"
+    if share > 0.05:
+        report.warnings.append(
+            f"{share:.0%} of the steps are no-ops; a policy learns to stop: convert with --drop-no-ops"
+        )
+    dims = range(min(episodes[0].actions.shape[1] - 1, episodes[0].proprio.shape[1]))
+    long = [e for e in episodes if len(e) > 12]
+    if not long:
+        return
+    report.facts["units"], positions = {}, []
+    for i in dims:
+        action, place = (np.concatenate([getattr(e, n)[:, i] for e in long]) for n in ("actions", "proprio"))
+        if action.std() < 1e-6 or place.std() < 1e-6:
+            continue
+        if any(_follows(long, i, lag) for lag in range(4)):
+            positions.append(i)
+        lags = {lag: _lagged(long, i, lag) for lag in range(-3, 5)}
+        best = max(lags, key=lambda lag: abs(lags[lag][0]))
+        r, slope = lags[best]
+        if abs(r) > 0.3:
+            report.facts["units"][f"action {i}"] = (
+                f"moves proprio {i} by {slope:.3g} a step and unit (r {r:.2f}, {best} late)"
+            )
+        if i < 3 and abs(r) > 0.5 and best < 0 and abs(r) > abs(lags[0][0]) + 0.1 and not positions:
+            report.warnings.append(
+                f"proprio {i} moves {-best} steps before action {i} says so: shifted against each other?"
+            )
+        if i < 3 and r < -0.5 and not positions:
+            report.warnings.append(f"proprio {i} moves against action {i} (r {r:.2f}): other axes, or another sign")
+    if positions and not episodes[0].absolute:
+        report.warnings.append(
+            f"actions {positions} are close to proprio {positions}: target positions rather than motions? If so, "
+            "convert with --absolute, so that holding still repeats them"
+        )
+    report.facts["actions are"] = "target positions" if episodes[0].absolute else "motions"
+
+
+def _follows(episodes: Sequence[Episode], dim: int, lag: int) -> bool:
+    """Whether proprio is, `lag` steps later, close to the action, as it is to a target position."""
+    action = np.concatenate([e.actions[: len(e) - lag, dim] for e in episodes])
+    place = np.concatenate([e.proprio[lag:, dim] for e in episodes])
+    return _correlation(action, place) > 0.95 and np.abs(action - place).mean() < 0.5 * place.std()
+
+
+def _lagged(episodes: Sequence[Episode], dim: int, lag: int) -> tuple[float, float]:
+    """Correlation, and slope, of the motion from step t + lag to the next with the action of step t."""
+    action, motion = [], []
+    for e in episodes:
+        step = np.diff(e.proprio[:, dim])  # step[t]: what action t did, without delay
+        lo, hi = max(0, -lag), min(len(step), len(step) - lag)
+        action.append(e.actions[lo:hi, dim])
+        motion.append(step[lo + lag : hi + lag])
+    action, motion = np.concatenate(action), np.concatenate(motion)
+    variance = action.var()
+    if variance < 1e-12 or motion.std() < 1e-12:
+        return 0.0, 0.0
+    return _correlation(action, motion), float(((action - action.mean()) * (motion - motion.mean())).mean() / variance)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _images(report: Report, episodes: Sequence[Episode]) -> None:
+    """Which way is up, frames that are black or stand still, keyframes of videos; from a sample."""
+    picked = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(12, len(episodes))).round().astype(int)]
+    report.facts["orientation"] = {}
+    for name in picked[0].cameras:
+        rows, hands, frozen, black, seen = [], [], 0, 0, 0
+        for e in (e for e in picked if name in e.cameras):
+            images = e.cameras[name]
+            gap = max(1, min(4, len(e) // 4))
+            for t in np.linspace(0, len(e) - 1 - gap, 12).astype(int) if len(e) > gap else ():
+                frames = images[t : t + gap + 1]
+                one, two = frames[0].astype(np.int16), frames[-1].astype(np.int16)
+                seen, black = seen + 1, black + (one.max() < 16)
+                commanded = np.abs(e.actions[t : t + gap, :-1]).max() > 1e-3
+                frozen += bool(commanded and (one == two).all())
+                moving = np.abs(two - one).max(-1) > 24
+                if moving.sum() > 0.0005 * moving.size and e.proprio.shape[1] >= 3:
+                    rows.append(np.flatnonzero(moving.any(1)).mean() / moving.shape[0])
+                    hands.append(e.proprio[t, :3])
+        if seen and black > 0.1 * seen:
+            report.warnings.append(f"camera {name}: {black / seen:.0%} of the sampled frames are black")
+        if seen and frozen > 0.2 * seen:
+            report.warnings.append(
+                f"camera {name}: {frozen / seen:.0%} of the frames stand still while the robot moves"
+            )
+        images = picked[0].cameras[name]
+        source = images.source if isinstance(images, Frames) else None
+        if isinstance(source, VideoFrames):
+            index = scan(source.path)
+            if (apart := len(index.pts) / max(1, len(index.keys))) > 30:
+                report.warnings.append(
+                    f"camera {name}: a keyframe every {apart:.0f} frames makes random windows slow; convert it "
+                    "(--format lerobot writes one every second frame)"
+                )
+        r = _partial_correlation(np.array(rows), np.array(hands)) if len(rows) >= 20 else None
+        if r is None:
+            report.facts["orientation"][name] = "too little motion to tell"
+            continue
+        verdict = "upright" if r < -0.3 else "upside down?" if r > 0.3 else "no clear sign"
+        report.facts["orientation"][name] = f"{verdict} (row of motion against proprio 2, taken as height: r {r:.2f})"
+        if r > 0.3:
+            report.warnings.append(
+                f"camera {name}: motion is lower in the image when the hand is higher (r {r:.2f}): upside down? Look "
+                "at the picture; convert with --turn"
+            )
+
+
+def _partial_correlation(rows: np.ndarray, hands: np.ndarray) -> float | None:
+    """Of rows (N,) with the third column of hands (N, 3), given the other two: a camera that looks down at an angle
+    sees what is nearer lower. None where one of them does not vary.
+    """
+    given = np.concatenate([np.ones((len(rows), 1)), hands[:, :2]], 1)
+    left = [v - given @ np.linalg.lstsq(given, v, rcond=None)[0] for v in (rows, hands[:, 2])]
+    return None if min(v.std() for v in left) < 1e-6 else _correlation(*left)
+
+
+def _joined(episodes: Sequence[Episode], name: str) -> np.ndarray:
+    return np.concatenate([getattr(e, name) for e in episodes])
+
+
+def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
+    """Three frames a camera: the start of the first episode, the middle of the middle one, the end of the last.
+
+    Returns:
+        uint8 (height, width, 3); a row for every camera, with its name.
+    """
+    places = (episodes[0], 0.0), (episodes[len(episodes) // 2], 0.5), (episodes[-1], 1.0)
+    rows, names = [], [n for n in episodes[0].cameras if all(n in e.cameras for e, _ in places)]
+    height, width = (max(e.cameras[n].shape[k] for e, _ in places for n in names) for k in (1, 2))
+    for name in names:
+        row = []
+        for e, share in places:
+            image = torch.from_numpy(np.array(e.cameras[name][round(share * (len(e) - 1))]))
+            canvas = torch.ones(3, height, width)
+            canvas[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1) / 255
+            row.append(canvas)
+        rows.append(row)
+    return grid(rows, names)
+
+
+def render(report: Report) -> str:
+    """The report as text."""
+    lines = []
+    for key, value in report.facts.items():
+        if key in ("actions", "proprio"):
+            lines.append(f"{key}:")
+            lines += [f"  {k:>5} " + " ".join(f"{x:>10.4g}" for x in row) for k, row in value.items()]
+        elif isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {k}: {v}" for k, v in list(value.items())[:20]]
+            lines += [f"  ... and {len(value) - 20} more"] if len(value) > 20 else []
+        else:
+            lines.append(f"{key}: {value}")
+    lines += [f"warning: {text}" for text in report.warnings] + [f"ERROR: {text}" for text in report.errors]
+    if not report.warnings and not report.errors:
+        lines.append("nothing to complain about")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlarft.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", help="demonstrations")
+    parser.add_argument("--camera", help="the one that training will use")
+    parser.add_argument("--picture", type=Path, default=Path("data_check.png"), help="PNG of sample frames to write")
+    parser.add_argument("--json", type=Path, help="file for the report as JSON")
+    args = parser.parse_args(argv)
+    report, episodes = check(args.path, args.camera)
+    if episodes:
+        try:
+            save_png(args.picture, sample_picture(episodes))
+            report.facts["picture"] = str(args.picture)
+        except (ValueError, OSError) as error:
+            report.errors.append(str(error))
+    if args.json:
+        args.json.write_text(json.dumps(vars(report), indent=2))
+    print(render(report))
+    return int(bool(report.errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,239 @@
+"""Demonstrations from one format to another, and into the units and sizes that training expects.
+
+    python -m vlarft.data.convert demos demos_lerobot --format lerobot                    HDF5 -> LeRobot v3.0, mp4
+    python -m vlarft.data.convert libero_goal_no_noops libero_goal --format hdf5          RLDS -> HDF5
+    python -m vlarft.data.convert my_robot ready --format lerobot --images png --size 256 256 --gripper 100 0
+
+SRC is anything that `load_episodes` reads; DST appears when it is complete. All cameras go along, and so do failed and
+noisy attempts with their marks. LeRobot data sets keep no simulator states; HDF5 takes robots of 7 action and 8 proprio
+dimensions alone, one file per instruction. Episodes get new names, so a split does not carry over: convert first.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
+from vlarft.data.episodes import demo_files, read_episodes
+from vlarft.data.frames import import_pillow
+from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
+from vlarft.data.lerobot_writer import write_lerobot
+
+
+def resize(images: np.ndarray, size: tuple[int, int], centre_crop: bool) -> np.ndarray:
+    """(T, H, W, 3) uint8 at another size, bicubic with antialiasing.
+
+    Args:
+        images: any size.
+        size: height and width of the result [px].
+        centre_crop: first cut the middle out, as large as it goes with the proportions of `size`; else they may change.
+    """
+    height, width = images.shape[1:3]
+    if centre_crop:
+        scale = min(height / size[0], width / size[1])
+        cut = round(size[0] * scale), round(size[1] * scale)
+        top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
+        images = images[:, top : top + cut[0], left : left + cut[1]]
+    if images.shape[1:3] == size:
+        return images
+    pillow = import_pillow()
+    small = [pillow.fromarray(np.ascontiguousarray(i)).resize(size[::-1], pillow.Resampling.BICUBIC) for i in images]
+    return np.stack([np.asarray(image) for image in small])
+
+
+def change(
+    episode: Episode,
+    *,
+    gripper: tuple[float, float] | None = None,
+    size: tuple[int, int] | None = None,
+    centre_crop: bool = False,
+    turn: bool = False,
+    drop_no_ops: bool = False,
+    absolute: bool | None = None,
+) -> Episode:
+    """An episode in other units; its images in memory where they change.
+
+    Args:
+        episode: as read.
+        gripper: values of the last action dimension that mean open and closed; they become -1 and +1, and what lies
+            beyond them is clipped.
+        size: height and width of all images [px].
+        centre_crop: see `resize`.
+        turn: turn all images by 180 degrees.
+        drop_no_ops: leave out steps that neither move nor change the gripper.
+        absolute: mark actions as target positions (True) or motions (False).
+
+    Raises:
+        ValueError: nothing but no-ops.
+    """
+    if absolute is not None:
+        episode = replace(episode, absolute=absolute)
+    if gripper is not None:
+
+        def mapped(actions: np.ndarray) -> np.ndarray:
+            out = actions.copy()
+            out[:, -1] = np.clip(2 * (actions[:, -1] - gripper[0]) / (gripper[1] - gripper[0]) - 1, -1, 1)
+            return out
+
+        actions = mapped(episode.actions)
+        own = episode.intended is not episode.actions
+        episode = replace(episode, actions=actions, intended=mapped(episode.intended) if own else actions)
+    cameras = dict(episode.cameras)
+    if turn or size:
+        for name, images in cameras.items():
+            array = np.asarray(images)
+            array = array[:, ::-1, ::-1] if turn else array
+            cameras[name] = resize(array, size, centre_crop) if size else array
+    columns = {name: getattr(episode, name) for name in ("proprio", "actions", "intended", "states")}
+    if drop_no_ops:
+        kept = ~no_ops(episode)
+        if not kept.any():
+            raise ValueError(f"{episode.name} consists of no-ops; remove it")
+        cameras = {name: np.asarray(images)[kept] for name, images in cameras.items()}
+        same = episode.intended is episode.actions
+        columns = {name: column if column is None else column[kept] for name, column in columns.items()}
+        columns["intended"] = columns["actions"] if same else columns["intended"]
+    main = next((name for name, images in episode.cameras.items() if images is episode.images), None)
+    images = cameras[main] if main else episode.images
+    return replace(episode, **columns, cameras=cameras, images=images)
+
+
+def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
+    """Write LIBERO's layout, <root>/<instruction>_demo.hdf5; the folder appears when it is complete.
+
+    Args:
+        root: folder to make.
+        episodes: 7 action and 8 proprio dimensions, motions; taken one at a time.
+        fps: control steps a second.
+
+    Returns:
+        The number of episodes.
+
+    Raises:
+        FileExistsError: `root` is there already.
+        ValueError: another robot, or absolute actions, which the layout does not have.
+    """
+    if root.exists():
+        raise FileExistsError(f"{root} is there already; remove it, or give another folder")
+    tmp = root.with_name(root.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    files: dict[str, Path] = {}
+    counts: dict[str, int] = {}
+    total = 0
+    for episode in episodes:
+        widths = episode.actions.shape[1], episode.proprio.shape[1]
+        if widths != (7, 8) or episode.absolute:
+            raise ValueError(
+                f"{episode.name} has {widths[0]} action and {widths[1]} proprio dimensions"
+                f"{', absolute actions' * episode.absolute}; LIBERO's HDF5 layout holds 7 and 8, motions: "
+                "give --format lerobot"
+            )
+        text = episode.instruction
+        if text not in files:
+            slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "task"
+            taken = {path.name for path in files.values()}
+            names = [f"{slug}_demo.hdf5", *(f"{slug}_{i}_demo.hdf5" for i in range(2, len(files) + 2))]
+            files[text] = tmp / next(name for name in names if name not in taken)
+        with import_h5py().File(files[text], "a") as file:
+            if "data" not in file:
+                write_task_attrs(file.create_group("data"), text, episode.env_args or {}, fps)
+            write_demo(
+                file["data"],
+                counts.get(text, 0),
+                images={_libero_name(name): np.asarray(images) for name, images in episode.cameras.items()},
+                actions=episode.actions,
+                intended_actions=episode.intended,
+                proprio=episode.proprio,
+                states=episode.states,
+                success=episode.success,
+                attrs={"kind": episode.kind, "source": episode.name},
+            )
+        counts[text] = counts.get(text, 0) + 1
+        total += 1
+    os.replace(tmp, root)
+    return total
+
+
+def _libero_name(camera: str) -> str:
+    return next((name for name, others in CAMERAS.items() if camera in others), camera)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see the module's docstring.
+
+    Raises:
+        FileExistsError: DST exists; ValueError: fps unknown; and the errors of reading and writing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vlarft.data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("src", type=Path, help="demonstrations of any format that is read")
+    add("dst", type=Path, help="folder to make")
+    add("--format", choices=("lerobot", "hdf5"), required=True, help="LeRobotDataset v3.0, or LIBERO's HDF5")
+    add("--camera", nargs="+", help="cameras to take along; default all")
+    add("--images", choices=("video", "png"), default="video", help="of a LeRobot set: mp4, or PNG without loss")
+    add("--codec", choices=("h264", "av1"), default="h264", help="of the videos")
+    add("--crf", type=int, default=18, help="quality of the videos; lower is better and larger")
+    add("--fps", type=float, help="where SRC does not say (RLDS; LIBERO's is 20)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="resize all images [px]")
+    add("--centre-crop", action="store_true", help="before --size, cut out the middle in its proportions")
+    add("--turn", action="store_true", help="turn all images by 180 degrees")
+    add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
+    add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
+    add("--absolute", action=argparse.BooleanOptionalAction, help="actions are target positions (or motions)")
+    args = parser.parse_args(argv)
+    if args.centre_crop and not args.size:
+        parser.error("--centre-crop goes with --size")
+    if args.gripper and args.gripper[0] == args.gripper[1]:
+        parser.error(f"--gripper: open and closed are both {args.gripper[0]:g}")
+    changes = {
+        "gripper": args.gripper,
+        "size": tuple(args.size) if args.size else None,
+        "centre_crop": args.centre_crop,
+        "turn": args.turn,
+        "drop_no_ops": args.drop_no_ops,
+        "absolute": args.absolute,
+    }
+    with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
+    # the first camera of any name will do: all are in Episode.cameras
+    camera = args.camera[0] if args.camera else None
+    source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, cache_bytes=0)
+    first = next(source, None)
+    if first is None:
+        raise FileNotFoundError(f"{args.src} has no demonstrations")
+    fps = args.fps or first.fps
+    if fps is None:
+        raise ValueError(f"{args.src} does not say how many steps a second it has: give --fps (LIBERO: 20)")
+
+    def changed() -> Iterator[Episode]:
+        yield from (one(episode) for episode in [first])
+        yield from (one(episode) for episode in source)
+
+    def one(episode: Episode) -> Episode:
+        if args.fps is None and episode.fps not in (None, fps):
+            raise ValueError(f"{episode.name} has {episode.fps:g} fps, {first.name} {fps:g}: convert them apart")
+        if args.camera:
+            names = [pick_camera(episode.cameras, name, episode.name) for name in args.camera]
+            episode = replace(episode, cameras={name: episode.cameras[name] for name in names})
+        return change(episode, **changes)
+
+    episodes = tqdm(changed(), unit="episode", disable=not sys.stderr.isatty())
+    if args.format == "hdf5":
+        count = write_hdf5(args.dst, episodes, fps)
+    else:
+        count = write_lerobot(args.dst, episodes, fps, images=args.images, codec=args.codec, crf=args.crf)
+    print(f"{count} episodes -> {args.dst}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

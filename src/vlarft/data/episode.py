@@ -1,0 +1,110 @@
+"""One demonstration, whatever file it comes from.
+
+Shapes: T steps, H and W pixels, A action dim, P proprio dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlarft.data.frames import Frames
+
+Images = np.ndarray | Frames  # uint8 (T, H, W, 3)
+
+# the same camera by the names of LIBERO's HDF5 files, of LeRobot's copies of LIBERO, and of RLDS
+CAMERAS = {"agentview": ("image",), "eye_in_hand": ("image2", "wrist_image")}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration.
+
+    images: (T, H, W, 3) uint8, upright, frame t seen before action t; an array, or `Frames` that are decoded on access
+    proprio: (T, P) float32; in LIBERO P = 8: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]
+    actions: (T, A) float32, executed raw environment actions, gripper last, -1 open and +1 close; what the world model
+        learns from; in LIBERO A = 7
+    intended: (T, A) float32, what the demonstrator wanted before noise; what the policy imitates
+    states: (T, S) float64 simulator states, or None where the file has none
+    name: suite/file/demo or data set/episode, unique in a data set: the split is stored by it
+    cameras: all cameras' images by name; `images` is one of them
+    fps: control steps a second, or None where the file does not say
+    absolute: actions are target positions, so that holding still repeats the last one; False: they are motions
+    """
+
+    name: str
+    instruction: str
+    images: Images
+    proprio: np.ndarray
+    actions: np.ndarray
+    intended: np.ndarray
+    success: bool = True
+    kind: str = "expert"
+    states: np.ndarray | None = None
+    env_args: dict | None = None
+    cameras: Mapping[str, Images] = field(default_factory=dict)
+    fps: float | None = None
+    absolute: bool = False
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
+    """The key of `cameras` that `name` means: itself, or another format's name of the same camera (`CAMERAS`).
+
+    None is the first, for those who look at all of them.
+
+    Raises:
+        ValueError: there is none, naming those there are.
+    """
+    same = next((group for group in ((k, *v) for k, v in CAMERAS.items()) if name in group), ())
+    for candidate in (name, *same) if name is not None else tuple(cameras)[:1]:
+        if candidate in cameras:
+            return candidate
+    raise ValueError(
+        f"{where} has no camera {name!r}; it has {', '.join(cameras) or 'none'}: give --camera one of them"
+    )
+
+
+def check_numbers(values: np.ndarray, where: str, width: int | None = None) -> np.ndarray:
+    """(T, D) as float32.
+
+    Args:
+        values: one row per step.
+        where: file and field, for errors.
+        width: D, if it must be this.
+
+    Raises:
+        ValueError: another shape, NaN or infinite values.
+    """
+    values = np.asarray(values).astype(np.float32)
+    if values.ndim != 2 or (width is not None and values.shape[1] != width):
+        raise ValueError(f"{where} must have shape (T, {width or 'D'}), got {values.shape}")
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(f"{where} has {values[row, column]} at row {row}, column {column}; remove or repair it")
+    return values
+
+
+def check_lengths(where: str, **columns: object) -> None:
+    """All columns have as many rows as each other.
+
+    Raises:
+        ValueError: they do not; the message gives every length.
+    """
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{where}: lengths differ: {lengths}")
+
+
+def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
+    """(T,) bool: steps whose intended action neither moves nor changes the gripper (the rule of the public pipelines).
+
+    Absolute targets do not move where they repeat the one before.
+    """
+    motion, gripper = episode.intended[:, :-1], episode.intended[:, -1]
+    if episode.absolute:
+        motion = np.diff(motion, axis=0, prepend=np.inf)
+    same = np.diff(gripper, prepend=gripper[:1]) == 0
+    return (np.abs(motion).max(1) < threshold) & same

@@ -1,0 +1,144 @@
+"""Images of an episode that stay on disk, compressed, until they are looked at.
+
+`Frames` indexes like a uint8 array (T, H, W, 3). What has been decoded is kept, for as long as the `Budget` that a
+data set shares has room: a small set is decoded once, a large one window by window.
+
+A source has one method, `read(lo, hi) -> (first, images)`: frames lo .. hi - 1 and whatever had to be decoded with
+them, images[0] being frame `first` <= lo.
+"""
+
+import io
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+    """Where frames come from."""
+
+    def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
+        """(first, uint8 (N, H, W, 3)), which holds frames lo .. hi - 1."""
+        ...
+
+
+class Budget:
+    """Bytes of decoded frames that a data set may keep in memory."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes, if they are left."""
+        with self._lock:
+            if self.used + size > self.limit:
+                return False
+            self.used += size
+            return True
+
+
+class Frames:
+    """Frames of an episode, decoded on access; an integer or a slice gives an array, as anything else that numpy knows.
+
+    Args:
+        source: see above.
+        shape: (T, H, W, 3).
+        budget: decoded frames that may be kept.
+        where: file and field, for errors.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, source: Source, shape: Sequence[int], budget: Budget, where: str) -> None:
+        self.source, self.budget, self.where = source, budget, where
+        self.shape = tuple(int(n) for n in shape)
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, slice):
+            lo, hi, step = key.indices(len(self))
+            if step == 1:
+                return self._range(lo, max(lo, hi))
+        elif isinstance(key, int | np.integer):
+            t = int(key) + len(self) * (key < 0)
+            if not 0 <= t < len(self):
+                raise IndexError(f"frame {key} of {len(self)}")
+            return self._range(t, t + 1)[0]
+        return np.asarray(self)[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._range(0, len(self)).astype(dtype or self.dtype, copy=False)
+
+    def _range(self, lo: int, hi: int) -> np.ndarray:
+        kept = [self._kept.get(t) for t in range(lo, hi)]
+        if hi == lo:
+            return np.zeros((0, *self.shape[1:]), self.dtype)
+        if all(frame is not None for frame in kept):
+            return np.stack(kept)
+        first, images = self.source.read(lo, hi)
+        if images.shape[1:] != self.shape[1:] or len(images) < hi - first:
+            raise ValueError(
+                f"{self.where}: {len(images)} frames of {images.shape[1]} x {images.shape[2]} from frame {first} on, "
+                f"expected up to frame {hi - 1} of {self.shape[1]} x {self.shape[2]}; the file is damaged, or its "
+                "metadata is of another one"
+            )
+        for t, image in enumerate(images, first):
+            if t not in self._kept and self.budget.take(image.nbytes):
+                self._kept[t] = image.copy()  # a view would keep its neighbours alive
+        return images[lo - first : hi - first]
+
+
+def import_pillow() -> Any:
+    """The module PIL.Image.
+
+    Raises:
+        ImportError: pillow is missing; the message says which extra brings it.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('reading PNG and JPEG images needs pillow: pip install "vlarft[formats]"') from error
+    return Image
+
+
+def map_file(path: Path) -> np.ndarray:
+    """A file's bytes, (N,) uint8, mapped into memory: read when they are looked at, and shared between processes."""
+    # a plain array: np.memmap's own class makes every slice slower
+    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+
+
+def decode_image(blob: Any, where: str) -> np.ndarray:
+    """A PNG, JPEG or other picture file as uint8 (H, W, 3).
+
+    Raises:
+        ValueError: no picture, or a damaged one.
+    """
+    try:
+        with import_pillow().open(io.BytesIO(blob)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{where} is not a readable image ({error}); the file is damaged") from error
+
+
+class EncodedImages:
+    """A source of one picture file (PNG, JPEG) per frame.
+
+    Args:
+        blobs: (lo, hi) -> the contents of frames lo .. hi - 1.
+        where: file and field, for errors.
+    """
+
+    def __init__(self, blobs: Callable[[int, int], Sequence[Any]], where: str) -> None:
+        self.blobs, self.where = blobs, where
+
+    def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
+        pictures = [decode_image(b, f"{self.where}, frame {t}") for t, b in enumerate(self.blobs(lo, hi), lo)]
+        if len({p.shape for p in pictures}) > 1:
+            raise ValueError(f"{self.where}: frames {lo} .. {hi - 1} differ in size: {[p.shape for p in pictures]}")
+        return lo, np.stack(pictures)

@@ -1,0 +1,175 @@
+"""Episodes of LIBERO's HDF5 layout (`hdf5.py`): the original files and ours.
+
+Images stay in the file: uncompressed ones (the original files) are mapped into memory, gzip chunks (ours) are found
+once and inflated without HDF5's lock when they are looked at, anything else is read through h5py.
+"""
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlarft.data.episode import Episode, Images, check_lengths, check_numbers, pick_camera
+from vlarft.data.frames import Budget, Frames, map_file
+from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file
+
+if TYPE_CHECKING:
+    import h5py
+
+
+def read_hdf5(
+    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
+) -> Iterator[Episode]:
+    """The demonstrations of one file.
+
+    Args:
+        path: the file.
+        camera: name of the images, `obs/<camera>_rgb`.
+        budget: decoded frames that may be kept.
+        keep: (name, success, kind) -> whether the demonstration is wanted.
+        with_states: also read the simulator states.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated file, missing camera or dataset, NaN, wrong widths.
+    """
+    with open_demo_file(path) as file:
+        data, content = file["data"], map_file(path)
+        turned = data.attrs.get("image_convention", "") != "upright"
+        instruction = _instruction(data, path)
+        env_args = json.loads(data.attrs["env_args"]) if data.attrs.get("env_args") else None
+        fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
+        for key in demo_names(data):
+            name, demo, where = f"{path.parent.name}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
+            success, kind = bool(demo.attrs.get("success", True)), str(demo.attrs.get("kind", "expert"))
+            if not keep(name, success, kind):
+                continue
+            cameras = {
+                k.removesuffix("_rgb"): _images(demo["obs"][k], f"{where}/obs/{k}", content, turned, budget, path)
+                for k in (sorted(demo["obs"]) if "obs" in demo else ())
+                if k.endswith("_rgb")
+            }
+            images = cameras[pick_camera(cameras, camera, where)]
+            actions = _numbers(demo, "actions", 7, where)
+            intended = _numbers(demo, "intended_actions", 7, where) if "intended_actions" in demo else actions
+            proprio = np.concatenate(
+                [_numbers(demo, "obs/ee_states", 6, where), _numbers(demo, "obs/gripper_states", 2, where)], 1
+            )
+            check_lengths(where, actions=actions, images=images, proprio=proprio, intended_actions=intended)
+            yield Episode(
+                name=name,
+                instruction=instruction,
+                images=images,
+                proprio=proprio,
+                actions=actions,
+                intended=intended,
+                success=success,
+                kind=kind,
+                states=_dataset(demo, "states", where) if with_states else None,
+                env_args=env_args,
+                cameras=cameras,
+                fps=None if fps is None else float(fps),
+            )
+
+
+def _images(
+    dataset: "h5py.Dataset", where: str, content: np.ndarray, turned: bool, budget: Budget, path: Path
+) -> Images:
+    """The images of one camera, upright: a view of the file, or frames that are decoded on access."""
+    shape = dataset.shape
+    if len(shape) != 4 or shape[-1] != 3 or dataset.dtype != np.uint8:
+        raise ValueError(f"{where} must be uint8 (T, H, W, 3), got {dataset.dtype} {shape}")
+    start, size = dataset.id.get_offset(), int(np.prod(shape))
+    if start is not None and dataset.chunks is None:
+        images = content[start : start + size].reshape(shape)
+        return images[:, ::-1, ::-1] if turned else images
+    if dataset.chunks and dataset.chunks[1:] == shape[1:] and _filters(dataset) in ([], ["deflate"]):
+        source: _Chunks | _Slices = _Chunks(dataset, content, turned, where)
+    else:
+        source = _Slices(path, dataset.name, turned, dataset.chunks[0] if dataset.chunks else 1)
+    return Frames(source, shape, budget, where)
+
+
+def _filters(dataset: "h5py.Dataset") -> list[str]:
+    plist = dataset.id.get_create_plist()
+    return [plist.get_filter(i)[3].decode() for i in range(plist.get_nfilters())]
+
+
+class _Chunks:
+    """Whole frames in chunks, deflated or plain."""
+
+    def __init__(self, dataset: "h5py.Dataset", content: np.ndarray, turned: bool, where: str) -> None:
+        self.content, self.turned, self.where = content, turned, where
+        self.shape, self.rows = dataset.shape[1:], dataset.chunks[0]
+        self.places: dict[int, tuple[int, int, bool]] = {}  # chunk -> offset, bytes, plain
+        deflated = bool(_filters(dataset))
+
+        def note(chunk) -> None:
+            plain = not deflated or bool(chunk.filter_mask)
+            self.places[chunk.chunk_offset[0] // self.rows] = (chunk.byte_offset, chunk.size, plain)
+
+        dataset.id.chunk_iter(note)
+
+    def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
+        first, last = lo // self.rows, (hi - 1) // self.rows
+        out = np.empty(((last + 1 - first) * self.rows, *self.shape), np.uint8)
+        for number, rows in zip(range(first, last + 1), out.reshape(-1, self.rows, *self.shape)):
+            if number not in self.places:
+                raise ValueError(f"{self.where}: frames {number * self.rows} .. were never written; collect it again")
+            offset, size, plain = self.places[number]
+            stored = self.content[offset : offset + size]
+            try:
+                raw = stored if plain else np.frombuffer(zlib.decompress(stored), np.uint8)
+                rows[...] = raw.reshape(rows.shape)
+            except (zlib.error, ValueError) as error:
+                raise ValueError(f"{self.where}, frames from {number * self.rows} on: {error}; damaged file") from error
+        return first * self.rows, out[:, ::-1, ::-1] if self.turned else out
+
+
+@functools.lru_cache(maxsize=32)
+def _open(path: Path, process: int) -> "h5py.File":
+    return import_h5py().File(path, "r")  # a handle must not cross a fork, hence `process`
+
+
+class _Slices:
+    """Any other storage, through h5py."""
+
+    def __init__(self, path: Path, key: str, turned: bool, rows: int) -> None:
+        self.path, self.key, self.turned, self.rows = path, key, turned, rows
+
+    def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
+        first, last = lo - lo % self.rows, hi + -hi % self.rows
+        try:
+            images = _open(self.path, os.getpid())[self.key][first:last]
+        except OSError as error:
+            raise ValueError(f"{self.path}: {self.key} cannot be read ({error}); the file is damaged") from error
+        return first, images[:, ::-1, ::-1] if self.turned else images
+
+
+def _instruction(data: "h5py.Group", path: Path) -> str:
+    info = json.loads(data.attrs["problem_info"]) if "problem_info" in data.attrs else {}
+    text = info.get("language_instruction", "")
+    text = " ".join(text) if isinstance(text, list) else text
+    if not text.strip():
+        raise ValueError(f"{path}: attribute problem_info of 'data' has no language_instruction")
+    return text.strip()
+
+
+def _dataset(demo: "h5py.Group", key: str, where: str) -> np.ndarray:
+    if key not in demo:
+        group = key.rpartition("/")[0]
+        there = sorted(demo[group]) if group and group in demo else sorted(demo)
+        raise ValueError(f"{where} has no {key}; it has {', '.join(there)}. Collect it again")
+    try:
+        return demo[key][()]
+    except OSError as error:
+        raise ValueError(f"{where}/{key} cannot be read ({error}); the file is damaged") from error
+
+
+def _numbers(demo: "h5py.Group", key: str, width: int, where: str) -> np.ndarray:
+    return check_numbers(_dataset(demo, key, where), f"{where}/{key}", width)

@@ -1,0 +1,341 @@
+"""Episodes as a LeRobotDataset v3.0: parquet tables, with one mp4 per camera and ~200 MB, or PNG images in the tables.
+
+Layout and keys: see `lerobot.py`. LIBERO's cameras get the keys of its LeRobot copies (agentview: image, eye_in_hand:
+image2). Videos have a keyframe at every second frame, as LeRobot's own, so that any window is a short decode.
+"""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlarft.data.episode import CAMERAS, Episode
+from vlarft.data.frames import import_pillow
+from vlarft.data.lerobot import import_parquet
+from vlarft.data.video import import_av
+
+CHUNK_FILES, DATA_BYTES, VIDEO_BYTES = 1000, 100 << 20, 200 << 20  # LeRobot's defaults
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+INDICES = {"timestamp": "float32", **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")}
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+ENCODERS = {"h264": ("libx264", {"bf": "0"}), "av1": ("libsvtav1", {"preset": "8"})}
+IMAGE_ROWS = 16  # rows of a row group with images: the least that a window reads
+
+Codec = Literal["h264", "av1"]
+
+
+def write_lerobot(
+    root: str | Path,
+    episodes: Iterable[Episode],
+    fps: float,
+    *,
+    images: Literal["video", "png"] = "video",
+    codec: Codec = "h264",
+    crf: int = 18,
+    robot_type: str | None = None,
+) -> int:
+    """Write a data set; it appears at `root` when it is complete.
+
+    Args:
+        root: folder to make.
+        episodes: all of one robot, with all their cameras in `Episode.cameras`; taken one at a time.
+        fps: frames a second.
+        images: mp4 files, which lose a little, or PNG images, which lose nothing.
+        codec: of the videos.
+        crf: quality of the videos; lower is better and larger.
+        robot_type: a name for info.json.
+
+    Returns:
+        The number of episodes.
+
+    Raises:
+        FileExistsError: `root` is there already.
+        ValueError: no episodes, episodes of different robots or cameras, or images of odd size for a video.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} is there already; remove it, or give another folder")
+    tmp = root.with_name(root.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    writer = None
+    for episode in episodes:
+        if writer is None:
+            writer = _Writer(tmp, episode, fps, images, codec, crf)
+        writer.add(episode)
+    if writer is None:
+        raise ValueError(f"no episodes to write to {root}")
+    writer.finish(robot_type)
+    os.replace(tmp, root)
+    return len(writer.entries)
+
+
+def camera_key(name: str) -> str:
+    """The feature key of a camera."""
+    key = {"agentview": "image", "eye_in_hand": "image2"}.get(name, name)
+    return f"observation.images.{'image2' if key in CAMERAS['eye_in_hand'] else key}"
+
+
+class _Place:
+    """Numbers of the chunk and the file that is being written, and bytes in it."""
+
+    def __init__(self) -> None:
+        self.chunk = self.file = self.bytes = 0
+
+    def next(self) -> None:
+        self.file, self.bytes = self.file + 1, 0
+        if self.file == CHUNK_FILES:
+            self.chunk, self.file = self.chunk + 1, 0
+
+    def indices(self) -> dict[str, int]:
+        return {"chunk_index": self.chunk, "file_index": self.file}
+
+
+class _Video:
+    """The mp4 files of a camera, one episode after the other."""
+
+    def __init__(self, root: Path, key: str, fps: float, codec: Codec, crf: int) -> None:
+        self.root, self.key, self.fps, self.codec, self.crf = root, key, fps, codec, crf
+        self.place, self.frames, self.container, self.stream = _Place(), 0, None, None
+
+    def add(self, images: np.ndarray) -> dict[str, Any]:
+        """Append (T, H, W, 3) uint8; returns the episode's columns."""
+        if self.container is not None and self.place.bytes > VIDEO_BYTES:
+            self.close()
+            self.place.next()
+        if self.container is None:
+            self._open(images.shape[1:3])
+        av, start = import_av(), self.frames
+        for image in images:
+            self._mux(self.stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        self.frames += len(images)
+        times = {"from_timestamp": start / self.fps, "to_timestamp": self.frames / self.fps}
+        return {f"videos/{self.key}/{k}": v for k, v in {**self.place.indices(), **times}.items()}
+
+    @property
+    def path(self) -> Path:
+        return self.root / VIDEO_PATH.format(video_key=self.key, **self.place.indices())
+
+    def _open(self, size: tuple[int, int]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        encoder, options = ENCODERS[self.codec]
+        self.container, self.frames = import_av().open(str(self.path), "w"), 0
+        rate = Fraction(self.fps).limit_denominator(1000)
+        self.stream = self.container.add_stream(encoder, rate=rate, options={"g": "2", "crf": str(self.crf), **options})
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, "yuv420p"
+
+    def _mux(self, packets: list[Any]) -> None:
+        self.place.bytes += sum(packet.size for packet in packets)
+        self.container.mux(packets)
+
+    def close(self) -> None:
+        if self.container is not None:
+            self._mux(self.stream.encode())
+            self.container.close()
+            self.container = None
+
+
+class _Writer:
+    def __init__(self, root: Path, first: Episode, fps: float, images: str, codec: Codec, crf: int) -> None:
+        self.root, self.fps, self.images, self.codec = root, fps, images, codec
+        self.shapes = _shapes(first)
+        if not self._cameras:
+            raise ValueError(
+                f"{first.name} has no images in Episode.cameras; a data set without cameras is of no use here"
+            )
+        self.absolute, self.has_intended = first.absolute, first.intended is not first.actions
+        if images == "video":
+            for key, shape in self.shapes.items():
+                if len(shape) == 3 and (shape[0] % 2 or shape[1] % 2):
+                    raise ValueError(
+                        f"{first.name}: {key} is {shape[0]} x {shape[1]}; videos need even sizes: give PNG"
+                    )
+        self.videos = {k: _Video(root, k, fps, codec, crf) for k in self._cameras} if images == "video" else {}
+        self.tasks: dict[str, int] = {}
+        self.entries: list[dict[str, Any]] = []
+        self.columns: dict[str, list[np.ndarray]] = {"action": [], "observation.state": []}
+        if self.has_intended:
+            self.columns["intended_action"] = []
+        self.histograms = {key: np.zeros((3, 256), np.int64) for key in self._cameras}
+        self.place, self.table, self.total = _Place(), None, 0
+
+    @property
+    def _cameras(self) -> list[str]:
+        return [key for key, shape in self.shapes.items() if len(shape) == 3]
+
+    def add(self, episode: Episode) -> None:
+        if _shapes(episode) != self.shapes or episode.absolute != self.absolute:
+            raise ValueError(
+                f"{episode.name} has {_shapes(episode)}, the episodes before it {self.shapes}; one robot a set"
+            )
+        number, steps, task = (
+            len(self.entries),
+            len(episode),
+            self.tasks.setdefault(episode.instruction, len(self.tasks)),
+        )
+        values = {"action": episode.actions, "observation.state": episode.proprio}
+        if self.has_intended:
+            values["intended_action"] = episode.intended
+        grid = np.arange(steps)
+        indices = {
+            "timestamp": (grid / self.fps).astype(np.float32),
+            "frame_index": grid,
+            "episode_index": np.full(steps, number),
+            "index": self.total + grid,
+            "task_index": np.full(steps, task),
+        }
+        entry = {
+            "episode_index": number,
+            "tasks": [episode.instruction],
+            "length": steps,
+            "dataset_from_index": self.total,
+            "dataset_to_index": self.total + steps,
+            "success": bool(episode.success),
+            "kind": episode.kind,
+        }
+        pictures = {}
+        for name, frames in episode.cameras.items():
+            key, array = camera_key(name), np.asarray(frames)
+            counts = _histogram(array)
+            self.histograms[key] += counts
+            entry |= {f"stats/{key}/{k}": v for k, v in _image_stats(counts).items()}
+            if self.videos:
+                entry |= self.videos[key].add(array)
+            else:
+                pictures[key] = [_png(image) for image in array]
+        for key, array in values.items():
+            self.columns[key].append(array)
+            entry |= {f"stats/{key}/{k}": v for k, v in _stats(array).items()}
+        entry |= {f"data/{k}": v for k, v in self._rows(values, indices, pictures).items()}
+        self.entries.append(entry)
+        self.total += steps
+
+    def _rows(self, values: dict, indices: dict, pictures: dict) -> dict[str, int]:
+        """Append an episode's rows to the data file; returns where that is."""
+        import pyarrow as pa
+
+        arrays: dict[str, Any] = {
+            k: pa.array([{"bytes": b, "path": None} for b in v], _image_type()) for k, v in pictures.items()
+        }
+        for key, array in values.items():
+            flat = pa.array(np.ascontiguousarray(array, np.float32).ravel())
+            arrays[key] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+        table = pa.table({**arrays, **{k: pa.array(v) for k, v in indices.items()}})
+        if self.table is not None and self.place.bytes > DATA_BYTES:
+            self.table.close()
+            self.table = None
+            self.place.next()
+        if self.table is None:
+            path = self.root / DATA_PATH.format(**self.place.indices())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.table = import_parquet().ParquetWriter(path, table.schema, compression="snappy", use_dictionary=False)
+        self.table.write_table(table, row_group_size=IMAGE_ROWS if pictures else None)
+        self.place.bytes += table.nbytes
+        return self.place.indices()
+
+    def finish(self, robot_type: str | None) -> None:
+        import pyarrow as pa
+
+        for video in self.videos.values():
+            video.close()
+        self.table.close()
+        parquet, meta = import_parquet(), self.root / "meta"
+        place = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        path = meta / "episodes" / "chunk-000" / "file-000.parquet"
+        path.parent.mkdir(parents=True)
+        parquet.write_table(pa.Table.from_pylist([{**entry, **place} for entry in self.entries]), path)
+        tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
+        index = {
+            "index_columns": ["task"],
+            "column_indexes": [],
+            "pandas_version": "2.2.0",
+        }  # so that pandas indexes by it
+        index["columns"] = [
+            {"name": n, "field_name": n, "pandas_type": p, "numpy_type": t, "metadata": None}
+            for n, p, t in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
+        ]
+        parquet.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(index)}), meta / "tasks.parquet")
+        stats = {k: _stats(np.concatenate(v)) for k, v in self.columns.items()}
+        stats |= {k: _image_stats(v) for k, v in self.histograms.items()}
+        (meta / "stats.json").write_text(json.dumps(stats, indent=2))
+        info = {
+            "codebase_version": "v3.0",
+            "robot_type": robot_type,
+            "total_episodes": len(self.entries),
+            "total_frames": self.total,
+            "total_tasks": len(self.tasks),
+            "chunks_size": CHUNK_FILES,
+            "data_files_size_in_mb": DATA_BYTES >> 20,
+            "video_files_size_in_mb": VIDEO_BYTES >> 20,
+            "fps": int(self.fps) if float(self.fps).is_integer() else self.fps,
+            "splits": {"train": f"0:{len(self.entries)}"},
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.videos else None,
+            "features": {k: self._feature(k, shape) for k, shape in self.shapes.items()},
+            "vlarft": {"absolute": self.absolute},
+        }
+        if self.has_intended:
+            info["features"]["intended_action"] = self._feature("intended_action", self.shapes["action"])
+        info["features"] |= {k: {"dtype": dtype, "shape": [1], "names": None} for k, dtype in INDICES.items()}
+        (meta / "info.json").write_text(json.dumps(info, indent=2))
+
+    def _feature(self, key: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        if len(shape) == 1:
+            return {"dtype": "float32", "shape": list(shape), "names": None}
+        feature = {"dtype": "image", "shape": list(shape), "names": ["height", "width", "channel"]}
+        if self.videos:
+            about = {"height": shape[0], "width": shape[1], "codec": self.codec, "pix_fmt": "yuv420p", "fps": self.fps}
+            about |= {"channels": 3, "is_depth_map": False}
+            feature |= {"dtype": "video", "info": {**{f"video.{k}": v for k, v in about.items()}, "has_audio": False}}
+        return feature
+
+
+def _image_type() -> Any:
+    import pyarrow as pa
+
+    return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def _shapes(episode: Episode) -> dict[str, tuple[int, ...]]:
+    """Feature key -> shape of one frame's value."""
+    shapes = {"observation.state": episode.proprio.shape[1:], "action": episode.actions.shape[1:]}
+    return {**shapes, **{camera_key(name): tuple(images.shape[1:]) for name, images in episode.cameras.items()}}
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    import_pillow().fromarray(image).save(file, "png", compress_level=3)
+    return file.getvalue()
+
+
+def _stats(values: np.ndarray) -> dict[str, list]:
+    """LeRobot's statistics of (N, D)."""
+    quantiles = np.quantile(values, QUANTILES, axis=0)
+    out = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, dtype=np.float64)}
+    out |= {"std": values.std(0, dtype=np.float64), "count": np.array([len(values)])}
+    out |= {f"q{round(100 * q):02d}": row for q, row in zip(QUANTILES, quantiles)}
+    return {k: v.tolist() for k, v in out.items()}
+
+
+def _histogram(images: np.ndarray) -> np.ndarray:
+    """(3, 256) counts of a sample of the pixels of (T, H, W, 3)."""
+    step = max(1, len(images) // 50)
+    pixels = images[::step, ::4, ::4].reshape(-1, 3)
+    return np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(3)])
+
+
+def _image_stats(counts: np.ndarray) -> dict[str, list]:
+    """LeRobot's statistics of images in [0, 1], (3, 1, 1) each."""
+    levels, total = np.arange(256) / 255, counts.sum(1, keepdims=True)
+    mean = (counts * levels).sum(1, keepdims=True) / total
+    share = counts.cumsum(1) / total
+    out = {"min": levels[(counts > 0).argmax(1)], "max": levels[255 - (counts[:, ::-1] > 0).argmax(1)], "mean": mean}
+    out |= {"std": np.sqrt((counts * (levels - mean) ** 2).sum(1) / total[:, 0])}
+    out |= {f"q{round(100 * q):02d}": levels[(share >= q).argmax(1)] for q in QUANTILES}
+    return {**{k: v.reshape(3, 1, 1).tolist() for k, v in out.items()}, "count": [int(total[0, 0])]}

@@ -1,0 +1,112 @@
+"""Episodes of RLDS data sets in TFRecord files, as `modified_libero_rlds` is published: one tf.train.Example each.
+
+Features, as flat lists over the steps: steps/action (7 floats a step), steps/observation/state (8),
+steps/language_instruction, steps/observation/<camera>: JPEG or PNG files, already turned as public policies see them.
+Actions have LIBERO's gripper, -1 open and +1 close. Checksums are verified once, when the file is opened.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
+from vlarft.data.frames import Budget, EncodedImages, Frames, decode_image
+from vlarft.data.tfrecord import Blobs, Feature, parse_example, read_records
+
+SHARD = re.compile(r"(?P<split>.+\.tfrecord.*)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG")
+
+
+def check_shards(files: list[Path]) -> None:
+    """All shards that a file's name counts are there.
+
+    Raises:
+        ValueError: some are missing; the message names the first.
+    """
+    for path in files:
+        if match := SHARD.match(path.name):
+            for number in range(int(match["count"])):
+                other = path.with_name(f"{match['split']}-{number:05d}-of-{match['count']}")
+                if not other.is_file():
+                    raise ValueError(f"{other} is missing beside {path.name}: the download is incomplete")
+
+
+def read_rlds(
+    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
+) -> Iterator[Episode]:
+    """The episodes of one TFRecord file.
+
+    Args:
+        path: the file.
+        camera: name of an image feature, without steps/observation/.
+        budget: decoded frames that may be kept.
+        keep: (name, success, kind) -> whether the episode is wanted.
+
+    Raises:
+        ValueError: truncated or damaged file, missing camera or feature, NaN, lengths that differ.
+    """
+    # libero_spatial_no_noops/1.0.0/<file>: the version says nothing
+    folder = path.parent.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name) else path.parent
+    for number, (content, at) in enumerate(read_records(path)):
+        name, where = f"{folder.name}/{path.name}/episode_{number}", f"{path}: record {number}"
+        if not keep(name, True, "expert"):
+            continue
+        try:
+            features = parse_example(content, at)
+        except ValueError as error:
+            raise ValueError(f"{where} is {error}") from error
+        cameras = {
+            key.removeprefix("steps/observation/"): _frames(content, feature, budget, f"{where}/{key}")
+            for key, feature in sorted(features.items())
+            if key.startswith("steps/observation/") and _is_image(content, feature)
+        }
+        images = cameras[pick_camera(cameras, camera, where)]
+        actions, proprio = (
+            _numbers(features, key, len(images), where) for key in ("steps/action", "steps/observation/state")
+        )
+        check_lengths(where, actions=actions, **cameras)
+        yield Episode(
+            name=name,
+            instruction=_instruction(content, features, where),
+            images=images,
+            proprio=proprio,
+            actions=actions,
+            intended=actions,
+            cameras=cameras,
+        )
+
+
+def _is_image(content: np.ndarray, feature: Feature) -> bool:
+    if not isinstance(feature, Blobs) or not len(feature.offsets):
+        return False
+    start = int(feature.offsets[0])
+    return content[start : start + 4].tobytes().startswith(MAGIC)
+
+
+def _frames(content: np.ndarray, places: Blobs, budget: Budget, where: str) -> Frames:
+    def blobs(lo: int, hi: int) -> list[np.ndarray]:
+        return [content[o : o + n] for o, n in zip(places.offsets[lo:hi].tolist(), places.sizes[lo:hi].tolist())]
+
+    size = decode_image(blobs(0, 1)[0], f"{where}, frame 0").shape
+    return Frames(EncodedImages(blobs, where), (len(places.offsets), *size), budget, where)
+
+
+def _numbers(features: dict[str, Feature], key: str, steps: int, where: str) -> np.ndarray:
+    values = features.get(key)
+    if not isinstance(values, np.ndarray) or not values.size:
+        raise ValueError(f"{where} has no numbers in {key}; it has {', '.join(sorted(features))}")
+    if len(values) % steps:
+        raise ValueError(f"{where}/{key} has {len(values)} numbers, no whole multiple of the {steps} images")
+    return check_numbers(values.reshape(steps, -1), f"{where}/{key}")
+
+
+def _instruction(content: np.ndarray, features: dict[str, Feature], where: str) -> str:
+    texts = features.get("steps/language_instruction")
+    if not isinstance(texts, Blobs) or not len(texts.offsets):
+        raise ValueError(f"{where} has no steps/language_instruction; it has {', '.join(sorted(features))}")
+    found = {content[o : o + n].tobytes().decode() for o, n in zip(texts.offsets.tolist(), texts.sizes.tolist())}
+    if len(found) != 1 or not next(iter(found)).strip():
+        raise ValueError(f"{where}/steps/language_instruction must be one text, got {sorted(found)[:3]}")
+    return found.pop().strip()

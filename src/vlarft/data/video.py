@@ -1,0 +1,222 @@
+"""Frames of a video file at given times: seek to the keyframe before, decode from there, or go on where the last read
+ended.
+
+Needs PyAV. Every thread has decoders of its own; a file is scanned once for the times of its frames.
+"""
+
+import functools
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlarft.data.frames import Budget
+
+OPEN_DECODERS = 8  # per thread
+
+
+def import_av() -> Any:
+    """The av module.
+
+    Raises:
+        ImportError: PyAV is missing; the message says which extra brings it.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading and writing videos needs PyAV: pip install "vlarft[formats]"') from error
+    return av
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"video {path} is missing; the data set was copied without it")
+    try:
+        container = import_av().open(str(path))
+    except import_av().FFmpegError as error:
+        raise ValueError(f"{path} is no readable video ({error}); it is truncated or of another format") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path} has no video stream")
+    return container
+
+
+class Stream(NamedTuple):
+    """What a video's header says: frames per second, height and width [px], and where it ends [s]."""
+
+    fps: float
+    size: tuple[int, int]
+    end: float
+
+
+def stamp(path: Path) -> int:
+    """When a file was written, 0 where there is none: what has been read of a file is remembered for that state."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def probe(path: Path) -> Stream:
+    """The header of a video file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, or no video.
+    """
+    return _probe(path, stamp(path))
+
+
+@functools.cache
+def _probe(path: Path, written: int) -> Stream:
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        ends = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+        return Stream(float(stream.average_rate or 0), (stream.height, stream.width), float(ends))
+
+
+class Index(NamedTuple):
+    """All frames of a video in order of their time.
+
+    pts: (N,) int64, in the stream's time base
+    times: (N,) float64 [s]
+    keys: (K,) int64, numbers of the frames at which decoding can start
+    """
+
+    pts: np.ndarray
+    times: np.ndarray
+    keys: np.ndarray
+
+
+def scan(path: Path) -> Index:
+    """The times and keyframes of a video file, from its packets; nothing is decoded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `probe`; or a video without frames.
+    """
+    return _scan(path, stamp(path))
+
+
+@functools.cache
+def _scan(path: Path, written: int) -> Index:
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
+        base = float(stream.time_base)
+    if not packets:
+        raise ValueError(f"{path} has no frames")
+    packets.sort()
+    pts = np.array([p for p, _ in packets], np.int64)
+    keys = np.flatnonzero([key for _, key in packets])
+    return Index(pts, pts * base, keys)
+
+
+class _Decoder:
+    def __init__(self, path: Path) -> None:
+        self.path, self.index = path, scan(path)
+        self.container = _open(path)
+        self.stream = self.container.streams.video[0]
+        self.stream.codec_context.thread_count = 1  # windows are short: frame threads would start and stop all the time
+        self.frames, self.next = None, -1  # decoded frames to come, and the number of the first of them
+
+    def read(self, lo: int, hi: int, earliest: int) -> tuple[int, np.ndarray]:
+        """Frames lo .. hi - 1; those that are decoded before them also, from `earliest` on."""
+        keys = self.index.keys
+        start = int(keys[max(0, np.searchsorted(keys, lo, "right") - 1)]) if len(keys) else 0
+        if self.frames is None or not start <= self.next <= lo:
+            self._seek(start)
+        images = self._decode(lo, hi, earliest)
+        if (
+            not images or images[0][0] > lo or images[-1][0] < hi - 1
+        ):  # a keyframe from which the rest cannot be decoded
+            self._seek(0)
+            images = self._decode(lo, hi, earliest)
+        numbers = [n for n, _ in images]
+        if numbers != list(range(numbers[0] if numbers else lo, hi)) or (numbers and numbers[0] > lo):
+            raise ValueError(f"{self.path}: frames {lo} .. {hi - 1} cannot be decoded; the file is damaged")
+        return numbers[0], np.stack([image for _, image in images])
+
+    def _seek(self, number: int) -> None:
+        self.container.seek(int(self.index.pts[number]), stream=self.stream, backward=True)
+        self.frames, self.next = self.container.decode(self.stream), number
+
+    def _decode(self, lo: int, hi: int, earliest: int) -> list[tuple[int, np.ndarray]]:
+        images = []
+        try:
+            for frame in self.frames:
+                number = int(np.searchsorted(self.index.pts, frame.pts))
+                self.next = number + 1
+                if number >= min(lo, earliest):
+                    images.append((number, frame.to_ndarray(format="rgb24")))
+                if number >= hi - 1:
+                    return images
+        except import_av().FFmpegError as error:
+            self.frames = None
+            raise ValueError(
+                f"{self.path}: frames {lo} .. {hi - 1} cannot be decoded ({error}); damaged file"
+            ) from error
+        self.frames = None  # the end of the file
+        return images
+
+
+class _Decoders(threading.local):
+    """The decoders of a thread, the least recently used of which are closed."""
+
+    def __init__(self) -> None:
+        self.open: OrderedDict[tuple[Path, int], _Decoder] = OrderedDict()
+
+    def get(self, path: Path) -> _Decoder:
+        key = path, stamp(path)
+        if key not in self.open:
+            self.open[key] = _Decoder(path)
+            if len(self.open) > OPEN_DECODERS:
+                self.open.popitem(last=False)[1].container.close()
+        self.open.move_to_end(key)
+        return self.open[key]
+
+
+_decoders = _Decoders()
+
+
+class VideoFrames:
+    """A source of frames of a part of a video.
+
+    Args:
+        path: the file.
+        times: (T,) [s], one frame each.
+        tolerance: how far a frame may be from its time [s].
+        budget: while it has room, frames on the way from a keyframe are converted, too.
+        where: file and field, for errors.
+    """
+
+    def __init__(self, path: Path, times: np.ndarray, tolerance: float, budget: Budget, where: str) -> None:
+        self.path, self.times, self.tolerance, self.budget, self.where = path, times, tolerance, budget, where
+
+    @functools.cached_property
+    def first(self) -> int:
+        """Number of the first frame in the file.
+
+        Raises:
+            ValueError: the file's frames are not at `times`.
+        """
+        there = scan(self.path).times
+        first = int(np.abs(there - self.times[0]).argmin())
+        part = there[first : first + len(self.times)]
+        if len(part) < len(self.times):
+            raise ValueError(
+                f"{self.where}: the video ends at {there[-1]:.3f} s, the episode at {self.times[-1]:.3f} s; "
+                "it is truncated, or its frames are not at the data's fps"
+            )
+        off = np.abs(part - self.times)
+        if off.max() > self.tolerance:
+            t = int(off.argmax())
+            raise ValueError(
+                f"{self.where}: frame {t} should be at {self.times[t]:.4f} s, the video has one at {part[t]:.4f} s; "
+                "video and data differ in fps or start"
+            )
+        return first
+
+    def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
+        start = self.first
+        room = self.budget.used < self.budget.limit
+        first, images = _decoders.get(self.path).read(start + lo, start + hi, start if room else start + lo)
+        return first - start, images

@@ -1,0 +1,177 @@
+"""Conversions: there and back without loss, into units and sizes, and a LeRobot set as its readers expect it."""
+
+import json
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from vlarft.data import load_episodes
+from vlarft.data.convert import main, resize
+from vlarft.data.hdf5 import write_demo, write_task_attrs
+
+
+def sources(root, steps=13, size=(32, 48), wide=7):
+    """Two tasks, two cameras, noisy actions beside intended ones, a failed attempt."""
+    rng = np.random.default_rng(0)
+    for task in ("lift", "push"):
+        path = root / "suite" / f"{task}_demo.hdf5"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            data = file.create_group("data")
+            write_task_attrs(data, f"{task} the cup", {"suite": "suite"}, 10)
+            for i in range(3):
+                intended = rng.uniform(-1, 1, (steps + i, 7)).astype(np.float32)
+                intended[:, 6] = np.where(np.arange(steps + i) < 5, -1, 1)
+                images = rng.integers(0, 256, (2, steps + i, 1, 1, 3), dtype=np.uint8)
+                images = images + np.zeros((1, 1, *size, 1), np.uint8)
+                images[:, :, : size[0] // 2] //= 2  # the upper half is darker
+                write_demo(
+                    data,
+                    i,
+                    images={"agentview": images[0], "eye_in_hand": images[1]},
+                    actions=np.clip(intended + 0.1, -1, 1),
+                    intended_actions=intended,
+                    proprio=rng.normal(size=(steps + i, 8)).astype(np.float32),
+                    states=rng.normal(size=(steps + i, 5)),
+                    success=i < 2,
+                    attrs={"kind": "expert" if i < 2 else "failed"},
+                )
+    return load_episodes(root, successes_only=False)
+
+
+def same(one, two, tolerance=0):
+    """Episodes are equal but for their names and the names of cameras."""
+    assert (one.instruction, one.success, one.kind, one.fps) == (two.instruction, two.success, two.kind, two.fps)
+    for name in ("actions", "intended", "proprio"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert len(one.cameras) == len(two.cameras) == 2
+    for a, b in zip(one.cameras.values(), two.cameras.values()):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() <= tolerance
+
+
+@pytest.mark.parametrize(("options", "tolerance"), [(["--images", "png"], 0), ([], 2), (["--codec", "av1"], 3)])
+def test_there_and_back(tmp_path, options, tolerance):
+    before = sources(tmp_path / "hdf5")
+    main([str(tmp_path / "hdf5"), str(tmp_path / "lerobot"), "--format", "lerobot", *options])
+    middle = load_episodes(tmp_path / "lerobot", successes_only=False)
+    assert [e.name for e in middle] == [f"lerobot/episode_{i:06d}" for i in range(6)]
+    assert list(middle[0].cameras) == ["image", "image2"] and len(load_episodes(tmp_path / "lerobot")) == 4
+    main([str(tmp_path / "lerobot"), str(tmp_path / "back"), "--format", "hdf5"])
+    after = load_episodes(tmp_path / "back", successes_only=False)
+    assert [e.name for e in after[2:4]] == ["back/lift_the_cup_demo/demo_2", "back/push_the_cup_demo/demo_0"]
+    assert list(after[0].cameras) == ["agentview", "eye_in_hand"]
+    for one, two, three in zip(before, middle, after, strict=True):
+        same(one, two, tolerance)
+        same(one, three, tolerance)
+
+
+def test_hdf5_keeps_states(tmp_path):
+    sources(tmp_path / "a")
+    before = load_episodes(tmp_path / "a", with_states=True)
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "hdf5", "--camera", "eye_in_hand"])
+    after = load_episodes(tmp_path / "b", "eye_in_hand", with_states=True)
+    for one, two in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one.states, two.states)
+        assert list(two.cameras) == ["eye_in_hand"]
+
+
+def test_a_lerobot_set_is_as_its_format_says(tmp_path):
+    before = sources(tmp_path / "hdf5")
+    main([str(tmp_path / "hdf5"), str(tmp_path / "set"), "--format", "lerobot"])
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    assert (info["codebase_version"], info["fps"], info["total_episodes"]) == ("v3.0", 10, 6)
+    assert info["total_frames"] == sum(map(len, before))
+    assert info["features"]["observation.images.image"]["dtype"] == "video"
+    assert info["features"]["action"]["shape"] == [7] and info["features"]["timestamp"]["dtype"] == "float32"
+    episodes = pq.read_table(tmp_path / "set/meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    key = "videos/observation.images.image2"
+    assert [e["dataset_from_index"] for e in episodes] == np.cumsum([0, *map(len, before)])[:-1].tolist()
+    assert episodes[1][f"{key}/from_timestamp"] == pytest.approx(1.3) and episodes[1][f"{key}/file_index"] == 0
+    assert episodes[3]["tasks"] == ["push the cup"]
+    frames = pq.read_table(tmp_path / "set/data/chunk-000/file-000.parquet")
+    assert frames["index"].to_pylist() == list(range(info["total_frames"]))
+    assert frames["task_index"].to_pylist()[0] == 0 and frames["task_index"].to_pylist()[-1] == 1
+    tasks = pq.read_table(tmp_path / "set/meta/tasks.parquet")
+    assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
+    stats = json.loads((tmp_path / "set/meta/stats.json").read_text())
+    actions = np.concatenate([e.actions for e in before])
+    np.testing.assert_allclose(stats["action"]["mean"], actions.mean(0), atol=1e-5)
+    np.testing.assert_allclose(stats["action"]["q99"], np.quantile(actions, 0.99, axis=0), atol=1e-5)
+    pixels = np.concatenate([np.asarray(e.images) for e in before]) / 255
+    np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["mean"]), pixels.mean((0, 1, 2)), atol=0.02)
+
+
+def test_units_and_sizes(tmp_path):
+    before = sources(tmp_path / "a")
+    with h5py.File(tmp_path / "a/suite/lift_demo.hdf5", "a") as file:
+        for demo in file["data"].values():
+            for name in ("actions", "intended_actions"):
+                demo[name][:, 6] = 50 - 50 * demo[name][:, 6]  # 100 open, 0 closed
+            demo["actions"][2:4, :6] = 0
+            demo["intended_actions"][2:4, :6] = 0
+    (tmp_path / "a/suite/push_demo.hdf5").unlink()
+    options = ["--gripper", "100", "0", "--drop-no-ops", "--size", "16", "16", "--centre-crop", "--turn"]
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "lerobot", "--images", "png", *options])
+    after = load_episodes(tmp_path / "b", successes_only=False)
+    kept = [t for t in range(13) if t not in (2, 3)]
+    np.testing.assert_allclose(after[0].intended[:, 6], before[0].intended[kept, 6], atol=1e-6)
+    np.testing.assert_array_equal(after[0].actions[:, :6], before[0].actions[kept, :6])
+    assert after[0].images.shape == (11, 16, 16, 3)
+    true = np.asarray(before[0].images)[kept]
+    np.testing.assert_array_equal(np.asarray(after[0].images)[:, 0, 0], true[:, -1, 0])  # plain colours, turned
+    np.testing.assert_array_equal(np.asarray(after[0].images)[:, -1, 0], true[:, 0, 0])
+
+
+def test_centre_crop_keeps_proportions():
+    images = np.zeros((1, 40, 80, 3), np.uint8)
+    images[:, :, 20:60] = 255
+    assert (resize(images, (20, 20), centre_crop=True) == 255).all()
+    assert (resize(images, (20, 20), centre_crop=False)[0, :, :3] == 0).all()
+
+
+def test_absolute_is_kept(tmp_path):
+    sources(tmp_path / "a")
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "lerobot", "--images", "png", "--absolute"])
+    assert all(e.absolute for e in load_episodes(tmp_path / "b"))
+    with pytest.raises(ValueError, match=r"7 action and 8 proprio dimensions, absolute actions; LIBERO's HDF5 layout"):
+        main([str(tmp_path / "b"), str(tmp_path / "c"), "--format", "hdf5"])
+
+
+def test_refusals(tmp_path):
+    sources(tmp_path / "a", size=(31, 48))
+    arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--format", "lerobot"]
+    with pytest.raises(ValueError, match=r"observation.images.image is 31 x 48; videos need even sizes: give PNG"):
+        main(arguments)
+    with pytest.raises(ValueError, match="has no camera 'front'; it has agentview, eye_in_hand"):
+        main([*arguments, "--camera", "front"])
+    main([*arguments, "--images", "png"])
+    with pytest.raises(FileExistsError, match="b is there already; remove it, or give another folder"):
+        main([*arguments, "--images", "png"])
+    with pytest.raises(SystemExit):
+        main([*arguments, "--gripper", "1", "1"])
+
+
+@pytest.mark.parametrize("options", [["--images", "png"], []])
+def test_large_sets_go_to_several_files(tmp_path, monkeypatch, options):
+    from vlarft.data import lerobot_writer
+
+    for name, value in (("DATA_BYTES", 1000), ("VIDEO_BYTES", 0), ("CHUNK_FILES", 2)):
+        monkeypatch.setattr(lerobot_writer, name, value)
+    before = sources(tmp_path / "a")
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "lerobot", *options])
+    for folder in ("data", "videos/observation.images.image") if not options else ("data",):
+        assert {p.name for p in (tmp_path / "b" / folder).iterdir()} >= {"chunk-000", "chunk-001"}
+    for one, two in zip(before, load_episodes(tmp_path / "b", successes_only=False), strict=True):
+        same(one, two, 0 if options else 2)
+
+
+def test_benchmark_runs_at_smoke_size(tmp_path, load_benchmark):
+    benchmark = load_benchmark("data")
+    results = benchmark.main(replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "data.json")))
+    assert json.loads((tmp_path / "data.json").read_text()) == results
+    for name in ("hdf5", "hdf5 original", "lerobot mp4", "lerobot png", "rlds"):
+        assert results[name]["windows_per_s"] > 0
+    assert "cached_times_faster" not in results["hdf5 original"] and results["lerobot mp4"]["ahead_waits"] > 0

@@ -1,0 +1,315 @@
+"""LeRobot data sets, made here with pyarrow and PyAV alone: read, and refused where they are broken."""
+
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlarft.data import WindowSampler, load_episodes
+
+FPS, SIZE = 10, 32
+TASKS = ["fold the towel", "open the drawer"]
+
+
+def pictures(steps: int, seed: int) -> np.ndarray:
+    """A bright square that wanders over a dark ground: sharp frames that a codec keeps apart."""
+    rng = np.random.default_rng(seed)
+    images = np.full((steps, SIZE, SIZE, 3), 30, np.uint8)
+    for t in range(steps):
+        images[t, :, :, 2] = 4 * t  # the frame's number, in blue
+        y, x = rng.integers(0, SIZE - 8, 2)
+        images[t, y : y + 8, x : x + 8] = (220, 120, 40)
+    return images
+
+
+def columns(steps: int, seed: int, task: int) -> dict:
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+    actions[:, 6] = np.where(np.arange(steps) < steps // 2, -1, 1)
+    return {
+        "action": actions,
+        "observation.state": rng.normal(size=(steps, 8)).astype(np.float32),
+        "timestamp": (np.arange(steps) / FPS).astype(np.float32),
+        "frame_index": np.arange(steps),
+        "episode_index": np.full(steps, seed),
+        "task_index": np.full(steps, task),
+    }
+
+
+def png(image: np.ndarray) -> dict:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return {"bytes": file.getvalue(), "path": "frame.png"}
+
+
+def table(parts: list[dict], images: list[np.ndarray] | None, key: str) -> pa.Table:
+    merged = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    arrays = {}
+    for name, values in merged.items():
+        if values.ndim == 2:
+            flat = pa.array(values.ravel())
+            arrays[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        else:
+            arrays[name] = pa.array(values)
+    if images is not None:
+        arrays[key] = pa.array([png(image) for video in images for image in video])
+    return pa.table(arrays)
+
+
+def mp4(path: Path, images: np.ndarray, fps: int = FPS, codec: str = "libx264", **options: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={"crf": "8", **options})
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv444p" if codec == "libx264" else "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def info(version: str, kind: str, key: str, **extra) -> dict:
+    new = version == "v3.0"
+    return {
+        "codebase_version": version,
+        "fps": FPS,
+        "chunks_size": 1000,
+        "features": {
+            "action": {"dtype": "float32", "shape": [7]},
+            "observation.state": {"dtype": "float32", "shape": [8]},
+            key: {"dtype": kind, "shape": [SIZE, SIZE, 3], "names": ["height", "width", "channel"]},
+        },
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        if new
+        else "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        if new
+        else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        **extra,
+    }
+
+
+def make(root: Path, version="v3.0", kind="video", lengths=(14, 11, 20), key="observation.images.image", **options):
+    """A data set of one camera; v3.0 with all episodes in one data and one video file. Returns images and columns."""
+    images = [pictures(n, i) for i, n in enumerate(lengths)]
+    parts = [columns(n, i, i % 2) for i, n in enumerate(lengths)]
+    stored = images if kind == "image" else None
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(info(version, kind, key)))
+    if version == "v3.0":
+        starts = np.cumsum([0, *lengths])
+        (root / "data/chunk-000").mkdir(parents=True)
+        pq.write_table(table(parts, stored, key), root / "data/chunk-000/file-000.parquet", row_group_size=16)
+        episodes = {
+            "episode_index": list(range(len(lengths))),
+            "tasks": [[TASKS[i % 2]] for i in range(len(lengths))],
+            "length": list(lengths),
+            "data/chunk_index": [0] * len(lengths),
+            "data/file_index": [0] * len(lengths),
+            "dataset_from_index": starts[:-1].tolist(),
+            "dataset_to_index": starts[1:].tolist(),
+            "stats/action/min": [[0.0]] * len(lengths),
+        }
+        if kind == "video":
+            for n in ("chunk", "file"):
+                episodes[f"videos/{key}/{n}_index"] = [0] * len(lengths)
+            episodes[f"videos/{key}/from_timestamp"] = (starts[:-1] / FPS).tolist()
+            episodes[f"videos/{key}/to_timestamp"] = (starts[1:] / FPS).tolist()
+            mp4(root / f"videos/{key}/chunk-000/file-000.mp4", np.concatenate(images), **options)
+        (root / "meta/episodes/chunk-000").mkdir(parents=True)
+        pq.write_table(pa.table(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
+        tasks = pa.table({"task_index": [0, 1], "__index_level_0__": TASKS})  # as pandas writes an unnamed index
+        pq.write_table(tasks, root / "meta/tasks.parquet")
+    else:
+        for i, part in enumerate(parts):
+            path = root / f"data/chunk-000/episode_{i:06d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table([part], None if stored is None else [stored[i]], key), path)
+            if kind == "video":
+                mp4(root / f"videos/chunk-000/{key}/episode_{i:06d}.mp4", images[i], **options)
+        lines = [{"episode_index": i, "tasks": [TASKS[i % 2]], "length": n} for i, n in enumerate(lengths)]
+        (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines = [{"task_index": i, "task": text} for i, text in enumerate(TASKS)]
+        (root / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return images, parts
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_episodes_are_what_was_written(tmp_path, version, kind):
+    images, parts = make(tmp_path / "towels", version, kind)
+    episodes = load_episodes(tmp_path)  # "agentview" is LIBERO's name of "image"
+    assert [e.name for e in episodes] == [f"towels/episode_{i:06d}" for i in range(3)]
+    assert [e.instruction for e in episodes] == [TASKS[0], TASKS[1], TASKS[0]]
+    for episode, true, part in zip(episodes, images, parts):
+        assert (episode.fps, list(episode.cameras), episode.images.shape) == (FPS, ["image"], true.shape)
+        np.testing.assert_array_equal(episode.actions, part["action"])
+        np.testing.assert_array_equal(episode.proprio, part["observation.state"])
+        if kind == "image":
+            np.testing.assert_array_equal(episode.images, true)
+        else:
+            off = np.abs(np.asarray(episode.images).astype(int) - true)
+            assert off.mean() < 3 and off.max() < 40
+    camera = load_episodes(tmp_path, "observation.images.image", names=["towels/episode_000002"])
+    assert len(camera) == 1 and len(camera[0]) == 20
+
+
+@pytest.mark.parametrize("options", [{"g": "2"}, {"g": "250", "bf": "3"}, {"codec": "libsvtav1", "g": "2"}])
+def test_any_window_of_a_video_is_the_right_one(tmp_path, options):
+    """Windows in random order, with and without room for decoded frames, show the frames that their number names."""
+    images, _ = make(tmp_path / "set", lengths=(40, 30, 35), **options)
+    rng = np.random.default_rng(0)
+    for cache in (0, 40 * SIZE * SIZE * 3, 1 << 30):
+        episodes = load_episodes(tmp_path, cache_bytes=cache)
+        for _ in range(25):
+            i = rng.integers(3)
+            t = rng.integers(len(images[i]) - 9)
+            window = episodes[i].images[t : t + 9]
+            assert window.shape == (9, SIZE, SIZE, 3)
+            blue = np.median(window[..., 2].reshape(9, -1), 1) / 4
+            assert np.abs(blue - np.arange(t, t + 9)).max() < 0.9
+        assert episodes[0].images.budget.used <= cache
+        np.testing.assert_array_equal(episodes[1].images[-1], np.asarray(episodes[1].images)[-1])
+
+
+def test_windows_decode_ahead_and_are_the_same(tmp_path):
+    make(tmp_path / "set", lengths=(40, 30))
+    ahead, plain = (WindowSampler(load_episodes(tmp_path), 9, 8, 15, num_workers=n) for n in (2, 0))
+    for step in range(4):
+        for part in ((0, 2), (1, 2)):
+            one, two = ahead.batch(4, 7, step, part=part), plain.batch(4, 7, step, part=part)
+            assert (one.index == two.index).all() and (one.frames == two.frames).all()
+            assert (one.context_frame == two.context_frame).all()
+    assert len(ahead._ahead) == 2 and ahead.num_workers == 2
+
+
+def test_other_widths_and_names_are_read(tmp_path):
+    """The keys of openpi's copies of LIBERO; a robot of other widths."""
+    make(tmp_path / "set", "v2.1", "image")
+    path = tmp_path / "set/meta/info.json"
+    text = path.read_text().replace('"action"', '"actions"').replace('"observation.state"', '"state"')
+    path.write_text(text)
+    for file in (tmp_path / "set/data").rglob("*.parquet"):
+        old = pq.read_table(file)
+        wide = pa.array([[*row, 0.5] for row in old["observation.state"].to_pylist()])
+        new = old.drop_columns(["action", "observation.state"]).append_column("actions", old["action"])
+        pq.write_table(new.append_column("state", wide), file)
+    assert load_episodes(tmp_path)[0].proprio.shape == (14, 9)
+
+
+def edit(root: Path, **fields) -> None:
+    path = root / "meta/info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def rewrite(root: Path, column: str, values) -> None:
+    path = root / "data/chunk-000/file-000.parquet"
+    old = pq.read_table(path)
+    pq.write_table(old.set_column(old.column_names.index(column), column, values(old[column])), path)
+
+
+def test_broken_sets_are_refused(tmp_path):
+    root = tmp_path / "set"
+    make(root)
+    meta, video = root / "meta/info.json", root / "videos/observation.images.image/chunk-000/file-000.mp4"
+    with pytest.raises(ValueError, match=r"info.json has no camera 'front'; it has image: give --camera one of them"):
+        load_episodes(root, "front")
+    good = json.loads(meta.read_text())
+    edit(root, fps=30)
+    with pytest.raises(ValueError, match=r"file-000.parquet: episode 0: timestamp of frame 13 .* expected 0.4333"):
+        load_episodes(root)
+    edit(root, **{**good, "codebase_version": "v1.6"})
+    with pytest.raises(ValueError, match=r"info.json: codebase_version 'v1.6', expected one of v2.0, v2.1, v3.0"):
+        load_episodes(root)
+    edit(root, **{**good, "features": {k: v for k, v in good["features"].items() if k != "action"}})
+    with pytest.raises(ValueError, match=r"info.json has no feature action or actions; it has observation.images"):
+        load_episodes(root)
+    edit(root, **good)
+    content = video.read_bytes()
+    video.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"file-000.mp4 is no readable video .* truncated"):
+        load_episodes(root)
+    mp4(video, np.concatenate([pictures(n, 0) for n in (14, 11, 20)]), fps=2 * FPS)
+    with pytest.raises(ValueError, match=r"file-000.mp4: observation.images.image has 20 fps, meta/info.json says 10"):
+        load_episodes(root)
+    mp4(video, pictures(30, 0))
+    with pytest.raises(ValueError, match=r"file-000.mp4: .* ends at 3.000 s, episode 2 at 4.400 s; truncated"):
+        load_episodes(root)
+    video.unlink()
+    with pytest.raises(FileNotFoundError, match=r"file-000.mp4 is missing; the data set was copied without it"):
+        load_episodes(root)
+
+
+def test_broken_tables_are_refused(tmp_path):
+    root = tmp_path / "set"
+    make(root, kind="image")
+    path = root / "data/chunk-000/file-000.parquet"
+    content = path.read_bytes()
+
+    def bad(column):
+        rows = column.to_pylist()
+        rows[17][2] = float("nan")
+        return pa.array(rows)
+
+    rewrite(root, "action", bad)
+    with pytest.raises(ValueError, match=r"file-000.parquet: episode 1: action has nan at row 3, column 2"):
+        load_episodes(root)
+    path.write_bytes(content)
+    rewrite(root, "action", lambda c: pa.array([[*row[:6], 50 * row[6]] for row in c.to_pylist()]))
+    with pytest.raises(
+        ValueError, match=r"set/episode_000000: the gripper action lies in \[-50, 50\]; .*--gripper LOW"
+    ):
+        load_episodes(root)
+    rewrite(root, "action", lambda c: pa.array([[*row[:6], float(row[6] > 0)] for row in c.to_pylist()]))
+    with pytest.raises(ValueError, match=r"the gripper action lies in \[0, 1\], never below 0; expected -1 open"):
+        load_episodes(root)
+    path.write_bytes(content)
+    for values, text in (
+        (lambda c: pa.array([row[: 6 + (t > 20)] for t, row in enumerate(c.to_pylist())]), r"rows of \[6, 7\] numbers"),
+        (lambda c: pa.array([None, *c.to_pylist()[1:]]), r"action has 1 empty rows"),
+        (lambda c: pa.array(["up"] * len(c)), r"action holds string, expected numbers"),
+    ):
+        rewrite(root, "action", values)
+        with pytest.raises(ValueError, match=rf"file-000.parquet: action .*{text}|{text}"):
+            load_episodes(root)
+    path.write_bytes(content)
+    rewrite(root, "episode_index", lambda c: pa.array([min(v, 1) for v in c.to_pylist()]))
+    with pytest.raises(ValueError, match=r"episode 1 has 31 rows, the metadata say 11 in a row"):
+        load_episodes(root)
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"file-000.parquet is no readable parquet file"):
+        load_episodes(root)
+    path.write_bytes(content)
+    rewrite(root, "observation.images.image", lambda c: pa.array([{"bytes": b"no picture", "path": ""}] * len(c)))
+    with pytest.raises(
+        ValueError, match=r"file-000.parquet: episode 0: observation.images.image, frame 0 is not a read"
+    ):
+        load_episodes(root)[0].images[0]
+
+
+def test_states_are_not_there(tmp_path):
+    make(tmp_path / "set", kind="image")
+    with pytest.raises(ValueError, match=r"\(lerobot\) holds no simulator states; they are in HDF5 demonstrations"):
+        load_episodes(tmp_path, with_states=True)
+
+
+def test_folders_of_several_formats_or_rates_are_refused(tmp_path):
+    make(tmp_path / "a", kind="image")
+    make(tmp_path / "more" / "a", kind="image")
+    with pytest.raises(ValueError, match=r"two episodes of the name 'a/episode_000000', in folders of one name"):
+        load_episodes(tmp_path)
+    (tmp_path / "more" / "a").rename(tmp_path / "more" / "b")
+    edit(tmp_path / "more" / "b", fps=FPS * 2)
+    path = tmp_path / "more/b/data/chunk-000/file-000.parquet"
+    old = pq.read_table(path)
+    times = pa.array(np.asarray(old["timestamp"]) / 2)
+    pq.write_table(old.set_column(old.column_names.index("timestamp"), "timestamp", times), path)
+    with pytest.raises(ValueError, match=r"episodes differ in fps: 10.0 in a/episode_000000, 20.0 in b/episode_000000"):
+        load_episodes(tmp_path)
+    (tmp_path / "x.hdf5").touch()
+    with pytest.raises(ValueError, match=r"has demonstrations of several formats \(lerobot: .*; hdf5: .*x.hdf5\)"):
+        load_episodes(tmp_path)

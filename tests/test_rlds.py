@@ -1,0 +1,186 @@
+"""RLDS in TFRecord files, whose bytes are put together here by hand: read, and refused where they are damaged."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlarft.data import load_episodes
+from vlarft.data.convert import main as convert
+from vlarft.data.tfrecord import crc32c, parse_example, read_records
+
+STEPS, SIZE = 12, 24
+
+
+def slow_crc(data: bytes) -> int:
+    """The textbook's CRC-32C, bit by bit."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+def masked(data: bytes) -> bytes:
+    crc = slow_crc(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def record(data: bytes) -> bytes:
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    value &= (1 << 64) - 1
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def field(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def feature(values, packed=True) -> bytes:
+    if isinstance(values[0], bytes):
+        return field(1, b"".join(field(1, v) for v in values))
+    if isinstance(values[0], int):
+        if packed:
+            return field(3, field(1, b"".join(map(varint, values))))
+        return field(3, b"".join(varint(1 << 3) + varint(v) for v in values))
+    if packed:
+        return field(2, field(1, struct.pack(f"<{len(values)}f", *values)))
+    return field(2, b"".join(varint(1 << 3 | 5) + struct.pack("<f", v) for v in values))
+
+
+def example(features: dict, packed=True) -> bytes:
+    entries = [field(1, field(1, k.encode()) + field(2, feature(v, packed))) for k, v in features.items()]
+    return field(1, b"".join(entries))
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+def content(seed: int, steps: int = STEPS) -> dict:
+    rng = np.random.default_rng(seed)
+    shades = rng.integers(0, 256, (steps, 1, 1, 3), dtype=np.uint8) + np.zeros((1, SIZE, SIZE, 1), np.uint8)
+    actions = rng.uniform(-1, 1, (steps, 7))
+    actions[:, 6] = np.where(np.arange(steps) < steps // 2, -1, 1)
+    return {
+        "steps/observation/image": [jpeg(image) for image in shades],
+        "steps/observation/wrist_image": [jpeg(255 - image) for image in shades],
+        "steps/observation/state": rng.normal(size=steps * 8).tolist(),
+        "steps/observation/joint_state": rng.normal(size=steps * 7).tolist(),
+        "steps/action": actions.ravel().tolist(),
+        "steps/language_instruction": [b"pick up the bowl"] * steps,
+        "steps/is_first": [int(t == 0) for t in range(steps)],
+        "episode_metadata/file_path": [b"x.hdf5"],
+    }
+
+
+def make(root: Path, episodes: list[dict], shards: int = 1, packed=True) -> list[Path]:
+    folder = root / "libero_goal_no_noops" / "1.0.0"
+    folder.mkdir(parents=True)
+    paths = []
+    for shard in range(shards):
+        paths.append(folder / f"libero_goal-train.tfrecord-{shard:05d}-of-{shards:05d}")
+        paths[-1].write_bytes(b"".join(record(example(e, packed)) for e in episodes[shard::shards]))
+    return paths
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_episodes_are_what_was_written(tmp_path, packed):
+    written = [content(i, STEPS + i) for i in range(3)]
+    make(tmp_path, written, shards=2, packed=packed)
+    episodes = load_episodes(tmp_path)
+    assert [len(e) for e in episodes] == [12, 14, 13]  # in the order of the shards
+    for episode, true in zip(episodes, (written[0], written[2], written[1])):
+        assert episode.instruction == "pick up the bowl" and list(episode.cameras) == ["image", "wrist_image"]
+        np.testing.assert_array_equal(episode.actions.ravel(), np.float32(true["steps/action"]))
+        np.testing.assert_array_equal(episode.proprio.ravel(), np.float32(true["steps/observation/state"]))
+        for camera in ("image", "wrist_image"):
+            first = [np.asarray(Image.open(io.BytesIO(b))) for b in true[f"steps/observation/{camera}"]]
+            np.testing.assert_array_equal(episode.cameras[camera], np.stack(first))
+    assert episodes[1].name == "libero_goal_no_noops/libero_goal-train.tfrecord-00000-of-00002/episode_1"
+    wrist = load_episodes(tmp_path, "eye_in_hand", names=[episodes[1].name])[0]
+    np.testing.assert_array_equal(wrist.images[3:5], episodes[1].cameras["wrist_image"][3:5])
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 4095, 4096, 4097, 12_289, 40_001])
+def test_checksum(length):
+    data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
+    assert crc32c(data) == slow_crc(data.tobytes())
+    assert crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283  # the standard's check value
+
+
+def test_numbers_of_all_kinds():
+    values = [0, 1, -1, 300, -(1 << 63), (1 << 63) - 1]
+    for packed in (True, False):
+        data = example({"n": values, "x": [0.5, -2.0], "none": [b""]}, packed)
+        data += field(7, b"unknown fields are skipped")
+        found = parse_example(np.frombuffer(data, np.uint8), 0)
+        assert found["n"].tolist() == values and found["x"].tolist() == [0.5, -2.0] and found["none"].sizes == [0]
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = make(tmp_path, [content(0), content(1)])[0]
+    good = path.read_bytes()
+    assert len(list(read_records(path))) == 2
+    for end, text in ((len(good) - 5, r"is truncated in record 1 \(.* needed\)"), (8, "in the header of record 0")):
+        path.write_bytes(good[:end])
+        with pytest.raises(ValueError, match=text):
+            load_episodes(path)
+    for at, text in ((3, "the length of record 0 has a wrong checksum"), (500, "record 0 has a wrong checksum")):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+        with pytest.raises(ValueError, match=rf"tfrecord-00000-of-00001: {text}"):
+            load_episodes(path)
+    path.write_bytes(record(b"\x0a\xff\x01 no example"))
+    with pytest.raises(ValueError, match="record 0 is not a tf.train.Example"):
+        load_episodes(path)
+
+
+def test_missing_parts_are_named(tmp_path):
+    paths = make(tmp_path, [content(0), content(1)], shards=2)
+    with pytest.raises(ValueError, match=r"record 0 has no camera 'front'; it has image, wrist_image: give --camera"):
+        load_episodes(tmp_path, "front")
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"tfrecord-00001-of-00002 is missing beside .*: the download is incomplete"):
+        load_episodes(tmp_path)
+    for key, value, text in (
+        ("steps/action", None, r"record 0 has no numbers in steps/action; it has episode_metadata/file_path"),
+        ("steps/action", [0.5] * 83, r"steps/action has 83 numbers, no whole multiple of the 12 images"),
+        ("steps/action", [0.5] * 83 + [float("nan")], r"steps/action has nan at row 11, column 6"),
+        ("steps/language_instruction", [b"a", b"b"], r"language_instruction must be one text, got \['a', 'b'\]"),
+        (
+            "steps/observation/wrist_image",
+            content(0)["steps/observation/image"][1:],
+            r"lengths differ: .*wrist_image': 11",
+        ),
+    ):
+        features = {**content(0), key: value}
+        path = tmp_path / "one.tfrecord"
+        path.write_bytes(record(example({k: v for k, v in features.items() if v is not None})))
+        with pytest.raises(ValueError, match=text):
+            load_episodes(path)
+
+
+def test_becomes_a_lerobot_set(tmp_path):
+    written = [content(i) for i in range(2)]
+    make(tmp_path / "rlds", written)
+    arguments = [str(tmp_path / "rlds"), str(tmp_path / "set"), "--format", "lerobot", "--images", "png"]
+    with pytest.raises(ValueError, match=r"does not say how many steps a second it has: give --fps \(LIBERO: 20\)"):
+        convert(arguments)
+    convert([*arguments, "--fps", "20"])
+    for one, two in zip(load_episodes(tmp_path / "rlds"), load_episodes(tmp_path / "set"), strict=True):
+        assert (two.fps, two.instruction, list(two.cameras)) == (20, "pick up the bowl", ["image", "image2"])
+        np.testing.assert_array_equal(one.actions, two.actions)
+        np.testing.assert_array_equal(one.images, two.images)
