@@ -114,7 +114,7 @@ def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
     names = held_out_names(str(files[0]), extra, str(files[1]), read_header(files[1]).extra)
     episodes = load_episodes(Path(cfg.demo) / "demos", names=names, with_states=True)
     batch = WindowSampler(episodes, 9, 8).spread(cfg.starts)
-    gate = GateConfig(gate_noise=(0.15,), gate_draws=2, gate_samples=cfg.samples)  # the policy's own are what counts
+    gate = GateConfig(gate_noise=(0.15,), gate_draws=3, gate_samples=cfg.samples)  # the policy's own are what counts
     found = {}
     for imagination in ("greedy", "common", "sample"):
         rollout = RolloutConfig(imagination=imagination, perceptual="ssim", reference="intended")

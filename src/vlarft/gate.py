@@ -133,14 +133,14 @@ def trust_gate(
         and `_true_pairs` the same for the true error.
 
     Raises:
-        ValueError: fewer than two chunks of a family, which have no order.
+        ValueError: fewer than three chunks of a family, too few for an order.
     """
     for name, count in (
         ("gate_noise x gate_draws", len(cfg.gate_noise) * cfg.gate_draws),
         ("gate_samples", cfg.gate_samples),
     ):
-        if count < 2:
-            raise ValueError(f"{name} is {count}: an order needs at least 2 chunks per start")
+        if count < 3:
+            raise ValueError(f"{name} is {count}: an order needs at least 3 chunks per start")
     dataset = dataset_actions(rollout, batch)  # (S, T, A)
     bins, motion = world_model.action_bins, policy.normalizer
     unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()  # (A,)
