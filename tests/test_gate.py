@@ -132,7 +132,7 @@ def test_the_run_stops_before_it_changes_anything(config, world_model_file, tmp_
 @pytest.mark.parametrize("changes", [{"gate_noise": (0.1,), "gate_draws": 1}, {"gate_samples": 2}])
 def test_one_chunk_has_no_order(changes, policy, demos, policy_file, world_model_file):
     batch, episodes = held_out_batch(demos, policy_file)
-    with pytest.raises(ValueError, match=r"gate_(noise x gate_draws|samples) is [12]: an order needs at least 3 chunks"):
+    with pytest.raises(ValueError, match=r"gate_(noise x gate_draws|samples) is [12]: an order needs at least 3"):
         model = WorldModel.load(world_model_file)
         trust_gate(dataclasses.replace(CFG, **changes), CFG, policy, model, batch, episodes, None, (0,))
 
