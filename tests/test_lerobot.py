@@ -221,7 +221,7 @@ def test_broken_sets_are_refused(tmp_path):
         load_episodes(root, "front")
     good = json.loads(meta.read_text())
     edit(root, fps=30)
-    with pytest.raises(ValueError, match=r"file-000.parquet: episode 0: timestamp of frame 13 .* expected 0.4333"):
+    with pytest.raises(ValueError, match=r"file-000.parquet: episode 0: timestamp of frame 1 .* expected 0.0333333"):
         load_episodes(root)
     edit(root, **{**good, "codebase_version": "v1.6"})
     with pytest.raises(ValueError, match=r"info.json: codebase_version 'v1.6', expected one of v2.0, v2.1, v3.0"):
