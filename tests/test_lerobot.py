@@ -2,6 +2,7 @@
 
 import io
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,7 +23,7 @@ def pictures(steps: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     images = np.full((steps, SIZE, SIZE, 3), 30, np.uint8)
     for t in range(steps):
-        images[t, :, :, 2] = 4 * t  # the frame's number, in blue
+        images[t, :, :, 2] = 4 * t % 256  # the frame's number, in blue
         y, x = rng.integers(0, SIZE - 8, 2)
         images[t, y : y + 8, x : x + 8] = (220, 120, 40)
     return images
@@ -184,7 +185,7 @@ def test_windows_decode_ahead_and_are_the_same(tmp_path):
             one, two = ahead.batch(4, 7, step, part=part), plain.batch(4, 7, step, part=part)
             assert (one.index == two.index).all() and (one.frames == two.frames).all()
             assert (one.context_frame == two.context_frame).all()
-    assert len(ahead._ahead) == 2 and ahead.num_workers == 2
+    assert set(ahead._ahead) == {(4, (7, 4), (part, 2)) for part in (0, 1)}  # what comes next is under way
 
 
 def test_other_widths_and_names_are_read(tmp_path):
@@ -220,7 +221,7 @@ def test_broken_sets_are_refused(tmp_path):
         load_episodes(root, "front")
     good = json.loads(meta.read_text())
     edit(root, fps=30)
-    with pytest.raises(ValueError, match=r"file-000.parquet: episode 0: timestamp of frame 13 .* expected 0.4333"):
+    with pytest.raises(ValueError, match=r"file-000.parquet: episode 0: timestamp of frame 1 .* expected 0.0333333"):
         load_episodes(root)
     edit(root, **{**good, "codebase_version": "v1.6"})
     with pytest.raises(ValueError, match=r"info.json: codebase_version 'v1.6', expected one of v2.0, v2.1, v3.0"):
@@ -313,3 +314,22 @@ def test_folders_of_several_formats_or_rates_are_refused(tmp_path):
     (tmp_path / "x.hdf5").touch()
     with pytest.raises(ValueError, match=r"has demonstrations of several formats \(lerobot: .*; hdf5: .*x.hdf5\)"):
         load_episodes(tmp_path)
+
+
+def test_a_video_that_lost_a_frame_is_refused(tmp_path):
+    """One frame in 150 is late: the fps in the header are right within a percent, the frames are not."""
+    images, _ = make(tmp_path / "set", lengths=(150,))
+    path = tmp_path / "set/videos/observation.images.image/chunk-000/file-000.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "yuv444p"
+        for t, image in enumerate(images[0]):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = t + (t > 70), Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    episode = load_episodes(tmp_path)[0]
+    with pytest.raises(
+        ValueError, match=r"frame 71 should be at 7.1000 s, the video has one at 7.2000 s; .* differ in fps"
+    ):
+        episode.images[3:12]

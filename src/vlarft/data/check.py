@@ -159,7 +159,7 @@ def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
         width.append(np.abs(e.proprio[settled, 6:]).sum(1))
         closed.append(command[settled])
     width, closed = np.concatenate(width), np.concatenate(closed)
-    if closed.any() and not closed.all():
+    if min(closed.sum(), (~closed).sum()) >= 50:
         apart = {"open": float(width[~closed].mean()), "closed": float(width[closed].mean())}
         facts["mean finger opening (proprio 6, 7) with the command"] = {k: float(f"{v:.4g}") for k, v in apart.items()}
         if apart["closed"] > 1.05 * apart["open"]:
@@ -192,7 +192,7 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
         lags = {lag: _lagged(long, i, lag) for lag in range(-3, 5)}
         best = max(lags, key=lambda lag: abs(lags[lag][0]))
         r, slope = lags[best]
-        if abs(r) > 0.3:
+        if abs(r) > max(0.3, 5 / len(action) ** 0.5):
             report.facts["units"][f"action {i}"] = (
                 f"moves proprio {i} by {slope:.3g} a step and unit (r {r:.2f}, {best} late)"
             )

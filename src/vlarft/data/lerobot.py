@@ -260,7 +260,7 @@ def _rows(table: dict[str, np.ndarray], entry: _Entry, fps: float, where: str) -
     for name, expected, tolerance in (("frame_index", grid, 0.5), ("timestamp", grid / fps, 0.25 / fps)):
         off = np.abs(table[name][rows] - expected) if name in table else np.zeros(1)
         if off.max() > tolerance:
-            t = int(off.argmax())
+            t = int((off > tolerance).argmax())
             raise ValueError(
                 f"{where}: {name} of frame {t} is {table[name][rows][t]:g}, expected {expected[t]:g} at {fps:g} fps "
                 "(meta/info.json); the data are of another fps, or frames are missing"

@@ -208,7 +208,7 @@ class VideoFrames:
             )
         off = np.abs(part - self.times)
         if off.max() > self.tolerance:
-            t = int(off.argmax())
+            t = int((off > self.tolerance).argmax())
             raise ValueError(
                 f"{self.where}: frame {t} should be at {self.times[t]:.4f} s, the video has one at {part[t]:.4f} s; "
                 "video and data differ in fps or start"
