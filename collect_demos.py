@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from vlarft.config import opt, parse
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
-from vlarft.sim import SUITES, TabletopEnv, make_env, task_index, task_names
+from vlarft.sim import SUITES, TABLETOP_SUITES, make_env, task_index, task_names
 from vlarft.sim.experts import Expert
+from vlarft.sim.tabletop import TabletopEnv
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
 ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
@@ -46,7 +47,7 @@ def _tasks(config: Config, suite: str) -> list[int]:
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5")
-    suites: tuple[str, ...] = opt(tuple(SUITES), "suites to collect")
+    suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect")
     tasks: tuple[str, ...] | None = opt(None, "task indices or names, in every suite given; none = all")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     image_size: int = opt(256, "side of the images in pixels")
