@@ -14,6 +14,7 @@ import numpy as np
 from vlarft.sim.experts import ActionNoise, ExpertAction, ramp
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_geometry import Grasp, Shapes, rim_grasps, top_grasps
+from vlarft.sim.libero_ik import Scratch, rotation_vector
 
 _OPEN, _CLOSE = -1.0, 1.0
 _RIMS = ("akita_black_bowl", "porcelain_mug", "white_yellow_mug", "red_coffee_mug")
@@ -47,6 +48,7 @@ class LiberoExpert:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         self.env, self.speed = env, speed
         self.shapes = Shapes(env)
+        self._scratch = Scratch(env)
         self._noise = ActionNoise(seed, action_noise, gripper_flips, persistence)
         self._plan = self._solve()
 
@@ -71,27 +73,45 @@ class LiberoExpert:
 
     def _place(self, name: str, target: str, attempt: int) -> Plan:
         grasps = (rim_grasps if name.startswith(_RIMS) else top_grasps)(self.shapes, name)
-        grasp = grasps[min(attempt * 2, len(grasps) - 1)]
+        xy, height = self._landing(name, target)
+        travel = np.array([*xy, height]) - self.env.position(name)
+        grasp = self._free(grasps, attempt, travel)
         yield from self._travel(grasp.point, grasp.rotation, _OPEN)
         yield from self._go(grasp.point, grasp.rotation, _OPEN, tolerance=0.006, steps=30)
         yield from self._hold(grasp.rotation, _CLOSE, _CLOSING_STEPS)
         before = self.env.position(name)[2]
         lift = self.env.hand_position + np.array([0.0, 0.0, 0.06])
         yield from self._go(lift, grasp.rotation, _CLOSE, tolerance=0.02, steps=15)
-        if self.env.position(name)[2] < before + 0.02:
-            yield from self._rise(grasp.rotation)
-            return
-        yield from self._carry(name, target, grasp.rotation)
+        if self.env.position(name)[2] > before + 0.01:
+            yield from self._carry(name, target, grasp.rotation)
         yield from self._release(grasp.rotation)
+
+    def _free(self, grasps: list[Grasp], skip: int, travel: np.ndarray) -> Grasp:
+        """The best grasp that the arm reaches without touching anything, and also after `travel`; or a later one."""
+        rated = []
+        for rank, grasp in enumerate(grasps):
+            pose = self._scratch.solve(grasp.point, grasp.rotation)
+            end = self._scratch.solve(grasp.point + travel, grasp.rotation)
+            depth = self._scratch.robot_depth(pose.joints)
+            strain = pose.error + end.error + max(0.0, 0.08 - min(pose.margin, end.margin))
+            if depth < 0.001 and strain < 0.01:
+                if skip == 0:
+                    return grasp
+                skip -= 1
+            rated.append((depth + strain, rank, grasp))
+        return min(rated)[2]
 
     def _carry(self, name: str, target: str, rotation: np.ndarray) -> Plan:
         """Over the target and down, the object held; where the hand goes follows from where the object is in it."""
         env = self.env
         xy, height = self._landing(name, target)
+        grip = env.position(name) - env.hand_position
         for phase, steps in (("over", 80), ("down", 40)):
             for _ in range(steps):
                 hand, held = env.hand_position, self.shapes.points(name)
                 offset = env.position(name) - hand
+                if np.linalg.norm(offset - grip) > 0.04:
+                    return  # lost on the way
                 bottom = held[:, 2].min() - hand[2]
                 point = np.array([xy[0] - offset[0], xy[1] - offset[1], height - bottom])
                 if phase == "over":
@@ -100,7 +120,7 @@ class LiberoExpert:
                     if apart < 0.012:
                         break
                     point[2] = max(clear, point[2])
-                    sideways = ramp(hand[2] - point[2], -0.05, -0.02)
+                    sideways = ramp(hand[2] - point[2], -0.03, -0.005)
                     yield self._action(point, rotation, _CLOSE, sideways=sideways)
                 else:
                     if abs(point[2] - hand[2]) < 0.006:
@@ -116,7 +136,7 @@ class LiberoExpert:
         else:
             xy = env.libero.sim.data.get_site_xpos(target)[:2].copy()
             base = env.libero.object_sites_dict[target].parent_name if target in env.libero.object_sites_dict else ""
-        points = self.shapes.points(base, per_edge=5) if base in self.shapes.geoms else np.zeros((0, 3))
+        points = self.shapes.points(base) if base in self.shapes else np.zeros((0, 3))
         if base.startswith("basket"):
             return xy, points[:, 2].max() - 0.04
         near = points[np.linalg.norm(points[:, :2] - xy, axis=1) < 0.04]
@@ -184,20 +204,3 @@ class LiberoExpert:
         error *= min(1.0, self.speed / max(float(np.linalg.norm(error)), 1e-9))
         turn = np.clip(4.0 * rotation_vector(rotation @ self.env.hand_rotation.T), -self.speed, self.speed)
         return np.array([*error, *turn, gripper])
-
-
-def rotation_vector(rotation: np.ndarray) -> np.ndarray:
-    """(3,) axis times angle [rad] of a rotation matrix."""
-    cosine = np.clip((np.trace(rotation) - 1.0) / 2.0, -1.0, 1.0)
-    angle = math.acos(cosine)
-    axis = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
-    sine = math.sin(angle)
-    if sine > 1e-6:
-        return axis * (angle / (2.0 * sine))
-    if cosine > 0.0:
-        return 0.5 * axis
-    column = rotation + np.eye(3)  # half a turn: each column is along the axis
-    column = column[:, np.argmax(np.linalg.norm(column, axis=0))]
-    return column / np.linalg.norm(column) * math.pi

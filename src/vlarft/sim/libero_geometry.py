@@ -25,44 +25,45 @@ class Grasp(NamedTuple):
 
 
 class Shapes:
-    """Collision geometry of the named objects and fixtures of one environment."""
+    """Collision geometry of the named objects and fixtures of one environment, as points 1.5 cm apart or less."""
 
     def __init__(self, env: LiberoEnv) -> None:
         self.env = env
         model = env.model
-        self.geoms: dict[str, np.ndarray] = {}
+        solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
+        self._geom: dict[str, np.ndarray] = {}  # (N,) geom of each point
+        self._local: dict[str, np.ndarray] = {}  # (N, 3) in the frame of its geom
         for name, root in {**env.objects, **env.fixtures}.items():
-            inside = model.body_rootid == model.body_rootid[root] if model.body_rootid[root] == root else None
-            if inside is None:
-                inside = np.zeros(model.nbody, bool)
-                inside[root] = True
-                for body in range(root + 1, model.nbody):  # parents come before their children
-                    inside[body] = inside[model.body_parentid[body]]
-            solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
-            self.geoms[name] = np.flatnonzero(inside[model.geom_bodyid] & solid)
+            inside = np.zeros(model.nbody, bool)
+            inside[root] = True
+            for body in range(root + 1, model.nbody):  # parents come before their children
+                inside[body] |= inside[model.body_parentid[body]]
+            geoms = np.flatnonzero(inside[model.geom_bodyid] & solid)
+            lattices = [_lattice(model.geom_size[g], capsule=model.geom_type[g] == 3) for g in geoms]
+            self._geom[name] = np.repeat(geoms, [len(lattice) for lattice in lattices])
+            self._local[name] = np.concatenate([*lattices, np.zeros((0, 3))])
 
-    def points(self, name: str, per_edge: int = 3, body: str | None = None) -> np.ndarray:
-        """(N, 3) a lattice of points of each collision box, of one body of the thing or of all."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._geom
+
+    def points(self, name: str, body: str | None = None) -> np.ndarray:
+        """(N, 3) points of the collision boxes, of one body of the thing or of all."""
         model, data = self.env.model, self.env.data
-        geoms = self.geoms[name]
+        geom, local = self._geom[name], self._local[name]
         if body is not None:
-            geoms = geoms[model.geom_bodyid[geoms] == model.body(body).id]
-        return self._lattice(geoms, per_edge)
+            own = model.geom_bodyid[geom] == model.body(body).id
+            geom, local = geom[own], local[own]
+        return np.einsum("pij,pj->pi", data.geom_xmat[geom].reshape(-1, 3, 3), local) + data.geom_xpos[geom]
 
     def others(self, *names: str) -> np.ndarray:
         """(N, 3) points of everything but these."""
-        return np.concatenate([self.points(name) for name in self.geoms if name not in names] or [np.zeros((0, 3))])
+        return np.concatenate([np.zeros((0, 3)), *(self.points(name) for name in self._geom if name not in names)])
 
-    def _lattice(self, geoms: np.ndarray, per_edge: int) -> np.ndarray:
-        model, data = self.env.model, self.env.data
-        line = np.linspace(-1.0, 1.0, per_edge)
-        unit = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
-        half = model.geom_size[geoms].copy()
-        round_ = model.geom_type[geoms] == 3  # capsules: radius, half length
-        half[round_] = np.stack([half[round_, 0], half[round_, 0], half[round_, :2].sum(1)], -1)
-        local = unit[None] * half[:, None]
-        world = np.einsum("gij,gpj->gpi", data.geom_xmat[geoms].reshape(-1, 3, 3), local)
-        return (world + data.geom_xpos[geoms][:, None]).reshape(-1, 3)
+
+def _lattice(size: np.ndarray, capsule: bool) -> np.ndarray:
+    half = np.array([size[0], size[0], size[0] + size[1]]) if capsule else size
+    lines = [np.linspace(-h, h, max(2, math.ceil(2.0 * h / 0.015) + 1)) for h in half]
+    return np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, 3)
 
 
 def downward(finger_axis: np.ndarray) -> np.ndarray:
@@ -76,13 +77,15 @@ def downward(finger_axis: np.ndarray) -> np.ndarray:
 
 
 def top_grasps(shapes: Shapes, name: str) -> list[Grasp]:
-    """Grasps from above at the narrow sides of a thing, best first; empty where it is too wide."""
-    points = shapes.points(name, per_edge=7)
+    """Grasps from above at the narrow sides of a thing, narrow and little turned ones first; none if it is too wide.
+
+    Whether the fingers have room is the caller's to find out.
+    """
+    points = shapes.points(name)
     top, bottom = points[:, 2].max(), points[:, 2].min()
     depth = min(_REACH, top - bottom - 0.007)
     level = top - depth
     slab = points[points[:, 2] > level - 0.012]
-    obstacles = shapes.others(name)
     found = []
     for angle in np.arange(0.0, math.pi, math.pi / 36):
         u = np.array([math.cos(angle), math.sin(angle)])
@@ -99,16 +102,15 @@ def top_grasps(shapes: Shapes, name: str) -> list[Grasp]:
         rotation = downward(np.array([*u, 0.0]))
         point = np.array([*centre, level])
         turn = math.acos(np.clip(rotation[1, 0], -1.0, 1.0))  # away from the hand's rest
-        cost = width + 0.02 * turn + 0.05 * _blocked(obstacles, point, u, (-1.0, 1.0))
+        cost = width + 0.02 * turn
         found.append((cost, Grasp(point, rotation)))
     return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
 
 
 def rim_grasps(shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16) -> list[Grasp]:
-    """Grasps of a round thing's rim, one finger in and one out, best first."""
+    """Grasps of a round thing's rim, one finger in and one out, little turned ones first."""
     points = shapes.points(name)
     centre = 0.5 * (points[:, :2].max(0) + points[:, :2].min(0))
-    obstacles = shapes.others(name)
     found = []
     for angle in np.arange(angles) * 2.0 * math.pi / angles:
         u = np.array([math.cos(angle), math.sin(angle)])
@@ -118,26 +120,11 @@ def rim_grasps(shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16
             continue
         top = sector[:, 2].max()  # of this side: the thing may stand askew
         radius = ((sector[sector[:, 2] > top - 0.012, :2] - centre) @ u).max()
-        point = np.array([*(centre + (radius - 0.004) * u), top - min(depth, top - points[:, 2].min() - 0.007)])
         rotation = downward(np.array([*u, 0.0]))
         turn = math.acos(np.clip(rotation[1, 0], -1.0, 1.0))
-        cost = 0.02 * turn + 0.05 * _blocked(obstacles, point, u, (1.0,))
-        found.append((cost, Grasp(point, rotation)))
+        for inset in (0.0, 0.02):  # further in where there is no room for the outer finger; closing evens it out
+            level = top - min(depth, top - points[:, 2].min() - 0.007)
+            point = np.array([*(centre + (radius - 0.004 - inset) * u), level])
+            cost = 0.02 * turn + 0.5 * inset
+            found.append((cost, Grasp(point, rotation)))
     return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
-
-
-def _blocked(obstacles: np.ndarray, point: np.ndarray, u: np.ndarray, sides: tuple[float, ...]) -> float:
-    """How many of the open fingers' places are taken by something else: 0 free, 1 or more taken, less nearly so."""
-    total = 0.0
-    across = np.array([-u[1], u[0]])
-    near = obstacles[obstacles[:, 2] > point[2] - 0.012]
-    for side in sides:
-        finger = point[:2] + side * (_OPEN + _FINGER) * u
-        apart = near[:, :2] - finger
-        gap = np.maximum(np.abs(apart @ u) - _FINGER, np.abs(apart @ across) - 2.0 * _FINGER)
-        closest = gap.min(initial=1.0)
-        total += 1.0 if closest < 0.003 else math.exp(-closest / 0.02) * 0.5
-    palm = obstacles[obstacles[:, 2] > point[2] + 0.05]
-    apart = palm[:, :2] - point[:2]
-    inside = (np.abs(apart @ u) < 0.11) & (np.abs(apart @ across) < 0.04)
-    return total + 2.0 * float(inside.any())
