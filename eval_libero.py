@@ -19,7 +19,7 @@ evaluation (or of benchmarks/libero_experts.py), whose actions are played again 
 
 Writes out_dir/episodes.jsonl (one line an episode, appended as they end: an interrupted evaluation resumes with the
 same command), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
-out_dir/*.gif or *.mp4. A worker process that dies is replaced and its episodes are played again; the report counts them.
+out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them.
 
 Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0 and
 `--noise stochastic` plays the policy with the noise of its fine-tuning; `--fast-rendering` changes pixels (see

@@ -6,7 +6,6 @@ worked, and else try again another way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -91,9 +90,12 @@ class LiberoExpert:
         rated = []
         for rank, grasp in enumerate(grasps):
             pose = self._scratch.solve(grasp.point, grasp.rotation)
-            end = self._scratch.solve(grasp.point + travel, grasp.rotation)
             depth = self._scratch.robot_depth(pose.joints)
-            strain = pose.error + end.error + max(0.0, 0.08 - min(pose.margin, end.margin))
+            over = travel + np.array([0.0, 0.0, 0.09])
+            poses = (pose, *(self._scratch.solve(grasp.point + way, grasp.rotation) for way in (over, travel)))
+            # the arm is stretched at -0.47 rad of its elbow; one that passes that point does not find back
+            stretched = max(p.joints[3] for p in poses) + 0.9
+            strain = sum(p.error for p in poses) + max(0.0, stretched)
             if depth < 0.001 and strain < 0.01:
                 if skip == 0:
                     return grasp
@@ -195,9 +197,7 @@ class LiberoExpert:
     def _turn(self, rotation: np.ndarray) -> float:
         return float(np.linalg.norm(rotation_vector(rotation @ self.env.hand_rotation.T)))
 
-    def _action(
-        self, point: np.ndarray, rotation: np.ndarray, gripper: float, sideways: float = 1.0
-    ) -> np.ndarray:
+    def _action(self, point: np.ndarray, rotation: np.ndarray, gripper: float, sideways: float = 1.0) -> np.ndarray:
         """Proportional control towards a pose, limited in speed."""
         error = 20.0 * (point - self.env.hand_position)
         error[:2] *= sideways

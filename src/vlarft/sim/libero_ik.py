@@ -17,7 +17,6 @@ _ITERATIONS = 60
 class Pose(NamedTuple):
     joints: np.ndarray  # (7,) arm angles, rad
     error: float  # of the hand, metres plus 0.1 m per rad
-    margin: float  # from the nearest end of a joint's range, rad
 
 
 class Scratch:
@@ -59,11 +58,10 @@ class Scratch:
             step = j.T @ np.linalg.solve(j @ j.T + _DAMPING**2 * np.eye(6), error)
             step *= min(1.0, 0.3 / max(float(np.abs(step).max()), 1e-9))
             data.qpos[joints] = np.clip(data.qpos[joints] + step, low, high)
-        found = data.qpos[joints].copy()
-        return Pose(found, size, float(np.minimum(found - low, high - found).min()))
+        return Pose(data.qpos[joints].copy(), size)
 
     def robot_depth(self, joints: np.ndarray, fingers: float = 0.04) -> float:
-        """How deep the robot, its arm at `joints` and its fingers open by `fingers` each, would be in other things [m]."""
+        """How deep in other things the robot would be, its arm at `joints`, each finger open by `fingers` [m]."""
         env, data = self._env, self._data
         self._mujoco.mj_copyData(data, env.model, env.data)
         data.qpos[env._joints] = joints
@@ -82,9 +80,7 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """(3,) axis times angle [rad] of a rotation matrix (3, 3)."""
     cosine = np.clip((np.trace(rotation) - 1.0) / 2.0, -1.0, 1.0)
     angle = math.acos(cosine)
-    axis = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
+    axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
     sine = math.sin(angle)
     if sine > 1e-6:
         return axis * (angle / (2.0 * sine))
