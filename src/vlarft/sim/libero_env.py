@@ -205,6 +205,10 @@ class LiberoEnv:
         """(7,) float32 joint angles of the arm [rad]."""
         return self.data.qpos[self._joints].astype(np.float32)
 
+    def libero_state(self) -> np.ndarray:
+        """(1 + nq + nv,) float64 time, positions and velocities, the state that LIBERO's own files hold."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
     def success(self) -> bool:
         """LIBERO's success test after the last step."""
         return self._success
