@@ -20,7 +20,8 @@ import numpy as np
 
 from vlarft.sim.gl import find_backend
 from vlarft.sim.libero_install import ASSETS_VARIABLE, assets_folder, assets_label, import_libero, package_folder
-from vlarft.sim.suites import SUITES, make_env
+from vlarft.sim.libero_tasks import LIBERO_SUITES
+from vlarft.sim.suites import make_env
 
 _STEPS = 20  # control steps of the test episode
 
@@ -58,7 +59,9 @@ def check_episode(suite: str) -> str:
         raise RuntimeError(
             f"{suite}: the same start and actions ended differently; reinstall the versions of the README's line"
         )
-    return f"{len(SUITES[suite].tasks)} tasks; {_STEPS} steps repeat bit for bit; {time.monotonic() - began:.0f} s"
+    return (
+        f"{len(LIBERO_SUITES[suite].tasks)} tasks; {_STEPS} steps repeat bit for bit; {time.monotonic() - began:.0f} s"
+    )
 
 
 def check_rendering(suite: str) -> str:
@@ -111,8 +114,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vlarft.sim.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = [suite for suite in SUITES if suite.startswith("libero")]
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=suites, help="suites to start")
+    parser.add_argument(
+        "--suites", nargs="+", choices=list(LIBERO_SUITES), default=list(LIBERO_SUITES), help="to start"
+    )
     parser.add_argument("--download-assets", metavar="FOLDER", help="first run LIBERO's own download into this folder")
     args = parser.parse_args(argv)
     if args.download_assets:
@@ -120,12 +124,12 @@ def main(argv: Sequence[str]) -> int:
             return 1
         os.environ[ASSETS_VARIABLE] = args.download_assets
         print(f"from now on: export {ASSETS_VARIABLE}={os.path.abspath(args.download_assets)}")
-    tests: list[tuple[str, Callable[[], str]]] = []
-    if any(suite.startswith("libero") for suite in args.suites):
-        tests += [("assets", check_assets), ("packages", check_packages)]
-    tests += [(suite, lambda suite=suite: check_episode(suite)) for suite in args.suites]
-    tests += [("images", lambda: check_rendering(args.suites[0]))]
-    return 0 if report(tests) else 1
+    ready = report([("renderer", find_backend), ("assets", check_assets), ("packages", check_packages)])
+    if not ready:
+        print(f"not tested: {', '.join(args.suites)}, which need the above")
+        return 1
+    tests = [(suite, lambda suite=suite: check_episode(suite)) for suite in args.suites]
+    return 0 if report([*tests, ("images", lambda: check_rendering(args.suites[0]))]) else 1
 
 
 def _version(name: str) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WAIT_STEPS = 10  # of the public evaluation scripts: things settle
 WAIT_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 _CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+_START_NOISE = 0.02  # rad on the arm's joints, robosuite's default, which the benchmark's initial states contain too
 _DEMONSTRATION_SEEDS = 1_000_000  # LIBERO's sampler is seeded with this and more; evaluation places fixtures with 0
 
 
@@ -109,7 +110,8 @@ class LiberoEnv:
 
         Args:
             init_state: 0..49, the benchmark's.
-            seed: >= 0, start of a demonstration: things are placed as the task's file says, by this seed.
+            seed: >= 0, start of a demonstration: things are placed as the task's file says, by this seed, and the arm
+                starts a little off its rest. (In libero_object the wanted thing always stands at the same place.)
             perturb: shift of objects, goals or robot applied to the start; drawn from the same seed.
 
         Raises:
@@ -129,6 +131,8 @@ class LiberoEnv:
             numbers = initial_states(self.suite, self.task_index)[init_state]
             nq, nv = self.model.nq, self.model.nv
             data.time, data.qpos[:], data.qvel[:] = numbers[0], numbers[1 : 1 + nq], numbers[1 + nq : 1 + nq + nv]
+        else:
+            data.qpos[self._joints] += np.random.default_rng([seed, 2]).normal(0.0, _START_NOISE, len(self._joints))
         data.ctrl[:] = 0.0
         data.qacc_warmstart[:] = 0.0
         self._mujoco.mj_forward(self.model, data)

@@ -84,22 +84,28 @@ def import_libero(need_assets: bool = True) -> ModuleType:
     global _config_folder
     root = package_folder()
     assets = assets_folder() if need_assets else root / "assets"
-    if "robosuite" not in sys.modules:
-        _import_robosuite()
-    if "libero.libero" not in sys.modules:
+    if _config_folder is None:
         _config_folder = tempfile.TemporaryDirectory(prefix="vlarft_libero_")
-        paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
-        paths |= {"datasets": Path(_config_folder.name) / "datasets", "assets": assets}
-        config = Path(_config_folder.name) / "config.yaml"
-        config.write_text(json.dumps({key: str(path) for key, path in paths.items()}))  # JSON is YAML
-        before = os.environ.get("LIBERO_CONFIG_PATH")
-        os.environ["LIBERO_CONFIG_PATH"] = _config_folder.name
-        try:
+    folder = Path(_config_folder.name)
+    variables = {"LIBERO_CONFIG_PATH": str(folder)}
+    if "MPLCONFIGDIR" not in os.environ:
+        variables["MPLCONFIGDIR"] = str(folder)  # matplotlib, which LIBERO imports, would make a folder at home
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        if "robosuite" not in sys.modules:
+            _import_robosuite()
+        if "libero.libero" not in sys.modules:
+            paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
+            paths |= {"datasets": folder / "datasets", "assets": assets}
+            config = json.dumps({key: str(path) for key, path in paths.items()})  # JSON is YAML
+            (folder / "config.yaml").write_text(config)
             _import("libero.libero")
-        finally:
-            _restore("LIBERO_CONFIG_PATH", before)
-    sys.modules["libero.libero"]._assets_path_cache = str(assets)
-    return _import("libero.libero.envs.env_wrapper")
+        sys.modules["libero.libero"]._assets_path_cache = str(assets)
+        return _import("libero.libero.envs.env_wrapper")
+    finally:
+        for name, value in before.items():
+            _restore(name, value)
 
 
 def _import_robosuite() -> None:
