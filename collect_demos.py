@@ -1,8 +1,9 @@
-"""Expert demonstrations of the tabletop suites, as HDF5 in LIBERO's layout.
+"""Expert demonstrations of Tabletop's and LIBERO's suites, as HDF5 in LIBERO's layout.
 
     python collect_demos.py --preset tiny --out-dir demos                  # four tasks of tabletop_object, 64 px
     python collect_demos.py --suites tabletop_goal --tasks 0 open_the_drawer --demos-per-task 10 --out-dir demos
     python collect_demos.py --preset paper --out-dir demos --workers 8     # four suites x ten tasks x 50, 256 px
+    python collect_demos.py --preset libero --demos-per-task 20 --out-dir demos     # LIBERO-Object and LIBERO-Spatial
 
 Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from,
 and the intended one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is
@@ -10,13 +11,15 @@ the first success among the start seeds that belong to i, so the files do not de
 `--keep-failed` keeps the first attempt of each i whatever came of it, and `--noisy-per-task` adds attempts with
 strong noise, both marked in the attributes `kind` and `success`; they serve a world model. The same command run again
 makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all, until
-their task is complete. More `--demos-per-task` extend a file.
+their task is complete. More `--demos-per-task` extend a file. A worker process that dies is replaced.
+
+Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
+images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -31,8 +34,13 @@ from tqdm import tqdm
 
 from vlarft.config import opt, parse
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
-from vlarft.sim import SUITES, TabletopEnv, make_env, task_index, task_names
+from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_index, task_names
 from vlarft.sim.experts import Expert
+from vlarft.sim.gl import FAST
+from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.libero_experts import LiberoExpert
+from vlarft.sim.tabletop import TabletopEnv
+from vlarft.sim.workers import run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
 ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
@@ -46,13 +54,16 @@ def _tasks(config: Config, suite: str) -> list[int]:
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5")
-    suites: tuple[str, ...] = opt(tuple(SUITES), "suites to collect")
+    suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect")
     tasks: tuple[str, ...] | None = opt(None, "task indices or names, in every suite given; none = all")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     image_size: int = opt(256, "side of the images in pixels")
     wrist: bool = opt(False, "also store the wrist camera, as eye_in_hand")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
     action_noise: float = opt(0.2, "standard deviation of the expert's action noise, action units")
-    min_speed: float = opt(0.4, "the expert's speed is uniform in [min, max] per demonstration; 1 = 2 cm a step")
+    min_speed: float = opt(
+        0.4, "the expert's speed is uniform in [min, max] per demonstration; 1 = 2 cm a step (LIBERO: 1.2)"
+    )
     max_speed: float = opt(0.6, "see min_speed")
     idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
     max_attempts: int = opt(20, "start seeds tried for one demonstration")
@@ -77,6 +88,8 @@ class Config:
             raise ValueError(f"seed must be 0..{ATTEMPT_STRIDE - 2 * FIRST_NOISY}, got {self.seed}")
         for suite in self.suites:
             _tasks(self, suite)
+            if self.fast_rendering and suite not in LIBERO_SUITES:
+                raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {suite} has none")
 
 
 FOUR_BLOCKS = {"suites": ("tabletop_object",), "tasks": ("0", "1", "2", "3"), "image_size": 64}
@@ -89,6 +102,8 @@ PRESETS = {
         **FOUR_BLOCKS, demos_per_task=150, action_noise=0.08, min_speed=0.8, max_speed=1.0, noisy_per_task=20
     ),
     "smoke": Config(**FOUR_BLOCKS, demos_per_task=3),
+    # the pace of LIBERO's own demonstrations
+    "libero": Config(suites=("libero_object", "libero_spatial"), action_noise=0.1, min_speed=0.7, max_speed=1.0),
 }
 # Settings that only say how much is made and by whom; files of different values of these can be continued.
 NOT_CONTENT = ("out_dir", "suites", "tasks", "demos_per_task", "noisy_per_task", "workers", "max_attempts")
@@ -117,18 +132,12 @@ def main(config: Config) -> list[Path]:
     for key in chosen:
         if not left[key]:
             _merge(config, *key)
-    context = multiprocessing.get_context("spawn")
-    pool = context.Pool(workers) if workers > 1 else None
-    try:
-        results = pool.imap_unordered(make_demo, todo) if pool else map(make_demo, todo)
-        for job in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
-            key = (job.suite, job.task)
-            left[key] -= 1
-            if not left[key]:
-                _merge(config, *key)
-    finally:
-        if pool:
-            pool.terminate()
+    results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0)
+    for _, job, _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
+        key = (job.suite, job.task)
+        left[key] -= 1
+        if not left[key]:
+            _merge(config, *key)
     for path in paths.values():
         print(summary(path))
     return list(paths.values())
@@ -143,12 +152,12 @@ def make_demo(job: Job) -> Job:
     """Runs one demonstration (in a worker) and writes it to the parts of its task."""
     config = job.config
     noisy = job.index >= FIRST_NOISY
-    env = _environment(job.suite, job.task, config.image_size, config.wrist)
+    env = _environment(job.suite, job.task, config.image_size, config.wrist, config.fast_rendering)
     for attempt in range(config.max_attempts):
         start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
         speed = np.random.default_rng([start_seed, 1]).uniform(config.min_speed, config.max_speed)
-        expert = Expert(
+        expert = (LiberoExpert if job.suite in LIBERO_SUITES else Expert)(
             env,
             seed=start_seed,
             action_noise=config.noisy_action_noise if noisy else config.action_noise,
@@ -173,24 +182,28 @@ def make_demo(job: Job) -> Job:
     return job
 
 
-def record(env: TabletopEnv, expert: Expert, idle_steps: int) -> tuple[dict, bool]:
+def record(env: TabletopEnv | LiberoEnv, expert: Expert | LiberoExpert, idle_steps: int) -> tuple[dict, bool]:
     """Plays an episode to success or the horizon, then `idle_steps` more after success.
 
     Returns:
         Keyword arguments of `write_demo`, one row per control step, each observed before its action; and whether it
         succeeded.
     """
-    rows: dict[str, list[np.ndarray]] = {k: [] for k in ("actions", "intended_actions", "proprio", "states")}
+    of_libero = isinstance(env, LiberoEnv)
+    names = ("actions", "intended_actions", "proprio", "states", *(("joint_states",) if of_libero else ()))
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     frames: dict[str, list[np.ndarray]] = {camera: [] for camera in env.cameras}
     success, steps_left = False, env.horizon
     while steps_left:
         obs, action = env.observe(), expert.act()
         for camera in env.cameras:
-            frames[camera].append(obs[camera])
+            frames[camera].append(obs[camera][::-1, ::-1] if of_libero else obs[camera])
         rows["actions"].append(action.executed.astype(np.float32))
         rows["intended_actions"].append(action.intended.astype(np.float32))
         rows["proprio"].append(obs["proprio"])
-        rows["states"].append(env.get_state())
+        rows["states"].append(env.libero_state() if of_libero else env.get_state())
+        if of_libero:
+            rows["joint_states"].append(env.joint_states())
         # The stored float32 action is what is executed, so that replaying a file repeats the episode bit for bit.
         result = env.step(rows["actions"][-1])
         steps_left -= 1
@@ -213,8 +226,8 @@ def summary(path: Path) -> str:
 
 
 @lru_cache(maxsize=2)
-def _environment(suite: str, task: int, image_size: int, wrist: bool) -> TabletopEnv:
-    return make_env(suite, task, image_size, wrist=wrist)
+def _environment(suite: str, task: int, image_size: int, wrist: bool, fast: bool) -> TabletopEnv | LiberoEnv:
+    return make_env(suite, task, image_size, wrist=wrist, **({"rendering": FAST} if fast else {}))
 
 
 def _content(config: Config) -> dict:
@@ -249,6 +262,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
+    found = {"fast_rendering": False, **found}  # files of before have no such setting
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")
@@ -263,7 +277,12 @@ def _merge(config: Config, suite: str, task: int) -> None:
         with import_h5py().File(tmp, "w") as file:
             data = file.create_group("data")
             args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
-            write_task_attrs(data, SUITES[suite].tasks[task].instruction, args)
+            described = SUITES[suite].tasks[task]
+            if suite in LIBERO_SUITES:
+                bddl = f"{suite}/{described.name}.bddl"
+                write_task_attrs(data, described.instruction, args, upright=False, bddl_file_name=bddl)
+            else:
+                write_task_attrs(data, described.instruction, args)
             for source in [path, *parts] if path.exists() else parts:
                 with open_demo_file(source) as other:
                     for name in demo_names(other["data"]):

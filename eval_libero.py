@@ -5,32 +5,36 @@ paper the policy emits chunks of 8 actions that are executed open loop, and acti
 a random x0; the sigma net is not used. x0 is drawn per (seed, task, initial state, chunk), so it is the same for every
 policy and does not depend on how episodes are spread over workers.
 
-Suites: tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (the embedded benchmark; LIBERO's interface and
-protocol: 10 tasks x 50 initial states, a horizon per suite).
+Suites: libero_spatial, libero_object, libero_goal, libero_10 (LIBERO; `python -m vlarft.sim.check` says what it needs)
+and tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (embedded): 10 tasks x 50 initial states each, a
+horizon per suite, in LIBERO ten wait steps first and images with both axes flipped.
 
-    python eval_libero.py --policies runs/sft/model.safetensors --suites tabletop_object
-    python eval_libero.py --policies runs/sft/model.safetensors runs/rft/model.safetensors --tasks 0 1 2 3 --animate 2
-    python eval_libero.py --policies runs/sft/model.safetensors --perturb object:2.5
+    python eval_libero.py --policies runs/sft/model.safetensors                         # LIBERO, Table 2
+    python eval_libero.py --policies runs/sft/model.safetensors --perturb object:2.5    # Table 3
+    python eval_libero.py --preset small --policies sft.safetensors rft.safetensors     # Tabletop
+    python eval_libero.py --policies random runs/eval/episodes.jsonl --suites libero_object --animate-failed 3
 
-Reads checkpoints of train_sft.py and train_rft.py. Writes out_dir/episodes.jsonl (one line an episode, appended as they
-end: an interrupted evaluation resumes with the same command), out_dir/results.json (rates with 95 % Wilson intervals
-per policy, suite and task; paired differences), out_dir/*.gif.
+A policy is a checkpoint of train_sft.py or train_rft.py; `random`, uniform actions; or an episodes.jsonl of an earlier
+evaluation (or of benchmarks/libero_experts.py), whose actions are played again open loop.
+
+Writes out_dir/episodes.jsonl (one line an episode, appended as they end: an interrupted evaluation resumes with the
+same command), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
+out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them.
 
 Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0 and
-`--noise stochastic` plays the policy with the noise of its fine-tuning; all are reported in results.json.
+`--noise stochastic` plays the policy with the noise of its fine-tuning; `--fast-rendering` changes pixels (see
+vlarft/sim/gl.py); all are reported in results.json. LIBERO places fixtures by the global random state; here by seed 0
+before every episode, so that an episode does not depend on those before it.
 """
 
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -38,39 +42,49 @@ from tqdm import tqdm
 from vlarft.checkpoint import open_run, read_header, write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
-from vlarft.pictures import save_gif
+from vlarft.pictures import save_gif, save_mp4
 from vlarft.policy import VLAPolicy
-from vlarft.sim import NUM_INITIAL_STATES, task_index, task_names
-from vlarft.sim.evaluate import PlayNoise, play_episodes
+from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
+from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
+from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
+from vlarft.sim.workers import run_jobs
 
 
 @dataclass(frozen=True)
 class Config:
-    policies: tuple[str, ...] = opt(("runs/sft/model.safetensors",), "checkpoints; the first is the baseline")
-    suites: tuple[str, ...] = opt(
-        ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"), "suites to play"
+    policies: tuple[str, ...] = opt(
+        ("runs/sft/model.safetensors",), "checkpoints, episodes.jsonl files, or random; the first is the baseline"
     )
+    suites: tuple[str, ...] = opt(tuple(LIBERO_SUITES), "suites to play, of LIBERO and Tabletop")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names of each suite; none plays all")
     episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (50 in LIBERO's protocol)")
-    perturb: str | None = opt(None, "perturbation of the starts (Table 3), e.g. object:2.5, goal:5, robot:20")
+    perturb: str | None = opt(
+        None, "perturbed starts (Tables 3, 8): object:2.5, goal:5, robot:20, all:5/5/50, object:5:x"
+    )
+    image_size: int | None = opt(256, "side of the rendered images [px]; the policy resizes; none: the policy's own")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8, the whole chunk)")
     num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
     noise: PlayNoise = opt("sampled", "x0 of the ODE; or stochastic: the policy that train_rft.py samples")
-    seed: int = opt(0, "of x0 and of the perturbations")
+    seed: int = opt(0, "of x0")
     workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
     batch_size: int = opt(10, "episodes that a worker plays side by side, one policy call for all")
-    animate: int = opt(0, "episodes per policy to write as GIF, the same starts for every policy")
-    animate_size: int = opt(160, "side of the animation [px]")
+    animate: int = opt(0, "episodes per policy to film, the same starts for every policy")
+    animate_failed: int = opt(0, "failed episodes per policy to film")
+    animate_starts: tuple[str, ...] = opt((), "episodes to film, as suite/task number/initial state")
+    animate_size: int = opt(160, "side of the films [px]")
+    animate_format: Literal["gif", "mp4"] = opt("gif", "format of the films")
     out_dir: str = opt("runs/eval", "folder that the run writes")
 
 
+TABLETOP = {"suites": tuple(TABLETOP_SUITES), "image_size": None}
 PRESETS = {
     "paper": Config(),
-    "small": Config(),
-    "tiny": Config(suites=("tabletop_object",), tasks=("0", "1", "2", "3")),
-    "smoke": Config(suites=("tabletop_object",), tasks=("0",), episodes=2, batch_size=2),
+    "small": Config(**TABLETOP),
+    "tiny": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0", "1", "2", "3")),
+    "smoke": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0",), episodes=2, batch_size=2),
 }
 
 
@@ -79,43 +93,46 @@ def _policy(path: str, digest: str) -> VLAPolicy:
     return VLAPolicy.load(path).eval()
 
 
+@functools.lru_cache(maxsize=2)
+def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]:
+    """Actions of an episodes.jsonl: (suite, task) -> initial state -> actions; a later line replaces an earlier one."""
+    found: dict[tuple[str, int], dict[int, list]] = {}
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            r = json.loads(line)
+            found.setdefault((r["suite"], r["task"]), {})[r["init_state"]] = r["actions"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a record of an episode ({error!r})") from error
+    return found
+
+
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
 def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: list[int]) -> list[dict]:
     """Records of `play_episodes` for one task and some initial states, with the policy's path and digest."""
-    options = {"seed": cfg.seed, "noise": cfg.noise, "execute": cfg.execute, "num_flow_steps": cfg.num_flow_steps}
-    records = play_episodes(_policy(path, digest), suite, task, states, **options, perturb=_perturbation(cfg))
-    return [{"policy": path, "digest": digest, **record} for record in records]
+    actor: Actor
+    size = cfg.image_size or 64
+    if path == "random":
+        actor = RandomActor(suite, task, seed=cfg.seed)
+    elif path.endswith(".jsonl"):
+        actor = ReplayActor(_recording(path, digest)[suite, task])
+    else:
+        policy = _policy(path, digest)
+        size = cfg.image_size or policy.vlm.image_size
+        options = {"seed": cfg.seed, "noise": cfg.noise, "num_flow_steps": cfg.num_flow_steps}
+        actor = PolicyActor(policy, suite, task, **options)
+    options = {"image_size": size, "execute": cfg.execute, "perturb": _perturbation(cfg), **_rendering(cfg)}
+    return [{"policy": path, "digest": digest, **r} for r in play_episodes(actor, suite, task, states, **options)]
 
 
 def _perturbation(cfg: Config) -> Perturbation | None:
     return None if cfg.perturb is None else Perturbation.parse(cfg.perturb)
 
 
-def play_all(cfg: Config, jobs: list[tuple]) -> Iterator[list[dict]]:
-    """Results of `play` for each job as they come, from worker processes (from this one when `workers` is 0).
-
-    Raises:
-        RuntimeError: a worker died; what came before has been yielded.
-    """
-    if cfg.workers == 0:
-        yield from (play(cfg, *job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(cfg.workers, max(1, len(jobs))), context, _one_thread) as pool:
-        futures = [pool.submit(play, cfg, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died (out of memory?); finished episodes are kept: run the same command again to go "
-                "on, with fewer --workers if memory is short"
-            ) from error
-        finally:  # also when the caller is interrupted
-            pool.shutdown(wait=False, cancel_futures=True)
+def _rendering(cfg: Config) -> dict:
+    return {"rendering": FAST} if cfg.fast_rendering else {}
 
 
 def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict:
@@ -128,6 +145,10 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
         _, low, high = wilson_interval(wins, len(chosen))
         return {"success": wins, "episodes": len(chosen), "rate": wins / len(chosen), "low": low, "high": high}
 
+    def against_first(policy: str, chosen: list) -> dict:
+        baseline, own = ([outcome[(p, *s)] for s in chosen] for p in (cfg.policies[0], policy))
+        return paired_difference(baseline, own)._asdict()
+
     policies = []
     for path in cfg.policies:
         suites = {}
@@ -137,26 +158,64 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
             suites[suite] = {"all": rate(path, of_suite), "tasks": tasks}
         entry = {"policy": path, "digest": digests[path], "all": rate(path, starts), "suites": suites}
         if path != cfg.policies[0]:
-            baseline, own = ([outcome[(p, *s)] for s in starts] for p in (cfg.policies[0], path))
-            entry["against_first"] = paired_difference(baseline, own)._asdict()
+            entry["against_first"] = against_first(path, starts)
+            for name, part in suites.items():
+                part["against_first"] = against_first(path, [s for s in starts if s[0] == name])
         policies.append(entry)
-    return {"config": to_dict(cfg), "torch": torch.__version__, "policies": policies}
+    notes = {
+        "visuals": sorted({f"{r['suite']}: {r['visuals']}" for r in records if "visuals" in r}),
+        "rejected_starts": sum(r["rejected_starts"] for r in records),
+        "played_again": sum(r["worker_deaths"] > 0 for r in records),
+    }
+    return {"config": to_dict(cfg), "torch": torch.__version__, **notes, "policies": policies}
 
 
 def print_table(results: dict) -> None:
-    """One line per policy and suite: success rate with its interval."""
+    """Per policy: a line per suite and task with rate and interval, and the difference to the first policy."""
+    for line in results["visuals"]:
+        print(line)
+    if results["config"]["perturb"]:
+        print(f"perturbed starts {results['config']['perturb']}: {results['rejected_starts']} draws rejected")
+    if results["played_again"]:
+        print(f"{results['played_again']} episodes were played again, since a worker process died over them")
     for entry in results["policies"]:
         print(entry["policy"])
-        rows = [(suite, s["all"]) for suite, s in entry["suites"].items()]
-        rows += [(f"  {t}", r) for s in entry["suites"].values() for t, r in s["tasks"].items()]
-        for name, r in [*rows, ("all", entry["all"])]:
+        rows = []
+        for suite, part in entry["suites"].items():
+            rows += [(suite, part["all"], part), *((f"  {t}", rate, {}) for t, rate in part["tasks"].items())]
+        for name, r, found in [*rows, ("all", entry["all"], entry)]:
             shown = f"{100 * r['rate']:5.1f} %  [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
             print(f"  {name:<60} {shown}  {r['success']}/{r['episodes']}")
-        if d := entry.get("against_first"):
-            print(
-                f"  against the first policy, same starts: {100 * d['difference']:+.1f} points "
-                f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}], McNemar p = {d['p_value']:.3g}"
-            )
+            if d := found.get("against_first"):
+                print(
+                    f"    against the first policy, same starts: {100 * d['difference']:+.1f} points "
+                    f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}], McNemar p = {d['p_value']:.3g}"
+                )
+
+
+def film(cfg: Config, records: list[dict]) -> None:
+    """Films of the chosen episodes: the recorded actions played again."""
+    known = {(r["suite"], str(r["task"]), str(r["init_state"])) for r in records}
+    if missing := [start for start in cfg.animate_starts if tuple(start.split("/")) not in known]:
+        raise ValueError(f"animate_starts: no episode {', '.join(missing)} was played; give suite/task number/state")
+    for number, path in enumerate(cfg.policies):
+        # starts spread over tasks: state 0 of each task, then state 1, ...
+        own = sorted(
+            (r for r in records if r["policy"] == path), key=lambda r: (r["init_state"], r["suite"], r["task"])
+        )
+        chosen = {id(r): r for r in own[: cfg.animate]}
+        chosen |= {id(r): r for r in [r for r in own if not r["success"]][: cfg.animate_failed]}
+        chosen |= {id(r): r for r in own if f"{r['suite']}/{r['task']}/{r['init_state']}" in cfg.animate_starts}
+        for r in chosen.values():
+            start = (r["suite"], r["task"], r["init_state"])
+            options = {"size": cfg.animate_size, "perturb": _perturbation(cfg), **_rendering(cfg)}
+            frames = replay_frames(*start, r["actions"], **options)
+            end = "success" if r["success"] else "failure"
+            name = Path(cfg.out_dir) / f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}"
+            if cfg.animate_format == "mp4":
+                save_mp4(f"{name}.mp4", frames, frames_per_second=10)
+            else:
+                save_gif(f"{name}.gif", frames, frames_per_second=10, hold_last=1.5)
 
 
 def _tasks(cfg: Config, suite: str) -> list[int]:
@@ -172,8 +231,24 @@ def check(cfg: Config) -> dict[str, str]:
     if len(set(cfg.policies)) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
     _perturbation(cfg)
+    if cfg.fast_rendering and (others := [s for s in cfg.suites if s not in LIBERO_SUITES]):
+        raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {', '.join(others)} has none")
     digests = {}
     for path in cfg.policies:
+        if path == "random":
+            digests[path] = "random"
+            continue
+        if path.endswith(".jsonl"):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"no recorded episodes at {path}")
+            digests[path] = digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            for suite, task in ((s, t) for s in cfg.suites for t in _tasks(cfg, s)):
+                if lost := set(range(cfg.episodes)) - set(_recording(path, digest).get((suite, task), {})):
+                    raise ValueError(
+                        f"{path} has no episode of {suite}, task {task}, initial state {min(lost)}; "
+                        "choose --suites, --tasks and --episodes that it holds"
+                    )
+            continue
         header = read_header(path)
         if header.cls != VLAPolicy.__name__:
             raise ValueError(
@@ -192,7 +267,9 @@ def check(cfg: Config) -> dict[str, str]:
 def main(cfg: Config) -> dict:
     digests = check(cfg)
     out_dir = Path(cfg.out_dir)
-    open_run(out_dir, cfg, ignore=("workers", "animate", "animate_size"))
+    open_run(
+        out_dir, cfg, ignore=("workers", "animate", *(f"animate_{k}" for k in ("failed", "starts", "size", "format")))
+    )
     log = out_dir / "episodes.jsonl"
 
     # what an interrupted evaluation already played, by checkpoints that have not changed since
@@ -214,32 +291,23 @@ def main(cfg: Config) -> dict:
             for task in _tasks(cfg, suite):
                 todo = [s for s in range(cfg.episodes) if (path, suite, task, s) not in done]
                 for k in range(0, len(todo), cfg.batch_size):
-                    jobs.append((path, digests[path], suite, task, todo[k : k + cfg.batch_size]))
+                    jobs.append((cfg, path, digests[path], suite, task, todo[k : k + cfg.batch_size]))
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
     with (
         log.open("a", buffering=1) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
-        for played in play_all(cfg, jobs):
+        for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=_one_thread):
             for record in played:
+                record["worker_deaths"] = deaths
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 bar.update()
 
     results = summarise(cfg, records, digests)
     write_json(out_dir / "results.json", results)
-    for number, path in enumerate(cfg.policies):
-        # starts spread over tasks: state 0 of each task, then state 1, ...
-        own = sorted(
-            (r for r in records if r["policy"] == path), key=lambda r: (r["init_state"], r["suite"], r["task"])
-        )
-        for r in own[: cfg.animate]:
-            end = "success" if r["success"] else "failure"
-            start = (r["suite"], r["task"], r["init_state"])
-            frames = replay_frames(*start, r["actions"], size=cfg.animate_size, perturb=_perturbation(cfg))
-            name = f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}.gif"
-            save_gif(out_dir / name, frames, frames_per_second=10, hold_last=1.5)
+    film(cfg, records)
     print_table(results)
     return results
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vlarft.config import opt, parse
 from vlarft.metrics import wilson_interval
-from vlarft.sim import NUM_INITIAL_STATES, SUITES, make_env, task_names
+from vlarft.sim import NUM_INITIAL_STATES, TABLETOP_SUITES, make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.perturb import Perturbation
 
@@ -24,7 +24,7 @@ from vlarft.sim.perturb import Perturbation
 @dataclass(frozen=True)
 class Config:
     out: str = opt("results/tabletop_experts.json", "JSON file to write")
-    suites: tuple[str, ...] = opt(tuple(SUITES), "suites to run")
+    suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to run")
     tasks: int = opt(10, "the first so many tasks of each suite")
     states: int = opt(NUM_INITIAL_STATES, "the first so many evaluation states of each task")
     noises: tuple[float, ...] = opt((0.0, 0.2), "standard deviations of the action noise, action units")

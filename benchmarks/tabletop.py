@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from vlarft.config import opt, parse
-from vlarft.sim import SUITES, TabletopEnv, make_env
+from vlarft.sim import TABLETOP_SUITES, make_env
 from vlarft.sim.experts import Expert
+from vlarft.sim.tabletop import TabletopEnv
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def main(config: Config) -> dict:
     import mujoco
 
     rows = []
-    for suite in SUITES:
+    for suite in TABLETOP_SUITES:
         actions = _expert_actions(make_env(suite, config.task))
         for size in (0, *config.image_sizes):
             env = make_env(suite, config.task, max(size, 1))

@@ -163,6 +163,6 @@ def test_bad_command_lines_exit_with_a_message(arguments, message, capsys):
 
 
 def test_presets_select_what_they_say():
-    assert list(PRESETS) == ["paper", "small", "tiny", "smoke"]
+    assert list(PRESETS) == ["paper", "small", "tiny", "smoke", "libero"]
     assert PRESETS["paper"].image_size == 256 and len(PRESETS["paper"].suites) == 4 and PRESETS["paper"].tasks is None
     assert PRESETS["tiny"].demos_per_task == 150 and PRESETS["tiny"].tasks == ("0", "1", "2", "3")

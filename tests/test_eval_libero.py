@@ -160,3 +160,63 @@ def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
             first[kind, noise] = torch.tensor(records(run)[0]["actions"][:8]).flatten()
     assert torch.equal(first["sigma_net", "sampled"], first["flow_sde", "sampled"])  # the ODE knows of no noise
     assert len({tuple(v.tolist()) for v in first.values()}) == 3
+
+
+def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp_path, capsys):
+    eval_libero.main(config)
+    recording = str(Path(config.out_dir) / "episodes.jsonl")
+    again = dataclasses.replace(
+        config,
+        policies=(recording, "random"),
+        animate_failed=1,
+        animate_starts=("tabletop_object/0/1",),
+        out_dir=str(tmp_path / "again"),
+    )
+    results = eval_libero.main(again)
+    assert [r["actions"] for r in records(again) if r["policy"] == recording] == [r["actions"] for r in records(config)]
+    assert "against_first" in results["policies"][1]["suites"]["tabletop_object"]
+    assert "McNemar p" in capsys.readouterr().out
+    films = {path.name for path in Path(again.out_dir).glob("*.gif")}
+    assert films == {f"policy{p}_tabletop_object_0_{s}_failure.gif" for p in (0, 1) for s in (0, 1)}
+    with pytest.raises(ValueError, match="has no episode of tabletop_object, task 1, initial state 0"):
+        eval_libero.main(dataclasses.replace(again, tasks=("1",), out_dir=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="animate_starts: no episode tabletop_object/3/0 was played"):
+        eval_libero.main(dataclasses.replace(again, animate_starts=("tabletop_object/3/0",)))
+    (tmp_path / "bad.jsonl").write_text('{"suite": 1}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not a record of an episode"):
+        eval_libero.main(
+            dataclasses.replace(again, policies=(str(tmp_path / "bad.jsonl"),), out_dir=str(tmp_path / "b"))
+        )
+
+
+def test_a_dead_worker_is_reported(config, monkeypatch, capsys):
+    def died_once(function, jobs, workers, start):
+        yield from ((job, function(*job), 1) for job in jobs)
+
+    monkeypatch.setattr(eval_libero, "run_jobs", died_once)
+    assert eval_libero.main(config)["played_again"] == 2
+    assert "2 episodes were played again, since a worker process died" in capsys.readouterr().out
+
+
+def test_mp4_needs_pyav(config, monkeypatch, tmp_path):
+    import sys
+
+    from vlarft.pictures import save_mp4
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r'pip install "vlarft\[video\]"'):
+        save_mp4(tmp_path / "film.mp4", [])
+
+
+def test_mp4_frames_come_back(tmp_path):
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    from vlarft.pictures import save_mp4
+
+    frames = [np.full((33, 48, 3), 40 * i, np.uint8) for i in range(5)]
+    save_mp4(tmp_path / "film.mp4", frames, frames_per_second=10)
+    with av.open(str(tmp_path / "film.mp4")) as file:
+        read = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(read) == 5 and read[0].shape == (32, 48, 3)
+    assert [abs(int(frame.mean()) - 40 * i) < 6 for i, frame in enumerate(read)] == [True] * 5

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from vlarft.sim import SUITES, make_env
+from vlarft.sim import TABLETOP_SUITES, make_env
 from vlarft.sim.experts import Expert
 
 pytest.importorskip("mujoco")
@@ -20,7 +20,7 @@ def play(env, expert, steps=None):
     return result
 
 
-@pytest.mark.parametrize("suite", list(SUITES))
+@pytest.mark.parametrize("suite", list(TABLETOP_SUITES))
 def test_every_task_of_a_suite_succeeds_without_noise(suite):
     for task in range(10):
         env = make_env(suite, task)
@@ -28,7 +28,7 @@ def test_every_task_of_a_suite_succeeds_without_noise(suite):
         assert play(env, Expert(env)).success, env.task_name
 
 
-@pytest.mark.parametrize("suite", list(SUITES))
+@pytest.mark.parametrize("suite", list(TABLETOP_SUITES))
 def test_demonstration_noise_is_survived(suite):
     won = 0
     for task in range(0, 10, 3):

@@ -28,9 +28,15 @@ def test_parse_reads_the_command_line_form():
     assert Perturbation.parse("goal:5") == Perturbation(goal_cm=5.0)
     assert Perturbation.parse("robot:20") == Perturbation(robot_mm=20.0)
     assert Perturbation.parse("all:2.5/2.5/20") == Perturbation(2.5, 2.5, 20.0)
+    assert Perturbation.parse("object:5:x") == Perturbation(object_cm=5.0, direction=1)
+    assert Perturbation.parse("robot:20:horizontal") == Perturbation(robot_mm=20.0, direction=2)
+    assert Perturbation.parse("all:5/5/50:1") == Perturbation(5.0, 5.0, 50.0, direction=1)
 
 
-@pytest.mark.parametrize("text", ["object", "table:3", "all:3", "object:1/2", "all:1/2/x", "object:", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["object", "table:3", "all:3", "object:1/2", "all:1/2/x", "object:", "", "object:5:z", "robot:20:x", "goal:5:"],
+)
 def test_parse_errors_show_the_forms(text):
     with pytest.raises(ValueError, match="object:CM"):
         Perturbation.parse(text)
@@ -58,6 +64,19 @@ def test_only_the_named_things_move_and_within_range(text, movers):
             assert 0.4 * movers[name] < largest <= movers[name] + 1e-3, name
         else:
             assert largest < 1e-4, name
+
+
+@pytest.mark.parametrize(("text", "still"), [("object:3:x", 1), ("object:3:y", 0)])
+def test_one_direction_of_table_8(text, still):
+    moved = shifts(make_env("tabletop_object", 0), Perturbation.parse(text))["red_block"]
+    assert np.abs(moved[:, still]).max() < 1e-3 and np.abs(moved[:, 1 - still]).max() > 0.01
+
+
+@pytest.mark.parametrize(("text", "moving"), [("robot:20:height", [2]), ("robot:20:horizontal", [0, 1])])
+def test_the_hand_moves_in_one_direction_of_table_8(text, moving):
+    moved = np.abs(shifts(make_env("tabletop_spatial", 0), Perturbation.parse(text))["hand"]).max(axis=0)
+    assert [axis for axis in range(3) if moved[axis] > 0.008] == moving
+    assert all(moved[axis] < 1e-3 for axis in range(3) if axis not in moving)
 
 
 def test_robot_moves_in_height_and_sideways_in_millimetres():

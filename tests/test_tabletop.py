@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from vlarft.sim import NUM_INITIAL_STATES, SUITES, make_env, task_names
+from vlarft.sim import NUM_INITIAL_STATES, TABLETOP_SUITES, make_env, task_names
 from vlarft.sim.experts import Expert
-from vlarft.sim.tabletop import task_index
+from vlarft.sim.suites import task_index
 
 mujoco = pytest.importorskip("mujoco")
 
-ALL_TASKS = [(suite, task) for suite in SUITES for task in range(10)]
+ALL_TASKS = [(suite, task) for suite in TABLETOP_SUITES for task in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,12 @@ def episode_digest(suite, task, seed):
 
 
 def test_four_suites_of_ten_tasks():
-    assert list(SUITES) == ["tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"]
-    names = [name for suite in SUITES for name in task_names(suite)]
-    assert len(names) == 40 and all(len(task_names(suite)) == len(set(task_names(suite))) == 10 for suite in SUITES)
-    blocks = SUITES["tabletop_object"].tasks[:4]
+    assert list(TABLETOP_SUITES) == ["tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"]
+    names = [name for suite in TABLETOP_SUITES for name in task_names(suite)]
+    assert len(names) == 40 and all(
+        len(task_names(suite)) == len(set(task_names(suite))) == 10 for suite in TABLETOP_SUITES
+    )
+    blocks = TABLETOP_SUITES["tabletop_object"].tasks[:4]
     assert all(task.scene is blocks[0].scene and len(task.scene.items) == 4 for task in blocks)
     assert len({task.instruction for task in blocks}) == 4
 

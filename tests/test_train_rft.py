@@ -312,7 +312,7 @@ def test_time_limit_stops_early(config):
 def test_success_rate_at_intervals(config, monkeypatch):
     played = []
 
-    def play(policy, suite, task, states, *, seed):
+    def play(actor, suite, task, states, *, image_size):
         played.append((suite, task, list(states)))
         return [{"success": state == 49} for state in states]
 

@@ -193,8 +193,8 @@ def test_train_head_leaves_the_rest_alone(demos, tmp_path):
 def test_success_rate_at_intervals(demos, tmp_path, monkeypatch):
     played = []
 
-    def play(policy, suite, task, states, *, seed):
-        played.append((suite, task, list(states), {k: v.clone() for k, v in policy.state_dict().items()}))
+    def play(actor, suite, task, states, *, image_size):
+        played.append((suite, task, list(states), {k: v.clone() for k, v in actor.policy.state_dict().items()}))
         return [{"success": state == 49} for state in states]
 
     monkeypatch.setattr(evaluate, "play_episodes", play)

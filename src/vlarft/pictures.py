@@ -121,3 +121,27 @@ def save_gif(
     duration[-1] += round(1000 * hold_last)
     first.save(tmp, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
     os.replace(tmp, path)
+
+
+def save_mp4(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: int = 10) -> None:
+    """Write pictures of one size, (H, W, 3) uint8, as H.264 video; an odd row or column at the end is left out.
+
+    Raises:
+        ImportError: PyAV is missing.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('writing mp4 needs PyAV: pip install "vlarft[video]"; or choose gif') from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    height, width = (side - side % 2 for side in pictures[0].shape[:2])
+    with av.open(str(tmp), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=frames_per_second)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    os.replace(tmp, path)

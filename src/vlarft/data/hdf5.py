@@ -41,7 +41,15 @@ def import_h5py() -> Any:
     return h5py
 
 
-def write_task_attrs(data: "h5py.Group", instruction: str, env_args: Mapping[str, Any], control_freq: int = 20) -> None:
+def write_task_attrs(
+    data: "h5py.Group",
+    instruction: str,
+    env_args: Mapping[str, Any],
+    control_freq: int = 20,
+    *,
+    upright: bool = True,
+    bddl_file_name: str = "",
+) -> None:
     """Attributes of the file's `data` group; `num_demos` and `total` are kept current by `write_demo`.
 
     Args:
@@ -49,11 +57,14 @@ def write_task_attrs(data: "h5py.Group", instruction: str, env_args: Mapping[str
         instruction: what the robot is told, for every demonstration of the file.
         env_args: JSON-safe description of the environment (suite, task, image size, ...).
         control_freq: control steps a second.
+        upright: False where images are stored as LIBERO stores its own, turned by 180 degrees.
+        bddl_file_name: LIBERO's file of the task, <suite>/<task>.bddl.
     """
-    data.attrs["bddl_file_name"] = ""
+    data.attrs["bddl_file_name"] = bddl_file_name
     data.attrs["env_args"] = json.dumps(dict(env_args))
     data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
-    data.attrs["image_convention"] = "upright"
+    if upright:
+        data.attrs["image_convention"] = "upright"
     data.attrs["control_freq"] = control_freq
     for name in ("num_demos", "total"):
         if name not in data.attrs:
@@ -78,7 +89,7 @@ def write_demo(
     Args:
         data: the group "data" of an open file.
         index: number of the demonstration in the file.
-        images: camera name (agentview, eye_in_hand) -> (T, H, W, 3) uint8, upright.
+        images: camera name (agentview, eye_in_hand) -> (T, H, W, 3) uint8, as `write_task_attrs` declared them.
         actions: (T, 7) executed raw environment actions.
         intended_actions: (T, 7) the demonstrator's actions before noise.
         proprio: (T, 8) position 3 [m], axis-angle 3 [rad], finger positions 2 [m], before each action.

@@ -1,6 +1,16 @@
-"""Simulators. Importing this needs numpy only; making an environment needs mujoco."""
+"""Simulators. Importing this needs numpy only; making an environment needs mujoco, those of LIBERO need LIBERO."""
 
-from vlarft.sim.tabletop import NUM_INITIAL_STATES, StepResult, TabletopEnv, make_env, task_index, task_names
-from vlarft.sim.tasks import SUITES
+from vlarft.sim.libero_tasks import LIBERO_SUITES
+from vlarft.sim.suites import NUM_INITIAL_STATES, SUITES, StepResult, make_env, task_index, task_names
+from vlarft.sim.tasks import TABLETOP_SUITES
 
-__all__ = ["NUM_INITIAL_STATES", "SUITES", "StepResult", "TabletopEnv", "make_env", "task_index", "task_names"]
+__all__ = [
+    "LIBERO_SUITES",
+    "NUM_INITIAL_STATES",
+    "SUITES",
+    "TABLETOP_SUITES",
+    "StepResult",
+    "make_env",
+    "task_index",
+    "task_names",
+]

@@ -1,13 +1,16 @@
-"""A policy plays evaluation episodes, several side by side: what eval_libero.py and a fine-tuning run's curves share.
+"""Evaluation episodes, several side by side: what eval_libero.py and a fine-tuning run's curves share.
+
+The simulator is any of `vlarft.sim.suites`; what plays is a policy, chance, or a recording.
 
 Shapes: B episodes, T chunk steps, A action dim, M noisy flow steps.
 """
 
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from vlarft import distributed
 from vlarft.config import opt
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.tabletop import NUM_INITIAL_STATES, make_env
+from vlarft.sim.suites import NUM_INITIAL_STATES, make_env
 
 PlayNoise = Literal["sampled", "zero", "stochastic"]
 
@@ -26,7 +29,7 @@ PlayNoise = Literal["sampled", "zero", "stochastic"]
 class SuccessConfig:
     """Success rate in the simulator while a policy trains."""
 
-    success_interval: int | None = opt(None, "steps between success rates in the simulator (Tabletop); none: never")
+    success_interval: int | None = opt(None, "steps between success rates in the simulator; none: never")
     success_suite: str = opt("tabletop_object", "suite of those")
     success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
     success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
@@ -45,7 +48,11 @@ def success_rate(cfg: SuccessConfig, policy: PolicyConfig, weights: dict[str, Te
         whole = VLAPolicy(policy).eval()
         whole.load_state_dict(weights)
         states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
-        played = [play_episodes(whole, cfg.success_suite, task, states, seed=seed) for task in cfg.success_tasks]
+        played = []
+        for task in cfg.success_tasks:
+            actor = PolicyActor(whole, cfg.success_suite, task, seed=seed, noise="sampled", num_flow_steps=10)
+            size = whole.vlm.image_size
+            played.append(play_episodes(actor, cfg.success_suite, task, states, image_size=size))
         wins = [float(record["success"]) for records in played for record in records]
     return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
 
@@ -61,83 +68,169 @@ def chunk_noise(
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
-@torch.no_grad()
-def play_episodes(
-    policy: VLAPolicy,
-    suite: str,
-    task: int,
-    states: Sequence[int],
-    *,
-    seed: int = 0,
-    noise: PlayNoise = "sampled",
-    execute: int = 8,
-    num_flow_steps: int = 10,
-    perturb: Perturbation | None = None,
-) -> list[dict]:
-    """Play one task from several initial states side by side.
+class Actor(Protocol):
+    """Whatever decides: a policy, chance, a recording."""
+
+    sees: bool  # False: its observations are None, and nothing is rendered
+
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
+        """(B, T, A) raw actions of chunk number `chunk` of the episodes that began at these initial states."""
+
+
+class PolicyActor:
+    """A policy on one task, with random numbers that are a function of (seed, suite, task, state, chunk) alone.
 
     Args:
         policy: in eval mode.
         suite, task: of the simulator.
-        states: initial states.
-        seed: of the noise, which depends on (seed, suite, task, state, chunk) alone.
+        seed: of the noise.
         noise: x0 of the deterministic flow, "sampled" or "zero"; or "stochastic", the policy that reinforcement
             fine-tuning samples, with the same x0 as "sampled".
-        execute: actions of a chunk that are executed before the next is planned.
         num_flow_steps: Euler steps of the deterministic flow.
-        perturb: of the starts.
-
-    Returns:
-        One record per episode: suite, task, init_state, success, steps, seconds, rejected_starts, actions (steps, A).
     """
-    started = time.monotonic()
-    envs = []
-    for state in states:
-        env = make_env(suite, task, image_size=policy.vlm.image_size)
-        env.reset(init_state=state, perturb=perturb)
-        envs.append(env)
-    played: list[list[np.ndarray]] = [[] for _ in states]
-    success = [False] * len(states)
-    active = list(range(len(states)))
-    chunk, flow = 0, policy.cfg.flow
-    while active:
-        observations = [envs[i].observe() for i in active]  # one frame a chunk is all that the policy sees
-        keys = [(seed, suite, task, states[i], chunk) for i in active]
-        x0 = torch.stack([chunk_noise(noise, (flow.chunk, flow.action_dim), *key) for key in keys])
+
+    sees = True
+
+    def __init__(
+        self, policy: VLAPolicy, suite: str, task: int, *, seed: int, noise: PlayNoise, num_flow_steps: int
+    ) -> None:
+        self.policy, self.suite, self.task = policy, suite, task
+        self.seed, self.noise, self.num_flow_steps = seed, noise, num_flow_steps
+
+    @torch.no_grad()
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
+        flow = self.policy.cfg.flow
+
+        def draws(shape: tuple[int, ...], suite: str) -> Tensor:
+            noise = [chunk_noise(self.noise, shape, self.seed, suite, self.task, state, chunk) for state in states]
+            return torch.stack(noise)
+
         steps = None
-        if noise == "stochastic":
-            shape = (len(flow.scored_steps), flow.chunk, flow.action_dim)
-            steps = torch.stack([chunk_noise(noise, shape, seed, f"{suite}/steps", *key[2:]) for key in keys])
-        actions = policy.act(
+        if self.noise == "stochastic":
+            steps = draws((len(flow.scored_steps), flow.chunk, flow.action_dim), f"{self.suite}/steps")
+        actions = self.policy.act(
             np.stack([o["agentview"] for o in observations]),
             [o["instruction"] for o in observations],
             np.stack([o["proprio"] for o in observations]),
-            noise=x0,
+            noise=draws((flow.chunk, flow.action_dim), self.suite),
             step_noise=steps,
-            num_steps=num_flow_steps,
+            num_steps=self.num_flow_steps,
         )
+        return actions.cpu().numpy()
+
+
+class RandomActor:
+    """Uniform actions, a function of (seed, suite, task, state, chunk): what success by chance is."""
+
+    sees = False
+
+    def __init__(self, suite: str, task: int, *, seed: int) -> None:
+        self.suite, self.task, self.seed = suite, task, seed
+
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
+        keys = [f"random/{self.seed}/{self.suite}/{self.task}/{state}/{chunk}".encode() for state in states]
+        seeds = [int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big") for key in keys]
+        return np.stack([np.random.default_rng(seed).uniform(-1.0, 1.0, (8, 7)) for seed in seeds])
+
+
+class ReplayActor:
+    """Recorded actions played open loop; after their end it holds still.
+
+    Args:
+        recorded: initial state -> (steps, A) raw actions.
+    """
+
+    sees = False
+
+    def __init__(self, recorded: dict[int, np.ndarray]) -> None:
+        self.recorded = recorded
+
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
+        rows = []
+        for state in states:
+            actions = np.asarray(self.recorded[state][8 * chunk : 8 * (chunk + 1)], dtype=np.float32).reshape(-1, 7)
+            still = np.zeros((8 - len(actions), 7), dtype=np.float32)
+            still[:, 6] = self.recorded[state][-1][6]
+            rows.append(np.concatenate([actions, still]))
+        return np.stack(rows)
+
+
+@functools.lru_cache(maxsize=1)  # one simulator a process: LIBERO's take seconds to make
+def _environment(suite: str, task: int, image_size: int, options: tuple):
+    return make_env(suite, task, image_size, **dict(options))
+
+
+def play_episodes(
+    actor: Actor,
+    suite: str,
+    task: int,
+    states: Sequence[int],
+    *,
+    image_size: int,
+    execute: int = 8,
+    perturb: Perturbation | None = None,
+    **options,
+) -> list[dict]:
+    """Play one task from several initial states side by side, in one simulator that takes turns.
+
+    Args:
+        actor: what decides.
+        suite, task: of the simulator.
+        states: initial states.
+        image_size: side of the rendered frames [px].
+        execute: actions of a chunk that are executed before the next is planned.
+        perturb: of the starts.
+        options: of `make_env`.
+
+    Returns:
+        One record per episode: suite, task, init_state, success, steps, seconds, rejected_starts, actions (steps, A),
+        and what the environment says about its visuals, if it does.
+    """
+    started = time.monotonic()
+    env = _environment(suite, task, image_size, tuple(options.items()))
+    saved, rejected = [], []
+    for state in states:
+        env.reset(init_state=state, perturb=perturb)
+        saved.append(env.get_state())
+        rejected.append(env.num_rejected)
+    played: list[list[np.ndarray]] = [[] for _ in states]
+    success = [False] * len(states)
+    active, chunk = list(range(len(states))), 0
+
+    def look(i: int) -> dict:
+        env.set_state(saved[i])
+        return env.observe()
+
+    while active:
+        observations = [look(i) if actor.sees else None for i in active]  # one frame a chunk is all that it sees
+        actions = actor([states[i] for i in active], chunk, observations)
         ended = set()
-        for i, row in zip(active, actions.cpu().numpy()):
-            for action in row[:execute]:
-                result = envs[i].step(action)
+        for i, row in zip(active, actions, strict=True):
+            env.set_state(saved[i])
+            for action in row[:execute].astype(np.float32):
+                result = env.step(action)
                 played[i].append(action)
                 if result.done:
                     success[i] = result.success
                     ended.add(i)
                     break
+            saved[i] = env.get_state()
         active = [i for i in active if i not in ended]
         chunk += 1
     seconds = (time.monotonic() - started) / len(states)
+    visuals = {"visuals": env.visuals} if hasattr(env, "visuals") else {}
     return [
         {
             "suite": suite,
             "task": task,
             "init_state": state,
-            "success": bool(ok),
-            "steps": len(actions),
+            "success": bool(success[i]),
+            "steps": len(played[i]),
             "seconds": round(seconds, 4),
-            "rejected_starts": env.num_rejected,
-            "actions": np.round(np.stack(actions), 5).tolist(),
+            "rejected_starts": rejected[i],
+            **visuals,
+            # nine digits tell every float32: what is recorded is what was played
+            "actions": [[float(f"{number:.9g}") for number in action] for action in played[i]],
         }
-        for state, ok, actions, env in zip(states, success, played, envs)
+        for i, state in enumerate(states)
     ]

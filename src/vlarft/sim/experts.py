@@ -25,17 +25,47 @@ class ExpertAction(NamedTuple):
     intended: np.ndarray  # (7,) the same without noise
 
 
+class ActionNoise:
+    """Noise on an expert's actions: AR(1), so that its effect on the path is larger than that of white noise.
+
+    Args:
+        seed: of the noise.
+        action_noise: standard deviation on the three translations, in action units; rotations get half of it.
+        gripper_flips: share of steps whose gripper command is reversed.
+        persistence: correlation of successive values.
+    """
+
+    def __init__(self, seed: int, action_noise: float, gripper_flips: float, persistence: float) -> None:
+        if action_noise < 0.0:
+            raise ValueError(f"action_noise must be >= 0, got {action_noise}")
+        if not 0.0 <= gripper_flips <= 1.0:
+            raise ValueError(f"gripper_flips must be in [0, 1], got {gripper_flips}")
+        if not 0.0 <= persistence < 1.0:
+            raise ValueError(f"persistence must be in [0, 1), got {persistence}")
+        self.action_noise, self.gripper_flips, self.persistence = action_noise, gripper_flips, persistence
+        self._rng = np.random.default_rng(seed)
+        self._noise = self._rng.standard_normal(6)
+
+    def add(self, intended: np.ndarray) -> ExpertAction:
+        """The action (7,) with the next noise value."""
+        fresh = math.sqrt(1.0 - self.persistence**2) * self._rng.standard_normal(6)
+        self._noise = self.persistence * self._noise + fresh
+        noise = self.action_noise * self._noise * np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+        executed = intended.copy()
+        executed[:6] = np.clip(intended[:6] + noise, -1.0, 1.0)
+        if self._rng.random() < self.gripper_flips:
+            executed[6] = -intended[6]
+        return ExpertAction(executed, intended)
+
+
 class Expert:
     """Acts in one environment towards the first of its goals that does not hold yet.
 
     Args:
         env: the environment, reset before `act`.
         seed: seed of the action noise.
-        action_noise: standard deviation of the noise on the three translations, in action units; rotations get half
-            of it. The noise is an AR(1) process, so that its effect on the path is larger than that of white noise.
-        gripper_flips: share of steps whose gripper command is reversed.
+        action_noise, gripper_flips, persistence: see `ActionNoise`.
         speed: largest translation in action units; 1 is 2 cm a step.
-        persistence: correlation of successive noise values.
     """
 
     def __init__(
@@ -48,21 +78,11 @@ class Expert:
         speed: float = 0.5,
         persistence: float = 0.5,
     ) -> None:
-        if action_noise < 0.0:
-            raise ValueError(f"action_noise must be >= 0, got {action_noise}")
-        if not 0.0 <= gripper_flips <= 1.0:
-            raise ValueError(f"gripper_flips must be in [0, 1], got {gripper_flips}")
         if not 0.0 < speed <= 1.0:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
-        if not 0.0 <= persistence < 1.0:
-            raise ValueError(f"persistence must be in [0, 1), got {persistence}")
         self.env = env
-        self.action_noise = action_noise
-        self.gripper_flips = gripper_flips
         self.speed = speed
-        self.persistence = persistence
-        self._rng = np.random.default_rng(seed)
-        self._noise = self._rng.standard_normal(6)
+        self._noise = ActionNoise(seed, action_noise, gripper_flips, persistence)
 
     def act(self) -> ExpertAction:
         """The action for the present state; after success it holds still with the gripper open."""
@@ -70,15 +90,7 @@ class Expert:
         if not open_goals:
             still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _OPEN])
             return ExpertAction(still, still.copy())
-        intended = self._towards(open_goals[0])
-        fresh = math.sqrt(1.0 - self.persistence**2) * self._rng.standard_normal(6)
-        self._noise = self.persistence * self._noise + fresh
-        noise = self.action_noise * self._noise * np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
-        executed = intended.copy()
-        executed[:6] = np.clip(intended[:6] + noise, -1.0, 1.0)
-        if self._rng.random() < self.gripper_flips:
-            executed[6] = -intended[6]
-        return ExpertAction(executed, intended)
+        return self._noise.add(self._towards(open_goals[0]))
 
     def _towards(self, goal: Goal) -> np.ndarray:
         if goal.kind == "open":
@@ -102,7 +114,7 @@ class Expert:
         holds = self._holds(item.width, position)
         if low and (np.all(over < 0.010) or (np.all(over < surface.reach) and not holds)):
             up = np.array([hand[0], hand[1], env.scene.travel_height])
-            return self._move(up, env.hand_angles[0], _OPEN, slow=_ramp(width - item.width, 0.0, 0.015))
+            return self._move(up, env.hand_angles[0], _OPEN, slow=ramp(width - item.width, 0.0, 0.015))
         if holds:
             return self._travel(aim - position + hand, 0.0, _CLOSE, goal.item)
         yaw = math.remainder(env.yaw(goal.item), math.pi) if item.elongated else 0.0
@@ -127,7 +139,7 @@ class Expert:
         behind = position[1] - env.items[goal.item].size[0]
         low = 0.014
         if abs(hand[0] - position[0]) < 0.02 and hand[1] < behind + 0.015 and hand[2] < low + 0.014:
-            ahead = 0.1 * _ramp(hand[2] - low, 0.010, 0.005)
+            ahead = 0.1 * ramp(hand[2] - low, 0.010, 0.005)
             return self._move(np.array([position[0], hand[1] + ahead, low]), 0.0, _CLOSE)
         return self._travel(np.array([position[0], behind - 0.018, low]), 0.0, _CLOSE, goal.item)
 
@@ -154,12 +166,12 @@ class Expert:
         env = self.env
         hand = env.hand_position
         distance = float(np.linalg.norm(point[:2] - hand[:2]))
-        height = point[2] + (env.scene.travel_height - point[2]) * _ramp(distance, 0.012, 0.05)
-        sideways = _ramp(hand[2] - height, -0.045, -0.015)
+        height = point[2] + (env.scene.travel_height - point[2]) * ramp(distance, 0.012, 0.05)
+        sideways = ramp(hand[2] - height, -0.045, -0.015)
         for name, other in env.items.items():
             position = env.position(name)
             if name != item and np.linalg.norm(position[:2] - hand[:2]) < 0.04:
-                sideways *= _ramp(hand[2] - position[2] - other.half_height, 0.008, 0.018)
+                sideways *= ramp(hand[2] - position[2] - other.half_height, 0.008, 0.018)
         return self._move(np.array([point[0], point[1], height]), yaw, gripper, sideways=sideways)
 
     def _move(
@@ -175,7 +187,7 @@ class Expert:
         return np.array([*error, x, y, z, gripper])
 
 
-def _ramp(value: float, low: float, high: float) -> float:
+def ramp(value: float, low: float, high: float) -> float:
     """Smooth step from 0 at `low` to 1 at `high`."""
     t = min(max((value - low) / (high - low), 0.0), 1.0)
     return t * t * (3.0 - 2.0 * t)

@@ -1,7 +1,8 @@
 """The paper's perturbed start states (Tables 3 and 8): objects, goals, the robot, or all of them are displaced.
 
 Tables 3 and 8 give half ranges; displacements here are uniform in them. The robot's are read as millimetres, since
-+-20 cm would leave the table.
++-20 cm would leave the table. Table 8's two dimensions are directions here: 1 is x for objects and goals, and the
+height for the robot; 2 is y, and the robot's horizontal offset.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from vlarft.sim.tasks import Goal
 if TYPE_CHECKING:
     from vlarft.sim.tabletop import TabletopEnv
 
-_FORMS = 'one of "object:CM", "goal:CM", "robot:MM", "all:CM/CM/MM", for example object:2.5 or all:2.5/2.5/20'
+_FORMS = (
+    'one of "object:CM", "goal:CM", "robot:MM", "all:CM/CM/MM", for example object:2.5 or all:2.5/2.5/20, perhaps with '
+    "one direction of Table 8: object:2.5:x, goal:5:y, robot:20:height, robot:20:horizontal, all:5/5/50:1"
+)
+_DIRECTIONS = {
+    "object": {"x": 1, "y": 2},
+    "goal": {"x": 1, "y": 2},
+    "robot": {"height": 1, "horizontal": 2},
+    "all": {"1": 1, "2": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Perturbation:
     object_cm: float = 0.0  # half range of the manipulated objects' x and y
     goal_cm: float = 0.0  # half range of the goals' x and y
     robot_mm: float = 0.0  # half range of the hand's start height and of its x and y
+    direction: int | None = None  # 1 or 2, see above; None displaces in both
     max_depth: float = 1e-3  # a start with contacts this much deeper than in the plain start is rejected, metres
     max_tries: int = 500
 
@@ -38,20 +49,36 @@ class Perturbation:
     def parse(cls, text: str) -> Perturbation:
         """Reads the command-line form: "object:2.5", "goal:5", "robot:20" or "all:2.5/2.5/20" (cm, cm, mm).
 
+        With ":x" or ":y" (object, goal), ":height" or ":horizontal" (robot), ":1" or ":2" (all) in one direction.
+
         Raises:
             ValueError: another form.
         """
-        kind, _, numbers = text.partition(":")
+        kind, _, rest = text.partition(":")
+        numbers, _, direction = rest.partition(":")
         fields = {"object": ("object_cm",), "goal": ("goal_cm",), "robot": ("robot_mm",)}
         fields["all"] = ("object_cm", "goal_cm", "robot_mm")
         parts = numbers.split("/")
-        if kind not in fields or len(parts) != len(fields[kind]):
+        known = kind in fields and len(parts) == len(fields[kind])
+        if not known or (direction and direction not in _DIRECTIONS[kind]) or text.endswith(":"):
             raise ValueError(f"perturbation {text!r} is not {_FORMS}")
         try:
             values = [float(part) for part in parts]
         except ValueError:
             raise ValueError(f"perturbation {text!r} holds something that is not a number; write {_FORMS}") from None
-        return cls(**dict(zip(fields[kind], values, strict=True)))
+        return cls(
+            **dict(zip(fields[kind], values, strict=True)),
+            direction=_DIRECTIONS[kind][direction] if direction else None,
+        )
+
+    def shift(self, rng: np.random.Generator, metres: float) -> np.ndarray:
+        """(2,) displacement in x and y of an object or goal, uniform in +-metres."""
+        return rng.uniform(-metres, metres, size=2) * {None: (1, 1), 1: (1, 0), 2: (0, 1)}[self.direction]
+
+    def hand_shift(self, rng: np.random.Generator) -> np.ndarray:
+        """(3,) displacement of the hand in metres."""
+        kept = {None: (1, 1, 1), 1: (0, 0, 1), 2: (1, 1, 0)}[self.direction]
+        return rng.uniform(-1.0, 1.0, size=3) * self.robot_mm / 1000.0 * kept
 
     def apply(self, env: TabletopEnv, layout: dict[str, np.ndarray], hand: np.ndarray, rng: np.random.Generator) -> int:
         """Places and settles a displaced copy of a start state; `TabletopEnv.reset` calls it.
@@ -76,10 +103,10 @@ class Perturbation:
         for rejected in range(self.max_tries):
             moved = {name: pose.copy() for name, pose in layout.items()}
             for body, metres in half.items():
-                shift = rng.uniform(-metres, metres, size=2)
+                shift = self.shift(rng, metres)
                 for name in _moves_with(env.scene, body):
                     moved[name][:2] += shift
-            start = hand + rng.uniform(-1.0, 1.0, size=3) * self.robot_mm / 1000.0
+            start = hand + self.hand_shift(rng)
             if not _reachable(env, moved, start) or _fixtures_overlap(env.scene, moved):
                 continue
             env.place(moved, start)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.tabletop import TabletopEnv, make_env
+from vlarft.sim.suites import make_env
+from vlarft.sim.tabletop import TabletopEnv
 
 
 def replay_frames(
@@ -20,6 +21,7 @@ def replay_frames(
     size: int = 160,
     every: int = 2,
     perturb: Perturbation | None = None,
+    **options,
 ) -> list[np.ndarray]:
     """Play recorded actions from an evaluation state and look at every n-th step.
 
@@ -29,15 +31,16 @@ def replay_frames(
         size: side of the frames [px].
         every: control steps between frames; the last step is always seen.
         perturb: as in the recorded episode.
+        options: of `make_env`.
 
     Returns:
         Frames, each (size, size, 3) uint8.
     """
-    env = make_env(suite, task, image_size=size)
+    env = make_env(suite, task, image_size=size, **options)
     env.reset(init_state=init_state, perturb=perturb)
     frames = [env.observe()["agentview"]]
     for step, action in enumerate(actions, 1):
-        env.step(np.asarray(action))
+        env.step(np.asarray(action, dtype=np.float32))
         if step % every == 0 or step == len(actions):
             frames.append(env.observe()["agentview"])
     return frames

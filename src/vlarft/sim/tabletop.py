@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, sample_layout, scene_xml, surface_of
-from vlarft.sim.tasks import SUITES, Goal
+from vlarft.sim.suites import NUM_INITIAL_STATES, StepResult, task_index
+from vlarft.sim.tasks import TABLETOP_SUITES, Goal
 
 if TYPE_CHECKING:
     from vlarft.sim.perturb import Perturbation
 
-NUM_INITIAL_STATES = 50
 _EVALUATION, _DEMONSTRATION = 0, 1  # disjoint streams of start states
 _OPEN_WIDTH = 0.08  # metres between the open fingers
 
@@ -39,16 +39,11 @@ class TabletopConfig:
     settle_steps: int = 6  # control steps simulated before the first observation
 
 
-class StepResult(NamedTuple):
-    success: bool
-    done: bool  # success, or the horizon is reached
-
-
 class TabletopEnv:
     """One task of one suite.
 
     Args:
-        suite: a key of `SUITES`.
+        suite: a key of `TABLETOP_SUITES`.
         task: index or name of a task of the suite.
         image_size: side of the square images in pixels, or (height, width).
         wrist: also observe the camera on the hand.
@@ -83,10 +78,10 @@ class TabletopEnv:
         self.config = config
         self.suite = suite
         self.task_index = index
-        self.task = SUITES[suite].tasks[index]
+        self.task = TABLETOP_SUITES[suite].tasks[index]
         self.task_name = self.task.name
         self.instruction = self.task.instruction
-        self.horizon = SUITES[suite].horizon
+        self.horizon = TABLETOP_SUITES[suite].horizon
         self.scene = self.task.scene
         self.cameras = ("agentview", "wrist") if wrist else ("agentview",)
         self.model = mujoco.MjModel.from_xml_string(
@@ -322,34 +317,3 @@ def _axis_angle(yaw: float, pitch: float, roll: float) -> np.ndarray:
     if norm < 1e-12:
         return np.zeros(3)
     return vector / norm * 2.0 * math.remainder(math.atan2(norm, w), math.pi)
-
-
-def task_names(suite: str) -> list[str]:
-    """Names of the tasks of a suite, in order.
-
-    Raises:
-        ValueError: unknown suite.
-    """
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; the suites are: {', '.join(SUITES)}")
-    return [task.name for task in SUITES[suite].tasks]
-
-
-def task_index(suite: str, task: int | str) -> int:
-    """Index of a task given by index or name.
-
-    Raises:
-        ValueError: unknown suite or task.
-    """
-    names = task_names(suite)
-    if isinstance(task, str) and task in names:
-        return names.index(task)
-    digits = str(task)
-    if digits.isdigit() and int(digits) < len(names):
-        return int(digits)
-    raise ValueError(f"unknown task {task!r} of {suite}; give 0..{len(names) - 1} or one of: {', '.join(names)}")
-
-
-def make_env(suite: str, task: int | str, image_size: int | tuple[int, int] = 64, **kwargs) -> TabletopEnv:
-    """The environment of one task; see `TabletopEnv`."""
-    return TabletopEnv(suite, task, image_size, **kwargs)

@@ -185,7 +185,7 @@ def _workbench_tasks(goals: dict[str, tuple[Goal, ...]]) -> tuple[Task, ...]:
     return tuple(Task(instruction, WORKBENCH, goal) for instruction, goal in goals.items())
 
 
-SUITES: dict[str, Suite] = {
+TABLETOP_SUITES: dict[str, Suite] = {
     "tabletop_spatial": Suite(180, _spatial_tasks()),
     "tabletop_object": Suite(
         180,

@@ -1,0 +1,322 @@
+"""LIBERO behind Tabletop's interface. What needs LIBERO itself and its assets is skipped where they are missing."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import collect_demos
+import eval_libero
+from vlarft.data import load_episodes
+from vlarft.sim import LIBERO_SUITES, SUITES, gl, libero_install, make_env, task_names
+from vlarft.sim.libero_install import assets_folder, package_folder
+from vlarft.sim.perturb import Perturbation
+
+
+def _missing() -> str:
+    try:
+        package_folder()
+        assets_folder()
+    except (ImportError, FileNotFoundError) as error:
+        return str(error)
+    return ""
+
+
+def _no_renderer() -> str:
+    try:
+        gl.find_backend()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+needs_libero = pytest.mark.skipif(bool(_missing()), reason=_missing() or "LIBERO is here")
+needs_images = pytest.mark.skipif(bool(_missing() or _no_renderer()), reason=_missing() or _no_renderer() or "all here")
+
+
+# Without LIBERO
+
+
+def test_suites_are_liberos():
+    assert list(LIBERO_SUITES) == ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
+    assert [LIBERO_SUITES[s].horizon for s in LIBERO_SUITES] == [220, 280, 300, 520]
+    assert all(len(set(task_names(suite))) == 10 for suite in LIBERO_SUITES)
+    instructions = {task.instruction for suite in LIBERO_SUITES.values() for task in suite.tasks}
+    assert "turn on the stove and put the moka pot on it" in instructions
+    assert all(re.fullmatch(r"[a-z ]+", text) for text in instructions)
+
+
+def test_unknown_task_is_refused_before_anything_is_imported():
+    with pytest.raises(ValueError, match="unknown task 'fly' of libero_goal; give 0..9 or one of: open_the_middle"):
+        make_env("libero_goal", "fly")
+
+
+def test_missing_libero_and_missing_assets_say_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(libero_install.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"the package libero is missing: pip install .* hf-libero==0\.1\.4"):
+        make_env("libero_object", 0)
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
+    (tmp_path / "scenes").mkdir()
+    with pytest.raises(FileNotFoundError, match="no folder articulated_objects, stable_hope.*--download-assets FOLDER"):
+        assets_folder()
+
+
+def test_assets_are_labelled(monkeypatch, tmp_path):
+    (file,) = libero_install._STAND_IN
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(b"bowl")
+    assert libero_install.assets_label(tmp_path) == "own visuals"
+    monkeypatch.setattr(libero_install, "_STAND_IN", {file: hashlib.sha256(b"bowl").hexdigest()[:20]})
+    libero_install.assets_label.cache_clear()
+    assert libero_install.assets_label(tmp_path) == "stand-in visuals"
+
+
+def test_no_renderer_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(gl.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(RuntimeError, match="no OpenGL library .* libegl1 .*; or apt-get install libosmesa6"):
+        gl.find_backend()
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(RuntimeError, match="MUJOCO_GL=glfw cannot render without a screen"):
+        gl.find_backend()
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(gl.ctypes.util, "find_library", lambda name: name)
+    assert gl.find_backend() == "osmesa"
+
+
+def test_check_exits_with_an_error_and_the_fix_where_libero_is_missing(tmp_path):
+    code = "import sys; sys.modules['libero'] = None; from vlarft.sim.check import main; sys.exit(main([]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LIBERO_ASSETS": str(tmp_path)},
+    )
+    assert run.returncode == 1, run.stderr
+    assert "MISSING  assets: LIBERO's assets are not at LIBERO_ASSETS" in run.stdout
+    assert "MISSING  packages" in run.stdout and "pip install" in run.stdout
+    assert "not tested" in run.stdout
+
+
+def test_fast_rendering_is_liberos_alone(policy_file, tmp_path):
+    config = dataclasses.replace(eval_libero.PRESETS["smoke"], policies=(str(policy_file),), out_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="fast_rendering is a setting of LIBERO's renderer; tabletop_object has none"):
+        eval_libero.main(dataclasses.replace(config, fast_rendering=True))
+    with pytest.raises(ValueError, match="fast_rendering is a setting of LIBERO's renderer; tabletop_object has none"):
+        dataclasses.replace(collect_demos.PRESETS["smoke"], fast_rendering=True)
+
+
+# With LIBERO
+
+
+@needs_libero
+def test_task_table_is_liberos():
+    libero_install.import_libero()
+    from libero.libero.benchmark import get_benchmark
+
+    for suite, ours in LIBERO_SUITES.items():
+        theirs = get_benchmark(suite)()
+        assert [t.name for t in theirs.tasks] == [t.name for t in ours.tasks]
+        assert [t.language for t in theirs.tasks] == [t.instruction for t in ours.tasks]
+
+
+@needs_libero
+def test_importing_and_playing_writes_nothing_outside(tmp_path):
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir(), temporary.mkdir()
+    code = (
+        "from vlarft.sim import make_env\n"
+        "env = make_env('libero_object', 0); env.reset(init_state=0); env.step([0] * 7); print(env.visuals)"
+    )
+    variables = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, input="")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in ("stand-in visuals", "own visuals")
+    assert not list(home.rglob("*")) and not list(temporary.rglob("*"))
+
+
+_EPISODE = """
+import hashlib, numpy as np
+from vlarft.sim import make_env
+env = make_env("libero_spatial", 7)
+env.reset(init_state=3)
+actions = np.random.default_rng(0).uniform(-1, 1, (100, 7))
+digest = hashlib.sha256()
+for action in actions:
+    env.step(action)
+    digest.update(env.get_state().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@needs_libero
+@pytest.mark.slow
+def test_a_hundred_steps_repeat_bit_for_bit_across_processes():
+    runs = [subprocess.run([sys.executable, "-c", _EPISODE], capture_output=True, text=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65, runs[0].stderr
+
+
+@pytest.fixture(scope="module")
+def env():
+    return make_env("libero_object", 0, 64)
+
+
+@needs_libero
+def test_reset_and_set_state_leave_nothing_behind(env):
+    actions = np.random.default_rng(1).uniform(-1.0, 1.0, (30, 7))
+    ends = []
+    for _ in range(2):  # the second time after another episode, gripper closed and hand turned
+        env.reset(init_state=5)
+        for action in actions[:15]:
+            env.step(action)
+        middle = env.get_state()
+        for action in actions[15:]:
+            env.step(action)
+        ends.append(env.get_state())
+    np.testing.assert_array_equal(*ends)
+    env.reset(seed=0)
+    env.set_state(middle)
+    np.testing.assert_array_equal(env.get_state(), middle)
+    for action in actions[15:]:
+        env.step(action)
+    np.testing.assert_array_equal(env.get_state(), ends[0])
+    assert env.num_steps == 30
+
+
+@needs_libero
+def test_starts_and_bad_input(env):
+    env.reset(init_state=0)
+    first = env.position("milk_1"), env.hand_position
+    assert env.num_steps == 0 and not env.success() and env.goals == [["in", *env.goals[0][1:]]]
+    env.reset(seed=0)
+    assert np.abs(env.position("milk_1") - first[0]).max() > 1e-3
+    assert 1e-3 < np.abs(env.hand_position - first[1]).max() < 0.05
+    assert env.proprio().shape == (8,) and env.proprio()[7] < 0 < env.proprio()[6]
+    with pytest.raises(ValueError, match="give either init_state or seed"):
+        env.reset()
+    with pytest.raises(ValueError, match=r"init_state must be 0\.\.49, got 50"):
+        env.reset(init_state=50)
+    with pytest.raises(ValueError, match="seed must be >= 0"):
+        env.reset(seed=-1)
+    with pytest.raises(ValueError, match=r"action must have shape \(7,\)"):
+        env.step(np.zeros(6))
+    with pytest.raises(ValueError, match="NaN"):
+        env.step(np.full(7, np.nan))
+    with pytest.raises(ValueError, match="state of libero_object/pick_up_the_alphabet_soup.* has shape"):
+        env.set_state(np.zeros(3))
+
+
+@needs_images
+def test_images_are_turned_and_settings_change_them(env):
+    env.reset(init_state=0)
+    image = env.observe()["agentview"]
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    raw = env._renderer.render(env.data, "agentview")
+    np.testing.assert_array_equal(image, raw[::-1, ::-1])
+    fast = make_env("libero_object", 0, 64, rendering=gl.FAST, wrist=True)
+    fast.reset(init_state=0)
+    other = fast.observe()
+    assert other["wrist"].shape == (64, 64, 3)
+    difference = np.abs(other["agentview"].astype(int) - image)
+    assert 0 < difference.mean() < 3.0  # edges only
+
+
+@needs_libero
+@pytest.mark.parametrize(
+    ("text", "movers"),
+    [
+        ("object:2.5", {"alphabet_soup_1": 0.025}),
+        ("goal:5:x", {"basket_1": 0.05}),
+        ("all:2/4/20", {"alphabet_soup_1": 0.02, "basket_1": 0.04}),
+    ],
+)
+def test_only_the_named_things_move_and_within_range(env, text, movers):
+    largest = dict.fromkeys(env.objects, 0.0)
+    hand = 0.0
+    for state in range(3):
+        env.reset(init_state=state)
+        plain, at = {name: env.position(name) for name in env.objects}, env.hand_position
+        env.reset(init_state=state, perturb=Perturbation.parse(text))
+        hand = max(hand, np.abs(env.hand_position - at).max())
+        for name in largest:
+            moved = np.abs(env.position(name) - plain[name])[:2]
+            largest[name] = max(largest[name], moved.max())
+            if ":x" in text:
+                assert moved[1] < 1e-3
+    for name, distance in largest.items():
+        assert distance <= movers.get(name, 0.0) + 2e-3, name
+        assert name not in movers or distance > 0.2 * movers[name], name
+    assert hand > 0.005 if "/20" in text else hand < 2e-3
+
+
+@needs_libero
+def test_perturbations_reject_overlaps_repeat_and_complain(env):
+    close = Perturbation(object_cm=20.0)  # things stand 10 to 20 cm apart
+    rejected = 0
+    for state in range(4):
+        env.reset(init_state=state, perturb=close)
+        rejected += env.num_rejected
+    assert rejected > 0
+    states = []
+    for _ in range(2):
+        env.reset(init_state=3, perturb=Perturbation.parse("all:5/5/50"))
+        states.append(env.get_state())
+    np.testing.assert_array_equal(*states)
+    with pytest.raises(RuntimeError, match="no valid start in 2 draws"):
+        env.reset(init_state=0, perturb=Perturbation(robot_mm=3000.0, max_tries=2))
+    push = make_env("libero_goal", "push_the_plate_to_the_front_of_the_stove", 64)
+    with pytest.raises(ValueError, match="its goal is a region of the table"):
+        push.reset(init_state=0, perturb=Perturbation(goal_cm=5.0))
+
+
+@needs_images
+@pytest.mark.slow
+def test_demonstrations_have_liberos_layout_and_play_again_through_the_evaluation(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    libero = dataclasses.replace(
+        collect_demos.PRESETS["libero"], suites=("libero_object",), tasks=("1",), demos_per_task=1, image_size=32
+    )
+    config = dataclasses.replace(libero, fast_rendering=True, workers=1, out_dir=str(tmp_path / "demos"))
+    (path,) = collect_demos.main(config)
+    with h5py.File(path) as file:
+        assert "image_convention" not in file["data"].attrs
+        assert file["data"].attrs["bddl_file_name"] == f"libero_object/{SUITES['libero_object'].tasks[1].name}.bddl"
+    (episode,) = load_episodes(path, with_states=True)
+    env = make_env("libero_object", 1, 32, rendering=gl.FAST)
+    env.reset(seed=0)
+    for t in range(len(episode)):
+        np.testing.assert_array_equal(env.libero_state(), episode.states[t])
+        if t % 40 == 0:
+            np.testing.assert_array_equal(env.observe()["agentview"], episode.images[t])
+            np.testing.assert_array_equal(env.proprio(), episode.proprio[t])
+        env.step(episode.actions[t])
+    assert env.success()
+
+
+@needs_libero
+@pytest.mark.slow
+def test_the_expert_wins_again_open_loop_and_chance_does_not(load_benchmark, tmp_path):
+    benchmark = load_benchmark("libero_experts")
+    smoke = dataclasses.replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "e.json"), out_dir=str(tmp_path / "e"))
+    assert benchmark.main(smoke)["rows"][0]["successes"] == 1
+    recorded = str(tmp_path / "e" / "episodes.jsonl")
+    config = dataclasses.replace(
+        eval_libero.PRESETS["paper"],
+        policies=(recorded, "random"),
+        suites=("libero_object",),
+        tasks=("0",),
+        episodes=1,
+        workers=0,
+        out_dir=str(tmp_path / "eval"),
+    )
+    expert, chance = eval_libero.main(config)["policies"]
+    assert expert["all"]["success"] == 1 and chance["all"]["success"] == 0
+    lines = [json.loads(line) for line in (Path(config.out_dir) / "episodes.jsonl").read_text().splitlines()]
+    assert lines[0]["actions"] == json.loads(Path(recorded).read_text())["actions"]

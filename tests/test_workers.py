@@ -1,0 +1,44 @@
+"""Workers that die are replaced, their jobs done again."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vlarft.sim.workers import run_jobs
+
+
+def square(number, folder):
+    """Kills its process the first time that it is asked for 3."""
+    mark = Path(folder) / "died"
+    if number == 3 and not mark.exists():
+        mark.touch()
+        os._exit(9)
+    return number**2
+
+
+def die(number):
+    os._exit(9)
+
+
+def fail(number):
+    raise ValueError(f"no {number}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_is_replaced(tmp_path, workers):
+    results = list(run_jobs(square, [(n, str(tmp_path)) for n in range(5)], workers))
+    assert sorted((job[0], result, deaths) for job, result, deaths in results) == [
+        (0, 0, 0), (1, 1, 0), (2, 4, 0), (3, 9, 1), (4, 16, 0),
+    ]  # fmt: skip
+
+
+def test_a_job_that_always_kills_is_given_up():
+    with pytest.raises(RuntimeError, match="2 worker processes died over the same job"):
+        list(run_jobs(die, [(1,)], 1, max_deaths=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_is_no_death(workers):
+    with pytest.raises(ValueError, match="no 1"):
+        list(run_jobs(fail, [(1,)], workers))
