@@ -52,8 +52,8 @@ class LiberoExpert:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         if other := [goal for goal in env.goals if goal[0] not in ("on", "in")]:
             raise ValueError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on and "
-                "in others. Choose tasks of libero_object and libero_spatial"
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on "
+                "and in others. Choose tasks of libero_object and libero_spatial"
             )
         self.env, self.speed = env, speed
         self.shapes = Shapes(env)
