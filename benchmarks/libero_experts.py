@@ -5,7 +5,8 @@
 
 The second command plays the recorded actions again, open loop, through the evaluation. The experts were written while
 looking at initial states 40 to 49 and at sampled starts; states 0 to 19, the default here, were not used for that.
-Expected: at least 90 % of each task of the suites that `results/libero_experts.json` lists.
+Expected: at least 90 % of each task of libero_object and libero_spatial. The plans for drawers, knobs and doors, which
+libero_goal and libero_10 need, are not written yet.
 
 Writes <out-dir>/episodes.jsonl, one line an episode in the format of eval_libero.py, appended as they end, so that the
 same command goes on where it was stopped; and the JSON.
@@ -33,7 +34,7 @@ from vlarft.sim.workers import run_jobs
 class Config:
     out: str = opt("results/libero_experts.json", "JSON file to write")
     out_dir: str = opt("runs/libero_experts", "folder of the recorded episodes")
-    suites: tuple[str, ...] = opt(("libero_spatial", "libero_object", "libero_goal", "libero_10"), "suites to run")
+    suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites to run")
     tasks: tuple[int, ...] = opt(tuple(range(10)), "tasks of each suite")
     states: tuple[int, ...] = opt(tuple(range(20)), "initial states of each task")
     noise: float = opt(0.0, "standard deviation of the action noise, action units")
@@ -95,7 +96,7 @@ def main(config: Config) -> dict:
         won, played = (sum(row[key] for row in own) for key in ("successes", "episodes"))
         print(f"{suite}: {won}/{played}, lowest task {min(row['rate'] for row in own):.0%} ({own[0]['visuals']})")
     settings = {"states": list(config.states), "noise": config.noise, "speed": config.speed, "perturb": config.perturb}
-    report = {"command": "python benchmarks/libero_experts.py", **settings, "rows": rows}
+    report = {"command": " ".join(["python", *sys.argv]), **settings, "rows": rows}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -16,6 +16,7 @@ import collect_demos
 import eval_libero
 from vlarft.data import load_episodes
 from vlarft.sim import LIBERO_SUITES, SUITES, gl, libero_install, make_env, task_names
+from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.libero_install import assets_folder, package_folder
 from vlarft.sim.perturb import Perturbation
 
@@ -274,6 +275,12 @@ def test_perturbations_reject_overlaps_repeat_and_complain(env):
     push = make_env("libero_goal", "push_the_plate_to_the_front_of_the_stove", 64)
     with pytest.raises(ValueError, match="its goal is a region of the table"):
         push.reset(init_state=0, perturb=Perturbation(goal_cm=5.0))
+
+
+@needs_libero
+def test_the_expert_refuses_what_it_has_no_plan_for():
+    with pytest.raises(ValueError, match="no plan for open wooden_cabinet_1_middle_region; it places things"):
+        LiberoExpert(make_env("libero_goal", 0, 64))
 
 
 @needs_images

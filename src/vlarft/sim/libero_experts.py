@@ -1,4 +1,6 @@
-"""Scripted experts for LIBERO from privileged state: pick and place, drawers, knobs, doors, pushing.
+"""Scripted experts for LIBERO from privileged state: pick and place, which is all of libero_object and libero_spatial.
+
+Goals of other kinds (drawers, knobs, doors) have no plan yet and are refused.
 
 A plan is a generator of actions, each a function of the present state: approach, grasp, carry, let go, look whether it
 worked, and else try again another way.
@@ -30,7 +32,10 @@ class LiberoExpert:
         env: the environment, reset before `act`.
         seed: of the action noise.
         action_noise, gripper_flips, persistence: as those of Tabletop's `Expert`.
-        speed: largest translation in action units; 1 is about 2 cm a step.
+        speed: largest translation in action units; 1 is about 1.2 cm a step.
+
+    Raises:
+        ValueError: a speed outside (0, 1], or a goal that is neither on nor in something.
     """
 
     def __init__(
@@ -45,6 +50,11 @@ class LiberoExpert:
     ) -> None:
         if not 0.0 < speed <= 1.0:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
+        if other := [goal for goal in env.goals if goal[0] not in ("on", "in")]:
+            raise ValueError(
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on "
+                "and in others. Choose tasks of libero_object and libero_spatial"
+            )
         self.env, self.speed = env, speed
         self.shapes = Shapes(env)
         self._scratch = Scratch(env)
@@ -63,14 +73,10 @@ class LiberoExpert:
         for attempt in range(_ATTEMPTS):
             for goal in self.env.goals:
                 if not self.env.achieved(goal):
-                    yield from self._reach(goal, attempt)
-
-    def _reach(self, goal: list[str], attempt: int) -> Plan:
-        yield from self._place(goal[1], goal[2], attempt)
-
-    # Pick and place
+                    yield from self._place(goal[1], goal[2], attempt)
 
     def _place(self, name: str, target: str, attempt: int) -> Plan:
+        """Grasp, carry, let go; `attempt` passes over the grasps that were tried before."""
         grasps = (rim_grasps if name.startswith(_RIMS) else top_grasps)(self.shapes, name)
         xy, height = self._landing(name, target)
         travel = np.array([*xy, height]) - self.env.position(name)
