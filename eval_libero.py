@@ -117,7 +117,7 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
     if path == "random":
         actor = RandomActor(suite, task, seed=cfg.seed)
     elif path.endswith(".jsonl"):
-        actor = ReplayActor(_recording(path, digest)[suite, task])
+        actor = ReplayActor(_recording(path, digest)[suite, task], cfg.execute)
     else:
         policy = _policy(path, digest)
         size = cfg.image_size or policy.vlm.image_size
@@ -230,6 +230,8 @@ def check(cfg: Config) -> dict[str, str]:
         raise ValueError(f"episodes must lie in 1..{NUM_INITIAL_STATES}, got {cfg.episodes}")
     if len(set(cfg.policies)) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
+    if cfg.execute < 1 or (cfg.execute > 8 and "random" in cfg.policies):
+        raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     _perturbation(cfg)
     if cfg.fast_rendering and (others := [s for s in cfg.suites if s not in LIBERO_SUITES]):
         raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {', '.join(others)} has none")

@@ -19,11 +19,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, draw_curves, machine, read_lines
+from stages import call, draw_curves, machine, rate, read_lines, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.metrics import paired_difference, wilson_interval
+from vlarft.metrics import paired_difference
 
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr"],
@@ -153,12 +153,6 @@ def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, P
     return outcomes
 
 
-def rate(outcomes: list[bool]) -> dict[str, float]:
-    """Success rate with its 95 % Wilson interval."""
-    _, low, high = wilson_interval(sum(outcomes), len(outcomes))
-    return {"rate": sum(outcomes) / len(outcomes), "low": low, "high": high, "episodes": len(outcomes)}
-
-
 def compare(by_seed: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
     """Rates of each policy, and paired differences to "SFT", over the outcomes of all seeds."""
     found = {}
@@ -185,11 +179,7 @@ def table(report: dict) -> str:
         for perturb, found in entry["starts"].items():
             lines.append(f"{suite}, starts: {perturb}")
             for name, values in found.items():
-                r, line = values["all"], f"  {name:<14}"
-                line += f" {100 * r['rate']:5.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] of {r['episodes']}"
-                if d := values.get("against_sft"):
-                    line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-                    line += f" p = {d['p_value']:.2g}"
+                line = f"  {name:<14} {show_rate(values['all'], values.get('against_sft'))}"
                 lines.append(line)
     return "\n".join(lines)
 

@@ -13,11 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, draw_curves, machine, read_lines
+from stages import call, draw_curves, machine, rate, read_lines, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.metrics import paired_difference, wilson_interval
+from vlarft.metrics import paired_difference
 
 ARMS = {
     "default": [],
@@ -66,13 +66,12 @@ def run_arm(cfg: Config, name: str) -> dict:
     log = read_lines(folder / "log.jsonl")
     played = read_lines(folder / "eval" / "episodes.jsonl")
     outcomes = {f"{record['task']}/{record['init_state']}": record["success"] for record in played}
-    rate, low, high = wilson_interval(sum(outcomes.values()), len(outcomes))
     measured = [row for row in log if "success_rate" in row]
     return {
         "command": command,
         "steps": max(row["step"] for row in log) + 1,
         "minutes": max(row["minutes"] for row in log if "minutes" in row),
-        "success": {"rate": rate, "low": low, "high": high, "episodes": len(outcomes)},
+        "success": rate(list(outcomes.values())),
         "val_flow_mse": [row["val_flow_mse"] for row in log if "val_flow_mse" in row][-1],
         "curve": [{k: row[k] for k in ("step", "minutes", "success_rate")} for row in measured],
         "outcomes": outcomes,
@@ -94,10 +93,8 @@ def table(arms: dict[str, dict]) -> str:
     """One row per arm."""
     lines = [f"{'arm':<24} steps  minutes  success rate [95 % interval]        against the first"]
     for name, arm in arms.items():
-        s, line = arm["success"], f"{name:<24} {arm['steps']:5d}  {arm['minutes']:7.1f}"
-        line += f"  {100 * s['rate']:5.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] of {s['episodes']}"
-        if d := arm.get("against_first"):
-            line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        shown = show_rate(arm["success"], arm.get("against_first"))
+        line = f"{name:<24} {arm['steps']:5d}  {arm['minutes']:7.1f}  {shown}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -6,9 +6,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from vlarft.metrics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +32,22 @@ def call(*words: object) -> str:
 def read_lines(path: Path) -> list[dict]:
     """Rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rate(outcomes: Sequence[bool]) -> dict[str, float]:
+    """Success rate with its 95 % Wilson interval."""
+    share, low, high = wilson_interval(sum(outcomes), len(outcomes))
+    return {"rate": share, "low": low, "high": high, "episodes": len(outcomes)}
+
+
+def show_rate(found: dict[str, float], difference: dict[str, float] | None) -> str:
+    """A `rate` and, where there is one, the paired difference to the baseline, in percent."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    line = f"{100 * found['rate']:5.1f} % [{low:.1f}, {high:.1f}] of {found['episodes']}"
+    if difference:
+        low, high = 100 * difference["low"], 100 * difference["high"]
+        line += f"   {100 * difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}] p = {difference['p_value']:.2g}"
+    return line
 
 
 def machine() -> str:

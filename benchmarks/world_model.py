@@ -21,7 +21,7 @@ from typing import NamedTuple
 from stages import call, machine, read_lines
 
 from vlarft.checkpoint import load_model, read_header, write_json
-from vlarft.config import opt, parse
+from vlarft.config import opt, parse, to_dict
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import GateConfig, held_out_names, trust_gate
 from vlarft.metrics import perceptual
@@ -144,6 +144,7 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
     report = {
         "command": "python benchmarks/world_model.py",
+        "config": to_dict(cfg),
         "seed": 0,
         "machine": machine(),
         "arms": {},

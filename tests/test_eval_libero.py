@@ -4,12 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import eval_libero
 from vlarft.policy import VLAPolicy
-from vlarft.sim.evaluate import chunk_noise
+from vlarft.sim.evaluate import ReplayActor, chunk_noise
 
 SMOKE = eval_libero.PRESETS["smoke"]
 
@@ -162,6 +163,16 @@ def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
     assert len({tuple(v.tolist()) for v in first.values()}) == 3
 
 
+@pytest.mark.parametrize("execute", [3, 8])
+def test_a_recording_leaves_no_action_out(execute):
+    recorded = [[0.1 * i] * 6 + [1.0] for i in range(11)]
+    actor, played = ReplayActor({5: recorded}, execute), []
+    for chunk in range(5):
+        played += actor([5], chunk, [None])[0][:execute].tolist()
+    np.testing.assert_allclose(played[:11], recorded, atol=1e-6)
+    assert all(action == [0.0] * 6 + [1.0] for action in played[11:]) and len(played) == 5 * execute
+
+
 def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp_path, capsys):
     eval_libero.main(config)
     recording = str(Path(config.out_dir) / "episodes.jsonl")
@@ -182,6 +193,8 @@ def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp
         eval_libero.main(dataclasses.replace(again, tasks=("1",), out_dir=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="animate_starts: no episode tabletop_object/3/0 was played"):
         eval_libero.main(dataclasses.replace(again, animate_starts=("tabletop_object/3/0",)))
+    with pytest.raises(ValueError, match=r"execute must lie in 1..8"):
+        eval_libero.main(dataclasses.replace(again, execute=9, out_dir=str(tmp_path / "c")))
     (tmp_path / "bad.jsonl").write_text('{"suite": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not a record of an episode"):
         eval_libero.main(

@@ -138,18 +138,20 @@ class ReplayActor:
 
     Args:
         recorded: initial state -> (steps, A) raw actions.
+        execute: actions of a chunk that `play_episodes` executes, so that none is left out.
     """
 
     sees = False
 
-    def __init__(self, recorded: dict[int, np.ndarray]) -> None:
-        self.recorded = recorded
+    def __init__(self, recorded: dict[int, np.ndarray], execute: int = 8) -> None:
+        self.recorded, self.execute = recorded, execute
 
     def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
         rows = []
         for state in states:
-            actions = np.asarray(self.recorded[state][8 * chunk : 8 * (chunk + 1)], dtype=np.float32).reshape(-1, 7)
-            still = np.zeros((8 - len(actions), 7), dtype=np.float32)
+            rest = self.recorded[state][self.execute * chunk :]
+            actions = np.asarray(rest[: self.execute], dtype=np.float32).reshape(-1, 7)
+            still = np.zeros((self.execute - len(actions), 7), dtype=np.float32)
             still[:, 6] = self.recorded[state][-1][6]
             rows.append(np.concatenate([actions, still]))
         return np.stack(rows)

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlarft.sim.gl import FULL, GLRenderer, RenderConfig
 from vlarft.sim.libero_install import assets_folder, assets_label, import_libero, package_folder
-from vlarft.sim.suites import NUM_INITIAL_STATES, SUITES, StepResult, task_index
+from vlarft.sim.suites import SUITES, StepResult, check_start, checked_action, task_index
 
 if TYPE_CHECKING:
     from vlarft.sim.perturb import Perturbation
@@ -117,12 +117,7 @@ class LiberoEnv:
         Raises:
             ValueError: neither or both of init_state and seed, or out of range.
         """
-        if (init_state is None) == (seed is None):
-            raise ValueError(f"give either init_state or seed, got init_state={init_state}, seed={seed}")
-        if init_state is not None and not 0 <= init_state < NUM_INITIAL_STATES:
-            raise ValueError(f"init_state must be 0..{NUM_INITIAL_STATES - 1}, got {init_state}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        check_start(init_state, seed)
         with _seeded(0 if seed is None else _DEMONSTRATION_SEEDS + seed):
             self.robot.gripper.current_action = np.zeros(2)
             self.libero.reset()
@@ -168,16 +163,8 @@ class LiberoEnv:
             ValueError: wrong shape or NaN.
             RuntimeError: no reset yet.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (7,):
-            raise ValueError(
-                f"action must have shape (7,) = dx, dy, dz, 3 rotations, gripper; got shape {action.shape}"
-            )
-        if not np.isfinite(action).all():
-            raise ValueError(f"action holds NaN or infinity: {action.tolist()}")
-        if not self._ready:
-            raise RuntimeError("call reset before step")
-        self._success = bool(self.libero.step(np.clip(action, -1.0, 1.0))[2])  # LIBERO's own test, in its own step
+        action = checked_action(action, self._ready)
+        self._success = bool(self.libero.step(action)[2])  # LIBERO's own test, in its own step
         self._update_poses()
         self.num_steps += 1
         return StepResult(self._success, self._success or self.num_steps >= self.horizon)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from vlarft.sim.libero_tasks import LIBERO_SUITES, LiberoSuite
 from vlarft.sim.tasks import TABLETOP_SUITES, Suite
 
@@ -22,6 +24,37 @@ SUITES: dict[str, Suite | LiberoSuite] = {**TABLETOP_SUITES, **LIBERO_SUITES}
 class StepResult(NamedTuple):
     success: bool
     done: bool  # success, or the horizon is reached
+
+
+def check_start(init_state: int | None, seed: int | None) -> None:
+    """What `reset` of either environment takes: one of the evaluation states, or a demonstration's seed.
+
+    Raises:
+        ValueError: neither or both, or out of range.
+    """
+    if (init_state is None) == (seed is None):
+        raise ValueError(f"give either init_state or seed, got init_state={init_state}, seed={seed}")
+    if init_state is not None and not 0 <= init_state < NUM_INITIAL_STATES:
+        raise ValueError(f"init_state must be 0..{NUM_INITIAL_STATES - 1}, got {init_state}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+
+
+def checked_action(action: np.ndarray, ready: bool) -> np.ndarray:
+    """What `step` of either environment takes: (7,), clipped to [-1, 1], float64.
+
+    Raises:
+        ValueError: wrong shape or NaN.
+        RuntimeError: not ready, for want of a reset.
+    """
+    action = np.asarray(action, dtype=np.float64)
+    if action.shape != (7,):
+        raise ValueError(f"action must have shape (7,) = dx, dy, dz, 3 rotations, gripper; got shape {action.shape}")
+    if not np.isfinite(action).all():
+        raise ValueError(f"action holds NaN or infinity: {action.tolist()}")
+    if not ready:
+        raise RuntimeError("call reset before step")
+    return np.clip(action, -1.0, 1.0)
 
 
 def task_names(suite: str) -> list[str]:

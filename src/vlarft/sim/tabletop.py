@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, sample_layout, scene_xml, surface_of
-from vlarft.sim.suites import NUM_INITIAL_STATES, StepResult, task_index
+from vlarft.sim.suites import StepResult, check_start, checked_action, task_index
 from vlarft.sim.tasks import TABLETOP_SUITES, Goal
 
 if TYPE_CHECKING:
@@ -113,12 +113,7 @@ class TabletopEnv:
         Raises:
             ValueError: neither or both of init_state and seed, or out of range.
         """
-        if (init_state is None) == (seed is None):
-            raise ValueError(f"give either init_state or seed, got init_state={init_state}, seed={seed}")
-        if init_state is not None and not 0 <= init_state < NUM_INITIAL_STATES:
-            raise ValueError(f"init_state must be 0..{NUM_INITIAL_STATES - 1}, got {init_state}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        check_start(init_state, seed)
         stream, number = (_EVALUATION, init_state) if seed is None else (_DEMONSTRATION, seed)
         entropy = [zlib.crc32(self.suite.encode()), self.task_index, stream, int(number)]
         rng = np.random.default_rng(entropy)
@@ -164,16 +159,7 @@ class TabletopEnv:
             ValueError: wrong shape or NaN.
             RuntimeError: no reset yet.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (7,):
-            raise ValueError(
-                f"action must have shape (7,) = dx, dy, dz, 3 rotations, gripper; got shape {action.shape}"
-            )
-        if not np.isfinite(action).all():
-            raise ValueError(f"action holds NaN or infinity: {action.tolist()}")
-        if not self._ready:
-            raise RuntimeError("call reset before step")
-        action = np.clip(action, -1.0, 1.0)
+        action = checked_action(action, self._ready)
         data, config = self.data, self.config
         data.ctrl[:3] = np.clip(data.qpos[:3] + config.position_scale * action[:3], config.low, config.high)
         data.ctrl[3:6] = self._angles_after(config.rotation_scale * action[3:6])
