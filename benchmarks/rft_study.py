@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, draw_curves, machine, rate, read_lines, show_rate
+from stages import Starts, draw_curves, machine, rate, read_lines, run_once, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -66,15 +66,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def run_once(out_dir: Path, *words: object) -> Path:
-    """Run a training script unless it finished; returns its checkpoint."""
-    done = out_dir / "done"
-    if not done.is_file():
-        call(*words, "--out-dir", out_dir)
-        done.touch()
-    return out_dir / "model.safetensors"
-
-
 def rft_minutes(run: Path) -> float:
     """Wall time that the steps of a fine-tuning took, without gates and diagnostics [min]."""
     rows = read_lines(run / "log.jsonl")
@@ -86,32 +77,34 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     folder = Path(cfg.out_dir) / suite
     own, preset, demos = folder / f"seed{seed}", ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
     where = ["--suites", suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
-    if not (folder / "demos" / "done").is_file():
-        call("collect_demos.py", *preset, *where, "--out-dir", folder / "demos")
-        (folder / "demos" / "done").touch()
-    tokenizer = run_once(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
-    world_model = run_once(
+    run_once(folder / "demos", "collect_demos.py", *preset, *where)
+
+    def trained(out_dir: Path, *words: object) -> Path:
+        return run_once(out_dir, *words) / "model.safetensors"
+
+    tokenizer = trained(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
+    world_model = trained(
         folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
     )
     curve = ["--success-suite", suite, "--success-tasks", *cfg.tasks, "--success-episodes", cfg.curve_episodes]
     sft = ["train_sft.py", *preset, *demos, "--seed", seed]
     long = ["--steps", cfg.sft_steps, *curve, "--success-interval", max(1, cfg.sft_steps // cfg.curve_points)]
     policies = {
-        "SFT early": run_once(own / "early", *sft, "--steps", cfg.early_steps),
-        "SFT": run_once(own / "sft", *sft, *long),
+        "SFT early": trained(own / "early", *sft, "--steps", cfg.early_steps),
+        "SFT": trained(own / "sft", *sft, *long),
     }
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--no-gate-stop"]
     rft += [*curve, "--success-interval", max(1, cfg.rft_steps // cfg.curve_points)]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
-            policies[name] = run_once(own / name.replace(" ", "_"), *rft, *flags)
+            policies[name] = trained(own / name.replace(" ", "_"), *rft, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
             more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags, *curve]
             more += ["--success-interval", max(1, cfg.sft_steps // (10 * cfg.curve_points))]
-            policies[name] = run_once(own / name.replace(" ", "_"), *sft, *more)
+            policies[name] = trained(own / name.replace(" ", "_"), *sft, *more)
     return policies
 
 
@@ -141,16 +134,9 @@ def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float
 
 def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
     """Outcomes of all policies of a seed: name -> (task, initial state) -> success."""
-    out_dir = Path(cfg.out_dir) / suite / f"seed{seed}" / f"eval_{perturb.replace(':', '_')}"
-    flags = ["--suites", suite, "--tasks", *cfg.tasks, "--episodes", cfg.episodes, "--out-dir", out_dir]
-    flags += [] if perturb == "none" else ["--perturb", perturb]
-    call("eval_libero.py", "--preset", cfg.stage_preset, "--policies", *policies.values(), *flags)
-    records = read_lines(out_dir / "episodes.jsonl")
-    names = {str(path): name for name, path in policies.items()}
-    outcomes: dict[str, dict[tuple, bool]] = {name: {} for name in policies}
-    for record in records:
-        outcomes[names[record["policy"]]][record["task"], record["init_state"]] = record["success"]
-    return outcomes
+    starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
+    kind = f"eval_{perturb.replace(':', '_')}"
+    return {name: starts.play(path.parent / kind, path, perturb) for name, path in policies.items()}
 
 
 def compare(by_seed: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,33 @@ def call(*words: object) -> str:
     print(f"\n{line}", flush=True)
     subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
     return line
+
+
+def run_once(out_dir: Path, *words: object) -> Path:
+    """Run a stage with `--out-dir` unless it finished there before; returns that folder."""
+    done = out_dir / "done"
+    if not done.is_file():
+        call(*words, "--out-dir", out_dir)
+        done.touch()
+    return out_dir
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What policies of a study play: `episodes` initial states of each of `tasks` of a suite."""
+
+    suite: str
+    tasks: Sequence[str]
+    episodes: int
+    preset: str
+
+    def play(self, out_dir: Path, policy: Path, perturb: str = "none") -> dict[tuple, bool]:
+        """Outcomes of a policy, (task, initial state) -> success, by `eval_libero.py`, unless they are there."""
+        flags = ["--suites", self.suite, "--tasks", *self.tasks, "--episodes", self.episodes]
+        flags += [] if perturb == "none" else ["--perturb", perturb]
+        run_once(out_dir, "eval_libero.py", "--preset", self.preset, "--policies", policy, *flags)
+        records = read_lines(out_dir / "episodes.jsonl")
+        return {(record["task"], record["init_state"]): record["success"] for record in records}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -74,6 +74,28 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
 
+    study = load_benchmark("rft_factors")
+    arms = {"world_models": str(tmp_path / "arms"), "policies": str(tmp_path / "sft_arms")}
+    places = {"demos": str(tmp_path / "demos"), "runs": str(tmp_path / "cells"), "out": str(tmp_path / "cells.json")}
+    cfg = dataclasses.replace(study.PRESETS["smoke"], **arms, **places)
+    with pytest.raises(FileNotFoundError, match="run the study that trains the arm 'twice as long' first"):
+        study.main(cfg)
+    monkeypatch.setitem(study.CELLS, "R3", study.Cell(world_model="default", policy="default"))
+    monkeypatch.setitem(study.CELLS, "extra SFT head", study.sft("--steps", "1", *study.HEAD, policy="default"))
+    report = study.main(cfg)
+    assert json.loads((tmp_path / "cells.json").read_text()) == report
+    for cell in report["cells"].values():
+        assert cell["success"]["all"]["against_base"]["only_first"] <= 2
+        assert {kind: found["episodes"] for kind, found in cell["success"].items()} == {
+            "none": 1,
+            "robot:20": 1,
+            "all": 2,
+        }
+    assert "gate_policy" in report["cells"]["R3"]["gate"] and report["cells"]["extra SFT head"]["gate"] == {}
+    assert set(report["base"]) == {"default"} and "extra SFT head" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown cell 'none'; there are: R3"):
+        study.main(dataclasses.replace(cfg, cells=("none",)))
+
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path):
     with pytest.raises(SystemExit, match=r"\[rft\] ended with status 1; the same command goes on from there"):

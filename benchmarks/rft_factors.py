@@ -1,0 +1,195 @@
+"""What decides whether fine-tuning inside the world model helps: one factor at a time, from one plateaued policy.
+
+    python demo.py                                              makes the demonstrations and a tokenizer
+    python benchmarks/world_model.py                            trains the world models
+    python benchmarks/sft_study.py                              trains the policies
+    python benchmarks/rft_factors.py                            fine-tunes and plays every cell
+
+Every cell is one training from the same policy, with one option changed against the first cell, which is fine-tuning
+with R3 as `train_rft.py --preset tiny` does it, in the world model of "three times as long". All cells play the same
+starts, plain and perturbed. Finished cells are not run again.
+
+Writes one JSON: success rates with their 95 % intervals, and the paired difference to the policy that was fine-tuned.
+"""
+
+import sys
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from stages import Starts, machine, rate, read_lines, run_once, show_rate
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.metrics import paired_difference
+
+
+class Cell(NamedTuple):
+    """Flags of `train_rft.py`, an arm of `world_model.py` and one of `sft_study.py`; or flags of `train_sft.py`."""
+
+    flags: tuple[str, ...] = ()
+    world_model: str = "three times as long"
+    policy: str = "twice as long"
+    script: str = "train_rft.py"
+
+
+def sft(*flags: str, policy: str = "twice as long") -> Cell:
+    """More supervised training, at a tenth of the peak learning rate."""
+    return Cell(("--lr", "3e-4", "--warmup", "10", *flags), policy=policy, script="train_sft.py")
+
+
+HEAD = ("--train", "head", "--key-batch", "0")
+CELLS = {
+    "R3": Cell(),
+    "extra SFT": sft("--steps", "1000"),
+    "extra SFT head": sft("--steps", "1000", *HEAD),
+    "R1": Cell(("--reward", "r1")),
+    "R2": Cell(("--reward", "r2")),
+    "RWR": Cell(("--algorithm", "rwr")),
+    "Flow-SDE": Cell(("--noise", "flow_sde")),
+    "100 steps": Cell(("--steps", "100")),
+    "seed 1": Cell(("--seed", "1")),
+    "seed 2": Cell(("--seed", "2")),
+    "world model: a third of the steps": Cell(world_model="default"),
+    "world model: demonstrations only": Cell(world_model="demonstrations only"),
+    "world model: no stale frames": Cell(world_model="no stale frames"),
+    "policy: half the steps": Cell(policy="default"),
+    "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
+    "common random numbers": Cell(("--imagination", "common")),
+    "independent draws": Cell(("--imagination", "sample")),
+    "no perceptual term": Cell(("--perceptual", "none")),
+    "advantage without std": Cell(("--no-divide-by-std",)),
+    "executed actions as reference": Cell(("--reference", "executed")),
+    "group of 6": Cell(("--group", "6")),
+    "half the noise": Cell(("--sigma-min", "0.04", "--sigma-max", "0.1")),
+    "twice the noise": Cell(("--sigma-min", "0.16", "--sigma-max", "0.4")),
+    "gripper left out": Cell(("--noisy-dims", "0", "1", "2", "3", "4", "5")),
+    "lr 3e-5": Cell(("--lr", "3e-5")),
+    "lr 3e-4": Cell(("--lr", "3e-4")),
+    "no flow-matching term": Cell(("--mse-weight", "0")),
+    "flow-matching weight 1": Cell(("--mse-weight", "1")),
+    "KL to the policy": Cell(("--kl-weight", "0.1")),
+    "last frame only": Cell(("--over-frames", "last")),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    demos: str = opt("runs/demo/demos", "demonstrations")
+    world_models: str = opt("runs/world_model", "folder of world_model.py's arms")
+    policies: str = opt("runs/sft_study", "folder of sft_study.py's arms")
+    runs: str = opt("runs/rft_factors", "folder for the cells")
+    out: str = opt("results/rft_factors.json", "JSON file to write")
+    cells: tuple[str, ...] = opt(tuple(CELLS), "cells to run")
+    suite: str = opt("tabletop_object", "suite of the demonstrations")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
+    perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
+    episodes: int = opt(50, "initial states per task")
+    steps: int = opt(40, "steps of a fine-tuning, where the cell does not say")
+    stage_preset: str = opt("tiny", "preset of the stages")
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(
+        cells=("R3", "extra SFT head"), tasks=("0",), perturb=("none", "robot:20"), episodes=1, steps=1,
+        stage_preset="smoke",
+    ),
+}  # fmt: skip
+
+
+def arm(folder: str, name: str) -> Path:
+    """The checkpoint of an arm of another study.
+
+    Raises:
+        FileNotFoundError: it was not trained.
+    """
+    path = Path(folder) / name.replace(" ", "_") / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: run the study that trains the arm {name!r} first")
+    return path
+
+
+def play(cfg: Config, folder: Path, policy: Path) -> dict[str, dict[tuple, bool]]:
+    """Outcomes of a policy on every kind of start: perturbation -> (task, initial state) -> success."""
+    starts = Starts(cfg.suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
+    return {
+        perturb: starts.play(folder / f"eval_{perturb.replace(':', '_')}", policy, perturb) for perturb in cfg.perturb
+    }
+
+
+def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
+    """Rates on every kind of start and on all of them, and paired differences to the policy before."""
+    kinds = {perturb: list(found) for perturb, found in own.items()}
+    before = {perturb: [base[perturb][start] for start in starts] for perturb, starts in kinds.items()}
+    after = {perturb: [own[perturb][start] for start in starts] for perturb, starts in kinds.items()}
+    before["all"], after["all"] = (list(chain.from_iterable(found.values())) for found in (before, after))
+    return {
+        kind: {**rate(after[kind]), "against_base": paired_difference(before[kind], after[kind])._asdict()}
+        for kind in after
+    }
+
+
+def run_cell(cfg: Config, name: str) -> dict:
+    """Train and play one cell, unless that is done."""
+    cell, folder = CELLS[name], Path(cfg.runs) / name.replace(" ", "_").replace(":", "").replace(",", "")
+    policy = arm(cfg.policies, cell.policy)
+    words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
+    if cell.script == "train_rft.py":
+        words += ["--policy", policy, "--world-model", arm(cfg.world_models, cell.world_model)]
+        words += ["--no-gate-stop", "--gate-interval", 1000]  # one gate, before the first step
+        words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
+    else:
+        words += ["--init", policy]
+    run_once(folder, *words, *cell.flags)
+    log = read_lines(folder / "log.jsonl")
+    base = play(cfg, Path(cfg.runs) / f"base_{cell.policy.replace(' ', '_')}", policy)
+    return {
+        "flags": list(cell.flags),
+        "policy": cell.policy,
+        "world_model": cell.world_model if cell.script == "train_rft.py" else None,
+        "minutes": max((row["minutes"] for row in log if "minutes" in row), default=None),
+        "gate": {key: value for key, value in log[0].items() if key.startswith("gate")},
+        "reward": {"first": log[0]["reward"], "last": log[-1]["reward"]} if "reward" in log[0] else None,
+        "success": compare(base, play(cfg, folder, folder / "model.safetensors")),
+    }
+
+
+def table(cells: dict[str, dict]) -> str:
+    """One row per cell: all starts together."""
+    lines = []
+    for name, cell in cells.items():
+        found = cell["success"]["all"]
+        lines.append(f"{name:<36} {show_rate(found, found['against_base'])}")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; returns what the JSON file holds.
+
+    Raises:
+        ValueError: an unknown cell.
+    """
+    if unknown := [name for name in cfg.cells if name not in CELLS]:
+        raise ValueError(f"unknown cell {unknown[0]!r}; there are: {', '.join(CELLS)}")
+    report = {
+        "command": "python benchmarks/rft_factors.py",
+        "config": to_dict(cfg),
+        "machine": machine(),
+        "base": {},
+        "cells": {},
+    }
+    for name in cfg.cells:
+        report["cells"][name] = run_cell(cfg, name)
+        base = CELLS[name].policy
+        if base not in report["base"]:
+            played = play(cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base))
+            report["base"][base] = {kind: rate(list(found.values())) for kind, found in played.items()}
+        write_json(cfg.out, report)
+    print("\n" + table(report["cells"]))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
