@@ -14,16 +14,12 @@ Both versions of the head run in turns in the same process, and must give the sa
 repeats; first calls are not counted.
 """
 
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from timing import Timing, alternate, machine
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -53,25 +49,6 @@ PRESETS = {
 }
 
 
-def alternate(cfg: Config, *versions: Callable[[], object]) -> list[float]:
-    """Median seconds of each version, called in turns."""
-    seconds: list[list[float]] = [[] for _ in versions]
-    for repeat in range(cfg.repeats + 2):
-        for times, version in zip(seconds, versions, strict=True):
-            synchronize(cfg)
-            started = time.perf_counter()
-            version()
-            synchronize(cfg)
-            if repeat >= 2:
-                times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in seconds]
-
-
-def synchronize(cfg: Config) -> None:
-    if cfg.device == "cuda":
-        torch.cuda.synchronize()
-
-
 def autocast(cfg: Config) -> torch.autocast:
     return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda")
 
@@ -84,11 +61,12 @@ def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, nois
     return x
 
 
-def compare(ours: float, straightforward: float, difference: float) -> dict[str, float]:
+def compare(timings: dict[str, Timing], difference: float) -> dict[str, float]:
+    ours, plain = timings["ours"], timings["straightforward"]
     return {
-        "ours_s": ours,
-        "straightforward_s": straightforward,
-        "times_faster": straightforward / ours,
+        "ours_s": ours.median,
+        "straightforward_s": plain.median,
+        "times_faster": plain.median / ours.median,
         "largest_difference": difference,
     }
 
@@ -115,7 +93,8 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
 
     def time_chunks(rows: int) -> dict[str, float]:
         error = (chunk(rows) - slow_chunk(rows)).abs().max().item()
-        return compare(*alternate(cfg, lambda: chunk(rows), lambda: slow_chunk(rows)), error)
+        versions = {"ours": lambda: chunk(rows), "straightforward": lambda: slow_chunk(rows)}
+        return compare(alternate(versions, cfg.repeats, cfg.device, warmup=2), error)
 
     def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(cfg.device).manual_seed(0)
@@ -128,10 +107,11 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
 
     (loss, grad), (slow_loss, slow_grad) = step(1, cfg.draws), step(cfg.draws, 1)
     error = max((loss - slow_loss).abs().item(), (grad - slow_grad).abs().max().item())
+    steps = {"ours": lambda: step(1, cfg.draws), "straightforward": lambda: step(cfg.draws, 1)}
     return {
         "chunk": time_chunks(1),
         "batch of chunks": time_chunks(cfg.batch_size),
-        "head step": compare(*alternate(cfg, lambda: step(1, cfg.draws), lambda: step(cfg.draws, 1)), error),
+        "head step": compare(alternate(steps, cfg.repeats, cfg.device, warmup=2), error),
     }
 
 
@@ -171,8 +151,8 @@ def time_training(cfg: Config, compiled: bool) -> dict[str, float]:
 
     if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    (seconds,) = alternate(cfg, step)
-    result = {"steps_per_s": 1 / seconds, "trainable": sum(p.numel() for p in trained)}
+    spent = alternate({"step": step}, cfg.repeats, cfg.device, warmup=2)["step"].median
+    result = {"steps_per_s": 1 / spent, "trainable": sum(p.numel() for p in trained)}
     if cfg.device == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
@@ -186,12 +166,9 @@ def main(cfg: Config) -> dict:
     """
     report = {
         "config": to_dict(cfg),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **machine(cfg.device),
         **time_head(cfg),
     }
-    if cfg.device == "cuda":
-        report["gpu"] = torch.cuda.get_device_name()
     tolerance = 0.05 if cfg.device == "cuda" else 1e-4
     for name in ("chunk", "batch of chunks", "head step"):
         if report[name]["largest_difference"] > tolerance:

@@ -409,12 +409,29 @@ class WorldModel(nn.Module):
         Raises:
             ValueError: actions of another shape, or more than the model's positions allow.
         """
+        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
+        tokens, context = self.rollout_tokens(context_frame, actions, sampling, generator, first_frame, shared_by)
+        return Rollout(tokens, self.tokenizer.decode(tokens, context))
+
+    @torch.no_grad()
+    def rollout_tokens(
+        self,
+        context_frame: Tensor,
+        actions: Tensor,
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
+        first_frame: Tensor | None = None,
+        shared_by: int = 1,
+    ) -> tuple[Tensor, Context]:
+        """`rollout` before its frames are decoded: tokens (S, G, T, Nf), and the starts' context to decode them with.
+
+        Arguments and errors as in `rollout`.
+        """
         if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
             raise ValueError(
                 f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got "
                 f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
             )
-        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
         self.action_bins.warn_outside(actions)
         group_size, num_actions = actions.shape[1:3]
         tables = self.tables()
@@ -428,8 +445,7 @@ class WorldModel(nn.Module):
             frames.append(tokens)
             if step + 1 < num_actions:
                 pending = torch.cat([tokens[:, -1:], self.layout.action_ids(bins[:, step + 1])], dim=1)
-        tokens = rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size)
-        return Rollout(tokens, self.tokenizer.decode(tokens, context))
+        return rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size), context
 
     @torch.no_grad()
     def reset(

@@ -1,0 +1,218 @@
+"""Rollouts of the world model against transformers' `generate` with the same weights, token for token.
+
+    python benchmarks/rollout.py --out results/rollout.json                          reduced sizes, on any machine
+    python benchmarks/rollout.py --sizes paper --device cuda --out results/rollout_gpu.json
+
+S starts, G action chunks each, T frames of Nf tokens, greedy. Versions:
+
+ours             `WorldModel.rollout_tokens`: the start runs through the decoder once, its G chunks share that part
+                 of the cache, logits of future-frame codes only, the last token of a frame and the action in one pass
+generate         `LlamaForCausalLM.generate` for each frame, on the whole sequence of each row, with its growing cache
+generate static  the same with its preallocated cache
+generate shared  the same with a growing cache that was filled once per start and then repeated for its rows
+
+Weights are random, of the paper's layout with rotary positions only, which is what `LlamaForCausalLM` computes. The
+versions run in turns in one process; all must give the same tokens (in bfloat16, on a GPU, the share of equal tokens is
+reported). `reduced` keeps the paper's ratio of a start's tokens to a frame's at a quarter of both. Writes one JSON and,
+with --figure, a picture of our time against the number of frames and of chunks.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from timing import alternate, floating_point_work, machine, peak_rate, seconds
+from torch import Tensor
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.pretrained.world_model import LlamaForCausalLM
+from vlarft.tokenizer import PRESETS as TOKENIZERS
+from vlarft.transformer import TransformerConfig
+from vlarft.world_model import PRESETS as WORLD_MODELS
+from vlarft.world_model import Sampling, WorldModel, WorldModelConfig
+
+NARROW = TransformerConfig(depth=4, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512)
+SIZES = {
+    "paper": WORLD_MODELS["paper"],
+    "reduced": WorldModelConfig(
+        tokenizer=replace(TOKENIZERS["tiny"], stem=4, block_channels=(32,), future_patch=4), transformer=NARROW
+    ),
+    "smoke": WorldModelConfig(tokenizer=TOKENIZERS["smoke"], transformer=WORLD_MODELS["smoke"].transformer),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    sizes: Literal["paper", "reduced", "smoke"] = opt("reduced", "sizes of the world model")
+    out: str = opt("results/rollout.json", "JSON file to write")
+    figure: str | None = opt(None, "picture of time against frames and chunks")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
+    starts: int = opt(16, "starts S")
+    group: int = opt(16, "action chunks G per start")
+    frames: int = opt(8, "frames T")
+    repeats: int = opt(3, "timed calls of each version")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, frames=2, repeats=1)}
+
+
+class Workload:
+    """The world model, its copy in transformers, starts and actions."""
+
+    def __init__(self, cfg: Config) -> None:
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = SIZES[cfg.sizes]
+        dtype = torch.bfloat16 if cfg.device == "cuda" else torch.float32
+        self.model = WorldModel(sizes).to(cfg.device, dtype).eval()
+        self.model.tokenizer.float()
+        t, layout = sizes.transformer, self.model.layout
+        self.layout = layout
+        config = transformers.LlamaConfig(
+            vocab_size=layout.vocab_size,
+            hidden_size=t.width,
+            intermediate_size=t.ffn_dim,
+            num_hidden_layers=t.depth,
+            num_attention_heads=t.num_heads,
+            num_key_value_heads=t.num_kv_heads,
+            rms_norm_eps=t.norm_eps,
+            rope_theta=t.rope_theta,
+            max_position_embeddings=t.max_positions,
+            tie_word_embeddings=False,
+            pad_token_id=layout.eos,
+            bos_token_id=layout.bos,
+            eos_token_id=layout.eos,
+        )
+        self.llama = transformers.LlamaForCausalLM(config).to(cfg.device, dtype).eval()
+        self.llama.load_state_dict(LlamaForCausalLM(self.model).state_dict())
+        self.frames = torch.rand(cfg.starts, 3, *sizes.tokenizer.image_size, device=cfg.device)
+        self.actions = torch.rand(cfg.starts, cfg.group, cfg.frames, sizes.action_dim, device=cfg.device) * 2 - 1
+        with torch.no_grad():
+            context = self.model.tokenizer.encode_context(self.frames)
+            first = self.model.tokenizer.encode_future(self.frames[:, None], context)[:, 0]
+            self.prefix = layout.prefix(context.tokens, first)  # (S, P)
+            self.bins = layout.action_ids(self.model.action_bins.encode(self.actions)).flatten(0, 1)  # (B, T, A)
+
+    def ours(self, group: int | None = None, frames: int | None = None) -> Tensor:
+        """Tokens (S, G, T, Nf)."""
+        return self.model.rollout_tokens(self.frames, self.actions[:, :group, :frames], Sampling(greedy=True))[0]
+
+    @torch.no_grad()
+    def generate(self, kind: Literal["growing", "static", "shared"]) -> Tensor:
+        """The same by `generate`, one call a frame; all sequences end after Nf tokens."""
+        import transformers
+
+        group, num_frames, length = self.actions.shape[1], self.actions.shape[2], self.layout.frame_length
+        ids = self.prefix.repeat_interleave(group, 0)  # (B, P)
+        if kind == "static":
+            room = self.layout.length(num_frames)
+            cache = transformers.StaticCache(config=self.llama.config, max_cache_len=room)
+        else:
+            cache = transformers.DynamicCache(config=self.llama.config)
+        if kind == "shared":
+            self.llama(self.prefix, past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(group)
+        only_frames = transformers.LogitsProcessorList([self._future_codes_only])
+        frames = []
+        for t in range(num_frames):
+            ids = torch.cat([ids, self.bins[:, t]], dim=1)
+            ids = self.llama.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=False,
+                logits_processor=only_frames,
+            )
+            frames.append(ids[:, -length:])
+        return torch.stack(frames, dim=1).unflatten(0, (-1, group))
+
+    def _future_codes_only(self, ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.layout.num_future_codes :] = -torch.inf
+        return scores
+
+
+def scaling(cfg: Config, work: Workload) -> dict[str, list[tuple[int, float]]]:
+    """Our median seconds against frames (all chunks) and against chunks (all frames)."""
+    found: dict[str, list[tuple[int, float]]] = {"frames": [], "group": []}
+    for name, most in (("frames", cfg.frames), ("group", cfg.group)):
+        for number in sorted({max(1, most * i // 4) for i in range(1, 5)}):
+            spent = min(seconds(lambda n=number, k=name: work.ours(**{k: n}), cfg.device) for _ in range(cfg.repeats))
+            found[name].append((number, spent))
+    return found
+
+
+def draw(report: dict, path: Path) -> None:
+    """PNG of the scaling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.2), dpi=100, layout="constrained", sharey=True)
+    for axis, (name, label) in zip(axes, (("frames", "frames"), ("group", "chunks per start")), strict=True):
+        axis.plot(*zip(*report["scaling"][name], strict=True), "o-")
+        axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+    axes[0].set_ylabel("seconds of a rollout")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(cfg: Config) -> dict:
+    """Time, compare, write; returns what the JSON file holds.
+
+    Raises:
+        RuntimeError: two versions disagree in float32.
+    """
+    work = Workload(cfg)
+    versions = {
+        "ours": work.ours,
+        "generate": lambda: work.generate("growing"),
+        "generate static": lambda: work.generate("static"),
+        "generate shared": lambda: work.generate("shared"),
+    }
+    tokens = {name: version() for name, version in versions.items()}
+    equal = {name: (found == tokens["ours"]).float().mean().item() for name, found in tokens.items()}
+    if cfg.device == "cpu" and (wrong := [name for name, share in equal.items() if share < 1]):
+        raise RuntimeError(f"{wrong[0]} and ours agree on {100 * equal[wrong[0]]:.2f} % of the tokens, expected all")
+    timings, work_done = alternate(versions, cfg.repeats, cfg.device, warmup=0), floating_point_work(work.ours)
+    peak, ours = peak_rate(cfg.device), timings["ours"]
+    report = {
+        "command": "python benchmarks/rollout.py",
+        "config": to_dict(cfg),
+        **machine(cfg.device),
+        "prefix_tokens": work.layout.prefix_length,
+        "frame_tokens": work.layout.frame_length,
+        "parameters": sum(p.numel() for p in work.llama.parameters()),
+        "flops": work_done,
+        "share_of_peak": work_done / ours.median / peak,
+        "peak_flops_per_s": peak,
+        "versions": {
+            name: {
+                **t._asdict(),
+                "equal_tokens": equal[name],
+                "times_as_long": t.median / ours.median,
+                "spread": [t.least / ours.most, t.most / ours.least],
+            }
+            for name, t in timings.items()
+        },
+        "scaling": scaling(cfg, work),
+    }
+    for name, row in report["versions"].items():
+        low, high = row["spread"]
+        print(f"{name:<16} {row['median']:8.3f} s   {row['times_as_long']:.2f} times ours [{low:.2f}, {high:.2f}]")
+    print(f"{work_done / 1e9:.1f} GFLOP in ours, {100 * report['share_of_peak']:.0f} % of the machine's peak")
+    write_json(cfg.out, report)
+    if cfg.figure:
+        draw(report, Path(cfg.figure))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))

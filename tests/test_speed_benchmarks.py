@@ -1,0 +1,37 @@
+"""The speed benchmarks at smoke size: what they compare is equal, and they say so when it is not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+
+def test_rollout_against_generate(load_benchmark, transformers, tmp_path, monkeypatch):
+    benchmark = load_benchmark("rollout")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "r.json"), figure=str(tmp_path / "figures" / "r.png"))
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report))
+    assert set(report["versions"]) == {"ours", "generate", "generate static", "generate shared"}
+    assert all(row["equal_tokens"] == 1 for row in report["versions"].values())
+    assert [number for number, _ in report["scaling"]["group"]] == [1, 2, 3] and (tmp_path / "figures/r.png").is_file()
+    whole = benchmark.Workload.generate
+    monkeypatch.setattr(benchmark.Workload, "generate", lambda self, kind: whole(self, kind).roll(1, 0))
+    with pytest.raises(RuntimeError, match="generate and ours agree on"):
+        benchmark.main(cfg)
+
+
+def test_whole_step_against_the_straightforward_one(load_benchmark, tmp_path, monkeypatch):
+    benchmark = load_benchmark("rft_step")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "s.json"))
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "s.json").read_text()) == json.loads(json.dumps(report))
+    for row in report["versions"].values():
+        phases = dict(row["phases"])
+        assert phases.pop("total") == pytest.approx(sum(phases.values())) and row["flops"] > 0
+    assert report["versions"]["straightforward"]["flops"] > report["versions"]["ours"]["flops"]
+    whole = benchmark.verified_reward
+    wrong = lambda *args, **kwargs: whole(*args, **kwargs)._replace(reward=torch.zeros(6, 1))  # noqa: E731
+    monkeypatch.setattr(benchmark, "verified_reward", wrong)
+    with pytest.raises(RuntimeError, match="rewards of the two versions differ by"):
+        benchmark.main(cfg)
