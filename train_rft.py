@@ -153,6 +153,11 @@ def main(cfg: Config) -> dict[str, float]:
             extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
         )
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
+        if cfg.bf16:
+            world_model.to_bfloat16()
+        if cfg.compile:
+            world_model.tokenizer.cond_decoder.compile()
+            distance.compile_network()
     distributed.local_batch(cfg.starts)
     resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))
     chunk = policy.cfg.flow.chunk

@@ -31,7 +31,7 @@ from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.data.windows import Batch
 from vlarft.grpo import advantages
-from vlarft.metrics import perceptual
+from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.objective import ObjectiveConfig, update
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
@@ -49,6 +49,7 @@ class Config:
     perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips with a random VGG-16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "rollouts G per start")
+    compile: bool = opt(False, "compile the pixel decoder and the perceptual network, of both versions")
     micro_starts: int | None = opt(None, "starts per backward pass; none takes all")
     repeats: int = opt(3, "timed steps of each version")
 
@@ -101,6 +102,11 @@ class Workload:
         self.policy.to(device)
         self.world_model = WorldModel(sizes).to(device).eval().requires_grad_(False)
         self.distance = random_perceptual(cfg.perceptual).to(device)
+        if device == "cuda":
+            self.world_model.to_bfloat16()
+        if cfg.compile:
+            self.world_model.tokenizer.cond_decoder.compile()
+            self.distance.compile_network()
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)  # the same weights for every timed step
         names = {"perceptual": cfg.perceptual, "imagination": "greedy", "divide_by_std": True}
         self.step = Step(group=cfg.group, bf16=device == "cuda", micro_starts=cfg.micro_starts, mse_draws=16, **names)
@@ -144,7 +150,7 @@ def _repeated(value: Tensor | list[str], group: int) -> Tensor | list[str]:
     return value.repeat_interleave(group, 0)
 
 
-def random_perceptual(name: str) -> torch.nn.Module:
+def random_perceptual(name: str) -> PerceptualDistance:
     """The perceptual distance; lpips with random VGG-16 weights, which cost what trained ones cost."""
     if name != "lpips":
         return perceptual(name)

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
+from vlarft.decoding import Sampling
 from vlarft.pretrained.world_model import LlamaForCausalLM
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as WORLD_MODELS
-from vlarft.world_model import Sampling, WorldModel, WorldModelConfig
+from vlarft.world_model import WorldModel, WorldModelConfig
 
 NARROW = TransformerConfig(depth=4, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512)
 SIZES = {
@@ -59,36 +60,43 @@ class Config:
 PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, frames=2, repeats=1)}
 
 
+def llama_of(model: WorldModel) -> torch.nn.Module:
+    """The same transformer and head, with copied weights, as transformers' `LlamaForCausalLM`."""
+    import transformers
+
+    t, layout = model.cfg.transformer, model.layout
+    config = transformers.LlamaConfig(
+        vocab_size=layout.vocab_size,
+        hidden_size=t.width,
+        intermediate_size=t.ffn_dim,
+        num_hidden_layers=t.depth,
+        num_attention_heads=t.num_heads,
+        num_key_value_heads=t.num_kv_heads,
+        rms_norm_eps=t.norm_eps,
+        rope_theta=t.rope_theta,
+        max_position_embeddings=t.max_positions,
+        tie_word_embeddings=False,
+        pad_token_id=layout.eos,
+        bos_token_id=layout.bos,
+        eos_token_id=layout.eos,
+    )
+    weights = LlamaForCausalLM(model).state_dict()
+    llama = transformers.LlamaForCausalLM(config).to(model.lm_head.weight)
+    llama.load_state_dict(weights)
+    return llama
+
+
 class Workload:
     """The world model, its copy in transformers, starts and actions."""
 
     def __init__(self, cfg: Config) -> None:
-        import transformers
-
         torch.manual_seed(0)
         sizes = SIZES[cfg.sizes]
         dtype = torch.bfloat16 if cfg.device == "cuda" else torch.float32
-        self.model = WorldModel(sizes).to(cfg.device, dtype).eval()
+        self.model = WorldModel(sizes).to(cfg.device, dtype).eval().requires_grad_(False)
         self.model.tokenizer.float()
-        t, layout = sizes.transformer, self.model.layout
-        self.layout = layout
-        config = transformers.LlamaConfig(
-            vocab_size=layout.vocab_size,
-            hidden_size=t.width,
-            intermediate_size=t.ffn_dim,
-            num_hidden_layers=t.depth,
-            num_attention_heads=t.num_heads,
-            num_key_value_heads=t.num_kv_heads,
-            rms_norm_eps=t.norm_eps,
-            rope_theta=t.rope_theta,
-            max_position_embeddings=t.max_positions,
-            tie_word_embeddings=False,
-            pad_token_id=layout.eos,
-            bos_token_id=layout.bos,
-            eos_token_id=layout.eos,
-        )
-        self.llama = transformers.LlamaForCausalLM(config).to(cfg.device, dtype).eval()
-        self.llama.load_state_dict(LlamaForCausalLM(self.model).state_dict())
+        self.layout = layout = self.model.layout
+        self.llama = llama_of(self.model).eval()
         self.frames = torch.rand(cfg.starts, 3, *sizes.tokenizer.image_size, device=cfg.device)
         self.actions = torch.rand(cfg.starts, cfg.group, cfg.frames, sizes.action_dim, device=cfg.device) * 2 - 1
         with torch.no_grad():

@@ -35,3 +35,16 @@ def test_whole_step_against_the_straightforward_one(load_benchmark, tmp_path, mo
     monkeypatch.setattr(benchmark, "verified_reward", wrong)
     with pytest.raises(RuntimeError, match="rewards of the two versions differ by"):
         benchmark.main(cfg)
+
+
+def test_training_steps_against_straightforward_ones(load_benchmark, transformers, tmp_path, monkeypatch):
+    benchmark = load_benchmark("training")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "t.json"))
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "t.json").read_text()) == report
+    for name in ("tokenizer step", "tokens", "world-model step"):
+        row = report[name]
+        assert row["times_faster"] == pytest.approx(row["straightforward_s"] / row["ours_s"]) and row["flops"] > 0
+    monkeypatch.setattr(benchmark, "_l1", lambda made, true: made.square().sum())
+    with pytest.raises(RuntimeError, match="tokenizer step: the versions differ by"):
+        benchmark.main(cfg)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -248,6 +249,13 @@ def test_options(config, changes):
     assert saved.cfg.flow.noisy_dims == changes.get("noisy_dims", tuple(range(7)))
     for name in ("noisy_steps", "sigma_min", "sigma_init", "sigma_uses_x"):
         assert getattr(saved.cfg.flow, name) == getattr(dataclasses.replace(config, **changes), name)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_networks_give_the_same_rewards(config, tmp_path):
+    plain = train_rft.main(dataclasses.replace(config, steps=1))
+    compiled = train_rft.main(dataclasses.replace(config, steps=1, compile=True, out_dir=str(tmp_path / "compiled")))
+    assert compiled["reward"] == pytest.approx(plain["reward"], abs=1e-5)
 
 
 def test_noise_of_an_earlier_fine_tuning_is_kept_or_refused(config, tmp_path):

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vlarft.checkpoint import save_model
+from vlarft.decoding import Sampling, restrict
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import TokenizerConfig
 from vlarft.transformer import TransformerConfig
-from vlarft.world_model import PRESETS, Sampling, TokenLayout, WorldModel, WorldModelConfig, restrict
+from vlarft.world_model import PRESETS, TokenLayout, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = TokenizerConfig(
@@ -200,6 +201,39 @@ def test_greedy_rollout_is_the_argmax_of_the_full_forward(options):
         assert torch.equal(logits.argmax(-1), rollout.tokens[:, g])
     whole = model.tokenizer.encode_context(start)
     assert_close(rollout.frames, model.tokenizer.decode(rollout.tokens, whole))
+
+
+@OPTIONS
+@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"common_random_numbers": True, "top_k": 5}])
+def test_decoding_at_fixed_shapes_draws_the_same(options, settings):
+    model, sampling = make(replace(SMALL, **options)).requires_grad_(False), Sampling(**settings)
+    kept = []
+    for seed in (0, 1):  # the second time in the memory of the first
+        start, actions = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 3, 2) * 2 - 1
+        draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        expected, _ = model.rollout_tokens(start, actions, sampling, draws[0], shared_by=2)
+        assert len(kept) == seed == (model._static_decoding is not None)  # not on a CPU, unless asked for
+        got, _ = model.rollout_tokens(start, actions, sampling, draws[1], shared_by=2, static=True)
+        assert torch.equal(got, expected) and expected.unique().numel() > 1
+        kept.append(model._static_decoding[1])
+    assert kept[0] is kept[1] and len(kept[0].passes) == 6  # two kinds of pass for each frame
+    model.rollout_tokens(start, actions[:, :2], sampling, static=True)
+    assert model._static_decoding[1] is not kept[0]
+
+
+@OPTIONS
+def test_imagination_in_bfloat16(options):
+    model = make(replace(SMALL, **options))
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
+    expected, context = model.rollout(start, actions, greedy=True), model.tokenizer.encode_context(start)
+    model.to_bfloat16()
+    assert model.decoder.norm.weight.dtype == model.tables().head.dtype == torch.bfloat16
+    rollout = model.rollout(start, actions, greedy=True)
+    assert (rollout.tokens == expected.tokens).float().mean() > 0.9 and rollout.frames.dtype == torch.float32
+    again = model.tokenizer.encode_context(start)
+    assert torch.equal(again.tokens, context.tokens)
+    error = (model.tokenizer.decode(expected.tokens, again) - expected.frames).abs()
+    assert 0 < error.mean() < 0.004 and error.max() < 0.1
 
 
 def test_cached_logits_equal_the_full_forward(monkeypatch):

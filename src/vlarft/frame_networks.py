@@ -86,6 +86,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Context features (S, D, h, w) -> keys and values, each (S, heads, Nc, E)."""
+        features = features.to(self.kv_pos_emb.dtype)
         tokens = self.kv_norm(features).flatten(2).transpose(1, 2) + self.kv_pos_emb  # (S, Nc, D)
         dim = tokens.shape[-1]
         both = F.linear(tokens, self.att.in_proj_weight[dim:], self.att.in_proj_bias[dim:])  # (S, Nc, 2 * D)

@@ -144,6 +144,11 @@ class PerceptualDistance(nn.Module):
             total = total + head((mine - theirs).square()).mean(dim=(1, 2, 3))
         return total.reshape(pred.shape[:-3])
 
+    def compile_network(self) -> None:
+        """`torch.compile` the backbone, where there is one."""
+        if self.name == "lpips":
+            self.lpips.net.compile()
+
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """pred, target: (..., C, H, W) in [0, 1] -> (...) float32."""
         return self.distance_to(pred, self.features(target))

@@ -48,7 +48,8 @@ class RolloutConfig:
     temperature: float = opt(1.0, "of the imagination (release)")
     top_p: float = opt(0.8, "of the imagination (release)")
     divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. 12 does not")
-    bf16: bool = opt(False, "bf16 autocast around the frozen vision-language model")
+    bf16: bool = opt(False, "the frozen networks in bf16: vision-language model (autocast), transformer, pixel decoder")
+    compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
 
 
 def dataset_actions(cfg: RolloutConfig, batch: Batch) -> Tensor:

@@ -261,7 +261,7 @@ class FrameTokenizer(nn.Module):
 
     def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
-        patches = self.post_quant_linear(codes)  # (S * L, Nf, p * p * D)
+        patches = self.post_quant_linear(codes.to(self.post_quant_linear.weight.dtype))  # (S * L, Nf, p * p * D)
         latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)
         return self.cond_decoder(latent, keys_values)
 

@@ -87,6 +87,14 @@ class KVCache:
         """Tokens held, prefix included: the position of the next token."""
         return self.prefix_length + self.own_length
 
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions (N,) of the next `num_tokens` tokens."""
+        return torch.arange(self.length, self.length + num_tokens, device=device)
+
+    def num_columns(self, num_tokens: int) -> int:
+        """Keys that attention sees, prefix included, once `num_tokens` more tokens are appended."""
+        return self.length + num_tokens
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new tokens of one layer and return that layer's own part so far.
 
@@ -128,6 +136,51 @@ class KVCache:
         expanded.prefix = self.own[:, :, :, :, : self.own_length]
         expanded.prefix_length, expanded.group_size = self.own_length, group_size
         return expanded
+
+
+class StaticKVCache:
+    """`KVCache.expand` at fixed shapes and addresses, as CUDA graphs need it: the number of tokens held is a tensor.
+
+    Args:
+        prefilled: a cache that was filled directly, one row per start; its length and type are kept.
+        group_size: members G per start.
+        max_length: room for new tokens per row.
+    """
+
+    def __init__(self, prefilled: KVCache, group_size: int, max_length: int) -> None:
+        depth, _, starts, heads, _, dim = prefilled.own.shape
+        self.config, self.group_size, self.batch_size = prefilled.config, group_size, starts * group_size
+        self.prefix_length, self.limit = prefilled.own_length, max_length
+        self.prefix = prefilled.own.new_zeros(depth, 2, starts, heads, self.prefix_length, dim)
+        self.own = prefilled.own.new_zeros(depth, 2, self.batch_size, heads, max_length, dim)
+        self.held = torch.zeros((), dtype=torch.long, device=self.own.device)
+
+    def restart(self, prefilled: KVCache) -> None:
+        """Forget all new tokens and take another prefix of the same shape."""
+        self.prefix.copy_(prefilled.own[:, :, :, :, : self.prefix_length])
+        self.held.zero_()
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """As in `KVCache`."""
+        return self.prefix_length + self.held + torch.arange(num_tokens, device=device)
+
+    def num_columns(self, num_tokens: int) -> int:
+        """The prefix and the first `limit` places, filled or not: those that are not must be masked."""
+        return self.prefix_length + self.limit
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `KVCache`, but returns the first `limit` places."""
+        places = self.held + torch.arange(key.shape[2], device=key.device)
+        for part, new in enumerate((key, value)):
+            self.own[layer, part].index_copy_(2, places, new.to(self.own.dtype))
+        return self.own[layer, 0, :, :, : self.limit], self.own[layer, 1, :, :, : self.limit]
+
+    def advance(self, num_tokens: int) -> None:
+        """As in `KVCache`."""
+        self.held += num_tokens
+
+
+Cache = KVCache | StaticKVCache
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -178,7 +231,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.width, cfg.num_kv_heads * dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.num_heads * dim, cfg.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """x: (B, N, D) -> (B, N, D); `mask` is None for plain causal attention, else (B or 1, 1, N, P + N)."""
         query = rearrange(self.q_proj(x), "b n (h e) -> b n h e", h=self.num_heads)
         key = rearrange(self.k_proj(x), "b n (k e) -> b n k e", k=self.num_kv_heads)
@@ -265,7 +318,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """x: (B, N, D) -> (B, N, D)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -291,7 +344,12 @@ class Decoder(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: Cache | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
         """Run the decoder on embedded tokens.
 
         Args:
@@ -307,18 +365,18 @@ class Decoder(nn.Module):
             ValueError: the sequence is longer than `max_positions`, the cache or the mask has other sizes.
         """
         batch, num_new, _ = x.shape
-        past = 0 if cache is None else cache.length
-        if past + num_new > self.cfg.max_positions:
-            raise ValueError(f"{past + num_new} tokens exceed max_positions={self.cfg.max_positions}")
+        total = num_new if cache is None else cache.num_columns(num_new)
+        if total > self.cfg.max_positions:
+            raise ValueError(f"{total} tokens exceed max_positions={self.cfg.max_positions}")
         if cache is not None and cache.batch_size != batch:
             raise ValueError(f"KV cache has {cache.batch_size} rows, the input {batch}: expand the cache")
-        if key_padding_mask is not None and key_padding_mask.shape != (batch, past + num_new):
-            raise ValueError(
-                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(batch, past + num_new)}"
-            )
-        positions = torch.arange(past, past + num_new, device=x.device)
+        if key_padding_mask is not None and key_padding_mask.shape != (batch, total):
+            raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(batch, total)}")
+        positions = torch.arange(num_new, device=x.device) if cache is None else cache.positions(num_new, x.device)
         cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, 1, E)
-        mask = attention_mask(positions, key_padding_mask)
+        mask = None
+        if key_padding_mask is not None or isinstance(cache, StaticKVCache) or 1 < num_new < total:
+            mask = attention_mask(positions, total, key_padding_mask)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
         if cache is not None:
@@ -326,18 +384,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def attention_mask(positions: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
-    """Causal mask (B or 1, 1, N, P + N) for new tokens at `positions` (N,); None where no explicit mask is needed.
+def attention_mask(positions: Tensor, total: int, key_padding_mask: Tensor | None) -> Tensor:
+    """Causal mask (B or 1, 1, N, total) for new tokens at `positions` (N,) among `total` keys.
 
-    Without padding, a sequence from position 0 uses the kernel's own causal mask, and a single token sees everything.
+    It is not needed for a single token that sees every key, nor for a sequence from position 0 without padding, for
+    which the kernel has a causal mask of its own.
     """
-    num_new = positions.shape[0]
-    total = int(positions[-1]) + 1 if key_padding_mask is None else key_padding_mask.shape[1]
-    if key_padding_mask is None and (num_new == 1 or num_new == total):
-        return None
     columns = torch.arange(total, device=positions.device)
-    causal = columns <= positions[:, None]  # (N, P + N)
+    causal = columns <= positions[:, None]  # (N, total)
     if key_padding_mask is None:
         return causal[None, None]
     itself = columns == positions[:, None]  # a row without any key would have no softmax
-    return ((causal & key_padding_mask[:, None, :]) | itself)[:, None]  # (B, 1, N, P + N)
+    return ((causal & key_padding_mask[:, None, :]) | itself)[:, None]  # (B, 1, N, total)

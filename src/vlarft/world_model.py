@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import load_model
+from vlarft.decoding import Sampling, StaticDecoding
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-from vlarft.transformer import Decoder, KVCache, TransformerConfig
+from vlarft.transformer import Cache, Decoder, KVCache, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -146,69 +147,6 @@ class Rollout(NamedTuple):
     frames: Tensor
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How frame tokens are drawn.
-
-    Args:
-        greedy: take the likeliest code; the other settings are then without effect.
-        temperature: divides the logits.
-        top_p: smallest set of codes whose probability reaches this share.
-        top_k: at most this many codes; None = all.
-        common_random_numbers: the same draws for all members of a start (they depend on start, step and position
-            alone), so that members differ by their actions and not by luck.
-        part: (number, count) of equal shares of a larger batch: the draws are made for all of it and these rows take
-            theirs, so that a run does not depend on the number of processes.
-    """
-
-    greedy: bool = False
-    temperature: float = 1.0
-    top_p: float = 0.8
-    top_k: int | None = None
-    common_random_numbers: bool = False
-    part: tuple[int, int] = (0, 1)
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; use greedy=True for the limit 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
-
-    def draw(self, logits: Tensor, group_size: int, generator: torch.Generator | None) -> Tensor:
-        """One code per row: logits (S * G, V) float32 -> (S * G,) int64.
-
-        The draw is argmax(log p + Gumbel noise). With common random numbers the members share the noise, which keeps
-        their codes equal wherever their distributions are close.
-        """
-        if self.greedy:
-            return logits.argmax(dim=-1)
-        log_prob = restrict(logits / self.temperature, self.top_p, self.top_k)
-        rows = logits.shape[0] // group_size if self.common_random_numbers else logits.shape[0]
-        device = logits.device if generator is None else generator.device
-        exponential = torch.empty(rows * self.part[1], logits.shape[1], device=device).exponential_(generator=generator)
-        exponential = exponential[self.part[0] * rows : (self.part[0] + 1) * rows]
-        noise = -exponential.clamp_min(1e-20).log().to(logits.device)  # (S or S * G, V) Gumbel
-        if self.common_random_numbers:
-            noise = noise.repeat_interleave(group_size, dim=0)
-        return (log_prob + noise).argmax(dim=-1)
-
-
-def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """Log probabilities (B, V) with those outside the top-k and the nucleus at -inf; top-k is applied first."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    log_prob = logits.log_softmax(dim=-1)
-    if top_p < 1:
-        ordered, order = log_prob.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)  # the first is always kept: nothing is before it
-        log_prob = torch.empty_like(log_prob).scatter_(-1, order, ordered)
-    return log_prob
-
-
 class Tables(NamedTuple):
     """Rows of all token ids: for the embedding (vocabulary, D), and for the head (vocabulary, D)."""
 
@@ -259,11 +197,24 @@ class WorldModel(nn.Module):
         self.tokenizer.requires_grad_(False)
         self.tokenizer.eval()
         self._closed_loop: ClosedLoop | None = None
+        self._static_decoding: tuple[tuple, StaticDecoding] | None = None
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "WorldModel":
         """The world model of a `model.safetensors`, its tokenizer included, in eval mode."""
         return load_model(path, cls, WorldModelConfig, device)[0]
+
+    def to_bfloat16(self) -> "WorldModel":
+        """Cast what imagines to bfloat16, in place: transformer, embeddings, head and the pixel decoder.
+
+        The networks that tokenise the starts stay in float32: they run once per start, and their tokens stay the same.
+        """
+        imagining = [module for name, module in self.named_children() if name not in ("tokenizer", "action_bins")]
+        for module in (*imagining, self.tokenizer.cond_decoder, self.tokenizer.post_quant_linear):
+            module.to(torch.bfloat16)
+        if self.cfg.factored_tokens:
+            self.token_values = self.token_values.to(torch.bfloat16)
+        return self
 
     def _token_values(self) -> Tensor:
         """What each id stands for, (vocabulary, F): its FSQ digits one-hot, or its action value and waves of it."""
@@ -288,13 +239,20 @@ class WorldModel(nn.Module):
             )
         return Tables(embedding, head)
 
-    def embed(self, ids: Tensor, tables: Tables, first_position: int = 0) -> Tensor:
-        """Embeddings (B, N, D) of ids (B, N) that stand at `first_position` and after it."""
+    def embed(self, ids: Tensor, tables: Tables, positions: Tensor | None = None) -> Tensor:
+        """Embeddings (B, N, D) of ids (B, N) that stand at `positions` (N,), by default at 0 and after it."""
         x = F.embedding(ids, tables.embedding)
         if self.cfg.slot_embedding:
-            positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
             x = x + self.embed_slots(self.layout.slots(positions))
         return x
+
+    def next_logits(self, ids: Tensor, tables: Tables, cache: Cache) -> Tensor:
+        """Feed ids (B, N) to the decoder: logits (B, V) float32 of the future-frame token that follows them."""
+        positions = cache.positions(ids.shape[1], ids.device)
+        hidden = self.decoder(self.embed(ids, tables, positions), cache)[:, -1]  # (B, D)
+        # a frame is made of future codes only
+        return F.linear(hidden, tables.head[: self.layout.num_future_codes]).float()
 
     def train(self, mode: bool = True) -> "WorldModel":
         """Training mode for all but the tokenizer, which stays frozen in eval mode."""
@@ -422,10 +380,15 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         first_frame: Tensor | None = None,
         shared_by: int = 1,
+        static: bool | None = None,
     ) -> tuple[Tensor, Context]:
         """`rollout` before its frames are decoded: tokens (S, G, T, Nf), and the starts' context to decode them with.
 
         Arguments and errors as in `rollout`.
+
+        Args:
+            static: decode with `StaticDecoding`, which keeps its memory and its CUDA graphs for the next rollout of the
+                same sizes; the parameters must not move. None = for a frozen model on a GPU.
         """
         if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
             raise ValueError(
@@ -436,16 +399,32 @@ class WorldModel(nn.Module):
         group_size, num_actions = actions.shape[1:3]
         tables = self.tables()
         context, prefilled = self._prefill(context_frame, first_frame, tables)
-        cache = prefilled.expand(group_size, num_actions * self.layout.step_length)
         bins = rearrange(self.action_bins.encode(actions), "s g t a -> (s g) t a")
-        pending = self.layout.action_ids(bins)[:, 0]  # (B, A): ids that the cache does not hold yet
+        ids = self.layout.action_ids(bins)  # (B, T, A)
+        if static is None:
+            static = ids.is_cuda and not any(p.requires_grad for p in self.parameters())
+        if static:
+            tokens = self._static(prefilled, group_size, num_actions, sampling, shared_by).run(
+                prefilled, tables, ids, generator
+            )
+            return rearrange(tokens, "(s g) t n -> s g t n", g=group_size), context
+        cache = prefilled.expand(group_size, num_actions * self.layout.step_length)
+        pending = ids[:, 0]  # (B, A): ids that the cache does not hold yet
         frames = []
         for step in range(num_actions):
             tokens = self._sample_frame(cache, pending, tables, sampling, group_size * shared_by, generator)  # (B, Nf)
             frames.append(tokens)
             if step + 1 < num_actions:
-                pending = torch.cat([tokens[:, -1:], self.layout.action_ids(bins[:, step + 1])], dim=1)
+                pending = torch.cat([tokens[:, -1:], ids[:, step + 1]], dim=1)
         return rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size), context
+
+    def _static(self, prefilled: KVCache, *sizes: object) -> StaticDecoding:
+        """The decoding of the last rollout if its sizes were the same, else a new one in its place."""
+        key = (prefilled.own.shape, prefilled.own.dtype, prefilled.own.device, *sizes)
+        if self._static_decoding is None or self._static_decoding[0] != key:
+            self._static_decoding = None  # its memory is free before the new one takes its own
+            self._static_decoding = key, StaticDecoding(self, prefilled, *sizes)
+        return self._static_decoding[1]
 
     @torch.no_grad()
     def reset(
@@ -512,11 +491,10 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None,
     ) -> Tensor:
         """Feed pending ids (B, n), then draw the Nf tokens of one frame; the last one is left for the next call."""
-        head = tables.head[: self.layout.num_future_codes]  # a frame is made of future codes only
         tokens = []
         for _ in range(self.layout.frame_length):
-            hidden = self.decoder(self.embed(pending, tables, cache.length), cache)[:, -1]  # (B, D)
-            pending = sampling.draw(F.linear(hidden, head).float(), group_size, generator)[:, None]  # (B, 1)
+            logits = self.next_logits(pending, tables, cache)
+            pending = sampling.draw(logits, group_size, generator)[:, None]  # (B, 1)
             tokens.append(pending)
         return torch.cat(tokens, dim=1)
 
