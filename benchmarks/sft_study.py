@@ -22,6 +22,7 @@ from vlarft.metrics import paired_difference
 ARMS = {
     "default": [],
     "twice as long": ["--steps", "2600"],
+    "four times as long": ["--steps", "5200"],
     "no key-position loss": ["--key-weight", "0", "--key-batch", "0"],
     "one draw per image": ["--draws", "1"],
     "no average of weights": ["--ema", "none"],
