@@ -155,6 +155,7 @@ def main(cfg: Config) -> dict[str, float]:
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
         if cfg.bf16:
             world_model.to_bfloat16()
+            distance.to_bfloat16()
         if cfg.compile:
             world_model.tokenizer.cond_decoder.compile()
             distance.compile_network()

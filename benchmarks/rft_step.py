@@ -24,7 +24,7 @@ from typing import Literal
 
 import rollout as rollout_benchmark
 import torch
-from timing import alternate, floating_point_work, machine, peak_rate, synchronize
+from timing import alternate, floating_point_work, machine, peak_rate, seconds, synchronize
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -63,24 +63,43 @@ class Step(RolloutConfig, ObjectiveConfig):
 
 
 class Phases:
-    """Seconds of named parts of a step: methods and functions are wrapped where the step finds them."""
+    """Seconds of named parts of a step, without those of parts inside: methods and functions are wrapped where the step
+    finds them, as long as the context lasts.
 
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, {}
+    Args:
+        device: whose queue is waited for.
+        places: (owner, attribute, phase).
+    """
 
-    def wrap(self, owner: object, attribute: str, phase: str) -> None:
-        call: Callable = getattr(owner, attribute)
+    def __init__(self, device: str, places: list[tuple[object, str, str]]) -> None:
+        self.device, self.places = device, places
+        self.seconds = dict.fromkeys((phase for _, _, phase in places), 0.0)
+        self.inside = [0.0]  # seconds of parts within each part that runs now
 
+    def __enter__(self) -> "Phases":
+        self.before = [(owner, name, vars(owner).get(name)) for owner, name, _ in self.places]
+        for owner, name, phase in self.places:
+            setattr(owner, name, self._timed(getattr(owner, name), phase))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for owner, name, before in self.before:
+            delattr(owner, name) if before is None else setattr(owner, name, before)
+
+    def _timed(self, call: Callable, phase: str) -> Callable:
         @wraps(call)
         def timed(*args: object, **kwargs: object) -> object:
             synchronize(self.device)
             started = time.perf_counter()
+            self.inside.append(0.0)
             result = call(*args, **kwargs)
             synchronize(self.device)
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self.seconds[phase] += spent - self.inside.pop()
+            self.inside[-1] += spent
             return result
 
-        setattr(owner, attribute, timed)
+        return timed
 
 
 class Workload:
@@ -104,6 +123,7 @@ class Workload:
         self.distance = random_perceptual(cfg.perceptual).to(device)
         if device == "cuda":
             self.world_model.to_bfloat16()
+            self.distance.to_bfloat16()
         if cfg.compile:
             self.world_model.tokenizer.cond_decoder.compile()
             self.distance.compile_network()
@@ -163,39 +183,23 @@ def random_perceptual(name: str) -> PerceptualDistance:
         return perceptual(name, path)
 
 
-def time_phases(cfg: Config, work: Workload, version: str) -> dict[str, float]:
+def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> dict[str, float]:
     """Seconds of the parts of one step."""
-    phases, module = Phases(cfg.device), sys.modules[__name__]
+    tokenizer = work.world_model.tokenizer
     places = [
         (work.policy, "encode", "vision-language model"),
-        (work.world_model.tokenizer, "encode_context", "tokenizer"),
-        (work.world_model.tokenizer, "encode_future", "tokenizer"),
-        (work.world_model, "_prefill", "tokenizer and prefill"),
-        (work.world_model, "rollout_tokens", "tokenizer, prefill and transformer"),
-        (work.world_model.tokenizer, "decode", "pixels"),
-        (work.distance, "features", "perceptual features of the reference"),
-        (work.distance, "distance_to", "perceptual distance"),
-        (module, "update", "update"),
+        (tokenizer, "encode_context", "tokens of the starts"),
+        (tokenizer, "encode_future", "tokens of the starts"),
+        (work.world_model, "_prefill", "prefill"),
+        (work.world_model, "rollout_tokens", "transformer"),
+        (tokenizer, "decode", "pixels"),
+        (work.distance, "features", "perceptual"),
+        (work.distance, "distance_to", "perceptual"),
+        (sys.modules[__name__], "update", "update"),
     ]
-    kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
-    for owner, name, phase in places:
-        phases.wrap(owner, name, phase)
-    synchronize(cfg.device)
-    started = time.perf_counter()
-    getattr(work, version)()
-    synchronize(cfg.device)
-    total = time.perf_counter() - started
-    for owner, name, before in kept:
-        delattr(owner, name) if before is None else setattr(owner, name, before)
-    found, times = {}, phases.seconds
-    found["vision-language model"] = times["vision-language model"]
-    found["tokenizer"] = times["tokenizer"]
-    found["prefill"] = times["tokenizer and prefill"] - times["tokenizer"]
-    found["transformer"] = times["tokenizer, prefill and transformer"] - times["tokenizer and prefill"]
-    found["pixels"] = times["pixels"]
-    found["perceptual"] = sum(v for k, v in times.items() if k.startswith("perceptual distance"))
-    found["perceptual"] += times["perceptual features of the reference"]
-    found["update"] = times["update"]
+    with Phases(cfg.device, places) as phases:
+        total = seconds(version, cfg.device)
+    found = phases.seconds
     return {**found, "chains and the rest": total - sum(found.values()), "total": total}
 
 
@@ -225,7 +229,7 @@ def main(cfg: Config) -> dict:
     for name, version in versions.items():
         work_done, t = floating_point_work(version), timings[name]
         rows[name] = {**t._asdict(), "flops": work_done, "share_of_peak": work_done / t.median / peak}
-        rows[name]["phases"] = time_phases(cfg, work, name)
+        rows[name]["phases"] = time_phases(cfg, work, version)
     first, second = timings["ours"], timings["straightforward"]
     report = {
         "command": "python benchmarks/rft_step.py",

@@ -3,7 +3,7 @@
 import torch
 
 from vlarft.distributed import recompute
-from vlarft.memory import Memory, estimate, saved_bytes
+from vlarft.memory import CPU_BYTES, Memory, estimate, rows_at_once, saved_bytes
 
 
 def network() -> torch.nn.Sequential:
@@ -43,3 +43,9 @@ def test_shown():
     shown = str(Memory(2**30, 3 * 2**30, 2**29))
     assert shown == "memory of a step, estimated: 4.50 GiB (weights 1.00  training 3.00  activations 0.50)"
     assert "estimated: 1.50 MiB (weights 1.00 " in str(Memory(2**20, 0, 2**19))
+
+
+def test_rows_that_fit():
+    device = torch.device("cpu")
+    assert rows_at_once(CPU_BYTES // 10, device) == 10
+    assert rows_at_once(100 * CPU_BYTES, device) == 1  # at least one

@@ -164,3 +164,30 @@ def test_errors():
         wilson_interval(3, 2)
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_difference([True, False], [True])
+
+
+def random_vgg(path):
+    """A file of torchvision's layout with random weights, of which lpips takes the layers that it reads."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"torchvision does not load: {error}")
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    backbone = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).net.state_dict()
+    torch.save({f"features.{key.split('.', 1)[1]}": value for key, value in backbone.items()}, path)
+
+
+def test_lpips_reuses_the_features_of_a_target_and_is_the_packages(tmp_path):
+    random_vgg(tmp_path / "vgg.pth")
+    distance = perceptual("lpips", tmp_path / "vgg.pth")
+    torch.manual_seed(1)
+    targets, preds = torch.rand(2, 3, 64, 64), torch.rand(2, 4, 3, 64, 64)
+    got = distance.distance_to(preds, distance.features(targets))
+    with torch.no_grad():
+        want = distance.lpips(preds.flatten(0, 1), targets.repeat_interleave(4, 0), normalize=True).view(2, 4)
+    assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert_close(distance(targets, targets), torch.zeros(2), atol=1e-6, rtol=0)
+    assert distance.bytes_per_image(targets) > distance.bytes_per_image(targets[..., :32]) > 0
+    in_bfloat16 = distance.to_bfloat16().distance_to(preds, distance.features(targets))
+    assert in_bfloat16.dtype == torch.float32 and 0 < (in_bfloat16 - want).abs().max() < 0.05 * want.mean()

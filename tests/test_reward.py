@@ -117,3 +117,16 @@ def test_same_robot(policy_file, world_model_file):
     policy.normalizer.fitted.fill_(False)
     with pytest.raises(ValueError, match="the policy's normaliser was never fitted: its actions have no units"):
         check_same_robot(policy, model)
+
+
+@pytest.mark.parametrize("term", ["ssim", "none"])
+def test_images_compared_at_once_make_no_difference(monkeypatch, term):
+    torch.manual_seed(0)
+    frames, reference = torch.rand(2, 3, 4, 3, 16, 16), torch.rand(2, 4, 3, 16, 16)
+    found = []
+    for at_once in (1000, 7, 1):
+        monkeypatch.setattr("vlarft.reward.rows_at_once", lambda bytes_per_row, device, n=at_once: n)
+        found.append(image_reward(frames, reference, perceptual=perceptual(term)))
+    assert found[0].shape == (2, 3, 4) and found[0].unique().numel() == 24
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])

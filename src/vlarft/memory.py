@@ -1,8 +1,9 @@
-"""How much memory a training step will take: what is known of it before the first one."""
+"""How much memory a training step will take, known before the first one; how many rows fit into what is free."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -21,6 +22,20 @@ class Memory(NamedTuple):
         unit, name = (2**30, "GiB") if sum(self) >= 2**30 else (2**20, "MiB")
         parts = "  ".join(f"{part} {size / unit:.2f}" for part, size in self._asdict().items())
         return f"memory of a step, estimated: {sum(self) / unit:.2f} {name} ({parts})"
+
+
+CPU_BYTES = 64 * 2**20  # of temporary results: more leaves the caches and gains nothing
+
+
+def rows_at_once(bytes_per_row: int, device: torch.device) -> int:
+    """Rows to compute together, at least one: those whose temporary results fit into half of a GPU's free memory, or
+    into `CPU_BYTES`.
+    """
+    free = CPU_BYTES
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by the allocator
+        free = (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    return max(1, free // bytes_per_row)
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:

@@ -119,12 +119,18 @@ class PerceptualDistance(nn.Module):
         if name == "lpips":
             self.lpips = _load_lpips(weights)
 
+    def bytes_per_image(self, image: Tensor) -> int:
+        """Temporary results of a comparison with an image (..., C, H, W), roughly: those at its full resolution."""
+        maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG-16 has 64 channels there
+        return maps * image.shape[-2] * image.shape[-1] * 4
+
     def features(self, target: Tensor) -> Tensor | list[Tensor]:
         """What a comparison with `target` (..., C, H, W) needs, leading axes flattened for lpips."""
         if self.name != "lpips":
             return target.float()
         images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)
-        return [F.normalize(x, dim=1, eps=1e-10) for x in self.lpips.net(images)]
+        layers = self.lpips.net(images.to(next(self.lpips.net.parameters()).dtype))
+        return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]
 
     def distance_to(self, pred: Tensor, features: Tensor | list[Tensor]) -> Tensor:
         """Distance of pred (..., C, H, W) to the images behind `features`, which may have fewer rows if they repeat.
@@ -143,6 +149,12 @@ class PerceptualDistance(nn.Module):
             theirs = theirs.repeat_interleave(mine.shape[0] // theirs.shape[0], 0)
             total = total + head((mine - theirs).square()).mean(dim=(1, 2, 3))
         return total.reshape(pred.shape[:-3])
+
+    def to_bfloat16(self) -> "PerceptualDistance":
+        """Cast the backbone, where there is one, in place; distances are taken in float32."""
+        if self.name == "lpips":
+            self.lpips.net.to(torch.bfloat16, memory_format=torch.channels_last)
+        return self
 
     def compile_network(self) -> None:
         """`torch.compile` the backbone, where there is one."""

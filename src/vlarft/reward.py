@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vlarft.memory import rows_at_once
 from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
 from vlarft.world_model import WorldModel
@@ -62,18 +63,26 @@ def image_reward(
     Args:
         frames: (S, G, T, C, H, W) in [0, 1].
         reference: (S, T, C, H, W) in [0, 1].
-        perceptual: distance of images, or None to leave the term out; the reference's features are computed once.
+        perceptual: distance of images, or None to leave the term out; the reference's features are computed once. As
+            many images are compared together as `memory.rows_at_once` finds room for.
         l1_weight: lambda_1 of the mean absolute error over C, H and W.
         perceptual_weight: lambda_lp.
 
     Returns:
         (S, G, T) float32.
     """
-    frames, reference = frames.float().transpose(1, 2), reference.float()  # (S, T, G, C, H, W), (S, T, C, H, W)
-    total = l1_weight * (frames - reference[:, :, None]).abs().mean((-1, -2, -3))  # (S, T, G)
-    if perceptual is not None:
-        total = total + perceptual_weight * perceptual.distance_to(frames, perceptual.features(reference)).float()
-    return -total.transpose(1, 2)
+    shape = frames.shape[:3]
+    frames = frames.transpose(1, 2).flatten(0, 1)  # (S * T, G, C, H, W)
+    reference = reference.flatten(0, 1)  # (S * T, C, H, W)
+    images = rows_at_once((perceptual or PerceptualDistance("none")).bytes_per_image(reference), frames.device)
+    parts = []
+    for ours, theirs in zip(*(x.split(max(1, images // shape[1])) for x in (frames, reference)), strict=True):
+        ours, theirs = ours.float(), theirs.float()
+        total = l1_weight * (ours - theirs[:, None]).abs().mean((-1, -2, -3))  # (n, G)
+        if perceptual is not None:
+            total = total + perceptual_weight * perceptual.distance_to(ours, perceptual.features(theirs)).float()
+        parts.append(total)
+    return -torch.cat(parts).unflatten(0, (shape[0], shape[2])).transpose(1, 2)
 
 
 def reduce_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vlarft.checkpoint import load_model
 from vlarft.frame_networks import Encoder, FrameDecoder
+from vlarft.memory import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -238,26 +239,34 @@ class FrameTokenizer(nn.Module):
         patches = rearrange(latent, "b d (h p) (w q) -> b (h w) (p q d)", p=p, q=p)  # (S * L, Nf, p * p * D)
         return self.quant_linear(patches)
 
-    def decode(self, tokens: Tensor, context: Context, frames_at_once: int = 256) -> Tensor:
+    def decode(self, tokens: Tensor, context: Context, frames_at_once: int | None = None) -> Tensor:
         """Future frames from tokens.
 
         Args:
             tokens: (S, L, Nf), or (S, G, L, Nf) for G rollouts of each start.
             context: of the S starts.
-            frames_at_once: starts are decoded in parts of at most this many frames, but at least one start, which
-                bounds the memory.
+            frames_at_once: bounds the memory; None = what `memory.rows_at_once` finds. No effect on the frames.
 
         Returns:
             (S, L, C, H, W) or (S, G, L, C, H, W), clipped to [0, 1], float32.
         """
-        starts = max(1, frames_at_once // tokens[0, ..., 0].numel())
+        weight = self.post_quant_linear.weight
+        if frames_at_once is None:
+            pixels = self.cfg.image_size[0] * self.cfg.image_size[1] // self.cfg.stem**2
+            frames_at_once = rows_at_once(
+                8 * self.cfg.block_channels[0] * pixels * weight.element_size(), weight.device
+            )
+        flat = tokens.flatten(1, -2)  # (S, [G *] L, Nf)
+        starts = max(1, frames_at_once // flat.shape[1])
         parts = []
-        for i in range(0, len(tokens), starts):
-            part = slice(i, i + starts)
-            pairs = [(key[part], value[part]) for key, value in context.decoder_kv]
-            codes = self.future_fsq.decode(tokens[part]).flatten(0, -3)  # (S * [G *] L, Nf, d)
-            parts.append(self._decode_future(codes, pairs)[0].float().clamp(0, 1))
-        return torch.cat(parts).unflatten(0, tokens.shape[:-1])
+        for i in range(0, len(flat), starts):
+            of_starts = slice(i, i + starts)
+            pairs = [(key[of_starts], value[of_starts]) for key, value in context.decoder_kv]
+            split = flat[of_starts].split(min(flat.shape[1], frames_at_once), dim=1)
+            images = [self._decode_future(self.future_fsq.decode(part).flatten(0, 1), pairs)[0] for part in split]
+            images = [image.float().clamp(0, 1).unflatten(0, part.shape[:2]) for image, part in zip(images, split)]
+            parts.append(torch.cat(images, dim=1))
+        return torch.cat(parts).unflatten(1, tokens.shape[1:-1])
 
     def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
