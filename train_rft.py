@@ -59,7 +59,7 @@ from vlarft.rollout import RolloutConfig, collect, fit_drift
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, rate_factor
 from vlarft.sim.evaluate import SuccessConfig, success_rate
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.world_model import WorldModel
 
 
@@ -131,13 +131,18 @@ def on(device, batch: Batch) -> Batch:
     return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
 
 
+IMAGINED = ("r2", "r3")  # rewards that need a world model
+
+
 def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
-    """Episodes of the fixed starts, and whether they are held out: the training ones where there is no gate."""
-    gated = cfg.gate_starts > 0 and cfg.reward != "r1"
-    names = extra["train_episodes"]
+    """Episodes of the fixed starts, which the policy holds out, and whether there is a gate: the world model then holds
+    them out, too.
+    """
+    gated = cfg.gate_starts > 0 and cfg.reward in IMAGINED
+    names = extra.get("validation_episodes") or extra["train_episodes"]
     if gated:
         names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
-    states = gated and cfg.gate_true_error
+    states = cfg.gate_true_error or cfg.reward == "simulator"
     return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=states), gated
 
 
@@ -146,7 +151,7 @@ def main(cfg: Config) -> dict[str, float]:
     out_dir = Path(cfg.out_dir)
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model = distance = None
-    if cfg.reward != "r1":
+    if cfg.reward in IMAGINED:
         world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
         check_same_robot(policy, world_model)
         check_same_images(
@@ -162,10 +167,14 @@ def main(cfg: Config) -> dict[str, float]:
     distributed.local_batch(cfg.starts)
     resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))
     chunk = policy.cfg.flow.chunk
-    episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
+    where, names = (cfg.demos, extra.get("camera", "agentview")), extra["train_episodes"]
+    episodes = load_episodes(*where, names=names, with_states=cfg.reward == "simulator")
     sampler = WindowSampler(episodes, cfg.chunks * chunk + 1, cfg.chunks * chunk)
     drift = fit_drift(episodes, chunk).to(device) if cfg.chunks > 1 else None
     probe_episodes, gated = held_out(cfg, extra)
+    outcomes = TabletopOutcomes()
+    simulator = SimulatorReward(episodes, outcomes) if cfg.reward == "simulator" else None
+    true = SimulatorReward(probe_episodes, outcomes) if cfg.gate_true_error or simulator else None
     probe = on(device, WindowSampler(probe_episodes, chunk + 1, chunk).spread(cfg.gate_starts or 16))
 
     manual_seed(cfg.seed)  # of the fresh sigma net
@@ -180,7 +189,7 @@ def main(cfg: Config) -> dict[str, float]:
     for net in trained.values():
         net.requires_grad_(True)
     look = (cfg, policy, world_model, probe)  # at the policy before any change of it
-    _, before = diagnose(*look, distance, (cfg.seed, 4))
+    _, before = diagnose(*look, distance, (cfg.seed, 4), true)
     for net in trained.values():
         use = "velocity" if net is policy.head else "log_sigma"
         distributed.shard(net, methods=("prepare", "at_steps", use))  # whole: its blocks' modulations run before them
@@ -196,7 +205,6 @@ def main(cfg: Config) -> dict[str, float]:
         distributed.load_optimizer_state(optimizer, state["optimizer"])
     log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     metrics: dict[str, float] = {}
-    outcomes = TabletopOutcomes() if cfg.gate_true_error else None
 
     def save() -> None:
         weights = distributed.full_state_dict(policy)
@@ -214,7 +222,9 @@ def main(cfg: Config) -> dict[str, float]:
         return success_rate(cfg, policy.cfg, distributed.full_state_dict(policy), cfg.seed)
 
     def gate() -> dict[str, float]:
-        found = trust_gate(cfg, cfg, policy, world_model, probe, probe_episodes, distance, (cfg.seed, 5), outcomes)
+        found = trust_gate(
+            cfg, cfg, policy, world_model, probe, probe_episodes, distance, (cfg.seed, 5), true and outcomes
+        )
         check_gate(cfg, cfg, found, step)
         return found
 
@@ -224,14 +234,14 @@ def main(cfg: Config) -> dict[str, float]:
             if gated and step % cfg.gate_interval == 0:
                 looked |= gate()
             if step % cfg.diagnose_interval == 0:
-                looked |= diagnose(*look, distance, (cfg.seed, 4))[0]
+                looked |= diagnose(*look, distance, (cfg.seed, 4), true)[0]
             if cfg.success_interval and step % cfg.success_interval == 0:
                 looked |= success()
         part = distributed.rank(), distributed.world_size()
         batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):
             group["lr"] = rate * rate_factor(step, share, cfg.warmup, "constant")
-        rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift)
+        rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift, simulator)
         clock = time.monotonic()
         totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step), supervised)
         rewards = rollouts.reward.reward
@@ -254,11 +264,11 @@ def main(cfg: Config) -> dict[str, float]:
         if step % cfg.save_interval == 0 and step < cfg.steps:
             save()
     save()
-    found, after = diagnose(*look, distance, (cfg.seed, 4))
+    found, after = diagnose(*look, distance, (cfg.seed, 4), true)
     metrics |= found | (success() if cfg.success_interval else {})
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, after)
-        if "loss" in metrics and cfg.reward != "r1":
+        if "loss" in metrics and cfg.reward in IMAGINED:
             picture(out_dir / "rollouts.png", rollouts.reward)
     log.close()
     distributed.cleanup()

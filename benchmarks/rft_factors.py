@@ -9,20 +9,28 @@ Every cell is one training from the same policy, with one option changed against
 with R3 as `train_rft.py --preset tiny` does it, in the world model of "three times as long". All cells play the same
 starts, plain and perturbed. Finished cells are not run again.
 
-Writes one JSON: success rates with their 95 % intervals, and the paired difference to the policy that was fine-tuned.
+Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
+the change of the policy's true error in the simulator at held-out starts.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from stages import Starts, machine, rate, read_lines, run_once, show_rate
+from torch import Tensor
 
-from vlarft.checkpoint import write_json
+from vlarft.checkpoint import load_model, write_json
 from vlarft.config import opt, parse, to_dict
+from vlarft.data import WindowSampler, load_episodes
+from vlarft.flow import sample_ode
 from vlarft.metrics import paired_difference
+from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.sim.replay import SimulatorReward
 
 
 class Cell(NamedTuple):
@@ -39,6 +47,8 @@ def sft(*flags: str, policy: str = "twice as long") -> Cell:
     return Cell(("--lr", "3e-4", "--warmup", "10", *flags), policy=policy, script="train_sft.py")
 
 
+TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0.12")
+SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
 HEAD = ("--train", "head", "--key-batch", "0")
 CELLS = {
     "R3": Cell(),
@@ -47,6 +57,11 @@ CELLS = {
     "R1": Cell(("--reward", "r1")),
     "R2": Cell(("--reward", "r2")),
     "RWR": Cell(("--algorithm", "rwr")),
+    "simulator's true error": Cell(("--reward", "simulator")),
+    "simulator, noise on two steps": Cell(("--reward", "simulator", *TWO_STEPS)),
+    "simulator, two steps, lr 3e-5": Cell(("--reward", "simulator", *TWO_STEPS, *SLOW)),
+    "R3, noise on two steps": Cell(TWO_STEPS),
+    "R3, two steps, lr 3e-5": Cell((*TWO_STEPS, *SLOW)),
     "Flow-SDE": Cell(("--noise", "flow_sde")),
     "100 steps": Cell(("--steps", "100")),
     "seed 1": Cell(("--seed", "1")),
@@ -54,6 +69,8 @@ CELLS = {
     "world model: a third of the steps": Cell(world_model="default"),
     "world model: demonstrations only": Cell(world_model="demonstrations only"),
     "world model: no stale frames": Cell(world_model="no stale frames"),
+    "policy: twice the steps": Cell(policy="four times as long"),
+    "policy: twice the steps, extra SFT": sft("--steps", "1000", policy="four times as long"),
     "policy: half the steps": Cell(policy="default"),
     "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
     "common random numbers": Cell(("--imagination", "common")),
@@ -86,6 +103,8 @@ class Config:
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     episodes: int = opt(50, "initial states per task")
+    error_starts: int = opt(256, "held-out starts of the true error")
+    error_draws: int = opt(3, "chunks that the policy samples at each of them")
     steps: int = opt(40, "steps of a fine-tuning, where the cell does not say")
     stage_preset: str = opt("tiny", "preset of the stages")
 
@@ -93,8 +112,8 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        cells=("R3", "extra SFT head"), tasks=("0",), perturb=("none", "robot:20"), episodes=1, steps=1,
-        stage_preset="smoke",
+        cells=("R3", "extra SFT head"), tasks=("0",), perturb=("none", "robot:20"), episodes=1, error_starts=4,
+        error_draws=2, steps=1, stage_preset="smoke",
     ),
 }  # fmt: skip
 
@@ -131,6 +150,27 @@ def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
     }
 
 
+def true_error(cfg: Config, folder: Path, policy: Path) -> Tensor:
+    """State error of the deterministic policy's chunks to the demonstrations' [m], per held-out start, unless measured.
+
+    The same starts and x_0 for all policies: a much finer measure than success, of what every reward stands for.
+    """
+    measured = folder / "true_error.json"
+    if not measured.is_file():
+        model, extra = load_model(policy, VLAPolicy, PolicyConfig)
+        episodes = load_episodes(cfg.demos, names=extra["validation_episodes"], with_states=True)
+        batch = WindowSampler(episodes, 9, 8).spread(cfg.error_starts)
+        with torch.no_grad():
+            context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
+            cond = model.condition(context, batch.proprio).repeat(cfg.error_draws)
+            noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
+            x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
+        chunks = model.normalizer.decode_actions(x).unflatten(0, (-1, cfg.error_draws))  # (S, D, T, A)
+        error = -SimulatorReward(episodes)(batch.index, chunks, batch.intended).mean((1, 2))  # (S,)
+        write_json(measured, error.tolist())
+    return torch.tensor(json.loads(measured.read_text()))
+
+
 def run_cell(cfg: Config, name: str) -> dict:
     """Train and play one cell, unless that is done."""
     cell, folder = CELLS[name], Path(cfg.runs) / name.replace(" ", "_").replace(":", "").replace(",", "")
@@ -144,7 +184,9 @@ def run_cell(cfg: Config, name: str) -> dict:
         words += ["--init", policy]
     run_once(folder, *words, *cell.flags)
     log = read_lines(folder / "log.jsonl")
-    base = play(cfg, Path(cfg.runs) / f"base_{cell.policy.replace(' ', '_')}", policy)
+    before = Path(cfg.runs) / f"base_{cell.policy.replace(' ', '_')}"
+    base, change = play(cfg, before, policy), true_error(cfg, folder, folder / "model.safetensors")
+    change = change - true_error(cfg, before, policy)  # (S,)
     return {
         "flags": list(cell.flags),
         "policy": cell.policy,
@@ -152,6 +194,11 @@ def run_cell(cfg: Config, name: str) -> dict:
         "minutes": max((row["minutes"] for row in log if "minutes" in row), default=None),
         "gate": {key: value for key, value in log[0].items() if key.startswith("gate")},
         "reward": {"first": log[0]["reward"], "last": log[-1]["reward"]} if "reward" in log[0] else None,
+        "true_error_change": {
+            "mean": change.mean().item(),
+            "standard_error": change.std().item() / len(change) ** 0.5,
+            "starts": len(change),
+        },
         "success": compare(base, play(cfg, folder, folder / "model.safetensors")),
     }
 
@@ -160,8 +207,9 @@ def table(cells: dict[str, dict]) -> str:
     """One row per cell: all starts together."""
     lines = []
     for name, cell in cells.items():
-        found = cell["success"]["all"]
-        lines.append(f"{name:<36} {show_rate(found, found['against_base'])}")
+        found, error = cell["success"]["all"], cell["true_error_change"]
+        line = f"{name:<36} {show_rate(found, found['against_base'])}"
+        lines.append(f"{line}   {1e3 * error['mean']:+.2f} +- {1e3 * error['standard_error']:.2f} mm")
     return "\n".join(lines)
 
 

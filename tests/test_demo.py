@@ -82,8 +82,13 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
         study.main(cfg)
     monkeypatch.setitem(study.CELLS, "R3", study.Cell(world_model="default", policy="default"))
     monkeypatch.setitem(study.CELLS, "extra SFT head", study.sft("--steps", "1", *study.HEAD, policy="default"))
+    true = study.Cell(("--reward", "simulator"), world_model="default", policy="default")
+    monkeypatch.setitem(study.CELLS, "simulator's true error", true)
+    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error"))
     report = study.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report
+    assert all(cell["true_error_change"]["starts"] == 4 for cell in report["cells"].values())
+    assert report["cells"]["simulator's true error"]["reward"]["first"] < 0
     for cell in report["cells"].values():
         assert cell["success"]["all"]["against_base"]["only_first"] <= 2
         assert {kind: found["episodes"] for kind, found in cell["success"].items()} == {

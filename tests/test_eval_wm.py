@@ -97,7 +97,7 @@ def test_shares_of_the_processes(monkeypatch):
 
 def test_errors(checkpoint, demos, tmp_path):
     given = {"out_dir": str(tmp_path), "world_model": str(checkpoint)}
-    with pytest.raises(ValueError, match="--true-error needs Tabletop demonstrations with states"):
+    with pytest.raises(ValueError, match="true errors need Tabletop demonstrations with states"):
         main(replace(CFG, true_error=True, **given))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))

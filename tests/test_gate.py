@@ -14,7 +14,6 @@ from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import check_gate, diagnose, held_out_names, trust_gate
 from vlarft.pictures import histograms
 from vlarft.policy import VLAPolicy
-from vlarft.sim.replay import TrueOutcome
 from vlarft.world_model import Rollout, WorldModel, WorldModelConfig
 
 SMOKE = train_rft.PRESETS["smoke"]
@@ -79,10 +78,10 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(
 class Simulator:
     """Outcomes whose true error is the reverse of the action error among the policy's own chunks."""
 
-    def play(self, episode, start, chunks):
+    def state_error(self, episode, start, chunks):
         error = torch.from_numpy(np.abs(chunks - chunks[:1]).mean(2)).double()  # (P, T)
         error[-CFG.gate_samples :] *= -1
-        return TrueOutcome(torch.zeros(1), error)
+        return error
 
 
 def test_true_error_decides_where_there_is_one(policy, demos, policy_file, world_model_file):

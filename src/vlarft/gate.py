@@ -23,11 +23,11 @@ from vlarft.flow import sample_ode
 from vlarft.metrics import PerceptualDistance
 from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
-from vlarft.reward import Reward, verified_reward
+from vlarft.reward import Reward, reduce_frames, verified_reward
 from vlarft.rollout import RolloutConfig, dataset_actions, encode, reward_options, sample_group
 from vlarft.schedule import generator
 from vlarft.sensitivity import Perturbations, agreement, perturb
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.world_model import WorldModel
 
 ACTION_NAMES = ("x", "y", "z", "rx", "ry", "rz", "gripper")
@@ -156,7 +156,7 @@ def trust_gate(
     if outcomes is not None:
         played = torch.cat([dataset[:, None], chunks], 1).cpu().numpy()
         true = [
-            outcomes.play(episodes[e], t, rows).state_error[1:].mean(-1)
+            outcomes.state_error(episodes[e], t, rows)[1:].mean(-1)
             for (e, t), rows in zip(batch.index.tolist(), played, strict=True)
         ]
         errors["_true"] = torch.stack(true)
@@ -196,6 +196,7 @@ def diagnose(
     batch: Batch,
     distance: PerceptualDistance | None,
     seed: tuple[int, ...],
+    simulator: SimulatorReward | None = None,
     draws: int = 8,
     at_once: int = 16,
 ) -> tuple[dict[str, float], Tensor]:
@@ -203,15 +204,16 @@ def diagnose(
 
     Args:
         rollout: the run's reward.
-        policy, world_model, batch, distance: as `trust_gate`; None for R1.
+        policy, world_model, batch, distance: as `trust_gate`; None where nothing is imagined.
         seed: of x_0 and of the imagination: the same x_0 at every call.
+        simulator: of the batch's episodes, for the true error, or None.
         draws: chunks per start, from x_0s of their own.
         at_once: starts imagined together.
 
     Returns:
-        Metrics: `reward_mean_action`, the reward of the mean action (over the draws of the deterministic flow), and
-        `error_x`, ... `error_gripper`, its mean absolute error to the dataset per dimension, in normalised units.
-        And the raw chunks (S, draws, T, A).
+        Metrics: `reward_mean_action`, the reward of the mean action (over the draws of the deterministic flow);
+        `error_x`, ... `error_gripper`, its mean absolute error to the dataset per dimension, in normalised units; and
+        with a simulator `true_error`, the mean state error of all draws [m]. And the raw chunks (S, draws, T, A).
     """
     dataset = dataset_actions(rollout, batch)
     context = encode(rollout, policy, batch.frames[:, 0], batch.instructions, at_once)
@@ -221,11 +223,18 @@ def diagnose(
     x = sample_ode(policy.head, cond, noise=noise, num_steps=policy.cfg.flow.num_steps)
     chunks = policy.normalizer.decode_actions(x).unflatten(0, (-1, draws))  # (S, draws, T, A)
     mean = policy.normalizer.decode_actions(x.unflatten(0, (-1, draws)).mean(1))  # (S, T, A)
-    reward = _reward(rollout, world_model, mean[:, None], batch, distance, (*seed, 1), at_once)
+    found = {}
+    if simulator is not None:
+        found["true_error"] = -simulator(batch.index, chunks, dataset).mean().item()
+    if rollout.reward == "simulator":
+        of_mean = simulator(batch.index, mean[:, None], dataset)
+        reward = reduce_frames(of_mean, rollout.over_frames, rollout.gamma)
+    else:
+        reward = _reward(rollout, world_model, mean[:, None], batch, distance, (*seed, 1), at_once)
     encoded = policy.normalizer.encode_actions(mean), policy.normalizer.encode_actions(dataset)
     error = (encoded[0] - encoded[1]).abs().mean((0, 1)).tolist()
     names = [f"error_{ACTION_NAMES[i] if i < len(ACTION_NAMES) else i}" for i in range(len(error))]
-    return {"reward_mean_action": reward.mean().item(), **dict(zip(names, error, strict=True))}, chunks
+    return {"reward_mean_action": reward.mean().item(), **found, **dict(zip(names, error, strict=True))}, chunks
 
 
 def picture_actions(path: Path, before: Tensor, after: Tensor, dims: Sequence[int] = (0, 2)) -> None:

@@ -17,7 +17,7 @@ from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
 from vlarft.world_model import WorldModel
 
-RewardKind = Literal["r1", "r2", "r3"]
+RewardKind = Literal["r1", "r2", "r3", "simulator"]  # the last one is `sim.replay.SimulatorReward`, not verified
 OverFrames = Literal["sum", "mean", "last", "discounted"]
 Imagination = Literal["sample", "common", "greedy"]
 
@@ -174,8 +174,10 @@ def verified_reward(
             from frames of their own (closed-loop imagination); None = dataset_frames[:, 0] for all.
 
     Raises:
-        ValueError: R2 or R3 without a world model.
+        ValueError: R2 or R3 without a world model, or no verified reward.
     """
+    if kind == "simulator":
+        raise ValueError("the simulator's reward is not a verified one: see vlarft.sim.replay.SimulatorReward")
     if kind == "r1":
         per_step = action_reward(actions, dataset_actions)
         return Reward(reduce_frames(per_step, over_frames, gamma), per_step, None, None)

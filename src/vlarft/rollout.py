@@ -25,6 +25,7 @@ from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, reduce_frames, verified_reward
 from vlarft.schedule import generator
+from vlarft.sim.replay import SimulatorReward
 from vlarft.world_model import WorldModel
 
 
@@ -34,7 +35,7 @@ class RolloutConfig:
 
     group: int = opt(16, "rollouts a start (Sec. 4.1)")
     chunks: int = opt(1, "action chunks that a rollout lasts; from the second on the policy sees imagined frames")
-    reward: RewardKind = opt("r3", "verified reward (Table 4)")
+    reward: RewardKind = opt("r3", "verified reward (Table 4), or simulator: the true error, of Tabletop with states")
     reference: Literal["executed", "intended"] = opt(
         "executed", "dataset actions that R1 and R3 compare with: executed, or before the demonstrator's noise"
     )
@@ -123,6 +124,7 @@ def collect(
     distance: PerceptualDistance | None,
     seed: tuple[int, ...],
     drift: Tensor | None = None,
+    simulator: SimulatorReward | None = None,
 ) -> Rollouts:
     """Algorithm 1, lines 6-14: sample chunks, play them in the world model, score them.
 
@@ -132,18 +134,19 @@ def collect(
     Args:
         cfg: sizes and reward.
         policy: in eval mode.
-        world_model: frozen; None for R1.
+        world_model: frozen; None where nothing is imagined.
         batch: windows of chunks * T + 1 frames and chunks * T actions, this process's share.
         distance: perceptual term.
         seed: (seed, step), the same on all processes.
         drift: of `fit_drift`; needed for chunks > 1.
+        simulator: of the batch's episodes; needed for reward simulator.
 
     Raises:
         ValueError: several chunks without a world model, which would have nothing to show the policy.
     """
     if cfg.chunks > 1 and (world_model is None or drift is None):
         raise ValueError(
-            f"chunks {cfg.chunks} needs a world model that shows the policy the next frames; not reward r1"
+            f"chunks {cfg.chunks} needs a world model that shows the policy the next frames; not reward {cfg.reward}"
         )
     device, part = batch.frames.device, (distributed.rank(), distributed.world_size())
     starts, steps = len(batch.frames), policy.cfg.flow.chunk
@@ -160,18 +163,23 @@ def collect(
         seconds["policy_s"] += time.monotonic() - clock
         clock = time.monotonic()
         of_chunk = slice(c * steps, (c + 1) * steps)
-        reward = verified_reward(
-            cfg.reward,
-            world_model,
-            rearrange(actions, "(s g) t a -> s g t a", g=cfg.group),
-            dataset[:, of_chunk],
-            batch.frames[:, c * steps : (c + 1) * steps + 1],
-            perceptual=distance,
-            **reward_options(cfg),
-            generator=generator(device, *seed, 1, c),
-            part=part,
-            start_frames=start_frames,
-        )
+        played = rearrange(actions, "(s g) t a -> s g t a", g=cfg.group)
+        if cfg.reward == "simulator":
+            per_frame = simulator(batch.index, played, dataset[:, of_chunk])
+            reward = Reward(reduce_frames(per_frame, cfg.over_frames, cfg.gamma), per_frame, None, None)
+        else:
+            reward = verified_reward(
+                cfg.reward,
+                world_model,
+                played,
+                dataset[:, of_chunk],
+                batch.frames[:, c * steps : (c + 1) * steps + 1],
+                perceptual=distance,
+                **reward_options(cfg),
+                generator=generator(device, *seed, 1, c),
+                part=part,
+                start_frames=start_frames,
+            )
         rewards.append(reward)
         seconds["world_model_s"] += time.monotonic() - clock
         if c + 1 < cfg.chunks:
@@ -183,7 +191,7 @@ def collect(
     per_frame = torch.cat([r.per_frame for r in rewards], -1)  # (S, G, chunks * T)
     total = reduce_frames(per_frame, cfg.over_frames, cfg.gamma)
     shown = (None, None)
-    if cfg.reward != "r1":
+    if rewards[0].frames is not None:
         shown = torch.cat([r.frames for r in rewards], 2), torch.cat([r.reference for r in rewards], 1)
     advantage = advantages(total, divide_by_std=cfg.divide_by_std)
     return Rollouts(batch, tuple(chunks), Reward(total, per_frame, *shown), advantage, seconds)

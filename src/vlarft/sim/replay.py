@@ -1,5 +1,6 @@
 """Recorded episodes played again from their start, bit for bit, and seen at any resolution; and played otherwise."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +75,17 @@ class TabletopOutcomes:
         Raises:
             ValueError: the episode has no states, or is not of Tabletop.
         """
+        places, frames = self._play(episode, start, chunks, look=True)
+        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        return TrueOutcome(images.unflatten(0, chunks.shape[:2]), self._error(places, chunks))
+
+    def state_error(self, episode: Episode, start: int, chunks: np.ndarray) -> Tensor:
+        """That of `play` (P, T) alone, without a single frame rendered."""
+        return self._error(self._play(episode, start, chunks, look=False)[0], chunks)
+
+    def _play(self, episode: Episode, start: int, chunks: np.ndarray, look: bool) -> tuple[list, list]:
         if episode.states is None or not str((episode.env_args or {}).get("suite", "")).startswith("tabletop"):
-            raise ValueError(f"--true-error needs Tabletop demonstrations with states; {episode.name} is none")
+            raise ValueError(f"true errors need Tabletop demonstrations with states; {episode.name} is none")
         key = episode.env_args["suite"], episode.env_args["task"]
         if key not in self.environments:
             self.environments[key] = make_env(*key, image_size=episode.images.shape[1:3])
@@ -85,10 +95,46 @@ class TabletopOutcomes:
             env.set_state(episode.states[start])
             for action in chunk:
                 env.step(action)
-                frames.append(env.observe()["agentview"])
+                if look:
+                    frames.append(env.observe()["agentview"])
                 objects = [env.position(name) for name in env.items]
                 places.append(np.stack([env.hand_position, [env.finger_width, 0, 0], *objects]))
-        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        return places, frames
+
+    @staticmethod
+    def _error(places: list, chunks: np.ndarray) -> Tensor:
         positions = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
-        error = (positions - positions[:1]).norm(dim=-1).sum(dim=-1)
-        return TrueOutcome(images.unflatten(0, chunks.shape[:2]), error)
+        return (positions - positions[:1]).norm(dim=-1).sum(dim=-1)
+
+
+class SimulatorReward:
+    """What a verified reward stands in for: the true error, in the simulator that made the demonstrations.
+
+    It costs what the method exists to save, a simulator that can be set to any recorded state, and shows how much of a
+    result is the world model's doing.
+
+    Args:
+        episodes: of Tabletop, with states.
+        outcomes: simulators to share.
+    """
+
+    def __init__(self, episodes: Sequence[Episode], outcomes: TabletopOutcomes | None = None) -> None:
+        self.episodes, self.outcomes = episodes, outcomes or TabletopOutcomes()
+
+    def __call__(self, index: Tensor, actions: Tensor, dataset_actions: Tensor) -> Tensor:
+        """Negative state error to what the dataset's actions do.
+
+        Args:
+            index: (S, 2) episode number and step of the starts.
+            actions: (S, G, T, A) raw.
+            dataset_actions: (S, T, A) raw.
+
+        Returns:
+            (S, G, T) float32 [m].
+        """
+        rows = torch.cat([dataset_actions[:, None], actions], 1).cpu().numpy()
+        errors = [
+            self.outcomes.state_error(self.episodes[episode], step, chunks)[1:]
+            for (episode, step), chunks in zip(index.tolist(), rows, strict=True)
+        ]
+        return -torch.stack(errors).float().to(actions.device)
