@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,8 +139,10 @@ def push(motion: Motion, name: str, xy: np.ndarray, attempt: int) -> Plan:
     """Pinches the rim of a flat thing and drags it along the table to `xy` (2,)."""
     env = motion.env
     way = np.array([*(xy - env.position(name)[:2]), 0.0])
-    options = [[g, Grasp(g.point + 0.5 * way, g.rotation), Grasp(g.point + way, g.rotation)] for g in
-               rim_grasps(motion.shapes, name)]
+    options = [
+        [g, Grasp(g.point + 0.5 * way, g.rotation), Grasp(g.point + way, g.rotation)]
+        for g in rim_grasps(motion.shapes, name)
+    ]
     point, rotation = motion.choose(options, attempt)[0]
     yield from motion.travel(point, rotation, OPEN)
     yield from motion.go(point, rotation, OPEN, tolerance=0.006, steps=30)

@@ -52,8 +52,8 @@ class LiberoExpert:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
             raise ValueError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on and "
-                "in others, opens and closes drawers, turns knobs on and pushes plates. Leave this task out (--tasks)"
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on "
+                "and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out (--tasks)"
             )
         self.env = env
         self._motion = Motion(env, speed)
@@ -103,7 +103,7 @@ class LiberoExpert:
         turn = self._landing_turn(name, target)
         options = []
         for point, rotation in self._grasps(name, target):
-            way_in = [Grasp(point + share * up, rotation) for share in ((0, 1, 2) if in_drawer else (0, 1))]
+            way_in = [Grasp(point + share * up, rotation) for share in ((0, 0.7, 1.4, 2.1) if in_drawer else (0, 1))]
             turned = turn @ rotation
             options.append([*way_in, Grasp(point + travel + up, turned), Grasp(point + travel, turned)])
         if not options:
@@ -132,10 +132,13 @@ class LiberoExpert:
         grasps = rim_grasps(self._motion.shapes, name, handle=name.startswith(_MUGS))
         if drawer_of(self.env, target) is None:
             return grasps
-        # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius
+        # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius, and
+        # take the other of the two turns that do the same, where the arm's last joint has more room
+        half_turn = np.diag([-1.0, -1.0, 1.0])
         return grasps + [
-            Grasp(point, axis_rotation(rotation[:, 0], angle) @ rotation)
-            for angle in (0.4, -0.4, 0.7, -0.7)
+            Grasp(point, axis_rotation(rotation[:, 0], angle) @ rotation @ turned)
+            for angle in (0.4, -0.4)
+            for turned in (np.eye(3), half_turn)
             for point, rotation in grasps
         ]
 

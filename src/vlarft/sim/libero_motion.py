@@ -34,7 +34,13 @@ class Motion:
         self._scratch = Scratch(env)
 
     def choose(
-        self, options: Sequence[Sequence[Grasp]], skip: int, *, clear: int = 1, fingers: float = 0.04, room: bool = False
+        self,
+        options: Sequence[Sequence[Grasp]],
+        skip: int,
+        *,
+        clear: int = 1,
+        fingers: float = 0.04,
+        room: bool = False,
     ) -> list[Grasp]:
         """The first option whose poses the arm reaches, and where it touches nothing; or a later one.
 
@@ -54,6 +60,7 @@ class Motion:
             # the arm is stretched at -0.47 rad of its elbow; one that passes that point does not find back
             stretched = max(p.joints[3] for p in poses) + 0.9
             strain = sum(p.error for p in poses) + max(0.0, stretched)
+            strain += max(0.0, 0.3 - min(p.margin for p in poses))  # the hand turns slowly near a limit, or not at all
             if depth < 0.001 and strain < 0.01:
                 if skip == 0:
                     return list(option)
