@@ -52,8 +52,8 @@ class LiberoExpert:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
             raise ValueError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on "
-                "and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out (--tasks)"
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places "
+                "things on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
             )
         self.env = env
         self._motion = Motion(env, speed)

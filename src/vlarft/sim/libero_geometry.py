@@ -184,7 +184,7 @@ def knob_grasps(points: np.ndarray, pivot: np.ndarray, depth: float = 0.010, ang
     return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
 
 
-def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.2) -> np.ndarray:
+def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.12) -> np.ndarray:
     """(2,) shortest shift that takes a thing out from under others without touching them; zero if nothing is over it.
 
     Args:
