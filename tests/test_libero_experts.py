@@ -8,7 +8,16 @@ import pytest
 
 from vlarft.sim import make_env
 from vlarft.sim.libero_experts import LiberoExpert
-from vlarft.sim.libero_geometry import Grasp, axis_rotation, knob_grasps, rim_grasps, tilted, top_grasps, way_out
+from vlarft.sim.libero_geometry import (
+    Grasp,
+    axis_rotation,
+    knob_grasps,
+    rim_grasps,
+    room_above,
+    tilted,
+    top_grasps,
+    way_out,
+)
 from vlarft.sim.libero_ik import Pose
 from vlarft.sim.libero_install import assets_folder, package_folder
 from vlarft.sim.libero_motion import Motion
@@ -95,6 +104,19 @@ def test_the_way_out_from_under_is_the_short_one_and_free():
     assert shift[0] < -0.065
     wall = box((-0.13, -0.3, 0.0), (-0.10, 0.3, 0.2))
     assert not way_out(bowl, np.concatenate([drawer, wall])).any()  # no room between the two
+
+
+def test_room_above_is_what_the_hand_keeps_from_a_drawer():
+    drawer = box((0.0, -0.3, 1.0), (0.3, 0.3, 1.1))
+    for away in (0.05, 0.10):  # fingers along y, so that the hand is thin in x: 3.2 cm to each side
+        assert room_above(Grasp(np.array([-away, 0.0, 0.9]), REST), drawer) == pytest.approx(away - 0.032, abs=1e-6)
+    across = Grasp(np.array([-0.10, 0.0, 0.9]), REST[:, [1, 0, 2]] * [1.0, 1.0, 1.0])
+    assert room_above(across, drawer) == pytest.approx(0.10 - 0.09 - 0.032, abs=1e-6)  # fingers along x: it would touch
+    leant = Grasp(np.array([-0.05, 0.0, 0.9]), axis_rotation(REST[:, 0], 0.4) @ REST)
+    mirrored = Grasp(np.array([-0.05, 0.0, 0.9]), axis_rotation(REST[:, 0], -0.4) @ REST)
+    rooms = sorted([room_above(leant, drawer), room_above(mirrored, drawer)])
+    assert rooms[0] < 0.018 < rooms[1]  # leaning away makes room, until the finger is nearest
+    assert room_above(leant, np.zeros((0, 3))) == 0.1
 
 
 def scratch(depths, strains, margin=1.0):

@@ -16,7 +16,7 @@ import numpy as np
 from vlarft.sim.experts import ActionNoise, ExpertAction, ramp
 from vlarft.sim.libero_articulated import close_drawer, drawer_of, has_knob, open_drawer, push, turn_knob
 from vlarft.sim.libero_env import LiberoEnv
-from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, top_grasps, way_out
+from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, room_above, top_grasps, way_out
 from vlarft.sim.libero_motion import CLOSE, CLOSING_STEPS, OPEN, Motion, Plan
 
 _BOWLS = ("akita_black_bowl",)
@@ -52,8 +52,8 @@ class LiberoExpert:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
             raise ValueError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places "
-                "things on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things "
+                "on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
             )
         self.env = env
         self._motion = Motion(env, speed)
@@ -132,15 +132,18 @@ class LiberoExpert:
         grasps = rim_grasps(self._motion.shapes, name, handle=name.startswith(_MUGS))
         if drawer_of(self.env, target) is None:
             return grasps
-        # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius, and
-        # take the other of the two turns that do the same, where the arm's last joint has more room
+        # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius and a
+        # little higher, and take the other of the two turns that do the same, where the last joint has more room
         half_turn = np.diag([-1.0, -1.0, 1.0])
-        return grasps + [
-            Grasp(point, axis_rotation(rotation[:, 0], angle) @ rotation @ turned)
-            for angle in (0.4, -0.4)
-            for turned in (np.eye(3), half_turn)
-            for point, rotation in grasps
-        ]
+        leaning = []
+        for angle in (0.4, -0.4, 0.6, -0.6, 0.8, -0.8):
+            for point, rotation in grasps:
+                higher = point + np.array([0.0, 0.0, 0.02 * abs(angle)])
+                leant = axis_rotation(rotation[:, 0], angle) @ rotation
+                leaning += [Grasp(higher, leant), Grasp(higher, leant @ half_turn)]
+        others = self._motion.shapes.others(name)
+        over = others[others[:, 2] > self._motion.shapes.points(name)[:, 2].max()]
+        return sorted(grasps + leaning, key=lambda grasp: -min(0.02, room_above(grasp, over)))
 
     def _carry(self, name: str, target: str, rotation: np.ndarray) -> Plan:
         """Over the target and down, the object held; where the hand goes follows from where the object is in it."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _REACH = 0.030  # how far the fingers reach below the top of what they hold
 _FINGER = 0.012  # half width of a finger, and its thickness
+_PALM = 0.032  # half thickness of the hand, which is 20 cm wide
 _OPEN = 0.040  # a finger's travel
 
 
@@ -204,3 +205,21 @@ def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.12) -> np.n
             if (np.linalg.norm(beside - shift, axis=1) > radius + 0.015).all():
                 return shift
     return np.zeros(2)
+
+
+def room_above(grasp: Grasp, over: np.ndarray) -> float:
+    """Sideways distance, metres, that the open hand keeps on its way straight down; negative where it would touch.
+
+    Args:
+        grasp: where it goes.
+        over: (N, 3) points of what is higher than the thing it grasps.
+    """
+    x, z = grasp.rotation[:, 0], grasp.rotation[:, 2]
+    fingers = [grasp.point + side * x for side in (-_OPEN, _OPEN)]
+    palm = [grasp.point - back * z + side * x for back in (0.06, 0.11) for side in (-0.09, -0.03, 0.03, 0.09)]
+    room = 0.1
+    for points, radius in ((fingers, _FINGER), (palm, _PALM)):
+        for point in points:
+            swept = over[over[:, 2] > point[2] - radius, :2]
+            room = min(room, float(np.linalg.norm(swept - point[:2], axis=1).min(initial=1.0)) - radius)
+    return room
