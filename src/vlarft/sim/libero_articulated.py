@@ -12,6 +12,7 @@ from vlarft.sim.libero_motion import CLOSE, CLOSING_STEPS, OPEN, Motion, Plan
 
 _SLIDE, _HINGE = 2, 3  # MuJoCo's joint types
 _TILTS = (1.5, 1.3, 1.1, 0.9)  # of the palm at a drawer's handle, from looking down; the more level, the firmer
+_TURN = 1.1  # of the hand that turns a knob on, rad: on is at 0.5, and the fingers slip
 
 
 class Drawer(NamedTuple):
@@ -111,8 +112,8 @@ def close_drawer(motion: Motion, region: str, attempt: int) -> Plan:
     yield from motion.go(env.hand_position + 0.08 * drawer.out, rotation, CLOSE, tolerance=0.02)
 
 
-def turn_knob(motion: Motion, name: str, attempt: int, *, angle: float = 1.1) -> Plan:
-    """Grasps the knob's ridge from above and turns it by `angle` [rad] in the sense that its range allows."""
+def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
+    """Grasps the knob's ridge from above and turns it, in the sense that its range allows, until it is on."""
     env = motion.env
     joint = env.model.joint(env.libero.get_object(name).joints[0])
     low, high = joint.range
@@ -120,7 +121,7 @@ def turn_knob(motion: Motion, name: str, attempt: int, *, angle: float = 1.1) ->
     points = motion.shapes.points(name, env.model.body(int(joint.bodyid[0])).name)
     options = []
     for grasp in knob_grasps(points, env.data.xanchor[joint.id]):
-        turned = axis_rotation(axis, angle) @ grasp.rotation
+        turned = axis_rotation(axis, _TURN) @ grasp.rotation
         options.append([grasp, Grasp(grasp.point, turned)])
     (point, start), _ = motion.choose(options, attempt)
     yield from motion.travel(point, start, OPEN)
@@ -130,7 +131,7 @@ def turn_knob(motion: Motion, name: str, attempt: int, *, angle: float = 1.1) ->
     for step in range(40):
         if env.achieved(["turnon", name]):
             break
-        rotation = axis_rotation(axis, min(angle, 0.08 * (step + 1))) @ start
+        rotation = axis_rotation(axis, min(1.6 * _TURN, 0.08 * (step + 1))) @ start  # askew fingers turn it less
         yield motion.action(point, rotation, CLOSE)
     yield from motion.release(rotation)
 
