@@ -4,6 +4,7 @@
     python collect_demos.py --suites tabletop_goal --tasks 0 open_the_drawer --demos-per-task 10 --out-dir demos
     python collect_demos.py --preset paper --out-dir demos --workers 8     # four suites x ten tasks x 50, 256 px
     python collect_demos.py --preset libero --demos-per-task 20 --out-dir demos     # LIBERO-Object and LIBERO-Spatial
+    python collect_demos.py --preset libero --suites libero_goal --out-dir demos    # another suite of LIBERO
 
 Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from,
 and the intended one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is

@@ -279,8 +279,8 @@ def test_perturbations_reject_overlaps_repeat_and_complain(env):
 
 @needs_libero
 def test_the_expert_refuses_what_it_has_no_plan_for():
-    with pytest.raises(ValueError, match="no plan for open wooden_cabinet_1_middle_region; it places things"):
-        LiberoExpert(make_env("libero_goal", 0, 64))
+    with pytest.raises(ValueError, match="no plan for close microwave_1; it places things on and in others, opens"):
+        LiberoExpert(make_env("libero_10", 9, 64))
 
 
 @needs_images

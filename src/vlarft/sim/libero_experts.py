@@ -1,28 +1,28 @@
-"""Scripted experts for LIBERO from privileged state: pick and place, which is all of libero_object and libero_spatial.
+"""Scripted experts for LIBERO from privileged state: all of libero_spatial, libero_object and libero_goal, most of
+libero_10.
 
-Goals of other kinds (drawers, knobs, doors) have no plan yet and are refused.
-
-A plan is a generator of actions, each a function of the present state: approach, grasp, carry, let go, look whether it
-worked, and else try again another way.
+An expert goes through the goals of its task: drawers are opened and knobs turned first, then things are placed, then
+drawers closed. Placing is here, drawers, knobs and pushing are in libero_articulated.py. A plan is a generator of
+actions, each a function of the present state: approach, grasp, carry, let go, look whether it worked, and else try
+again another way. A door that has to be gone through, the microwave's, has no plan: its task is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 
 from vlarft.sim.experts import ActionNoise, ExpertAction, ramp
+from vlarft.sim.libero_articulated import close_drawer, drawer_of, has_knob, open_drawer, push, turn_knob
 from vlarft.sim.libero_env import LiberoEnv
-from vlarft.sim.libero_geometry import Grasp, Shapes, rim_grasps, top_grasps
-from vlarft.sim.libero_ik import Scratch, rotation_vector
+from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, room_above, top_grasps, way_out
+from vlarft.sim.libero_motion import CLOSE, CLOSING_STEPS, OPEN, Motion, Plan
 
-_OPEN, _CLOSE = -1.0, 1.0
-_RIMS = ("akita_black_bowl", "porcelain_mug", "white_yellow_mug", "red_coffee_mug")
-_CLOSING_STEPS = 9  # the gripper's ramp takes 8
+_BOWLS = ("akita_black_bowl",)
+_MUGS = ("porcelain_mug", "white_yellow_mug", "red_coffee_mug")
+_ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1, "close": 2}
 _ATTEMPTS = 4
-
-Plan = Iterator[np.ndarray]
 
 
 class LiberoExpert:
@@ -35,7 +35,7 @@ class LiberoExpert:
         speed: largest translation in action units; 1 is about 1.2 cm a step.
 
     Raises:
-        ValueError: a speed outside (0, 1], or a goal that is neither on nor in something.
+        ValueError: a speed outside (0, 1], or a goal that there is no plan for.
     """
 
     def __init__(
@@ -50,163 +50,189 @@ class LiberoExpert:
     ) -> None:
         if not 0.0 < speed <= 1.0:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
-        if other := [goal for goal in env.goals if goal[0] not in ("on", "in")]:
+        if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
             raise ValueError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things on "
-                "and in others. Choose tasks of libero_object and libero_spatial"
+                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things "
+                "on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
             )
-        self.env, self.speed = env, speed
-        self.shapes = Shapes(env)
-        self._scratch = Scratch(env)
+        self.env = env
+        self._motion = Motion(env, speed)
         self._noise = ActionNoise(seed, action_noise, gripper_flips, persistence)
         self._plan = self._solve()
 
     def act(self) -> ExpertAction:
         """The action for the present state; after success, or out of ideas, it holds still with the gripper open."""
-        still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _OPEN])
+        still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN])
         if self.env.success():
             return ExpertAction(still, still.copy())
         intended = next(self._plan, None)
         return ExpertAction(still, still.copy()) if intended is None else self._noise.add(intended)
 
     def _solve(self) -> Plan:
+        yield from self._motion.wait()
         for attempt in range(_ATTEMPTS):
-            for goal in self.env.goals:
+            for goal in sorted(self.env.goals, key=lambda goal: _ORDER[goal[0]]):
                 if not self.env.achieved(goal):
-                    yield from self._place(goal[1], goal[2], attempt)
+                    yield from self._reach(goal, attempt)
+
+    def _reach(self, goal: list[str], attempt: int) -> Plan:
+        kind, name = goal[0], goal[1]
+        if kind == "open":
+            yield from open_drawer(self._motion, name, attempt)
+        elif kind == "close":
+            yield from close_drawer(self._motion, name, attempt)
+        elif kind == "turnon":
+            yield from turn_knob(self._motion, name, attempt)
+        elif name.startswith("plate"):
+            yield from push(self._motion, name, self.env.libero.sim.data.get_site_xpos(goal[2])[:2].copy(), attempt)
+        else:
+            drawer = drawer_of(self.env, goal[2])
+            if drawer is not None and drawer.opened < 0.14:
+                yield from open_drawer(self._motion, goal[2], attempt)
+            yield from self._place(name, goal[2], attempt)
+
+    # Placing
 
     def _place(self, name: str, target: str, attempt: int) -> Plan:
         """Grasp, carry, let go; `attempt` passes over the grasps that were tried before."""
-        grasps = (rim_grasps if name.startswith(_RIMS) else top_grasps)(self.shapes, name)
+        env, motion = self.env, self._motion
         xy, height = self._landing(name, target)
-        travel = np.array([*xy, height]) - self.env.position(name)
-        grasp = self._free(grasps, attempt, travel)
-        yield from self._travel(grasp.point, grasp.rotation, _OPEN)
-        yield from self._go(grasp.point, grasp.rotation, _OPEN, tolerance=0.006, steps=30)
-        yield from self._hold(grasp.rotation, _CLOSE, _CLOSING_STEPS)
-        before = self.env.position(name)[2]
-        lift = self.env.hand_position + np.array([0.0, 0.0, 0.06])
-        yield from self._go(lift, grasp.rotation, _CLOSE, tolerance=0.02, steps=15)
-        if self.env.position(name)[2] > before + 0.01:
-            yield from self._carry(name, target, grasp.rotation)
-        yield from self._release(grasp.rotation)
+        in_drawer = drawer_of(env, target) is not None
+        up = np.array([0.0, 0.0, 0.09])
+        travel = np.array([*xy, height]) - env.position(name)
+        turn = self._landing_turn(name, target)
+        options = []
+        for point, rotation in self._grasps(name, target):
+            way_in = [Grasp(point + share * up, rotation) for share in ((0, 0.7, 1.4, 2.1) if in_drawer else (0, 1))]
+            turned = turn @ rotation
+            options.append([*way_in, Grasp(point + travel + up, turned), Grasp(point + travel, turned)])
+        if not options:
+            return  # it lies on its side, too wide for the fingers
+        grasp = motion.choose(options, attempt, clear=len(way_in), room=in_drawer)[0]
+        yield from motion.travel(grasp.point, grasp.rotation, OPEN)
+        yield from motion.go(grasp.point, grasp.rotation, OPEN, tolerance=0.006, steps=30)
+        yield from motion.hold(grasp.rotation, CLOSE, CLOSING_STEPS)
+        before = env.position(name)[2]
+        if in_drawer:
+            shift = way_out(motion.shapes.points(name), motion.shapes.others(name))
+            if shift.any():
+                aside = env.hand_position + np.array([*shift, 0.02])
+                yield from motion.go(aside, grasp.rotation, CLOSE, tolerance=0.015, steps=25)
+        lift = env.hand_position + np.array([0.0, 0.0, 0.06])
+        yield from motion.go(lift, grasp.rotation, CLOSE, tolerance=0.02, steps=15)
+        rotation = grasp.rotation
+        if env.position(name)[2] > before + 0.01:
+            rotation = turn @ rotation
+            yield from self._carry(name, target, rotation)
+        yield from motion.release(rotation)
 
-    def _free(self, grasps: list[Grasp], skip: int, travel: np.ndarray) -> Grasp:
-        """The best grasp that the arm reaches without touching anything, and also after `travel`; or a later one."""
-        rated = []
-        for rank, grasp in enumerate(grasps):
-            pose = self._scratch.solve(grasp.point, grasp.rotation)
-            depth = self._scratch.robot_depth(pose.joints)
-            over = travel + np.array([0.0, 0.0, 0.09])
-            poses = (pose, *(self._scratch.solve(grasp.point + way, grasp.rotation) for way in (over, travel)))
-            # the arm is stretched at -0.47 rad of its elbow; one that passes that point does not find back
-            stretched = max(p.joints[3] for p in poses) + 0.9
-            strain = sum(p.error for p in poses) + max(0.0, stretched)
-            if depth < 0.001 and strain < 0.01:
-                if skip == 0:
-                    return grasp
-                skip -= 1
-            rated.append((depth + strain, rank, grasp))
-        return min(rated)[2]
+    def _grasps(self, name: str, target: str) -> list[Grasp]:
+        if not name.startswith(_BOWLS + _MUGS):
+            return top_grasps(self._motion.shapes, name) or top_grasps(self._motion.shapes, name, reach=0.010)
+        grasps = rim_grasps(self._motion.shapes, name, handle=name.startswith(_MUGS))
+        if drawer_of(self.env, target) is None:
+            return grasps
+        # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius and a
+        # little higher, and take the other of the two turns that do the same, where the last joint has more room
+        half_turn = np.diag([-1.0, -1.0, 1.0])
+        leaning = []
+        for angle in (0.4, -0.4, 0.6, -0.6, 0.8, -0.8):
+            for point, rotation in grasps:
+                higher = point + np.array([0.0, 0.0, 0.02 * abs(angle)])
+                leant = axis_rotation(rotation[:, 0], angle) @ rotation
+                leaning += [Grasp(higher, leant), Grasp(higher, leant @ half_turn)]
+        others = self._motion.shapes.others(name)
+        over = others[others[:, 2] > self._motion.shapes.points(name)[:, 2].max()]
+        return sorted(grasps + leaning, key=lambda grasp: -min(0.02, room_above(grasp, over)))
 
     def _carry(self, name: str, target: str, rotation: np.ndarray) -> Plan:
         """Over the target and down, the object held; where the hand goes follows from where the object is in it."""
-        env = self.env
+        env, motion = self.env, self._motion
         xy, height = self._landing(name, target)
-        grip = env.position(name) - env.hand_position
+        grip = env.hand_rotation.T @ (env.position(name) - env.hand_position)
         for phase, steps in (("over", 80), ("down", 40)):
             for _ in range(steps):
-                hand, held = env.hand_position, self.shapes.points(name)
-                offset = env.position(name) - hand
-                if np.linalg.norm(offset - grip) > 0.04:
+                hand, held = env.hand_position, motion.shapes.points(name)
+                offset = self._centre(name, target) - hand
+                if np.linalg.norm(env.hand_rotation.T @ (env.position(name) - hand) - grip) > 0.04:
                     return  # lost on the way
                 bottom = held[:, 2].min() - hand[2]
                 point = np.array([xy[0] - offset[0], xy[1] - offset[1], height - bottom])
                 if phase == "over":
-                    clear = self._clearance(hand, point, name) - bottom
+                    clear = motion.clearance(hand, point, name) - bottom
                     apart = float(np.linalg.norm(point[:2] - hand[:2]))
-                    if apart < 0.012:
+                    if apart < 0.012 and motion.turn(rotation) < 0.15:
                         break
                     point[2] = max(clear, point[2])
                     sideways = ramp(hand[2] - point[2], -0.03, -0.005)
-                    yield self._action(point, rotation, _CLOSE, sideways=sideways)
+                    yield motion.action(point, rotation, CLOSE, sideways=sideways)
                 else:
                     if abs(point[2] - hand[2]) < 0.006:
                         break
-                    yield self._action(point, rotation, _CLOSE)
+                    yield motion.action(point, rotation, CLOSE)
+
+    def _centre(self, name: str, target: str) -> np.ndarray:
+        """(3,) the point of an object that goes over its landing place: its origin, or the middle of what is fitted."""
+        if not self._is_fitted(target):
+            return self.env.position(name)
+        points = self._motion.shapes.points(name)
+        return 0.5 * (points.max(0) + points.min(0))
 
     def _landing(self, name: str, target: str) -> tuple[np.ndarray, float]:
         """Where an object's centre goes, and its lowest point at release."""
-        env = self.env
+        env, shapes = self.env, self._motion.shapes
         if target in env.objects:
-            xy = env.position(target)[:2]
-            base = target
-        else:
-            xy = env.libero.sim.data.get_site_xpos(target)[:2].copy()
-            base = env.libero.object_sites_dict[target].parent_name if target in env.libero.object_sites_dict else ""
-        points = self.shapes.points(base) if base in self.shapes else np.zeros((0, 3))
+            return self._on_top(target, env.position(target)[:2], env.position(target)[2])
+        site = env.model.site(target).id
+        place, axes = env.data.site_xpos[site].copy(), env.data.site_xmat[site].reshape(3, 3)
+        base = getattr(env.libero.object_sites_dict.get(target), "parent_name", None) or ""
+        xy = place[:2] + self._slot(name, target)
         if base.startswith("basket"):
-            return xy, points[:, 2].max() - 0.04
+            return xy, shapes.points(base)[:, 2].max() - 0.04
+        if base.startswith("wine_rack"):  # its shelf is a trough, in which the bottle's foot is pressed
+            foot = place + 0.03 * axes[2]
+            return foot[:2], foot[2] - 0.02
+        if (drawer := drawer_of(env, target)) is not None:
+            xy = xy + 0.012 * drawer.out[:2]  # away from the cabinet over it
+            points = shapes.points(base, drawer.body)
+            return xy, points[np.linalg.norm(points[:, :2] - xy, axis=1) < 0.04][:, 2].max() + 0.008
+        if self._is_fitted(target):
+            return xy, place[2] - 0.02
+        return self._on_top(base, xy, place[2])
+
+    def _on_top(self, base: str, xy: np.ndarray, otherwise: float) -> tuple[np.ndarray, float]:
+        points = self._motion.shapes.points(base) if base in self._motion.shapes else np.zeros((0, 3))
         near = points[np.linalg.norm(points[:, :2] - xy, axis=1) < 0.04]
-        top = near[:, 2].max() if len(near) else env.libero.sim.data.get_site_xpos(target)[2]
-        return xy, top + 0.008
+        return xy, (near[:, 2].max() if len(near) else otherwise) + 0.008
 
-    # Motion
+    def _is_fitted(self, target: str) -> bool:
+        """Whether a target is a compartment of a fixture that stands open upwards."""
+        site = self.env.libero.object_sites_dict.get(target)
+        inside = ["in", target] in [[goal[0], goal[-1]] for goal in self.env.goals]
+        return inside and getattr(site, "parent_name", None) in self.env.fixtures and not site.joints
 
-    def _travel(self, point: np.ndarray, rotation: np.ndarray, gripper: float) -> Plan:
-        """To a place a little above `point`, over everything between."""
-        above = point + np.array([0.0, 0.0, 0.05])
-        clear = self._clearance(self.env.hand_position, point, "") + 0.01
-        for _ in range(80):
-            hand = self.env.hand_position
-            apart = float(np.linalg.norm(above[:2] - hand[:2]))
-            if apart < 0.012 and self._turn(rotation) < 0.12:
-                return
-            aim = above.copy()
-            aim[2] = above[2] + max(0.0, clear - above[2]) * ramp(apart, 0.02, 0.08)
-            yield self._action(aim, rotation, gripper, sideways=ramp(hand[2] - aim[2], -0.05, -0.02))
+    def _landing_turn(self, name: str, target: str) -> np.ndarray:
+        """(3, 3) rotation about the vertical that lays a thing's longer side along that of its compartment."""
+        if not self._is_fitted(target):
+            return np.eye(3)
+        points = self._motion.shapes.points(name)[:, :2]
+        longer = np.linalg.svd(points - points.mean(0), full_matrices=False)[2][0]
+        site = self.env.model.site(target).id
+        extent = np.abs(self.env.data.site_xmat[site].reshape(3, 3)) @ self.env.model.site_size[site]
+        wanted = 0.0 if extent[0] > extent[1] else 0.5 * math.pi
+        angle = math.remainder(wanted - math.atan2(longer[1], longer[0]), math.pi)
+        return axis_rotation(np.array([0.0, 0.0, 1.0]), angle)
 
-    def _clearance(self, start: np.ndarray, end: np.ndarray, held: str) -> float:
-        """Height (z) over everything but `held` in a corridor between two points."""
-        points = self.shapes.others(held)
-        line = end[:2] - start[:2]
-        share = np.clip((points[:, :2] - start[:2]) @ line / max(float(line @ line), 1e-9), 0.0, 1.0)
-        apart = np.linalg.norm(points[:, :2] - start[:2] - share[:, None] * line, axis=1)
-        near = points[apart < 0.10]
-        return float(near[:, 2].max(initial=min(start[2], end[2]))) + 0.025
+    def _slot(self, name: str, target: str) -> np.ndarray:
+        """(2,) offset of an object's place where several go to one target: side by side."""
+        own = [goal[1] for goal in self.env.goals if len(goal) == 3 and goal[2] == target]
+        return np.array([(own.index(name) - 0.5 * (len(own) - 1)) * 0.08, 0.0])
 
-    def _go(
-        self, point: np.ndarray, rotation: np.ndarray, gripper: float, *, tolerance: float = 0.01, steps: int = 40
-    ) -> Plan:
-        for _ in range(steps):
-            if np.linalg.norm(point - self.env.hand_position) < tolerance and self._turn(rotation) < 0.1:
-                return
-            yield self._action(point, rotation, gripper)
 
-    def _hold(self, rotation: np.ndarray, gripper: float, steps: int) -> Plan:
-        point = self.env.hand_position
-        for _ in range(steps):
-            yield self._action(point, rotation, gripper)
-
-    def _release(self, rotation: np.ndarray) -> Plan:
-        """Opens the fingers where they are, then leaves upwards."""
-        point, width = self.env.hand_position, self.env.finger_width
-        for step in range(14):
-            if self.env.finger_width > min(width + 0.03, 0.074) and step > 4:
-                break
-            yield self._action(point, rotation, _OPEN)
-        yield from self._rise(rotation)
-
-    def _rise(self, rotation: np.ndarray, height: float = 0.08) -> Plan:
-        yield from self._go(self.env.hand_position + np.array([0.0, 0.0, height]), rotation, _OPEN, tolerance=0.02)
-
-    def _turn(self, rotation: np.ndarray) -> float:
-        return float(np.linalg.norm(rotation_vector(rotation @ self.env.hand_rotation.T)))
-
-    def _action(self, point: np.ndarray, rotation: np.ndarray, gripper: float, sideways: float = 1.0) -> np.ndarray:
-        """Proportional control towards a pose, limited in speed."""
-        error = 20.0 * (point - self.env.hand_position)
-        error[:2] *= sideways
-        error *= min(1.0, self.speed / max(float(np.linalg.norm(error)), 1e-9))
-        turn = np.clip(4.0 * rotation_vector(rotation @ self.env.hand_rotation.T), -self.speed, self.speed)
-        return np.array([*error, *turn, gripper])
+def _has_plan(env: LiberoEnv, goal: list[str]) -> bool:
+    kind, *names = goal
+    if kind in ("open", "close"):
+        return drawer_of(env, names[0]) is not None
+    if kind == "turnon":
+        return has_knob(env, names[0])
+    return kind in ("on", "in")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _REACH = 0.030  # how far the fingers reach below the top of what they hold
 _FINGER = 0.012  # half width of a finger, and its thickness
+_PALM = 0.032  # half thickness of the hand, which is 20 cm wide
 _OPEN = 0.040  # a finger's travel
 
 
@@ -76,16 +77,41 @@ def downward(finger_axis: np.ndarray) -> np.ndarray:
     return np.stack([x, np.cross(z, x), z], -1)
 
 
-def top_grasps(shapes: Shapes, name: str) -> list[Grasp]:
+def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
+    """(3, 3) rotation by `angle` [rad] about a unit vector (3,): Rodrigues' formula."""
+    x, y, z = axis
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + math.sin(angle) * cross + (1.0 - math.cos(angle)) * cross @ cross
+
+
+def tilted(out: np.ndarray, tilt: float, *, finger_axis: np.ndarray, hand: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation of a hand that looks against `out`, for the front of a thing.
+
+    Args:
+        out: (3,) horizontal unit vector out of the thing.
+        tilt: angle of the palm from looking down, rad; half pi looks straight against `out`.
+        finger_axis: (3,) along which the fingers move, made perpendicular to where the palm looks.
+        hand: (3, 3) present rotation: of the two ways to turn, the one nearer to it.
+    """
+    z = -math.sin(tilt) * out - math.cos(tilt) * np.array([0.0, 0.0, 1.0])
+    x = finger_axis - (finger_axis @ z) * z
+    x /= np.linalg.norm(x)
+    ways = [np.stack([sign * x, np.cross(z, sign * x), z], -1) for sign in (1.0, -1.0)]
+    return max(ways, key=lambda rotation: float(np.trace(rotation @ hand.T)))
+
+
+def top_grasps(shapes: Shapes, name: str, reach: float = _REACH) -> list[Grasp]:
     """Grasps from above at the narrow sides of a thing, narrow and little turned ones first; none if it is too wide.
+
+    The fingers reach `reach` metres below its top: a little for the lid's knob of a pot that is too wide itself.
 
     Whether the fingers have room is the caller's to find out.
     """
     points = shapes.points(name)
     top, bottom = points[:, 2].max(), points[:, 2].min()
-    depth = min(_REACH, top - bottom - 0.007)
+    depth = min(reach, top - bottom - 0.007)
     level = top - depth
-    slab = points[points[:, 2] > level - 0.012]
+    slab = points[points[:, 2] > level - 0.4 * reach]
     found = []
     for angle in np.arange(0.0, math.pi, math.pi / 36):
         u = np.array([math.cos(angle), math.sin(angle)])
@@ -107,10 +133,16 @@ def top_grasps(shapes: Shapes, name: str) -> list[Grasp]:
     return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
 
 
-def rim_grasps(shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16) -> list[Grasp]:
-    """Grasps of a round thing's rim, one finger in and one out, little turned ones first."""
+def rim_grasps(
+    shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16, *, handle: bool = False
+) -> list[Grasp]:
+    """Grasps of a round thing's rim, one finger in and one out, little turned ones first.
+
+    With a `handle` at its side, below the rim, the middle is that of the rim alone.
+    """
     points = shapes.points(name)
-    centre = 0.5 * (points[:, :2].max(0) + points[:, :2].min(0))
+    round_part = points[points[:, 2] > points[:, 2].max() - 0.012] if handle else points
+    centre = 0.5 * (round_part[:, :2].max(0) + round_part[:, :2].min(0))
     found = []
     for angle in np.arange(angles) * 2.0 * math.pi / angles:
         u = np.array([math.cos(angle), math.sin(angle)])
@@ -128,3 +160,66 @@ def rim_grasps(shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16
             cost = 0.02 * turn + 0.5 * inset
             found.append((cost, Grasp(point, rotation)))
     return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
+
+
+def knob_grasps(points: np.ndarray, pivot: np.ndarray, depth: float = 0.010, angles: int = 36) -> list[Grasp]:
+    """Grasps of a knob's ridge from above, little turned and narrow ones first; none if it is too wide.
+
+    Args:
+        points: (N, 3) of the knob.
+        pivot: (3,) on its axis.
+        depth: how far the point between the finger tips is below the ridge's top, metres.
+        angles: directions of the fingers to try.
+    """
+    top = points[:, 2].max()
+    ridge = points[points[:, 2] > top - 2.0 * depth, :2] - pivot[:2]
+    found = []
+    for angle in np.arange(angles) * math.pi / angles:
+        u = np.array([math.cos(angle), math.sin(angle)])
+        along = (ridge @ u)[np.abs(ridge @ np.array([-u[1], u[0]])) < 1.5 * _FINGER]
+        if not len(along) or 2.0 * np.abs(along).max() > 2.0 * _OPEN - 0.006:
+            continue
+        rotation = downward(np.array([*u, 0.0]))
+        turn = math.acos(np.clip(rotation[1, 0], -1.0, 1.0))
+        found.append((np.ptp(along) + 0.02 * turn, Grasp(np.array([*pivot[:2], top - depth]), rotation)))
+    return [grasp for _, grasp in sorted(found, key=lambda pair: pair[0])]
+
+
+def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.12) -> np.ndarray:
+    """(2,) shortest shift that takes a thing out from under others without touching them; zero if nothing is over it.
+
+    Args:
+        own: (N, 3) points of the thing.
+        others: (M, 3) points of the rest.
+        farthest: longest shift to try, metres; zero is returned where none up to it is free.
+    """
+    centre = 0.5 * (own[:, :2].max(0) + own[:, :2].min(0))
+    radius = np.linalg.norm(own[:, :2] - centre, axis=1).max()
+    beside = others[others[:, 2] > own[:, 2].min(), :2] - centre
+    over = others[others[:, 2] > own[:, 2].max(), :2] - centre
+    if not (np.linalg.norm(over, axis=1) < radius).any():
+        return np.zeros(2)
+    for distance in np.arange(0.01, farthest + 0.005, 0.01):
+        for angle in np.arange(24) * math.pi / 12:
+            shift = distance * np.array([math.cos(angle), math.sin(angle)])
+            if (np.linalg.norm(beside - shift, axis=1) > radius + 0.015).all():
+                return shift
+    return np.zeros(2)
+
+
+def room_above(grasp: Grasp, over: np.ndarray) -> float:
+    """Sideways distance, metres, that the open hand keeps on its way straight down; negative where it would touch.
+
+    Args:
+        grasp: where it goes.
+        over: (N, 3) points of what is higher than the thing it grasps.
+    """
+    x, z = grasp.rotation[:, 0], grasp.rotation[:, 2]
+    fingers = [grasp.point + side * x for side in (-_OPEN, _OPEN)]
+    palm = [grasp.point - back * z + side * x for back in (0.06, 0.11) for side in (-0.09, -0.03, 0.03, 0.09)]
+    room = 0.1
+    for points, radius in ((fingers, _FINGER), (palm, _PALM)):
+        for point in points:
+            swept = over[over[:, 2] > point[2] - radius, :2]
+            room = min(room, float(np.linalg.norm(swept - point[:2], axis=1).min(initial=1.0)) - radius)
+    return room

@@ -17,6 +17,7 @@ _ITERATIONS = 60
 class Pose(NamedTuple):
     joints: np.ndarray  # (7,) arm angles, rad
     error: float  # of the hand, metres plus 0.1 m per rad
+    margin: float  # of the joint nearest to one of its limits, rad
 
 
 class Scratch:
@@ -58,7 +59,8 @@ class Scratch:
             step = j.T @ np.linalg.solve(j @ j.T + _DAMPING**2 * np.eye(6), error)
             step *= min(1.0, 0.3 / max(float(np.abs(step).max()), 1e-9))
             data.qpos[joints] = np.clip(data.qpos[joints] + step, low, high)
-        return Pose(data.qpos[joints].copy(), size)
+        found = data.qpos[joints].copy()
+        return Pose(found, size, float(np.minimum(found - low, high - found).min()))
 
     def robot_depth(self, joints: np.ndarray, fingers: float = 0.04) -> float:
         """How deep in other things the robot would be, its arm at `joints`, each finger open by `fingers` [m]."""
