@@ -81,10 +81,10 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     run(demos, tokenizer, tmp_path / "whole")
     check = train_wm.check_finite
 
-    def interrupt(loss, step, metrics):
+    def interrupt(loss, step, *rest):
         if step == 5:
             raise KeyboardInterrupt
-        check(loss, step, metrics)
+        check(loss, step, *rest)
 
     monkeypatch.setattr(train_wm, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -134,7 +134,8 @@ def update(
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             metrics["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
             rows.append(metrics)
-            if not math.isfinite(metrics["loss"]):
+            # all processes leave together: one alone would leave the others waiting for its gradients
+            if not math.isfinite(distributed.mean_across_ranks({"loss": metrics["loss"]})["loss"]):
                 return metrics
             optimizer.step()
     reduce: dict[str, Callable] = {"ratio_max": max}

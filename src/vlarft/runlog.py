@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlarft.distributed import is_main
@@ -75,15 +75,21 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def check_finite(loss: float, step: int, metrics: Mapping[str, float]) -> None:
+def check_finite(loss: float, step: int, metrics: Mapping[str, float], episodes: Callable[[], list[str]]) -> None:
     """Stop the run at the first loss that is not a number.
 
+    Args:
+        loss: the mean over all processes, so that all stop.
+        step: 0-based.
+        metrics: of the step.
+        episodes: tells the names of the episodes in the batch of all processes.
+
     Raises:
-        FloatingPointError: names the step and the metrics; the last checkpoint is left as it is.
+        FloatingPointError: names the step, the metrics and the episodes; the last checkpoint is left as it is.
     """
     if not math.isfinite(loss):
         shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
         raise FloatingPointError(
             f"loss is {loss} at step {step} ({shown}); the last checkpoint is untouched: "
-            "lower the learning rate or look at the data"
+            f"lower the learning rate or look at the data, here episodes {', '.join(episodes())}"
         )
