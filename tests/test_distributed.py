@@ -1,22 +1,30 @@
 """distributed: two gloo processes do what one does, and go on from what one saved; one from what two saved."""
 
+import copy
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
-from vlarft import distributed
+from vlarft import distributed, objective
 from vlarft.checkpoint import read_header
 from vlarft.config import parse
+from vlarft.objective import ObjectiveConfig
+from vlarft.runlog import check_finite
+from vlarft.transformer import Decoder, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,6 +199,79 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-4)
     before, after = load_file(policy_file), load_file(tmp_path / "2" / "model.safetensors")
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))
+
+
+def blocks_in_bfloat16() -> None:
+    """Two ranks with a half of the rows each, in two micro-batches, against the plain decoder on all rows."""
+    cfg = TransformerConfig(depth=2, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64)
+    torch.manual_seed(0)
+    plain, rows = Decoder(cfg), torch.randn(8, 6, 32)
+    plain.layers[0].requires_grad_(False)
+    sharded, whole = copy.deepcopy(plain), copy.deepcopy(plain)
+    distributed.shard(sharded, sharded.layers, bf16=True)
+    distributed.shard(whole, whole.layers, frozen="replicate", bf16=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(rows).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+    for net, frozen in ((sharded, True), (whole, False)):
+        seen = []
+        net.layers[0].mlp.up_proj.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
+        net.norm.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
+        counts = []
+        for micro, part in enumerate(rows[4 * distributed.rank() :][:4].split(2)):
+            distributed.sync_gradients(net, micro == 1)
+            with CommDebugMode() as messages, torch.autocast("cpu", torch.bfloat16):
+                (net(part).square().mean() / 2).backward()
+            counts.append({str(k).split(".")[-1]: n for k, n in messages.get_comm_counts().items()})
+        assert seen == [torch.bfloat16 if frozen else torch.float32, torch.float32] * 2  # gathered so, or not at all
+        # gradients travel once, those of the last block and of the final norm; of the frozen block there are none
+        assert [sum(n for k, n in c.items() if "reduce_scatter" in k) for c in counts] == [0, 2]
+        # every unit forward, and again backward where there is a backward
+        gathers = [sum(n for k, n in c.items() if "gather" in k) for c in counts]
+        assert gathers == [5 if frozen else 4] * 2
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert hasattr(net.layers[0].mlp.up_proj.weight, "device_mesh") == frozen
+        trained = [p for p in net.parameters() if p.requires_grad]
+        assert distributed.clip_grad_norm(trained, 1e9) == pytest.approx(float(norm), rel=1e-2)
+        for name, parameter in plain.named_parameters():
+            grad = net.get_parameter(name).grad
+            if parameter.grad is None:
+                assert grad is None, name
+                continue
+            grad = grad.full_tensor()
+            assert (grad - parameter.grad).norm() < 1e-2 * parameter.grad.norm(), name
+            assert (grad != grad.bfloat16()).any(), name  # the mean over processes was taken in float32
+
+
+def test_blocks_gathered_in_bfloat16_and_reduced_in_float32():
+    ranks.run(2, blocks_in_bfloat16)
+
+
+def nan_on_one_rank() -> None:
+    """The losses of two minibatches; that of one rank is no number."""
+    cfg, weight = ObjectiveConfig(minibatches=2), nn.Parameter(torch.ones(1))
+    loss = math.nan if distributed.rank() else 1.0
+    objective._draw_pairs = lambda *_: []
+    objective._backward_grpo = lambda *_: {"loss": loss}
+    rollouts = SimpleNamespace(advantage=torch.zeros(2, 3))
+    metrics = objective.update(cfg, None, torch.optim.SGD([weight], 0.1), rollouts, (0, 0))
+    metrics = distributed.mean_across_ranks({"loss": metrics["loss"]})  # of both: neither waits for the other
+    with pytest.raises(FloatingPointError, match=r"at step 0 .*here episodes a, b"):
+        check_finite(metrics["loss"], 0, metrics, lambda: ["a", "b"])
+
+
+def test_all_ranks_stop_at_a_loss_of_one_that_is_no_number():
+    ranks.run(2, nan_on_one_rank)
+
+
+def test_setup_wants_a_gpu_for_every_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match="more processes than GPUs, of which it has 2: give torchrun --nproc-per-node 2"
+    ):
+        distributed.setup()
 
 
 def test_one_process_is_plain():
