@@ -5,6 +5,7 @@ Every function also works without torchrun: one process, rank 0, no process grou
 
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -41,10 +42,12 @@ def setup() -> torch.device:
             # gone, to which the new ones would try to connect for half an hour; rank 0 opens one beside it instead
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        # the others wait while the main process plays episodes; torchrun does not need a timeout to end them
+        timeout = timedelta(hours=1)
         if device.type == "cuda":  # the device: communicators are made now, and not guessed from the rank
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
     return device
 
 

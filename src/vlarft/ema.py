@@ -32,9 +32,17 @@ class EMA:
         return dict(enumerate(self.averages))
 
     def load_state_dict(self, state: dict[int, Tensor]) -> None:
-        """Take over the averages of a `state_dict`, of whole tensors or of shards."""
-        if self.averages:
-            self.averages = [place(state[i], p) for i, p in enumerate(self.parameters)]
+        """Take over the averages of a `state_dict`, of whole tensors or of shards.
+
+        Raises:
+            ValueError: it holds others than this one's.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the saved averages are of {len(state)} weights ({', '.join(map(str, list(state)[:2]))}, ...), expected "
+                f"{len(self.averages)}, by number: another version wrote them; remove train_state.pt to start anew"
+            )
+        self.averages = [place(state[i], p) for i, p in zip(state, self.parameters)]
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
