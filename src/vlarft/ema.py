@@ -39,8 +39,9 @@ class EMA:
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
-                f"the saved averages are of {len(state)} weights ({', '.join(map(str, list(state)[:2]))}, ...), expected "
-                f"{len(self.averages)}, by number: another version wrote them; remove train_state.pt to start anew"
+                f"the saved averages are of {len(state)} weights ({', '.join(map(str, list(state)[:2]))}, ...), "
+                f"expected {len(self.averages)}, by number: another version wrote them; remove train_state.pt to start "
+                "anew"
             )
         self.averages = [place(state[i], p) for i, p in zip(state, self.parameters)]
 
