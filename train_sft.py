@@ -277,13 +277,13 @@ def main(cfg: Config) -> dict[str, float]:
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
         totals = distributed.mean_across_ranks(totals)
+        totals["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
         names = partial(train_data.names, cfg.batch_size + cfg.key_batch, cfg.seed, step)
         check_finite(totals["loss"], step, totals, names)
-        norm = distributed.clip_grad_norm(parameters, cfg.clip_norm)
         optimizer.step()
         ema.update(step)
         step += 1
-        line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm, "step_s": time.monotonic() - started}
+        line = {**totals, "lr": cfg.lr * factor, "step_s": time.monotonic() - started}
         line["minutes"] = clock.minutes
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())

@@ -274,7 +274,6 @@ def main(cfg: Config) -> dict[str, float]:
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
             codes.append(out.future_tokens)
         totals = distributed.mean_across_ranks(totals)
-        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         factor = rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
         for name, optimizer in optimizers.items():
@@ -286,6 +285,7 @@ def main(cfg: Config) -> dict[str, float]:
             totals |= {**distributed.mean_across_ranks(fooled), "balance": balance}
             if cfg.gan_balance == "adaptive":
                 balance = adversarial_balance(*distributed.mean_tensor(slopes))
+        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         step += 1
         if step % cfg.validate_every == 0:

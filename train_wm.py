@@ -277,11 +277,11 @@ def main(cfg: Config) -> dict[str, float]:
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
         totals = distributed.mean_across_ranks(totals)
-        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
         totals["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
+        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
         optimizer.step()
 
         step += 1

@@ -135,7 +135,8 @@ def update(
             metrics["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
             rows.append(metrics)
             # all processes leave together: one alone would leave the others waiting for its gradients
-            if not math.isfinite(distributed.mean_across_ranks({"loss": metrics["loss"]})["loss"]):
+            loss = distributed.mean_across_ranks({"loss": metrics["loss"]})["loss"]
+            if not math.isfinite(loss + metrics["grad_norm"]):
                 return metrics
             optimizer.step()
     reduce: dict[str, Callable] = {"ratio_max": max}
