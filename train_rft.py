@@ -38,13 +38,14 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, manual_seed
 from torch.optim import AdamW
 
-from vlarft import distributed
-from vlarft.checkpoint import load_model, load_train_state, open_run, read_header, save_train_state
+from vlarft import distributed, preemption
+from vlarft.checkpoint import load_model, open_run, read_header
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
@@ -60,6 +61,7 @@ from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, rate_factor
 from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
+from vlarft.train_state import TrainState
 from vlarft.world_model import WorldModel
 
 
@@ -90,6 +92,10 @@ class Config(
     noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
     diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
     save_interval: int = opt(20, "steps between checkpoints")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
+    frozen: distributed.Frozen = opt(
+        "replicate", "the frozen vision-language model over several processes: sharded, or whole on each"
+    )
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
 
@@ -165,7 +171,7 @@ def main(cfg: Config) -> dict[str, float]:
             world_model.tokenizer.cond_decoder.compile()
             distance.compile_network()
     distributed.local_batch(cfg.starts)
-    resume = open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold"))
+    open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold", "async_save", "frozen"))
     chunk = policy.cfg.flow.chunk
     where, names = (cfg.demos, extra.get("camera", "agentview")), extra["train_episodes"]
     episodes = load_episodes(*where, names=names, with_states=cfg.reward == "simulator")
@@ -193,30 +199,19 @@ def main(cfg: Config) -> dict[str, float]:
     for net in trained.values():
         use = "velocity" if net is policy.head else "log_sigma"
         distributed.shard(net, methods=("prepare", "at_steps", use))  # whole: its blocks' modulations run before them
+    if cfg.frozen == "shard":
+        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.bf16)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
     base_rates = [group["lr"] for group in groups]
 
-    step, minutes = 0, 0.0
-    if resume is not None:
-        state = load_train_state(resume)
-        step, minutes = state["step"], state["minutes"]
-        distributed.load_full_state_dict(policy, state["policy"])
-        distributed.load_optimizer_state(optimizer, state["optimizer"])
+    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, cfg.async_save)
+    step, minutes = state.load(step=0, minutes=0.0)
     log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     metrics: dict[str, float] = {}
 
     def save() -> None:
-        weights = distributed.full_state_dict(policy)
-        state = {
-            "step": step,
-            "minutes": run.minutes,
-            "policy": weights,
-            "optimizer": distributed.optimizer_state(optimizer),
-        }
-        if distributed.is_main():
-            save_train_state(out_dir, state)
-            policy.save(out_dir / "model.safetensors", {**extra, "rft": to_dict(cfg)}, weights)
+        state.save({"step": step, "minutes": run.minutes}, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
     def success() -> dict[str, float]:
         return success_rate(cfg, policy.cfg, distributed.full_state_dict(policy), cfg.seed)
@@ -258,10 +253,10 @@ def main(cfg: Config) -> dict[str, float]:
         )
         metrics["adv_std"] = math.sqrt(metrics["adv_std"])
         metrics |= distributed.max_across_ranks({k: v for k, v in totals.items() if k.endswith("_max")}) | looked
-        check_finite(metrics["loss"], step, metrics)
+        check_finite(metrics["loss"], step, metrics, partial(sampler.names, cfg.starts, cfg.seed, step))
         log.log(step, metrics)
         step += 1
-        if step % cfg.save_interval == 0 and step < cfg.steps:
+        if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
     save()
     found, after = diagnose(*look, distance, (cfg.seed, 4), true)
@@ -270,10 +265,12 @@ def main(cfg: Config) -> dict[str, float]:
         picture_actions(out_dir / "actions.png", before, after)
         if "loss" in metrics and cfg.reward in IMAGINED:
             picture(out_dir / "rollouts.png", rollouts.reward)
+    state.wait()
     log.close()
     distributed.cleanup()
     return metrics
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))

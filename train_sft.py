@@ -34,15 +34,15 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed, memory
-from vlarft.checkpoint import load_train_state, open_run, save_train_state
+from vlarft import distributed, memory, preemption
+from vlarft.checkpoint import open_run
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import Augmentation, augment
@@ -55,7 +55,7 @@ from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, Decay, rate_factor, seed_of
 from vlarft.schedule import generator as make_generator
 from vlarft.sim.evaluate import SuccessConfig, success_rate
-from vlarft.vit import ViT
+from vlarft.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Config(SuccessConfig):
     val_every: int = opt(1000, "steps between validations")
     val_batch: int = opt(256, "held-out chunks of a validation")
     save_every: int = opt(1000, "steps between training states")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
+    frozen: distributed.Frozen = opt("shard", "frozen weights over several processes: sharded, or whole on each")
     log_every: int = opt(10, "steps between log lines")
     seed: int = opt(0, "of everything but the split")
     split_seed: int = opt(0, "of the validation split; the world model's --seed makes both hold out the same episodes")
@@ -185,7 +187,7 @@ def main(cfg: Config) -> dict[str, float]:
     train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
 
     policy = build_policy(cfg, *(getattr(train_episodes[0], name).shape[1] for name in ("actions", "proprio")))
-    resume = open_run(cfg.out_dir, cfg)
+    open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save", "frozen"))
     train_data, val_data = (
         WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)
     )
@@ -203,13 +205,11 @@ def main(cfg: Config) -> dict[str, float]:
         add_lora(policy.vlm, lora)
         policy.vlm.action_queries.requires_grad_(True)
     policy.to(device).train()
-    vits = [e for e in (policy.vlm.vision, policy.vlm.fused_vision) if isinstance(e, ViT)]
-    for vit in vits:
+    for vit in policy.vlm.vits:
         vit.freeze_unread()
-    blocks = [*(block for vit in vits for block in vit.blocks), *policy.vlm.language_model.layers]
     if cfg.checkpoint_activations:
-        distributed.recompute(blocks)
-    distributed.shard(policy, blocks)
+        distributed.recompute(policy.vlm.blocks)
+    distributed.shard(policy, policy.vlm.blocks, frozen=cfg.frozen, bf16=cfg.bf16)
 
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
@@ -218,14 +218,9 @@ def main(cfg: Config) -> dict[str, float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
-    step, minutes, state = 0, 0.0, load_train_state(resume) if resume else {}
-    if resume:
-        step, minutes = state["step"], state["minutes"]
-        distributed.load_full_state_dict(policy, state["ema"])
     ema = EMA(parameters, cfg.ema)
-    if resume:
-        distributed.load_full_state_dict(policy, state["policy"])
-        distributed.load_optimizer_state(optimizer, state["optimizer"])
+    state = TrainState(cfg.out_dir, {"policy": policy, "ema": ema, "optimizer": optimizer}, cfg.async_save)
+    step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
     extra = {
         "train_episodes": [e.name for e in train_episodes],
@@ -242,17 +237,8 @@ def main(cfg: Config) -> dict[str, float]:
         return merge_state_dict(weights, lora) if lora else weights
 
     def save() -> None:
-        weights = averaged()
-        state = {
-            "step": step,
-            "minutes": clock.minutes,
-            "policy": distributed.full_state_dict(policy),
-            "ema": weights,
-            "optimizer": distributed.optimizer_state(optimizer),
-        }
-        if distributed.is_main():
-            save_train_state(cfg.out_dir, state)
-            policy.save(Path(cfg.out_dir) / "model.safetensors", {**extra, "step": step}, exported(weights))
+        values = {"step": step, "minutes": clock.minutes}
+        state.save(values, policy, policy.cfg, {**extra, "step": step}, exported(averaged()))
 
     def forward(rows: int) -> Tensor:
         return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, 0), train=True)[0]
@@ -291,12 +277,13 @@ def main(cfg: Config) -> dict[str, float]:
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
         totals = distributed.mean_across_ranks(totals)
-        check_finite(totals["loss"], step, totals)
-        norm = distributed.clip_grad_norm(parameters, cfg.clip_norm)
+        totals["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
+        names = partial(train_data.names, cfg.batch_size + cfg.key_batch, cfg.seed, step)
+        check_finite(totals["loss"], step, totals, names)
         optimizer.step()
         ema.update(step)
         step += 1
-        line = {**totals, "lr": cfg.lr * factor, "grad_norm": norm, "step_s": time.monotonic() - started}
+        line = {**totals, "lr": cfg.lr * factor, "step_s": time.monotonic() - started}
         line["minutes"] = clock.minutes
         if step % cfg.val_every == 0:
             line |= (metrics := evaluate())
@@ -305,15 +292,17 @@ def main(cfg: Config) -> dict[str, float]:
                 line |= success_rate(cfg, policy.cfg, exported(averaged()), cfg.seed)
         if measured or step % cfg.log_every == 0 or step % cfg.val_every == 0:
             log.log(step - 1, line)
-        if step % cfg.save_every == 0:
+        if state.due(step, cfg.save_every):
             save()
     if not metrics or step % cfg.val_every:
         log.log(step - 1, metrics := evaluate())
     save()
+    state.wait()
     log.close()
     distributed.cleanup()
     return metrics
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))

@@ -23,14 +23,15 @@ Deviations from the public recipe:
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlarft import distributed
-from vlarft.checkpoint import load_train_state, open_run, save_model, save_train_state
+from vlarft import distributed, preemption
+from vlarft.checkpoint import open_run
 from vlarft.config import opt, parse
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import image_convention
@@ -45,6 +46,7 @@ from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, generator, rate_factor, seed_of
 from vlarft.tokenizer import PRESETS as MODELS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
+from vlarft.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Config:
     validate_every: int = opt(2000, "steps between validations")
     validation_segments: int = opt(64, "segments of a validation")
     save_every: int = opt(2000, "steps between checkpoints")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     log_every: int = opt(20, "steps between log lines")
     seed: int = opt(0, "seed of the split, the weights and the batches")
 
@@ -218,36 +221,30 @@ def main(cfg: Config) -> dict[str, float]:
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     settings = {"perceptual": distance, "usual_frame": usual.to(device) if cfg.unusual_weight != 1 else None}
     settings |= {name: getattr(cfg, name) for name in LOSS_FIELDS}
+    blocks = [m for m in model.modules() if isinstance(m, ResBlock)]
     if cfg.checkpoint_activations:
-        distributed.recompute([m for m in model.modules() if isinstance(m, ResBlock)])
-    networks, peaks = {"tokenizer": distributed.shard(model)}, {"tokenizer": cfg.lr, "discriminator": cfg.gan_lr}
+        distributed.recompute(blocks)
+    networks = {"tokenizer": distributed.shard(model, blocks, bf16=cfg.precision == "bf16")}
+    peaks = {"tokenizer": cfg.lr, "discriminator": cfg.gan_lr}
     if discriminator is not None:
         networks["discriminator"] = distributed.shard(discriminator, methods=("generator_loss", "loss", "refresh"))
     options = {"betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
     optimizers = {k: torch.optim.AdamW(net.parameters(), lr=peaks[k], **options) for k, net in networks.items()}
 
-    state_path = open_run(cfg.out_dir, cfg)
-    step, minutes, metrics, balance = 0, 0.0, {}, 0.0 if cfg.gan_balance == "adaptive" else 1.0
-    if state_path is not None:
-        state = load_train_state(state_path)
-        for name, network in networks.items():
-            distributed.load_full_state_dict(network, state["networks"][name])
-            distributed.load_optimizer_state(optimizers[name], state["optimizers"][name])
-        step, minutes, metrics, balance = (state[k] for k in ("step", "minutes", "metrics", "balance"))
+    state_path = open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save"))
+    state = TrainState(cfg.out_dir, {"networks": networks, "optimizers": optimizers}, cfg.async_save)
+    balance = 0.0 if cfg.gan_balance == "adaptive" else 1.0
+    step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=balance)
     resumed_at = step
 
     def evaluate() -> dict[str, float]:
         return validate(model, validation, usual, autocast, Path(cfg.out_dir) / "reconstructions.png")
 
     def save() -> None:
-        weights = {name: distributed.full_state_dict(network) for name, network in networks.items()}
-        states = {name: distributed.optimizer_state(optimizer) for name, optimizer in optimizers.items()}
-        if distributed.is_main():
-            names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-            extra = {**names, **image_convention(train, cfg.camera), "metrics": metrics, "steps": step}
-            save_model(Path(cfg.out_dir) / "model.safetensors", model, cfg.model, extra, weights["tokenizer"])
-            state = {"networks": weights, "optimizers": states, "step": step, "metrics": metrics, "balance": balance}
-            save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
+        names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+        extra = {**names, **image_convention(train, cfg.camera), "metrics": metrics, "steps": step}
+        values = {"step": step, "metrics": metrics, "balance": balance, "minutes": clock.minutes}
+        state.save(values, model, cfg.model, extra)
 
     log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     while (share := clock.share(step)) < 1:
@@ -277,7 +274,6 @@ def main(cfg: Config) -> dict[str, float]:
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
             codes.append(out.future_tokens)
         totals = distributed.mean_across_ranks(totals)
-        check_finite(totals["loss"], step, totals)
 
         factor = rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
         for name, optimizer in optimizers.items():
@@ -289,6 +285,7 @@ def main(cfg: Config) -> dict[str, float]:
             totals |= {**distributed.mean_across_ranks(fooled), "balance": balance}
             if cfg.gan_balance == "adaptive":
                 balance = adversarial_balance(*distributed.mean_tensor(slopes))
+        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         step += 1
         if step % cfg.validate_every == 0:
@@ -297,7 +294,7 @@ def main(cfg: Config) -> dict[str, float]:
             used = {"codes_used": torch.cat(codes).unique().numel(), "lr": cfg.lr * factor}
             fresh = metrics if step % cfg.validate_every == 0 else {}
             log.log(step - 1, {**totals, **used, "minutes": clock.minutes, **fresh})
-        if step % cfg.save_every == 0:
+        if state.due(step, cfg.save_every):
             save()
 
     if state_path is None or step > resumed_at:
@@ -305,10 +302,12 @@ def main(cfg: Config) -> dict[str, float]:
         save()
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
+    state.wait()
     log.close()
     distributed.cleanup()
     return metrics
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))

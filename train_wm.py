@@ -19,6 +19,7 @@ Deviations from the paper and its release:
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlarft import distributed
-from vlarft.checkpoint import load_train_state, open_run, read_header, save_model, save_train_state
+from vlarft import distributed, preemption
+from vlarft.checkpoint import open_run, read_header
 from vlarft.config import opt, parse
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
@@ -37,6 +38,7 @@ from vlarft.pictures import grid, save_png
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, Decay, generator, rate_factor
 from vlarft.tokenizer import FrameTokenizer
+from vlarft.train_state import TrainState
 from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as MODELS
 from vlarft.world_model import WorldModel, WorldModelConfig
@@ -80,6 +82,8 @@ class Config:
     validation_segments: int = opt(256, "segments of the validation loss")
     rollout_segments: int = opt(64, "segments of the free-running greedy rollouts, with every validation")
     save_every: int = opt(2000, "steps between checkpoints")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
+    frozen: distributed.Frozen = opt("shard", "the tokenizer over several processes: sharded, or whole on each")
     log_every: int = opt(20, "steps between log lines")
     seed: int = opt(0, "seed of the split, the weights and the batches")
 
@@ -223,7 +227,7 @@ def main(cfg: Config) -> dict[str, float]:
     spread = WindowSampler(held_out, cfg.chunk + 1, cfg.chunk, cfg.context_lookback).spread
     validation, rollouts = spread(cfg.validation_segments), spread(cfg.rollout_segments)
 
-    state_path = open_run(cfg.out_dir, cfg)
+    state_path = open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save", "frozen"))
     images = image_convention(train, cfg.camera)
     tokenizer = load_tokenizer(cfg, held_out, images, device)
     torch.manual_seed(cfg.seed)
@@ -238,28 +242,21 @@ def main(cfg: Config) -> dict[str, float]:
     model.train()
     if cfg.checkpoint_activations:
         distributed.recompute(model.decoder.layers)
-    distributed.shard(model, model.decoder.layers, ("tokenize", "token_loss", "rollout"))
+    names, bf16 = ("tokenize", "token_loss", "rollout"), cfg.precision == "bf16"
+    distributed.shard(model, model.decoder.layers, names, frozen=cfg.frozen, bf16=bf16)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    step, minutes, metrics = 0, 0.0, {}
-    if state_path is not None:
-        state = load_train_state(state_path)
-        distributed.load_full_state_dict(model, state["model"])
-        distributed.load_optimizer_state(optimizer, state["optimizer"])
-        step, minutes, metrics = state["step"], state["minutes"], state["metrics"]
+    state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
+    step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})
     resumed_at = step
     cached = tokenize_all(model, sampler, device, autocast) if cfg.cache_tokens else None
     row_of = {tuple(start): row for row, start in enumerate(sampler.starts.tolist())}
 
     def save() -> None:
-        weights, optimizer_state = distributed.full_state_dict(model), distributed.optimizer_state(optimizer)
-        if distributed.is_main():
-            names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-            facts = {"demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics, "steps": step}
-            extra = {**names, **images, **facts}
-            save_model(Path(cfg.out_dir) / "model.safetensors", model, model_config, extra, weights)
-            state = {"model": weights, "optimizer": optimizer_state, "step": step, "metrics": metrics}
-            save_train_state(cfg.out_dir, {**state, "minutes": clock.minutes})
+        names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+        facts = {"demos": cfg.demos, "context_lookback": cfg.context_lookback, "metrics": metrics, "steps": step}
+        values = {"step": step, "metrics": metrics, "minutes": clock.minutes}
+        state.save(values, model, model_config, {**names, **images, **facts})
 
     log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     while (share := clock.share(step)) < 1:
@@ -280,11 +277,11 @@ def main(cfg: Config) -> dict[str, float]:
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
         totals = distributed.mean_across_ranks(totals)
-        check_finite(totals["loss"], step, totals)
 
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
         totals["grad_norm"] = distributed.clip_grad_norm(trained, cfg.clip)
+        check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
         optimizer.step()
 
         step += 1
@@ -294,7 +291,7 @@ def main(cfg: Config) -> dict[str, float]:
         if step % cfg.log_every == 0 or validates:
             fresh = metrics if validates else {}
             log.log(step - 1, {**totals, "lr": optimizer.param_groups[0]["lr"], "minutes": clock.minutes, **fresh})
-        if step % cfg.save_every == 0:
+        if state.due(step, cfg.save_every):
             save()
 
     metrics, imagined = validate(model, validation, rollouts, device, autocast)
@@ -307,10 +304,12 @@ def main(cfg: Config) -> dict[str, float]:
             labels += ["true", "imagined"]
         save_png(Path(cfg.out_dir) / "rollouts.png", grid(rows, labels))
         print("world model: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
+    state.wait()
     log.close()
     distributed.cleanup()
     return metrics
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -187,6 +187,7 @@ def test_batches_depend_on_their_seed_alone():
     one, two = sampler.batch(8, 0, 5), sampler.batch(8, 0, 5)
     assert torch.equal(one.index, two.index)
     assert not torch.equal(one.index, sampler.batch(8, 0, 6).index)
+    assert sampler.names(8, 0, 5) == list(dict.fromkeys(sampler.episodes[i].name for i, _ in one.index.tolist()))
     halves = [sampler.batch(8, 0, 5, part=(r, 2)).index for r in range(2)]
     assert torch.equal(torch.cat(halves), one.index)
 

@@ -1,28 +1,46 @@
-"""distributed: two gloo processes do what one does."""
+"""distributed: two gloo processes do what one does, and go on from what one saved; one from what two saved."""
 
+import copy
+import importlib
 import json
+import math
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
-from vlarft import distributed
+from vlarft import distributed, objective
 from vlarft.checkpoint import read_header
+from vlarft.config import parse
+from vlarft.objective import ObjectiveConfig
+from vlarft.runlog import check_finite
+from vlarft.transformer import Decoder, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(processes: int, script: str, *arguments: object) -> None:
-    """Run a script under the variables that torchrun sets; fails with the output of the first process that failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = []
+def here(script: str, *arguments: object) -> None:
+    """Run a script in this process."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.main(parse(module.Config, module.PRESETS, [str(argument) for argument in arguments]))
+
+
+def launch(processes: int, script: str, *arguments: object, stop: Path | None = None) -> None:
+    """Run a script under the variables that torchrun sets; fails with the output of the first process that failed.
+
+    With `stop`, the run's folder, the first process alone is told to stop, before the first step: all leave after it.
+    """
+    port, workers = ranks.free_port(), []
     for rank in range(processes):
         env = {
             **os.environ,
@@ -35,9 +53,16 @@ def launch(processes: int, script: str, *arguments: object) -> None:
         }
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    while stop and not (stop / "config.json").exists():
+        assert workers[0].poll() is None, workers[0].communicate()[0][-3000:]
+        time.sleep(0.01)
+    if stop:
+        workers[0].send_signal(signal.SIGTERM)
     outputs = [w.communicate(timeout=240)[0] for w in workers]
     for worker, output in zip(workers, outputs):
-        assert worker.returncode == 0, output[-3000:]
+        assert worker.returncode == (75 if stop else 0), output[-3000:]
+    if stop:
+        assert f"told to stop: saved step 1 in {stop}; the same command goes on from there" in outputs[0]
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -53,11 +78,23 @@ def assert_same_model(one: Path, two: Path) -> None:
         assert (a[key].float() - b[key].float()).abs().mean() < 5e-5, key
 
 
+def assert_same_log(one: Path, two: Path) -> None:
+    """Of runs of which the second was stopped and went on: the same steps, once each, and losses."""
+    logs = log_of(one), log_of(two)
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] != []
+    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=2e-3, abs=2e-4)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert_same_log(one, two)
+    assert_same_model(one, two)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(demos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     flags = ["--preset", "smoke", "--demos", demos, "--steps", 2, "--validation-fraction", 0.2]
-    launch(1, "train_tokenizer.py", *flags, "--out-dir", folder)
+    here("train_tokenizer.py", *flags, "--out-dir", folder)
     return folder / "model.safetensors"
 
 
@@ -65,34 +102,82 @@ def test_tokenizer(demos, tmp_path):
     """Also with a GAN and augmentation, and the two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
     flags += ["--gan-start", 1, "--augment.hue", 0.05, "--augment.crop", "--unusual-weight", 1, "--context-lookback", 5]
-    launch(1, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "1")
+    here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "1")
     launch(2, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
     logs = [log_of(tmp_path / str(n)) for n in (1, 2)]
     for name in ("loss", "adversarial", "hinge", "gradient_penalty", "balance"):
         one, two = ([row[name] for row in log if name in row] for log in logs)
         assert len(one) == (4 if name == "loss" else 3) and one == pytest.approx(two, rel=1e-3), name
-    discriminators = [torch.load(tmp_path / n / "train_state.pt")["networks"]["discriminator"] for n in ("1", "2")]
+    launch(2, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "3", stop=tmp_path / "3")
+    here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "3")
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+    discriminators = [torch.load(tmp_path / n / "train_state.pt")["networks"]["discriminator"] for n in ("1", "3")]
     for key, one in discriminators[0].items():
         assert (one - discriminators[1][key]).abs().mean() < 5e-5, key
+
+
+def test_torchrun(demos, tmp_path):
+    """A killed process: all start again from the last checkpoint. SIGTERM: saved, and another number goes on."""
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 60, "--log-every", 1, "--validation-fraction", 0.2]
+    flags += ["--save-every", 2, "--validate-every", 60]
+    folder = tmp_path / "parts"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(ROOT / "train_tokenizer.py"), *map(str, flags), "--out-dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        await_steps(torchrun, folder, 6)
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        second = [int(w) for w in workers if "LOCAL_RANK=1\0" in Path(f"/proc/{w}/environ").read_text()]
+        os.kill(second[0], signal.SIGKILL)
+        await_steps(torchrun, folder, 20)
+        torchrun.terminate()
+        output = torchrun.communicate(timeout=240)[0]
+    assert torchrun.returncode != 0 and output.count("told to stop: saved step") == 1, output[-3000:]
+    assert output.count("tokenizer  1/60  loss") == 1, output[-3000:]  # it did not start anew
+    here("train_tokenizer.py", *flags, "--out-dir", folder)
+    here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "whole")
+    assert_same_log(tmp_path / "whole", folder)
+
+
+def await_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+    log = folder / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.005)
 
 
 def test_world_model(demos, tokenizer, tmp_path):
     """The two processes with two micro-batches each, recomputing activations."""
     flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-every", 1]
     flags += ["--validation-fraction", 0.2, "--context-lookback", 5]
-    launch(1, "train_wm.py", *flags, "--out-dir", tmp_path / "1")
+    here("train_wm.py", *flags, "--out-dir", tmp_path / "1")
     launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
     losses = [[row["loss"] for row in log_of(tmp_path / str(n))] for n in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "3", "--async-save", stop=tmp_path / "3")
+    here("train_wm.py", *flags, "--out-dir", tmp_path / "3")
+    launch(1, "train_wm.py", *flags, "--out-dir", tmp_path / "4", stop=tmp_path / "4")
+    launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "4", "--frozen", "replicate")
+    for n in ("3", "4"):
+        assert_same_run(tmp_path / "1", tmp_path / n)
 
 
 def test_sft_two_processes_are_two_accumulated_batches(demos, tmp_path):
     flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
-    launch(1, "train_sft.py", *flags, "--accumulate", 2, "--out-dir", tmp_path / "1")
+    here("train_sft.py", *flags, "--accumulate", 2, "--out-dir", tmp_path / "1")
     launch(2, "train_sft.py", *flags, "--out-dir", tmp_path / "2")
     assert_same_model(tmp_path / "1", tmp_path / "2")
+
+
+def test_sft_with_adapters(demos, tmp_path):
+    """The frozen rest whole on both processes; the one that goes on accumulates what two did."""
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
+    flags += ["--lora-rank", 2]
+    here("train_sft.py", *flags, "--out-dir", tmp_path / "1", "--accumulate", 2)
+    launch(2, "train_sft.py", *flags, "--out-dir", tmp_path / "3", "--frozen", "replicate", stop=tmp_path / "3")
+    here("train_sft.py", *flags, "--out-dir", tmp_path / "3", "--accumulate", 2)
+    assert_same_run(tmp_path / "1", tmp_path / "3")
 
 
 def test_rft(demos, policy_file, world_model_file, tmp_path):
@@ -100,8 +185,11 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
     flags = ["--preset", "smoke", "--demos", demos, "--policy", policy_file, "--world-model", world_model_file]
     flags += ["--starts", 4, "--epochs", 2, "--minibatches", 2, "--mse-gate", 0.01, "--imagination", "sample"]
     flags += ["--kl-weight", 0.1]
-    launch(1, "train_rft.py", *flags, "--out-dir", tmp_path / "1")
+    here("train_rft.py", *flags, "--out-dir", tmp_path / "1")
     launch(2, "train_rft.py", *flags, "--out-dir", tmp_path / "2", "--micro-starts", 1)
+    launch(2, "train_rft.py", *flags, "--out-dir", tmp_path / "3", "--frozen", "shard", stop=tmp_path / "3")
+    here("train_rft.py", *flags, "--out-dir", tmp_path / "3")
+    assert_same_run(tmp_path / "1", tmp_path / "3")
     assert_same_model(tmp_path / "1", tmp_path / "2")
     one, two = (log_of(tmp_path / n) for n in ("1", "2"))
     assert [row["step"] for row in two] == [0, 1]
@@ -111,6 +199,79 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-4)
     before, after = load_file(policy_file), load_file(tmp_path / "2" / "model.safetensors")
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))
+
+
+def blocks_in_bfloat16() -> None:
+    """Two ranks with a half of the rows each, in two micro-batches, against the plain decoder on all rows."""
+    cfg = TransformerConfig(depth=2, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64)
+    torch.manual_seed(0)
+    plain, rows = Decoder(cfg), torch.randn(8, 6, 32)
+    plain.layers[0].requires_grad_(False)
+    sharded, whole = copy.deepcopy(plain), copy.deepcopy(plain)
+    distributed.shard(sharded, sharded.layers, bf16=True)
+    distributed.shard(whole, whole.layers, frozen="replicate", bf16=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(rows).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+    for net, frozen in ((sharded, True), (whole, False)):
+        seen = []
+        net.layers[0].mlp.up_proj.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
+        net.norm.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.weight.dtype))
+        counts = []
+        for micro, part in enumerate(rows[4 * distributed.rank() :][:4].split(2)):
+            distributed.sync_gradients(net, micro == 1)
+            with CommDebugMode() as messages, torch.autocast("cpu", torch.bfloat16):
+                (net(part).square().mean() / 2).backward()
+            counts.append({str(k).split(".")[-1]: n for k, n in messages.get_comm_counts().items()})
+        assert seen == [torch.bfloat16 if frozen else torch.float32, torch.float32] * 2  # gathered so, or not at all
+        # gradients travel once, those of the last block and of the final norm; of the frozen block there are none
+        assert [sum(n for k, n in c.items() if "reduce_scatter" in k) for c in counts] == [0, 2]
+        # every unit, forward and again backward (one without a backward is fetched ahead of it all the same)
+        gathers = [sum(n for k, n in c.items() if "gather" in k) for c in counts]
+        assert gathers == [6 if frozen else 4] * 2
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert hasattr(net.layers[0].mlp.up_proj.weight, "device_mesh") == frozen
+        trained = [p for p in net.parameters() if p.requires_grad]
+        assert distributed.clip_grad_norm(trained, 1e9) == pytest.approx(float(norm), rel=1e-2)
+        for name, parameter in plain.named_parameters():
+            grad = net.get_parameter(name).grad
+            if parameter.grad is None:
+                assert grad is None, name
+                continue
+            grad = grad.full_tensor()
+            assert (grad - parameter.grad).norm() < 1e-2 * parameter.grad.norm(), name
+            assert (grad != grad.bfloat16()).any(), name  # the mean over processes was taken in float32
+
+
+def test_blocks_gathered_in_bfloat16_and_reduced_in_float32():
+    ranks.run(2, blocks_in_bfloat16)
+
+
+def nan_on_one_rank() -> None:
+    """The losses of two minibatches; that of one rank is no number."""
+    cfg, weight = ObjectiveConfig(minibatches=2), nn.Parameter(torch.ones(1))
+    loss = math.nan if distributed.rank() else 1.0
+    objective._draw_pairs = lambda *_: []
+    objective._backward_grpo = lambda *_: {"loss": loss}
+    rollouts = SimpleNamespace(advantage=torch.zeros(2, 3))
+    metrics = objective.update(cfg, None, torch.optim.SGD([weight], 0.1), rollouts, (0, 0))
+    metrics = distributed.mean_across_ranks({"loss": metrics["loss"]})  # of both: neither waits for the other
+    with pytest.raises(FloatingPointError, match=r"at step 0 .*here episodes a, b"):
+        check_finite(metrics["loss"], 0, metrics, lambda: ["a", "b"])
+
+
+def test_all_ranks_stop_at_a_loss_of_one_that_is_no_number():
+    ranks.run(2, nan_on_one_rank)
+
+
+def test_setup_wants_a_gpu_for_every_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match="more processes than GPUs, of which it has 2: give torchrun --nproc-per-node 2"
+    ):
+        distributed.setup()
 
 
 def test_one_process_is_plain():
@@ -173,7 +334,7 @@ def test_optimizer_state_round_trip():
         return net, optimizer
 
     net, optimizer = trained()
-    state = distributed.optimizer_state(optimizer)
+    state = optimizer.state_dict()
     fresh = torch.optim.AdamW(net.parameters())
     distributed.load_optimizer_state(fresh, state)
     for a, b in zip(fresh.state_dict()["state"].values(), optimizer.state_dict()["state"].values()):

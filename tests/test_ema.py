@@ -31,3 +31,16 @@ def test_without_a_decay_there_is_none():
     ema.update(0)
     with ema.swapped():
         assert weight.tolist() == [0.0, 0.0] and ema.averages == []
+
+
+def test_state_round_trip():
+    weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(3))]
+    ema, fresh = EMA(weights, 0.5), EMA(weights, 0.5)
+    ema.averages[0] += 1
+    fresh.load_state_dict(ema.state_dict())
+    assert [a.tolist() for a in fresh.averages] == [[2.0, 2.0], [0.0, 0.0, 0.0]]
+    EMA(weights, None).load_state_dict({})
+    with pytest.raises(
+        ValueError, match=r"averages are of 1 weights \(head.bias, ...\), expected 2.*remove train_state"
+    ):
+        fresh.load_state_dict({"head.bias": torch.zeros(2)})

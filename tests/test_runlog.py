@@ -25,8 +25,13 @@ def test_resumed_log_reads_as_if_never_stopped(tmp_path, capsys):
     assert "wm 3/4  loss 0.5" in capsys.readouterr().err
 
 
+def test_gradient_norm_that_is_no_number():
+    with pytest.raises(FloatingPointError, match=r"^gan_grad_norm is inf at step 7 \(grad_norm=1, gan_grad_norm=inf\)"):
+        check_finite(0.5, 7, {"grad_norm": 1.0, "gan_grad_norm": float("inf")}, lambda: ["a"])
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_no_number(loss):
-    check_finite(1.0, 0, {})
-    with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\)"):
-        check_finite(loss, 7, {"lr": 0.5})
+    check_finite(1.0, 0, {}, lambda: pytest.fail("names are for the error alone"))
+    with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\).*here episodes suite/a, suite/b$"):
+        check_finite(loss, 7, {"lr": 0.5}, lambda: ["suite/a", "suite/b"])

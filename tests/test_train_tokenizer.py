@@ -59,11 +59,11 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
     run(demos, tmp_path / "whole", cfg)
     check, seen = train_tokenizer.check_finite, []
 
-    def interrupt(loss, step, metrics):
+    def interrupt(loss, step, *rest):
         seen.append(step)
         if step == 5:
             raise KeyboardInterrupt
-        check(loss, step, metrics)
+        check(loss, step, *rest)
 
     monkeypatch.setattr(train_tokenizer, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):

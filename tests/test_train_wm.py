@@ -11,7 +11,7 @@ import torch
 import train_tokenizer
 import train_wm
 from train_wm import PRESETS, load_tokenizer, main
-from vlarft.checkpoint import load_model, read_header, save_model
+from vlarft.checkpoint import load_model, load_train_state, read_header, save_model
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.world_model import WorldModel
@@ -81,10 +81,10 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     run(demos, tokenizer, tmp_path / "whole")
     check = train_wm.check_finite
 
-    def interrupt(loss, step, metrics):
+    def interrupt(loss, step, *rest):
         if step == 5:
             raise KeyboardInterrupt
-        check(loss, step, metrics)
+        check(loss, step, *rest)
 
     monkeypatch.setattr(train_wm, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -94,6 +94,15 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(demos, tokenizer, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"^grad_norm is nan at step [1-5] \(loss=.*here episodes squares/push_"
+    ):
+        run(demos, tokenizer, tmp_path / "run", lr=1e30, save_every=1)
+    state = load_train_state(tmp_path / "run" / "train_state.pt")
+    assert state["step"] >= 1 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_cached_tokens_are_the_same_tokens(demos, tokenizer, tmp_path):

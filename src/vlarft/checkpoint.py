@@ -1,8 +1,8 @@
 """Checkpoints and run folders: nothing is lost, nothing half written, nothing foreign taken for ours.
 
 A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file
-alone; training state (optimizer, step, random states) lies beside it. Every file is written to `NAME.tmp` and moved
-into place.
+alone; training state (optimizer, step, ...) lies beside it, see train_state.py. Every file is written to `NAME.tmp` and
+moved into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
@@ -12,6 +12,7 @@ into place.
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,13 +49,25 @@ class Header(NamedTuple):
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(tmp)` and move the result to `path`: readers see the old file or the new one, never a part."""
+    """Call `write(tmp)` and move the result to `path`: readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: not writable, or no space left; the old file is untouched, of the new one nothing stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    write(tmp)
-    with open(tmp, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write(tmp)
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        free = shutil.disk_usage(path.parent).free / 2**30
+        tmp.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path} ({error}), {free:.2f} GiB were free. What was saved before is untouched: "
+            "free some space and give the same command again"
+        ) from error
     os.umask(mask := os.umask(0))
     os.chmod(tmp, 0o666 & ~mask)  # safetensors makes files that nobody else can read
     os.replace(tmp, path)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from vlarft.distributed import place
+
 
 class EMA:
     """The average; without a decay there is none, and its methods do nothing.
@@ -24,6 +26,24 @@ class EMA:
         """Take in the weights after step `step` (0-based)."""
         for average, parameter in zip(self.averages, self.parameters):
             average.lerp_(parameter, 1 - min(self.decay, (step + 1) / (step + 10)))
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """The averages, by the parameters' numbers."""
+        return dict(enumerate(self.averages))
+
+    def load_state_dict(self, state: dict[int, Tensor]) -> None:
+        """Take over the averages of a `state_dict`, of whole tensors or of shards.
+
+        Raises:
+            ValueError: it holds others than this one's.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the saved averages are of {len(state)} weights ({', '.join(map(str, list(state)[:2]))}, ...), "
+                f"expected {len(self.averages)}, by number: another version wrote them; remove train_state.pt to start "
+                "anew"
+            )
+        self.averages = [place(state[i], p) for i, p in zip(state, self.parameters)]
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

@@ -50,13 +50,14 @@ def saved_bytes(model: nn.Module, compute: Callable[[], Tensor]) -> int:
         model: owner of the weights.
         compute: a forward; its result is dropped.
     """
-    owned = {_local(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    # told apart by their own address, not that of their data, which sizes without data (FakeTensorMode) lack
+    owned = {_local(t).untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

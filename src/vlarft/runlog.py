@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlarft.distributed import is_main
@@ -75,15 +75,22 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def check_finite(loss: float, step: int, metrics: Mapping[str, float]) -> None:
-    """Stop the run at the first loss that is not a number.
+def check_finite(loss: float, step: int, metrics: Mapping[str, float], episodes: Callable[[], list[str]]) -> None:
+    """Stop the run at the first loss, or gradient norm, that is not a number. To be called before the step is saved.
+
+    Args:
+        loss: the mean over all processes, so that all stop.
+        step: 0-based.
+        metrics: of the step; those whose names end with `grad_norm` are looked at, too.
+        episodes: tells the names of the episodes in the batch of all processes.
 
     Raises:
-        FloatingPointError: names the step and the metrics; the last checkpoint is left as it is.
+        FloatingPointError: names the step, the metrics and the episodes; the last checkpoint is left as it is.
     """
-    if not math.isfinite(loss):
+    norms = {name: float(value) for name, value in metrics.items() if name.endswith("grad_norm")}
+    if wrong := [f"{k} is {v}" for k, v in {"loss": loss, **norms}.items() if not math.isfinite(v)]:
         shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
         raise FloatingPointError(
-            f"loss is {loss} at step {step} ({shown}); the last checkpoint is untouched: "
-            "lower the learning rate or look at the data"
+            f"{' and '.join(wrong)} at step {step} ({shown}); the last checkpoint is untouched: "
+            f"lower the learning rate or look at the data, here episodes {', '.join(episodes())}"
         )

@@ -273,6 +273,16 @@ class VLM(nn.Module):
                 f"{self.cfg.vocabulary} rows: it is that of another model"
             )
 
+    @property
+    def vits(self) -> list[ViT]:
+        """Its vision transformers."""
+        return [encoder for encoder in (self.vision, self.fused_vision) if isinstance(encoder, ViT)]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its transformer blocks: what is sharded, and recomputed, one at a time."""
+        return [*(block for vit in self.vits for block in vit.blocks), *self.language_model.layers]
+
     def forward(self, images: torch.Tensor, instructions: list[str]) -> VLMOutput:
         """Context of a batch of observations, Eq. (1).
 

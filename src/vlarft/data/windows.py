@@ -123,6 +123,11 @@ class WindowSampler:
             self._ahead[following] = self._decode(*self._draw(*following))
         return self._collate(starts, [images for future in waiting for images in future.result()])
 
+    def names(self, batch_size: int, *seed: int) -> list[str]:
+        """Names of the episodes in `batch(batch_size, *seed)`, each once, in the order of its rows."""
+        starts, _ = self._draw(batch_size, seed, (0, 1))
+        return list(dict.fromkeys(self.episodes[i].name for i, _ in starts))
+
     def _draw(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Starts (B, 2) and lookbacks (B,) of a share of a batch."""
         rng = np.random.default_rng(seed)

@@ -1,0 +1,39 @@
+"""Being told to stop: a run saves at its next step boundary and leaves with an exit code of its own.
+
+SLURM sends SIGTERM before it takes a node away (preemption, time limit), torchrun passes it on to its processes.
+SIGUSR1 is what people let SLURM send earlier (`--signal=USR1@300`).
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+from vlarft import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+
+_received = False
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Run a block, a whole run, in which the signals are only noted; `requested` then says so."""
+    global _received
+
+    def note(number: int, frame: object) -> None:
+        global _received
+        _received = True
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _received = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def requested() -> bool:
+    """Whether a process of the run was told to stop, the same answer on all; a collective call."""
+    return distributed.max_across_ranks({"stop": float(_received)})["stop"] > 0

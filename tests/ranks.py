@@ -1,0 +1,45 @@
+"""Processes of a gloo group for the tests, forked from one that has imported torch already: they start in no time."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+from vlarft import distributed
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "vlarft.train_state"]
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(processes: int, work: Callable, *arguments: object) -> list[BaseProcess]:
+    """Run `work(*arguments)`, a function of a test module, as every rank of a group."""
+    port = free_port()
+    arguments = processes, port, work, arguments
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def run(processes: int, work: Callable, *arguments: object) -> None:
+    """`start`, and wait for all to end well."""
+    for rank, process in enumerate(started := start(processes, work, *arguments)):
+        process.join(120)
+        assert process.exitcode == 0, f"rank {rank} of {len(started)} ended with {process.exitcode}; its error is above"
+
+
+def _rank(rank: int, processes: int, port: int, work: Callable, arguments: tuple) -> None:
+    variables = {"MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}})
+    distributed.setup()
+    work(*arguments)
+    distributed.cleanup()
