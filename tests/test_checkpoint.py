@@ -106,6 +106,16 @@ def test_run_folder(tmp_path):
     assert checkpoint.load_train_state(state)["step"] == 2
 
 
+def test_run_folder_from_before_an_option_existed(tmp_path):
+    checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["steps"]  # whose default is 3
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match="another configuration: steps: 3 against 4"):
+        checkpoint.open_run(tmp_path, RunConfig(str(tmp_path), 4))
+
+
 def test_run_folder_of_another_configuration(tmp_path):
     checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
     with pytest.raises(ValueError, match="another configuration: steps: 3 against 4.*--out-dir"):

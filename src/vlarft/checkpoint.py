@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -189,6 +190,7 @@ def open_run(out_dir: str | Path, config: Any, ignore: Sequence[str] = ()) -> Pa
             raise ValueError(
                 f"{stored} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
+        theirs = {**_defaults(config), **theirs}  # of options that the stored run was made without
         free = {"out_dir", *ignore}
         if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (theirs, ours))):
             raise ValueError(
@@ -200,6 +202,16 @@ def open_run(out_dir: str | Path, config: Any, ignore: Sequence[str] = ()) -> Pa
         write_json(stored, ours)
     state = out_dir / "train_state.pt"
     return state if state.is_file() else None
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The default of every field of a dataclass that has one, as JSON."""
+    values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config) if _has(f)}
+    return json.loads(json.dumps({name: to_dict(v) if is_dataclass(v) else v for name, v in values.items()}))
+
+
+def _has(field: Field) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def save_train_state(out_dir: str | Path, state: dict[str, Any]) -> None:
