@@ -358,7 +358,7 @@ def test_public_tokenizer_at_full_size(public_tokenizer):
         context = model.encode_context(frames[:, 0])
         tokens = model.encode_future(frames[:, 1:], context)
         rebuilt = model.context_from_tokens(golden["ctx_indices"][:, 0].long())
-        decoded = model.decode(golden["dyn_indices"].long(), rebuilt)
+        decoded = model.decode(golden["dyn_indices"].long(), rebuilt, frames_at_once=2)
         unclipped = torch.cat([model.decoder.image(rebuilt.features)[0], seen["cond_decoder"][0]])[
             None
         ]  # (1, 3, 3, H, W)
