@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from stages import Starts, machine, rate, read_lines, run_once, show_rate
+from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
 from torch import Tensor
 
 from vlarft.checkpoint import load_model, write_json
@@ -219,8 +219,7 @@ def main(cfg: Config) -> dict:
     Raises:
         ValueError: an unknown cell.
     """
-    if unknown := [name for name in cfg.cells if name not in CELLS]:
-        raise ValueError(f"unknown cell {unknown[0]!r}; there are: {', '.join(CELLS)}")
+    check_known(cfg.cells, CELLS, "cell")
     report = {
         "command": "python benchmarks/rft_factors.py",
         "config": to_dict(cfg),
@@ -232,8 +231,9 @@ def main(cfg: Config) -> dict:
         report["cells"][name] = run_cell(cfg, name)
         base = CELLS[name].policy
         if base not in report["base"]:
-            played = play(cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base))
-            report["base"][base] = {kind: rate(list(found.values())) for kind, found in played.items()}
+            parts = cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base)
+            report["base"][base] = {kind: rate(list(found.values())) for kind, found in play(*parts).items()}
+            report["base"][base]["true_error"] = true_error(*parts).mean().item()
         write_json(cfg.out, report)
     print("\n" + table(report["cells"]))
     return report

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import Starts, draw_curves, machine, rate, read_lines, run_once, show_rate
+from stages import Starts, check_known, draw_curves, machine, rate, read_lines, run_once, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -165,8 +165,7 @@ def table(report: dict) -> str:
         for perturb, found in entry["starts"].items():
             lines.append(f"{suite}, starts: {perturb}")
             for name, values in found.items():
-                line = f"  {name:<14} {show_rate(values['all'], values.get('against_sft'))}"
-                lines.append(line)
+                lines.append(f"  {name:<14} {show_rate(values['all'], values.get('against_sft'))}")
     return "\n".join(lines)
 
 
@@ -176,8 +175,7 @@ def main(cfg: Config) -> dict:
     Raises:
         ValueError: an unknown arm.
     """
-    if unknown := [name for name in cfg.arms if name not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    check_known(cfg.arms, ARMS, "arm")
     report = {
         "command": "python benchmarks/rft_study.py",
         "config": to_dict(cfg),

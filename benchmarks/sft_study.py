@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, draw_curves, machine, rate, read_lines, show_rate
+from stages import call, check_known, draw_curves, machine, rate, read_lines, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -95,8 +95,7 @@ def table(arms: dict[str, dict]) -> str:
     lines = [f"{'arm':<24} steps  minutes  success rate [95 % interval]        against the first"]
     for name, arm in arms.items():
         shown = show_rate(arm["success"], arm.get("against_first"))
-        line = f"{name:<24} {arm['steps']:5d}  {arm['minutes']:7.1f}  {shown}"
-        lines.append(line)
+        lines.append(f"{name:<24} {arm['steps']:5d}  {arm['minutes']:7.1f}  {shown}")
     return "\n".join(lines)
 
 
@@ -106,8 +105,7 @@ def main(cfg: Config) -> dict:
     Raises:
         ValueError: an unknown arm.
     """
-    if unknown := [name for name in cfg.arms if name not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    check_known(cfg.arms, ARMS, "arm")
     arms = {name: run_arm(cfg, name) for name in cfg.arms}
     compare(arms)
     report = {

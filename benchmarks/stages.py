@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,17 @@ def show_rate(found: dict[str, float], difference: dict[str, float] | None) -> s
         low, high = 100 * difference["low"], 100 * difference["high"]
         line += f"   {100 * difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}] p = {difference['p_value']:.2g}"
     return line
+
+
+def check_known(names: Sequence[str], known: Iterable[str], what: str) -> None:
+    """Refuse what a study does not have.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = tuple(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown {what} {unknown[0]!r}; there are: {', '.join(known)}")
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from stages import call, machine, read_lines
+from stages import call, check_known, machine, read_lines
 
 from vlarft.checkpoint import load_model, read_header, write_json
 from vlarft.config import opt, parse, to_dict
@@ -140,8 +140,7 @@ def table(arms: dict[str, dict]) -> str:
 
 def main(cfg: Config) -> dict:
     """Run the arms; returns what the JSON file holds."""
-    if unknown := [name for name in cfg.arms if name not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    check_known(cfg.arms, ARMS, "arm")
     report = {
         "command": "python benchmarks/world_model.py",
         "config": to_dict(cfg),

@@ -46,6 +46,18 @@ def write_moving_square(path: Path, demos: int, steps: int, seed: int, instructi
             )
 
 
+def libero_missing() -> str:
+    """Why tests that need LIBERO and its assets are skipped; empty where both are here."""
+    from vlarft.sim.libero_install import assets_folder, package_folder
+
+    try:
+        package_folder()
+        assets_folder()
+    except (ImportError, FileNotFoundError) as error:
+        return str(error)
+    return ""
+
+
 @pytest.fixture(scope="session")
 def demos(tmp_path_factory) -> Path:
     """Folder of 2 tasks x 3 demonstrations of 14 steps."""

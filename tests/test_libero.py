@@ -11,23 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import libero_missing
 
 import collect_demos
 import eval_libero
 from vlarft.data import load_episodes
 from vlarft.sim import LIBERO_SUITES, SUITES, gl, libero_install, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
-from vlarft.sim.libero_install import assets_folder, package_folder
+from vlarft.sim.libero_install import assets_folder
 from vlarft.sim.perturb import Perturbation
-
-
-def _missing() -> str:
-    try:
-        package_folder()
-        assets_folder()
-    except (ImportError, FileNotFoundError) as error:
-        return str(error)
-    return ""
 
 
 def _no_renderer() -> str:
@@ -38,8 +30,10 @@ def _no_renderer() -> str:
     return ""
 
 
-needs_libero = pytest.mark.skipif(bool(_missing()), reason=_missing() or "LIBERO is here")
-needs_images = pytest.mark.skipif(bool(_missing() or _no_renderer()), reason=_missing() or _no_renderer() or "all here")
+needs_libero = pytest.mark.skipif(bool(libero_missing()), reason=libero_missing() or "LIBERO is here")
+needs_images = pytest.mark.skipif(
+    bool(libero_missing() or _no_renderer()), reason=libero_missing() or _no_renderer() or "all here"
+)
 
 
 # Without LIBERO

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import libero_missing
 
 from vlarft.sim import make_env
 from vlarft.sim.libero_experts import LiberoExpert
@@ -20,7 +21,6 @@ from vlarft.sim.libero_geometry import (
     way_out,
 )
 from vlarft.sim.libero_ik import Pose
-from vlarft.sim.libero_install import assets_folder, package_folder
 from vlarft.sim.libero_motion import Motion
 
 DOWN = np.array([0.0, 0.0, -1.0])
@@ -175,16 +175,7 @@ def test_the_benchmark_plays_nothing_twice_and_keeps_the_rows_of_other_tasks(loa
     assert (rows[0]["successes"], rows[0]["episodes"], rows[0]["states"]) == (2, 3, [0, 1, 2])
 
 
-def _missing() -> str:
-    try:
-        package_folder()
-        assets_folder()
-    except (ImportError, FileNotFoundError) as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.skipif(bool(_missing()), reason=_missing() or "LIBERO is here")
+@pytest.mark.skipif(bool(libero_missing()), reason=libero_missing() or "LIBERO is here")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "task"),

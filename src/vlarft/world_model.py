@@ -13,7 +13,6 @@ Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T 
 Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import load_model
 from vlarft.decoding import Sampling, StaticDecoding
+from vlarft.token_layout import TokenLayout
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
 from vlarft.transformer import Cache, Decoder, KVCache, TransformerConfig
@@ -64,80 +64,6 @@ class WorldModelConfig:
     def __post_init__(self) -> None:
         if self.future_codes_only and self.loss_on_actions:
             raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
-
-
-class TokenLayout:
-    """Ids and positions of the sequence.
-
-    Ids: future codes from 0, then context codes, then action bins (the same for every dimension), BOS, EOS. The last
-    two never occur in a sequence; they keep the vocabulary of the public checkpoints.
-
-    Args:
-        cfg: sizes.
-    """
-
-    def __init__(self, cfg: WorldModelConfig) -> None:
-        self.num_future_codes = math.prod(cfg.tokenizer.future_levels)
-        self.num_context_codes = math.prod(cfg.tokenizer.context_levels)
-        self.context_offset = self.num_future_codes
-        self.action_offset = self.context_offset + self.num_context_codes
-        self.bos = self.action_offset + cfg.action_bins
-        self.eos = self.bos + 1
-        self.vocab_size = self.eos + 1
-        self.context_length = cfg.tokenizer.num_context_tokens
-        self.frame_length = cfg.tokenizer.num_future_tokens
-        self.action_length = cfg.action_dim
-        self.step_length = self.frame_length + self.action_length
-        self.prefix_length = self.context_length + self.frame_length  # what all members of a group share
-        self.loss_on_actions = cfg.loss_on_actions
-
-    def length(self, num_actions: int) -> int:
-        """Tokens N of a sequence of `num_actions` actions and one frame more."""
-        return self.prefix_length + num_actions * self.step_length
-
-    def prefix(self, context_tokens: Tensor, first_tokens: Tensor) -> Tensor:
-        """ctx | dyn(f0): (S, Nc) and (S, Nf) -> ids (S, Nc + Nf)."""
-        return torch.cat([context_tokens + self.context_offset, first_tokens], dim=1)
-
-    def action_ids(self, bins: Tensor) -> Tensor:
-        """Action bins -> ids, of any shape."""
-        return bins + self.action_offset
-
-    def sequence(self, context_tokens: Tensor, future_tokens: Tensor, bins: Tensor) -> Tensor:
-        """The whole sequence.
-
-        Args:
-            context_tokens: (B, Nc).
-            future_tokens: (B, T + 1, Nf).
-            bins: (B, T, A).
-
-        Returns:
-            (B, N) ids.
-        """
-        steps = torch.cat([self.action_ids(bins), future_tokens[:, 1:]], dim=2).flatten(1)  # (B, T * (A + Nf))
-        return torch.cat([self.prefix(context_tokens, future_tokens[:, 0]), steps], dim=1)
-
-    @property
-    def num_slots(self) -> int:
-        """Different places that a token can have: in the context frame, in a frame, in an action."""
-        return self.context_length + self.step_length
-
-    def slots(self, positions: Tensor) -> Tensor:
-        """The place of each position, of any shape: 0..Nc - 1 in the context, then Nf of a frame and A of an action."""
-        inside = (positions - self.context_length) % self.step_length + self.context_length
-        return torch.where(positions < self.context_length, positions, inside)
-
-    def frame_positions(self, num_actions: int) -> Tensor:
-        """(T, Nf) positions of the tokens of frames 1..T."""
-        start = self.prefix_length + self.action_length
-        frames = start + self.step_length * torch.arange(num_actions)[:, None]
-        return frames + torch.arange(self.frame_length)
-
-    def target_positions(self, num_actions: int) -> Tensor:
-        """Positions that the loss predicts: the tokens of frames >= 1; with `loss_on_actions`, all after dyn(f0)."""
-        if self.loss_on_actions:
-            return torch.arange(self.prefix_length, self.length(num_actions))
-        return self.frame_positions(num_actions).flatten()
 
 
 class Rollout(NamedTuple):
