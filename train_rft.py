@@ -31,7 +31,9 @@ Deviations from the paper, each an option:
 - preset tiny divides the advantage by the group's standard deviation (as the public release), imagines greedily and
   takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
   learning rates are those of a head with 1/100 of the paper's parameters.
-- not in the paper, off by default: --noise flow_sde, --kl-weight, --chunks > 1, --gamma.
+- not in the paper, off by default: --noise flow_sde, --kl-weight, --chunks > 1, --gamma; --reward simulator, the true
+  error in the simulator of Tabletop demonstrations, which shows how much of a result is the world model's doing.
+- --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
 
 import math
