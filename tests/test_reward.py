@@ -127,6 +127,10 @@ def test_images_compared_at_once_make_no_difference(monkeypatch, term):
     for at_once in (1000, 7, 1):
         monkeypatch.setattr("vlarft.reward.rows_at_once", lambda bytes_per_row, device, n=at_once: n)
         found.append(image_reward(frames, reference, perceptual=perceptual(term)))
-    assert found[0].shape == (2, 3, 4) and found[0].unique().numel() == 24
+    pairs = [[[(frames[i, g, t], reference[i, t]) for t in range(4)] for g in range(3)] for i in range(2)]
+    distance = perceptual(term)
+    want = [[[-(a - b).abs().mean() - distance(a[None], b[None])[0] for a, b in row] for row in rows] for rows in pairs]
+    torch.testing.assert_close(found[0], torch.tensor(want))
+    assert found[0].unique().numel() == 24
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
