@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WAIT_STEPS = 10  # of the public evaluation scripts: things settle
 WAIT_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 _CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+_NO_POSE = {"pos": "0 0 0", "quat": "1 0 0 0"}
 _START_NOISE = 0.02  # rad on the arm's joints, robosuite's default, which the benchmark's initial states contain too
 _DEMONSTRATION_SEEDS = 1_000_000  # LIBERO's sampler is seeded with this and more; evaluation places fixtures with 0
 
@@ -94,6 +95,11 @@ class LiberoEnv:
         self._hand_body = self.model.body(self.robot.robot_model.eef_name).id
         bodies = self.libero.obj_body_id
         self.fixtures = {n: bodies[n] for n in self.libero.fixtures_dict if n in bodies}
+        roots = {n: self.libero.fixtures_dict[n].get_obj() for n in self.fixtures}
+        self._compiled = {
+            body: [np.array(roots[n].get(key, default).split(), float) for key, default in _NO_POSE.items()]
+            for n, body in self.fixtures.items()
+        }
         self.objects = {n: bodies[n] for n in self.libero.objects_dict}
         self.goals: list[list[str]] = self.libero.parsed_problem["goal_state"]
         self._ready = False
@@ -120,6 +126,7 @@ class LiberoEnv:
         check_start(init_state, seed)
         with _seeded(0 if seed is None else _DEMONSTRATION_SEEDS + seed):
             self.robot.gripper.current_action = np.zeros(2)
+            self._replace_fixtures()
             self.libero.reset()
         data = self.data
         if init_state is not None:
@@ -145,6 +152,16 @@ class LiberoEnv:
                 int(init_state or seed or 0),
             ]
             self.num_rejected = perturb_start(self, perturb, np.random.default_rng(entropy))
+
+    def _replace_fixtures(self) -> None:
+        """Put the fixtures back where the model was compiled with them, as a hard reset does.
+
+        LIBERO's sampler adds a fixture's new position to that of its sites, which must not hold the last one already.
+        """
+        for body, (position, rotation) in self._compiled.items():
+            self.model.body_pos[body], self.model.body_quat[body] = position, rotation
+        self._mujoco.mj_resetData(self.model, self.data)
+        self._mujoco.mj_forward(self.model, self.data)
 
     def settle(self) -> None:
         """The wait steps, after which the episode begins."""
