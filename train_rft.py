@@ -31,7 +31,8 @@ Deviations from the paper, each an option:
 - preset tiny divides the advantage by the group's standard deviation (as the public release), imagines greedily and
   takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
   learning rates are those of a head with 1/100 of the paper's parameters.
-- not in the paper, off by default: --noise flow_sde, --kl-weight, --chunks > 1, --gamma; --reward simulator, the true
+- not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
+  is sampled or decoded), --credit to_go and frame (an advantage per action step, see grpo.py), --noise flow_sde, --kl-weight, --chunks > 1, --gamma; --reward simulator, the true
   error in the simulator of Tabletop demonstrations, which shows how much of a result is the world model's doing.
 - --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
@@ -100,6 +101,15 @@ class Config(
     )
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
+    def __post_init__(self) -> None:
+        if self.credit != "chunk" and (self.algorithm == "rwr" or self.ratio_per == "chunk"):
+            raise ValueError(
+                f"credit {self.credit} gives each action step an advantage of its own, which algorithm "
+                f"{self.algorithm} with ratio_per {self.ratio_per} has no use for; choose grpo with --ratio-per step"
+            )
+        if self.credit == "frame" and self.over_frames == "last":
+            raise ValueError("credit frame with over_frames last: all action steps but the last would learn nothing")
+
 
 PAPER = Config(bf16=True)
 SMOKE = Config(
@@ -139,7 +149,7 @@ def on(device, batch: Batch) -> Batch:
     return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
 
 
-IMAGINED = ("r2", "r3")  # rewards that need a world model
+IMAGINED = ("r2", "r3", "divergence")  # rewards that need a world model; the last one needs no pixels
 
 
 def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
@@ -165,11 +175,13 @@ def main(cfg: Config) -> dict[str, float]:
         check_same_images(
             extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
         )
-        distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
+        if cfg.reward != "divergence":
+            distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
         if cfg.bf16:
             world_model.to_bfloat16()
+        if cfg.bf16 and distance is not None:
             distance.to_bfloat16()
-        if cfg.compile:
+        if cfg.compile and distance is not None:
             world_model.tokenizer.cond_decoder.compile()
             distance.compile_network()
     distributed.local_batch(cfg.starts)
@@ -265,7 +277,7 @@ def main(cfg: Config) -> dict[str, float]:
     metrics |= found | (success() if cfg.success_interval else {})
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, after)
-        if "loss" in metrics and cfg.reward in IMAGINED:
+        if "loss" in metrics and rollouts.reward.frames is not None:
             picture(out_dir / "rollouts.png", rollouts.reward)
     state.wait()
     log.close()

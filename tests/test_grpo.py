@@ -8,6 +8,7 @@ import torch
 from vlarft.grpo import (
     advantages,
     chain_log_prob,
+    credited,
     gaussian_kl,
     mean_entropy,
     mse_gate,
@@ -37,10 +38,33 @@ def test_advantage_needs_a_group():
         advantages(torch.zeros(3, 1))
 
 
+def test_credit_by_hand():
+    per_frame = torch.tensor([[[1.0, 2.0, 4.0], [0.0, 3.0, 4.0], [2.0, 1.0, 4.0]]])  # (1, 3, 3)
+    assert credited(per_frame, "chunk").tolist() == [[7.0, 7.0, 7.0]]
+    assert credited(per_frame, "to_go").tolist() == [[[7.0, 6.0, 4.0], [7.0, 7.0, 4.0], [7.0, 5.0, 4.0]]]
+    assert credited(per_frame, "frame") is per_frame
+    assert advantages(credited(per_frame, "frame")).tolist() == [[[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [1.0, -1.0, 0.0]]]
+    scaled = advantages(credited(per_frame, "to_go"), divide_by_std=True)  # each step by its own group's deviation
+    torch.testing.assert_close(scaled[0, :, 1], torch.tensor([0.0, 1.0, -1.0]), atol=1e-5, rtol=0)
+    assert scaled[..., [0, 2]].abs().max() == 0
+
+
+def test_ratio_per_step_by_hand():
+    new = torch.tensor([[2.0, 0.5], [1.1, 1.0]]).log()  # (B, T)
+    advantage = torch.tensor([[1.0, -1.0], [2.0, 3.0]])
+    loss, metrics = policy_loss(new, torch.zeros(2, 2), advantage)
+    assert loss.item() == pytest.approx(-(1.2 - 0.8 + 2.2 + 3.0) / 4)
+    elements = policy_loss(torch.stack([new, new], -1), torch.zeros(2, 2, 2), advantage)
+    assert elements[0].item() == pytest.approx(loss.item()) and elements[1] == pytest.approx(metrics)
+    with pytest.raises(ValueError, match="advantages of action steps .* need a ratio per step or element"):
+        policy_loss(new[:, 0], torch.zeros(2), advantage)
+
+
 def test_chain_log_prob_by_hand():
     log_prob = torch.arange(12.0).view(1, 3, 2, 2)  # steps sum to 6, 22, 38
     assert chain_log_prob(log_prob).tolist() == [22.0]
     assert chain_log_prob(log_prob, "sum").tolist() == [66.0]
+    assert chain_log_prob(log_prob, "mean", "step").tolist() == [[9.0, 13.0]]
     assert chain_log_prob(log_prob, "mean", "element").tolist() == [[[4.0, 5.0], [6.0, 7.0]]]
     assert chain_log_prob(log_prob, "sum", "element").tolist() == [[[12.0, 15.0], [18.0, 21.0]]]
 

@@ -105,6 +105,23 @@ def test_the_dataset_actions_themselves_earn_the_best_reward(world_model_file, i
     assert (reward[:, 1] < 0).all()
 
 
+@pytest.mark.parametrize("history", ["frames", "start"])
+def test_divergence_of_expectations(world_model_file, history):
+    torch.manual_seed(0)
+    model = WorldModel.load(world_model_file)
+    with torch.no_grad():
+        model.embed_values.weight.mul_(20)
+    dataset_actions, frames = torch.rand(2, 8, 7) - 0.5, torch.rand(2, 9, 3, 64, 64)
+    actions = torch.stack([dataset_actions, torch.rand(2, 8, 7) - 0.5], 1)
+    options = {"over_frames": "discounted", "gamma": 0.5, "history": history}
+    found = verified_reward("divergence", model, actions, dataset_actions, frames, **options)
+    per_frame = -model.divergence(frames, actions, dataset_actions, history)
+    torch.testing.assert_close(found.per_frame, per_frame)
+    torch.testing.assert_close(found.reward, (per_frame * 0.5 ** torch.arange(8)).sum(-1))
+    assert found.reward[:, 0].abs().max() < 1e-5 and (found.reward[:, 1] < -1e-3).all()
+    assert found.frames is None and found.reference is None
+
+
 def test_same_robot(policy_file, world_model_file):
     policy, model = VLAPolicy.load(policy_file), WorldModel.load(world_model_file)
     check_same_robot(policy, model)

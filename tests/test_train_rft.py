@@ -14,8 +14,9 @@ from vlarft.checkpoint import load_model, read_header, save_model
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.flow import chain_log_prob
+from vlarft.grpo import advantages
 from vlarft.metrics import perceptual
-from vlarft.objective import supervised_copy, update
+from vlarft.objective import _of_chunk, supervised_copy, update
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.rollout import fit_drift, propagate
 from vlarft.sim import evaluate
@@ -77,7 +78,13 @@ def test_first_update_has_ratio_one(config, parts):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mse_gate": 1e-7, "objective": "ppo", "ratio_per": "element"}, {"algorithm": "rwr"}]
+    "changes",
+    [
+        {},
+        {"mse_gate": 1e-7, "objective": "ppo", "ratio_per": "element"},
+        {"credit": "to_go", "ratio_per": "step"},
+        {"algorithm": "rwr"},
+    ],
 )
 def test_micro_batches_give_the_same_gradient(config, parts, changes):
     policy, model, batch = parts
@@ -234,6 +241,8 @@ def test_resume_equals_no_interruption(config, tmp_path, monkeypatch):
         {"objective": "ppo", "over_k": "sum", "epochs": 2, "divide_by_std": False, "reference": "executed"},
         {"bf16": True, "over_frames": "last", "micro_starts": 1},
         {"algorithm": "rwr", "rwr_temperature": 1.0},
+        {"reward": "divergence", "history": "start", "credit": "to_go", "ratio_per": "step"},
+        {"reward": "divergence", "bf16": True, "credit": "frame", "ratio_per": "element", "over_frames": "mean"},
         {"noise": "flow_sde", "sde_noise": 0.5, "kl_weight": 0.1, "noisy_steps": (2, 5)},
         {"noisy_dims": (0, 1, 2, 3, 4, 5), "sigma_min": 0.05, "sigma_init": 0.1, "kl_weight": 0.1, "kl": "sampled"},
         {**RELEASE, "epochs": 2, "minibatches": 2},
@@ -292,8 +301,17 @@ def test_closed_loop(config, tmp_path, monkeypatch):
         torch.testing.assert_close(  # the policy saw its own last imagined frames
             torch.cat(seen[3:6])[:, 0], rollouts.reward.frames[:, :, 7].flatten(0, 1), atol=1e-6, rtol=0
         )
-    with pytest.raises(ValueError, match="chunks 2 needs a world model that shows the policy the next frames"):
-        train_rft.main(dataclasses.replace(config, **changes | {"reward": "r1"}, out_dir=str(tmp_path / "r1")))
+    for reward in ("r1", "divergence"):
+        with pytest.raises(ValueError, match=f"chunks 2 needs imagined frames, .*; reward {reward} makes none"):
+            train_rft.main(dataclasses.replace(config, **changes | {"reward": reward}, out_dir=str(tmp_path / reward)))
+    # advantages of action steps: each chunk's own, with what follows in the other
+    changes |= {"reward": "r3", "credit": "to_go", "ratio_per": "step"}
+    train_rft.main(dataclasses.replace(config, **changes, out_dir=str(tmp_path / "credit")))
+    to_go = played[-1].reward.per_frame.flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close(played[-1].advantage, advantages(to_go, divide_by_std=config.divide_by_std))
+    parts = [_of_chunk(played[-1], c) for c in range(2)]
+    torch.testing.assert_close(torch.cat(parts, -1), played[-1].advantage)
+    assert [part.shape for part in parts] == [(2, 3, 8)] * 2
 
 
 def test_proprio_is_propagated_by_what_the_demonstrations_show(demos):
@@ -363,6 +381,12 @@ def test_refusals(config, tmp_path):
             save_model(file, model, model.cfg, {**extra, **facts})
         with pytest.raises(ValueError, match=message):
             run(policy=str(files[0]), world_model=str(files[1]))
+    with pytest.raises(ValueError, match="credit frame gives each action step .* grpo with ratio_per chunk has no use"):
+        run(credit="frame")
+    with pytest.raises(ValueError, match="algorithm rwr with ratio_per step has no use"):
+        run(credit="to_go", ratio_per="step", algorithm="rwr")
+    with pytest.raises(ValueError, match="credit frame with over_frames last: all action steps but the last"):
+        run(credit="frame", ratio_per="step", over_frames="last")
     train_rft.main(dataclasses.replace(config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(config, steps=1, lr=0.5))

@@ -212,8 +212,10 @@ def diagnose(
 
     Returns:
         Metrics: `reward_mean_action`, the reward of the mean action (over the draws of the deterministic flow);
-        `error_x`, ... `error_gripper`, its mean absolute error to the dataset per dimension, in normalised units; and
-        with a simulator `true_error`, the mean state error of all draws [m]. And the raw chunks (S, draws, T, A).
+        `error_x`, ... `error_gripper`, its mean absolute error to the dataset per dimension, in normalised units;
+        `spread_x`, ..., the standard deviation over the draws, which x_0 alone makes; and with a simulator `true_error`
+        and `true_error_mean_action`, the mean state error of all draws and that of their mean [m]. And the raw chunks
+        (S, draws, T, A).
     """
     dataset = dataset_actions(rollout, batch)
     context = encode(rollout, policy, batch.frames[:, 0], batch.instructions, at_once)
@@ -225,16 +227,20 @@ def diagnose(
     mean = policy.normalizer.decode_actions(x.unflatten(0, (-1, draws)).mean(1))  # (S, T, A)
     found = {}
     if simulator is not None:
-        found["true_error"] = -simulator(batch.index, chunks, dataset).mean().item()
-    if rollout.reward == "simulator":
         of_mean = simulator(batch.index, mean[:, None], dataset)
+        found["true_error"] = -simulator(batch.index, chunks, dataset).mean().item()
+        found["true_error_mean_action"] = -of_mean.mean().item()
+    if rollout.reward == "simulator":
         reward = reduce_frames(of_mean, rollout.over_frames, rollout.gamma)
     else:
         reward = _reward(rollout, world_model, mean[:, None], batch, distance, (*seed, 1), at_once)
     encoded = policy.normalizer.encode_actions(mean), policy.normalizer.encode_actions(dataset)
     error = (encoded[0] - encoded[1]).abs().mean((0, 1)).tolist()
-    names = [f"error_{ACTION_NAMES[i] if i < len(ACTION_NAMES) else i}" for i in range(len(error))]
-    return {"reward_mean_action": reward.mean().item(), **found, **dict(zip(names, error, strict=True))}, chunks
+    spread = x.unflatten(0, (-1, draws)).std(1).mean((0, 1)).tolist()
+    names = [*ACTION_NAMES[: len(error)], *map(str, range(len(ACTION_NAMES), len(error)))]
+    for what, values in (("error", error), ("spread", spread)):
+        found |= {f"{what}_{name}": value for name, value in zip(names, values, strict=True)}
+    return {"reward_mean_action": reward.mean().item(), **found}, chunks
 
 
 def picture_actions(path: Path, before: Tensor, after: Tensor, dims: Sequence[int] = (0, 2)) -> None:

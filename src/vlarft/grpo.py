@@ -3,6 +3,7 @@
 Shapes: S starts, G rollouts of a group, B = S * G chains, K scored flow steps, T chunk steps, A action dim.
 
     advantages      Eq. (12)   Adv_n = R_n - mean(R)
+    credited        not in the paper: an advantage for each action step, from the frames that it can change
     chain_log_prob  Eq. (8)    mean over K of the chunk's Gaussian log-density
     policy_ratio    Eq. (9)    exp(log_prob - old_log_prob)
     policy_loss     Eq. (13)   -E[clip(r, 1 - eps, 1 + eps) Adv], the first term
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 OverK = Literal["mean", "sum"]
-RatioPer = Literal["chunk", "element"]
+RatioPer = Literal["chunk", "step", "element"]
+Credit = Literal["chunk", "to_go", "frame"]
 Objective = Literal["clip", "ppo"]
 EntropyOver = Literal["k", "k+1"]
 
@@ -28,17 +30,19 @@ def advantages(rewards: Tensor, *, divide_by_std: bool = False, eps: float = 1e-
     """Group-relative advantage, Eq. (12).
 
     Args:
-        rewards: (S, G), one row per start.
+        rewards: (S, G), one row per start; or (S, G, T) of `credited`, where each action step has a row of its own.
         divide_by_std: also divide by the group's unbiased standard deviation plus `eps`, as the public release does.
         eps: see above.
 
     Returns:
-        (S, G) float32 without gradient, mean 0 in every row; exactly 0 where all rewards of a group are equal.
+        float32 of the same shape without gradient, mean 0 in every row; exactly 0 where all rewards of a group are
+        equal.
 
     Raises:
-        ValueError: `rewards` is not two-dimensional, or groups of one member, whose advantage would always be 0.
+        ValueError: `rewards` has no axes of starts and rollouts, or groups of one member, whose advantage would always
+            be 0.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
+    if rewards.ndim not in (2, 3) or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards must be (starts, rollouts) with at least 2 rollouts a start, got {tuple(rewards.shape)}"
         )
@@ -50,20 +54,40 @@ def advantages(rewards: Tensor, *, divide_by_std: bool = False, eps: float = 1e-
     return centred
 
 
+def credited(per_frame: Tensor, credit: Credit) -> Tensor:
+    """The part of a rollout's reward that each of its action steps answers for.
+
+    Eq. (12) gives every action of a chunk the whole reward ("chunk"). An action cannot change the frames before it, so
+    "to_go" leaves those out; "frame" keeps the one frame that follows the action, for rewards whose frames depend on
+    their own action alone (R1, divergence). Both leave out what is mostly the noise of other actions. They neglect that
+    the flow's later steps mix the noise of one action step into the others.
+
+    Args:
+        per_frame: (S, G, T) terms whose sum over T is the reward.
+        credit: see above.
+
+    Returns:
+        (S, G) for "chunk", else (S, G, T).
+    """
+    if credit == "chunk":
+        return per_frame.sum(-1)
+    return per_frame if credit == "frame" else per_frame.flip(-1).cumsum(-1).flip(-1)
+
+
 def chain_log_prob(log_prob: Tensor, over_k: OverK = "mean", ratio_per: RatioPer = "chunk") -> Tensor:
     """Log-probability of whole chains from those of their scalars, Eq. (8).
 
     Args:
         log_prob: (B, K, T, A), log N(x_k+1; mu_k, sigma_k) of every scalar.
         over_k: "mean" is the paper's; "sum" is the log-density of the chain.
-        ratio_per: "chunk" sums over T and A, which is the log-density of a chunk; "element" keeps the T x A scalars
-            apart, each with a ratio of its own (the public release).
+        ratio_per: "chunk" sums over T and A, which is the log-density of a chunk; "step" over A; "element" keeps the
+            T x A scalars apart, each with a ratio of its own (the public release).
 
     Returns:
-        (B,), or (B, T, A) per element.
+        (B,), (B, T) per step, or (B, T, A) per element.
     """
-    log_prob = log_prob.float()
-    per_step = log_prob.sum((-1, -2)) if ratio_per == "chunk" else log_prob  # (B, K) or (B, K, T, A)
+    log_prob, axes = log_prob.float(), {"chunk": (-1, -2), "step": (-1,), "element": ()}[ratio_per]
+    per_step = log_prob.sum(axes) if axes else log_prob  # (B, K), (B, K, T) or (B, K, T, A)
     return per_step.mean(1) if over_k == "mean" else per_step.sum(1)
 
 
@@ -85,9 +109,9 @@ def policy_loss(
     """First term of Eq. (13), with its diagnostics.
 
     Args:
-        log_prob: (B,) or (B, T, A) of the current policy, differentiable.
+        log_prob: (B,), (B, T) or (B, T, A) of the current policy, differentiable.
         old_log_prob: of the policy that sampled, same shape.
-        advantage: (B,), the same for all scalars of a chunk.
+        advantage: (B,), the same for all scalars of a chunk; or (B, T), for ratios per step or element.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         objective: "clip" is the paper's -E[clip(r) Adv]; "ppo" the pessimistic -E[min(r Adv, clip(r) Adv)] of PPO.
         dual_clip: bound c of PPO's minimum where the advantage is negative: max(min(r Adv, clip(r) Adv), c Adv), so
@@ -98,15 +122,18 @@ def policy_loss(
         r - 1 - log r), clip_frac (share of ratios outside the range), dual_clip_frac (share held by the bound).
 
     Raises:
-        ValueError: a dual clip without PPO's minimum, or one not above 1 + clip_high.
+        ValueError: a dual clip without PPO's minimum, or one not above 1 + clip_high; an advantage per step with a
+            ratio per chunk.
     """
     if dual_clip is not None and objective != "ppo":
         raise ValueError(f"dual_clip {dual_clip} bounds PPO's minimum, objective {objective!r} has none; choose 'ppo'")
     if dual_clip is not None and dual_clip <= 1 + clip_high:
         raise ValueError(f"dual_clip {dual_clip} must exceed 1 + clip_high = {1 + clip_high:g}")
+    if advantage.ndim > log_prob.ndim:
+        raise ValueError("advantages of action steps (credit) need a ratio per step or element (ratio_per), not chunk")
     log_ratio = log_prob.float() - old_log_prob.detach().float()
     ratio = policy_ratio(log_prob, old_log_prob)
-    advantage = advantage.view(-1, *[1] * (ratio.ndim - 1))
+    advantage = advantage.view(*advantage.shape, *[1] * (ratio.ndim - advantage.ndim))
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = clipped * advantage
     held = torch.zeros_like(ratio, dtype=torch.bool)

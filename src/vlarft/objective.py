@@ -47,7 +47,7 @@ class ObjectiveConfig:
     minibatches: int = opt(1, "updates a pass, each on its share of the starts (release)")
     micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none takes all")
     over_k: OverK = opt("mean", "reduction of log-probs over flow steps (Eq. 8); sum is the release's")
-    ratio_per: RatioPer = opt("chunk", "one ratio per chunk (Eq. 9), or per element of it (release)")
+    ratio_per: RatioPer = opt("chunk", "one ratio per chunk (Eq. 9), per action step, or per element (release)")
     objective: Objective = opt("clip", "surrogate: Eq. 13, or PPO's pessimistic minimum (release)")
     clip_low: float = opt(0.2, "ratio >= 1 - clip_low")
     clip_high: float = opt(0.2, "ratio <= 1 + clip_high")
@@ -147,7 +147,7 @@ def _draw_pairs(cfg: ObjectiveConfig, policy: VLAPolicy, rollouts: Rollouts, see
     """(tau, eps) of the demonstrations' matching loss, then of each sampled chunk's (rwr): this process's share."""
     flow, device = policy.cfg.flow, rollouts.advantage.device
     part = distributed.rank(), distributed.world_size()
-    starts, group = rollouts.advantage.shape
+    starts, group = rollouts.advantage.shape[:2]
     wanted = [(starts, cfg.mse_draws)] + [(starts * group, 1)] * (len(rollouts.chunks) * (cfg.algorithm == "rwr"))
     draws, out = generator(device, *seed), []
     for rows, count in wanted:
@@ -213,6 +213,12 @@ def _supervised_kl(
     return exact.sum() / scored.log_prob.numel()
 
 
+def _of_chunk(rollouts: Rollouts, c: int) -> Tensor:
+    """The advantages of chunk c, (S, G) or (S, G, T)."""
+    advantage = rollouts.advantage
+    return advantage if advantage.ndim == 2 else advantage.tensor_split(len(rollouts.chunks), -1)[c]
+
+
 def _add(totals: dict[str, float], weight: float, metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         if name == "ratio_max":
@@ -250,7 +256,7 @@ def _backward_grpo(
             surrogate, metrics = policy_loss(
                 _reduced(cfg, policy, scored.log_prob),
                 _reduced(cfg, policy, chosen.log_prob),
-                rollouts.advantage[part.starts].flatten(),
+                _of_chunk(rollouts, c)[part.starts].flatten(0, 1),
                 clip_low=cfg.clip_low,
                 clip_high=cfg.clip_high,
                 objective=cfg.objective,

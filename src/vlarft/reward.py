@@ -3,6 +3,8 @@
     R1  action deviation        policy's actions        against  the dataset's actions
     R2  image consistency       policy's imagination    against  the dataset's frames
     R3  model-based, default    policy's imagination    against  the imagination of the dataset's actions
+    divergence  not in the paper: as R3, but compares the distributions that frames are drawn from, see
+                `WorldModel.divergence`
 
 Shapes: S starts, G rollouts a start, T chunk steps, A action dim, (C, H, W) frame.
 """
@@ -15,9 +17,10 @@ from torch import Tensor
 from vlarft.memory import rows_at_once
 from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
-from vlarft.world_model import WorldModel
+from vlarft.world_model import History, WorldModel
 
-RewardKind = Literal["r1", "r2", "r3", "simulator"]  # the last one is `sim.replay.SimulatorReward`, not verified
+# simulator is `sim.replay.SimulatorReward`, not a verified reward
+RewardKind = Literal["r1", "r2", "r3", "divergence", "simulator"]
 OverFrames = Literal["sum", "mean", "last", "discounted"]
 Imagination = Literal["sample", "common", "greedy"]
 
@@ -85,9 +88,8 @@ def image_reward(
     return -torch.cat(parts).unflatten(0, (shape[0], shape[2])).transpose(1, 2)
 
 
-def reduce_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Tensor:
-    """(S, G, T) -> (S, G): the sum over frames of Eq. (11), their mean (the release's), the last frame alone, or
-    "discounted", the sum of gamma^t times frame t, t from 0.
+def weigh_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Tensor:
+    """(S, G, T) -> (S, G, T), the terms whose sum over T is `reduce_frames`.
 
     Raises:
         ValueError: gamma outside (0, 1], or one that the reduction would ignore.
@@ -96,11 +98,20 @@ def reduce_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Te
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     if over != "discounted" and gamma != 1:
         raise ValueError(f"gamma {gamma} is of no use with over_frames={over!r}; choose discounted")
-    if over == "discounted":
-        return (per_frame * gamma ** torch.arange(per_frame.shape[-1], device=per_frame.device)).sum(-1)
-    if over == "sum":
-        return per_frame.sum(-1)
-    return per_frame.mean(-1) if over == "mean" else per_frame[..., -1]
+    steps = torch.arange(per_frame.shape[-1], device=per_frame.device)
+    if over == "last":
+        return torch.where(steps == steps[-1], per_frame, 0.0)
+    return per_frame * {"sum": 1.0, "mean": 1 / len(steps), "discounted": gamma**steps}[over]
+
+
+def reduce_frames(per_frame: Tensor, over: OverFrames, gamma: float = 1.0) -> Tensor:
+    """(S, G, T) -> (S, G): the sum over frames of Eq. (11), their mean (the release's), the last frame alone, or
+    "discounted", the sum of gamma^t times frame t, t from 0.
+
+    Raises:
+        ValueError: as `weigh_frames`.
+    """
+    return weigh_frames(per_frame, over, gamma).sum(-1)
 
 
 def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
@@ -147,6 +158,7 @@ def verified_reward(
     perceptual_weight: float = 1.0,
     over_frames: OverFrames = "sum",
     gamma: float = 1.0,
+    history: History = "frames",
     imagination: Imagination = "sample",
     temperature: float = 1.0,
     top_p: float = 0.8,
@@ -157,13 +169,14 @@ def verified_reward(
     """Play S x G action chunks inside the frozen world model and score them.
 
     Args:
-        kind: "r1", "r2" or "r3" (Table 4).
+        kind: "r1", "r2" or "r3" (Table 4), or "divergence".
         world_model: not needed by "r1".
         actions: (S, G, T, A) raw environment actions of the policy.
         dataset_actions: (S, T, A) raw actions of the demonstrations.
         dataset_frames: (S, T + 1, C, H, W) frames of the demonstrations; the first is the start of all rollouts.
         perceptual, l1_weight, perceptual_weight: see `image_reward`.
         over_frames, gamma: see `reduce_frames`.
+        history: of "divergence", see `WorldModel.divergence`.
         imagination: "sample" draws every rollout on its own; "common" draws the same random numbers for all members of
             a group and for its reference, which removes most of the sampling noise from R3; "greedy" takes the most
             likely token.
@@ -183,6 +196,9 @@ def verified_reward(
         return Reward(reduce_frames(per_step, over_frames, gamma), per_step, None, None)
     if world_model is None:
         raise ValueError(f"reward {kind} plays actions inside a world model; give one, or choose reward r1")
+    if kind == "divergence":
+        per_frame = -world_model.divergence(dataset_frames, actions, dataset_actions, history)
+        return Reward(reduce_frames(per_frame, over_frames, gamma), per_frame, None, None)
     # R3's reference is one more member of each group: it shares the prefill and, with "common", the random numbers.
     played = torch.cat([actions, dataset_actions[:, None]], 1) if kind == "r3" else actions
     members = played.shape[1]

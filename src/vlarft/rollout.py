@@ -20,13 +20,21 @@ from vlarft.config import opt
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
 from vlarft.flow import Chain, sample_chain
-from vlarft.grpo import advantages
+from vlarft.grpo import Credit, advantages, credited
 from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
-from vlarft.reward import Imagination, OverFrames, Reward, RewardKind, reduce_frames, verified_reward
+from vlarft.reward import (
+    Imagination,
+    OverFrames,
+    Reward,
+    RewardKind,
+    reduce_frames,
+    verified_reward,
+    weigh_frames,
+)
 from vlarft.schedule import generator
 from vlarft.sim.replay import SimulatorReward
-from vlarft.world_model import WorldModel
+from vlarft.world_model import History, WorldModel
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,13 @@ class RolloutConfig:
     perceptual_weights: str | None = opt(None, "VGG-16 weights for lpips; none looks in torchvision's cache")
     over_frames: OverFrames = opt("sum", "reduction of the reward over frames (Eq. 11); mean is the release's")
     gamma: float = opt(1.0, "discount per frame of over_frames=discounted")
+    history: History = opt("frames", "what reward divergence sees before a frame: the demonstration or its start")
     imagination: Imagination = opt("sample", "sampling inside the world model: sample, common random numbers, greedy")
     temperature: float = opt(1.0, "of the imagination (release)")
     top_p: float = opt(0.8, "of the imagination (release)")
+    credit: Credit = opt(
+        "chunk", "frames that an action step answers for: all (Eq. 12); to_go: from its own on; frame: its own"
+    )
     divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. 12 does not")
     bf16: bool = opt(False, "the frozen networks in bf16: vision-language model (autocast), transformer, pixel decoder")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
@@ -60,7 +72,7 @@ def dataset_actions(cfg: RolloutConfig, batch: Batch) -> Tensor:
 
 def reward_options(cfg: RolloutConfig) -> dict:
     """Weights and imagination, as keyword arguments of `verified_reward`."""
-    names = "l1_weight", "perceptual_weight", "over_frames", "gamma", "imagination", "temperature", "top_p"
+    names = "l1_weight", "perceptual_weight", "over_frames", "gamma", "history", "imagination", "temperature", "top_p"
     return {name: getattr(cfg, name) for name in names}
 
 
@@ -78,7 +90,7 @@ class PlayedChunk(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """What one batch of starts gave; all that the update needs. advantage: (S, G)."""
+    """What one batch of starts gave; all that the update needs. advantage: (S, G), or per step (S, G, chunks * T)."""
 
     batch: Batch
     chunks: tuple[PlayedChunk, ...]
@@ -144,9 +156,9 @@ def collect(
     Raises:
         ValueError: several chunks without a world model, which would have nothing to show the policy.
     """
-    if cfg.chunks > 1 and (world_model is None or drift is None):
+    if cfg.chunks > 1 and (world_model is None or drift is None or cfg.reward == "divergence"):
         raise ValueError(
-            f"chunks {cfg.chunks} needs a world model that shows the policy the next frames; not reward {cfg.reward}"
+            f"chunks {cfg.chunks} needs imagined frames, which the policy then sees; reward {cfg.reward} makes none"
         )
     device, part = batch.frames.device, (distributed.rank(), distributed.world_size())
     starts, steps = len(batch.frames), policy.cfg.flow.chunk
@@ -193,7 +205,8 @@ def collect(
     shown = (None, None)
     if rewards[0].frames is not None:
         shown = torch.cat([r.frames for r in rewards], 2), torch.cat([r.reference for r in rewards], 1)
-    advantage = advantages(total, divide_by_std=cfg.divide_by_std)
+    answered = credited(weigh_frames(per_frame, cfg.over_frames, cfg.gamma), cfg.credit)  # (S, G) or with chunks * T
+    advantage = advantages(answered, divide_by_std=cfg.divide_by_std)
     return Rollouts(batch, tuple(chunks), Reward(total, per_frame, *shown), advantage, seconds)
 
 

@@ -15,7 +15,7 @@ Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import load_model
 from vlarft.decoding import Sampling, StaticDecoding
+from vlarft.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
 from vlarft.transformer import Cache, Decoder, KVCache, TransformerConfig
+
+History = Literal["frames", "start"]
 
 
 @dataclass(frozen=True)
@@ -351,6 +354,44 @@ class WorldModel(nn.Module):
             self._static_decoding = None  # its memory is free before the new one takes its own
             self._static_decoding = key, StaticDecoding(self, prefilled, *sizes)
         return self._static_decoding[1]
+
+    @torch.no_grad()
+    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor, history: History = "frames") -> Tensor:
+        """How much each of G action chunks changes what the model expects to see, against the reference actions.
+
+        The Kullback-Leibler divergence of the next token, from its distribution under the reference actions, summed
+        over the tokens of a frame. Every token follows the demonstration's own (teacher forcing), as in training: one
+        pass, nothing is sampled or decoded. It is 0 at the reference actions and smooth around them, where an imagined
+        frame changes by whole tokens.
+
+        Args:
+            frames: (S, T + 1, C, H, W) in [0, 1] of the demonstrations; the first is the start of all chunks.
+            actions: (S, G, T, A) raw environment actions.
+            reference: (S, T, A) raw.
+            history: what earlier frames the model sees: the demonstrations', so that each frame tells of its own
+                action; or the start in place of all ("stale frames" of `token_loss`), so that actions add up.
+
+        Returns:
+            (S, G, T) float32 [nats].
+        """
+        members, num_actions = actions.shape[1] + 1, actions.shape[2]
+        self.action_bins.warn_outside(actions)
+        tables = self.tables()
+        head = tables.head[: self.layout.num_future_codes]
+        before = self.layout.frame_positions(num_actions).flatten() - 1  # where the frames' tokens are predicted
+        values = 8 * self.cfg.transformer.width * self.layout.length(num_actions) + 4 * len(before) * len(head)
+        at_once = rows_at_once(4 * values * members, frames.device)  # starts
+        parts = []
+        for own, chunks, dataset in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
+            context, tokens = self.tokenize(own)  # (n, Nc), (n, T + 1, Nf)
+            seen = tokens[:, :1].expand_as(tokens) if history == "start" else tokens
+            bins = self.action_bins.encode(torch.cat([dataset[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
+            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, seen)), bins)
+            hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]
+            log_prob = F.linear(hidden, head).float().log_softmax(-1).unflatten(0, (-1, members))
+            ours, theirs = log_prob[:, 1:], log_prob[:, :1]  # (n, G or 1, T * Nf, V)
+            parts.append((theirs.exp() * (theirs - ours)).sum(-1).unflatten(-1, (num_actions, -1)).sum(-1))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def reset(
