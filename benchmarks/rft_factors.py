@@ -14,11 +14,12 @@ the change of the policy's true error in the simulator at held-out starts.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
@@ -34,12 +35,17 @@ from vlarft.sim.replay import SimulatorReward
 
 
 class Cell(NamedTuple):
-    """Flags of `train_rft.py`, an arm of `world_model.py` and one of `sft_study.py`; or flags of `train_sft.py`."""
+    """Flags of `train_rft.py`, an arm of `world_model.py` and one of `sft_study.py`; or flags of `train_sft.py`; or no
+    script, for the policy as it is.
+
+    x0: where the flow starts when the policy is played and its true error measured.
+    """
 
     flags: tuple[str, ...] = ()
     world_model: str = "three times as long"
     policy: str = "twice as long"
-    script: str = "train_rft.py"
+    script: str | None = "train_rft.py"
+    x0: Literal["sampled", "zero"] = "sampled"
 
 
 def sft(*flags: str, policy: str = "twice as long") -> Cell:
@@ -50,6 +56,17 @@ def sft(*flags: str, policy: str = "twice as long") -> Cell:
 TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0.12")
 SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
 HEAD = ("--train", "head", "--key-batch", "0")
+PLATEAU = "four times as long"
+
+
+def plateau(*flags: str) -> Cell:
+    """80 steps from the policy at its plateau."""
+    return Cell(("--steps", "80", *flags), policy=PLATEAU)
+
+
+PER_STEP = ("--credit", "frame", "--ratio-per", "step")
+TO_GO = ("--credit", "to_go", "--ratio-per", "step")
+HELD = ("--mse-weight", "1")
 CELLS = {
     "R3": Cell(),
     "extra SFT": sft("--steps", "1000"),
@@ -69,8 +86,20 @@ CELLS = {
     "world model: a third of the steps": Cell(world_model="default"),
     "world model: demonstrations only": Cell(world_model="demonstrations only"),
     "world model: no stale frames": Cell(world_model="no stale frames"),
-    "policy: twice the steps": Cell(policy="four times as long"),
-    "policy: twice the steps, extra SFT": sft("--steps", "1000", policy="four times as long"),
+    "policy: twice the steps": Cell(policy=PLATEAU),
+    "policy: twice the steps, extra SFT": sft("--steps", "1000", policy=PLATEAU),
+    "plateau, x_0 = 0": Cell(policy=PLATEAU, script=None, x0="zero"),
+    "plateau, R3": plateau(*HELD),
+    "plateau, divergence": plateau("--reward", "divergence", *HELD),
+    "plateau, R1": plateau("--reward", "r1", *HELD),
+    "plateau, simulator": plateau("--reward", "simulator", *HELD),
+    "plateau, simulator, flow-matching weight 0.1": plateau("--reward", "simulator"),
+    "plateau, simulator, flow-matching weight 0": plateau("--reward", "simulator", "--mse-weight", "0"),
+    "plateau, divergence, credit per step": plateau("--reward", "divergence", *PER_STEP),
+    "plateau, R1, credit per step": plateau("--reward", "r1", *PER_STEP),
+    "plateau, R3, credit to go": plateau(*TO_GO),
+    "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
+    "plateau, RWR": plateau("--algorithm", "rwr", *HELD),
     "policy: half the steps": Cell(policy="default"),
     "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
     "common random numbers": Cell(("--imagination", "common")),
@@ -130,11 +159,12 @@ def arm(folder: str, name: str) -> Path:
     return path
 
 
-def play(cfg: Config, folder: Path, policy: Path) -> dict[str, dict[tuple, bool]]:
+def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, dict[tuple, bool]]:
     """Outcomes of a policy on every kind of start: perturbation -> (task, initial state) -> success."""
     starts = Starts(cfg.suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     return {
-        perturb: starts.play(folder / f"eval_{perturb.replace(':', '_')}", policy, perturb) for perturb in cfg.perturb
+        perturb: starts.play(folder / f"eval_{perturb.replace(':', '_')}", policy, perturb, "--noise", x0)
+        for perturb in cfg.perturb
     }
 
 
@@ -150,7 +180,7 @@ def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def true_error(cfg: Config, folder: Path, policy: Path) -> Tensor:
+def true_error(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> Tensor:
     """State error of the deterministic policy's chunks to the demonstrations' [m], per held-out start, unless measured.
 
     The same starts and x_0 for all policies: a much finer measure than success, of what every reward stands for.
@@ -164,6 +194,7 @@ def true_error(cfg: Config, folder: Path, policy: Path) -> Tensor:
             context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
             cond = model.condition(context, batch.proprio).repeat(cfg.error_draws)
             noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
+            noise = noise * float(x0 == "sampled")
             x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
         chunks = model.normalizer.decode_actions(x).unflatten(0, (-1, cfg.error_draws))  # (S, D, T, A)
         error = -SimulatorReward(episodes)(batch.index, chunks, batch.intended).mean((1, 2))  # (S,)
@@ -173,33 +204,36 @@ def true_error(cfg: Config, folder: Path, policy: Path) -> Tensor:
 
 def run_cell(cfg: Config, name: str) -> dict:
     """Train and play one cell, unless that is done."""
-    cell, folder = CELLS[name], Path(cfg.runs) / name.replace(" ", "_").replace(":", "").replace(",", "")
-    policy = arm(cfg.policies, cell.policy)
-    words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
-    if cell.script == "train_rft.py":
-        words += ["--policy", policy, "--world-model", arm(cfg.world_models, cell.world_model)]
-        words += ["--no-gate-stop", "--gate-interval", 1000]  # one gate, before the first step
-        words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
-    else:
-        words += ["--init", policy]
-    run_once(folder, *words, *cell.flags)
-    log = read_lines(folder / "log.jsonl")
+    cell, folder = CELLS[name], Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
+    policy = trained = arm(cfg.policies, cell.policy)
+    log: list[dict] = []
+    if cell.script:
+        words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
+        if cell.script == "train_rft.py":
+            words += ["--policy", policy, "--world-model", arm(cfg.world_models, cell.world_model)]
+            words += ["--no-gate-stop", "--gate-interval", 1000]  # one gate, before the first step
+            words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
+        else:
+            words += ["--init", policy]
+        trained = run_once(folder, *words, *cell.flags) / "model.safetensors"
+        log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{cell.policy.replace(' ', '_')}"
-    base, change = play(cfg, before, policy), true_error(cfg, folder, folder / "model.safetensors")
+    base, change = play(cfg, before, policy), true_error(cfg, folder, trained, cell.x0)
     change = change - true_error(cfg, before, policy)  # (S,)
     return {
         "flags": list(cell.flags),
         "policy": cell.policy,
         "world_model": cell.world_model if cell.script == "train_rft.py" else None,
+        "x0": cell.x0,
         "minutes": max((row["minutes"] for row in log if "minutes" in row), default=None),
-        "gate": {key: value for key, value in log[0].items() if key.startswith("gate")},
-        "reward": {"first": log[0]["reward"], "last": log[-1]["reward"]} if "reward" in log[0] else None,
+        "gate": {key: value for row in log[:1] for key, value in row.items() if key.startswith("gate")},
+        "reward": {"first": log[0]["reward"], "last": log[-1]["reward"]} if log and "reward" in log[0] else None,
         "true_error_change": {
             "mean": change.mean().item(),
             "standard_error": change.std().item() / len(change) ** 0.5,
             "starts": len(change),
         },
-        "success": compare(base, play(cfg, folder, folder / "model.safetensors")),
+        "success": compare(base, play(cfg, folder, trained, cell.x0)),
     }
 
 

@@ -48,11 +48,13 @@ class Starts:
     episodes: int
     preset: str
 
-    def play(self, out_dir: Path, policy: Path, perturb: str = "none") -> dict[tuple, bool]:
-        """Outcomes of a policy, (task, initial state) -> success, by `eval_libero.py`, unless they are there."""
+    def play(self, out_dir: Path, policy: Path, perturb: str = "none", *more: str) -> dict[tuple, bool]:
+        """Outcomes of a policy, (task, initial state) -> success, by `eval_libero.py`, unless they are there; `more`
+        flags of it.
+        """
         flags = ["--suites", self.suite, "--tasks", *self.tasks, "--episodes", self.episodes]
         flags += [] if perturb == "none" else ["--perturb", perturb]
-        run_once(out_dir, "eval_libero.py", "--preset", self.preset, "--policies", policy, *flags)
+        run_once(out_dir, "eval_libero.py", "--preset", self.preset, "--policies", policy, *flags, *more)
         records = read_lines(out_dir / "episodes.jsonl")
         return {(record["task"], record["init_state"]): record["success"] for record in records}
 

@@ -63,6 +63,49 @@ def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) 
     return (frames - context_frame).abs().amax(dim=-3, keepdim=True) > threshold
 
 
+class Windows(NamedTuple):
+    """What SSIM needs of images alone: themselves (N, C, H, W), and the mean and variance of their windows."""
+
+    image: Tensor
+    mean: Tensor  # (N, C, H - window + 1, W - window + 1)
+    variance: Tensor
+
+
+def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
+    """(..., H, W) -> (..., H - window + 1, W - window + 1), Gaussian means of the windows inside."""
+    offsets = torch.arange(window, dtype=torch.float32, device=x.device) - (window - 1) / 2
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    rows = F.conv2d(x.reshape(-1, 1, *x.shape[-2:]), kernel[None, None, :, None])
+    out = F.conv2d(rows, kernel[None, None, None, :])
+    return out.reshape(*x.shape[:-2], *out.shape[-2:])
+
+
+def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Windows:
+    """The part of `ssim` that depends on one of the images (..., C, H, W), in [0, 1], leading axes flattened.
+
+    Raises:
+        ValueError: images smaller than the window.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < window:
+        raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
+    images = images.float().flatten(0, -4)
+    mean = _blur(images, window, sigma)
+    return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)
+
+
+def ssim_to(pred: Tensor, target: Windows, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """`ssim` of pred (..., C, H, W) to the images of `target`, N of them; each serves a run of consecutive images."""
+    x = Windows(*(part.unflatten(0, (len(target.image), -1)) for part in ssim_windows(pred, window, sigma)))
+    y = Windows(*(part[:, None] for part in target))  # (N, 1, C, ...)
+    covariance = _blur(x.image * y.image, window, sigma) - x.mean * y.mean
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * x.mean * y.mean + c1) * (2 * covariance + c2)
+    value = value / ((x.mean**2 + y.mean**2 + c1) * (x.variance + y.variance + c2))  # (N, R, C, H', W')
+    return value.mean(dim=(-3, -2, -1)).reshape(pred.shape[:-3])
+
+
 def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
     """Structural similarity per image, range 1, Gaussian window, mean over channels and over windows inside the image.
 
@@ -77,25 +120,8 @@ def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> 
     Raises:
         ValueError: images smaller than the window.
     """
-    height, width = pred.shape[-2:]
-    if min(height, width) < window:
-        raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
-    offsets = torch.arange(window, dtype=torch.float32, device=pred.device) - (window - 1) / 2
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-
-    def blur(x: Tensor) -> Tensor:
-        x = F.conv2d(x, kernel[None, None, :, None])
-        return F.conv2d(x, kernel[None, None, None, :])
-
-    pred, target = torch.broadcast_tensors(pred.float(), target.float())
-    x, y = (image.reshape(-1, 1, height, width) for image in (pred, target))  # (images * C, 1, H, W)
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    cov = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return value.mean(dim=(-3, -2, -1)).reshape(pred.shape[:-2]).mean(dim=-1)
+    pred, target = torch.broadcast_tensors(pred, target)
+    return ssim_to(pred, ssim_windows(target, window, sigma), window, sigma)
 
 
 class PerceptualDistance(nn.Module):
@@ -124,15 +150,17 @@ class PerceptualDistance(nn.Module):
         maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG-16 has 64 channels there
         return maps * image.shape[-2] * image.shape[-1] * 4
 
-    def features(self, target: Tensor) -> Tensor | list[Tensor]:
-        """What a comparison with `target` (..., C, H, W) needs, leading axes flattened for lpips."""
-        if self.name != "lpips":
-            return target.float()
+    def features(self, target: Tensor) -> Windows | list[Tensor] | None:
+        """What a comparison with `target` (..., C, H, W) needs, leading axes flattened."""
+        if self.name == "none":
+            return None
+        if self.name == "ssim":
+            return ssim_windows(target)
         images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)
         layers = self.lpips.net(images.to(next(self.lpips.net.parameters()).dtype))
         return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]
 
-    def distance_to(self, pred: Tensor, features: Tensor | list[Tensor]) -> Tensor:
+    def distance_to(self, pred: Tensor, features: Windows | list[Tensor] | None) -> Tensor:
         """Distance of pred (..., C, H, W) to the images behind `features`, which may have fewer rows if they repeat.
 
         Each run of consecutive images of `pred` is compared with one of the target's, in order.
@@ -140,9 +168,7 @@ class PerceptualDistance(nn.Module):
         if self.name == "none":
             return pred.new_zeros(pred.shape[:-3], dtype=torch.float32)
         if self.name == "ssim":
-            repeats = pred.shape[:-3].numel() // features.shape[:-3].numel()
-            target = features.flatten(0, -4).repeat_interleave(repeats, 0).reshape(pred.shape)
-            return (1 - ssim(pred, target)) / 2
+            return (1 - ssim_to(pred, features)) / 2
         total = pred.new_zeros(pred.shape[:-3].numel(), dtype=torch.float32)
         ours = self.features(pred)
         for head, mine, theirs in zip(self.lpips.lins, ours, features, strict=True):
