@@ -77,6 +77,24 @@ def test_first_update_has_ratio_one(config, parts):
     assert metrics["sigma"] == pytest.approx((0.08 * 0.2) ** 0.5, rel=1e-5)  # zero-initialised sigma net
 
 
+def test_a_group_stays_on_one_process(config, parts, monkeypatch):
+    policy, model, _ = parts
+    sampler, distance = WindowSampler(load_episodes(config.demos), 9, 8), perceptual("ssim")
+    whole = train_rft.collect(config, policy, model, sampler.batch(4, 0, 0), distance, (0, 0))
+    monkeypatch.setattr("vlarft.distributed.world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr("vlarft.distributed.rank", lambda rank=rank: rank)
+        own = train_rft.collect(config, policy, model, sampler.batch(4, 0, 0, part=(rank, 2)), distance, (0, 0))
+        rows = slice(2 * rank, 2 * rank + 2)  # whole groups, the same as without the other process
+        assert own.batch.index.tolist() == whole.batch.index[rows].tolist()
+        assert own.advantage.shape == (2, config.group)
+        torch.testing.assert_close(
+            own.chunks[0].chain.x, whole.chunks[0].chain.x.unflatten(0, (4, -1))[rows].flatten(0, 1)
+        )
+        torch.testing.assert_close(own.advantage, whole.advantage[rows], atol=1e-3, rtol=1e-3)
+        assert own.advantage.mean(1).abs().max() < 1e-5  # against the group's own mean
+
+
 @pytest.mark.parametrize(
     "changes",
     [
