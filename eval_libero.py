@@ -90,7 +90,7 @@ PRESETS = {
 
 @functools.lru_cache(maxsize=2)
 def _policy(path: str, digest: str) -> VLAPolicy:
-    return VLAPolicy.load(path).eval()
+    return VLAPolicy.load(path).for_playing()
 
 
 @functools.lru_cache(maxsize=2)

@@ -3,8 +3,9 @@
     python benchmarks/policy.py --out results/policy.json                                  the head, on any machine
     python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
 
-chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk
-              (ours), or again at every step (straightforward); alone, and for `batch_size` observations at once
+chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk,
+              weights as `flow.column_major` lays them (ours), or the context again at every step, weights as they are
+              (straightforward); alone, and for `batch_size` observations at once
 head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context once per image
               (ours), or its rows repeated for every draw (straightforward)
 training step (--whole) vision, language model with adapters, head, AdamW, at the batch of the paper: steps a second and
@@ -15,6 +16,7 @@ repeats; first calls are not counted.
 """
 
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.flow import FlowHead, euler_step, matching_loss, sample_ode
+from vlarft.flow import FlowHead, column_major, euler_step, matching_loss, sample_ode
 from vlarft.lora import LoRAConfig, add_lora
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
@@ -78,6 +80,8 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
         torch.manual_seed(0)
         head = FlowHead(sizes.flow)
         torch.nn.init.normal_(head.net.dit.out.weight, std=0.1)  # from its initial zero, all actions would be the noise
+        playing = deepcopy(head)
+        column_major(playing)
         tokens = sizes.vlm.num_cameras * _vision_tokens(sizes.vlm.vision) + sizes.vlm.num_queries + sizes.key_token
         context = torch.randn(cfg.batch_size, tokens, sizes.flow.context_dim)
         proprio = torch.randn(cfg.batch_size, sizes.flow.proprio_dim)
@@ -85,7 +89,7 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
 
     def chunk(rows: int) -> Tensor:
         with torch.no_grad(), autocast(cfg):
-            return sample_ode(head, head.prepare(context[:rows], proprio[:rows]), noise=actions[:rows])
+            return sample_ode(playing, playing.prepare(context[:rows], proprio[:rows]), noise=actions[:rows])
 
     def slow_chunk(rows: int) -> Tensor:
         with torch.no_grad(), autocast(cfg):

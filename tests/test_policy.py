@@ -300,3 +300,18 @@ def test_benchmark(load_benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "straightforward_chunk", lambda *args: broken(*args) + 1)
     with pytest.raises(RuntimeError, match="chunk: the versions differ by 1"):
         benchmark.main(replace(cfg, whole=False))
+
+
+def test_a_policy_made_ready_to_play_acts_the_same_and_saves_as_before(tmp_path):
+    policy, (images, proprio), noise = make(), observations(), torch.randn(2, 8, 7)
+    args = images, TEXTS, proprio
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    actions = policy.eval().act(*args, noise=noise)
+    assert policy.train().for_playing() is policy and not policy.training
+    assert not any(p.requires_grad for p in policy.parameters())
+    layers = [layer for layer in policy.head.modules() if isinstance(layer, torch.nn.Linear)]
+    assert all(layer.weight.t().is_contiguous() for layer in layers) and len(layers) > 5
+    torch.testing.assert_close(policy.act(*args, noise=noise), actions, atol=1e-4, rtol=1e-4)
+    policy.save(tmp_path / "p.safetensors")
+    found = VLAPolicy.load(tmp_path / "p.safetensors").state_dict()
+    assert all(torch.equal(found[name], value) and found[name].is_contiguous() for name, value in before.items())

@@ -24,7 +24,17 @@ from einops import rearrange
 
 from vlarft.checkpoint import load_model, save_model
 from vlarft.dit import DiTConfig
-from vlarft.flow import Condition, FlowConfig, FlowHead, Noise, SigmaNet, matching_loss, sample_chain, sample_ode
+from vlarft.flow import (
+    Condition,
+    FlowConfig,
+    FlowHead,
+    Noise,
+    SigmaNet,
+    column_major,
+    matching_loss,
+    sample_chain,
+    sample_ode,
+)
 from vlarft.normalizer import GripperEncoding, Normalizer
 from vlarft.transformer import TransformerConfig
 from vlarft.vit import ConvEncoderConfig
@@ -169,6 +179,11 @@ class VLAPolicy(nn.Module):
     def save(self, path: str | Path, extra: dict | None = None, state_dict: dict | None = None) -> None:
         """Write the policy, as `checkpoint.save_model`."""
         save_model(path, self, self.cfg, extra, state_dict)
+
+    def for_playing(self) -> VLAPolicy:
+        """Ready for `act`, not for training: eval mode, no gradients, `flow.column_major`. Returns itself."""
+        column_major(self.head)
+        return self.eval().requires_grad_(False)
 
     def add_sigma_net(self, **changes: object) -> SigmaNet:
         """Create the sigma net (a fresh one, whatever there was) and note it in the configuration.
