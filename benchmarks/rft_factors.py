@@ -5,12 +5,22 @@
     python benchmarks/sft_study.py                              trains the policies
     python benchmarks/rft_factors.py                            fine-tunes and plays every cell
 
-Every cell is one training from the same policy, with one option changed against the first cell, which is fine-tuning
-with R3 as `train_rft.py --preset tiny` does it, in the world model of "three times as long". All cells play the same
-starts, plain and perturbed. Finished cells are not run again.
+Every cell is one training. Up to the cells named "plateau", one option is changed against the first cell, which is
+fine-tuning with R3 as `train_rft.py --preset tiny` does it, from the policy of "twice as long" in the world model of
+"three times as long"; the others go on from the policy of "four times as long". All cells play the same starts, plain
+and perturbed. Finished cells are not run again.
+
+Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
+
+    python collect_demos.py --preset tiny --demos-per-task 20 --out-dir runs/few/demos
+    python benchmarks/sft_study.py --demos runs/few/demos --runs runs/few/sft --arms "twice as long" \
+        --out results/sft_few.json --figure docs/images/sft_few.png
+    python benchmarks/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
+        --runs runs/few/rft --out results/rft_few.json --cells "plateau, R1, credit per step" "plateau, extra SFT" ...
 
 Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
-the change of the policy's true error in the simulator at held-out starts.
+what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the
+draws lie apart.
 """
 
 import json
@@ -19,11 +29,11 @@ import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Literal, NamedTuple
 
 import torch
 from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
-from torch import Tensor
 
 from vlarft.checkpoint import load_model, write_json
 from vlarft.config import opt, parse, to_dict
@@ -86,8 +96,7 @@ CELLS = {
     "world model: a third of the steps": Cell(world_model="default"),
     "world model: demonstrations only": Cell(world_model="demonstrations only"),
     "world model: no stale frames": Cell(world_model="no stale frames"),
-    "policy: twice the steps": Cell(policy=PLATEAU),
-    "policy: twice the steps, extra SFT": sft("--steps", "1000", policy=PLATEAU),
+    "plateau, R3, 40 steps, flow-matching weight 0.1": Cell(policy=PLATEAU),
     "plateau, x_0 = 0": Cell(policy=PLATEAU, script=None, x0="zero"),
     "plateau, R3": plateau(*HELD),
     "plateau, divergence": plateau("--reward", "divergence", *HELD),
@@ -99,6 +108,7 @@ CELLS = {
     "plateau, R1, credit per step": plateau("--reward", "r1", *PER_STEP),
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
+    "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),
     "plateau, RWR": plateau("--algorithm", "rwr", *HELD),
     "policy: half the steps": Cell(policy="default"),
     "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
@@ -128,6 +138,8 @@ class Config:
     runs: str = opt("runs/rft_factors", "folder for the cells")
     out: str = opt("results/rft_factors.json", "JSON file to write")
     cells: tuple[str, ...] = opt(tuple(CELLS), "cells to run")
+    start: str | None = opt(None, "arm of sft_study.py that all cells start from; none: each cell's own")
+    gate: bool = opt(True, "the trust gate before the first step, which needs episodes that the world model never saw")
     suite: str = opt("tabletop_object", "suite of the demonstrations")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
@@ -180,59 +192,73 @@ def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def true_error(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> Tensor:
-    """State error of the deterministic policy's chunks to the demonstrations' [m], per held-out start, unless measured.
+def measure(cfg: Config, folder: Path, policy: Path) -> dict[str, list[float]]:
+    """The deterministic policy's chunks at held-out starts, against the demonstrations', unless measured.
 
-    The same starts and x_0 for all policies: a much finer measure than success, of what every reward stands for.
+    The same starts and x_0 for all policies: a much finer measure than success.
+
+    Returns:
+        Per start: the state error of the chunks from x_0s that are "sampled" and from "zero" [m], what every reward
+        stands for; and the "spread", the standard deviation of the former chunks' translations [normalised units].
     """
-    measured = folder / "true_error.json"
+    measured = folder / "chunks.json"
     if not measured.is_file():
         model, extra = load_model(policy, VLAPolicy, PolicyConfig)
         episodes = load_episodes(cfg.demos, names=extra["validation_episodes"], with_states=True)
         batch = WindowSampler(episodes, 9, 8).spread(cfg.error_starts)
+        simulator, found = SimulatorReward(episodes), {}
         with torch.no_grad():
             context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
-            cond = model.condition(context, batch.proprio).repeat(cfg.error_draws)
-            noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
-            noise = noise * float(x0 == "sampled")
-            x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
-        chunks = model.normalizer.decode_actions(x).unflatten(0, (-1, cfg.error_draws))  # (S, D, T, A)
-        error = -SimulatorReward(episodes)(batch.index, chunks, batch.intended).mean((1, 2))  # (S,)
-        write_json(measured, error.tolist())
-    return torch.tensor(json.loads(measured.read_text()))
+            for name, draws in (("sampled", cfg.error_draws), ("zero", 1)):
+                cond = model.condition(context, batch.proprio).repeat(draws)
+                noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
+                noise = noise * float(name == "sampled")
+                x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
+                x = x.unflatten(0, (-1, draws))  # (S, D, T, A)
+                chunks = model.normalizer.decode_actions(x)
+                found[name] = (-simulator(batch.index, chunks, batch.intended).mean((1, 2))).tolist()
+                if name == "sampled":
+                    found["spread"] = x[..., :3].std(1).mean((1, 2)).tolist()
+        write_json(measured, found)
+    return json.loads(measured.read_text())
+
+
+def difference(before: list[float], after: list[float]) -> dict[str, float]:
+    """Mean difference of what was measured at the same starts, its standard error, and the mean before."""
+    change = torch.tensor(after) - torch.tensor(before)
+    error = change.std().item() / len(change) ** 0.5
+    return {"mean": change.mean().item(), "standard_error": error, "starts": len(change), "before": mean(before)}
 
 
 def run_cell(cfg: Config, name: str) -> dict:
     """Train and play one cell, unless that is done."""
     cell, folder = CELLS[name], Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
-    policy = trained = arm(cfg.policies, cell.policy)
+    start = cfg.start or cell.policy
+    policy = trained = arm(cfg.policies, start)
     log: list[dict] = []
     if cell.script:
         words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
         if cell.script == "train_rft.py":
             words += ["--policy", policy, "--world-model", arm(cfg.world_models, cell.world_model)]
-            words += ["--no-gate-stop", "--gate-interval", 1000]  # one gate, before the first step
+            words += ["--no-gate-stop", "--gate-interval", 1000] if cfg.gate else ["--gate-starts", 0]
             words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
         else:
             words += ["--init", policy]
         trained = run_once(folder, *words, *cell.flags) / "model.safetensors"
         log = read_lines(folder / "log.jsonl")
-    before = Path(cfg.runs) / f"base_{cell.policy.replace(' ', '_')}"
-    base, change = play(cfg, before, policy), true_error(cfg, folder, trained, cell.x0)
-    change = change - true_error(cfg, before, policy)  # (S,)
+    before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
+    base, old, new = play(cfg, before, policy), measure(cfg, before, policy), measure(cfg, folder, trained)
     return {
         "flags": list(cell.flags),
-        "policy": cell.policy,
+        "policy": start,
         "world_model": cell.world_model if cell.script == "train_rft.py" else None,
         "x0": cell.x0,
         "minutes": max((row["minutes"] for row in log if "minutes" in row), default=None),
         "gate": {key: value for row in log[:1] for key, value in row.items() if key.startswith("gate")},
         "reward": {"first": log[0]["reward"], "last": log[-1]["reward"]} if log and "reward" in log[0] else None,
-        "true_error_change": {
-            "mean": change.mean().item(),
-            "standard_error": change.std().item() / len(change) ** 0.5,
-            "starts": len(change),
-        },
+        "true_error_change": difference(old["sampled"], new[cell.x0]),
+        "true_error_change_from_zero": difference(old["zero"], new["zero"]),
+        "spread_change": difference(old["spread"], new["spread"]),
         "success": compare(base, play(cfg, folder, trained, cell.x0)),
     }
 
@@ -243,7 +269,8 @@ def table(cells: dict[str, dict]) -> str:
     for name, cell in cells.items():
         found, error = cell["success"]["all"], cell["true_error_change"]
         line = f"{name:<36} {show_rate(found, found['against_base'])}"
-        lines.append(f"{line}   {1e3 * error['mean']:+.2f} +- {1e3 * error['standard_error']:.2f} mm")
+        line += f"   {1e3 * error['mean']:+.2f} +- {1e3 * error['standard_error']:.2f} mm"
+        lines.append(f"{line}   spread {cell['spread_change']['mean']:+.4f}")
     return "\n".join(lines)
 
 
@@ -263,11 +290,11 @@ def main(cfg: Config) -> dict:
     }
     for name in cfg.cells:
         report["cells"][name] = run_cell(cfg, name)
-        base = CELLS[name].policy
+        base = cfg.start or CELLS[name].policy
         if base not in report["base"]:
             parts = cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base)
             report["base"][base] = {kind: rate(list(found.values())) for kind, found in play(*parts).items()}
-            report["base"][base]["true_error"] = true_error(*parts).mean().item()
+            report["base"][base] |= {f"chunks_{name}": mean(values) for name, values in measure(*parts).items()}
         write_json(cfg.out, report)
     print("\n" + table(report["cells"]))
     return report

@@ -80,11 +80,11 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     cfg = dataclasses.replace(study.PRESETS["smoke"], **arms, **places)
     with pytest.raises(FileNotFoundError, match="run the study that trains the arm 'twice as long' first"):
         study.main(cfg)
-    monkeypatch.setitem(study.CELLS, "R3", study.Cell(world_model="default", policy="default"))
-    monkeypatch.setitem(study.CELLS, "extra SFT head", study.sft("--steps", "1", *study.HEAD, policy="default"))
-    true = study.Cell(("--reward", "simulator"), world_model="default", policy="default")
+    monkeypatch.setitem(study.CELLS, "R3", study.Cell(world_model="default"))
+    monkeypatch.setitem(study.CELLS, "extra SFT head", study.sft("--steps", "1", *study.HEAD))
+    true = study.Cell(("--reward", "simulator"), world_model="default")
     monkeypatch.setitem(study.CELLS, "simulator's true error", true)
-    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error"))
+    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error", "plateau, x_0 = 0"), start="default")
     report = study.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report
     assert all(cell["true_error_change"]["starts"] == 4 for cell in report["cells"].values())
@@ -97,6 +97,11 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
             "all": 2,
         }
     assert "gate_policy" in report["cells"]["R3"]["gate"] and report["cells"]["extra SFT head"]["gate"] == {}
+    alone = report["cells"]["plateau, x_0 = 0"]
+    assert alone["minutes"] is None and alone["spread_change"]["mean"] == 0 < alone["spread_change"]["before"]
+    assert alone["true_error_change"]["mean"] != 0 == alone["true_error_change_from_zero"]["mean"]
+    ungated = dataclasses.replace(cfg, cells=("R3",), gate=False, runs=str(tmp_path / "ungated"))
+    assert study.main(ungated)["cells"]["R3"]["gate"] == {}
     assert set(report["base"]) == {"default"} and "extra SFT head" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown cell 'none'; there are: R3"):
         study.main(dataclasses.replace(cfg, cells=("none",)))

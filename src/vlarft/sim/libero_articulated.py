@@ -56,7 +56,7 @@ def has_knob(env: LiberoEnv, name: str) -> bool:
     return abs(env.data.xaxis[env.model.joint(joints[0]).id][2]) > 0.9
 
 
-def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.158) -> Plan:
+def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.147) -> Plan:
     """Pinches the handle's bar from the front and pulls until the drawer is `width` open."""
     env = motion.env
     drawer = drawer_of(env, region)
