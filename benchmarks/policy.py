@@ -1,11 +1,11 @@
 """Speed of the policy's action head, and of a whole training step, with random weights.
 
-    python benchmarks/policy.py --out results/policy.json                                  the head, on any machine
+    python benchmarks/policy.py --compile --out results/policy.json                        the head, on any machine
     python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
 
 chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk,
               weights as `flow.column_major` lays them (ours), or the context again at every step, weights as they are
-              (straightforward); alone, and for `batch_size` observations at once
+              (straightforward); alone, and for `batch_size` observations at once; with --compile also ours compiled
 head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context once per image
               (ours), or its rows repeated for every draw (straightforward)
 training step (--whole) vision, language model with adapters, head, AdamW, at the batch of the paper: steps a second and
@@ -42,7 +42,7 @@ class Config:
     draws: int = opt(4, "pairs (tau, eps) per observation of the head's step")
     repeats: int = opt(20, "timed calls of each version")
     whole: bool = opt(False, "also time whole training steps")
-    compile: bool = opt(False, "whole training steps also with compiled blocks")
+    compile: bool = opt(False, "chunks also with a compiled head, whole training steps also with compiled blocks")
 
 
 PRESETS = {
@@ -65,12 +65,15 @@ def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, nois
 
 def compare(timings: dict[str, Timing], difference: float) -> dict[str, float]:
     ours, plain = timings["ours"], timings["straightforward"]
-    return {
+    found = {
         "ours_s": ours.median,
         "straightforward_s": plain.median,
         "times_faster": plain.median / ours.median,
         "largest_difference": difference,
     }
+    if compiled := timings.get("compiled"):
+        found |= {"compiled_s": compiled.median, "times_faster_compiled": plain.median / compiled.median}
+    return found
 
 
 def time_head(cfg: Config) -> dict[str, dict[str, float]]:
@@ -87,7 +90,7 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
         proprio = torch.randn(cfg.batch_size, sizes.flow.proprio_dim)
         actions = torch.randn(cfg.batch_size, sizes.flow.chunk, sizes.flow.action_dim)
 
-    def chunk(rows: int) -> Tensor:
+    def chunk(rows: int, playing: FlowHead = playing) -> Tensor:
         with torch.no_grad(), autocast(cfg):
             return sample_ode(playing, playing.prepare(context[:rows], proprio[:rows]), noise=actions[:rows])
 
@@ -98,6 +101,11 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
     def time_chunks(rows: int) -> dict[str, float]:
         error = (chunk(rows) - slow_chunk(rows)).abs().max().item()
         versions = {"ours": lambda: chunk(rows), "straightforward": lambda: slow_chunk(rows)}
+        if cfg.compile:
+            compiled = deepcopy(playing)
+            compiled.net.dit.compile()
+            error = max(error, (chunk(rows, compiled) - slow_chunk(rows)).abs().max().item())
+            versions["compiled"] = lambda: chunk(rows, compiled)
         return compare(alternate(versions, cfg.repeats, cfg.device, warmup=2), error)
 
     def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,9 @@ def main(cfg: Config) -> dict:
         if report[name]["largest_difference"] > tolerance:
             raise RuntimeError(f"{name}: the versions differ by {report[name]['largest_difference']:.3g} > {tolerance}")
         row = report[name]
-        print(f"{name:<16} {1e3 * row['ours_s']:.2f} ms, straightforward {1e3 * row['straightforward_s']:.2f} ms")
+        shown = [f"{version} {1e3 * row[f'{version}_s']:.2f} ms" for version in ("ours", "straightforward", "compiled")
+                 if f"{version}_s" in row]  # fmt: skip
+        print(f"{name:<16} {', '.join(shown)}")
     if cfg.whole:
         for compiled in (False, True) if cfg.compile else (False,):
             name = "training step, compiled" if compiled else "training step"

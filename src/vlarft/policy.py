@@ -180,9 +180,15 @@ class VLAPolicy(nn.Module):
         """Write the policy, as `checkpoint.save_model`."""
         save_model(path, self, self.cfg, extra, state_dict)
 
-    def for_playing(self) -> VLAPolicy:
-        """Ready for `act`, not for training: eval mode, no gradients, `flow.column_major`. Returns itself."""
+    def for_playing(self, compile: bool = False) -> VLAPolicy:
+        """Ready for `act`, not for training: eval mode, no gradients, `flow.column_major`. Returns itself.
+
+        Args:
+            compile: `torch.compile` the head's trunk; the first chunk of each batch size then takes a minute.
+        """
         column_major(self.head)
+        if compile:
+            self.head.net.dit.compile()
         return self.eval().requires_grad_(False)
 
     def add_sigma_net(self, **changes: object) -> SigmaNet:
