@@ -111,6 +111,7 @@ CELLS = {
     "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),
     "plateau, RWR": plateau("--algorithm", "rwr", *HELD),
     "policy: half the steps": Cell(policy="default"),
+    "policy: half the steps, x_0 = 0": Cell(policy="default", script=None, x0="zero"),
     "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
     "common random numbers": Cell(("--imagination", "common")),
     "independent draws": Cell(("--imagination", "sample")),
