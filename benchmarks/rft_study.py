@@ -25,11 +25,15 @@ from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference
 
+HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
+PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
 RFT_ARMS = {
-    "RWR": ["--algorithm", "rwr"],
-    "RFT R1": ["--reward", "r1"],
-    "RFT R2": ["--reward", "r2"],
-    "RFT R3": ["--reward", "r3"],
+    "RWR": ["--algorithm", "rwr", *HELD],
+    "RFT R1": ["--reward", "r1", *HELD],
+    "RFT R2": ["--reward", "r2", *HELD],
+    "RFT R3": ["--reward", "r3", *HELD],
+    "RFT R1 per step": ["--reward", "r1", *PER_STEP],
+    "RFT divergence": ["--reward", "divergence", *PER_STEP],
 }
 EXTRA_ARMS = {"extra SFT": [], "extra SFT head": ["--train", "head", "--key-batch", 0]}
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
@@ -51,7 +55,7 @@ class Config:
     world_model_steps: int = opt(4500, "steps of the world model")
     early_steps: int = opt(800, "steps of the early SFT policy")
     sft_steps: int = opt(5000, "steps of the long-trained SFT policy")
-    rft_steps: int = opt(40, "steps of each fine-tuning")
+    rft_steps: int = opt(80, "steps of each fine-tuning")
     curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning")
     curve_episodes: int = opt(20, "episodes per task of each of them")
 
