@@ -150,11 +150,26 @@ def test_diagnosis_of_a_policy_that_knows(policy, demos, policy_file, world_mode
     found, chunks = diagnose(CFG, policy, oracle, batch, None, (0,), draws=3)
     assert chunks.shape == (4, 3, 8, 7) and found["error_y"] == pytest.approx(0.1, abs=1e-3)
     assert found["error_x"] < 1e-3 and found["error_gripper"] < 1e-3
+    assert max(found[f"spread_{name}"] for name in ("x", "y", "rz", "gripper")) < 1e-3  # one end, from every x_0
     # the oracle's frames show (a + 1) / 2 of 7 dims, of which y alone is off, by 0.1 of half its range
     half_range = ((policy.normalizer.action_high - policy.normalizer.action_low) / 2)[1].item()
     clipped = policy.normalizer.decode_actions(target)
     beyond = ((clipped - batch.actions).abs().mean() / 2).item()  # dataset actions outside the quantiles
     assert found["reward_mean_action"] == pytest.approx(-8 * 0.1 * half_range / 7 / 2, abs=8 * beyond + 1e-3)
+
+
+def test_diagnosis_of_a_policy_that_does_not(policy, demos, policy_file, world_model_file):
+    batch, _ = held_out_batch(demos, policy_file)
+    policy.head.velocity = lambda x, tau, cond, k: torch.zeros_like(x)  # the chunk is x_0
+    error = torch.tensor([0.1, 0.3])
+
+    def simulator(index, chunks, dataset):  # a state error that tells one chunk from several
+        return -error[int(chunks.shape[1] > 1)].expand(*chunks.shape[:3])
+
+    oracle = Oracle(WorldModel.load(world_model_file))
+    found, _ = diagnose(CFG, policy, oracle, batch, None, (0,), simulator, draws=200)
+    assert found["spread_x"] == pytest.approx(1.0, abs=0.05) and found["spread_gripper"] == pytest.approx(1.0, abs=0.05)
+    assert found["true_error"] == pytest.approx(0.3) and found["true_error_mean_action"] == pytest.approx(0.1)
 
 
 def test_histograms():

@@ -1,6 +1,7 @@
 """The policy: presets, images as given, act, the training loss, checkpoints, the sigma net's life."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -315,3 +316,12 @@ def test_a_policy_made_ready_to_play_acts_the_same_and_saves_as_before(tmp_path)
     policy.save(tmp_path / "p.safetensors")
     found = VLAPolicy.load(tmp_path / "p.safetensors").state_dict()
     assert all(torch.equal(found[name], value) and found[name].is_contiguous() for name, value in before.items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_policy_acts_the_same():
+    policy, (images, proprio), noise = make(), observations(), torch.randn(2, 8, 7)
+    actions = policy.act(images, TEXTS, proprio, noise=noise)
+    compiled = policy.for_playing(compile=True).act(images, TEXTS, proprio, noise=noise)
+    assert policy.head.net.dit._compiled_call_impl is not None
+    torch.testing.assert_close(compiled, actions, atol=1e-4, rtol=1e-4)
