@@ -26,7 +26,8 @@ from torch import Tensor
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.flow import FlowHead, column_major, euler_step, matching_loss, sample_ode
+from vlarft.flow import euler_step, matching_loss, sample_ode
+from vlarft.flow_networks import FlowHead, column_major
 from vlarft.lora import LoRAConfig, add_lora
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy

@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlarft import memory, transformer
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.flow import SigmaNet, matching_loss
+from vlarft.flow import matching_loss
+from vlarft.flow_networks import SigmaNet
 from vlarft.frame_networks import ResBlock
 from vlarft.lora import LoRAConfig, add_lora
 from vlarft.normalizer import Normalizer

@@ -1,5 +1,6 @@
 """Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlarft.data import load_episodes
+from vlarft.data import WindowSampler, load_episodes
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 
 SIZE = 64  # px, the image size of the smoke presets
@@ -116,6 +117,34 @@ def policy_file(demos, tmp_path_factory) -> Path:
     names = [e.name for e in episodes]
     policy.save(path, {"train_episodes": names[:-2], "validation_episodes": names[-2:]})
     return path
+
+
+@pytest.fixture
+def rft_config(demos, policy_file, world_model_file, tmp_path):
+    """Config of train_rft.py at smoke size."""
+    import train_rft
+
+    return dataclasses.replace(
+        train_rft.PRESETS["smoke"],
+        policy=str(policy_file),
+        world_model=str(world_model_file),
+        demos=str(demos),
+        out_dir=str(tmp_path / "rft"),
+    )
+
+
+@pytest.fixture
+def rft_parts(rft_config):
+    """Policy with a fresh sigma net, world model and a batch of starts."""
+    from vlarft.policy import VLAPolicy
+    from vlarft.world_model import WorldModel
+
+    policy = VLAPolicy.load(rft_config.policy)
+    torch.manual_seed(0)
+    policy.add_sigma_net()
+    policy.eval()
+    sampler = WindowSampler(load_episodes(rft_config.demos), 9, 8)
+    return policy, WorldModel.load(rft_config.world_model), sampler.batch(rft_config.starts, 0, 0)
 
 
 @pytest.fixture

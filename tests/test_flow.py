@@ -8,10 +8,6 @@ import torch
 
 from vlarft.dit import DiTConfig
 from vlarft.flow import (
-    Condition,
-    FlowConfig,
-    FlowHead,
-    SigmaNet,
     chain_log_prob,
     euler_step,
     matching_loss,
@@ -21,6 +17,7 @@ from vlarft.flow import (
     sample_tau,
     transition,
 )
+from vlarft.flow_networks import Condition, FlowConfig, FlowHead, SigmaNet
 
 CFG = FlowConfig(
     context_dim=12,

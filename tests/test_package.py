@@ -51,8 +51,8 @@ def test_scripts(path):
 def test_imports_go_one_way(path):
     name = path.relative_to(ROOT / "src" / "vlarft").as_posix()
     layers = {"base": 0, "network": 1, "room": 2}
-    networks = {"action_bins", "discriminator", "dit", "flow", "frame_networks", "lora", "normalizer", "reconstruction"}
-    networks |= {"tokenizer", "transformer", "vit", "vlm"}
+    networks = {"action_bins", "discriminator", "dit", "flow", "flow_networks", "frame_networks", "lora", "normalizer"}
+    networks |= {"reconstruction", "tokenizer", "transformer", "vit", "vlm"}
     base = {"checkpoint", "config", "distributed", "memory", "metrics", "runlog"}
 
     def layer(module: str) -> int:

@@ -16,7 +16,7 @@ from test_pretrained import scramble, write
 from weights import uniform, weight
 
 from vlarft.dit import DiTConfig, time_features
-from vlarft.flow import FlowConfig, FlowHead
+from vlarft.flow_networks import FlowConfig, FlowHead
 from vlarft.policy import PRESETS, VLAPolicy
 from vlarft.pretrained import policy_from_public, public_policy_config, read_statistics, read_text_tokenizer
 from vlarft.pretrained.__main__ import main

@@ -1,99 +1,23 @@
-"""Flow-matching action head, its sigma net, and the stochastic chain they define together.
+"""Flow matching and the stochastic chain: what is done with the velocity net and the sigma net of flow_networks.py.
 
 One time convention: tau = 0 is noise, tau = 1 is the action, velocity = actions - noise, tau_k = k / K in float32 for
 k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it.
 
 Shapes: S contexts, B rows (B = S * R: R group members, tau draws or flow steps of each context, context-major),
-T chunk steps, A action dim, K flow steps (M of them noisy), N context tokens, D width.
+T chunk steps, A action dim, K flow steps (M of them noisy).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.distributions import Normal
 
-from vlarft.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
-
-Noise = Literal["sigma_net", "flow_sde"]
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """Sizes of the action head and the sigma net, and the noise of the chain; the defaults are the paper's.
-
-    Raises:
-        ValueError: bounds out of order, or noisy dims or steps that do not exist.
-    """
-
-    chunk: int = 8  # T
-    action_dim: int = 7  # A
-    proprio_dim: int = 8
-    context_dim: int = 896
-    embed_dim: int = 896  # width in which each noisy scalar and the proprio are embedded
-    dit: DiTConfig = field(default_factory=DiTConfig)
-    num_steps: int = 10  # K
-    sigma_min: float = 0.08  # standard deviation of a step, in normalised action units
-    sigma_max: float = 0.2
-    sigma_uses_x: bool = False  # give the sigma net x_k besides (z, s, k); the public weights need it
-    noisy_dims: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)  # dims that the chain perturbs and the log-prob counts
-    noisy_steps: tuple[int, ...] | None = None  # flow steps that do, the others follow the ODE; None: all K
-    noise: Noise = "sigma_net"  # of the chain: learnt and added (the paper's), or a fixed schedule that keeps marginals
-    sigma_init: float | None = None  # sigma of the untrained net; None: the geometric mean of its bounds
-    sde_noise: float = 0.7  # strength of flow_sde's schedule (Flow-GRPO)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma_min <= self.sigma_max:
-            raise ValueError(
-                f"FlowConfig: sigma_min {self.sigma_min} and sigma_max {self.sigma_max}; "
-                "expected 0 < sigma_min <= sigma_max"
-            )
-        if self.sigma_init is not None and not self.sigma_min < self.sigma_init < self.sigma_max:
-            raise ValueError(
-                f"FlowConfig.sigma_init {self.sigma_init}: expected between sigma_min {self.sigma_min} and sigma_max "
-                f"{self.sigma_max}, which a tanh reaches only in the limit"
-            )
-        if not self.sde_noise > 0:
-            raise ValueError(f"FlowConfig.sde_noise must be positive, got {self.sde_noise}")
-        for name, count in (("noisy_dims", self.action_dim), ("noisy_steps", self.num_steps)):
-            chosen = getattr(self, name)
-            if chosen is not None and (not chosen or any(not 0 <= i < count for i in chosen)):
-                raise ValueError(f"FlowConfig.{name} {chosen}: expected one or more {name[6:]} in 0..{count - 1}")
-
-    @property
-    def scored_steps(self) -> tuple[int, ...]:
-        """The M flow steps with noise, in order; the others have no density."""
-        return tuple(range(self.num_steps)) if self.noisy_steps is None else tuple(sorted(set(self.noisy_steps)))
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Everything a chunk's S contexts contribute, computed once.
-
-    kv: keys and values per block; base: (S, D), proprio embedding + context mean; repeats: rows per context;
-    sigma: the sigma net's own, where there is one; modulations: of `at_steps`, (K, S, 6 D) per block.
-    """
-
-    kv: dict[int, KeyValue]
-    base: torch.Tensor
-    repeats: int = 1
-    sigma: Condition | None = None
-    modulations: list[torch.Tensor] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """B = S * repeats."""
-        return len(self.base) * self.repeats
-
-    def repeat(self, times: int) -> Condition:
-        """The same contexts with `times` as many rows each (row = context * repeats + member); nothing is copied."""
-        return replace(self, repeats=self.repeats * times, sigma=self.sigma and self.sigma.repeat(times))
+from vlarft.flow_networks import Condition, FlowConfig, FlowHead, SigmaNet
 
 
 class Chain(NamedTuple):
@@ -113,162 +37,6 @@ class LogProb(NamedTuple):
     entropy: torch.Tensor
     mean: torch.Tensor
     sigma: torch.Tensor
-
-
-class ChunkNet(nn.Module):
-    """Noisy chunk, time, proprio and context -> one vector per chunk step. Velocity and sigma nets are both this.
-
-    Args:
-        cfg: sizes.
-        takes_x: False leaves the noisy chunk out; the tokens are then the positions alone.
-    """
-
-    def __init__(self, cfg: FlowConfig, takes_x: bool = True) -> None:
-        super().__init__()
-        self.cfg, width, embed = cfg, cfg.dit.width, cfg.embed_dim
-        if takes_x:
-            self.action_fc1, self.action_fc2 = nn.Linear(1, embed), nn.Linear(embed, embed)
-            self.action_out = nn.Linear(cfg.action_dim * embed, width)
-        self.takes_x = takes_x
-        self.proprio_fc1, self.proprio_fc2 = nn.Linear(cfg.proprio_dim, embed), nn.Linear(embed, embed)
-        self.proprio_out = nn.Linear(embed, width)
-        self.context_out = nn.Linear(cfg.context_dim, width)
-        self.time = TimeEmbedding(width)
-        self.register_buffer("positions", sincos_positions(cfg.chunk, width))
-        self.dit = DiT(cfg.dit, cfg.action_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Embeddings of order one, so that adaLN, which starts at zero, has something to modulate by at once."""
-        gelu_input, tau_features = {"action_fc2", "proprio_fc2"}, self.time.num_features / 2
-        for name, layer in self.named_children():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=(1.6 if name in gelu_input else 1.0) / layer.in_features**0.5)
-        nn.init.normal_(self.time.fc1.weight, std=tau_features**-0.5)
-        nn.init.normal_(self.time.fc2.weight, std=1.6 / self.time.fc2.in_features**0.5)
-
-    def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
-        """context: (S, N, context_dim), proprio: (S, proprio_dim) normalised -> the condition of S contexts.
-
-        Raises:
-            ValueError: other widths, or unequal numbers of contexts and proprio rows.
-        """
-        cfg = self.cfg
-        if context.ndim != 3 or context.shape[-1] != cfg.context_dim:
-            raise ValueError(f"context: got shape {tuple(context.shape)}, expected (S, N, {cfg.context_dim})")
-        if proprio.shape != (len(context), cfg.proprio_dim):
-            raise ValueError(
-                f"proprio: got shape {tuple(proprio.shape)}, expected {(len(context), cfg.proprio_dim)}: "
-                "one row per context"
-            )
-        context = self.context_out(context)  # (S, N, D)
-        state = self.proprio_out(self.proprio_fc2(F.gelu(self.proprio_fc1(proprio))))  # (S, D)
-        return Condition(self.dit.prepare(context), state + context.mean(dim=1))
-
-    def at_steps(self, cond: Condition, num_steps: int) -> Condition:
-        """The condition with the modulations of tau = k / num_steps for all k: one product for all rows and steps."""
-        tau = torch.arange(num_steps, device=cond.base.device) / num_steps  # (K,)
-        return replace(cond, modulations=self.dit.modulations(self.time(tau)[:, None] + cond.base))  # (K, S, D) inside
-
-    def forward(
-        self, x: torch.Tensor | None, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Run the net.
-
-        Args:
-            x: (B, T, A), or None where the net does not take it.
-            tau: (B,).
-            cond: of S contexts with B = S * R.
-            k: (B,), the steps that tau stands for, where `cond` is of `at_steps`.
-
-        Returns:
-            (B, T, A).
-        """
-        rows, contexts = len(tau), len(cond.base)
-        if rows % contexts:
-            raise ValueError(f"{rows} rows do not divide among {contexts} contexts; pass a multiple, context-major")
-        tokens = self.positions
-        if self.takes_x:
-            features = self.action_fc2(F.gelu(self.action_fc1(x[..., None])))  # (B, T, A, E)
-            tokens = tokens + self.action_out(rearrange(features, "b t a e -> b t (a e)"))
-        else:
-            tokens = tokens.expand(rows, -1, -1)
-        own = torch.arange(rows, device=tau.device) // (rows // contexts)  # (B,), each row's context
-        if cond.modulations is None or k is None:
-            modulations = self.dit.modulations(self.time(tau) + cond.base[own])  # (B, 6 D) each
-        else:
-            modulations = [value[k, own] for value in cond.modulations]
-        return self.dit(tokens, modulations, cond.kv)
-
-
-class FlowHead(nn.Module):
-    """The velocity net v(x, tau | z, s)."""
-
-    def __init__(self, cfg: FlowConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.net = ChunkNet(cfg)
-
-    def prepare(self, context: torch.Tensor, proprio: torch.Tensor, sigma_net: SigmaNet | None = None) -> Condition:
-        """What all flow steps of a chunk share, computed once.
-
-        Args:
-            context: (S, N, context_dim), Eq. (1).
-            proprio: (S, proprio_dim), normalised.
-            sigma_net: give it when the chain will be sampled or scored.
-        """
-        cond = self.net.prepare(context, proprio)
-        return cond if sigma_net is None else replace(cond, sigma=sigma_net.prepare(context, proprio))
-
-    def at_steps(self, cond: Condition, num_steps: int) -> Condition:
-        """`cond` made ready for the times k / num_steps; every step that is given k then costs a third less."""
-        return self.net.at_steps(cond, num_steps)
-
-    def velocity(
-        self, x: torch.Tensor, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x: (B, T, A) at time tau (B,), B a multiple of the condition's contexts -> velocity (B, T, A), float32."""
-        return self.net(x, tau, cond, k).float()
-
-
-class SigmaNet(nn.Module):
-    """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
-
-    The output layer's weights are zero-initialised: sigma starts at `sigma_init`, by default the geometric mean of its
-    bounds, sqrt(0.08 * 0.2) = 0.1265, where the output's bias is zero, too.
-    """
-
-    def __init__(self, cfg: FlowConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
-        if cfg.sigma_init is not None:
-            low, high = math.log(cfg.sigma_min), math.log(cfg.sigma_max)
-            nn.init.constant_(
-                self.net.dit.out.bias, math.atanh((2 * math.log(cfg.sigma_init) - low - high) / (high - low))
-            )
-
-    def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
-        """As `FlowHead.prepare`, with this net's own projections."""
-        return self.net.prepare(context, proprio)
-
-    def at_steps(self, cond: Condition) -> Condition:
-        """As `FlowHead.at_steps`, for this net's part of a condition."""
-        return self.net.at_steps(cond, self.cfg.num_steps)
-
-    def log_sigma(self, cond: Condition, k: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-        """log sigma_k of (z, s, k) and, when configured, x_k.
-
-        Args:
-            cond: of `prepare`, S contexts.
-            k: (B,) flow steps, 0..K-1.
-            x: (B, T, A), read only with `sigma_uses_x`.
-        Returns:
-            (B, T, A), float32, between log sigma_min and log sigma_max.
-        """
-        low, high = math.log(self.cfg.sigma_min), math.log(self.cfg.sigma_max)
-        out = self.net(x, k.float() / self.cfg.num_steps, cond, k).float()
-        return (low + high) / 2 + (high - low) / 2 * torch.tanh(out)
 
 
 def noisy_mask(cfg: FlowConfig, device: torch.device) -> torch.Tensor:
@@ -490,14 +258,3 @@ def sample_ode(head: FlowHead, cond: Condition, *, noise: torch.Tensor, num_step
     for k in range(num_steps):
         x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, cond)
     return x
-
-
-def column_major(module: nn.Module) -> None:
-    """Lay the linear layers' weights that are on a CPU column by column in memory, in place; values and shapes stay.
-
-    A CPU multiplies the few rows of a single chunk by such weights a quarter faster. Not for training under FSDP, which
-    takes contiguous parameters only.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu":
-            layer.weight.data = layer.weight.data.t().contiguous().t()

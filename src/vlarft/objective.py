@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vlarft import distributed
 from vlarft.config import opt
-from vlarft.flow import Condition, FlowHead, LogProb, SigmaNet, chain_log_prob, matching_loss, matching_pairs
+from vlarft.flow import LogProb, chain_log_prob, matching_loss, matching_pairs
+from vlarft.flow_networks import Condition, FlowHead, SigmaNet
 from vlarft.grpo import (
     EntropyOver,
     Objective,

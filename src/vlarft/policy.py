@@ -24,17 +24,8 @@ from einops import rearrange
 
 from vlarft.checkpoint import load_model, save_model
 from vlarft.dit import DiTConfig
-from vlarft.flow import (
-    Condition,
-    FlowConfig,
-    FlowHead,
-    Noise,
-    SigmaNet,
-    column_major,
-    matching_loss,
-    sample_chain,
-    sample_ode,
-)
+from vlarft.flow import matching_loss, sample_chain, sample_ode
+from vlarft.flow_networks import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
 from vlarft.normalizer import GripperEncoding, Normalizer
 from vlarft.transformer import TransformerConfig
 from vlarft.vit import ConvEncoderConfig

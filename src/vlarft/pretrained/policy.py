@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlarft.config import differences
-from vlarft.flow import ChunkNet
+from vlarft.flow_networks import ChunkNet
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.pretrained.files import load_public, read_json, read_pickled, read_weights
