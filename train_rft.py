@@ -53,7 +53,7 @@ from vlarft.checkpoint import load_model, open_run, read_header
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
-from vlarft.flow import Noise
+from vlarft.flow_networks import Noise
 from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
 from vlarft.metrics import perceptual
 from vlarft.objective import ObjectiveConfig, supervised_copy, update
@@ -62,7 +62,7 @@ from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Reward, check_same_robot
 from vlarft.rollout import RolloutConfig, collect, fit_drift
 from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, rate_factor
+from vlarft.schedule import Clock, Decay, rate_factor
 from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.train_state import TrainState
@@ -83,7 +83,8 @@ class Config(
     lr: float = opt(1e-6, "AdamW learning rate of the flow head (release)")
     sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (release)")
     weight_decay: float = opt(0.01, "AdamW weight decay (release)")
-    warmup: int = opt(10, "steps of linear warmup, constant after (release)")
+    warmup: int = opt(10, "steps of linear warmup (release)")
+    decay: Decay = opt("constant", "learning rates after it (release: constant)")
     noise: Noise = opt("sigma_net", "of the chain: learnt (Eq. 6, 7), or flow_sde, which keeps the ODE's marginals")
     sigma_min: float = opt(0.08, "least standard deviation of a flow step, normalised units (release)")
     sigma_max: float = opt(0.2, "largest one (release)")
@@ -250,7 +251,7 @@ def main(cfg: Config) -> dict[str, float]:
         part = distributed.rank(), distributed.world_size()
         batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
         for group, rate in zip(optimizer.param_groups, base_rates):
-            group["lr"] = rate * rate_factor(step, share, cfg.warmup, "constant")
+            group["lr"] = rate * rate_factor(step, share, cfg.warmup, cfg.decay)
         rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift, simulator)
         clock = time.monotonic()
         totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step), supervised)

@@ -13,8 +13,7 @@ and perturbed. Finished cells are not run again.
 Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
 
     python collect_demos.py --preset tiny --demos-per-task 20 --out-dir runs/few/demos
-    python benchmarks/sft_study.py --demos runs/few/demos --runs runs/few/sft --arms "twice as long" \
-        --out results/sft_few.json --figure docs/images/sft_few.png
+    python train_sft.py --preset tiny --demos runs/few/demos --steps 2600 --out-dir runs/few/sft/twice_as_long
     python benchmarks/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
         --runs runs/few/rft --out results/rft_few.json --cells "plateau, R1, credit per step" "plateau, extra SFT" ...
 
@@ -77,6 +76,9 @@ def plateau(*flags: str) -> Cell:
 PER_STEP = ("--credit", "frame", "--ratio-per", "step")
 TO_GO = ("--credit", "to_go", "--ratio-per", "step")
 HELD = ("--mse-weight", "1")
+SHARED = ("--group-x0", "shared")
+QUARTER = ("--sigma-min", "0.02", "--sigma-max", "0.05")
+COSINE = ("--decay", "cosine")
 CELLS = {
     "R3": Cell(),
     "extra SFT": sft("--steps", "1000"),
@@ -106,6 +108,14 @@ CELLS = {
     "plateau, simulator, flow-matching weight 0": plateau("--reward", "simulator", "--mse-weight", "0"),
     "plateau, divergence, credit per step": plateau("--reward", "divergence", *PER_STEP),
     "plateau, R1, credit per step": plateau("--reward", "r1", *PER_STEP),
+    "plateau, R3, credit per step": plateau("--reward", "r3", *PER_STEP),
+    "plateau, R1, credit per step, shared x_0": plateau("--reward", "r1", *PER_STEP, *SHARED),
+    "plateau, R3, credit per step, shared x_0": plateau("--reward", "r3", *PER_STEP, *SHARED),
+    "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
+    "plateau, R1, credit per step, quarter of the noise": plateau("--reward", "r1", *PER_STEP, *QUARTER),
+    "plateau, R3, credit per step, quarter of the noise": plateau("--reward", "r3", *PER_STEP, *QUARTER),
+    "plateau, divergence, credit per step, quarter of the noise": plateau("--reward", "divergence", *PER_STEP, *QUARTER),
+    "plateau, R1, credit per step, cosine": plateau("--reward", "r1", *PER_STEP, *COSINE),
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
     "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),

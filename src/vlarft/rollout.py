@@ -36,12 +36,18 @@ from vlarft.schedule import generator
 from vlarft.sim.replay import SimulatorReward
 from vlarft.world_model import History, WorldModel
 
+GroupX0 = Literal["own", "shared"]
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """What is sampled, how it is imagined and how it is scored."""
 
     group: int = opt(16, "rollouts a start (Sec. 4.1)")
+    group_x0: GroupX0 = opt(
+        "own",
+        "x_0 of a start's rollouts: own, or shared, so that advantages are of the chain's noise alone (DanceGRPO)",
+    )
     chunks: int = opt(1, "action chunks that a rollout lasts; from the second on the policy sees imagined frames")
     reward: RewardKind = opt("r3", "verified reward (Table 4), or simulator: the true error, of Tabletop with states")
     reference: Literal["executed", "intended"] = opt(
@@ -118,14 +124,24 @@ def encode(cfg: RolloutConfig, policy: VLAPolicy, frames: Tensor, instructions: 
 
 @torch.no_grad()
 def sample_group(
-    policy: VLAPolicy, context: Tensor, proprio: Tensor, repeats: int, part: tuple[int, int], *seed: int
+    policy: VLAPolicy,
+    context: Tensor,
+    proprio: Tensor,
+    repeats: int,
+    part: tuple[int, int],
+    *seed: int,
+    group: int = 1,
 ) -> Chain:
-    """Chains of `repeats` rollouts for each of the rows of context and proprio, drawn for all processes."""
+    """Chains of `repeats` rollouts for each of the rows of context and proprio, drawn for all processes.
+
+    group: successive rollouts that share the x_0 of their first.
+    """
     flow = policy.cfg.flow
     cond = policy.condition(context, proprio).repeat(repeats)
     shape = (cond.num_rows * part[1], 1 + len(flow.scored_steps), flow.chunk, flow.action_dim)
     draws = share(torch.randn(shape, generator=generator(context.device, *seed), device=context.device), part)
-    return sample_chain(policy.head, policy.sigma_net, cond, noise=draws[:, 0], step_noise=draws[:, 1:])
+    noise = draws[::group, 0].repeat_interleave(group, 0)
+    return sample_chain(policy.head, policy.sigma_net, cond, noise=noise, step_noise=draws[:, 1:])
 
 
 def collect(
@@ -162,6 +178,7 @@ def collect(
         )
     device, part = batch.frames.device, (distributed.rank(), distributed.world_size())
     starts, steps = len(batch.frames), policy.cfg.flow.chunk
+    alike = cfg.group if cfg.group_x0 == "shared" else 1
     dataset = dataset_actions(cfg, batch)
     frames, proprio, instructions = batch.frames[:, 0], batch.proprio, batch.instructions
     start_frames, repeats = None, cfg.group
@@ -169,7 +186,7 @@ def collect(
     for c in range(cfg.chunks):
         clock = time.monotonic()
         context = encode(cfg, policy, frames, instructions, starts)
-        chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c)
+        chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, group=alike)
         chunks.append(PlayedChunk(context, proprio, chain))
         actions = policy.normalizer.decode_actions(chain.x[:, -1])  # (S * G, T, A)
         seconds["policy_s"] += time.monotonic() - clock
