@@ -12,7 +12,8 @@ the first success among the start seeds that belong to i, so the files do not de
 `--keep-failed` keeps the first attempt of each i whatever came of it, and `--noisy-per-task` adds attempts with
 strong noise, both marked in the attributes `kind` and `success`; they serve a world model. The same command run again
 makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all, until
-their task is complete. More `--demos-per-task` extend a file. A worker process that dies is replaced.
+their task is complete. More `--demos-per-task` extend a file. A worker process that dies is replaced. A task that the
+expert cannot do is reported at the end, when all others are made.
 
 Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
 images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
@@ -39,7 +40,7 @@ from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_in
 from vlarft.sim.experts import Expert
 from vlarft.sim.gl import FAST
 from vlarft.sim.libero_env import LiberoEnv
-from vlarft.sim.libero_experts import LiberoExpert
+from vlarft.sim.libero_experts import LiberoExpert, NoPlanError
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.workers import run_jobs
 
@@ -117,12 +118,18 @@ class Job(NamedTuple):
     index: int  # of the demonstration in its file
 
 
+class Made(NamedTuple):
+    job: Job
+    problem: str | None  # why there is no demonstration
+
+
 def main(config: Config) -> list[Path]:
     """Makes what is missing and returns the files of all selected tasks.
 
     Raises:
         ValueError: unknown suite or task, or a file made with other settings.
-        RuntimeError: no success in `max_attempts` attempts.
+        RuntimeError: tasks lack demonstrations, for want of a success in `max_attempts` attempts or of a plan; all
+            others have been made and kept.
     """
     chosen = [(suite, task) for suite in config.suites for task in _tasks(config, suite)]
     paths = {key: demo_path(config, *key) for key in chosen}
@@ -134,13 +141,21 @@ def main(config: Config) -> list[Path]:
         if not left[key]:
             _merge(config, *key)
     results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0)
-    for _, job, _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
+    problems: dict[tuple[str, int], list[str]] = {}
+    for _, (job, problem), _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
         key = (job.suite, job.task)
+        if problem:
+            problems.setdefault(key, []).append(problem)
+            continue
         left[key] -= 1
         if not left[key]:
             _merge(config, *key)
-    for path in paths.values():
-        print(summary(path))
+    for key, path in paths.items():
+        if not left[key]:
+            print(summary(path))
+    if problems:
+        missing = "\n".join(f"{len(own)} of {demo_path(config, *key).name}: {own[0]}" for key, own in problems.items())
+        raise RuntimeError(f"demonstrations are missing; all others are kept:\n{missing}")
     return list(paths.values())
 
 
@@ -149,8 +164,8 @@ def demo_path(config: Config, suite: str, task: int) -> Path:
     return Path(config.out_dir) / suite / f"{task_names(suite)[task]}_demo.hdf5"
 
 
-def make_demo(job: Job) -> Job:
-    """Runs one demonstration (in a worker) and writes it to the parts of its task."""
+def make_demo(job: Job) -> Made:
+    """Runs one demonstration (in a worker) and writes it to the parts of its task, or says why it could not."""
     config = job.config
     noisy = job.index >= FIRST_NOISY
     env = _environment(job.suite, job.task, config.image_size, config.wrist, config.fast_rendering)
@@ -158,20 +173,24 @@ def make_demo(job: Job) -> Job:
         start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
         speed = np.random.default_rng([start_seed, 1]).uniform(config.min_speed, config.max_speed)
-        expert = (LiberoExpert if job.suite in LIBERO_SUITES else Expert)(
-            env,
-            seed=start_seed,
-            action_noise=config.noisy_action_noise if noisy else config.action_noise,
-            gripper_flips=config.noisy_gripper_flips if noisy else 0.0,
-            speed=speed,
-        )
+        try:
+            expert = (LiberoExpert if job.suite in LIBERO_SUITES else Expert)(
+                env,
+                seed=start_seed,
+                action_noise=config.noisy_action_noise if noisy else config.action_noise,
+                gripper_flips=config.noisy_gripper_flips if noisy else 0.0,
+                speed=speed,
+            )
+        except NoPlanError as error:
+            return Made(job, str(error))
         arrays, success = record(env, expert, config.idle_steps)
         if success or noisy or config.keep_failed:
             break
     else:
-        raise RuntimeError(
+        return Made(
+            job,
             f"{job.suite}/{env.task_name}: no success in {config.max_attempts} attempts from seed "
-            f"{config.seed + job.index}; lower action_noise (now {config.action_noise}) or raise max_attempts"
+            f"{config.seed + job.index}; lower action_noise (now {config.action_noise}) or raise max_attempts",
         )
     kind = "noisy" if noisy else "expert" if success else "failed"
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
@@ -180,7 +199,7 @@ def make_demo(job: Job) -> Job:
         attrs = {"seed": start_seed, "attempt": attempt, "kind": kind, "speed": speed}
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
     os.replace(tmp, part)
-    return job
+    return Made(job, None)
 
 
 def record(env: TabletopEnv | LiberoEnv, expert: Expert | LiberoExpert, idle_steps: int) -> tuple[dict, bool]:

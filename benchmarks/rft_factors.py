@@ -114,7 +114,9 @@ CELLS = {
     "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
     "plateau, R1, credit per step, quarter of the noise": plateau("--reward", "r1", *PER_STEP, *QUARTER),
     "plateau, R3, credit per step, quarter of the noise": plateau("--reward", "r3", *PER_STEP, *QUARTER),
-    "plateau, divergence, credit per step, quarter of the noise": plateau("--reward", "divergence", *PER_STEP, *QUARTER),
+    "plateau, divergence, credit per step, quarter of the noise": plateau(
+        "--reward", "divergence", *PER_STEP, *QUARTER
+    ),
     "plateau, R1, credit per step, cosine": plateau("--reward", "r1", *PER_STEP, *COSINE),
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),

@@ -10,7 +10,9 @@ import collect_demos
 from collect_demos import FIRST_NOISY, PRESETS, main
 from vlarft.config import parse
 from vlarft.data import load_episodes
-from vlarft.sim import make_env
+from vlarft.sim import make_env, task_names
+from vlarft.sim.experts import Expert
+from vlarft.sim.libero_experts import NoPlanError
 
 pytest.importorskip("mujoco")
 h5py = pytest.importorskip("h5py")
@@ -135,6 +137,21 @@ def test_failures_are_retried_or_kept_and_marked(tmp_path):
         demo = file["data/demo_0"]
         assert demo.attrs["kind"] == "failed" and not demo.attrs["success"] and demo["dones"][-1] == 0
     assert load_episodes(path, successes_only=False)[0].kind == "failed"
+
+
+def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def expert(env, **options):
+        if env.task_name == task_names("tabletop_object")[0]:
+            raise NoPlanError("the expert has no plan for this")
+        return Expert(env, **options)
+
+    monkeypatch.setattr(collect_demos, "Expert", expert)
+    settings = config(tmp_path, tasks=("0", "1"), demos_per_task=1, workers=1)
+    lacking, made = (collect_demos.demo_path(settings, "tabletop_object", task) for task in (0, 1))
+    with pytest.raises(RuntimeError, match=f"all others are kept:\n1 of {lacking.name}: the expert has no plan"):
+        main(settings)
+    assert made.is_file() and not lacking.exists()
+    assert str(made) in capsys.readouterr().out
 
 
 def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):

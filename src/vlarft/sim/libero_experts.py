@@ -25,6 +25,10 @@ _ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1, "close": 2}
 _ATTEMPTS = 4
 
 
+class NoPlanError(ValueError):
+    """A goal that the expert has no plan for."""
+
+
 class LiberoExpert:
     """Acts in one environment towards its goals, one after the other.
 
@@ -35,7 +39,8 @@ class LiberoExpert:
         speed: largest translation in action units; 1 is about 1.2 cm a step.
 
     Raises:
-        ValueError: a speed outside (0, 1], or a goal that there is no plan for.
+        ValueError: a speed outside (0, 1].
+        NoPlanError: a goal that there is no plan for.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class LiberoExpert:
         if not 0.0 < speed <= 1.0:
             raise ValueError(f"speed must be in (0, 1], got {speed}")
         if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
-            raise ValueError(
+            raise NoPlanError(
                 f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things "
                 "on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
             )
