@@ -4,10 +4,12 @@
     python benchmarks/rft_study.py --suites tabletop_goal tabletop_long --seeds 0 --arms "extra SFT" "RFT R3"
 
 For each suite: demonstrations, tokenizer and world model, once. For each seed: an early and a long-trained SFT policy,
-then every arm from the long-trained one. "extra SFT" has the wall time of "RFT R3" and goes on at a tenth of the peak
-learning rate; "extra SFT head" the same with the flow head alone, the part that fine-tuning touches. All policies of a
-seed play the same starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run
-again once it is done.
+then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
+weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
+the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
+alone, the part that fine-tuning touches. "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise.
+All policies of a seed play the same starts, plain and perturbed. Every stage is a command of the repository, is
+printed, and is not run again once it is done.
 
 Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
 differences to the long-trained policy (pairs of all seeds pooled); success rates while the policies trained, against
@@ -47,16 +49,19 @@ class Config:
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
     tasks: tuple[str, ...] = opt(tuple(map(str, range(10))), "tasks of each suite")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
-    arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm != "extra SFT head"), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
+    perturbed_arms: tuple[str, ...] = opt(
+        ("extra SFT", "RFT R3", "RFT R1 per step", "RFT divergence"), "arms that play perturbed starts, beside SFT"
+    )
     episodes: int = opt(50, "initial states per task")
     stage_preset: str = opt("tiny", "preset of the stages")
-    demos_per_task: int = opt(100, "demonstrations per task")
+    demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     world_model_steps: int = opt(4500, "steps of the world model")
     early_steps: int = opt(800, "steps of the early SFT policy")
     sft_steps: int = opt(5000, "steps of the long-trained SFT policy")
     rft_steps: int = opt(80, "steps of each fine-tuning")
-    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning")
+    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning, of the first seed")
     curve_episodes: int = opt(20, "episodes per task of each of them")
 
 
@@ -64,8 +69,8 @@ PRESETS = {
     "paper": Config(),
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT head", "RWR", "RFT R3"),
-        perturb=("none",), episodes=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2,
-        sft_steps=4, rft_steps=2, curve_points=2, curve_episodes=1,
+        perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), episodes=2, stage_preset="smoke", demos_per_task=6,
+        world_model_steps=10, early_steps=2, sft_steps=4, rft_steps=2, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
 
@@ -90,24 +95,30 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     world_model = trained(
         folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
     )
-    curve = ["--success-suite", suite, "--success-tasks", *cfg.tasks, "--success-episodes", cfg.curve_episodes]
+
+    def curve(steps: int) -> list[object]:
+        if seed != cfg.seeds[0]:
+            return []
+        where = ["--success-suite", suite, "--success-tasks", *cfg.tasks, "--success-episodes", cfg.curve_episodes]
+        return [*where, "--success-interval", max(1, steps // cfg.curve_points)]
+
     sft = ["train_sft.py", *preset, *demos, "--seed", seed]
-    long = ["--steps", cfg.sft_steps, *curve, "--success-interval", max(1, cfg.sft_steps // cfg.curve_points)]
+    long = ["--steps", cfg.sft_steps, *curve(cfg.sft_steps)]
     policies = {
         "SFT early": trained(own / "early", *sft, "--steps", cfg.early_steps),
         "SFT": trained(own / "sft", *sft, *long),
     }
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--no-gate-stop"]
-    rft += [*curve, "--success-interval", max(1, cfg.rft_steps // cfg.curve_points)]
+    rft += curve(cfg.rft_steps)
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
             policies[name] = trained(own / name.replace(" ", "_"), *rft, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
-            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags, *curve]
-            more += ["--success-interval", max(1, cfg.sft_steps // (10 * cfg.curve_points))]
+            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags]
+            more += curve(cfg.sft_steps // 10)
             policies[name] = trained(own / name.replace(" ", "_"), *sft, *more)
     return policies
 
@@ -137,10 +148,16 @@ def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float
 
 
 def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
-    """Outcomes of all policies of a seed: name -> (task, initial state) -> success."""
+    """Outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
     starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     kind = f"eval_{perturb.replace(':', '_')}"
-    return {name: starts.play(path.parent / kind, path, perturb) for name, path in policies.items()}
+    playing = policies
+    if perturb != "none":
+        playing = {name: path for name, path in policies.items() if name in ("SFT", *cfg.perturbed_arms)}
+    found = {name: starts.play(path.parent / kind, path, perturb) for name, path in playing.items()}
+    path = policies["SFT"]
+    found["SFT, x_0 = 0"] = starts.play(path.parent / f"{kind}_zero", path, perturb, "--noise", "zero")
+    return found
 
 
 def compare(by_seed: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
@@ -179,7 +196,7 @@ def main(cfg: Config) -> dict:
     Raises:
         ValueError: an unknown arm.
     """
-    check_known(cfg.arms, ARMS, "arm")
+    check_known((*cfg.arms, *cfg.perturbed_arms), ARMS, "arm")
     report = {
         "command": "python benchmarks/rft_study.py",
         "config": to_dict(cfg),

@@ -121,7 +121,9 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     report = study.main(cfg)
     assert json.loads((tmp_path / "study.json").read_text()) == report
     found = report["suites"]["tabletop_object"]["starts"]["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head"]
+    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", "SFT, x_0 = 0"]
+    perturbed = report["suites"]["tabletop_object"]["starts"]["robot:20"]
+    assert list(perturbed) == ["SFT", "RFT R3", "SFT, x_0 = 0"]
     assert all(values["all"]["episodes"] == 2 and len(values["seeds"]) == 1 for values in found.values())
     assert "against_sft" in found["RFT R3"] and "against_sft" not in found["SFT"]
     assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
