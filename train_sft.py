@@ -24,6 +24,7 @@ Differences from the paper, and from the public code:
 - presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
   regresses the hand position at the demonstration's next gripper event (on `key_batch` further images, too) and hands
   its prediction to the head as one more context token; all of it is off in preset paper;
+- not in the paper: --objective regression, the control of fine-tuning with reward R1 (`flow.regression_loss`);
 - tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them;
 - float32 master weights under bfloat16 autocast; loss, noise and time in float32.
 """
@@ -50,7 +51,7 @@ from vlarft.data.convention import image_convention
 from vlarft.ema import EMA
 from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
-from vlarft.policy import VLAPolicy
+from vlarft.policy import SupervisedObjective, VLAPolicy
 from vlarft.runlog import RunLog, check_finite
 from vlarft.schedule import Clock, Decay, rate_factor, seed_of
 from vlarft.schedule import generator as make_generator
@@ -83,7 +84,8 @@ class Config(SuccessConfig):
     clip_norm: float = opt(1.0, "global gradient norm")
     alpha: float = opt(1.5, "tau ~ Beta(alpha, beta)")
     beta: float = opt(1.0, "tau ~ Beta(alpha, beta)")
-    draws: int = opt(1, "(tau, eps) pairs per image")
+    objective: SupervisedObjective = opt("matching", "Eq. (4), or L1 regression of the ODE's chunk from random x_0")
+    draws: int = opt(1, "(tau, eps) pairs per image; x_0 of a regression")
     key_weight: float = opt(0.0, "weight of the auxiliary key-position loss")
     key_batch: int = opt(0, "further images per step for that loss alone, all processes together")
     ema: float | None = opt(None, "decay of the averaged weights that are exported; none: no average")
@@ -171,6 +173,7 @@ def compute_loss(
             alpha=cfg.alpha,
             beta=cfg.beta,
             draws=cfg.draws,
+            objective=cfg.objective,
             key_weight=cfg.key_weight,
         )
 

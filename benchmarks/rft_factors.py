@@ -65,6 +65,7 @@ def sft(*flags: str, policy: str = "twice as long") -> Cell:
 TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0.12")
 SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
 HEAD = ("--train", "head", "--key-batch", "0")
+REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--draws", "3", *HEAD)
 PLATEAU = "four times as long"
 
 
@@ -121,6 +122,7 @@ CELLS = {
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
     "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),
+    "plateau, regression": sft(*REGRESSION, policy=PLATEAU),
     "plateau, RWR": plateau("--algorithm", "rwr", *HELD),
     "policy: half the steps": Cell(policy="default"),
     "policy: half the steps, x_0 = 0": Cell(policy="default", script=None, x0="zero"),

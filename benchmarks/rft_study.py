@@ -7,9 +7,10 @@ For each suite: demonstrations, tokenizer and world model, once. For each seed: 
 then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
-alone, the part that fine-tuning touches. "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise.
-All policies of a seed play the same starts, plain and perturbed. Every stage is a command of the repository, is
-printed, and is not run again once it is done.
+alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient.
+"SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
+starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
+done.
 
 Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
 differences to the long-trained policy (pairs of all seeds pooled); success rates while the policies trained, against
@@ -37,7 +38,12 @@ RFT_ARMS = {
     "RFT R1 per step": ["--reward", "r1", *PER_STEP],
     "RFT divergence": ["--reward", "divergence", *PER_STEP],
 }
-EXTRA_ARMS = {"extra SFT": [], "extra SFT head": ["--train", "head", "--key-batch", 0]}
+HEAD = ["--train", "head", "--key-batch", 0]
+EXTRA_ARMS = {
+    "extra SFT": ["--lr", 3e-4],
+    "extra SFT head": ["--lr", 3e-4, *HEAD],
+    "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
+}
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 
 
@@ -52,7 +58,8 @@ class Config:
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm != "extra SFT head"), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
-        ("extra SFT", "RFT R3", "RFT R1 per step", "RFT divergence"), "arms that play perturbed starts, beside SFT"
+        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence"),
+        "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")
     stage_preset: str = opt("tiny", "preset of the stages")
@@ -117,7 +124,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
-            more = ["--init", policies["SFT"], "--lr", 3e-4, "--warmup", 10, "--max-minutes", minutes, *flags]
+            more = ["--init", policies["SFT"], "--warmup", 10, "--max-minutes", minutes, *flags]
             more += curve(cfg.sft_steps // 10)
             policies[name] = trained(own / name.replace(" ", "_"), *sft, *more)
     return policies

@@ -12,6 +12,7 @@ from vlarft.flow import (
     euler_step,
     matching_loss,
     matching_pairs,
+    regression_loss,
     sample_chain,
     sample_ode,
     sample_tau,
@@ -279,6 +280,32 @@ def test_matching_loss_by_hand():
     expected = (head.velocity(t * actions + (1 - t) * eps, tau, cond) - (actions - eps)).square().mean()
     loss, _ = matching_loss(head, actions, cond, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_regression_loss_by_hand():
+    # v = 0: the chunk stays x_0, and E |x_0 - a| = sqrt(2 / pi) for a = 0
+    head, _ = make(std=None)
+    cond = head.prepare(*inputs())
+    loss, metrics = regression_loss(
+        head, torch.zeros(2, 8, 7), cond, generator=torch.Generator().manual_seed(0), draws=300
+    )
+    assert loss.item() == pytest.approx((2 / torch.pi) ** 0.5, abs=0.01) and metrics["chunk_l1"].item() == loss.item()
+    # the chunks of the ODE from the same x_0, and a gradient that goes back through every step
+    head, _ = make()
+    actions = noise(2, 3)
+    loss, _ = regression_loss(head, actions, head.prepare(*inputs()), generator=torch.Generator().manual_seed(7))
+    x0 = torch.randn(2, 8, 7, generator=torch.Generator().manual_seed(7))
+    chunks = sample_ode(head, head.prepare(*inputs()), noise=x0)
+    torch.testing.assert_close(loss, (chunks - actions).abs().mean(), atol=1e-5, rtol=1e-5)
+    loss.backward()
+    bias = head.net.dit.out.bias
+    losses = []
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            bias[2] += step
+        generator = torch.Generator().manual_seed(7)
+        losses.append(regression_loss(head, actions, head.prepare(*inputs()), generator=generator)[0].item())
+    assert bias.grad[2].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=0.03)
 
 
 def test_matching_pairs_and_weights_by_hand():

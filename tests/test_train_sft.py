@@ -87,6 +87,17 @@ def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
     assert timeless[0] == timeless[1]
 
 
+def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):
+    base = config(demos, tmp_path / "base", steps=40, lr=1e-3, schedule="constant", ema=None, augment=Augmentation())
+    train_sft.main(base)
+    init = str(tmp_path / "base" / "model.safetensors")
+    cfg = replace(base, init=init, train="head", key_batch=0, objective="regression", steps=20, val_every=1)
+    metrics = train_sft.main(replace(cfg, out_dir=str(tmp_path / "run")))
+    assert {"val_chunk_l1"} <= set(metrics) and "val_flow_mse" not in metrics
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["val_chunk_l1"] < 0.95 * lines[0]["val_chunk_l1"]
+
+
 def test_ema_is_what_is_exported(demos, tmp_path):
     train_sft.main(config(demos, tmp_path / "run", steps=1, warmup=0, ema=0.999))
     state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)

@@ -95,6 +95,38 @@ def matching_loss(
     return loss, {"flow_mse": loss.detach()}
 
 
+def regression_loss(
+    head: FlowHead,
+    actions: torch.Tensor,
+    cond: Condition,
+    *,
+    generator: torch.Generator | None = None,
+    draws: int = 1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L1 distance of the chunks that the ODE makes of random x_0 to the dataset's, averaged over B, draws, T and A.
+
+    Not in the paper: reward R1 (Table 4) of the deterministic policy by its own gradient, back through the K Euler
+    steps, where GRPO has to estimate it from rollouts. Its optimum is the median of the demonstrations, not a sample of
+    them.
+
+    Args:
+        head: velocity net.
+        actions: (S, T, A), normalised.
+        cond: of the same S contexts.
+        generator: source of x_0, on the actions' device.
+        draws: x_0 per chunk.
+    Returns:
+        The scalar loss, and metrics {"chunk_l1"}.
+    """
+    num_steps, cond = head.cfg.num_steps, head.at_steps(cond.repeat(draws), head.cfg.num_steps)
+    actions = repeat(actions.float(), "s t a -> (s r) t a", r=draws)
+    x = torch.randn(actions.shape, generator=generator, device=actions.device)
+    for k in range(num_steps):
+        x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, cond)
+    loss = F.l1_loss(x, actions)
+    return loss, {"chunk_l1": loss.detach()}
+
+
 def matching_pairs(
     shape: tuple[int, int, int],
     draws: int,

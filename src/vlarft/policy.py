@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from einops import rearrange
 
 from vlarft.checkpoint import load_model, save_model
 from vlarft.dit import DiTConfig
-from vlarft.flow import matching_loss, sample_chain, sample_ode
+from vlarft.flow import matching_loss, regression_loss, sample_chain, sample_ode
 from vlarft.flow_networks import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
 from vlarft.normalizer import GripperEncoding, Normalizer
 from vlarft.transformer import TransformerConfig
 from vlarft.vit import ConvEncoderConfig
 from vlarft.vlm import VLM, VLMConfig
+
+SupervisedObjective = Literal["matching", "regression"]
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,10 @@ class VLAPolicy(nn.Module):
         alpha: float = 1.5,
         beta: float = 1.0,
         draws: int = 1,
+        objective: SupervisedObjective = "matching",
         key_weight: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of supervised fine-tuning: Eq. (4) plus, when asked, key_weight times the auxiliary loss.
+        """Loss of supervised fine-tuning: Eq. (4), or a regression, plus key_weight times the auxiliary loss.
 
         The auxiliary loss regresses the hand position at the demonstration's next gripper event from the vision
         tokens (smooth L1 in normalised units, quadratic below 0.1, averaged over B and the three axes).
@@ -308,9 +311,10 @@ class VLAPolicy(nn.Module):
             actions: (F, T, A), raw, F <= B: further rows serve the auxiliary loss alone, which costs no language model.
             key_position: (B, 3) [m]; needed when key_weight > 0.
             generator, alpha, beta, draws: see `flow.matching_loss`.
+            objective: `flow.matching_loss`, or `flow.regression_loss` with so many draws.
             key_weight: weight of the auxiliary loss.
         Returns:
-            The scalar loss and metrics: flow_mse and, with the auxiliary loss, key_loss.
+            The scalar loss and metrics: flow_mse (chunk_l1 of a regression) and, with the auxiliary loss, key_loss.
         Raises:
             ValueError: an auxiliary loss without its head.
         """
@@ -320,15 +324,11 @@ class VLAPolicy(nn.Module):
         context = self.vlm.contextualize(vision[:rows], instructions[:rows])
         context = self.append_key(context, None if key is None else key[:rows])
         state = self.normalizer.encode_proprio(proprio)
-        loss, metrics = matching_loss(
-            self.head,
-            self.normalizer.encode_actions(actions),
-            self.head.prepare(context, state[:rows]),
-            generator=generator,
-            alpha=alpha,
-            beta=beta,
-            draws=draws,
-        )
+        flow = self.head, self.normalizer.encode_actions(actions), self.head.prepare(context, state[:rows])
+        if objective == "matching":
+            loss, metrics = matching_loss(*flow, generator=generator, alpha=alpha, beta=beta, draws=draws)
+        else:
+            loss, metrics = regression_loss(*flow, generator=generator, draws=draws)
         if key_weight:
             if key is None:
                 raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
