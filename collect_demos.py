@@ -10,10 +10,12 @@ Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed actio
 and the intended one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is
 the first success among the start seeds that belong to i, so the files do not depend on the number of workers.
 `--keep-failed` keeps the first attempt of each i whatever came of it, and `--noisy-per-task` adds attempts with
-strong noise, both marked in the attributes `kind` and `success`; they serve a world model. The same command run again
+strong noise, both marked in the attributes `kind` and `success`; they serve a world model. So do `--policy-per-task`
+attempts of `--policy`, which show it where that policy goes; demonstrations can be extended by them later, as by more
+`--demos-per-task`. The same command run again
 makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all, until
-their task is complete. More `--demos-per-task` extend a file. A worker process that dies is replaced. A task that the
-expert cannot do is reported at the end, when all others are made.
+their task is complete. A worker process that dies is replaced. A task that the expert cannot do is reported at the end,
+when all others are made.
 
 Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
 images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
@@ -36,15 +38,18 @@ from tqdm import tqdm
 
 from vlarft.config import opt, parse
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
+from vlarft.policy import VLAPolicy
 from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_index, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.gl import FAST
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert, NoPlanError
+from vlarft.sim.record import Demonstrator, PolicyPlayer, record
 from vlarft.sim.tabletop import TabletopEnv
-from vlarft.sim.workers import run_jobs
+from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
+FIRST_ON_POLICY = 20_000  # demo_<20000 + j> is on-policy attempt j
 ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
 
 
@@ -73,6 +78,9 @@ class Config:
     noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
     noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts, action units")
     noisy_gripper_flips: float = opt(0.15, "share of reversed gripper commands in the noisy attempts")
+    policy: str | None = opt(None, "checkpoint of the policy that makes the on-policy attempts")
+    policy_per_task: int = opt(0, "extra attempts of --policy per task, marked as policy")
+    policy_noise: float = opt(0.1, "action noise of these attempts, action units")
     seed: int = opt(0, "first start seed")
     workers: int | None = opt(None, "worker processes; none = one per CPU core")
 
@@ -86,8 +94,10 @@ class Config:
             raise ValueError(
                 f"need 0 < min_speed <= max_speed <= 1, got min_speed={self.min_speed}, max_speed={self.max_speed}"
             )
-        if self.seed < 0 or self.seed + FIRST_NOISY * 2 > ATTEMPT_STRIDE:
-            raise ValueError(f"seed must be 0..{ATTEMPT_STRIDE - 2 * FIRST_NOISY}, got {self.seed}")
+        if self.seed < 0 or self.seed + FIRST_NOISY * 3 > ATTEMPT_STRIDE:
+            raise ValueError(f"seed must be 0..{ATTEMPT_STRIDE - 3 * FIRST_NOISY}, got {self.seed}")
+        if self.policy_per_task and not self.policy:
+            raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
         for suite in self.suites:
             _tasks(self, suite)
             if self.fast_rendering and suite not in LIBERO_SUITES:
@@ -108,7 +118,10 @@ PRESETS = {
     "libero": Config(suites=("libero_object", "libero_spatial"), action_noise=0.1, min_speed=0.7, max_speed=1.0),
 }
 # Settings that only say how much is made and by whom; files of different values of these can be continued.
-NOT_CONTENT = ("out_dir", "suites", "tasks", "demos_per_task", "noisy_per_task", "workers", "max_attempts")
+NOT_CONTENT = (
+    "out_dir", "suites", "tasks", "demos_per_task", "noisy_per_task", "policy_per_task", "policy", "workers",
+    "max_attempts",
+)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -140,7 +153,7 @@ def main(config: Config) -> list[Path]:
     for key in chosen:
         if not left[key]:
             _merge(config, *key)
-    results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0)
+    results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0, start=one_thread)
     problems: dict[tuple[str, int], list[str]] = {}
     for _, (job, problem), _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
         key = (job.suite, job.task)
@@ -167,24 +180,18 @@ def demo_path(config: Config, suite: str, task: int) -> Path:
 def make_demo(job: Job) -> Made:
     """Runs one demonstration (in a worker) and writes it to the parts of its task, or says why it could not."""
     config = job.config
-    noisy = job.index >= FIRST_NOISY
+    kind = "policy" if job.index >= FIRST_ON_POLICY else "noisy" if job.index >= FIRST_NOISY else "expert"
     env = _environment(job.suite, job.task, config.image_size, config.wrist, config.fast_rendering)
     for attempt in range(config.max_attempts):
         start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
         speed = np.random.default_rng([start_seed, 1]).uniform(config.min_speed, config.max_speed)
         try:
-            expert = (LiberoExpert if job.suite in LIBERO_SUITES else Expert)(
-                env,
-                seed=start_seed,
-                action_noise=config.noisy_action_noise if noisy else config.action_noise,
-                gripper_flips=config.noisy_gripper_flips if noisy else 0.0,
-                speed=speed,
-            )
+            demonstrator = _demonstrator(config, env, kind, start_seed, speed)
         except NoPlanError as error:
             return Made(job, str(error))
-        arrays, success = record(env, expert, config.idle_steps)
-        if success or noisy or config.keep_failed:
+        arrays, success = record(env, demonstrator, config.idle_steps)
+        if success or kind != "expert" or config.keep_failed:
             break
     else:
         return Made(
@@ -192,7 +199,7 @@ def make_demo(job: Job) -> Made:
             f"{job.suite}/{env.task_name}: no success in {config.max_attempts} attempts from seed "
             f"{config.seed + job.index}; lower action_noise (now {config.action_noise}) or raise max_attempts",
         )
-    kind = "noisy" if noisy else "expert" if success else "failed"
+    kind = "failed" if kind == "expert" and not success else kind
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
     tmp = part.with_suffix(".tmp")
     with import_h5py().File(tmp, "w") as file:
@@ -200,38 +207,6 @@ def make_demo(job: Job) -> Made:
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
     os.replace(tmp, part)
     return Made(job, None)
-
-
-def record(env: TabletopEnv | LiberoEnv, expert: Expert | LiberoExpert, idle_steps: int) -> tuple[dict, bool]:
-    """Plays an episode to success or the horizon, then `idle_steps` more after success.
-
-    Returns:
-        Keyword arguments of `write_demo`, one row per control step, each observed before its action; and whether it
-        succeeded.
-    """
-    of_libero = isinstance(env, LiberoEnv)
-    names = ("actions", "intended_actions", "proprio", "states", *(("joint_states",) if of_libero else ()))
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in env.cameras}
-    success, steps_left = False, env.horizon
-    while steps_left:
-        obs, action = env.observe(), expert.act()
-        for camera in env.cameras:
-            frames[camera].append(obs[camera][::-1, ::-1] if of_libero else obs[camera])
-        rows["actions"].append(action.executed.astype(np.float32))
-        rows["intended_actions"].append(action.intended.astype(np.float32))
-        rows["proprio"].append(obs["proprio"])
-        rows["states"].append(env.libero_state() if of_libero else env.get_state())
-        if of_libero:
-            rows["joint_states"].append(env.joint_states())
-        # The stored float32 action is what is executed, so that replaying a file repeats the episode bit for bit.
-        result = env.step(rows["actions"][-1])
-        steps_left -= 1
-        if result.success and not success:
-            success, steps_left = True, idle_steps
-    arrays = {name: np.stack(values) for name, values in rows.items()}
-    names = {"agentview": "agentview", "wrist": "eye_in_hand"}  # LIBERO's names
-    return {**arrays, "images": {names[camera]: np.stack(images) for camera, images in frames.items()}}, success
 
 
 def summary(path: Path) -> str:
@@ -243,6 +218,23 @@ def summary(path: Path) -> str:
         steps = [int(data[name].attrs["num_samples"]) for name in names]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     return f"{path}: {counts}; {np.mean(steps):.0f} steps on average, {path.stat().st_size / 2**20:.1f} MiB"
+
+
+def _demonstrator(config: Config, env: TabletopEnv | LiberoEnv, kind: str, seed: int, speed: float) -> Demonstrator:
+    if kind == "policy":
+        return PolicyPlayer(_policy(config.policy), env, seed, config.policy_noise)
+    return (LiberoExpert if isinstance(env, LiberoEnv) else Expert)(
+        env,
+        seed=seed,
+        action_noise=config.noisy_action_noise if kind == "noisy" else config.action_noise,
+        gripper_flips=config.noisy_gripper_flips if kind == "noisy" else 0.0,
+        speed=speed,
+    )
+
+
+@lru_cache(maxsize=1)
+def _policy(path: str) -> VLAPolicy:
+    return VLAPolicy.load(path).for_playing()
 
 
 @lru_cache(maxsize=2)
@@ -270,7 +262,8 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     if settings.exists():
         _check_settings(config, json.loads(settings.read_text()), settings)
         done |= {part.stem for part in _parts(path).glob("demo_*.hdf5")}
-    indices = [*range(config.demos_per_task), *range(FIRST_NOISY, FIRST_NOISY + config.noisy_per_task)]
+    counts = {0: config.demos_per_task, FIRST_NOISY: config.noisy_per_task, FIRST_ON_POLICY: config.policy_per_task}
+    indices = [first + i for first, count in counts.items() for i in range(count)]
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
     if jobs and not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +275,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
-    found = {"fast_rendering": False, **found}  # files of before have no such setting
+    found = {"fast_rendering": False, "policy_noise": 0.1, **found}  # files of before have no such settings
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")

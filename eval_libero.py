@@ -49,7 +49,7 @@ from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, Repl
 from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
-from vlarft.sim.workers import run_jobs
+from vlarft.sim.workers import one_thread, run_jobs
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,6 @@ def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a record of an episode ({error!r})") from error
     return found
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: list[int]) -> list[dict]:
@@ -300,7 +296,7 @@ def main(cfg: Config) -> dict:
         log.open("a", buffering=1) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
-        for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=_one_thread):
+        for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=one_thread):
             for record in played:
                 record["worker_deaths"] = deaths
                 records.append(record)

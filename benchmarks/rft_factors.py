@@ -66,12 +66,12 @@ TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0
 SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
 HEAD = ("--train", "head", "--key-batch", "0")
 REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--draws", "3", *HEAD)
-PLATEAU = "four times as long"
+PLATEAU, ATTEMPTS = "four times as long", "three times as long with on-policy attempts"
 
 
-def plateau(*flags: str) -> Cell:
+def plateau(*flags: str, world_model: str = "three times as long") -> Cell:
     """80 steps from the policy at its plateau."""
-    return Cell(("--steps", "80", *flags), policy=PLATEAU)
+    return Cell(("--steps", "80", *flags), world_model, policy=PLATEAU)
 
 
 PER_STEP = ("--credit", "frame", "--ratio-per", "step")
@@ -99,6 +99,10 @@ CELLS = {
     "world model: a third of the steps": Cell(world_model="default"),
     "world model: demonstrations only": Cell(world_model="demonstrations only"),
     "world model: no stale frames": Cell(world_model="no stale frames"),
+    "plateau, divergence, credit per step, on-policy attempts": plateau(
+        "--reward", "divergence", *PER_STEP, world_model=ATTEMPTS
+    ),
+    "plateau, R3, on-policy attempts": plateau(*HELD, world_model=ATTEMPTS),
     "plateau, R3, 40 steps, flow-matching weight 0.1": Cell(policy=PLATEAU),
     "plateau, x_0 = 0": Cell(policy=PLATEAU, script=None, x0="zero"),
     "plateau, R3": plateau(*HELD),

@@ -13,6 +13,7 @@ and these through the tokenizer.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ from vlarft.world_model import WorldModel
 
 
 class Arm(NamedTuple):
-    """Flags of train_wm.py, and of train_tokenizer.py where the demo's tokenizer will not do."""
+    """Flags of train_wm.py, and of train_tokenizer.py where the demo's tokenizer will not do; and how many attempts of
+    the demo's policy per task it sees beside the demo's episodes.
+    """
 
     world_model: list[str]
     tokenizer: list[str] | None = None
+    attempts: int = 0
 
 
 LONG = ["--steps", "4500"]
@@ -50,6 +54,7 @@ ARMS = {
     "paper's token rows": Arm(["--no-factored-tokens"]),
     "all pixels alike": Arm([], ["--moving-weight", "1", "--unusual-weight", "1", "--still-weight", "0"]),
     "longer and larger": Arm(LONG + LARGE),
+    "three times as long with on-policy attempts": Arm(LONG, attempts=40),
 }
 SCORES = ("R3 greedy", "R3 common", "R3 independent", "R2 greedy", "decoded frames", "true frames", "action L1")
 
@@ -71,8 +76,16 @@ PRESETS = {"paper": Config(), "smoke": Config(arms=("default",), starts=2, sampl
 def run_arm(cfg: Config, name: str) -> dict:
     """Train and measure one arm, unless that is done."""
     folder, demo = Path(cfg.runs) / name.replace(" ", "_").replace("'", ""), Path(cfg.demo)
-    demos, preset = ["--demos", demo / "demos"], ["--preset", cfg.stage_preset]
     arm, of_tokenizer = ARMS[name], demo / "tokenizer"
+    demos, preset = ["--demos", demo / "demos"], ["--preset", cfg.stage_preset]
+    if arm.attempts:
+        seen = folder / "demos"
+        if not seen.is_dir():
+            shutil.copytree(demo / "demos", folder / "demos.tmp", dirs_exist_ok=True)
+            (folder / "demos.tmp").rename(seen)
+        own = ["--policy", demo / "sft" / "model.safetensors", "--policy-per-task", arm.attempts]
+        call("collect_demos.py", *preset, "--out-dir", seen, *own)
+        demos = ["--demos", seen]
     if arm.tokenizer is not None:
         of_tokenizer = folder / "tokenizer"
         call("train_tokenizer.py", *preset, *demos, "--out-dir", of_tokenizer, *arm.tokenizer)

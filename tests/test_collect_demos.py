@@ -10,6 +10,8 @@ import collect_demos
 from collect_demos import FIRST_NOISY, PRESETS, main
 from vlarft.config import parse
 from vlarft.data import load_episodes
+from vlarft.policy import VLAPolicy
+from vlarft.schedule import generator
 from vlarft.sim import make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.libero_experts import NoPlanError
@@ -137,6 +139,32 @@ def test_failures_are_retried_or_kept_and_marked(tmp_path):
         demo = file["data/demo_0"]
         assert demo.attrs["kind"] == "failed" and not demo.attrs["success"] and demo["dones"][-1] == 0
     assert load_episodes(path, successes_only=False)[0].kind == "failed"
+
+
+def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
+    settings = config(tmp_path / "a", tasks=("0",), demos_per_task=1, image_size=64)
+    (path,) = main(settings)
+    first = load_episodes(path)
+    extended = dataclasses.replace(settings, policy=str(policy_file), policy_per_task=2, policy_noise=0.1)
+    with h5py.File(main(extended)[0]) as file:
+        assert set(file["data"]) == {"demo_0", "demo_20000", "demo_20001"}
+        attempts = [file[f"data/demo_{i}"] for i in (20000, 20001)]
+        assert [a.attrs["kind"] for a in attempts] == ["policy", "policy"]
+        assert not any(a.attrs["success"] for a in attempts)  # of random weights
+        noise = attempts[0]["actions"][:, :3] - attempts[0]["intended_actions"][:, :3]
+        assert 0.02 < noise.std() < 0.2
+        # every eighth intended action begins a chunk of the policy, which saw that frame
+        policy, seed = VLAPolicy.load(policy_file).eval(), int(attempts[0].attrs["seed"])
+        images, proprio = attempts[0]["obs/agentview_rgb"], load_episodes(path, successes_only=False)[1].proprio
+        for chunk, t in enumerate((0, 8)):
+            seen = {"agentview": images[t], "proprio": proprio[t], "instruction": first[0].instruction}
+            expected = policy.act(seen, generator=generator("cpu", seed, chunk))
+            np.testing.assert_allclose(attempts[0]["intended_actions"][t : t + 8], expected, atol=1e-4)
+    assert [e.name for e in load_episodes(path)] == [e.name for e in first]  # what a policy learns from is the same
+    with pytest.raises(ValueError, match=r"policy_noise: 0.1 there, 0.3 now"):
+        main(dataclasses.replace(extended, policy_noise=0.3))
+    with pytest.raises(ValueError, match="policy_per_task 2 needs a policy: give --policy CHECKPOINT"):
+        dataclasses.replace(settings, policy_per_task=2)
 
 
 def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

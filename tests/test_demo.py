@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import demo
+from vlarft.data import load_episodes
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +59,11 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     assert set(arm["near_policy"]) == {"greedy", "common", "sample"}
     assert -1 <= arm["near_policy"]["greedy"]["gate_policy_true"] <= 1
     assert "moving PSNR" in capfd.readouterr().out
+    monkeypatch.setitem(study.ARMS, "attempts", study.Arm([], attempts=1))
+    study.main(dataclasses.replace(study.PRESETS["smoke"], **places, arms=("attempts",)))
+    seen = load_episodes(tmp_path / "arms" / "attempts" / "demos", successes_only=False)
+    assert Counter(e.kind for e in seen)["policy"] == 4  # one a task
+    assert not any(e.kind == "policy" for e in load_episodes(tmp_path / "demos", successes_only=False))
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
 

@@ -7,6 +7,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import torch
+
+
+def one_thread() -> None:
+    """Start of a worker that computes with torch: the other cores have workers of their own."""
+    torch.set_num_threads(1)
+
 
 def run_jobs(
     function: Callable[..., Any],
