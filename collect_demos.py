@@ -203,7 +203,8 @@ def make_demo(job: Job) -> Made:
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
     tmp = part.with_suffix(".tmp")
     with import_h5py().File(tmp, "w") as file:
-        attrs = {"seed": start_seed, "attempt": attempt, "kind": kind, "speed": speed}
+        attrs = {"seed": start_seed, "attempt": attempt, "kind": kind}
+        attrs |= {"policy": config.policy} if kind == "policy" else {"speed": speed}
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
     os.replace(tmp, part)
     return Made(job, None)

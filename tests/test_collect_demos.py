@@ -150,6 +150,7 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
         assert set(file["data"]) == {"demo_0", "demo_20000", "demo_20001"}
         attempts = [file[f"data/demo_{i}"] for i in (20000, 20001)]
         assert [a.attrs["kind"] for a in attempts] == ["policy", "policy"]
+        assert attempts[0].attrs["policy"] == str(policy_file)
         assert not any(a.attrs["success"] for a in attempts)  # of random weights
         noise = attempts[0]["actions"][:, :3] - attempts[0]["intended_actions"][:, :3]
         assert 0.02 < noise.std() < 0.2
