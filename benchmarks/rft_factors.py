@@ -157,6 +157,7 @@ class Config:
     runs: str = opt("runs/rft_factors", "folder for the cells")
     out: str = opt("results/rft_factors.json", "JSON file to write")
     cells: tuple[str, ...] = opt(tuple(CELLS), "cells to run")
+    rival: str | None = opt(None, "cell that the others are compared with, start by start, beside the policy before")
     start: str | None = opt(None, "arm of sft_study.py that all cells start from; none: each cell's own")
     gate: bool = opt(True, "the trust gate before the first step, which needs episodes that the world model never saw")
     suite: str = opt("tabletop_object", "suite of the demonstrations")
@@ -249,9 +250,21 @@ def difference(before: list[float], after: list[float]) -> dict[str, float]:
     return {"mean": change.mean().item(), "standard_error": error, "starts": len(change), "before": mean(before)}
 
 
+def folder_of(cfg: Config, name: str) -> Path:
+    """Where a cell lies."""
+    return Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
+
+
+def against(cfg: Config, rival: str, name: str) -> dict:
+    """Paired difference of a played cell to another one, over all starts."""
+    both = [play(cfg, folder_of(cfg, cell), folder_of(cfg, cell) / "model.safetensors") for cell in (rival, name)]
+    starts = [(kind, start) for kind, found in both[0].items() for start in found]
+    return paired_difference(*([found[kind][start] for kind, start in starts] for found in both))._asdict()
+
+
 def run_cell(cfg: Config, name: str) -> dict:
     """Train and play one cell, unless that is done."""
-    cell, folder = CELLS[name], Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
+    cell, folder = CELLS[name], folder_of(cfg, name)
     start = cfg.start or cell.policy
     policy = trained = arm(cfg.policies, start)
     log: list[dict] = []
@@ -300,6 +313,8 @@ def main(cfg: Config) -> dict:
         ValueError: an unknown cell.
     """
     check_known(cfg.cells, CELLS, "cell")
+    if cfg.rival is not None:
+        check_known((cfg.rival,), cfg.cells, "rival among the cells")
     report = {
         "command": "python benchmarks/rft_factors.py",
         "config": to_dict(cfg),
@@ -315,6 +330,10 @@ def main(cfg: Config) -> dict:
             report["base"][base] = {kind: rate(list(found.values())) for kind, found in play(*parts).items()}
             report["base"][base] |= {f"chunks_{name}": mean(values) for name, values in measure(*parts).items()}
         write_json(cfg.out, report)
+    for name in cfg.cells:
+        if cfg.rival not in (None, name):
+            report["cells"][name]["against_rival"] = against(cfg, cfg.rival, name)
+    write_json(cfg.out, report)
     print("\n" + table(report["cells"]))
     return report
 

@@ -4,7 +4,8 @@
     python benchmarks/world_model.py --out results/world_model.json       trains and measures every arm
 
 Each arm is `train_wm.py --preset tiny` with the flags of `ARMS`, then `eval_wm.py --true-error` on the same held-out
-starts; an arm about the tokenizer trains one of its own first. Finished arms are not run again. Figures: validation
+starts; an arm about the tokenizer trains one of its own first; one with on-policy attempts holds some of them out, too,
+so that its starts are others. Finished arms are not run again. Figures: validation
 loss, also with the actions of other segments; PSNR on moving pixels, of greedy rollouts and of copying the start frame;
 Spearman's rank correlation, with its standard error over starts, of R3 and R2 with the true frames and the true state,
 over all perturbations and for motion noise alone. And the same near a policy's own actions, where fine-tuning works:

@@ -92,6 +92,7 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     true = study.Cell(("--reward", "simulator"), world_model="default")
     monkeypatch.setitem(study.CELLS, "simulator's true error", true)
     cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error", "plateau, x_0 = 0"), start="default")
+    cfg = dataclasses.replace(cfg, rival="plateau, x_0 = 0")
     report = study.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report
     assert all(cell["true_error_change"]["starts"] == 4 for cell in report["cells"].values())
@@ -105,11 +106,18 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
         }
     assert "gate_policy" in report["cells"]["R3"]["gate"] and report["cells"]["extra SFT head"]["gate"] == {}
     alone = report["cells"]["plateau, x_0 = 0"]
+    assert "against_rival" not in alone
+    for cell in report["cells"].values():
+        if cell is not alone:
+            own, base = cell["success"]["all"]["rate"], alone["success"]["all"]["rate"]
+            assert cell["against_rival"]["difference"] == pytest.approx(own - base)
     assert alone["minutes"] is None and alone["spread_change"]["mean"] == 0 < alone["spread_change"]["before"]
     assert alone["true_error_change"]["mean"] != 0 == alone["true_error_change_from_zero"]["mean"]
-    ungated = dataclasses.replace(cfg, cells=("R3",), gate=False, runs=str(tmp_path / "ungated"))
+    ungated = dataclasses.replace(cfg, cells=("R3",), rival=None, gate=False, runs=str(tmp_path / "ungated"))
     assert study.main(ungated)["cells"]["R3"]["gate"] == {}
     assert set(report["base"]) == {"default"} and "extra SFT head" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown rival among the cells 'R1'"):
+        study.main(dataclasses.replace(cfg, rival="R1"))
     with pytest.raises(ValueError, match="unknown cell 'none'; there are: R3"):
         study.main(dataclasses.replace(cfg, cells=("none",)))
 

@@ -102,6 +102,7 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch):
         {"objective": "ppo", "over_k": "sum", "epochs": 2, "divide_by_std": False, "reference": "executed"},
         {"bf16": True, "over_frames": "last", "micro_starts": 1},
         {"algorithm": "rwr", "rwr_temperature": 1.0},
+        {"group_x0": "shared", "decay": "cosine"},
         {"reward": "divergence", "history": "start", "credit": "to_go", "ratio_per": "step"},
         {"reward": "divergence", "bf16": True, "credit": "frame", "ratio_per": "element", "over_frames": "mean"},
         {"noise": "flow_sde", "sde_noise": 0.5, "kl_weight": 0.1, "noisy_steps": (2, 5)},
@@ -179,6 +180,19 @@ def test_closed_loop(rft_config, tmp_path, monkeypatch):
     parts = [_of_chunk(played[-1], c) for c in range(2)]
     torch.testing.assert_close(torch.cat(parts, -1), played[-1].advantage)
     assert [part.shape for part in parts] == [(2, 3, 8)] * 2
+
+
+@pytest.mark.parametrize(("decay", "factors"), [("constant", [1.0, 1.0]), ("cosine", [1.0, 0.5])])
+def test_learning_rates_decay_when_asked(rft_config, monkeypatch, decay, factors):
+    rates, real = [], train_rft.update
+
+    def update(cfg, policy, optimizer, *args):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return real(cfg, policy, optimizer, *args)
+
+    monkeypatch.setattr(train_rft, "update", update)
+    train_rft.main(dataclasses.replace(rft_config, reward="r1", warmup=0, decay=decay))
+    assert rates == [pytest.approx([rft_config.lr * f, rft_config.sigma_lr * f]) for f in factors]
 
 
 def test_time_limit_stops_early(rft_config):

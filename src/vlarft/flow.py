@@ -105,9 +105,9 @@ def regression_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L1 distance of the chunks that the ODE makes of random x_0 to the dataset's, averaged over B, draws, T and A.
 
-    Not in the paper: reward R1 (Table 4) of the deterministic policy by its own gradient, back through the K Euler
-    steps, where GRPO has to estimate it from rollouts. Its optimum is the median of the demonstrations, not a sample of
-    them.
+    Not in the paper: what reward R1 (Table 4) asks of the deterministic policy, by a gradient back through the K Euler
+    steps, where GRPO estimates one from rollouts. R1 is in raw units with a rounded gripper, this in normalised ones
+    and smooth. Its optimum is the median of the demonstrations, not a sample of them.
 
     Args:
         head: velocity net.

@@ -25,6 +25,12 @@ class ExpertAction(NamedTuple):
     intended: np.ndarray  # (7,) the same without noise
 
 
+def keep_still() -> ExpertAction:
+    """No motion, gripper open; in both simulators."""
+    still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _OPEN])
+    return ExpertAction(still, still.copy())
+
+
 class ActionNoise:
     """Noise on an expert's actions: AR(1), so that its effect on the path is larger than that of white noise.
 
@@ -88,8 +94,7 @@ class Expert:
         """The action for the present state; after success it holds still with the gripper open."""
         open_goals = [goal for goal in self.env.task.goals if not self.env.achieved(goal)]
         if not open_goals:
-            still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _OPEN])
-            return ExpertAction(still, still.copy())
+            return keep_still()
         return self._noise.add(self._towards(open_goals[0]))
 
     def _towards(self, goal: Goal) -> np.ndarray:

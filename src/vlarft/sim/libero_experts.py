@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from vlarft.sim.experts import ActionNoise, ExpertAction, ramp
+from vlarft.sim.experts import ActionNoise, ExpertAction, keep_still, ramp
 from vlarft.sim.libero_articulated import close_drawer, drawer_of, has_knob, open_drawer, push, turn_knob
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, room_above, top_grasps, way_out
@@ -67,11 +67,10 @@ class LiberoExpert:
 
     def act(self) -> ExpertAction:
         """The action for the present state; after success, or out of ideas, it holds still with the gripper open."""
-        still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN])
         if self.env.success():
-            return ExpertAction(still, still.copy())
+            return keep_still()
         intended = next(self._plan, None)
-        return ExpertAction(still, still.copy()) if intended is None else self._noise.add(intended)
+        return keep_still() if intended is None else self._noise.add(intended)
 
     def _solve(self) -> Plan:
         yield from self._motion.wait()

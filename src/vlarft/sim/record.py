@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlarft.schedule import generator
-from vlarft.sim.experts import ActionNoise, ExpertAction
+from vlarft.sim.experts import ActionNoise, ExpertAction, keep_still
 from vlarft.sim.libero_env import LiberoEnv
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class PolicyPlayer:
     def act(self) -> ExpertAction:
         """The next action of the chunk; the policy sees the environment again when a chunk has been played."""
         if self.env.success():
-            still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-            return ExpertAction(still, still.copy())
+            return keep_still()
         if not self.left:
             draws = generator("cpu", self.seed, self.num_chunks)
             self.left = list(self.policy.act(self.env.observe(), generator=draws).cpu().double().numpy())
