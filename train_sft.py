@@ -109,6 +109,11 @@ class Config(SuccessConfig):
                 f"train head leaves the vision encoder alone, and the {self.key_batch} further images of --key-batch "
                 "train nothing else; give --key-batch 0"
             )
+        if self.objective == "regression" and (self.alpha, self.beta) != (Config.alpha, Config.beta):
+            raise ValueError(
+                f"--alpha {self.alpha} --beta {self.beta} are of the times that flow matching draws; objective "
+                "regression runs the whole flow and draws none: leave them out"
+            )
 
 
 PAPER = Config()

@@ -69,9 +69,9 @@ REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--
 PLATEAU, ATTEMPTS = "four times as long", "three times as long with on-policy attempts"
 
 
-def plateau(*flags: str, world_model: str = "three times as long") -> Cell:
-    """80 steps from the policy at its plateau."""
-    return Cell(("--steps", "80", *flags), world_model, policy=PLATEAU)
+def plateau(*flags: str, world_model: str = "three times as long", steps: int = 80) -> Cell:
+    """From the policy at its plateau."""
+    return Cell(("--steps", str(steps), *flags), world_model, policy=PLATEAU)
 
 
 PER_STEP = ("--credit", "frame", "--ratio-per", "step")
@@ -123,6 +123,10 @@ CELLS = {
         "--reward", "divergence", *PER_STEP, *QUARTER
     ),
     "plateau, R1, credit per step, cosine": plateau("--reward", "r1", *PER_STEP, *COSINE),
+    "plateau, R1, credit per step, 400 steps": plateau("--reward", "r1", *PER_STEP, steps=400),
+    "plateau, divergence, credit per step, 400 steps": plateau("--reward", "divergence", *PER_STEP, steps=400),
+    "plateau, R3, 400 steps": plateau(*HELD, steps=400),
+    "plateau, R3, two chunks": plateau(*HELD, "--chunks", "2"),
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
     "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),

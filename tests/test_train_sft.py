@@ -96,6 +96,8 @@ def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):
     assert {"val_chunk_l1"} <= set(metrics) and "val_flow_mse" not in metrics
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["val_chunk_l1"] < 0.95 * lines[0]["val_chunk_l1"]
+    with pytest.raises(ValueError, match=r"--beta 2.0 are of the times that flow matching draws"):
+        replace(cfg, beta=2.0)
 
 
 def test_ema_is_what_is_exported(demos, tmp_path):
