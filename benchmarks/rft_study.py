@@ -12,9 +12,10 @@ alone, the part that fine-tuning touches; "regression" the head alone, towards r
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
 
-Writes one JSON: success rates with 95 % intervals per suite and perturbation, all seeds together and apart; paired
-differences to the long-trained policy (pairs of all seeds pooled); success rates while the policies trained, against
-steps and minutes; the trust gate before the first step of "RFT R3". And a picture of those curves, of the first seed.
+Writes one JSON: success rates with 95 % intervals per suite and perturbation, and over all suites, all seeds together
+and apart; paired differences to the long-trained policy and to the controls "extra SFT" and "regression" (pairs of all
+seeds pooled); success rates while the policies trained; the trust gate before the first step of "RFT R3". And a
+picture of the curves of the first seed, against steps and minutes.
 """
 
 import json
@@ -22,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import Starts, check_known, draw_curves, machine, rate, read_lines, run_once, show_rate
+from stages import Panel, Starts, check_known, draw_curves, machine, rate, read_lines, run_once, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -45,6 +46,7 @@ EXTRA_ARMS = {
     "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
 }
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
+RIVALS = "SFT", "extra SFT", "regression"  # that the others are compared with
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,18 @@ def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, P
     return found
 
 
-def compare(by_seed: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
-    """Rates of each policy, and paired differences to "SFT", over the outcomes of all seeds."""
+def compare(runs: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
+    """Rates of each policy, and paired differences to `RIVALS`, over the outcomes of several runs (seeds, suites)."""
     found = {}
-    for name in by_seed[0]:
-        starts = [(seed, start) for seed, outcomes in enumerate(by_seed) for start in sorted(outcomes[name])]
-        base, own = ([by_seed[seed][which][start] for seed, start in starts] for which in ("SFT", name))
-        found[name] = {"all": rate(own), "seeds": [rate(list(outcomes[name].values())) for outcomes in by_seed]}
-        if name != "SFT":
-            found[name]["against_sft"] = paired_difference(base, own)._asdict()
+    for name in runs[0]:
+        starts = [(run, start) for run, outcomes in enumerate(runs) for start in sorted(outcomes[name])]
+        outcomes = {
+            other: [runs[run][other][start] for run, start in starts] for other in (*RIVALS, name) if other in runs[0]
+        }
+        found[name] = {"all": rate(outcomes[name]), "runs": [rate(list(run[name].values())) for run in runs]}
+        for rival in RIVALS:
+            if rival in outcomes and rival != name:
+                found[name][f"against {rival}"] = paired_difference(outcomes[rival], outcomes[name])._asdict()
     return found
 
 
@@ -189,12 +194,23 @@ def trust_gate(cfg: Config, suite: str, seed: int) -> dict[str, float]:
 def table(report: dict) -> str:
     """One row per policy, suite and perturbation."""
     lines = []
-    for suite, entry in report["suites"].items():
-        for perturb, found in entry["starts"].items():
+    for suite, starts in {**{k: v["starts"] for k, v in report["suites"].items()}, "all": report["all"]}.items():
+        for perturb, found in starts.items():
             lines.append(f"{suite}, starts: {perturb}")
             for name, values in found.items():
-                lines.append(f"  {name:<14} {show_rate(values['all'], values.get('against_sft'))}")
+                lines.append(f"  {name:<16} {show_rate(values['all'], values.get('against SFT'))}")
     return "\n".join(lines)
+
+
+def panels(report: dict) -> list[Panel]:
+    """Curves of the fine-tunings of each suite's first seed, against minutes and against steps."""
+    found = []
+    for suite, entry in report["suites"].items():
+        series = {name: rows for name, rows in entry["curves"][0].items() if name != "sft"}
+        for x, label in ("minutes", "minutes of training"), ("step", "steps, GRPO's or SFT's"):
+            curves = {name: [(row[x], row["success_rate"]) for row in rows] for name, rows in series.items()}
+            found.append(Panel(suite, label, curves))
+    return found
 
 
 def main(cfg: Config) -> dict:
@@ -209,24 +225,24 @@ def main(cfg: Config) -> dict:
         "config": to_dict(cfg),
         "machine": machine(),
         "suites": {},
+        "all": {},
     }
+    played: dict[str, list] = {perturb: [] for perturb in cfg.perturb}
     for suite in cfg.suites:
         policies = {seed: train(cfg, suite, seed) for seed in cfg.seeds}
-        starts = {
-            perturb: compare([play(cfg, suite, seed, perturb, policies[seed]) for seed in cfg.seeds])
-            for perturb in cfg.perturb
-        }
+        starts = {}
+        for perturb in cfg.perturb:
+            runs = [play(cfg, suite, seed, perturb, policies[seed]) for seed in cfg.seeds]
+            starts[perturb] = compare(runs)
+            played[perturb] += runs
+            report["all"][perturb] = compare(played[perturb])
         report["suites"][suite] = {
             "starts": starts,
             "trust_gate": [trust_gate(cfg, suite, seed) for seed in cfg.seeds],
             "curves": [curves(cfg, suite, seed) for seed in cfg.seeds],
         }
         write_json(cfg.out, report)
-    panels = {}
-    for suite, entry in report["suites"].items():
-        series = {name: rows for name, rows in entry["curves"][0].items() if name != "sft"}
-        panels[suite] = {name: [(row["minutes"], row["success_rate"]) for row in rows] for name, rows in series.items()}
-    draw_curves(panels, Path(cfg.figure), "minutes of fine-tuning")
+    draw_curves(panels(report), Path(cfg.figure))
     print("\n" + table(report))
     return report
 

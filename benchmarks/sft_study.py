@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import call, check_known, draw_curves, machine, rate, read_lines, show_rate
+from stages import Panel, call, check_known, draw_curves, machine, rate, read_lines, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -117,7 +117,7 @@ def main(cfg: Config) -> dict:
     }
     write_json(cfg.out, report)
     curves = {name: [(p["step"] + 1, p["success_rate"]) for p in arm["curve"]] for name, arm in arms.items()}
-    draw_curves({f"SFT from scratch, {cfg.suite}": curves}, Path(cfg.figure), "step")
+    draw_curves([Panel(f"SFT from scratch, {cfg.suite}", "step", curves)], Path(cfg.figure))
     print("\n" + table(arms))
     return report
 

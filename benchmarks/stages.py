@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -96,21 +97,28 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def draw_curves(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x_label: str) -> None:
-    """PNG of success rates: a panel per title, a curve [(x, rate in 0..1)] per label."""
+class Panel(NamedTuple):
+    """Curves [(x, rate in 0..1)] by their label."""
+
+    title: str
+    x_label: str
+    curves: dict[str, list[tuple[float, float]]]
+
+
+def draw_curves(panels: Sequence[Panel], path: Path) -> None:
+    """PNG of success rates, two panels a row; from the lowest rate up, so that small differences show."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, constrained_layout=True)
-    for axis, (title, series) in zip(axes.flat, panels.items()):
-        for label, points in series.items():
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, panels):
+        for label, points in panel.curves.items():
             axis.plot([x for x, _ in points], [100 * rate for _, rate in points], marker=".", label=label)
-        axis.set_title(title)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel("success [%]")
-        axis.set_ylim(0, 100)
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel="success [%]", ylim=(None, 100))
         axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)

@@ -76,7 +76,7 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     assert first["success"]["episodes"] == 2 and [point["step"] for point in first["curve"]] == [1, 3]
     assert "against_first" in other and "against_first" not in first
     with Image.open(places["figure"]) as image:
-        assert image.size == (480, 320)
+        assert image.size == (960, 320)
     assert "no key-position loss" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
@@ -139,14 +139,15 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", "SFT, x_0 = 0"]
     perturbed = report["suites"]["tabletop_object"]["starts"]["robot:20"]
     assert list(perturbed) == ["SFT", "RFT R3", "SFT, x_0 = 0"]
-    assert all(values["all"]["episodes"] == 2 and len(values["seeds"]) == 1 for values in found.values())
-    assert "against_sft" in found["RFT R3"] and "against_sft" not in found["SFT"]
+    assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
+    assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
+    assert report["all"] == report["suites"]["tabletop_object"]["starts"]
     assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
     curves = report["suites"]["tabletop_object"]["curves"][0]
     assert len(curves.pop("extra_SFT_head")) >= 1
     assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2, "sft": 2}
     with Image.open(cfg.figure) as image:
-        assert image.size == (480, 320)
+        assert image.size == (960, 320)
     assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
@@ -157,10 +158,14 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
         study.main(dataclasses.replace(cfg, arms=("PPO",)))
 
 
-def test_study_pools_pairs_of_all_seeds(load_benchmark):
+def test_study_pools_pairs_of_all_runs(load_benchmark):
     study = load_benchmark("rft_study")
     first = {"SFT": {(0, 0): True, (0, 1): False}, "RWR": {(0, 0): True, (0, 1): True}}
     second = {"SFT": {(0, 0): False, (0, 1): False}, "RWR": {(0, 0): False, (0, 1): True}}
+    first["extra SFT"], second["extra SFT"] = first["RWR"], {(0, 0): True, (0, 1): True}
     found = study.compare([first, second])
-    assert found["RWR"]["all"]["rate"] == 0.75 and [s["rate"] for s in found["RWR"]["seeds"]] == [1.0, 0.5]
-    assert found["RWR"]["against_sft"]["difference"] == 0.5 and found["RWR"]["against_sft"]["only_second"] == 2
+    assert found["RWR"]["all"]["rate"] == 0.75 and [s["rate"] for s in found["RWR"]["runs"]] == [1.0, 0.5]
+    assert found["RWR"]["against SFT"]["difference"] == 0.5 and found["RWR"]["against SFT"]["only_second"] == 2
+    assert found["RWR"]["against extra SFT"]["difference"] == -0.25
+    assert set(found["SFT"]) == {"all", "runs", "against extra SFT"}
+    assert set(found["extra SFT"]) == {"all", "runs", "against SFT"}
