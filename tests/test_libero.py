@@ -86,6 +86,34 @@ def test_no_renderer_says_what_to_install(monkeypatch):
     assert gl.find_backend() == "osmesa"
 
 
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_each_library_renders_with_the_first_row_at_the_bottom(backend, tmp_path):
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MUJOCO_GL", backend)
+            gl.find_backend()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    code = """
+import sys, mujoco, numpy as np
+from vlarft.sim.gl import FAST, GLRenderer
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 -3 1" dir="0 1 0"/><camera name="front" pos="0 -2 0" xyaxes="1 0 0 0 0 1"/>'
+    '<geom type="box" size=".3 .3 .3" pos="0 0 .5" rgba="1 0 0 1" group="1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+np.save(sys.argv[1], GLRenderer(model, (32, 48), FAST).render(data, "front"))
+"""
+    path = tmp_path / "image.npy"
+    variables = {**os.environ, "MUJOCO_GL": backend}
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=variables)
+    assert run.returncode == 0, run.stderr
+    image = np.load(path)
+    assert image.shape == (32, 48, 3) and image.dtype == np.uint8
+    rows, columns = np.nonzero((image[..., 0] > 100) & (image[..., 1:] < 50).all(-1))
+    assert len(rows) > 30 and rows.mean() > 18 and abs(columns.mean() - 23.5) < 1  # a red box, above the middle
+
+
 def test_check_exits_with_an_error_and_the_fix_where_libero_is_missing(tmp_path):
     code = "import sys; sys.modules['libero'] = None; from vlarft.sim.check import main; sys.exit(main([]))"
     run = subprocess.run(
