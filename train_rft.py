@@ -33,8 +33,9 @@ Deviations from the paper, each an option:
   learning rates are those of a head with 1/100 of the paper's parameters.
 - not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
   is sampled or decoded); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde,
-  --group-x0 shared, --decay cosine, --kl-weight, --chunks > 1, --gamma; --reward simulator, the true error in the
-  simulator of Tabletop demonstrations, which shows how much of a result is the world model's doing.
+  --group-x0 shared, --mirrored (noise in pairs of opposite sign), --decay cosine, --kl-weight, --chunks > 1, --gamma;
+  --reward simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is
+  the world model's doing.
 - --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
 
@@ -104,6 +105,7 @@ class Config(
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.credit != "chunk" and (self.algorithm == "rwr" or self.ratio_per == "chunk"):
             raise ValueError(
                 f"credit {self.credit} gives each action step an advantage of its own, which algorithm "

@@ -78,6 +78,7 @@ PER_STEP = ("--credit", "frame", "--ratio-per", "step")
 TO_GO = ("--credit", "to_go", "--ratio-per", "step")
 HELD = ("--mse-weight", "1")
 SHARED = ("--group-x0", "shared")
+MIRRORED = ("--mirrored",)
 QUARTER = ("--sigma-min", "0.02", "--sigma-max", "0.05")
 COSINE = ("--decay", "cosine")
 CELLS = {
@@ -117,6 +118,10 @@ CELLS = {
     "plateau, R1, credit per step, shared x_0": plateau("--reward", "r1", *PER_STEP, *SHARED),
     "plateau, R3, credit per step, shared x_0": plateau("--reward", "r3", *PER_STEP, *SHARED),
     "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
+    "plateau, R1, credit per step, mirrored": plateau("--reward", "r1", *PER_STEP, *MIRRORED),
+    "plateau, R3, credit per step, mirrored": plateau("--reward", "r3", *PER_STEP, *MIRRORED),
+    "plateau, R3, mirrored": plateau(*HELD, *MIRRORED),
+    "plateau, divergence, credit per step, mirrored": plateau("--reward", "divergence", *PER_STEP, *MIRRORED),
     "plateau, R1, credit per step, quarter of the noise": plateau("--reward", "r1", *PER_STEP, *QUARTER),
     "plateau, R3, credit per step, quarter of the noise": plateau("--reward", "r3", *PER_STEP, *QUARTER),
     "plateau, divergence, credit per step, quarter of the noise": plateau(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.flow import chain_log_prob, transition
 from vlarft.metrics import perceptual
 from vlarft.rollout import collect, fit_drift, propagate
 
@@ -40,6 +41,28 @@ def test_a_group_may_share_its_x0(rft_config, rft_parts):
     assert (shared.unflatten(0, (-1, 4))[:, :, 0] == first).all() and not torch.equal(first[0], first[1])
     assert (shared[0::4] == own[0::4]).all()  # the first of a group is as it was
     assert (own[1] != own[0])[0].all() and (shared[1] != shared[0])[1:].all()  # noise on the way is each rollout's own
+
+
+def test_mirrored_rollouts_are_pairs_of_opposite_noise(rft_config, rft_parts):
+    policy, _, batch = rft_parts
+    cfg = dataclasses.replace(rft_config, reward="r1", group=4)
+    own, mirrored = (
+        collect(dataclasses.replace(cfg, mirrored=on), policy, None, batch, None, (0, 0)).chunks[0]
+        for on in (False, True)
+    )
+    x = mirrored.chain.x  # (S * G, K + 1, T, A)
+    assert torch.equal(x[::2], own.chain.x[::2]) and torch.equal(x[1::2, 0], x[::2, 0])
+    assert not torch.equal(x[0, 0], x[2, 0])
+    cond = policy.condition(mirrored.context, mirrored.proprio).repeat(4)
+    with torch.no_grad():
+        first = transition(policy.head, policy.sigma_net, x[:, 0], 0, cond)
+    noise = (x[:, 1] - first.mean) / first.scale
+    torch.testing.assert_close(noise[1::2], -noise[::2], atol=1e-4, rtol=1e-4)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond).log_prob
+    torch.testing.assert_close(scored, mirrored.chain.log_prob, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="mirrored rollouts come in pairs, which group 3 does not divide into"):
+        dataclasses.replace(cfg, mirrored=True, group=3)
 
 
 def test_proprio_is_propagated_by_what_the_demonstrations_show(demos):

@@ -48,6 +48,11 @@ class RolloutConfig:
         "own",
         "x_0 of a start's rollouts: own, or shared, so that advantages are of the chain's noise alone (DanceGRPO)",
     )
+    mirrored: bool = opt(
+        False,
+        "rollouts in pairs of one x_0 and opposite noise: what the noise does to the reward either way, such as making "
+        "the chunk worse, cancels in the gradient",
+    )
     chunks: int = opt(1, "action chunks that a rollout lasts; from the second on the policy sees imagined frames")
     reward: RewardKind = opt("r3", "verified reward (Table 4), or simulator: the true error, of Tabletop with states")
     reference: Literal["executed", "intended"] = opt(
@@ -69,6 +74,15 @@ class RolloutConfig:
     divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. 12 does not")
     bf16: bool = opt(False, "the frozen networks in bf16: vision-language model (autocast), transformer, pixel decoder")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
+
+    def __post_init__(self) -> None:
+        if self.mirrored and self.group % 2:
+            raise ValueError(f"mirrored rollouts come in pairs, which group {self.group} does not divide into")
+
+    @property
+    def rollouts_per_x0(self) -> int:
+        """Successive rollouts of a start that begin at the same x_0."""
+        return self.group if self.group_x0 == "shared" else 1 + self.mirrored
 
 
 def dataset_actions(cfg: RolloutConfig, batch: Batch) -> Tensor:
@@ -130,17 +144,25 @@ def sample_group(
     repeats: int,
     part: tuple[int, int],
     *seed: int,
-    group: int = 1,
+    per_x0: int = 1,
+    mirrored: bool = False,
 ) -> Chain:
     """Chains of `repeats` rollouts for each of the rows of context and proprio, drawn for all processes.
 
-    group: successive rollouts that share the x_0 of their first.
+    Args:
+        policy, context, proprio, repeats: what is sampled, and how often.
+        part: (rank, processes).
+        seed: of the draws.
+        per_x0: successive rollouts that share the x_0 of their first.
+        mirrored: every other rollout has the noise of the one before it, with the opposite sign.
     """
     flow = policy.cfg.flow
     cond = policy.condition(context, proprio).repeat(repeats)
     shape = (cond.num_rows * part[1], 1 + len(flow.scored_steps), flow.chunk, flow.action_dim)
     draws = share(torch.randn(shape, generator=generator(context.device, *seed), device=context.device), part)
-    noise = draws[::group, 0].repeat_interleave(group, 0)
+    noise = draws[::per_x0, 0].repeat_interleave(per_x0, 0)
+    if mirrored:
+        draws[1::2, 1:] = -draws[::2, 1:]
     return sample_chain(policy.head, policy.sigma_net, cond, noise=noise, step_noise=draws[:, 1:])
 
 
@@ -178,7 +200,6 @@ def collect(
         )
     device, part = batch.frames.device, (distributed.rank(), distributed.world_size())
     starts, steps = len(batch.frames), policy.cfg.flow.chunk
-    alike = cfg.group if cfg.group_x0 == "shared" else 1
     dataset = dataset_actions(cfg, batch)
     frames, proprio, instructions = batch.frames[:, 0], batch.proprio, batch.instructions
     start_frames, repeats = None, cfg.group
@@ -186,7 +207,8 @@ def collect(
     for c in range(cfg.chunks):
         clock = time.monotonic()
         context = encode(cfg, policy, frames, instructions, starts)
-        chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, group=alike)
+        pairing = {"per_x0": cfg.rollouts_per_x0, "mirrored": cfg.mirrored}
+        chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, **pairing)
         chunks.append(PlayedChunk(context, proprio, chain))
         actions = policy.normalizer.decode_actions(chain.x[:, -1])  # (S * G, T, A)
         seconds["policy_s"] += time.monotonic() - clock
