@@ -79,8 +79,10 @@ TO_GO = ("--credit", "to_go", "--ratio-per", "step")
 HELD = ("--mse-weight", "1")
 SHARED = ("--group-x0", "shared")
 MIRRORED = ("--mirrored",)
+BROAD = ("--starts", "24", "--group", "4", *MIRRORED)
 QUARTER = ("--sigma-min", "0.02", "--sigma-max", "0.05")
 COSINE = ("--decay", "cosine")
+QUARTER_RATE = ("--lr", "2.5e-5", "--sigma-lr", "2.5e-4")
 CELLS = {
     "R3": Cell(),
     "extra SFT": sft("--steps", "1000"),
@@ -119,6 +121,11 @@ CELLS = {
     "plateau, R3, credit per step, shared x_0": plateau("--reward", "r3", *PER_STEP, *SHARED),
     "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
     "plateau, R1, credit per step, mirrored": plateau("--reward", "r1", *PER_STEP, *MIRRORED),
+    "plateau, R1, credit per step, mirrored, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *BROAD),
+    "plateau, R3, mirrored, 24 starts of 4": plateau(*HELD, *BROAD),
+    "plateau, divergence, credit per step, mirrored, 24 starts of 4": plateau(
+        "--reward", "divergence", *PER_STEP, *BROAD
+    ),
     "plateau, R3, credit per step, mirrored": plateau("--reward", "r3", *PER_STEP, *MIRRORED),
     "plateau, R3, mirrored": plateau(*HELD, *MIRRORED),
     "plateau, divergence, credit per step, mirrored": plateau("--reward", "divergence", *PER_STEP, *MIRRORED),
@@ -128,9 +135,13 @@ CELLS = {
         "--reward", "divergence", *PER_STEP, *QUARTER
     ),
     "plateau, R1, credit per step, cosine": plateau("--reward", "r1", *PER_STEP, *COSINE),
-    "plateau, R1, credit per step, 400 steps": plateau("--reward", "r1", *PER_STEP, steps=400),
-    "plateau, divergence, credit per step, 400 steps": plateau("--reward", "divergence", *PER_STEP, steps=400),
-    "plateau, R3, 400 steps": plateau(*HELD, steps=400),
+    "plateau, R1, credit per step, mirrored, slow": plateau(
+        "--reward", "r1", *PER_STEP, *MIRRORED, *QUARTER_RATE, steps=320
+    ),
+    "plateau, divergence, credit per step, mirrored, slow": plateau(
+        "--reward", "divergence", *PER_STEP, *MIRRORED, *QUARTER_RATE, steps=320
+    ),
+    "plateau, R3, mirrored, slow": plateau(*HELD, *MIRRORED, *QUARTER_RATE, steps=320),
     "plateau, R3, two chunks": plateau(*HELD, "--chunks", "2"),
     "plateau, R3, credit to go": plateau(*TO_GO),
     "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
