@@ -79,7 +79,7 @@ TO_GO = ("--credit", "to_go", "--ratio-per", "step")
 HELD = ("--mse-weight", "1")
 SHARED = ("--group-x0", "shared")
 MIRRORED = ("--mirrored",)
-BROAD = ("--starts", "24", "--group", "4", *MIRRORED)
+BROAD = ("--starts", "24", "--group", "4")
 QUARTER = ("--sigma-min", "0.02", "--sigma-max", "0.05")
 COSINE = ("--decay", "cosine")
 QUARTER_RATE = ("--lr", "2.5e-5", "--sigma-lr", "2.5e-4")
@@ -121,10 +121,11 @@ CELLS = {
     "plateau, R3, credit per step, shared x_0": plateau("--reward", "r3", *PER_STEP, *SHARED),
     "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
     "plateau, R1, credit per step, mirrored": plateau("--reward", "r1", *PER_STEP, *MIRRORED),
-    "plateau, R1, credit per step, mirrored, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *BROAD),
-    "plateau, R3, mirrored, 24 starts of 4": plateau(*HELD, *BROAD),
+    "plateau, R1, credit per step, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *BROAD),
+    "plateau, R1, credit per step, mirrored, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *MIRRORED, *BROAD),
+    "plateau, R3, mirrored, 24 starts of 4": plateau(*HELD, *MIRRORED, *BROAD),
     "plateau, divergence, credit per step, mirrored, 24 starts of 4": plateau(
-        "--reward", "divergence", *PER_STEP, *BROAD
+        "--reward", "divergence", *PER_STEP, *MIRRORED, *BROAD
     ),
     "plateau, R3, credit per step, mirrored": plateau("--reward", "r3", *PER_STEP, *MIRRORED),
     "plateau, R3, mirrored": plateau(*HELD, *MIRRORED),
@@ -140,6 +141,9 @@ CELLS = {
     ),
     "plateau, divergence, credit per step, mirrored, slow": plateau(
         "--reward", "divergence", *PER_STEP, *MIRRORED, *QUARTER_RATE, steps=320
+    ),
+    "plateau, divergence, credit per step, mirrored, 24 starts of 4, slow": plateau(
+        "--reward", "divergence", *PER_STEP, *MIRRORED, *BROAD, *QUARTER_RATE, steps=320
     ),
     "plateau, R3, mirrored, slow": plateau(*HELD, *MIRRORED, *QUARTER_RATE, steps=320),
     "plateau, R3, two chunks": plateau(*HELD, "--chunks", "2"),
