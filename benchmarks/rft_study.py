@@ -15,7 +15,7 @@ done.
 Writes one JSON: success rates with 95 % intervals per suite and perturbation, and over all suites, all seeds together
 and apart; paired differences to the long-trained policy and to the controls "extra SFT" and "regression" (pairs of all
 seeds pooled); success rates while the policies trained; the trust gate before the first step of "RFT R3". And a
-picture of the curves of the first seed, against steps and minutes.
+picture of the curves of the first seed, against minutes and GRPO steps.
 """
 
 import json
@@ -203,12 +203,17 @@ def table(report: dict) -> str:
 
 
 def panels(report: dict) -> list[Panel]:
-    """Curves of the fine-tunings of each suite's first seed, against minutes and against steps."""
+    """Curves of each suite's first seed: all trainings against minutes, fine-tunings against steps as well."""
+    fine_tunings = {name.replace(" ", "_") for name in RFT_ARMS}
     found = []
     for suite, entry in report["suites"].items():
         series = {name: rows for name, rows in entry["curves"][0].items() if name != "sft"}
-        for x, label in ("minutes", "minutes of training"), ("step", "steps, GRPO's or SFT's"):
-            curves = {name: [(row[x], row["success_rate"]) for row in rows] for name, rows in series.items()}
+        for x, label in ("minutes", "minutes of training"), ("step", "GRPO steps"):
+            curves = {
+                name.replace("_", " "): [(row[x], row["success_rate"]) for row in rows]
+                for name, rows in series.items()
+                if x == "minutes" or name in fine_tunings
+            }
             found.append(Panel(suite, label, curves))
     return found
 
