@@ -50,8 +50,8 @@ class RolloutConfig:
     )
     mirrored: bool = opt(
         False,
-        "rollouts in pairs of one x_0 and opposite noise: what the noise does to the reward either way, such as making "
-        "the chunk worse, cancels in the gradient",
+        "rollouts in pairs of one x_0 and opposite noise: what noise does to the reward either way, such as making the "
+        "chunk worse, cancels in the head's gradient",
     )
     chunks: int = opt(1, "action chunks that a rollout lasts; from the second on the policy sees imagined frames")
     reward: RewardKind = opt("r3", "verified reward (Table 4), or simulator: the true error, of Tabletop with states")
@@ -154,7 +154,8 @@ def sample_group(
         part: (rank, processes).
         seed: of the draws.
         per_x0: successive rollouts that share the x_0 of their first.
-        mirrored: every other rollout has the noise of the one before it, with the opposite sign.
+        mirrored: every other rollout has the noise of the one before it, with the opposite sign. Each alone is a sample
+            of the policy and scored as such; the two are not independent.
     """
     flow = policy.cfg.flow
     cond = policy.condition(context, proprio).repeat(repeats)

@@ -3,9 +3,6 @@
 Robosuite's own renderer gives the same pixels; this one is made when the first image is asked for, so that physics
 runs on machines that cannot render, and its settings can be lowered.
 
-Mesa's EGL and OSMesa gave the same pixels, bit for bit, on first frames of three suites (Mesa 22.3); a GPU's driver
-gives its own.
-
 Without a GPU an image costs mostly its geometry, hardly its resolution: 256 px of LIBERO take 72 to 115 ms of a core,
 and 35 to 40 ms with both settings off (Mesa). Each setting changes pixels, see `RenderConfig`, so that a policy should
 be evaluated with the settings of its demonstrations. Shadows are no setting: LIBERO's lights cast none.
