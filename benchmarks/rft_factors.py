@@ -22,7 +22,6 @@ what changed in the deterministic policy's chunks at held-out starts: their true
 draws lie apart.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -31,16 +30,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal, NamedTuple
 
-import torch
+from chunks import difference, measure
 from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
 
-from vlarft.checkpoint import load_model, write_json
+from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.data import WindowSampler, load_episodes
-from vlarft.flow import sample_ode
 from vlarft.metrics import paired_difference
-from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.sim.replay import SimulatorReward
 
 
 class Cell(NamedTuple):
@@ -236,42 +231,8 @@ def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def measure(cfg: Config, folder: Path, policy: Path) -> dict[str, list[float]]:
-    """The deterministic policy's chunks at held-out starts, against the demonstrations', unless measured.
-
-    The same starts and x_0 for all policies: a much finer measure than success.
-
-    Returns:
-        Per start: the state error of the chunks from x_0s that are "sampled" and from "zero" [m], what every reward
-        stands for; and the "spread", the standard deviation of the former chunks' translations [normalised units].
-    """
-    measured = folder / "chunks.json"
-    if not measured.is_file():
-        model, extra = load_model(policy, VLAPolicy, PolicyConfig)
-        episodes = load_episodes(cfg.demos, names=extra["validation_episodes"], with_states=True)
-        batch = WindowSampler(episodes, 9, 8).spread(cfg.error_starts)
-        simulator, found = SimulatorReward(episodes), {}
-        with torch.no_grad():
-            context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
-            for name, draws in (("sampled", cfg.error_draws), ("zero", 1)):
-                cond = model.condition(context, batch.proprio).repeat(draws)
-                noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
-                noise = noise * float(name == "sampled")
-                x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
-                x = x.unflatten(0, (-1, draws))  # (S, D, T, A)
-                chunks = model.normalizer.decode_actions(x)
-                found[name] = (-simulator(batch.index, chunks, batch.intended).mean((1, 2))).tolist()
-                if name == "sampled":
-                    found["spread"] = x[..., :3].std(1).mean((1, 2)).tolist()
-        write_json(measured, found)
-    return json.loads(measured.read_text())
-
-
-def difference(before: list[float], after: list[float]) -> dict[str, float]:
-    """Mean difference of what was measured at the same starts, its standard error, and the mean before."""
-    change = torch.tensor(after) - torch.tensor(before)
-    error = change.std().item() / len(change) ** 0.5
-    return {"mean": change.mean().item(), "standard_error": error, "starts": len(change), "before": mean(before)}
+def _measure(cfg: Config, folder: Path, policy: Path) -> dict[str, list[float]]:
+    return measure(folder / "chunks.json", policy, cfg.demos, cfg.error_starts, cfg.error_draws)
 
 
 def folder_of(cfg: Config, name: str) -> Path:
@@ -303,7 +264,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         trained = run_once(folder, *words, *cell.flags) / "model.safetensors"
         log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
-    base, old, new = play(cfg, before, policy), measure(cfg, before, policy), measure(cfg, folder, trained)
+    base, old, new = play(cfg, before, policy), _measure(cfg, before, policy), _measure(cfg, folder, trained)
     return {
         "flags": list(cell.flags),
         "policy": start,
@@ -352,7 +313,7 @@ def main(cfg: Config) -> dict:
         if base not in report["base"]:
             parts = cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base)
             report["base"][base] = {kind: rate(list(found.values())) for kind, found in play(*parts).items()}
-            report["base"][base] |= {f"chunks_{name}": mean(values) for name, values in measure(*parts).items()}
+            report["base"][base] |= {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
         write_json(cfg.out, report)
     for name in cfg.cells:
         if cfg.rival not in (None, name):

@@ -1,7 +1,7 @@
 """The study: when does fine-tuning inside the world model beat more supervised training? (Tables 2, 3, 4, 10)
 
-    python benchmarks/rft_study.py                                               two suites, three seeds, every arm
-    python benchmarks/rft_study.py --suites tabletop_goal tabletop_long --seeds 0 --arms "extra SFT" "RFT R3"
+    python benchmarks/rft_study.py --suites tabletop_object --seeds 0 1 2                          every arm
+    python benchmarks/rft_study.py --suites tabletop_goal --seeds 0 --arms "extra SFT" "RFT R3"
 
 For each suite: demonstrations, tokenizer and world model, once. For each seed: an early and a long-trained SFT policy,
 then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
@@ -12,22 +12,27 @@ alone, the part that fine-tuning touches; "regression" the head alone, towards r
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
 
-Writes one JSON: success rates with 95 % intervals per suite and perturbation, and over all suites, all seeds together
-and apart; paired differences to the long-trained policy and to the controls "extra SFT" and "regression" (pairs of all
-seeds pooled); success rates while the policies trained; the trust gate before the first step of "RFT R3". And a
-picture of the curves of the first seed, against minutes and GRPO steps.
+The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
+"runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
+the minutes of each training, as far as the other work of the machine lets them mean anything; true error and spread of
+the chunks (chunks.py), and how they changed; the trust gate before the first step of "RFT R3"; success rates while
+the policies of `curve_seeds` trained. Under "summary", for each suite and for all of them: rates with 95 % intervals,
+and paired differences to the long-trained policy and to the controls, pairs of all seeds pooled, and seed by seed. And
+a picture of the curves.
 """
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
-from stages import Panel, Starts, check_known, draw_curves, machine, rate, read_lines, run_once, show_rate
+from chunks import difference, measure
+from outcomes import summarise, table
+from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.metrics import paired_difference
 
 HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
 PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
@@ -46,16 +51,15 @@ EXTRA_ARMS = {
     "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
 }
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
-RIVALS = "SFT", "extra SFT", "regression"  # that the others are compared with
 
 
 @dataclass(frozen=True)
 class Config:
     out_dir: str = opt("runs/study", "folder for all runs")
-    out: str = opt("results/rft_study.json", "JSON file to write")
+    out: str = opt("results/rft_study.json", "JSON file that gathers the runs")
     figure: str = opt("docs/images/rft_study.png", "picture of the curves to write")
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
-    tasks: tuple[str, ...] = opt(tuple(map(str, range(10))), "tasks of each suite")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of each suite")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm != "extra SFT head"), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
@@ -64,36 +68,50 @@ class Config:
         "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")
+    error_starts: int = opt(256, "held-out starts of the true error")
+    error_draws: int = opt(3, "chunks that the policy samples at each of them")
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     world_model_steps: int = opt(4500, "steps of the world model")
     early_steps: int = opt(800, "steps of the early SFT policy")
-    sft_steps: int = opt(5000, "steps of the long-trained SFT policy")
+    sft_steps: int = opt(2600, "steps of the long-trained SFT policy")
     rft_steps: int = opt(80, "steps of each fine-tuning")
-    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning, of the first seed")
+    rft_starts: int = opt(24, "start states of a step")
+    rft_group: int = opt(4, "rollouts of each")
+    curve_seeds: tuple[int, ...] = opt((0,), "seeds that play while they train")
+    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning")
     curve_episodes: int = opt(20, "episodes per task of each of them")
 
 
+FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms", "curve_seeds"  # in one JSON file
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT head", "RWR", "RFT R3"),
-        perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), episodes=2, stage_preset="smoke", demos_per_task=6,
-        world_model_steps=10, early_steps=2, sft_steps=4, rft_steps=2, curve_points=2, curve_episodes=1,
+        perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), episodes=2, error_starts=4, error_draws=2,
+        stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4, rft_steps=2,
+        rft_starts=2, rft_group=3, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
 
 
-def rft_minutes(run: Path) -> float:
-    """Wall time that the steps of a fine-tuning took, without gates and diagnostics [min]."""
+def minutes_of(run: Path) -> float:
+    """Wall time of a training [min]: of a fine-tuning, that of its steps, without gates and diagnostics."""
     rows = read_lines(run / "log.jsonl")
-    return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
+    if "policy_s" in rows[-1]:
+        return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
+    return max(row["minutes"] for row in rows if "minutes" in row)
+
+
+def folder_of(cfg: Config, suite: str, seed: int, arm: str = "") -> Path:
+    """Where the runs of a suite and seed lie, or one of them."""
+    return Path(cfg.out_dir) / suite / f"seed{seed}" / arm.replace(" ", "_")
 
 
 def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     """All policies of one suite and seed: name -> checkpoint."""
     folder = Path(cfg.out_dir) / suite
-    own, preset, demos = folder / f"seed{seed}", ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
+    preset, demos = ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
     where = ["--suites", suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
     run_once(folder / "demos", "collect_demos.py", *preset, *where)
 
@@ -105,30 +123,31 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
     )
 
+    def own(arm: str) -> Path:
+        return folder_of(cfg, suite, seed, arm)
+
     def curve(steps: int) -> list[object]:
-        if seed != cfg.seeds[0]:
+        if seed not in cfg.curve_seeds:
             return []
         where = ["--success-suite", suite, "--success-tasks", *cfg.tasks, "--success-episodes", cfg.curve_episodes]
         return [*where, "--success-interval", max(1, steps // cfg.curve_points)]
 
     sft = ["train_sft.py", *preset, *demos, "--seed", seed]
-    long = ["--steps", cfg.sft_steps, *curve(cfg.sft_steps)]
     policies = {
-        "SFT early": trained(own / "early", *sft, "--steps", cfg.early_steps),
-        "SFT": trained(own / "sft", *sft, *long),
+        "SFT early": trained(own("early"), *sft, "--steps", cfg.early_steps),
+        "SFT": trained(own("sft"), *sft, "--steps", cfg.sft_steps),
     }
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
-    rft += ["--seed", seed, "--steps", cfg.rft_steps, "--no-gate-stop"]
-    rft += curve(cfg.rft_steps)
+    rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
+    rft += ["--no-gate-stop", *curve(cfg.rft_steps)]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
-            policies[name] = trained(own / name.replace(" ", "_"), *rft, *flags)
+            policies[name] = trained(own(name), *rft, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
-            minutes = f"{rft_minutes(own / timed_arm(cfg).replace(' ', '_')):.3f}"
+            minutes = f"{minutes_of(own(timed_arm(cfg))):.3f}"
             more = ["--init", policies["SFT"], "--warmup", 10, "--max-minutes", minutes, *flags]
-            more += curve(cfg.sft_steps // 10)
-            policies[name] = trained(own / name.replace(" ", "_"), *sft, *more)
+            policies[name] = trained(own(name), *sft, *more, *curve(cfg.sft_steps // 10))
     return policies
 
 
@@ -147,7 +166,7 @@ def timed_arm(cfg: Config) -> str:
 def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float]]]:
     """Success rates while the policies trained: name -> [{step, minutes, success_rate}]."""
     found = {}
-    for folder in sorted((Path(cfg.out_dir) / suite / f"seed{seed}").iterdir()):
+    for folder in sorted(folder_of(cfg, suite, seed).iterdir()):
         log = folder / "log.jsonl"
         rows = read_lines(log) if log.is_file() else []
         names = "step", "minutes", "success_rate"
@@ -156,7 +175,7 @@ def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float
     return found
 
 
-def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
+def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
     """Outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
     starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     kind = f"eval_{perturb.replace(':', '_')}"
@@ -169,46 +188,88 @@ def play(cfg: Config, suite: str, seed: int, perturb: str, policies: dict[str, P
     return found
 
 
-def compare(runs: list[dict[str, dict[tuple, bool]]]) -> dict[str, dict]:
-    """Rates of each policy, and paired differences to `RIVALS`, over the outcomes of several runs (seeds, suites)."""
-    found = {}
-    for name in runs[0]:
-        starts = [(run, start) for run, outcomes in enumerate(runs) for start in sorted(outcomes[name])]
-        outcomes = {
-            other: [runs[run][other][start] for run, start in starts] for other in (*RIVALS, name) if other in runs[0]
-        }
-        found[name] = {"all": rate(outcomes[name]), "runs": [rate(list(run[name].values())) for run in runs]}
-        for rival in RIVALS:
-            if rival in outcomes and rival != name:
-                found[name][f"against {rival}"] = paired_difference(outcomes[rival], outcomes[name])._asdict()
-    return found
-
-
 def trust_gate(cfg: Config, suite: str, seed: int) -> dict[str, float]:
     """What the gate said before the first step of "RFT R3"; empty where that arm is not run."""
-    log = Path(cfg.out_dir) / suite / f"seed{seed}" / "RFT_R3" / "log.jsonl"
+    log = folder_of(cfg, suite, seed, "RFT R3") / "log.jsonl"
     first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
     return {name: value for name, value in first.items() if name.startswith("gate")}
 
 
-def table(report: dict) -> str:
-    """One row per policy, suite and perturbation."""
-    lines = []
-    for suite, starts in {**{k: v["starts"] for k, v in report["suites"].items()}, "all": report["all"]}.items():
-        for perturb, found in starts.items():
-            lines.append(f"{suite}, starts: {perturb}")
-            for name, values in found.items():
-                lines.append(f"  {name:<16} {show_rate(values['all'], values.get('against SFT'))}")
-    return "\n".join(lines)
+def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str, dict]:
+    """What chunks.py measures of each policy, and how it differs from the long-trained one."""
+    where = Path(cfg.out_dir) / suite / "demos"
+    found = {
+        name: measure(path.parent / "chunks.json", path, where, cfg.error_starts, cfg.error_draws)
+        for name, path in policies.items()
+    }
+    return {
+        name: {
+            kind: {"mean": mean(own), **({} if name == "SFT" else {"change": difference(found["SFT"][kind], own)})}
+            for kind, own in values.items()
+        }
+        for name, values in found.items()
+    }
 
 
-def panels(report: dict) -> list[Panel]:
-    """Curves of each suite's first seed: all trainings against minutes, fine-tunings against steps as well."""
+def run(cfg: Config, suite: str, seed: int) -> dict:
+    """Train and play what is missing of one suite and seed; returns its entry."""
+    policies = train(cfg, suite, seed)
+    played = {perturb: play(cfg, suite, perturb, policies) for perturb in cfg.perturb}
+    outcomes = {
+        perturb: {name: "".join(str(int(won)) for _, won in sorted(starts.items())) for name, starts in found.items()}
+        for perturb, found in played.items()
+    }
+    first = read_lines(policies["SFT"].parent / "eval_none" / "episodes.jsonl")[0]
+    return {
+        "sft": first["digest"],
+        "outcomes": outcomes,
+        "minutes": {name: minutes_of(path.parent) for name, path in policies.items()},
+        "chunks": chunk_errors(cfg, suite, policies),
+        "trust_gate": trust_gate(cfg, suite, seed),
+        "curves": curves(cfg, suite, seed),
+        "machine": machine(),
+    }
+
+
+def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
+    """Add an entry to the runs of a JSON file: to one of the same long-trained policy, or in place of another's."""
+    seeds = runs.setdefault(suite, {})
+    before = seeds.get(str(seed), entry)
+    if before["sft"] == entry["sft"]:  # arms of another invocation stay
+        outcomes = {kind: before["outcomes"].get(kind, {}) | found for kind, found in entry["outcomes"].items()}
+        merged = {name: before[name] | entry[name] for name in ("minutes", "chunks", "trust_gate", "curves")}
+        entry = {**entry, **merged, "outcomes": outcomes}
+    else:
+        print(f"{suite}, seed {seed}: the entry of {cfg.out} is of another long-trained policy and is replaced")
+    seeds[str(seed)] = entry
+
+
+def read_report(cfg: Config) -> dict:
+    """The JSON file as it is, or a new one.
+
+    Raises:
+        ValueError: its runs had other settings.
+    """
+    settings = {name: value for name, value in json.loads(json.dumps(to_dict(cfg))).items() if name not in FREE}
+    path = Path(cfg.out)
+    if not path.is_file():
+        return {"command": "python benchmarks/rft_study.py", "settings": settings, "runs": {}, "summary": {}}
+    report = json.loads(path.read_text())
+    for name, value in settings.items():
+        if report.get("settings", {}).get(name) != value:
+            there = report.get("settings", {}).get(name)
+            raise ValueError(f"{path} holds runs with {name} {there}, not {value}: give another file as --out")
+    return report
+
+
+def panels(runs: dict[str, dict[str, dict]]) -> list[Panel]:
+    """Curves of each suite's first seed that has any: all trainings against minutes, fine-tunings against steps."""
     fine_tunings = {name.replace(" ", "_") for name in RFT_ARMS}
     found = []
-    for suite, entry in report["suites"].items():
-        series = {name: rows for name, rows in entry["curves"][0].items() if name != "sft"}
-        for x, label in ("minutes", "minutes of training"), ("step", "GRPO steps"):
+    for suite, seeds in runs.items():
+        series = next((dict(entry["curves"]) for _, entry in sorted(seeds.items()) if entry["curves"]), {})
+        series.pop("sft", None)
+        for x, label in (("minutes", "minutes of training"), ("step", "GRPO steps")) if series else ():
             curves = {
                 name.replace("_", " "): [(row[x], row["success_rate"]) for row in rows]
                 for name, rows in series.items()
@@ -222,33 +283,18 @@ def main(cfg: Config) -> dict:
     """Run what is missing; returns what the JSON file holds.
 
     Raises:
-        ValueError: an unknown arm.
+        ValueError: an unknown arm, or a JSON file of other settings.
     """
     check_known((*cfg.arms, *cfg.perturbed_arms), ARMS, "arm")
-    report = {
-        "command": "python benchmarks/rft_study.py",
-        "config": to_dict(cfg),
-        "machine": machine(),
-        "suites": {},
-        "all": {},
-    }
-    played: dict[str, list] = {perturb: [] for perturb in cfg.perturb}
+    report = read_report(cfg)
     for suite in cfg.suites:
-        policies = {seed: train(cfg, suite, seed) for seed in cfg.seeds}
-        starts = {}
-        for perturb in cfg.perturb:
-            runs = [play(cfg, suite, seed, perturb, policies[seed]) for seed in cfg.seeds]
-            starts[perturb] = compare(runs)
-            played[perturb] += runs
-            report["all"][perturb] = compare(played[perturb])
-        report["suites"][suite] = {
-            "starts": starts,
-            "trust_gate": [trust_gate(cfg, suite, seed) for seed in cfg.seeds],
-            "curves": [curves(cfg, suite, seed) for seed in cfg.seeds],
-        }
-        write_json(cfg.out, report)
-    draw_curves(panels(report), Path(cfg.figure))
-    print("\n" + table(report))
+        for seed in cfg.seeds:
+            gather(cfg, report["runs"], suite, seed, run(cfg, suite, seed))
+            report["summary"] = summarise(report["runs"])
+            write_json(cfg.out, report)
+    if found := panels(report["runs"]):
+        draw_curves(found, Path(cfg.figure))
+    print("\n" + table(report["summary"]))
     return report
 
 

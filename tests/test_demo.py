@@ -135,37 +135,65 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     cfg = dataclasses.replace(cfg, figure=str(tmp_path / "curves.png"))
     report = study.main(cfg)
     assert json.loads((tmp_path / "study.json").read_text()) == report
-    found = report["suites"]["tabletop_object"]["starts"]["none"]
+    summary, entry = report["summary"]["tabletop_object"], report["runs"]["tabletop_object"]["0"]
+    found = summary["none"]
     assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", "SFT, x_0 = 0"]
-    perturbed = report["suites"]["tabletop_object"]["starts"]["robot:20"]
-    assert list(perturbed) == ["SFT", "RFT R3", "SFT, x_0 = 0"]
+    assert list(summary["robot:20"]) == list(summary["all"]) == ["SFT", "RFT R3", "SFT, x_0 = 0"]
     assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
+    assert summary["all"]["RFT R3"]["all"]["episodes"] == 4
     assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
-    assert report["all"] == report["suites"]["tabletop_object"]["starts"]
-    assert "gate_policy" in report["suites"]["tabletop_object"]["trust_gate"][0]
-    curves = report["suites"]["tabletop_object"]["curves"][0]
+    assert report["summary"]["all"] == summary
+    assert "gate_policy" in entry["trust_gate"] and set(entry["minutes"]) == set(found) - {"SFT, x_0 = 0"}
+    assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
+    curves = dict(entry["curves"])
     assert len(curves.pop("extra_SFT_head")) >= 1
-    assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2, "sft": 2}
+    assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2}
     with Image.open(cfg.figure) as image:
         assert image.size == (960, 320)
     assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
         study.timed_arm(dataclasses.replace(cfg, arms=("extra SFT",)))
-    study.main(cfg)  # nothing is trained again
+    fewer = dataclasses.replace(cfg, arms=("RFT R3",))
+    assert study.main(fewer) == report  # nothing is trained again, and what is there stays
     assert "train_" not in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'PPO'"):
         study.main(dataclasses.replace(cfg, arms=("PPO",)))
+    with pytest.raises(ValueError, match="study.json holds runs with rft_group 3, not 4: give another file as --out"):
+        study.main(dataclasses.replace(cfg, rft_group=4))
+
+
+def test_study_gathers_runs(load_benchmark, capsys):
+    study = load_benchmark("rft_study")
+    cfg, runs = study.PRESETS["smoke"], {}
+    parts = {"minutes": {}, "chunks": {}, "trust_gate": {}, "curves": {}}
+    first = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RWR": "11"}}, **parts}
+    study.gather(cfg, runs, "tabletop_object", 0, first)
+    again = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RFT R3": "01"}}, **parts, "trust_gate": {"gate": 0.5}}
+    study.gather(cfg, runs, "tabletop_object", 0, again)
+    kept = runs["tabletop_object"]["0"]
+    assert kept["outcomes"] == {"none": {"SFT": "10", "RWR": "11", "RFT R3": "01"}}
+    assert kept["trust_gate"] == {"gate": 0.5} and capsys.readouterr().out == ""
+    study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "b"})
+    assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR"}
+    assert "is of another long-trained policy and is replaced" in capsys.readouterr().out
 
 
 def test_study_pools_pairs_of_all_runs(load_benchmark):
-    study = load_benchmark("rft_study")
-    first = {"SFT": {(0, 0): True, (0, 1): False}, "RWR": {(0, 0): True, (0, 1): True}}
-    second = {"SFT": {(0, 0): False, (0, 1): False}, "RWR": {(0, 0): False, (0, 1): True}}
-    first["extra SFT"], second["extra SFT"] = first["RWR"], {(0, 0): True, (0, 1): True}
-    found = study.compare([first, second])
+    outcomes = load_benchmark("outcomes")
+    first = {"none": {"SFT": "10", "RWR": "11", "extra SFT": "11"}, "robot:20": {"SFT": "11", "RWR": "10"}}
+    second = {"none": {"SFT": "00", "RWR": "01", "extra SFT": "11"}}
+    seeds = {"0": {"outcomes": first}, "1": {"outcomes": second}}
+    report = outcomes.summarise({"tabletop_object": seeds})
+    assert report["all"] == report["tabletop_object"]
+    found = report["all"]["none"]
     assert found["RWR"]["all"]["rate"] == 0.75 and [s["rate"] for s in found["RWR"]["runs"]] == [1.0, 0.5]
-    assert found["RWR"]["against SFT"]["difference"] == 0.5 and found["RWR"]["against SFT"]["only_second"] == 2
+    against = found["RWR"]["against SFT"]
+    assert against["difference"] == 0.5 and against["only_second"] == 2 and against["runs"] == [0.5, 0.5]
     assert found["RWR"]["against extra SFT"]["difference"] == -0.25
-    assert set(found["SFT"]) == {"all", "runs", "against extra SFT"}
-    assert set(found["extra SFT"]) == {"all", "runs", "against SFT"}
+    assert set(found["SFT"]) == {"all", "runs", "against extra SFT", "against RWR"}
+    assert set(found["extra SFT"]) == {"all", "runs", "against SFT", "against RWR"}
+    # a policy is compared over the runs that have it, and over all kinds where it played all of them
+    assert report["all"]["robot:20"]["RWR"]["against SFT"]["difference"] == -0.5
+    assert report["all"]["all"]["RWR"]["all"]["episodes"] == 6 and "extra SFT" not in outcomes.compare([{"SFT": "1"}])
+    assert report["all"]["all"]["extra SFT"]["all"] == outcomes.rate([True, True])
