@@ -7,17 +7,21 @@ ours             `rollout.collect` and `objective.update`, as `train_rft.py` cal
                  model's prefix and the reference's rollout, frames and features once per start
 straightforward  every rollout a start of its own: its own vision-language forward, tokens, prefix, reference rollout,
                  reference features, and its own context in the update; caches and batches as in ours
+ours, bfloat16   ours with `--bf16`: the frozen networks in bfloat16. On a CPU only, where the other two are in float32;
+                 on a GPU all are in bfloat16
 
-Both draw the same chains and imagine greedily, and must give the same actions and rewards. Phases are timed inside the
-steps; work is counted in the matrix products, convolutions and attentions; the share of the peak is against the best
-rate of one large matrix product in the same process. Writes one JSON.
+The first two draw the same chains and imagine greedily, and must give the same actions and rewards; what bfloat16
+changes is written down. Phases are timed inside the steps; work is counted in the matrix products, convolutions and
+attentions; the share of the peak is against the best rate of one large matrix product in float32 (on a GPU in
+bfloat16) in the same process. Writes one JSON.
 """
 
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Literal
@@ -139,6 +143,14 @@ class Workload:
         instructions = [f"pick up block {i}" for i in range(rows)]
         self.batch = Batch(frames, actions, actions, proprio, instructions, frames[:, 0], key, index)
 
+    def in_bfloat16(self) -> "Workload":
+        """The same step with its frozen networks in bfloat16."""
+        low = copy(self)
+        low.world_model, low.distance = deepcopy(self.world_model).to_bfloat16(), deepcopy(self.distance)
+        low.distance.to_bfloat16()
+        low.step = replace(self.step, bf16=True)
+        return low
+
     def ours(self) -> Rollouts:
         """The step as `train_rft.py` does it."""
         rollouts = collect(self.step, self.policy, self.world_model, self.batch, self.distance, (0, 0))
@@ -203,6 +215,14 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
     return {**found, "chains and the rest": total - sum(found.values()), "total": total}
 
 
+def differences(one: Rollouts, other: Rollouts) -> dict[str, float]:
+    """Largest differences of the sampled actions and of the rewards."""
+    return {
+        "actions": (one.chunks[0].chain.x - other.chunks[0].chain.x).abs().max().item(),
+        "rewards": (one.reward.reward.flatten() - other.reward.reward.flatten()).abs().max().item(),
+    }
+
+
 def main(cfg: Config) -> dict:
     """Time, compare, write; returns what the JSON file holds.
 
@@ -211,12 +231,13 @@ def main(cfg: Config) -> dict:
     """
     work = Workload(cfg)
     versions = {"ours": work.ours, "straightforward": work.straightforward}
+    works = {"ours": work, "straightforward": work}
+    if cfg.device == "cpu":
+        works["ours, bfloat16"] = low = work.in_bfloat16()
+        versions["ours, bfloat16"] = low.ours
     found = {name: version() for name, version in versions.items()}
     ours, plain = found["ours"], found["straightforward"]
-    difference = {
-        "actions": (ours.chunks[0].chain.x - plain.chunks[0].chain.x).abs().max().item(),
-        "rewards": (ours.reward.reward - plain.reward.reward.view_as(ours.reward.reward)).abs().max().item(),
-    }
+    difference = differences(plain, ours)
     tolerance = 0.05 if cfg.device == "cuda" else 1e-3
     for name, value in difference.items():
         if not value <= tolerance:
@@ -229,25 +250,30 @@ def main(cfg: Config) -> dict:
     for name, version in versions.items():
         work_done, t = floating_point_work(version), timings[name]
         rows[name] = {**t._asdict(), "flops": work_done, "share_of_peak": work_done / t.median / peak}
-        rows[name]["phases"] = time_phases(cfg, work, version)
-    first, second = timings["ours"], timings["straightforward"]
+        rows[name]["phases"] = time_phases(cfg, works[name], version)
+        rows[name]["largest_difference"] = differences(found[name], ours)
+    second = timings["straightforward"]
     report = {
         "command": "python benchmarks/rft_step.py",
         "config": to_dict(cfg),
         **machine(cfg.device),
         "peak_flops_per_s": peak,
-        "largest_difference": difference,
         "versions": rows,
-        "times_faster": second.median / first.median,
-        "spread": [second.least / first.most, second.most / first.least],
     }
+    for name in rows.keys() - {"straightforward"}:
+        t = timings[name]
+        rows[name] |= {
+            "times_faster": second.median / t.median,
+            "spread": [second.least / t.most, second.most / t.least],
+        }
     if cfg.device == "cuda":
         report["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{'':<24}{'ours':>10}{'straightforward':>18}  [s]")
+    print(f"{'':<24}" + "".join(f"{name:>18}" for name in rows) + "  [s]")
     for phase in rows["ours"]["phases"]:
-        print(f"{phase:<24}" + "".join(f"{rows[n]['phases'][phase]:>{w}.3f}" for n, w in zip(rows, (10, 18))))
-    low, high = report["spread"]
-    print(f"{report['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]")
+        print(f"{phase:<24}" + "".join(f"{row['phases'][phase]:>18.3f}" for row in rows.values()))
+    for name, row in rows.items():
+        if "spread" in row:
+            print(f"{name}: {row['times_faster']:.2f} times faster [{row['spread'][0]:.2f}, {row['spread'][1]:.2f}]")
     write_json(cfg.out, report)
     return report
 

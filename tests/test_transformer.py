@@ -89,19 +89,22 @@ def test_cache_equals_full_forward():
     assert cache.length == 10
 
 
-def test_shared_prefix_equals_full_forward_and_is_not_copied():
+@pytest.mark.parametrize(("block", "rooms"), [(None, [6, 6, 6]), (4, [4, 4, 6])])
+def test_shared_prefix_equals_full_forward_and_is_not_copied(block, rooms):
     decoder = make()
     starts, group = 2, 3
     prefix, rest = torch.randn(starts, 5, 32), torch.randn(starts * group, 6, 32)
     with torch.no_grad():
         cache = KVCache(SMALL, starts, 5)
         decoder(prefix, cache)
-        members = cache.expand(group, 6)
-        assert members.prefix.data_ptr() == cache.own.data_ptr()
-        got = torch.cat([decoder(rest[:, a:b], members) for a, b in [(0, 1), (1, 4), (4, 6)]], dim=1)
+        members, parts = cache.expand(group, 6, block), []
+        assert members.prefix[0][0].data_ptr() == cache.own[0][0].data_ptr()
+        for (first, last), room in zip([(0, 1), (1, 4), (4, 6)], rooms, strict=True):
+            parts.append(decoder(rest[:, first:last], members))
+            assert all(part.shape[2] == room and part.is_contiguous() for layer in members.own for part in layer)
         want = decoder(torch.cat([prefix.repeat_interleave(group, 0), rest], dim=1))[:, 5:]
-    assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert members.own.shape[4] == 6 and members.length == 11
+    assert_close(torch.cat(parts, dim=1), want, atol=1e-5, rtol=1e-5)
+    assert members.length == 11
 
 
 def test_padding_on_the_left_only_shifts_positions():

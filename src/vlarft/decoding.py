@@ -121,7 +121,7 @@ class StaticDecoding:
     ) -> None:
         self.model, self.layout, self.sampling = model, model.layout, sampling
         self.cache = StaticKVCache(prefilled, group_size, num_actions * self.layout.step_length)
-        rows, device = self.cache.batch_size, prefilled.own.device
+        rows, device = self.cache.batch_size, self.cache.own.device
         self.tables: Tables | None = None
         self.ids = torch.zeros(rows, 1 + self.layout.action_length, dtype=torch.long, device=device)
         noise_rows = sampling.noise_rows(rows, group_size * shared_by)

@@ -66,21 +66,26 @@ class KVCache:
     """Keys and values of past tokens, for incremental decoding.
 
     A cache has up to two parts: an optional `prefix` shared by the G members of each start (made by `expand`, never
-    copied per member), and the rows' own part with room for `max_length` tokens, allocated at the first `append`.
+    copied per member), and the rows' own part with room for `max_length` tokens. Attention reads keys and values that
+    lie dense in memory, since products of a slice would copy it at every token (bfloat16 on a CPU): `block` tokens at
+    a time, they move apart to make room.
 
     Args:
         config: sizes of the decoder that fills the cache.
         batch_size: rows B.
         max_length: room in tokens, prefix excluded.
+        block: tokens of room to make at a time; None = all of it.
     """
 
-    def __init__(self, config: TransformerConfig, batch_size: int, max_length: int) -> None:
+    def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, block: int | None = None) -> None:
         self.config, self.batch_size, self.max_length = config, batch_size, max_length
+        self.block = block or max_length
         self.own_length = 0
         self.group_size = 1
         self.prefix_length = 0
-        self.prefix: Tensor | None = None  # (depth, 2, S, K, P, E)
-        self.own: Tensor | None = None  # (depth, 2, B, K, max_length, E)
+        self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer (S, K, P, E)
+        self.own: list[tuple[Tensor, Tensor]] = []  # of each layer (B, K, room, E), zeros where nothing was written
+        self.memory: list[tuple[Tensor, Tensor]] = []  # that they lie in: (B * K * max_length * E,)
 
     @property
     def length(self) -> int:
@@ -95,8 +100,12 @@ class KVCache:
         """Keys that attention sees, prefix included, once `num_tokens` more tokens are appended."""
         return self.length + num_tokens
 
+    def own_columns(self, num_tokens: int) -> int:
+        """Those of `num_columns` that are the rows' own: the first ones of what `append` returns."""
+        return self.own_length + num_tokens
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens of one layer and return that layer's own part so far.
+        """Write the new tokens of one layer and return that layer's own part.
 
         Args:
             layer: index of the block.
@@ -104,38 +113,54 @@ class KVCache:
             value: (B, K, N, E).
 
         Returns:
-            Keys and values (B, K, own_length + N, E). The length advances once per forward, in `advance`.
+            Keys and values (B, K, room, E), of which `own_columns(N)` are written. The length advances once per
+            forward, in `advance`.
         """
         new_length = self.own_length + key.shape[2]
         if new_length > self.max_length:
             raise ValueError(f"KV cache has room for {self.max_length} tokens, {new_length} needed: allocate more")
-        if self.own is None:
-            sizes = (self.config.depth, 2, self.batch_size, key.shape[1], self.max_length, key.shape[3])
-            self.own = key.new_empty(sizes)
-        self.own[layer, 0, :, :, self.own_length : new_length] = key
-        self.own[layer, 1, :, :, self.own_length : new_length] = value
-        return self.own[layer, 0, :, :, :new_length], self.own[layer, 1, :, :, :new_length]
+        if layer == len(self.own):
+            numbers = key.shape[0] * key.shape[1] * self.max_length * key.shape[3]
+            self.memory.append((key.new_zeros(numbers), value.new_zeros(numbers)))
+            self.own.append((key[:, :, :0], value[:, :, :0]))
+        if new_length > self.own[layer][0].shape[2]:
+            room = min(self.max_length, -(-new_length // self.block) * self.block)
+            self.own[layer] = tuple(_moved_apart(*both, room) for both in zip(self.own[layer], self.memory[layer]))
+        for part, new in zip(self.own[layer], (key, value)):
+            part[:, :, self.own_length : new_length] = new
+        return self.own[layer]
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens, after every layer has appended them."""
         self.own_length += num_tokens
 
-    def expand(self, group_size: int, max_length: int) -> "KVCache":
+    def expand(self, group_size: int, max_length: int, block: int | None = None) -> "KVCache":
         """A cache of B * group_size rows in which each run of `group_size` rows continues one row of this cache.
 
         Args:
             group_size: members G per start.
             max_length: room for new tokens per row.
+            block: tokens of it to make at a time; None = all of it.
 
         Returns:
             A cache that reads this one's memory as its prefix; this cache must not be appended to while it is used.
         """
-        if self.own is None or self.prefix is not None:
+        if not self.own or self.prefix is not None:
             raise ValueError("only a cache that was filled directly can be expanded: run the prefix through it first")
-        expanded = KVCache(self.config, self.batch_size * group_size, max_length)
-        expanded.prefix = self.own[:, :, :, :, : self.own_length]
+        expanded = KVCache(self.config, self.batch_size * group_size, max_length, block)
+        expanded.prefix = [(key[:, :, : self.own_length], value[:, :, : self.own_length]) for key, value in self.own]
         expanded.prefix_length, expanded.group_size = self.own_length, group_size
         return expanded
+
+
+def _moved_apart(part: Tensor, memory: Tensor, room: int) -> Tensor:
+    """The same keys or values (B, K, less room, E), dense in `memory` with more room after those of each head."""
+    rows, heads, held, dim = part.shape
+    before = part.clone()  # both lie in the same memory
+    part = memory[: rows * heads * room * dim].view(rows, heads, room, dim)
+    part[:, :, :held] = before
+    part[:, :, held:] = 0
+    return part
 
 
 class StaticKVCache:
@@ -148,16 +173,19 @@ class StaticKVCache:
     """
 
     def __init__(self, prefilled: KVCache, group_size: int, max_length: int) -> None:
-        depth, _, starts, heads, _, dim = prefilled.own.shape
+        depth, like = len(prefilled.own), prefilled.own[0][0]
+        starts, heads, _, dim = like.shape
         self.config, self.group_size, self.batch_size = prefilled.config, group_size, starts * group_size
         self.prefix_length, self.limit = prefilled.own_length, max_length
-        self.prefix = prefilled.own.new_zeros(depth, 2, starts, heads, self.prefix_length, dim)
-        self.own = prefilled.own.new_zeros(depth, 2, self.batch_size, heads, max_length, dim)
-        self.held = torch.zeros((), dtype=torch.long, device=self.own.device)
+        self.prefix = like.new_zeros(depth, 2, starts, heads, self.prefix_length, dim)
+        self.own = like.new_zeros(depth, 2, self.batch_size, heads, max_length, dim)
+        self.held = torch.zeros((), dtype=torch.long, device=like.device)
 
     def restart(self, prefilled: KVCache) -> None:
         """Forget all new tokens and take another prefix of the same shape."""
-        self.prefix.copy_(prefilled.own[:, :, :, :, : self.prefix_length])
+        for mine, given in zip(self.prefix, prefilled.own, strict=True):
+            for part, new in zip(mine, given, strict=True):
+                part.copy_(new[:, :, : self.prefix_length])
         self.held.zero_()
 
     def positions(self, num_tokens: int, device: torch.device) -> Tensor:
@@ -167,6 +195,10 @@ class StaticKVCache:
     def num_columns(self, num_tokens: int) -> int:
         """The prefix and the first `limit` places, filled or not: those that are not must be masked."""
         return self.prefix_length + self.limit
+
+    def own_columns(self, num_tokens: int) -> int:
+        """As in `KVCache`."""
+        return self.limit
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As in `KVCache`, but returns the first `limit` places."""
@@ -239,12 +271,15 @@ class Attention(nn.Module):
         query = rotate(query, cos, sin).transpose(1, 2)  # (B, H, N, E)
         key = rotate(key, cos, sin).transpose(1, 2)  # (B, K, N, E)
         if cache is not None:
-            key, value = cache.append(self.layer, key, value)  # (B, K, P + N, E)
+            num_own = cache.own_columns(x.shape[1])
+            key, value = cache.append(self.layer, key, value)  # (B, K, room, E)
             key, value = key.to(query.dtype), value.to(query.dtype)
         if cache is not None and cache.prefix is not None:
             prefix_key, prefix_value = cache.prefix[self.layer]  # (S, K, P, E) each
-            out = grouped_attention(query, key, value, prefix_key, prefix_value, cache.group_size, mask)
+            out = grouped_attention(query, key, value, prefix_key, prefix_value, cache.group_size, mask, num_own)
         else:
+            if cache is not None:
+                key, value = key[:, :, :num_own], value[:, :, :num_own]
             grouped = self.num_heads != self.num_kv_heads
             causal = mask is None and query.shape[2] > 1
             out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
@@ -259,6 +294,7 @@ def grouped_attention(
     prefix_value: Tensor,
     group_size: int,
     mask: Tensor | None,
+    num_own: int,
 ) -> Tensor:
     """Attention over a prefix shared by the G rows of a start, followed by each row's own tokens.
 
@@ -267,10 +303,11 @@ def grouped_attention(
 
     Args:
         query: (S * G, H, N, E).
-        key, value: (S * G, K, M, E), the rows' own tokens, the new ones included.
+        key, value: (S * G, K, room, E), the rows' own tokens, the new ones included.
         prefix_key, prefix_value: (S, K, P, E).
         group_size: G.
         mask: (S * G or 1, 1, N, P + M) True = attend, or None = attend to everything.
+        num_own: M, how many of the own tokens there are; the room after them holds zeros.
 
     Returns:
         (S * G, H, N, E).
@@ -283,11 +320,12 @@ def grouped_attention(
     shared = by_start @ prefix_key.to(query.dtype).transpose(-1, -2)  # (S, K, G * R * N, P)
     shared = rearrange(shared, "s k (g r n) p -> (s g) k (r n) p", n=num_new, **sizes)
     own = rearrange(query, "b (k r) n e -> b k (r n) e", k=num_kv, r=heads_per_kv) @ key.transpose(-1, -2)
-    scores = torch.cat([shared, own], dim=-1).float()  # (S * G, K, R * N, P + M)
+    scores = torch.cat([shared, own[..., :num_own]], dim=-1)  # (S * G, K, R * N, P + M)
     if mask is not None:
         scores = scores.masked_fill(~mask.repeat(1, 1, heads_per_kv, 1), -torch.inf)
-    weights = scores.softmax(dim=-1).to(query.dtype)
+    weights = scores.softmax(dim=-1)  # computed in float32 and rounded to the type of the scores
     shared, own = weights[..., :prefix_length], weights[..., prefix_length:]
+    own = F.pad(own, (0, value.shape[2] - num_own))  # whole room
     by_start = rearrange(shared, "(s g) k (r n) p -> s k (g r n) p", n=num_new, **sizes)
     from_prefix = by_start @ prefix_value.to(query.dtype)  # (S, K, G * R * N, E)
     from_prefix = rearrange(from_prefix, "s k (g r n) e -> (s g) (k r) n e", n=num_new, **sizes)

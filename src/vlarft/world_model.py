@@ -337,7 +337,8 @@ class WorldModel(nn.Module):
                 prefilled, tables, ids, generator
             )
             return rearrange(tokens, "(s g) t n -> s g t n", g=group_size), context
-        cache = prefilled.expand(group_size, num_actions * self.layout.step_length)
+        step_length = self.layout.step_length
+        cache = prefilled.expand(group_size, num_actions * step_length, block=step_length)
         pending = ids[:, 0]  # (B, A): ids that the cache does not hold yet
         frames = []
         for step in range(num_actions):
@@ -349,7 +350,8 @@ class WorldModel(nn.Module):
 
     def _static(self, prefilled: KVCache, *sizes: object) -> StaticDecoding:
         """The decoding of the last rollout if its sizes were the same, else a new one in its place."""
-        key = (prefilled.own.shape, prefilled.own.dtype, prefilled.own.device, *sizes)
+        like = prefilled.own[0][0]
+        key = (like.shape, like.dtype, like.device, *sizes)
         if self._static_decoding is None or self._static_decoding[0] != key:
             self._static_decoding = None  # its memory is free before the new one takes its own
             self._static_decoding = key, StaticDecoding(self, prefilled, *sizes)
