@@ -86,6 +86,7 @@ class KVCache:
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer (S, K, P, E)
         self.own: list[tuple[Tensor, Tensor]] = []  # of each layer (B, K, room, E), zeros where nothing was written
         self.memory: list[tuple[Tensor, Tensor]] = []  # that they lie in: (B * K * max_length * E,)
+        self.aside: Tensor | None = None  # memory of one of them, for moving it apart
 
     @property
     def length(self) -> int:
@@ -125,10 +126,21 @@ class KVCache:
             self.own.append((key[:, :, :0], value[:, :, :0]))
         if new_length > self.own[layer][0].shape[2]:
             room = min(self.max_length, -(-new_length // self.block) * self.block)
-            self.own[layer] = tuple(_moved_apart(*both, room) for both in zip(self.own[layer], self.memory[layer]))
+            self.own[layer] = tuple(self._moved_apart(*both, room) for both in zip(self.own[layer], self.memory[layer]))
         for part, new in zip(self.own[layer], (key, value)):
             part[:, :, self.own_length : new_length] = new
         return self.own[layer]
+
+    def _moved_apart(self, part: Tensor, memory: Tensor, room: int) -> Tensor:
+        """The same keys or values (B, K, less room, E), dense in `memory` with more room after those of each head."""
+        rows, heads, held, dim = part.shape
+        if held:  # both lie in the same memory
+            self.aside = torch.empty_like(memory) if self.aside is None else self.aside
+            part = self.aside[: part.numel()].view(part.shape).copy_(part)
+        apart = memory[: rows * heads * room * dim].view(rows, heads, room, dim)
+        apart[:, :, :held] = part
+        apart[:, :, held:] = 0
+        return apart
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens, after every layer has appended them."""
@@ -151,16 +163,6 @@ class KVCache:
         expanded.prefix = [(key[:, :, : self.own_length], value[:, :, : self.own_length]) for key, value in self.own]
         expanded.prefix_length, expanded.group_size = self.own_length, group_size
         return expanded
-
-
-def _moved_apart(part: Tensor, memory: Tensor, room: int) -> Tensor:
-    """The same keys or values (B, K, less room, E), dense in `memory` with more room after those of each head."""
-    rows, heads, held, dim = part.shape
-    before = part.clone()  # both lie in the same memory
-    part = memory[: rows * heads * room * dim].view(rows, heads, room, dim)
-    part[:, :, :held] = before
-    part[:, :, held:] = 0
-    return part
 
 
 class StaticKVCache:
