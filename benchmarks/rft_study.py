@@ -79,7 +79,7 @@ class Config:
     rft_starts: int = opt(24, "start states of a step")
     rft_group: int = opt(4, "rollouts of each")
     curve_seeds: tuple[int, ...] = opt((0,), "seeds that play while they train")
-    curve_points: int = opt(8, "success rates along a long SFT and along a fine-tuning")
+    curve_points: int = opt(4, "success rates along a long SFT and along a fine-tuning")
     curve_episodes: int = opt(20, "episodes per task of each of them")
 
 
