@@ -15,10 +15,10 @@ done.
 The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
 "runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
 the minutes of each training, as far as the other work of the machine lets them mean anything; true error and spread of
-the chunks (chunks.py), and how they changed; the trust gate before the first step of "RFT R3"; success rates while
-the policies of `curve_seeds` trained. Under "summary", for each suite and for all of them: rates with 95 % intervals,
-and paired differences to the long-trained policy and to the controls, pairs of all seeds pooled, and seed by seed. And
-a picture of the curves.
+the chunks (chunks.py), and how they changed; the trust gate before the first step; success rates while the policies of
+`curve_seeds` trained. Under "summary", for each suite and for all of them: rates with 95 % intervals, and paired
+differences to the long-trained policy and to the controls, pairs of all seeds pooled, and seed by seed. And a picture
+of the curves.
 """
 
 import json
@@ -50,6 +50,7 @@ EXTRA_ARMS = {
     "extra SFT head": ["--lr", 3e-4, *HEAD],
     "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
 }
+NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 
 
@@ -146,7 +147,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{minutes_of(own(timed_arm(cfg))):.3f}"
-            more = ["--init", policies["SFT"], "--warmup", 10, "--max-minutes", minutes, *flags]
+            more = ["--init", policies["SFT"], "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes, *flags]
             policies[name] = trained(own(name), *sft, *more, *curve(cfg.sft_steps // 10))
     return policies
 
@@ -188,11 +189,15 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
     return found
 
 
-def trust_gate(cfg: Config, suite: str, seed: int) -> dict[str, float]:
-    """What the gate said before the first step of "RFT R3"; empty where that arm is not run."""
-    log = folder_of(cfg, suite, seed, "RFT R3") / "log.jsonl"
-    first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
-    return {name: value for name, value in first.items() if name.startswith("gate")}
+def trust_gates(cfg: Config, suite: str, seed: int) -> dict[str, dict[str, float]]:
+    """What the gate said before the first step of the fine-tunings that have one: arm -> figures."""
+    found = {}
+    for name in RFT_ARMS:
+        log = folder_of(cfg, suite, seed, name) / "log.jsonl"
+        first = read_lines(log)[0] if log.is_file() else {}
+        if gate := {key: value for key, value in first.items() if key.startswith("gate")}:
+            found[name] = gate
+    return found
 
 
 def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str, dict]:
@@ -225,7 +230,7 @@ def run(cfg: Config, suite: str, seed: int) -> dict:
         "outcomes": outcomes,
         "minutes": {name: minutes_of(path.parent) for name, path in policies.items()},
         "chunks": chunk_errors(cfg, suite, policies),
-        "trust_gate": trust_gate(cfg, suite, seed),
+        "trust_gate": trust_gates(cfg, suite, seed),
         "curves": curves(cfg, suite, seed),
         "machine": machine(),
     }

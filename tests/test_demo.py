@@ -143,7 +143,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     assert summary["all"]["RFT R3"]["all"]["episodes"] == 4
     assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
     assert report["summary"]["all"] == summary
-    assert "gate_policy" in entry["trust_gate"] and set(entry["minutes"]) == set(found) - {"SFT, x_0 = 0"}
+    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - {"SFT, x_0 = 0"}
     assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
     curves = dict(entry["curves"])
     assert len(curves.pop("extra_SFT_head")) >= 1
