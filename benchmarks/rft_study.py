@@ -43,6 +43,7 @@ RFT_ARMS = {
     "RFT R3": ["--reward", "r3", *HELD],
     "RFT R1 per step": ["--reward", "r1", *PER_STEP],
     "RFT divergence": ["--reward", "divergence", *PER_STEP],
+    "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
 }
 HEAD = ["--train", "head", "--key-batch", 0]
 EXTRA_ARMS = {
@@ -52,6 +53,7 @@ EXTRA_ARMS = {
 }
 NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
+OPTIONAL = "extra SFT head", "RFT R1 per step, 400 steps"  # run where they are asked for
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Config:
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of each suite")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
-    arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm != "extra SFT head"), "arms to run")
+    arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm not in OPTIONAL), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
-        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence"),
+        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", "RFT R1 per step, 400 steps"),
         "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")
