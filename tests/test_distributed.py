@@ -78,11 +78,11 @@ def assert_same_model(one: Path, two: Path) -> None:
         assert (a[key].float() - b[key].float()).abs().mean() < 5e-5, key
 
 
-def assert_same_log(one: Path, two: Path) -> None:
+def assert_same_log(one: Path, two: Path, rel: float = 2e-3) -> None:
     """Of runs of which the second was stopped and went on: the same steps, once each, and losses."""
     logs = log_of(one), log_of(two)
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] != []
-    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=2e-3, abs=2e-4)
+    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=rel, abs=2e-4)
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -136,7 +136,9 @@ def test_torchrun(demos, tmp_path):
     assert output.count("tokenizer  1/60  loss") == 1, output[-3000:]  # it did not start anew
     here("train_tokenizer.py", *flags, "--out-dir", folder)
     here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "whole")
-    assert_same_log(tmp_path / "whole", folder)
+    # codes are rounded, and two processes round some another way than one: the longer they ran, the more it shows;
+    # another batch would be off by a tenth
+    assert_same_log(tmp_path / "whole", folder, rel=2e-2)
 
 
 def await_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
