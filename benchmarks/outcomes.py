@@ -45,7 +45,7 @@ def summarise(runs: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """`compare` of the seeds of each suite, and of all suites, for each kind of start and for all kinds together."""
     found = {}
     for suite in (*runs, ALL):
-        entries = [e for name, seeds in runs.items() if suite in (name, ALL) for _, e in sorted(seeds.items())]
+        entries = [e for name, seeds in runs.items() if suite in (name, ALL) for e in seeds.values()]
         kinds = list(dict.fromkeys(kind for e in entries for kind in e["outcomes"]))
         found[suite] = {kind: compare([e["outcomes"].get(kind, {}) for e in entries]) for kind in kinds}
         found[suite][ALL] = compare([_all_kinds(e["outcomes"]) for e in entries])

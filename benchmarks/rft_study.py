@@ -7,7 +7,8 @@ For each suite: demonstrations, tokenizer and world model, once. For each seed: 
 then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
-alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient.
+alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. "RFT R1
+per step, 400 steps" is as long as the paper's; it and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
@@ -249,6 +250,7 @@ def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
     else:
         print(f"{suite}, seed {seed}: the entry of {cfg.out} is of another long-trained policy and is replaced")
     seeds[str(seed)] = entry
+    runs[suite] = {name: seeds[name] for name in sorted(seeds, key=int)}
 
 
 def read_report(cfg: Config) -> dict:
@@ -274,7 +276,7 @@ def panels(runs: dict[str, dict[str, dict]]) -> list[Panel]:
     fine_tunings = {name.replace(" ", "_") for name in RFT_ARMS}
     found = []
     for suite, seeds in runs.items():
-        series = next((dict(entry["curves"]) for _, entry in sorted(seeds.items()) if entry["curves"]), {})
+        series = next((dict(entry["curves"]) for entry in seeds.values() if entry["curves"]), {})
         series.pop("sft", None)
         for x, label in (("minutes", "minutes of training"), ("step", "GRPO steps")) if series else ():
             curves = {

@@ -174,6 +174,9 @@ def test_study_gathers_runs(load_benchmark, capsys):
     kept = runs["tabletop_object"]["0"]
     assert kept["outcomes"] == {"none": {"SFT": "10", "RWR": "11", "RFT R3": "01"}}
     assert kept["trust_gate"] == {"gate": 0.5} and capsys.readouterr().out == ""
+    for seed in (10, 2):
+        study.gather(cfg, runs, "tabletop_object", seed, first)
+    assert list(runs["tabletop_object"]) == ["0", "2", "10"]
     study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "b"})
     assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR"}
     assert "is of another long-trained policy and is replaced" in capsys.readouterr().out

@@ -114,15 +114,15 @@ class KVCache:
             value: (B, K, N, E).
 
         Returns:
-            Keys and values (B, K, room, E), of which `own_columns(N)` are written. The length advances once per
-            forward, in `advance`.
+            Keys and values (B, K, room, E), of which `own_columns(N)` are written and the others 0. The length
+            advances once per forward, in `advance`.
         """
         new_length = self.own_length + key.shape[2]
         if new_length > self.max_length:
             raise ValueError(f"KV cache has room for {self.max_length} tokens, {new_length} needed: allocate more")
         if layer == len(self.own):
             numbers = key.shape[0] * key.shape[1] * self.max_length * key.shape[3]
-            self.memory.append((key.new_zeros(numbers), value.new_zeros(numbers)))
+            self.memory.append((key.new_empty(numbers), value.new_empty(numbers)))
             self.own.append((key[:, :, :0], value[:, :, :0]))
         if new_length > self.own[layer][0].shape[2]:
             room = min(self.max_length, -(-new_length // self.block) * self.block)
