@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from weights import uniform, weight
 
 from vlarft.checkpoint import read_header
+from vlarft.kv_cache import KVCache
 from vlarft.pretrained import (
     LIBERO_ACTION_RANGES,
     read_action_ranges,
@@ -23,7 +24,7 @@ from vlarft.pretrained import (
 from vlarft.pretrained.__main__ import main
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.transformer import KVCache, TransformerConfig
+from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -381,7 +382,7 @@ def test_public_world_model_at_full_size(public_tokenizer):
     assert config == PRESETS["paper"]
     model = world_model_from_public(generated(layout, {}), config, public_tokenizer, RANGES)
     ids, prefix = sequence["input_ids"].long(), model.layout.prefix_length
-    cache = KVCache(config.transformer, 1, prefix)
+    cache = KVCache(1, prefix)
     with torch.no_grad():
         x = model.embed(ids[:1], model.tables())
         start = model.decoder(x[:, :prefix], cache)

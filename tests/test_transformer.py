@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlarft.transformer import Decoder, KVCache, TransformerConfig, rotary_tables, rotate
+from vlarft.kv_cache import KVCache
+from vlarft.transformer import Decoder, TransformerConfig, rotary_tables, rotate
 
 SMALL = TransformerConfig(depth=2, width=32, num_heads=4, num_kv_heads=2, ffn_dim=48, qkv_bias=True, init_std=0.3)
 
@@ -82,7 +83,7 @@ def test_no_leak_from_the_future():
 def test_cache_equals_full_forward():
     decoder = make()
     x = torch.randn(2, 10, 32)
-    cache = KVCache(SMALL, 2, 10)
+    cache = KVCache(2, 10)
     with torch.no_grad():
         parts = [decoder(x[:, a:b], cache) for a, b in [(0, 4), (4, 5), (5, 8), (8, 10)]]
         assert_close(torch.cat(parts, dim=1), decoder(x), atol=1e-5, rtol=1e-5)
@@ -95,7 +96,7 @@ def test_shared_prefix_equals_full_forward_and_is_not_copied(block, rooms):
     starts, group = 2, 3
     prefix, rest = torch.randn(starts, 5, 32), torch.randn(starts * group, 6, 32)
     with torch.no_grad():
-        cache = KVCache(SMALL, starts, 5)
+        cache = KVCache(starts, 5)
         decoder(prefix, cache)
         members, parts = cache.expand(group, 7, block), []
         assert members.prefix[0][0].data_ptr() == cache.own[0][0].data_ptr()
@@ -116,7 +117,7 @@ def test_padding_on_the_left_only_shifts_positions():
     mask = torch.tensor([[False] * 3 + [True] * 6])
     with torch.no_grad():
         assert_close(decoder(padded, key_padding_mask=mask)[:, 3:], decoder(x), atol=1e-5, rtol=1e-5)
-        cache = KVCache(SMALL, 1, 9)
+        cache = KVCache(1, 9)
         first = decoder(padded[:, :5], cache, mask[:, :5])
         second = decoder(padded[:, 5:], cache, mask)
         assert_close(torch.cat([first, second], 1)[:, 3:], decoder(x), atol=1e-5, rtol=1e-5)
@@ -150,10 +151,10 @@ def test_errors():
     with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(2, 4\)"):
         decoder(x, key_padding_mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="KV cache has 1 rows, the input 2"):
-        decoder(x, KVCache(SMALL, 1, 4))
+        decoder(x, KVCache(1, 4))
     with pytest.raises(ValueError, match="room for 3 tokens, 4 needed"):
-        decoder(x, KVCache(SMALL, 2, 3))
+        decoder(x, KVCache(2, 3))
     with pytest.raises(ValueError, match="exceed max_positions=3"):
         Decoder(TransformerConfig(depth=1, width=32, num_heads=4, num_kv_heads=4, ffn_dim=8, max_positions=3))(x)
     with pytest.raises(ValueError, match="run the prefix through it first"):
-        KVCache(SMALL, 2, 3).expand(2, 3)
+        KVCache(2, 3).expand(2, 3)

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from vlarft.action_bins import ActionBins
 from vlarft.checkpoint import load_model
 from vlarft.decoding import Sampling, StaticDecoding
+from vlarft.kv_cache import Cache, KVCache
 from vlarft.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-from vlarft.transformer import Cache, Decoder, KVCache, TransformerConfig
+from vlarft.transformer import Decoder, TransformerConfig
 
 History = Literal["frames", "start"]
 
@@ -446,7 +447,7 @@ class WorldModel(nn.Module):
         context = self.tokenizer.encode_context(context_frame)
         first = context_frame if first_frame is None else first_frame
         first_tokens = self.tokenizer.encode_future(first[:, None], context)[:, 0]
-        cache = KVCache(self.cfg.transformer, context_frame.shape[0], self.layout.prefix_length)
+        cache = KVCache(context_frame.shape[0], self.layout.prefix_length)
         self.decoder(self.embed(self.layout.prefix(context.tokens, first_tokens), tables), cache)
         return context, cache
 
