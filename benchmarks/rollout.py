@@ -34,7 +34,9 @@ from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.decoding import Sampling
 from vlarft.pretrained.world_model import LlamaForCausalLM
+from vlarft.token_layout import TokenLayout
 from vlarft.tokenizer import PRESETS as TOKENIZERS
+from vlarft.tokenizer import TokenizerConfig
 from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as WORLD_MODELS
 from vlarft.world_model import WorldModel, WorldModelConfig
@@ -45,6 +47,17 @@ SIZES = {
     "reduced": WorldModelConfig(
         tokenizer=replace(TOKENIZERS["tiny"], stem=4, block_channels=(32,), future_patch=4), transformer=NARROW
     ),
+    "pixels": WorldModelConfig(
+        tokenizer=replace(
+            TokenizerConfig(),
+            image_size=(64, 64),
+            stem=2,
+            block_channels=(32, 64, 128),
+            latent_channels=32,
+            future_patch=2,
+        ),
+        transformer=replace(NARROW, depth=3, width=128, num_heads=4, num_kv_heads=4, ffn_dim=384),
+    ),  # most of the work in the pixel decoder, as at the paper's sizes
     "smoke": WorldModelConfig(tokenizer=TOKENIZERS["smoke"], transformer=WORLD_MODELS["smoke"].transformer),
 }
 
@@ -54,7 +67,7 @@ NEARLY_ALL = 0.99  # of the tokens, in float32: rounding decides a near tie, and
 
 @dataclass(frozen=True)
 class Config:
-    sizes: Literal["paper", "reduced", "smoke"] = opt("reduced", "sizes of the world model")
+    sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model")
     out: str = opt("results/rollout.json", "JSON file to write")
     figure: str | None = opt(None, "picture of time against frames and chunks")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
@@ -127,7 +140,7 @@ class Workload:
         """The same by `generate`, one call a frame; all sequences end after Nf tokens."""
         import transformers
 
-        group, num_frames, length = self.actions.shape[1], self.actions.shape[2], self.layout.frame_length
+        group, num_frames = self.actions.shape[1:3]
         ids = self.prefix.repeat_interleave(group, 0)  # (B, P)
         if kind == "static":
             room = self.layout.length(num_frames)
@@ -137,25 +150,43 @@ class Workload:
         if kind == "shared":
             self.llama(self.prefix, past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(group)
-        only_frames = transformers.LogitsProcessorList([self._future_codes_only])
-        frames = []
-        for t in range(num_frames):
-            ids = torch.cat([ids, self.bins[:, t]], dim=1)
-            ids = self.llama.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=length,
-                min_new_tokens=length,
-                do_sample=False,
-                logits_processor=only_frames,
-            )
-            frames.append(ids[:, -length:])
-        return torch.stack(frames, dim=1).unflatten(0, (-1, group))
+        tokens = generate_frames(self.llama, self.layout, ids, self.bins, lambda: cache)
+        return tokens.unflatten(0, (-1, group))
 
-    def _future_codes_only(self, ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.layout.num_future_codes :] = -torch.inf
+
+@torch.no_grad()
+def generate_frames(
+    llama: torch.nn.Module, layout: TokenLayout, ids: Tensor, actions: Tensor, cache: Callable[[], object]
+) -> Tensor:
+    """Greedy frames (B, T, Nf) by `generate`, one call a frame with the cache that `cache()` gives for it.
+
+    Args:
+        llama: `llama_of` the world model.
+        layout: of its tokens.
+        ids: (B, P) tokens of the starts.
+        actions: (B, T, A) tokens of the actions.
+        cache: an empty one, or one that was filled with the tokens before.
+    """
+    import transformers
+
+    def future_codes_only(ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, layout.num_future_codes :] = -torch.inf
         return scores
+
+    length, frames = layout.frame_length, []
+    for t in range(actions.shape[1]):
+        ids = torch.cat([ids, actions[:, t]], dim=1)
+        ids = llama.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache(),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            logits_processor=transformers.LogitsProcessorList([future_codes_only]),
+        )
+        frames.append(ids[:, -length:])
+    return torch.stack(frames, dim=1)
 
 
 def scaling(cfg: Config, work: Workload) -> dict[str, list[tuple[int, float]]]:

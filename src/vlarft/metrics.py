@@ -73,12 +73,16 @@ class Windows(NamedTuple):
 
 def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
     """(..., H, W) -> (..., H - window + 1, W - window + 1), Gaussian means of the windows inside."""
-    offsets = torch.arange(window, dtype=torch.float32, device=x.device) - (window - 1) / 2
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    rows = F.conv2d(x.reshape(-1, 1, *x.shape[-2:]), kernel[None, None, :, None])
-    out = F.conv2d(rows, kernel[None, None, None, :])
-    return out.reshape(*x.shape[:-2], *out.shape[-2:])
+    height, width = (_gaussian_means(length, window, sigma, x.device) for length in x.shape[-2:])
+    return height @ (x @ width.T)
+
+
+def _gaussian_means(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
+    """Matrix (length - window + 1, length) of the means along a line: faster than convolutions of single channels."""
+    starts = torch.arange(length - window + 1, device=device)[:, None]
+    offsets = torch.arange(length, device=device) - starts - (window - 1) / 2
+    weights = torch.exp(-offsets.square() / (2 * sigma**2)) * (offsets.abs() <= (window - 1) / 2)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Windows:
