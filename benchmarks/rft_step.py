@@ -32,7 +32,7 @@ import rft_versions
 import rollout as rollout_benchmark
 import torch
 from rft_versions import PRESETS, Config, Workload
-from timing import Timing, alternate, floating_point_work, machine, peak_rate, seconds, synchronize
+from timing import Timing, alternate, machine, peak_rate, seconds, synchronize
 
 from vlarft.checkpoint import write_json
 from vlarft.config import parse, to_dict
@@ -150,18 +150,24 @@ def main(cfg: Config) -> dict:
         low = work.in_bfloat16()
         versions |= {"ours, bfloat16": low.ours, "as released, bfloat16": low.as_released}
         works |= dict.fromkeys(versions.keys() - works.keys(), low)
-    found = {name: version() for name, version in versions.items()}
+    found: dict[str, Rollouts] = {}
+    work_done = {}
+    for name, version in versions.items():
+        step = works[name].world_model, lambda name=name, version=version: found.update({name: version()})
+        work_done[name] = rollout_benchmark.decoding_work(*step)
     difference = {name: differences(rollouts, found["ours"]) for name, rollouts in found.items()}
     check(cfg.device, difference)
-    if cfg.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    timings = alternate(versions, cfg.repeats, cfg.device, warmup=0)
+    timings = alternate(versions, cfg.repeats, cfg.device, warmup=cfg.device == "cuda")
     peak = peak_rate(cfg.device)
     rows = {}
     for name, version in versions.items():
-        work_done, t = floating_point_work(version), timings[name]
-        rows[name] = {**t._asdict(), "flops": work_done, "share_of_peak": work_done / t.median / peak}
+        done, t = work_done[name], timings[name]
+        rows[name] = {**t._asdict(), "flops": done, "share_of_peak": done / t.median / peak}
+        if cfg.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         rows[name]["phases"] = time_phases(cfg, works[name], version)
+        if cfg.device == "cuda":
+            rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         rows[name]["difference"] = difference[name]
     report = {
         "command": "python benchmarks/rft_step.py",
@@ -171,8 +177,6 @@ def main(cfg: Config) -> dict:
         "versions": rows,
         "times_faster": {name: times_faster(timings, name) for name in timings if name.startswith("ours")},
     }
-    if cfg.device == "cuda":
-        report["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print(f"{'':<24}" + "".join(f"{name:>24}" for name in rows) + "  [s]")
     for phase in rows["ours"]["phases"]:
         print(f"{phase:<24}" + "".join(f"{row['phases'][phase]:>24.3f}" for row in rows.values()))

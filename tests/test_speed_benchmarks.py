@@ -24,23 +24,30 @@ def test_rollout_against_generate(load_benchmark, transformers, tmp_path, monkey
         benchmark.main(cfg)
 
 
-def test_whole_step_against_the_straightforward_one(load_benchmark, tmp_path, monkeypatch):
+def test_whole_step_against_the_baselines(load_benchmark, transformers, tmp_path, monkeypatch):
     benchmark = load_benchmark("rft_step")
     cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "s.json"))
     report = benchmark.main(cfg)
     assert json.loads((tmp_path / "s.json").read_text()) == json.loads(json.dumps(report))
-    for row in report["versions"].values():
+    rows = report["versions"]
+    for row in rows.values():
         phases = dict(row["phases"])
         assert phases.pop("total") == pytest.approx(sum(phases.values())) and row["flops"] > 0
-    rows = report["versions"]
-    assert rows["straightforward"]["flops"] > rows["ours"]["flops"] == rows["ours, bfloat16"]["flops"]
-    assert rows["straightforward"]["largest_difference"]["rewards"] < 1e-3
-    assert 0 < rows["ours, bfloat16"]["largest_difference"]["actions"] < 0.1  # the frozen context's rounding
-    assert "times_faster" in rows["ours, bfloat16"] and "times_faster" not in rows["straightforward"]
-    whole = benchmark.verified_reward
+    assert rows["as released"]["flops"] > rows["straightforward"]["flops"] > rows["ours"]["flops"]
+    assert rows["ours"]["flops"] == rows["ours, bfloat16"]["flops"]
+    assert rows["straightforward"]["difference"]["rewards"] < 1e-3
+    assert rows["as released"]["difference"]["equal_rewards"] == 1
+    assert 0 < rows["ours, bfloat16"]["difference"]["actions"] < 0.1  # the frozen context's rounding
+    assert set(report["times_faster"]) == {"ours", "ours, bfloat16"}
+    assert set(report["times_faster"]["ours"]) == {"straightforward", "as released", "as released, bfloat16"}
+    versions = benchmark.rft_versions
+    whole = versions.verified_reward
     wrong = lambda *args, **kwargs: whole(*args, **kwargs)._replace(reward=torch.zeros(6, 1))  # noqa: E731
-    monkeypatch.setattr(benchmark, "verified_reward", wrong)
-    with pytest.raises(RuntimeError, match="rewards of the two versions differ by"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="rewards of ours and of straightforward"):
+        patch.setattr(versions, "verified_reward", wrong)
+        benchmark.main(cfg)
+    monkeypatch.setattr(versions, "image_reward", lambda frames, *args, **kwargs: torch.zeros(frames.shape[:3]))
+    with pytest.raises(RuntimeError, match="ours and as released agree on 0.000 of the rewards"):
         benchmark.main(cfg)
 
 

@@ -18,14 +18,25 @@ if TYPE_CHECKING:
     from vlarft.tokenizer import TokenizerConfig
 
 
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm`, in float32 where a CPU's bfloat16 kernel is slow: few channels a group, small maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, D, h, w) -> the same shape and type."""
+        slow = x.shape[1] < 16 * self.num_groups and x.shape[2:].numel() < 1024  # four times as long as float32
+        if not (slow and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice, around a residual."""
 
     def __init__(self, dim_in: int, dim_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, dim_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, dim_in, eps=1e-6)
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, dim_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, dim_out, eps=1e-6)
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
         if dim_in != dim_out:
             self.conv_shortcut = nn.Conv2d(dim_in, dim_out, 1)
@@ -44,7 +55,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.group_norm = GroupNorm(groups, dim, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
@@ -74,8 +85,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads, self.dropout = cfg.num_heads, cfg.dropout
         self.att = AttentionWeights(dim)
-        self.kv_norm = nn.GroupNorm(cfg.norm_groups, dim)
-        self.q_norm = nn.GroupNorm(cfg.norm_groups, dim)
+        self.kv_norm = GroupNorm(cfg.norm_groups, dim)
+        self.q_norm = GroupNorm(cfg.norm_groups, dim)
         self.kv_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
         self.q_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
         if cfg.local_init:
@@ -190,7 +201,7 @@ class Encoder(nn.Module):
             CrossAttention(dims[i], cfg.num_context_tokens, cfg) for i in self.cross_stages if conditional
         )
         self.mid_block = MidBlock(dims[-1], cfg, attention=conditional)
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(dims[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor, keys_values: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Tensor]]:
@@ -223,7 +234,7 @@ class FrameDecoder(nn.Module):
             Stage((dims[max(i - 1, 0)], dims[i]), cfg.res_blocks + 1, cfg.norm_groups, "up" if i < last else None)
             for i in range(len(dims))
         )
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(dims[-1], cfg.channels * cfg.stem**2, 3, padding=1)
 
     def middle(self, latent: Tensor) -> Tensor:
