@@ -62,3 +62,28 @@ def test_training_steps_against_straightforward_ones(load_benchmark, transformer
     monkeypatch.setattr(benchmark, "_l1", lambda made, true: made.square().sum())
     with pytest.raises(RuntimeError, match="tokenizer step: the versions differ by"):
         benchmark.main(cfg)
+
+
+def test_pixels_against_straightforward_versions(load_benchmark, tmp_path, monkeypatch):
+    benchmark = load_benchmark("pixels")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "p.json"))
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads(json.dumps(report))
+    assert report["decode"]["ours"]["times_as_long"] == report["reward"]["ours"]["times_as_long"] == 1
+    assert 0 < report["decode"]["ours, bfloat16"]["largest_difference"] < 0.2
+    monkeypatch.setattr(benchmark, "ssim_by_convolutions", lambda x, y: torch.zeros(len(x)))
+    with pytest.raises(RuntimeError, match="reward: the versions differ by"):
+        benchmark.main(cfg)
+
+
+def test_group_norm_in_float32_is_the_one_in_bfloat16():
+    from vlarft.frame_networks import GroupNorm
+
+    norm, plain = (kind(4, 16).bfloat16() for kind in (GroupNorm, torch.nn.GroupNorm))
+    with torch.no_grad():
+        norm.weight.normal_(), norm.bias.normal_()
+    plain.load_state_dict(norm.state_dict())
+    for size in (8, 32):  # the way around, and torch's own
+        x = torch.randn(3, 16, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(norm(x), plain(x), rtol=2e-2, atol=2e-2)
+        assert norm(x).dtype == torch.bfloat16
