@@ -7,8 +7,19 @@
 
 Every cell is one training. Up to the cells named "plateau", one option is changed against the first cell, which is
 fine-tuning with R3 as `train_rft.py --preset tiny` does it, from the policy of "twice as long" in the world model of
-"three times as long"; the others go on from the policy of "four times as long". All cells play the same starts, plain
-and perturbed. Finished cells are not run again.
+"three times as long"; the others go on from the policy of "four times as long" (factor_cells.py). All cells play the
+same starts, plain and perturbed. Finished cells are not run again.
+
+The cells named "study" change one option of an arm of `rft_study.py`, and go on from its policy in its world model:
+
+    python benchmarks/rft_study.py --suites tabletop_object --seeds 0
+    python benchmarks/rft_factors.py --demos runs/study/tabletop_object/demos \
+        --policies runs/study/tabletop_object/seed0 --world-models runs/study/tabletop_object \
+        --runs runs/study/tabletop_object/seed0/factors --out results/rft_study_factors.json \
+        --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
+
+"short" and "attempts" are world models to be trained there before: `train_wm.py --steps 1500`, and with on-policy
+attempts, `collect_demos.py --policy` into a copy of the demonstrations (world_model.py does it for its own).
 
 Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
 
@@ -28,144 +39,14 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import mean
-from typing import Literal, NamedTuple
 
 from chunks import difference, measure
+from factor_cells import CELLS
 from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference
-
-
-class Cell(NamedTuple):
-    """Flags of `train_rft.py`, an arm of `world_model.py` and one of `sft_study.py`; or flags of `train_sft.py`; or no
-    script, for the policy as it is.
-
-    x0: where the flow starts when the policy is played and its true error measured.
-    """
-
-    flags: tuple[str, ...] = ()
-    world_model: str = "three times as long"
-    policy: str = "twice as long"
-    script: str | None = "train_rft.py"
-    x0: Literal["sampled", "zero"] = "sampled"
-
-
-def sft(*flags: str, policy: str = "twice as long") -> Cell:
-    """More supervised training, at a tenth of the peak learning rate."""
-    return Cell(("--lr", "3e-4", "--warmup", "10", *flags), policy=policy, script="train_sft.py")
-
-
-TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0.12")
-SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
-HEAD = ("--train", "head", "--key-batch", "0")
-REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--draws", "3", *HEAD)
-PLATEAU, ATTEMPTS = "four times as long", "three times as long with on-policy attempts"
-
-
-def plateau(*flags: str, world_model: str = "three times as long", steps: int = 80) -> Cell:
-    """From the policy at its plateau."""
-    return Cell(("--steps", str(steps), *flags), world_model, policy=PLATEAU)
-
-
-PER_STEP = ("--credit", "frame", "--ratio-per", "step")
-TO_GO = ("--credit", "to_go", "--ratio-per", "step")
-HELD = ("--mse-weight", "1")
-SHARED = ("--group-x0", "shared")
-MIRRORED = ("--mirrored",)
-BROAD = ("--starts", "24", "--group", "4")
-QUARTER = ("--sigma-min", "0.02", "--sigma-max", "0.05")
-COSINE = ("--decay", "cosine")
-QUARTER_RATE = ("--lr", "2.5e-5", "--sigma-lr", "2.5e-4")
-CELLS = {
-    "R3": Cell(),
-    "extra SFT": sft("--steps", "1000"),
-    "extra SFT head": sft("--steps", "1000", *HEAD),
-    "R1": Cell(("--reward", "r1")),
-    "R2": Cell(("--reward", "r2")),
-    "RWR": Cell(("--algorithm", "rwr")),
-    "simulator's true error": Cell(("--reward", "simulator")),
-    "simulator, noise on two steps": Cell(("--reward", "simulator", *TWO_STEPS)),
-    "simulator, two steps, lr 3e-5": Cell(("--reward", "simulator", *TWO_STEPS, *SLOW)),
-    "R3, noise on two steps": Cell(TWO_STEPS),
-    "R3, two steps, lr 3e-5": Cell((*TWO_STEPS, *SLOW)),
-    "Flow-SDE": Cell(("--noise", "flow_sde")),
-    "100 steps": Cell(("--steps", "100")),
-    "seed 1": Cell(("--seed", "1")),
-    "seed 2": Cell(("--seed", "2")),
-    "world model: a third of the steps": Cell(world_model="default"),
-    "world model: demonstrations only": Cell(world_model="demonstrations only"),
-    "world model: no stale frames": Cell(world_model="no stale frames"),
-    "plateau, divergence, credit per step, on-policy attempts": plateau(
-        "--reward", "divergence", *PER_STEP, world_model=ATTEMPTS
-    ),
-    "plateau, R3, on-policy attempts": plateau(*HELD, world_model=ATTEMPTS),
-    "plateau, R3, 40 steps, flow-matching weight 0.1": Cell(policy=PLATEAU),
-    "plateau, x_0 = 0": Cell(policy=PLATEAU, script=None, x0="zero"),
-    "plateau, R3": plateau(*HELD),
-    "plateau, divergence": plateau("--reward", "divergence", *HELD),
-    "plateau, R1": plateau("--reward", "r1", *HELD),
-    "plateau, simulator": plateau("--reward", "simulator", *HELD),
-    "plateau, simulator, flow-matching weight 0.1": plateau("--reward", "simulator"),
-    "plateau, simulator, flow-matching weight 0": plateau("--reward", "simulator", "--mse-weight", "0"),
-    "plateau, divergence, credit per step": plateau("--reward", "divergence", *PER_STEP),
-    "plateau, R1, credit per step": plateau("--reward", "r1", *PER_STEP),
-    "plateau, R3, credit per step": plateau("--reward", "r3", *PER_STEP),
-    "plateau, R1, credit per step, shared x_0": plateau("--reward", "r1", *PER_STEP, *SHARED),
-    "plateau, R3, credit per step, shared x_0": plateau("--reward", "r3", *PER_STEP, *SHARED),
-    "plateau, divergence, credit per step, shared x_0": plateau("--reward", "divergence", *PER_STEP, *SHARED),
-    "plateau, R1, credit per step, mirrored": plateau("--reward", "r1", *PER_STEP, *MIRRORED),
-    "plateau, R1, credit per step, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *BROAD),
-    "plateau, R1, credit per step, mirrored, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *MIRRORED, *BROAD),
-    "plateau, R3, mirrored, 24 starts of 4": plateau(*HELD, *MIRRORED, *BROAD),
-    "plateau, divergence, credit per step, mirrored, 24 starts of 4": plateau(
-        "--reward", "divergence", *PER_STEP, *MIRRORED, *BROAD
-    ),
-    "plateau, R3, credit per step, mirrored": plateau("--reward", "r3", *PER_STEP, *MIRRORED),
-    "plateau, R3, mirrored": plateau(*HELD, *MIRRORED),
-    "plateau, divergence, credit per step, mirrored": plateau("--reward", "divergence", *PER_STEP, *MIRRORED),
-    "plateau, R1, credit per step, quarter of the noise": plateau("--reward", "r1", *PER_STEP, *QUARTER),
-    "plateau, R3, credit per step, quarter of the noise": plateau("--reward", "r3", *PER_STEP, *QUARTER),
-    "plateau, divergence, credit per step, quarter of the noise": plateau(
-        "--reward", "divergence", *PER_STEP, *QUARTER
-    ),
-    "plateau, R1, credit per step, cosine": plateau("--reward", "r1", *PER_STEP, *COSINE),
-    "plateau, R1, credit per step, mirrored, slow": plateau(
-        "--reward", "r1", *PER_STEP, *MIRRORED, *QUARTER_RATE, steps=320
-    ),
-    "plateau, divergence, credit per step, mirrored, slow": plateau(
-        "--reward", "divergence", *PER_STEP, *MIRRORED, *QUARTER_RATE, steps=320
-    ),
-    "plateau, divergence, credit per step, mirrored, 24 starts of 4, slow": plateau(
-        "--reward", "divergence", *PER_STEP, *MIRRORED, *BROAD, *QUARTER_RATE, steps=320
-    ),
-    "plateau, R3, mirrored, slow": plateau(*HELD, *MIRRORED, *QUARTER_RATE, steps=320),
-    "plateau, R3, two chunks": plateau(*HELD, "--chunks", "2"),
-    "plateau, R3, credit to go": plateau(*TO_GO),
-    "plateau, simulator, credit to go": plateau("--reward", "simulator", *TO_GO),
-    "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),
-    "plateau, regression": sft(*REGRESSION, policy=PLATEAU),
-    "plateau, RWR": plateau("--algorithm", "rwr", *HELD),
-    "policy: half the steps": Cell(policy="default"),
-    "policy: half the steps, x_0 = 0": Cell(policy="default", script=None, x0="zero"),
-    "policy: half the steps, extra SFT": sft("--steps", "1000", policy="default"),
-    "common random numbers": Cell(("--imagination", "common")),
-    "independent draws": Cell(("--imagination", "sample")),
-    "no perceptual term": Cell(("--perceptual", "none")),
-    "advantage without std": Cell(("--no-divide-by-std",)),
-    "executed actions as reference": Cell(("--reference", "executed")),
-    "group of 6": Cell(("--group", "6")),
-    "half the noise": Cell(("--sigma-min", "0.04", "--sigma-max", "0.1")),
-    "twice the noise": Cell(("--sigma-min", "0.16", "--sigma-max", "0.4")),
-    "gripper left out": Cell(("--noisy-dims", "0", "1", "2", "3", "4", "5")),
-    "lr 3e-5": Cell(("--lr", "3e-5")),
-    "lr 3e-4": Cell(("--lr", "3e-4")),
-    "no flow-matching term": Cell(("--mse-weight", "0")),
-    "flow-matching weight 1": Cell(("--mse-weight", "1")),
-    "KL to the policy": Cell(("--kl-weight", "0.1")),
-    "last frame only": Cell(("--over-frames", "last")),
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +56,7 @@ class Config:
     policies: str = opt("runs/sft_study", "folder of sft_study.py's arms")
     runs: str = opt("runs/rft_factors", "folder for the cells")
     out: str = opt("results/rft_factors.json", "JSON file to write")
-    cells: tuple[str, ...] = opt(tuple(CELLS), "cells to run")
+    cells: tuple[str, ...] = opt(tuple(name for name in CELLS if not name.startswith("study")), "cells to run")
     rival: str | None = opt(None, "cell that the others are compared with, start by start, beside the policy before")
     start: str | None = opt(None, "arm of sft_study.py that all cells start from; none: each cell's own")
     gate: bool = opt(True, "the trust gate before the first step, which needs episodes that the world model never saw")

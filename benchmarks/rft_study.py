@@ -7,8 +7,8 @@ For each suite: demonstrations, tokenizer and world model, once. For each seed: 
 then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
-alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. "RFT R1
-per step, 400 steps" is as long as the paper's; it and "extra SFT head" run where --arms names them.
+alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. The arms
+of 400 steps are as long as the paper's; they and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
@@ -45,6 +45,8 @@ RFT_ARMS = {
     "RFT R1 per step": ["--reward", "r1", *PER_STEP],
     "RFT divergence": ["--reward", "divergence", *PER_STEP],
     "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
+    "RFT R3, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
+    "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
 HEAD = ["--train", "head", "--key-batch", 0]
 EXTRA_ARMS = {
@@ -54,7 +56,8 @@ EXTRA_ARMS = {
 }
 NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
-OPTIONAL = "extra SFT head", "RFT R1 per step, 400 steps"  # run where they are asked for
+LONG_ARMS = tuple(name for name in RFT_ARMS if name.endswith("400 steps"))
+OPTIONAL = "extra SFT head", *LONG_ARMS  # run where they are asked for
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Config:
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm not in OPTIONAL), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
-        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", "RFT R1 per step, 400 steps"),
+        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", *LONG_ARMS),
         "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")

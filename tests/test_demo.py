@@ -87,9 +87,10 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     cfg = dataclasses.replace(study.PRESETS["smoke"], **arms, **places)
     with pytest.raises(FileNotFoundError, match="run the study that trains the arm 'twice as long' first"):
         study.main(cfg)
-    monkeypatch.setitem(study.CELLS, "R3", study.Cell(world_model="default"))
-    monkeypatch.setitem(study.CELLS, "extra SFT head", study.sft("--steps", "1", *study.HEAD))
-    true = study.Cell(("--reward", "simulator"), world_model="default")
+    cells = load_benchmark("factor_cells")
+    monkeypatch.setitem(study.CELLS, "R3", cells.Cell(world_model="default"))
+    monkeypatch.setitem(study.CELLS, "extra SFT head", cells.sft("--steps", "1", *cells.HEAD))
+    true = cells.Cell(("--reward", "simulator"), world_model="default")
     monkeypatch.setitem(study.CELLS, "simulator's true error", true)
     cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error", "plateau, x_0 = 0"), start="default")
     cfg = dataclasses.replace(cfg, rival="plateau, x_0 = 0")
