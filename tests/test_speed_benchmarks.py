@@ -87,3 +87,17 @@ def test_group_norm_in_float32_is_the_one_in_bfloat16():
         x = torch.randn(3, 16, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(norm(x), plain(x), rtol=2e-2, atol=2e-2)
         assert norm(x).dtype == torch.bfloat16
+
+
+def test_what_each_optimisation_gives(load_benchmark, transformers, tmp_path, monkeypatch):
+    benchmark = load_benchmark("undone")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "u.json"))
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "u.json").read_text()) == json.loads(json.dumps(report))
+    assert [row["equal_tokens"] for row in report["float32"].values()] == [1] * 5
+    assert report["float32"]["ours"]["times_as_long"] == report["bfloat16"]["ours"]["times_as_long"] == 1
+    before = benchmark.WorldModel.next_logits
+    assert before is benchmark.one_pass  # put back
+    monkeypatch.setattr(benchmark, "all_logits", lambda *args: before(*args).roll(1, -1))
+    with pytest.raises(RuntimeError, match="logits of all tokens and ours agree on"):
+        benchmark.main(cfg)

@@ -1,0 +1,174 @@
+"""What each optimisation of the world model's rollout gives: undone one at a time, the others left.
+
+    python benchmarks/undone.py                                                                       on any machine
+    python benchmarks/undone.py --sizes paper --device cuda --out results/undone_gpu.json
+
+ours                     `WorldModel.rollout_tokens`
+every row its prefix     a start's tokens run through the decoder and are kept once for each of its chunks
+logits of all tokens     the head's whole vocabulary, of which the future codes are taken
+two passes               the last token of a frame and the action's go through the decoder one after the other
+growing cache            keys and values joined with the new ones at every token, as transformers' DynamicCache does
+
+On a CPU in float32 and in bfloat16, on a GPU in bfloat16, without CUDA graphs, which the versions would not fit.
+Greedy; in float32 all must give the same tokens, but for near ties that rounding decides. Writes one JSON.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from rollout import NEARLY_ALL, Workload
+from timing import alternate, machine
+from torch import Tensor
+
+from vlarft.checkpoint import write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.decoding import Sampling
+from vlarft.kv_cache import KVCache
+from vlarft.world_model import Tables, WorldModel
+
+
+@dataclass(frozen=True)
+class Config:
+    sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
+    out: str = opt("results/undone.json", "JSON file to write")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
+    starts: int = opt(16, "starts S")
+    group: int = opt(16, "action chunks G per start")
+    frames: int = opt(8, "frames T")
+    repeats: int = opt(3, "timed calls of each version")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, frames=2, repeats=1)}
+
+
+@contextmanager
+def replaced(owner: type, name: str, value: Callable) -> Iterator[None]:
+    """Another method as long as the context lasts."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def all_logits(model: WorldModel, ids: Tensor, tables: Tables, cache: KVCache) -> Tensor:
+    """`WorldModel.next_logits` with the whole head."""
+    positions = cache.positions(ids.shape[1], ids.device)
+    hidden = model.decoder(model.embed(ids, tables, positions), cache)[:, -1]
+    return F.linear(hidden, tables.head).float()[:, : model.layout.num_future_codes]
+
+
+one_pass = WorldModel.next_logits
+
+
+def two_passes(model: WorldModel, ids: Tensor, tables: Tables, cache: KVCache) -> Tensor:
+    """`WorldModel.next_logits` that feeds the first of several tokens, the last one of a frame, by itself."""
+    if ids.shape[1] > model.cfg.action_dim:
+        one_pass(model, ids[:, :1], tables, cache)
+        ids = ids[:, 1:]
+    return one_pass(model, ids, tables, cache)
+
+
+def growing_append(cache: KVCache, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`KVCache.append` that joins the tensors."""
+    if layer == len(cache.own):
+        cache.own.append((key, value))
+    else:
+        cache.own[layer] = tuple(torch.cat([old, new], dim=2) for old, new in zip(cache.own[layer], (key, value)))
+    return cache.own[layer]
+
+
+class Undone:
+    """The versions, as calls that give tokens (S, G, T, Nf).
+
+    Args:
+        work: models, starts and actions.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+
+    def ours(self) -> Tensor:
+        return self._tokens(self.work.frames, self.work.actions)
+
+    def every_row_its_prefix(self) -> Tensor:
+        group = self.work.actions.shape[1]
+        rows = self.work.frames.repeat_interleave(group, 0), self.work.actions.flatten(0, 1)[:, None]
+        return self._tokens(*rows).unflatten(0, (-1, group))[:, :, 0]
+
+    def logits_of_all_tokens(self) -> Tensor:
+        with replaced(WorldModel, "next_logits", all_logits):
+            return self.ours()
+
+    def two_passes(self) -> Tensor:
+        with replaced(WorldModel, "next_logits", two_passes):
+            return self.ours()
+
+    def growing_cache(self) -> Tensor:
+        with replaced(KVCache, "append", growing_append):
+            return self.ours()
+
+    def _tokens(self, frames: Tensor, actions: Tensor) -> Tensor:
+        return self.work.model.rollout_tokens(frames, actions, Sampling(greedy=True), static=False)[0]
+
+    def versions(self) -> dict[str, Callable[[], Tensor]]:
+        """Name -> call."""
+        return {
+            "ours": self.ours,
+            "every row its prefix": self.every_row_its_prefix,
+            "logits of all tokens": self.logits_of_all_tokens,
+            "two passes": self.two_passes,
+            "growing cache": self.growing_cache,
+        }
+
+
+def measure(cfg: Config, work: Workload) -> dict[str, dict]:
+    """Times of the versions in one precision, as shares of ours, and the tokens that are equal to ours."""
+    versions = Undone(work).versions()
+    tokens: dict[str, Tensor] = {}
+
+    def kept(name: str, version: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: tokens.update({name: version()})
+
+    timings = alternate({name: kept(name, version) for name, version in versions.items()}, cfg.repeats, cfg.device)
+    ours = timings["ours"]
+    return {
+        name: {
+            **t._asdict(),
+            "times_as_long": t.median / ours.median,
+            "spread": [t.least / ours.most, t.most / ours.least],
+            "equal_tokens": (tokens[name] == tokens["ours"]).float().mean().item(),
+        }
+        for name, t in timings.items()
+    }
+
+
+def main(cfg: Config) -> dict:
+    """Time, compare, write; returns what the JSON file holds.
+
+    Raises:
+        RuntimeError: two versions disagree in float32.
+    """
+    work = Workload(cfg)
+    report = {"command": "python benchmarks/undone.py", "config": to_dict(cfg), **machine(cfg.device)}
+    works = {"bfloat16": work} if cfg.device == "cuda" else {"float32": work, "bfloat16": work.in_bfloat16()}
+    for precision, of in works.items():
+        report[precision] = rows = measure(cfg, of)
+        for name, row in rows.items():
+            low, high = row["spread"]
+            print(f"{precision:<10}{name:<24}{row['median']:8.3f} s, times ours: {row['times_as_long']:.2f}", end="")
+            print(f" [{low:.2f}, {high:.2f}], {100 * row['equal_tokens']:.2f} % equal tokens")
+            if precision == "float32" and row["equal_tokens"] < NEARLY_ALL:
+                raise RuntimeError(f"{name} and ours agree on {100 * row['equal_tokens']:.2f} % of the tokens")
+    write_json(cfg.out, report)
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
