@@ -1,9 +1,15 @@
 """Rates and paired differences over the runs that rft_study.py gathers: suites and seeds.
 
+    python benchmarks/outcomes.py results/rft_study.json                  prints the tables of docs/study.md
+
 Outcomes are text, "1" for a success and "0" for a failure, start by start in one order for all policies.
 """
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
 
 from stages import rate, show_rate
 
@@ -67,3 +73,73 @@ def table(summary: dict) -> str:
             for name, values in found.items():
                 lines.append(f"  {name:<16} {show_rate(values['all'], values.get('against SFT'))}")
     return "\n".join(lines)
+
+
+def markdown(report: dict, suite: str) -> str:
+    """The tables of one suite, or of all of them: success, and what changed in the chunks."""
+    kinds, seeds = report["summary"][suite], report["runs"].get(suite, {})
+    perturbed = [kind for kind in kinds if kind not in ("none", ALL)]
+    lines = [_row(["policy", "plain starts", "difference", "seeds", *perturbed, "all starts"])]
+    lines += ["|---" * lines[0].count(" | ") + "|---|"]
+    for name, plain in kinds["none"].items():
+        apart = plain.get("against SFT")
+        rates = apart["runs"] if apart else [found["rate"] for found in plain["runs"]]
+        signed = "+.1f" if apart else ".1f"
+        cells = [_label(name), _percent(plain["all"]), _points(apart), ", ".join(f"{100 * r:{signed}}" for r in rates)]
+        for kind in (*perturbed, ALL):
+            found = kinds[kind].get(name)
+            apart = (found or {}).get("against SFT")
+            cells.append(_points(apart) if apart else f"{100 * found['all']['rate']:.1f} %" if found else "")
+        lines.append(_row(cells))
+    names = [
+        name
+        for name in kinds["none"]
+        if any("change" in e["chunks"].get(name, {}).get("spread", {}) for e in seeds.values())
+    ]
+    if names:
+        heads = [f"{what}, seed {seed}" for what in ("true error", "from x_0 = 0", "spread") for seed in seeds]
+        lines += ["", _row(["change of", *heads, "minutes"]), "|---" * (len(heads) + 1) + "|---|"]
+        lines += [_row([_label(name), *_changes(seeds, name), _minutes(seeds, name)]) for name in names]
+    return "\n".join(lines)
+
+
+def _changes(seeds: dict[str, dict], name: str) -> list[str]:
+    cells = []
+    for kind in "sampled", "zero", "spread":
+        for entry in seeds.values():
+            change = entry["chunks"].get(name, {}).get(kind, {}).get("change")
+            if change is None:
+                cells.append("")
+            elif kind == "spread":
+                cells.append(f"{100 * change['mean'] / change['before']:+.0f} %")
+            else:
+                cells.append(f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f} mm")
+    return cells
+
+
+def _minutes(seeds: dict[str, dict], name: str) -> str:
+    return f"{mean(e['minutes'][name] for e in seeds.values() if name in e['minutes']):.1f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _label(name: str) -> str:
+    return name if name.startswith("SFT") else "+ " + name.removeprefix("RFT ")
+
+
+def _percent(found: dict[str, float]) -> str:
+    return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def _points(apart: dict | None) -> str:
+    if apart is None:
+        return ""
+    return f"{100 * apart['difference']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
+
+
+if __name__ == "__main__":
+    study = json.loads(Path(sys.argv[1]).read_text())
+    for name in study["summary"]:
+        print(f"{name}\n\n{markdown(study, name)}\n")
