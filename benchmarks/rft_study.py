@@ -90,7 +90,9 @@ class Config:
     curve_episodes: int = opt(20, "episodes per task of each of them")
 
 
-FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms", "curve_seeds"  # in one JSON file
+# may differ in one JSON file
+FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms"
+FREE += "curve_seeds", "curve_points", "curve_episodes"
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
@@ -271,7 +273,7 @@ def read_report(cfg: Config) -> dict:
         if report.get("settings", {}).get(name) != value:
             there = report.get("settings", {}).get(name)
             raise ValueError(f"{path} holds runs with {name} {there}, not {value}: give another file as --out")
-    return report
+    return {**report, "settings": settings}
 
 
 def panels(runs: dict[str, dict[str, dict]]) -> list[Panel]:
