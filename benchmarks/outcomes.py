@@ -98,8 +98,10 @@ def markdown(report: dict, suite: str) -> str:
     ]
     if names:
         heads = [f"{what}, seed {seed}" for what in ("true error", "from x_0 = 0", "spread") for seed in seeds]
-        lines += ["", _row(["change of", *heads, "minutes"]), "|---" * (len(heads) + 1) + "|---|"]
-        lines += [_row([_label(name), *_changes(seeds, name), _minutes(seeds, name)]) for name in names]
+        lines += ["", _row(["change of", *heads, "minutes", "trust gate"]), "|---" * (len(heads) + 3) + "|"]
+        lines += [
+            _row([_label(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)]) for name in names
+        ]
     return "\n".join(lines)
 
 
@@ -119,6 +121,12 @@ def _changes(seeds: dict[str, dict], name: str) -> list[str]:
 
 def _minutes(seeds: dict[str, dict], name: str) -> str:
     return f"{mean(e['minutes'][name] for e in seeds.values() if name in e['minutes']):.1f}"
+
+
+def _gates(seeds: dict[str, dict], name: str) -> str:
+    """What the trust gate said before the first step, seed by seed."""
+    found = [entry["trust_gate"].get(name, {}).get("gate") for entry in seeds.values()]
+    return ", ".join(f"{value:.2f}" for value in found if value is not None)
 
 
 def _row(cells: Sequence[str]) -> str:

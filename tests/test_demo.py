@@ -149,7 +149,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     lines = load_benchmark("outcomes").markdown(report, "tabletop_object").splitlines()
     assert lines[0] == "| policy | plain starts | difference | seeds | robot:20 | all starts |"
     success, chunks = (lines[: len(found) + 2], lines[len(found) + 3 :])
-    assert all(line.count("|") == 7 for line in success) and all(line.count("|") == 6 for line in chunks)
+    assert all(line.count("|") == 7 for line in success) and all(line.count("|") == 7 for line in chunks)
     assert success[5].startswith(f"| + R3 | {100 * found['RFT R3']['all']['rate']:.1f} % [") and "mm" in chunks[-1]
     curves = dict(entry["curves"])
     assert len(curves.pop("extra_SFT_head")) >= 1
