@@ -39,7 +39,9 @@ class GateConfig:
 
     gate_starts: int = opt(32, "held-out starts of the trust gate and of the diagnostics; 0 leaves the gate out")
     gate_interval: int = opt(100, "steps between trust gates; the first one is before the first step")
-    gate_threshold: float = opt(0.1, "rank correlation of reward and error that the reward is worth optimising from")
+    gate_threshold: float = opt(
+        0.25, "rank correlation of reward and error that the reward is worth optimising from (docs/study.md)"
+    )
     gate_stop: bool = opt(True, "stop below the threshold")
     gate_noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise around dataset actions, std in normalised units")
     gate_draws: int = opt(3, "perturbed chunks per noise size and start")
