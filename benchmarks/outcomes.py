@@ -1,6 +1,9 @@
 """Rates and paired differences over the runs that rft_study.py gathers: suites and seeds.
 
-    python benchmarks/outcomes.py results/rft_study.json                  prints the tables of docs/study.md
+    python benchmarks/outcomes.py results/rft_study.json docs/images/trust_gate.png
+
+prints the tables of docs/study.md, and draws what the trust gate said of a reward before the first step against what
+fine-tuning with it gained.
 
 Outcomes are text, "1" for a success and "0" for a failure, start by start in one order for all policies.
 """
@@ -10,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
+import torch
 from stages import rate, show_rate
 
-from vlarft.metrics import paired_difference
+from vlarft.metrics import paired_difference, spearman
 
 RIVALS = "SFT", "extra SFT", "RWR", "regression"  # that the others are compared with
 ALL = "all"  # suites, or kinds of starts
@@ -147,7 +152,59 @@ def _points(apart: dict | None) -> str:
     return f"{100 * apart['difference']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
 
 
+class GatedRun(NamedTuple):
+    """A fine-tuning of one suite and seed: what the gate said before, and its paired difference to SFT."""
+
+    suite: str
+    seed: str
+    arm: str
+    gate: float
+    against_sft: dict[str, float]
+
+
+def gated_runs(report: dict) -> list[GatedRun]:
+    """All fine-tunings by GRPO that had a trust gate, on plain starts."""
+    return [
+        GatedRun(suite, seed, arm, gates["gate"], _against(plain["SFT"], plain[arm]))
+        for suite, seeds in report["runs"].items()
+        for seed, entry in seeds.items()
+        for arm, gates in entry["trust_gate"].items()
+        for plain in [entry["outcomes"]["none"]]
+        if arm != "RWR"
+    ]
+
+
+def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
+    """PNG of gains against gates, with 95 % intervals; one colour an arm, one mark a suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms, suites = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("arm", "suite"))
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    for arm, suite in dict.fromkeys((run.arm, run.suite) for run in runs):
+        own = [run for run in runs if (run.arm, run.suite) == (arm, suite)]
+        ends = [[100 * run.against_sft[end] for run in own] for end in ("difference", "low", "high")]
+        bars = [[m - low for m, low in zip(*ends[:2])], [high - m for m, high in zip(ends[0], ends[2])]]
+        style = {"fmt": "osD^v"[suites.index(suite)], "color": f"C{arms.index(arm)}", "capsize": 2}
+        label = f"{arm.removeprefix('RFT ')}, {suite.removeprefix('tabletop_')}"
+        axis.errorbar([run.gate for run in own], ends[0], bars, label=label, **style)
+    axis.set(xlabel="trust gate before the first step", ylabel="success against SFT, points")
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    study = json.loads(Path(sys.argv[1]).read_text())
+    study, picture = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name in study["summary"]:
         print(f"{name}\n\n{markdown(study, name)}\n")
+    gated = gated_runs(study)
+    for run in sorted(gated, key=lambda run: run.gate):
+        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {_points(run.against_sft)}")
+    order = spearman(*(torch.tensor(values) for values in zip(*((r.gate, r.against_sft["difference"]) for r in gated))))
+    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}")
+    draw_gates(gated, picture)

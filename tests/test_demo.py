@@ -146,11 +146,17 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
     assert report["summary"]["all"] == summary
     assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - {"SFT, x_0 = 0"}
     assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
-    lines = load_benchmark("outcomes").markdown(report, "tabletop_object").splitlines()
+    outcomes = load_benchmark("outcomes")
+    lines = outcomes.markdown(report, "tabletop_object").splitlines()
     assert lines[0] == "| policy | plain starts | difference | seeds | robot:20 | all starts |"
     success, chunks = (lines[: len(found) + 2], lines[len(found) + 3 :])
     assert all(line.count("|") == 7 for line in success) and all(line.count("|") == 7 for line in chunks)
     assert success[5].startswith(f"| + R3 | {100 * found['RFT R3']['all']['rate']:.1f} % [") and "mm" in chunks[-1]
+    (gated,) = outcomes.gated_runs(report)
+    assert gated[:4] == ("tabletop_object", "0", "RFT R3", entry["trust_gate"]["RFT R3"]["gate"])
+    outcomes.draw_gates([gated], tmp_path / "gates.png")
+    with Image.open(tmp_path / "gates.png") as image:
+        assert image.size == (480, 320)
     curves = dict(entry["curves"])
     assert len(curves.pop("extra_SFT_head")) >= 1
     assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2}
