@@ -23,7 +23,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, D, h, w) -> the same shape and type."""
-        slow = x.shape[1] < 16 * self.num_groups and x.shape[2:].numel() < 1024  # four times as long as float32
+        slow = x.shape[1] < 16 * self.num_groups and x.shape[2:].numel() < 1024
         if not (slow and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
