@@ -205,6 +205,9 @@ if __name__ == "__main__":
     gated = gated_runs(study)
     for run in sorted(gated, key=lambda run: run.gate):
         print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {_points(run.against_sft)}")
-    order = spearman(*(torch.tensor(values) for values in zip(*((r.gate, r.against_sft["difference"]) for r in gated))))
-    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}")
+    gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
+    shuffled = gains[torch.rand(100_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
+    order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)
+    chance = (by_chance >= order - 1e-9).double().mean()
+    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}, p = {chance:.2g} (permutations)")
     draw_gates(gated, picture)

@@ -8,10 +8,10 @@ ours             `rollout.collect` and `objective.update`, as `train_rft.py` cal
                  model's prefix and the reference's rollout, frames and features once per start
 straightforward  every rollout a start of its own: its own vision-language forward, tokens, prefix, reference rollout,
                  reference features, and its own context in the update; caches and batches as in ours
-as released      what the public release computes in a step: as straightforward, and the reference is played apart from
-                 the policy's chunk, for every rollout; each is a window tokenised whole, all its frames; transformers'
-                 `generate` once a frame on the whole sequence, with its preallocated cache; the vision-language model
-                 three times, to sample, to score and to update
+as released      what the public release computes in a step, by the counts of its operations: as straightforward, and
+                 the reference is played apart from the policy's chunk, for every rollout; each is a window tokenised
+                 whole, all its frames; transformers' `generate` once a frame on the whole sequence, with its
+                 preallocated cache; the vision-language model three times, to sample, to score and to update
 ours, bfloat16   ours with `--bf16`: the frozen networks in bfloat16; and `as released` in it. On a CPU only, where the
                  others are in float32; on a GPU all are in bfloat16
 

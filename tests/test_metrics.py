@@ -29,6 +29,19 @@ def images(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return (target + 0.2 * torch.randn(target.shape, generator=generator)).clamp(0, 1), target
 
 
+def test_ssim_is_that_of_convolutions_with_the_window():
+    x, y = torch.rand(2, 3, 20, 33), torch.rand(2, 3, 20, 33)  # not square: no axis stands for the other
+    offsets = torch.arange(11.0) - 5
+    line = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+    blur = lambda images: torch.nn.functional.conv2d(images, window, groups=3)  # noqa: E731
+    mean_x, mean_y = blur(x), blur(y)
+    spread = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
+    both = blur(x * y) - mean_x * mean_y
+    value = (2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4) / ((mean_x**2 + mean_y**2 + 1e-4) * (spread + 9e-4))
+    assert_close(ssim(x, y), value.mean((1, 2, 3)), atol=1e-5, rtol=0)
+
+
 def test_psnr_and_ssim_match_scikit_image():
     reference = pytest.importorskip("skimage.metrics")
     pred, target = images()

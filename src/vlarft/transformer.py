@@ -1,4 +1,4 @@
-"""Decoder-only transformer in the LLaMA style: RMSNorm, rotary positions, grouped-query attention, SwiGLU, KV cache.
+"""Decoder-only transformer in the LLaMA style: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 One implementation for the world model and for the policy's language model (which adds biases on q, k, v and fewer
 key-value heads). There is no embedding and no output head inside: the owner embeds its tokens and reads the result.
