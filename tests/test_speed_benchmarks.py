@@ -76,6 +76,20 @@ def test_pixels_against_straightforward_versions(load_benchmark, tmp_path, monke
         benchmark.main(cfg)
 
 
+def test_decoding_each_different_frame_once(load_benchmark, rft_config, tmp_path, monkeypatch):
+    benchmark = load_benchmark("distinct")
+    files = {name: getattr(rft_config, name) for name in ("policy", "world_model", "demos")}
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "d.json"), **files)
+    report = benchmark.main(cfg)
+    assert json.loads((tmp_path / "d.json").read_text()) == json.loads(json.dumps(report))
+    assert set(report["decode"]) == {"greedy, 3 rollouts", "common, 3 rollouts", "sample, 3 rollouts"}
+    assert all(0 < row["distinct"] <= 1 for row in report["decode"].values())
+    shown = benchmark.decode_all
+    monkeypatch.setattr(benchmark, "decode_all", lambda *parts: shown(*parts) + 1)
+    with pytest.raises(RuntimeError, match="3 rollouts: decoding each frame once changes pixels by 1"):
+        benchmark.main(cfg)
+
+
 def test_group_norm_in_float32_is_the_one_in_bfloat16():
     from vlarft.frame_networks import GroupNorm
 

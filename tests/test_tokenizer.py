@@ -146,6 +146,24 @@ def test_starts_do_not_mix_and_frames_are_independent():
         assert_close(model.decode(one, alone), decoded[s : s + 1, 1:], atol=1e-5, rtol=1e-4)
 
 
+def test_frames_with_the_same_tokens_are_decoded_once(monkeypatch):
+    model = make()
+    frames = torch.rand(2, 3, 3, 16, 24)
+    context = model.encode_context(frames[:, 0])
+    tokens = torch.randint(27, (2, 3, 1, model.cfg.num_future_tokens))
+    tokens[1, 2] = tokens[1, 0]
+    repeated = tokens[:, [0, 1, 2, 1, 0]].expand(2, 5, 4, -1)  # 20 frames of each start, of which 3 and 2 differ
+    rows = []
+    own = model._decode_future
+    monkeypatch.setattr(model, "_decode_future", lambda codes, pairs: rows.append(len(codes)) or own(codes, pairs))
+    decoded = model.decode(repeated, context)
+    assert rows == [2 * 3]
+    for g, kind in enumerate([0, 1, 2, 1, 0]):
+        for t in range(4):
+            alone = model.decode(tokens[:, kind], context)[:, 0]
+            assert_close(decoded[:, g, t], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_future_depends_on_the_context_and_decoding_on_its_tokens_only():
     model = make()
     frames, other = torch.rand(1, 2, 3, 16, 24), torch.rand(1, 3, 16, 24)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vlarft.checkpoint import load_model
 from vlarft.frame_networks import Encoder, FrameDecoder
@@ -173,6 +174,17 @@ class Reconstruction(NamedTuple):
     last_features: Tensor
 
 
+def distinct_frames(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens (S, L, Nf) -> the different frames of each start (S, M, Nf), filled up with zeros to the most of any, and
+    which of them each frame is, (S, L); or the tokens and None, where all frames of a start differ.
+    """
+    found = [torch.unique(rows, dim=0, return_inverse=True) for rows in tokens]
+    distinct = pad_sequence([rows for rows, _ in found], batch_first=True)
+    if distinct.shape[1] == tokens.shape[1]:
+        return tokens, None
+    return distinct, torch.stack([where for _, where in found])
+
+
 class FrameTokenizer(nn.Module):
     """The four networks and the two quantisers."""
 
@@ -240,7 +252,7 @@ class FrameTokenizer(nn.Module):
         return self.quant_linear(patches)
 
     def decode(self, tokens: Tensor, context: Context, frames_at_once: int | None = None) -> Tensor:
-        """Future frames from tokens.
+        """Future frames from tokens; frames of a start with the same tokens, as of chunks alike, are decoded once.
 
         Args:
             tokens: (S, L, Nf), or (S, G, L, Nf) for G rollouts of each start.
@@ -262,10 +274,12 @@ class FrameTokenizer(nn.Module):
         for i in range(0, len(flat), starts):
             of_starts = slice(i, i + starts)
             pairs = [(key[of_starts], value[of_starts]) for key, value in context.decoder_kv]
-            split = flat[of_starts].split(min(flat.shape[1], frames_at_once), dim=1)
+            distinct, where = distinct_frames(flat[of_starts])  # (n, M, Nf), (n, [G *] L)
+            split = distinct.split(min(distinct.shape[1], frames_at_once), dim=1)
             images = [self._decode_future(self.future_fsq.decode(part).flatten(0, 1), pairs)[0] for part in split]
             images = [image.float().clamp(0, 1).unflatten(0, part.shape[:2]) for image, part in zip(images, split)]
-            parts.append(torch.cat(images, dim=1))
+            images = torch.cat(images, dim=1)  # (n, M, C, H, W)
+            parts.append(images if where is None else torch.stack([own[i] for own, i in zip(images, where)]))
         return torch.cat(parts).unflatten(1, tokens.shape[1:-1])
 
     def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,122 @@
+"""How many imagined frames differ, and what it gives to decode each of them once, with trained networks.
+
+    python demo.py                                                                      trains what is measured
+    python benchmarks/distinct.py
+    python benchmarks/distinct.py --policy runs/study/tabletop_spatial/seed2/sft/model.safetensors \
+        --world-model runs/study/tabletop_spatial/wm/model.safetensors --demos runs/study/tabletop_spatial/demos
+
+The chunks of a start are much alike, and so are their frames: where tokens are the same, `FrameTokenizer.decode` makes
+the pixels once. Other speed benchmarks have random weights, for which no two frames are the same. Here a policy's own
+chunks are imagined in its world model, at starts of its training episodes, greedily and by sampling; the share of
+different frames is counted, and decoding each once is timed against decoding all, in turns in one process. Both must
+give the same pixels. Writes one JSON.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timing import alternate, machine
+from torch import Tensor
+
+from vlarft import tokenizer
+from vlarft.checkpoint import load_model, write_json
+from vlarft.config import opt, parse, to_dict
+from vlarft.data import WindowSampler, load_episodes
+from vlarft.decoding import Sampling
+from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.rollout import sample_group
+from vlarft.tokenizer import Context
+from vlarft.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Config:
+    policy: str = opt("runs/demo/sft/model.safetensors", "checkpoint of the policy")
+    world_model: str = opt("runs/demo/wm/model.safetensors", "checkpoint of the world model")
+    demos: str = opt("runs/demo/demos", "demonstrations of both")
+    out: str = opt("results/distinct.json", "JSON file to write")
+    starts: int = opt(16, "starts S")
+    groups: tuple[int, ...] = opt((4, 16), "rollouts G per start")
+    repeats: int = opt(3, "timed calls of each version")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(starts=2, groups=(3,), repeats=1)}
+IMAGINATION = {
+    "greedy": Sampling(greedy=True),
+    "common": Sampling(common_random_numbers=True),
+    "sample": Sampling(),
+}
+
+
+@torch.no_grad()
+def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
+    """Name -> the world model, tokens (S, G + 1, T, Nf) of the policy's chunks and the dataset's, and their context."""
+    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig)
+    policy.make_stochastic("sigma_net")
+    policy.eval()
+    model = WorldModel.load(cfg.world_model)
+    episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
+    steps = policy.cfg.flow.chunk
+    batch = WindowSampler(episodes, steps + 1, steps).spread(cfg.starts)
+    context = policy.encode(policy.preprocess(batch.frames[:, 0]), batch.instructions)
+    found = {}
+    for group in cfg.groups:
+        chain = sample_group(policy, context, batch.proprio, group, (0, 1), 0)
+        actions = policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, group))
+        actions = torch.cat([actions, batch.actions[:, None]], 1)
+        for name, sampling in IMAGINATION.items():
+            draws = torch.Generator().manual_seed(0)
+            found[f"{name}, {group} rollouts"] = (
+                model,
+                *model.rollout_tokens(batch.frames[:, 0], actions, sampling, draws),
+            )
+    return found
+
+
+def decode_all(model: WorldModel, tokens: Tensor, context: Context) -> Tensor:
+    """`decode` of every frame."""
+    own, tokenizer.distinct_frames = tokenizer.distinct_frames, lambda rows: (rows, None)
+    try:
+        return model.tokenizer.decode(tokens, context)
+    finally:
+        tokenizer.distinct_frames = own
+
+
+@torch.no_grad()
+def main(cfg: Config) -> dict:
+    """Count, time, compare, write; returns what the JSON file holds.
+
+    Raises:
+        RuntimeError: the versions' pixels differ.
+    """
+    report = {"command": "python benchmarks/distinct.py", "config": to_dict(cfg), **machine("cpu"), "decode": {}}
+    for name, (model, tokens, context) in imagine(cfg).items():
+        versions = {
+            "ours": partial(model.tokenizer.decode, tokens, context),
+            "all": partial(decode_all, model, tokens, context),
+        }
+        apart = (versions["ours"]() - versions["all"]()).abs().max().item()
+        if not apart <= 1e-4:
+            raise RuntimeError(f"{name}: decoding each frame once changes pixels by {apart:.3g} > 1e-4")
+        timings = alternate(versions, cfg.repeats, "cpu")
+        ours, every = timings["ours"], timings["all"]
+        distinct = sum(len(rows.flatten(0, -2).unique(dim=0)) for rows in tokens)
+        row = {
+            "distinct": distinct / tokens[..., 0].numel(),
+            "times_faster": every.median / ours.median,
+            "spread": [every.least / ours.most, every.most / ours.least],
+            "largest_difference": apart,
+        }
+        report["decode"][name] = row
+        low, high = row["spread"]
+        print(
+            f"{name:<22} {row['distinct']:.0%} differ, {row['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]"
+        )
+    write_json(cfg.out, report)
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
