@@ -45,9 +45,19 @@ COSINE = ("--decay", "cosine")
 QUARTER_RATE = ("--lr", "2.5e-5", "--sigma-lr", "2.5e-4")
 
 
-def study(*flags: str, world_model: str = "wm") -> Cell:
-    """From the long-trained policy of `rft_study.py`, with the settings of its fine-tunings."""
-    return Cell(("--steps", "80", *BROAD, *flags), world_model, policy="sft")
+class Training(NamedTuple):
+    """A world model of its own: steps, and attempts of the long-trained policy per task that it sees beside."""
+
+    steps: int
+    attempts: int = 0
+
+
+WORLD_MODELS = {"short": Training(1500), "long": Training(13500), "attempts": Training(4500, attempts=40)}
+
+
+def study(*flags: str, world_model: str = "wm", policy: str = "sft") -> Cell:
+    """From the long-trained policy of `rft_study.py`, or its early one, with the settings of its fine-tunings."""
+    return Cell(("--steps", "80", *BROAD, *flags), world_model, policy=policy)
 
 
 R1, R3 = ("--reward", "r1", *PER_STEP), ("--reward", "r3", *HELD)
@@ -71,10 +81,17 @@ STUDY = {
     "R3, independent draws": study(*R3, "--imagination", "sample"),
     "R3, no perceptual term": study(*R3, "--perceptual", "none"),
     "R3, short world model": study(*R3, world_model="short"),
+    "R3, long world model": study(*R3, world_model="long"),
     "R3, on-policy attempts": study(*R3, world_model="attempts"),
     "divergence": study(*DIVERGENCE),
     "divergence, short world model": study(*DIVERGENCE, world_model="short"),
+    "divergence, long world model": study(*DIVERGENCE, world_model="long"),
     "divergence, on-policy attempts": study(*DIVERGENCE, world_model="attempts"),
+    "early, R1": study(*R1, policy="early"),
+    "early, R1, gripper left out": study(*R1, "--noisy-dims", "0", "1", "2", "3", "4", "5", policy="early"),
+    "early, R3": study(*R3, policy="early"),
+    "early, extra SFT": sft("--steps", "600", policy="early"),
+    "early, x_0 = 0": Cell(policy="early", script=None, x0="zero"),
 }
 CELLS = {
     "R3": Cell(),

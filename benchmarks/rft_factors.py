@@ -18,8 +18,7 @@ The cells named "study" change one option of an arm of `rft_study.py`, and go on
         --runs runs/study/tabletop_object/seed0/factors --out results/rft_study_factors.json \
         --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
 
-"short" and "attempts" are world models to be trained there before: `train_wm.py --steps 1500`, and with on-policy
-attempts, `collect_demos.py --policy` into a copy of the demonstrations (world_model.py does it for its own).
+The world models that only they have ("short", "long", "attempts": factor_cells.py) are trained there first.
 
 Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
 
@@ -34,6 +33,7 @@ draws lie apart.
 """
 
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from itertools import chain
@@ -41,8 +41,8 @@ from pathlib import Path
 from statistics import mean
 
 from chunks import difference, measure
-from factor_cells import CELLS
-from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate
+from factor_cells import CELLS, WORLD_MODELS
+from stages import Starts, call, check_known, machine, rate, read_lines, run_once, show_rate
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -62,6 +62,7 @@ class Config:
     gate: bool = opt(True, "the trust gate before the first step, which needs episodes that the world model never saw")
     suite: str = opt("tabletop_object", "suite of the demonstrations")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
+    demos_per_task: int = opt(50, "how many there are per task, for a world model that sees more attempts")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
@@ -89,6 +90,27 @@ def arm(folder: str, name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: run the study that trains the arm {name!r} first")
     return path
+
+
+def world_model(cfg: Config, name: str) -> Path:
+    """The checkpoint of a world model: of another study, or one that is trained here, unless that is done."""
+    if name not in WORLD_MODELS:
+        return arm(cfg.world_models, name)
+    steps, attempts = WORLD_MODELS[name]
+    preset, demos, folder = ["--preset", cfg.stage_preset], Path(cfg.demos), Path(cfg.world_models) / name
+    if attempts:
+        seen = folder.with_name(f"{name}_demos")
+        if not seen.is_dir():
+            unfinished = seen.with_suffix(".tmp")
+            shutil.copytree(demos, unfinished, dirs_exist_ok=True)
+            unfinished.rename(seen)
+        own = ["--suites", cfg.suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
+        own += ["--policy", arm(cfg.policies, "sft"), "--policy-per-task", attempts]
+        call("collect_demos.py", *preset, "--out-dir", seen, *own)
+        demos = seen
+    tokenizer = arm(cfg.world_models, "tokenizer")
+    words = [*preset, "--demos", demos, "--tokenizer", tokenizer, "--steps", steps]
+    return run_once(folder, "train_wm.py", *words) / "model.safetensors"
 
 
 def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, dict[tuple, bool]]:
@@ -137,7 +159,7 @@ def run_cell(cfg: Config, name: str) -> dict:
     if cell.script:
         words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
         if cell.script == "train_rft.py":
-            words += ["--policy", policy, "--world-model", arm(cfg.world_models, cell.world_model)]
+            words += ["--policy", policy, "--world-model", world_model(cfg, cell.world_model)]
             words += ["--no-gate-stop", "--gate-interval", 1000] if cfg.gate else ["--gate-starts", 0]
             words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
         else:

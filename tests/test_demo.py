@@ -130,7 +130,7 @@ def test_a_stage_that_fails_stops_the_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
+def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     study = load_benchmark("rft_study")
     cfg = dataclasses.replace(study.PRESETS["smoke"], out_dir=str(tmp_path / "runs"), out=str(tmp_path / "study.json"))
     cfg = dataclasses.replace(cfg, figure=str(tmp_path / "curves.png"))
@@ -173,6 +173,19 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, capfd):
         study.main(dataclasses.replace(cfg, arms=("PPO",)))
     with pytest.raises(ValueError, match="study.json holds runs with rft_group 3, not 4: give another file as --out"):
         study.main(dataclasses.replace(cfg, rft_group=4))
+
+    factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
+    monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="attempts"))
+    monkeypatch.setitem(factors.WORLD_MODELS, "attempts", cells.Training(2, attempts=2))
+    suite = tmp_path / "runs" / "tabletop_object"
+    places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "factors"}
+    places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
+    cfg = dataclasses.replace(factors.PRESETS["smoke"], cells=("R3",), demos_per_task=6, **places)
+    (cell,) = factors.main(cfg)["cells"].values()
+    assert (cell["policy"], cell["world_model"]) == ("sft", "attempts") and "gate_policy" in cell["gate"]
+    kinds = Counter(e.kind for e in load_episodes(suite / "attempts_demos", successes_only=False))
+    assert kinds == Counter(e.kind for e in load_episodes(suite / "demos", successes_only=False)) + Counter(policy=2)
+    assert factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
 
 def test_study_gathers_runs(load_benchmark, capsys):
