@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timing import alternate, machine
+from timing import alternate, machine, ratio
 from torch import Tensor
 
 from vlarft import tokenizer
@@ -101,16 +101,15 @@ def main(cfg: Config) -> dict:
         if not apart <= 1e-4:
             raise RuntimeError(f"{name}: decoding each frame once changes pixels by {apart:.3g} > 1e-4")
         timings = alternate(versions, cfg.repeats, "cpu")
-        ours, every = timings["ours"], timings["all"]
+        faster, (low, high) = ratio(timings["ours"], timings["all"])
         distinct = sum(len(rows.flatten(0, -2).unique(dim=0)) for rows in tokens)
         row = {
             "distinct": distinct / tokens[..., 0].numel(),
-            "times_faster": every.median / ours.median,
-            "spread": [every.least / ours.most, every.most / ours.least],
+            "times_faster": faster,
+            "spread": [low, high],
             "largest_difference": apart,
         }
         report["decode"][name] = row
-        low, high = row["spread"]
         print(
             f"{name:<22} {row['distinct']:.0%} differ, {row['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]"
         )

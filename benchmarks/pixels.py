@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rft_versions import random_perceptual
 from rollout import SIZES
-from timing import alternate, machine
+from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor, nn
 
 from vlarft.checkpoint import write_json
@@ -145,7 +145,9 @@ def main(cfg: Config) -> dict:
     if cfg.device == "cpu":
         low = {"ours, bfloat16": lambda: work.decode(work.low)}
         subjects["decode"] |= low | {"ours, bfloat16, torch's norm": work.decode_torch_norm}
+    peak = peak_rate(cfg.device)
     report = {"command": "python benchmarks/pixels.py", "config": to_dict(cfg), **machine(cfg.device)}
+    report["peak_flops_per_s"] = peak
     tolerance = 0.05 if cfg.device == "cuda" else 1e-4
     for subject, versions in subjects.items():
         found = {name: version() for name, version in versions.items()}
@@ -153,20 +155,16 @@ def main(cfg: Config) -> dict:
         if not apart["straightforward"] <= tolerance:
             raise RuntimeError(f"{subject}: the versions differ by {apart['straightforward']:.3g} > {tolerance}")
         timings = alternate(versions, cfg.repeats, cfg.device)
-        ours = timings["ours"]
-        report[subject] = {
-            name: {
-                **t._asdict(),
-                "times_as_long": t.median / ours.median,
-                "spread": [t.least / ours.most, t.most / ours.least],
-                "largest_difference": apart[name],
-            }
-            for name, t in timings.items()
-        }
-        for name, row in report[subject].items():
-            low, high = row["spread"]
-            print(f"{subject:<8}{name:<30}{row['median']:8.3f} s, times ours: {row['times_as_long']:.2f}", end="")
-            print(f" [{low:.2f}, {high:.2f}], largest difference {row['largest_difference']:.2g}")
+        report[subject] = {}
+        for name, timing in timings.items():
+            longer, (low, high) = ratio(timings["ours"], timing)
+            row = {**timing._asdict(), "times_as_long": longer, "spread": [low, high]}
+            row |= work_and_share(versions[name], timing, peak) | {"largest_difference": apart[name]}
+            report[subject][name] = row
+            print(f"{subject:<8}{name:<30}{timing.median:8.3f} s, times ours: {longer:.2f}", end="")
+            print(f" [{low:.2f}, {high:.2f}]", end="")
+            print(f", {row['flops'] / 1e9:.1f} GFLOP, {100 * row['share_of_peak']:.0f} % of peak", end="")
+            print(f", largest difference {apart[name]:.2g}")
     write_json(cfg.out, report)
     return report
 

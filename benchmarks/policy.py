@@ -16,12 +16,13 @@ repeats; first calls are not counted.
 """
 
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timing import Timing, alternate, machine
+from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -64,20 +65,19 @@ def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, nois
     return x
 
 
-def compare(timings: dict[str, Timing], difference: float) -> dict[str, float]:
-    ours, plain = timings["ours"], timings["straightforward"]
-    found = {
-        "ours_s": ours.median,
-        "straightforward_s": plain.median,
-        "times_faster": plain.median / ours.median,
-        "largest_difference": difference,
-    }
+def compare(
+    cfg: Config, versions: dict[str, Callable[[], object]], difference: float, peak: float
+) -> dict[str, object]:
+    """Times of all versions, how much faster than the straightforward one they are, and our work."""
+    timings = alternate(versions, cfg.repeats, cfg.device, warmup=2)
+    found: dict[str, object] = {f"{name}_s": timing.median for name, timing in timings.items()}
+    found["times_faster"], found["spread"] = ratio(timings["ours"], timings["straightforward"])
     if compiled := timings.get("compiled"):
-        found |= {"compiled_s": compiled.median, "times_faster_compiled": plain.median / compiled.median}
-    return found
+        found["times_faster_compiled"], found["spread_compiled"] = ratio(compiled, timings["straightforward"])
+    return found | work_and_share(versions["ours"], timings["ours"], peak) | {"largest_difference": difference}
 
 
-def time_head(cfg: Config) -> dict[str, dict[str, float]]:
+def time_head(cfg: Config, peak: float) -> dict[str, dict[str, object]]:
     """Chunk latency alone and in a batch, and the head's training step."""
     sizes = POLICIES[cfg.policy]
     with torch.device(cfg.device):
@@ -99,7 +99,7 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
         with torch.no_grad(), autocast(cfg):
             return straightforward_chunk(head, context[:rows], proprio[:rows], actions[:rows])
 
-    def time_chunks(rows: int) -> dict[str, float]:
+    def time_chunks(rows: int) -> dict[str, object]:
         error = (chunk(rows) - slow_chunk(rows)).abs().max().item()
         versions = {"ours": lambda: chunk(rows), "straightforward": lambda: slow_chunk(rows)}
         if cfg.compile:
@@ -107,7 +107,7 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
             compiled.net.dit.compile()
             error = max(error, (chunk(rows, compiled) - slow_chunk(rows)).abs().max().item())
             versions["compiled"] = lambda: chunk(rows, compiled)
-        return compare(alternate(versions, cfg.repeats, cfg.device, warmup=2), error)
+        return compare(cfg, versions, error, peak)
 
     def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(cfg.device).manual_seed(0)
@@ -124,7 +124,7 @@ def time_head(cfg: Config) -> dict[str, dict[str, float]]:
     return {
         "chunk": time_chunks(1),
         "batch of chunks": time_chunks(cfg.batch_size),
-        "head step": compare(alternate(steps, cfg.repeats, cfg.device, warmup=2), error),
+        "head step": compare(cfg, steps, error, peak),
     }
 
 
@@ -177,10 +177,13 @@ def main(cfg: Config) -> dict:
     Raises:
         RuntimeError: the two versions of the head disagree.
     """
+    peak = peak_rate(cfg.device)
     report = {
+        "command": "python benchmarks/policy.py",
         "config": to_dict(cfg),
         **machine(cfg.device),
-        **time_head(cfg),
+        "peak_flops_per_s": peak,
+        **time_head(cfg, peak),
     }
     tolerance = 0.05 if cfg.device == "cuda" else 1e-4
     for name in ("chunk", "batch of chunks", "head step"):
@@ -189,7 +192,9 @@ def main(cfg: Config) -> dict:
         row = report[name]
         shown = [f"{version} {1e3 * row[f'{version}_s']:.2f} ms" for version in ("ours", "straightforward", "compiled")
                  if f"{version}_s" in row]  # fmt: skip
-        print(f"{name:<16} {', '.join(shown)}")
+        low, high = row["spread"]
+        print(f"{name:<16} {', '.join(shown)}; {row['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]", end="")
+        print(f", {row['flops'] / 1e9:.1f} GFLOP, {100 * row['share_of_peak']:.0f} % of the machine's peak")
     if cfg.whole:
         for compiled in (False, True) if cfg.compile else (False,):
             name = "training step, compiled" if compiled else "training step"

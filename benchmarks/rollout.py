@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from timing import alternate, floating_point_work, machine, peak_rate, seconds
+from timing import alternate, floating_point_work, machine, peak_rate, ratio, seconds
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -271,10 +271,8 @@ def main(cfg: Config) -> dict:
             name: {
                 **t._asdict(),
                 "equal_tokens": equal[name],
-                "times_as_long": t.median / ours.median,
-                "spread": [t.least / ours.most, t.most / ours.least],
-                "times_as_long_as_bfloat16": t.median / fastest.median,
-                "spread_as_bfloat16": [t.least / fastest.most, t.most / fastest.least],
+                **dict(zip(("times_as_long", "spread"), ratio(ours, t))),
+                **dict(zip(("times_as_long_as_bfloat16", "spread_as_bfloat16"), ratio(fastest, t))),
             }
             for name, t in timings.items()
         },

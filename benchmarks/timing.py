@@ -47,6 +47,19 @@ def alternate(
     return {name: Timing(statistics.median(spent), min(spent), max(spent)) for name, spent in times.items()}
 
 
+def ratio(ours: Timing, other: Timing) -> tuple[float, list[float]]:
+    """How many times as long another version takes as ours, and the spread of that: its least time over our most, and
+    the reverse.
+    """
+    return other.median / ours.median, [other.least / ours.most, other.most / ours.least]
+
+
+def work_and_share(call: Callable[[], object], timing: Timing, peak: float) -> dict[str, float]:
+    """`floating_point_work` of a call, and the share of the machine's peak rate that it reaches."""
+    work = floating_point_work(call)
+    return {"flops": work, "share_of_peak": work / timing.median / peak}
+
+
 def floating_point_work(call: Callable[[], object]) -> int:
     """Operations in the matrix products, convolutions and attentions of one call."""
     with FlopCounterMode(display=False) as counter:

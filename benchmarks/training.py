@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from rollout import SIZES, llama_of
-from timing import alternate, floating_point_work, machine, peak_rate
+from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -111,11 +111,9 @@ def _l1(made: Tensor, true: Tensor) -> Tensor:
 def compare(cfg: Config, ours: Callable[[], object], plain: Callable[[], object], peak: float) -> dict[str, object]:
     """Times of both, their ratio with its spread, and our work."""
     timings = alternate({"ours": ours, "straightforward": plain}, cfg.repeats, cfg.device)
-    first, second, work = timings["ours"], timings["straightforward"], floating_point_work(ours)
     row: dict[str, object] = {f"{name}_s": t.median for name, t in timings.items()}
-    row["times_faster"] = second.median / first.median
-    row["spread"] = [second.least / first.most, second.most / first.least]
-    row["flops"], row["share_of_peak"] = work, work / first.median / peak
+    row["times_faster"], row["spread"] = ratio(timings["ours"], timings["straightforward"])
+    row |= work_and_share(ours, timings["ours"], peak)
     if cfg.device == "cuda":
         for name, version in (("ours", ours), ("straightforward", plain)):
             torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from rollout import NEARLY_ALL, Workload
-from timing import alternate, machine
+from timing import alternate, machine, ratio
 from torch import Tensor
 
 from vlarft.checkpoint import write_json
@@ -141,8 +141,7 @@ def measure(cfg: Config, work: Workload) -> dict[str, dict]:
     return {
         name: {
             **t._asdict(),
-            "times_as_long": t.median / ours.median,
-            "spread": [t.least / ours.most, t.most / ours.least],
+            **dict(zip(("times_as_long", "spread"), ratio(ours, t))),
             "equal_tokens": (tokens[name] == tokens["ours"]).float().mean().item(),
         }
         for name, t in timings.items()

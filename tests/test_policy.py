@@ -296,6 +296,8 @@ def test_benchmark(load_benchmark, tmp_path, monkeypatch):
     for name in ("chunk", "batch of chunks", "head step"):
         row = report[name]
         assert row["times_faster"] == pytest.approx(row["straightforward_s"] / row["ours_s"])
+        assert row["spread"][0] <= row["times_faster"] <= row["spread"][1]
+        assert row["share_of_peak"] == pytest.approx(row["flops"] / row["ours_s"] / report["peak_flops_per_s"])
         assert row["largest_difference"] < 1e-4
     broken = benchmark.straightforward_chunk
     monkeypatch.setattr(benchmark, "straightforward_chunk", lambda *args: broken(*args) + 1)

@@ -34,7 +34,8 @@ def test_whole_step_against_the_baselines(load_benchmark, transformers, tmp_path
         phases = dict(row["phases"])
         assert phases.pop("total") == pytest.approx(sum(phases.values())) and row["flops"] > 0
     assert rows["as released"]["flops"] > rows["straightforward"]["flops"] > rows["ours"]["flops"]
-    assert rows["ours"]["flops"] == rows["ours, bfloat16"]["flops"]
+    # but for frames that differ in one precision and not in the other
+    assert rows["ours"]["flops"] == pytest.approx(rows["ours, bfloat16"]["flops"], rel=0.05)
     assert rows["straightforward"]["difference"]["rewards"] < 1e-3
     assert rows["as released"]["difference"]["equal_rewards"] == 1
     assert 0 < rows["ours, bfloat16"]["difference"]["actions"] < 0.1  # the frozen context's rounding
@@ -71,6 +72,8 @@ def test_pixels_against_straightforward_versions(load_benchmark, tmp_path, monke
     assert json.loads((tmp_path / "p.json").read_text()) == json.loads(json.dumps(report))
     assert report["decode"]["ours"]["times_as_long"] == report["reward"]["ours"]["times_as_long"] == 1
     assert 0 < report["decode"]["ours, bfloat16"]["largest_difference"] < 0.2
+    assert report["decode"]["ours"]["flops"] <= report["decode"]["straightforward"]["flops"]
+    assert 0 < report["reward"]["ours"]["share_of_peak"] < 1
     monkeypatch.setattr(benchmark, "ssim_by_convolutions", lambda x, y: torch.zeros(len(x)))
     with pytest.raises(RuntimeError, match="reward: the versions differ by"):
         benchmark.main(cfg)
