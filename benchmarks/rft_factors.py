@@ -18,7 +18,7 @@ The cells named "study" change one option of an arm of `rft_study.py`, and go on
         --runs runs/study/tabletop_object/seed0/factors --out results/rft_study_factors.json \
         --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
 
-The world models that only they have ("short", "long", "attempts": factor_cells.py) are trained there first.
+World models that only they have (WORLD_MODELS in factor_cells.py) are trained there first.
 
 Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
 
@@ -96,10 +96,11 @@ def world_model(cfg: Config, name: str) -> Path:
     """The checkpoint of a world model: of another study, or one that is trained here, unless that is done."""
     if name not in WORLD_MODELS:
         return arm(cfg.world_models, name)
-    steps, attempts = WORLD_MODELS[name]
-    preset, demos, folder = ["--preset", cfg.stage_preset], Path(cfg.demos), Path(cfg.world_models) / name
+    steps, attempts, flags = WORLD_MODELS[name]
+    preset, demos = ["--preset", cfg.stage_preset], Path(cfg.demos)
+    folder = Path(cfg.world_models) / name.replace(" ", "_")
     if attempts:
-        seen = folder.with_name(f"{name}_demos")
+        seen = folder.with_name(f"{folder.name}_demos")
         if not seen.is_dir():
             unfinished = seen.with_suffix(".tmp")
             shutil.copytree(demos, unfinished, dirs_exist_ok=True)
@@ -109,7 +110,7 @@ def world_model(cfg: Config, name: str) -> Path:
         call("collect_demos.py", *preset, "--out-dir", seen, *own)
         demos = seen
     tokenizer = arm(cfg.world_models, "tokenizer")
-    words = [*preset, "--demos", demos, "--tokenizer", tokenizer, "--steps", steps]
+    words = [*preset, "--demos", demos, "--tokenizer", tokenizer, "--steps", steps, *flags]
     return run_once(folder, "train_wm.py", *words) / "model.safetensors"
 
 
