@@ -33,7 +33,6 @@ draws lie apart.
 """
 
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from itertools import chain
@@ -42,7 +41,7 @@ from statistics import mean
 
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
-from stages import Starts, call, check_known, machine, rate, read_lines, run_once, show_rate
+from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate, with_attempts
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -100,15 +99,9 @@ def world_model(cfg: Config, name: str) -> Path:
     preset, demos = ["--preset", cfg.stage_preset], Path(cfg.demos)
     folder = Path(cfg.world_models) / name.replace(" ", "_")
     if attempts:
-        seen = folder.with_name(f"{folder.name}_demos")
-        if not seen.is_dir():
-            unfinished = seen.with_suffix(".tmp")
-            shutil.copytree(demos, unfinished, dirs_exist_ok=True)
-            unfinished.rename(seen)
         own = ["--suites", cfg.suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
         own += ["--policy", arm(cfg.policies, "sft"), "--policy-per-task", attempts]
-        call("collect_demos.py", *preset, "--out-dir", seen, *own)
-        demos = seen
+        demos = with_attempts(demos, folder.with_name(f"{folder.name}_demos"), *preset, *own)
     tokenizer = arm(cfg.world_models, "tokenizer")
     words = [*preset, "--demos", demos, "--tokenizer", tokenizer, "--steps", steps, *flags]
     return run_once(folder, "train_wm.py", *words) / "model.safetensors"

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,16 @@ def run_once(out_dir: Path, *words: object) -> Path:
         call(*words, "--out-dir", out_dir)
         done.touch()
     return out_dir
+
+
+def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:
+    """A copy of demonstrations at `seen`, which `collect_demos.py` then adds attempts to, as its `flags` say."""
+    if not seen.is_dir():
+        unfinished = seen.with_name(f"{seen.name}.tmp")
+        shutil.copytree(demos, unfinished, dirs_exist_ok=True)
+        unfinished.rename(seen)
+    call("collect_demos.py", "--out-dir", seen, *flags)
+    return seen
 
 
 @dataclass(frozen=True)

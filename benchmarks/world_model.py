@@ -14,13 +14,12 @@ and these through the tokenizer.
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from stages import call, check_known, machine, read_lines
+from stages import call, check_known, machine, read_lines, with_attempts
 
 from vlarft.checkpoint import load_model, read_header, write_json
 from vlarft.config import opt, parse, to_dict
@@ -80,13 +79,8 @@ def run_arm(cfg: Config, name: str) -> dict:
     arm, of_tokenizer = ARMS[name], demo / "tokenizer"
     demos, preset = ["--demos", demo / "demos"], ["--preset", cfg.stage_preset]
     if arm.attempts:
-        seen = folder / "demos"
-        if not seen.is_dir():
-            shutil.copytree(demo / "demos", folder / "demos.tmp", dirs_exist_ok=True)
-            (folder / "demos.tmp").rename(seen)
         own = ["--policy", demo / "sft" / "model.safetensors", "--policy-per-task", arm.attempts]
-        call("collect_demos.py", *preset, "--out-dir", seen, *own)
-        demos = ["--demos", seen]
+        demos = ["--demos", with_attempts(demo / "demos", folder / "demos", *preset, *own)]
     if arm.tokenizer is not None:
         of_tokenizer = folder / "tokenizer"
         call("train_tokenizer.py", *preset, *demos, "--out-dir", of_tokenizer, *arm.tokenizer)
