@@ -8,7 +8,8 @@ then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage 
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
 alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. The arms
-of 400 steps are as long as the paper's; they and "extra SFT head" run where --arms names them.
+of 400 steps are as long as the paper's, "extra SFT, 400 steps" has the wall time of the first of them; they and "extra
+SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
@@ -53,10 +54,11 @@ EXTRA_ARMS = {
     "extra SFT": ["--lr", 3e-4],
     "extra SFT head": ["--lr", 3e-4, *HEAD],
     "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
+    "extra SFT, 400 steps": ["--lr", 3e-4],  # of fine-tuning, whose wall time it has
 }
 NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
-LONG_ARMS = tuple(name for name in RFT_ARMS if name.endswith("400 steps"))
+LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 OPTIONAL = "extra SFT head", *LONG_ARMS  # run where they are asked for
 
 
@@ -154,22 +156,23 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
             policies[name] = trained(own(name), *rft, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
-            minutes = f"{minutes_of(own(timed_arm(cfg))):.3f}"
+            minutes = f"{minutes_of(own(timed_arm(cfg, name))):.3f}"
             more = ["--init", policies["SFT"], "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes, *flags]
             policies[name] = trained(own(name), *sft, *more, *curve(cfg.sft_steps // 10))
     return policies
 
 
-def timed_arm(cfg: Config) -> str:
-    """The fine-tuning that extra SFT takes its wall time from: "RFT R3", or the first arm where that is not run.
+def timed_arm(cfg: Config, extra: str) -> str:
+    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: "RFT R3", or the first of the arms where
+    that is not run; one of 400 steps, where it has 400 in its name.
 
     Raises:
         ValueError: there is none.
     """
     for name in ("RFT R3", *cfg.arms):
-        if name in RFT_ARMS and name in cfg.arms:
+        if name in RFT_ARMS and name in cfg.arms and (name in LONG_ARMS) == (extra in LONG_ARMS):
             return name
-    raise ValueError('extra SFT takes its wall time from a fine-tuning: add "RFT R3" or another one to --arms')
+    raise ValueError(f"{extra} takes its wall time from a fine-tuning: add one that is as long to --arms")
 
 
 def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float]]]:

@@ -165,7 +165,11 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
-        study.timed_arm(dataclasses.replace(cfg, arms=("extra SFT",)))
+        study.timed_arm(dataclasses.replace(cfg, arms=("extra SFT",)), "extra SFT")
+    long = "RFT divergence, 400 steps", "extra SFT, 400 steps"
+    assert study.timed_arm(dataclasses.replace(cfg, arms=("RFT R3", *long)), long[1]) == long[0]
+    with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning: add one that is as long"):
+        study.timed_arm(dataclasses.replace(cfg, arms=long), "extra SFT")
     fewer = dataclasses.replace(cfg, arms=("RFT R3",))
     assert study.main(fewer) == report  # nothing is trained again, and what is there stays
     assert "train_" not in capfd.readouterr().out
