@@ -126,9 +126,11 @@ def draw_curves(panels: Sequence[Panel], path: Path) -> None:
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))  # a label has one colour
     for axis, panel in zip(axes.flat, panels):
         for label, points in panel.curves.items():
-            axis.plot([x for x, _ in points], [100 * rate for _, rate in points], marker=".", label=label)
+            style = {"color": f"C{labels.index(label) % 10}", "linestyle": "-" if labels.index(label) < 10 else "--"}
+            axis.plot([x for x, _ in points], [100 * rate for _, rate in points], marker=".", label=label, **style)
         axis.set(title=panel.title, xlabel=panel.x_label, ylabel="success [%]", ylim=(None, 100))
         axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
