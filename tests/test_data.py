@@ -153,6 +153,10 @@ def test_split_is_fixed_by_names_and_seed():
     policy, model = split_episodes(episodes, 0.1, 0)[1], split_episodes([*others, *episodes], 0.1, 0)[1]
     assert [e.name for e in model if e.kind == "expert"] == [e.name for e in policy] and len(model) == 8
     assert [len(part) for part in split_episodes([episodes[0], others[0]], 0.1, 0)] == [1, 1]
+    own = [replace(e, name=f"own/{i}", kind="policy") for i, e in enumerate(episodes)]
+    before, after = (split_episodes(found, 0.1, 0)[1] for found in ([*others, *episodes], [*others, *episodes, *own]))
+    assert [e.name for e in after if e.kind != "policy"] == [e.name for e in before]  # added later: the rest stays
+    assert len(after) == len(before) + round(0.1 * len(own))
     assert [len(part) for part in split_episodes([episodes[0], others[0]], 0.9, 0)] == [1, 1]
     with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
         split_episodes(episodes[:1], 0.5, 0)

@@ -174,8 +174,9 @@ def split_episodes(
 ) -> tuple[list[Episode], list[Episode]]:
     """Split by episode, with at least one in each part; the same for the same names and seed, whatever their order.
 
-    Successful demonstrations and other attempts are split apart: a policy, which sees the former alone, and a world
-    model that sees all of the same files hold out the same demonstrations, if fraction and seed are the same.
+    Successful demonstrations, other attempts, and those of a policy are split apart: a policy, which sees the first
+    alone, and a world model that sees all of the same files hold out the same demonstrations, if fraction and seed are
+    the same; and attempts of a policy that are added later leave the split of the others as it was.
 
     Args:
         episodes: all of a data set.
@@ -190,8 +191,11 @@ def split_episodes(
     if len(episodes) < 2:
         raise ValueError(f"a split needs at least 2 episodes, got {len(episodes)}; collect more demonstrations")
     train, validation = [], []
-    for demonstration in (True, False):
-        ordered = [e for e in episodes if (e.success and e.kind == "expert") == demonstration]
+    parts: dict[str, list[Episode]] = {"demonstration": [], "other": [], "policy": []}
+    for e in episodes:
+        part = "demonstration" if e.success and e.kind == "expert" else "policy" if e.kind == "policy" else "other"
+        parts[part].append(e)
+    for ordered in parts.values():
         ordered.sort(key=lambda e: e.name)
         random.Random(seed).shuffle(ordered)
         count = round(validation_fraction * len(ordered))
