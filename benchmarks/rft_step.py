@@ -32,7 +32,7 @@ import rft_versions
 import rollout as rollout_benchmark
 import torch
 from rft_versions import PRESETS, Config, Workload
-from timing import Timing, alternate, machine, peak_rate, seconds, synchronize
+from timing import Timing, alternate, machine, peak_rate, ratio, seconds, synchronize
 
 from vlarft.checkpoint import write_json
 from vlarft.config import parse, to_dict
@@ -129,12 +129,8 @@ def check(device: str, difference: dict[str, dict[str, float]]) -> None:
 
 def times_faster(timings: dict[str, Timing], name: str) -> dict[str, dict[str, float]]:
     """How many times as long the baselines take: baseline -> median, least, most."""
-    own = timings[name]
-    return {
-        other: {"times": t.median / own.median, "least": t.least / own.most, "most": t.most / own.least}
-        for other, t in timings.items()
-        if not other.startswith("ours")
-    }
+    ratios = {other: ratio(timings[name], t) for other, t in timings.items() if not other.startswith("ours")}
+    return {other: {"times": times, "least": low, "most": high} for other, (times, (low, high)) in ratios.items()}
 
 
 def main(cfg: Config) -> dict:

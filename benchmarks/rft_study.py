@@ -163,8 +163,8 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
 
 
 def timed_arm(cfg: Config, extra: str) -> str:
-    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: "RFT R3", or the first of the arms where
-    that is not run; one of 400 steps, where it has 400 in its name.
+    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: of 400 steps, if the arm is one of
+    `LONG_ARMS`, the first that is run; otherwise "RFT R3", or the first that is run.
 
     Raises:
         ValueError: there is none.
