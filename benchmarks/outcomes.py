@@ -20,7 +20,7 @@ from stages import rate, show_rate
 
 from vlarft.metrics import paired_difference, spearman
 
-RIVALS = "SFT", "extra SFT", "RWR", "regression"  # that the others are compared with
+RIVALS = "SFT", "extra SFT", "extra SFT, 400 steps", "RWR", "regression"  # that the others are compared with
 ALL = "all"  # suites, or kinds of starts
 
 

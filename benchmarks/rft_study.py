@@ -14,6 +14,9 @@ SFT head" run where --arms names them.
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
 
+A second round, from a policy that has had more supervised training: --start names the arm of the first round that
+stands for "SFT", say "extra SFT, 400 steps"; it gets a JSON file of its own.
+
 The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
 "runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
 the minutes of each training, as far as the other work of the machine lets them mean anything; true error and spread of
@@ -25,41 +28,19 @@ of the curves.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 from chunks import difference, measure
 from outcomes import summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once
+from study_arms import ARMS, EXTRA_ARMS, LONG_ARMS, NO_END, OPTIONAL, RFT_ARMS, timed_arm
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 
-HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
-PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
-RFT_ARMS = {
-    "RWR": ["--algorithm", "rwr", *HELD],
-    "RFT R1": ["--reward", "r1", *HELD],
-    "RFT R2": ["--reward", "r2", *HELD],
-    "RFT R3": ["--reward", "r3", *HELD],
-    "RFT R1 per step": ["--reward", "r1", *PER_STEP],
-    "RFT divergence": ["--reward", "divergence", *PER_STEP],
-    "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
-    "RFT R3, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
-    "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
-}
-HEAD = ["--train", "head", "--key-batch", 0]
-EXTRA_ARMS = {
-    "extra SFT": ["--lr", 3e-4],
-    "extra SFT head": ["--lr", 3e-4, *HEAD],
-    "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
-    "extra SFT, 400 steps": ["--lr", 3e-4],  # of fine-tuning, whose wall time it has
-}
-NO_END = 1_000_000  # steps: time ends these trainings
-ARMS = (*EXTRA_ARMS, *RFT_ARMS)
-LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
-OPTIONAL = "extra SFT head", *LONG_ARMS  # run where they are asked for
+SECOND_ROUND = 100  # added to its seeds of supervised training
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,7 @@ class Config:
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of each suite")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
+    start: str | None = opt(None, "arm of a round that is done, to go on from instead of the long-trained policy")
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm not in OPTIONAL), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
@@ -116,7 +98,24 @@ def minutes_of(run: Path) -> float:
 
 def folder_of(cfg: Config, suite: str, seed: int, arm: str = "") -> Path:
     """Where the runs of a suite and seed lie, or one of them."""
-    return Path(cfg.out_dir) / suite / f"seed{seed}" / arm.replace(" ", "_")
+    folder = Path(cfg.out_dir) / suite / f"seed{seed}"
+    if cfg.start:
+        folder /= f"from_{cfg.start.replace(' ', '_')}"
+    return folder / arm.replace(" ", "_")
+
+
+def start_of(cfg: Config, suite: str, seed: int) -> Path:
+    """The checkpoint of the arm that a second round goes on from.
+
+    Raises:
+        FileNotFoundError: the first round has not trained it.
+    """
+    path = folder_of(replace(cfg, start=None), suite, seed, cfg.start) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: run {suite}, seed {seed} without --start and with --arms {cfg.start!r} first"
+        )
+    return path
 
 
 def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
@@ -144,10 +143,13 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         return [*where, "--success-interval", max(1, steps // cfg.curve_points)]
 
     sft = ["train_sft.py", *preset, *demos, "--seed", seed]
-    policies = {
-        "SFT early": trained(own("early"), *sft, "--steps", cfg.early_steps),
-        "SFT": trained(own("sft"), *sft, "--steps", cfg.sft_steps),
-    }
+    if cfg.start:
+        policies = {"SFT": start_of(cfg, suite, seed)}
+    else:
+        policies = {
+            "SFT early": trained(own("early"), *sft, "--steps", cfg.early_steps),
+            "SFT": trained(own("sft"), *sft, "--steps", cfg.sft_steps),
+        }
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
     rft += ["--no-gate-stop", *curve(cfg.rft_steps)]
@@ -156,23 +158,11 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
             policies[name] = trained(own(name), *rft, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
-            minutes = f"{minutes_of(own(timed_arm(cfg, name))):.3f}"
+            minutes = f"{minutes_of(own(timed_arm(cfg.arms, name))):.3f}"
             more = ["--init", policies["SFT"], "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes, *flags]
+            more += ["--seed", SECOND_ROUND + seed] if cfg.start else []  # not the draws of the arm gone on from
             policies[name] = trained(own(name), *sft, *more, *curve(cfg.sft_steps // 10))
     return policies
-
-
-def timed_arm(cfg: Config, extra: str) -> str:
-    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: of 400 steps, if the arm is one of
-    `LONG_ARMS`, the first that is run; otherwise "RFT R3", or the first that is run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for name in ("RFT R3", *cfg.arms):
-        if name in RFT_ARMS and name in cfg.arms and (name in LONG_ARMS) == (extra in LONG_ARMS):
-            return name
-    raise ValueError(f"{extra} takes its wall time from a fine-tuning: add one that is as long to --arms")
 
 
 def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float]]]:
@@ -301,8 +291,9 @@ def main(cfg: Config) -> dict:
 
     Raises:
         ValueError: an unknown arm, or a JSON file of other settings.
+        FileNotFoundError: no policy to start the second round from.
     """
-    check_known((*cfg.arms, *cfg.perturbed_arms), ARMS, "arm")
+    check_known((*cfg.arms, *cfg.perturbed_arms, *([cfg.start] if cfg.start else [])), ARMS, "arm")
     report = read_report(cfg)
     for suite in cfg.suites:
         for seed in cfg.seeds:

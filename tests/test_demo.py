@@ -165,11 +165,11 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert [row["step"] for row in curves["RFT_R3"]] == [0, 1] and curves["RFT_R3"][1]["minutes"] > 0
     assert "tabletop_object, starts: none" in capfd.readouterr().out
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
-        study.timed_arm(dataclasses.replace(cfg, arms=("extra SFT",)), "extra SFT")
+        study.timed_arm(("extra SFT",), "extra SFT")
     long = "RFT divergence, 400 steps", "extra SFT, 400 steps"
-    assert study.timed_arm(dataclasses.replace(cfg, arms=("RFT R3", *long)), long[1]) == long[0]
+    assert study.timed_arm(("RFT R3", *long), long[1]) == long[0]
     with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning: add one that is as long"):
-        study.timed_arm(dataclasses.replace(cfg, arms=long), "extra SFT")
+        study.timed_arm(long, "extra SFT")
     fewer = dataclasses.replace(cfg, arms=("RFT R3",))
     assert study.main(fewer) == report  # nothing is trained again, and what is there stays
     assert "train_" not in capfd.readouterr().out
@@ -177,6 +177,23 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
         study.main(dataclasses.replace(cfg, arms=("PPO",)))
     with pytest.raises(ValueError, match="study.json holds runs with rft_group 3, not 4: give another file as --out"):
         study.main(dataclasses.replace(cfg, rft_group=4))
+
+    again = dataclasses.replace(fewer, arms=("RFT R3", "extra SFT head"), start="extra SFT head", perturb=("none",))
+    with pytest.raises(ValueError, match="holds runs with start None, not extra SFT head: give another file as --out"):
+        study.main(again)
+    again = dataclasses.replace(again, out=str(tmp_path / "again.json"))
+    with pytest.raises(
+        FileNotFoundError, match="run tabletop_object, seed 1 without --start and with --arms 'extra SF"
+    ):
+        study.main(dataclasses.replace(again, seeds=(1,)))
+    second = study.main(again)["runs"]["tabletop_object"]["0"]
+    assert set(second["outcomes"]["none"]) == {"SFT", "RFT R3", "extra SFT head", "SFT, x_0 = 0"}
+    assert second["outcomes"]["none"]["SFT"] == entry["outcomes"]["none"]["extra SFT head"]
+    assert second["sft"] != entry["sft"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "--init" in line or "train_rft.py" in line]
+    assert all("seed0/extra_SFT_head/model.safetensors" in line for line in lines) and len(lines) == 2
+    assert lines[1].index("--seed 100") > lines[1].index("--seed 0")
+    assert study.main(cfg) == report  # the first round is as it was
 
     factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
     monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="attempts"))

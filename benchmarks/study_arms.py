@@ -1,0 +1,41 @@
+"""The arms of `rft_study.py`: flags of `train_rft.py`, and of `train_sft.py` for the controls."""
+
+from collections.abc import Sequence
+
+HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
+PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
+RFT_ARMS = {
+    "RWR": ["--algorithm", "rwr", *HELD],
+    "RFT R1": ["--reward", "r1", *HELD],
+    "RFT R2": ["--reward", "r2", *HELD],
+    "RFT R3": ["--reward", "r3", *HELD],
+    "RFT R1 per step": ["--reward", "r1", *PER_STEP],
+    "RFT divergence": ["--reward", "divergence", *PER_STEP],
+    "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
+    "RFT R3, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
+    "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
+}
+HEAD = ["--train", "head", "--key-batch", 0]
+EXTRA_ARMS = {
+    "extra SFT": ["--lr", 3e-4],
+    "extra SFT head": ["--lr", 3e-4, *HEAD],
+    "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
+    "extra SFT, 400 steps": ["--lr", 3e-4],  # of fine-tuning, whose wall time it has
+}
+NO_END = 1_000_000  # steps: time ends these trainings
+ARMS = (*EXTRA_ARMS, *RFT_ARMS)
+LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
+OPTIONAL = "extra SFT head", *LONG_ARMS  # run where they are asked for
+
+
+def timed_arm(arms: Sequence[str], extra: str) -> str:
+    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: of 400 steps, if the arm is one of
+    `LONG_ARMS`, the first that is run; otherwise "RFT R3", or the first that is run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ("RFT R3", *arms):
+        if name in RFT_ARMS and name in arms and (name in LONG_ARMS) == (extra in LONG_ARMS):
+            return name
+    raise ValueError(f"{extra} takes its wall time from a fine-tuning: add one that is as long to --arms")
