@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from stages import rate, show_rate
+from tables import percent, points, shift, table_row
 
 from vlarft.metrics import paired_difference, spearman
 
@@ -84,18 +85,23 @@ def markdown(report: dict, suite: str) -> str:
     """The tables of one suite, or of all of them: success, and what changed in the chunks."""
     kinds, seeds = report["summary"][suite], report["runs"].get(suite, {})
     perturbed = [kind for kind in kinds if kind not in ("none", ALL)]
-    lines = [_row(["policy", "plain starts", "difference", "seeds", *perturbed, "all starts"])]
+    lines = [table_row(["policy", "plain starts", "difference", "seeds", *perturbed, "all starts"])]
     lines += ["|---" * lines[0].count(" | ") + "|---|"]
     for name, plain in kinds["none"].items():
         apart = plain.get("against SFT")
         rates = apart["runs"] if apart else [found["rate"] for found in plain["runs"]]
         signed = "+.1f" if apart else ".1f"
-        cells = [_label(name), _percent(plain["all"]), _points(apart), ", ".join(f"{100 * r:{signed}}" for r in rates)]
+        cells = [
+            _label(name),
+            percent(plain["all"]),
+            points(apart),
+            ", ".join(f"{100 * r:{signed}}" for r in rates),
+        ]
         for kind in (*perturbed, ALL):
             found = kinds[kind].get(name)
             apart = (found or {}).get("against SFT")
-            cells.append(_points(apart) if apart else f"{100 * found['all']['rate']:.1f} %" if found else "")
-        lines.append(_row(cells))
+            cells.append(points(apart) if apart else f"{100 * found['all']['rate']:.1f} %" if found else "")
+        lines.append(table_row(cells))
     names = [
         name
         for name in kinds["none"]
@@ -103,9 +109,10 @@ def markdown(report: dict, suite: str) -> str:
     ]
     if names:
         heads = [f"{what}, seed {seed}" for what in ("true error", "from x_0 = 0", "spread") for seed in seeds]
-        lines += ["", _row(["change of", *heads, "minutes", "trust gate"]), "|---" * (len(heads) + 3) + "|"]
+        lines += ["", table_row(["change of", *heads, "minutes", "trust gate"]), "|---" * (len(heads) + 3) + "|"]
         lines += [
-            _row([_label(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)]) for name in names
+            table_row([_label(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)])
+            for name in names
         ]
     return "\n".join(lines)
 
@@ -115,12 +122,7 @@ def _changes(seeds: dict[str, dict], name: str) -> list[str]:
     for kind in "sampled", "zero", "spread":
         for entry in seeds.values():
             change = entry["chunks"].get(name, {}).get(kind, {}).get("change")
-            if change is None:
-                cells.append("")
-            elif kind == "spread":
-                cells.append(f"{100 * change['mean'] / change['before']:+.0f} %")
-            else:
-                cells.append(f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f} mm")
+            cells.append("" if change is None else shift(kind, change))
     return cells
 
 
@@ -134,22 +136,8 @@ def _gates(seeds: dict[str, dict], name: str) -> str:
     return ", ".join(f"{value:.2f}" for value in found if value is not None)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _label(name: str) -> str:
     return name if name.startswith("SFT") else "+ " + name.removeprefix("RFT ")
-
-
-def _percent(found: dict[str, float]) -> str:
-    return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-
-
-def _points(apart: dict | None) -> str:
-    if apart is None:
-        return ""
-    return f"{100 * apart['difference']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
 
 
 class GatedRun(NamedTuple):
@@ -204,7 +192,7 @@ if __name__ == "__main__":
         print(f"{name}\n\n{markdown(study, name)}\n")
     gated = gated_runs(study)
     for run in sorted(gated, key=lambda run: run.gate):
-        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {_points(run.against_sft)}")
+        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {points(run.against_sft)}")
     gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
     shuffled = gains[torch.rand(100_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
     order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)

@@ -41,7 +41,8 @@ from statistics import mean
 
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
-from stages import Starts, check_known, machine, rate, read_lines, run_once, show_rate, with_attempts
+from stages import Starts, check_known, machine, rate, read_lines, run_once, with_attempts
+from tables import percent, points, shift, table_row
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -178,13 +179,15 @@ def run_cell(cfg: Config, name: str) -> dict:
 
 
 def table(cells: dict[str, dict]) -> str:
-    """One row per cell: all starts together."""
-    lines = []
+    """Markdown, one row per cell: all starts together, what changed in the chunks, what the gate said."""
+    heads = "cell", "success", "against the policy before", "against the rival", "true error", "from x_0 = 0", "spread"
+    lines = [table_row([*heads, "gate"]), "|---" * (len(heads) + 1) + "|"]
     for name, cell in cells.items():
-        found, error = cell["success"]["all"], cell["true_error_change"]
-        line = f"{name:<36} {show_rate(found, found['against_base'])}"
-        line += f"   {1e3 * error['mean']:+.2f} +- {1e3 * error['standard_error']:.2f} mm"
-        lines.append(f"{line}   spread {cell['spread_change']['mean']:+.4f}")
+        found, gate = cell["success"]["all"], cell["gate"].get("gate")
+        row = [name, percent(found), points(found["against_base"]), points(cell.get("against_rival"))]
+        row += [shift(kind, cell[f"true_error_change{of}"]) for kind, of in (("sampled", ""), ("zero", "_from_zero"))]
+        row += [shift("spread", cell["spread_change"]), "" if gate is None else f"{gate:.2f}"]
+        lines.append(table_row(row))
     return "\n".join(lines)
 
 
