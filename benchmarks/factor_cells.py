@@ -46,18 +46,16 @@ QUARTER_RATE = ("--lr", "2.5e-5", "--sigma-lr", "2.5e-4")
 
 
 class Training(NamedTuple):
-    """A world model of its own: steps, attempts of the long-trained policy per task that it sees beside, more flags."""
+    """A world model of its own."""
 
     steps: int
-    attempts: int = 0
     flags: tuple[str, ...] = ()
 
 
 WORLD_MODELS = {
     "short": Training(1500),
     "long": Training(13500),
-    "attempts": Training(4500, attempts=40),
-    "demonstrations only": Training(4500, flags=("--experts-only",)),
+    "demonstrations only": Training(4500, ("--experts-only",)),
 }
 
 
@@ -88,12 +86,10 @@ STUDY = {
     "R3, no perceptual term": study(*R3, "--perceptual", "none"),
     "R3, short world model": study(*R3, world_model="short"),
     "R3, long world model": study(*R3, world_model="long"),
-    "R3, on-policy attempts": study(*R3, world_model="attempts"),
     "R3, demonstrations only": study(*R3, world_model="demonstrations only"),
     "divergence": study(*DIVERGENCE),
     "divergence, short world model": study(*DIVERGENCE, world_model="short"),
     "divergence, long world model": study(*DIVERGENCE, world_model="long"),
-    "divergence, on-policy attempts": study(*DIVERGENCE, world_model="attempts"),
     "divergence, demonstrations only": study(*DIVERGENCE, world_model="demonstrations only"),
     "early, R1": study(*R1, policy="early"),
     "early, R1, gripper left out": study(*R1, "--noisy-dims", "0", "1", "2", "3", "4", "5", policy="early"),

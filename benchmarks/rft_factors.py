@@ -41,7 +41,7 @@ from statistics import mean
 
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
-from stages import Starts, check_known, machine, rate, read_lines, run_once, with_attempts
+from stages import Starts, check_known, machine, rate, read_lines, run_once
 from tables import percent, points, shift, table_row
 
 from vlarft.checkpoint import write_json
@@ -62,7 +62,6 @@ class Config:
     gate: bool = opt(True, "the trust gate before the first step, which needs episodes that the world model never saw")
     suite: str = opt("tabletop_object", "suite of the demonstrations")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of the demonstrations")
-    demos_per_task: int = opt(50, "how many there are per task, for a world model that sees more attempts")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
@@ -96,16 +95,10 @@ def world_model(cfg: Config, name: str) -> Path:
     """The checkpoint of a world model: of another study, or one that is trained here, unless that is done."""
     if name not in WORLD_MODELS:
         return arm(cfg.world_models, name)
-    steps, attempts, flags = WORLD_MODELS[name]
-    preset, demos = ["--preset", cfg.stage_preset], Path(cfg.demos)
+    steps, flags = WORLD_MODELS[name]
+    words = ["--preset", cfg.stage_preset, "--demos", cfg.demos, "--tokenizer", arm(cfg.world_models, "tokenizer")]
     folder = Path(cfg.world_models) / name.replace(" ", "_")
-    if attempts:
-        own = ["--suites", cfg.suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
-        own += ["--policy", arm(cfg.policies, "sft"), "--policy-per-task", attempts]
-        demos = with_attempts(demos, folder.with_name(f"{folder.name}_demos"), *preset, *own)
-    tokenizer = arm(cfg.world_models, "tokenizer")
-    words = [*preset, "--demos", demos, "--tokenizer", tokenizer, "--steps", steps, *flags]
-    return run_once(folder, "train_wm.py", *words) / "model.safetensors"
+    return run_once(folder, "train_wm.py", *words, "--steps", steps, *flags) / "model.safetensors"
 
 
 def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, dict[tuple, bool]]:

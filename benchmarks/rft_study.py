@@ -8,8 +8,9 @@ then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage 
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
 alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. The arms
-of 400 steps are as long as the paper's, "extra SFT, 400 steps" has the wall time of the first of them; they and "extra
-SFT head" run where --arms names them.
+of 400 steps are as long as the paper's, "extra SFT, 400 steps" has the wall time of the first of them. The arms named
+"on-policy" have a world model of their own, trained alike, which also saw `attempts` episodes a task that the policy
+played in the simulator. All of these and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
 starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
 done.
@@ -34,8 +35,8 @@ from statistics import mean
 
 from chunks import difference, measure
 from outcomes import summarise, table
-from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once
-from study_arms import ARMS, EXTRA_ARMS, LONG_ARMS, NO_END, OPTIONAL, RFT_ARMS, timed_arm
+from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
+from study_arms import ARMS, EXTRA_ARMS, LONG_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -55,7 +56,7 @@ class Config:
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm not in OPTIONAL), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
-        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", *LONG_ARMS),
+        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", *ON_POLICY, *LONG_ARMS),
         "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")
@@ -64,6 +65,7 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     world_model_steps: int = opt(4500, "steps of the world model")
+    attempts: int = opt(40, "episodes of the policy per task, for the world model of its own")
     early_steps: int = opt(800, "steps of the early SFT policy")
     sft_steps: int = opt(2600, "steps of the long-trained SFT policy")
     rft_steps: int = opt(80, "steps of each fine-tuning")
@@ -83,7 +85,7 @@ PRESETS = {
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT head", "RWR", "RFT R3"),
         perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), episodes=2, error_starts=4, error_draws=2,
         stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4, rft_steps=2,
-        rft_starts=2, rft_group=3, curve_points=2, curve_episodes=1,
+        rft_starts=2, rft_group=3, attempts=2, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
 
@@ -129,9 +131,8 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         return run_once(out_dir, *words) / "model.safetensors"
 
     tokenizer = trained(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
-    world_model = trained(
-        folder / "wm", "train_wm.py", *preset, *demos, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps
-    )
+    wm = ["train_wm.py", *preset, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps]
+    world_model = trained(folder / "wm", *wm, *demos)
 
     def own(arm: str) -> Path:
         return folder_of(cfg, suite, seed, arm)
@@ -150,12 +151,17 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
             "SFT early": trained(own("early"), *sft, "--steps", cfg.early_steps),
             "SFT": trained(own("sft"), *sft, "--steps", cfg.sft_steps),
         }
-    rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"], "--world-model", world_model]
+    if any(arm in ON_POLICY for arm in cfg.arms):
+        attempts = ["--policy", policies["SFT"], "--policy-per-task", cfg.attempts]
+        seen = with_attempts(folder / "demos", own("attempts_demos"), *preset, *where, *attempts)
+        own_world_model = trained(own("attempts"), *wm, "--demos", seen)
+    rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"]]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
     rft += ["--no-gate-stop", *curve(cfg.rft_steps)]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
-            policies[name] = trained(own(name), *rft, *flags)
+            imagination = own_world_model if name in ON_POLICY else world_model
+            policies[name] = trained(own(name), *rft, "--world-model", imagination, *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{minutes_of(own(timed_arm(cfg.arms, name))):.3f}"
@@ -252,19 +258,21 @@ def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
 
 
 def read_report(cfg: Config) -> dict:
-    """The JSON file as it is, or a new one.
+    """The JSON file as it is, or a new one. An option that came after the file has its default there.
 
     Raises:
-        ValueError: its runs had other settings.
+        ValueError: its runs had other settings, or it is another script's.
     """
-    settings = {name: value for name, value in json.loads(json.dumps(to_dict(cfg))).items() if name not in FREE}
+    both = (json.loads(json.dumps(to_dict(of))) for of in (cfg, Config()))
+    settings, default = ({name: value for name, value in of.items() if name not in FREE} for of in both)
     path = Path(cfg.out)
     if not path.is_file():
         return {"command": "python benchmarks/rft_study.py", "settings": settings, "runs": {}, "summary": {}}
     report = json.loads(path.read_text())
+    if "runs" not in report:
+        raise ValueError(f"{path} has no runs, it is not of this script: give another file as --out")
     for name, value in settings.items():
-        if report.get("settings", {}).get(name) != value:
-            there = report.get("settings", {}).get(name)
+        if (there := report["settings"].get(name, default[name])) != value:
             raise ValueError(f"{path} holds runs with {name} {there}, not {value}: give another file as --out")
     return {**report, "settings": settings}
 

@@ -45,10 +45,9 @@ def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:
     """A copy of demonstrations at `seen`, which `collect_demos.py` then adds attempts to, as its `flags` say."""
     if not seen.is_dir():
         unfinished = seen.with_name(f"{seen.name}.tmp")
-        shutil.copytree(demos, unfinished, dirs_exist_ok=True)
+        shutil.copytree(demos, unfinished, ignore=shutil.ignore_patterns("done"), dirs_exist_ok=True)
         unfinished.rename(seen)
-    call("collect_demos.py", "--out-dir", seen, *flags)
-    return seen
+    return run_once(seen, "collect_demos.py", *flags)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ RFT_ARMS = {
     "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
     "RFT R3, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
     "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
+    "RFT R3, on-policy": ["--reward", "r3", *HELD],
+    "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
+    "RFT R3, on-policy, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
+    "RFT divergence, on-policy, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
 HEAD = ["--train", "head", "--key-batch", 0]
 EXTRA_ARMS = {
@@ -25,7 +29,8 @@ EXTRA_ARMS = {
 NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
-OPTIONAL = "extra SFT head", *LONG_ARMS  # run where they are asked for
+ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
+OPTIONAL = ("extra SFT head", *ON_POLICY, *LONG_ARMS)  # run where they are asked for
 
 
 def timed_arm(arms: Sequence[str], extra: str) -> str:

@@ -177,6 +177,12 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
         study.main(dataclasses.replace(cfg, arms=("PPO",)))
     with pytest.raises(ValueError, match="study.json holds runs with rft_group 3, not 4: give another file as --out"):
         study.main(dataclasses.replace(cfg, rft_group=4))
+    older = {**report, "settings": {name: value for name, value in report["settings"].items() if name != "start"}}
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert study.read_report(dataclasses.replace(cfg, out=str(tmp_path / "older.json"))) == report
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json has no runs, it is not of this script: give another file"):
+        study.read_report(dataclasses.replace(cfg, out=str(tmp_path / "other.json")))
 
     again = dataclasses.replace(fewer, arms=("RFT R3", "extra SFT head"), start="extra SFT head", perturb=("none",))
     with pytest.raises(ValueError, match="holds runs with start None, not extra SFT head: give another file as --out"):
@@ -195,17 +201,25 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert lines[1].index("--seed 100") > lines[1].index("--seed 0")
     assert study.main(cfg) == report  # the first round is as it was
 
-    factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
-    monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="attempts"))
-    monkeypatch.setitem(factors.WORLD_MODELS, "attempts", cells.Training(2, attempts=2))
     suite = tmp_path / "runs" / "tabletop_object"
+    own = dataclasses.replace(fewer, arms=("RFT R3, on-policy",), out=str(tmp_path / "own.json"))
+    gate = study.main(own)["runs"]["tabletop_object"]["0"]["trust_gate"]
+    assert set(gate) == {"RWR", "RFT R3", "RFT R3, on-policy"} and gate["RFT R3, on-policy"] != gate["RFT R3"]
+    kinds = Counter(e.kind for e in load_episodes(suite / "seed0" / "attempts_demos", successes_only=False))
+    assert kinds == Counter(e.kind for e in load_episodes(suite / "demos", successes_only=False)) + Counter(policy=2)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "train_rft.py" in line]
+    assert "--world-model" in line and "seed0/attempts/model.safetensors" in line
+    study.main(own)
+    assert "python " not in capfd.readouterr().out  # attempts and world model are there
+
+    factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
+    monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="short"))
+    monkeypatch.setitem(factors.WORLD_MODELS, "short", cells.Training(2))
     places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "factors"}
     places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
-    cfg = dataclasses.replace(factors.PRESETS["smoke"], cells=("R3",), demos_per_task=6, **places)
+    cfg = dataclasses.replace(factors.PRESETS["smoke"], cells=("R3",), **places)
     (cell,) = factors.main(cfg)["cells"].values()
-    assert (cell["policy"], cell["world_model"]) == ("sft", "attempts") and "gate_policy" in cell["gate"]
-    kinds = Counter(e.kind for e in load_episodes(suite / "attempts_demos", successes_only=False))
-    assert kinds == Counter(e.kind for e in load_episodes(suite / "demos", successes_only=False)) + Counter(policy=2)
+    assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
     assert factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
 
