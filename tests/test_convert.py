@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vlarft.data import load_episodes
+from vlarft.data import load_episodes, split_episodes
 from vlarft.data.convert import main, resize
 from vlarft.data.hdf5 import write_demo, write_task_attrs
 
@@ -102,6 +102,20 @@ def test_a_lerobot_set_is_as_its_format_says(tmp_path):
     np.testing.assert_allclose(stats["action"]["q99"], np.quantile(actions, 0.99, axis=0), atol=1e-5)
     pixels = np.concatenate([np.asarray(e.images) for e in before]) / 255
     np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["mean"]), pixels.mean((0, 1, 2)), atol=0.02)
+
+
+def test_attempts_of_a_policy_are_for_world_models(tmp_path):
+    sources(tmp_path / "hdf5")
+    for name, marks in (("demos", []), ("attempts", ["--kind", "policy"])):
+        main([str(tmp_path / "hdf5"), str(tmp_path / "all" / name), "--format", "lerobot", "--images", "png", *marks])
+    both = load_episodes(tmp_path / "all", successes_only=False)
+    assert [e.kind for e in both] == ["policy"] * 6 + [e.kind for e in both[6:]] and both[6].kind == "expert"
+    assert [e.success for e in both[:6]] == [e.success for e in both[6:]] == [True, True, False] * 2
+    alone = load_episodes(tmp_path / "all")
+    assert [e.name for e in alone] == [e.name for e in load_episodes(tmp_path / "all" / "demos")]
+    apart = split_episodes(load_episodes(tmp_path / "all" / "demos", successes_only=False), 0.3, 0)[1]
+    together = split_episodes(both, 0.3, 0)[1]
+    assert [e.name for e in together if e.kind != "policy"] == [e.name for e in apart]
 
 
 def test_units_and_sizes(tmp_path):

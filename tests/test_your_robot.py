@@ -17,6 +17,7 @@ import train_sft
 import train_tokenizer
 import train_wm
 from vlarft import VLAPolicy
+from vlarft.checkpoint import read_header
 from vlarft.data import load_episodes
 from vlarft.data.check import main as check
 from vlarft.data.convert import main as convert
@@ -68,9 +69,13 @@ def record(root: Path, episodes: int) -> None:
     (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
+def read_run(folder: Path) -> dict:
+    return read_header(folder / "model.safetensors").extra
+
+
 @pytest.mark.slow
 def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
-    raw, demos, runs = tmp_path / "towel", tmp_path / "towel_ready", tmp_path / "runs"
+    raw, demos, runs = tmp_path / "towel", tmp_path / "data" / "towel_ready", tmp_path / "runs"
     record(raw, 8)
     assert check([str(raw), "--picture", str(tmp_path / "check.png")]) == 1
     text = capsys.readouterr().out
@@ -81,14 +86,23 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
 
     def run(script, name, **options):
         out = str(runs / name)
-        base = dataclasses.replace(script.PRESETS["smoke"], **({"demos": str(demos)} if name != "eval" else {}))
-        return script.main(dataclasses.replace(base, out_dir=out, **options))
+        cfg = dataclasses.replace(script.PRESETS["smoke"], out_dir=out, demos=str(demos))
+        return script.main(dataclasses.replace(cfg, **options))
 
     run(train_tokenizer, "tokenizer", camera="front", validation_fraction=0.25)
     run(train_wm, "wm", camera="front", tokenizer=str(runs / "tokenizer"), validation_fraction=0.25)
-    run(eval_wm, "eval", camera="front", world_model=str(runs / "wm"), demos=str(demos))
+    run(eval_wm, "eval", camera="front", world_model=str(runs / "wm"))
     run(train_sft, "sft", camera="front", validation_fraction=0.25)
-    files = {"policy": str(runs / "sft/model.safetensors"), "world_model": str(runs / "wm/model.safetensors")}
+
+    record(tmp_path / "played", 3)  # attempts of the policy
+    attempts = demos.parent / "towel_attempts"
+    convert([str(tmp_path / "played"), str(attempts), "--format", "lerobot", "--kind", "policy", *options])
+    seen = {"demos": str(demos.parent), "tokenizer": str(runs / "tokenizer")}
+    run(train_wm, "wm_own", camera="front", validation_fraction=0.25, **seen)
+    trained, held_out = read_run(runs / "wm_own"), read_run(runs / "wm")["held_out_episodes"]
+    assert sum(name.startswith("towel_attempts") for name in trained["train_episodes"]) == 2
+    assert set(held_out) < set(trained["held_out_episodes"])
+    files = {"policy": str(runs / "sft/model.safetensors"), "world_model": str(runs / "wm_own/model.safetensors")}
     run(train_rft, "rft", **files)
 
     policy = VLAPolicy.load(runs / "rft/model.safetensors")

@@ -3,6 +3,7 @@
     python -m vlarft.data.convert demos demos_lerobot --format lerobot                    HDF5 -> LeRobot v3.0, mp4
     python -m vlarft.data.convert libero_goal_no_noops libero_goal --format hdf5          RLDS -> HDF5
     python -m vlarft.data.convert my_robot ready --format lerobot --images png --size 256 256 --gripper 100 0
+    python -m vlarft.data.convert played attempts --format lerobot --kind policy          for the world model alone
 
 SRC is anything that `load_episodes` reads; DST appears when it is complete. All cameras go along, and so do failed and
 noisy attempts with their marks. LeRobot data sets keep no simulator states; HDF5 takes robots of 7 action and 8 proprio
@@ -58,6 +59,7 @@ def change(
     turn: bool = False,
     drop_no_ops: bool = False,
     absolute: bool | None = None,
+    kind: str | None = None,
 ) -> Episode:
     """An episode in other units; its images in memory where they change.
 
@@ -70,12 +72,15 @@ def change(
         turn: turn all images by 180 degrees.
         drop_no_ops: leave out steps that neither move nor change the gripper.
         absolute: mark actions as target positions (True) or motions (False).
+        kind: mark whose episode it is; "noisy" and "policy" serve a world model, never a policy.
 
     Raises:
         ValueError: nothing but no-ops.
     """
     if absolute is not None:
         episode = replace(episode, absolute=absolute)
+    if kind is not None:
+        episode = replace(episode, kind=kind)
     if gripper is not None:
 
         def mapped(actions: np.ndarray) -> np.ndarray:
@@ -191,6 +196,7 @@ def main(argv: Sequence[str]) -> None:
     add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
     add("--absolute", action=argparse.BooleanOptionalAction, help="actions are target positions (or motions)")
+    add("--kind", choices=("expert", "noisy", "policy"), help="mark all episodes; a policy learns from experts alone")
     args = parser.parse_args(argv)
     if args.centre_crop and not args.size:
         parser.error("--centre-crop goes with --size")
@@ -203,6 +209,7 @@ def main(argv: Sequence[str]) -> None:
         "turn": args.turn,
         "drop_no_ops": args.drop_no_ops,
         "absolute": args.absolute,
+        "kind": args.kind,
     }
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
     # the first camera of any name will do: all are in Episode.cameras
