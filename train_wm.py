@@ -50,7 +50,7 @@ class Config:
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
     camera: str = opt("agentview", "camera of the demonstrations")
     experts_only: bool = opt(
-        False, "train without failed and noisy attempts, as the paper; they stay in the validation"
+        False, "train without failed and noisy attempts and those of a policy, as the paper; validation keeps them"
     )
     tokenizer: str = opt("runs/tokenizer", "tokenizer: its run folder or its model.safetensors")
     transformer: TransformerConfig = opt(MODELS["paper"].transformer, "sizes of the transformer")
