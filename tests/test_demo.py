@@ -212,6 +212,21 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     study.main(own)
     assert "python " not in capfd.readouterr().out  # attempts and world model are there
 
+    gates = load_benchmark("gates")
+    places = {"runs": str(tmp_path / "runs"), "out": str(tmp_path / "gates.json")}
+    sizes = dataclasses.replace(gates.PRESETS["smoke"], **places)
+    found = gates.main(sizes)
+    names = [f"tabletop_object/seed0/{model}/{reward}" for model in ("wm", "attempts") for reward in sizes.rewards]
+    assert list(found["runs"]) == names and gates.main(sizes)["runs"] == found["runs"]
+    own = [run["gate_policy_true"] for run in found["runs"].values()]
+    assert len(set(own)) > 1 and all(-1 <= value <= 1 for value in own)
+    shown = capfd.readouterr().out
+    assert shown.count("attempts/r3: ") == 1 and f"| r3 | tabletop_object | 0 | wm | {own[0]:.2f} ± " in shown
+    with pytest.raises(ValueError, match="figures of other sizes than {'starts': 5, 'samples': 3}: give another file"):
+        gates.main(dataclasses.replace(sizes, starts=5))
+    with pytest.raises(FileNotFoundError, match="no policy at .*seed3/sft.*: run rft_study.py for this suite"):
+        gates.main(dataclasses.replace(sizes, seeds=(3,)))
+
     factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
     monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="short"))
     monkeypatch.setitem(factors.WORLD_MODELS, "short", cells.Training(2))

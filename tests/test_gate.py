@@ -60,6 +60,7 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(
     found = trust_gate(CFG, CFG, policy, Oracle(model), batch, episodes, None, (0,))
     assert found["gate"] == min(found["gate_dataset"], found["gate_policy"])
     assert found["gate_dataset"] > 0.999 and found["gate_policy"] > 0.999 and found["gate_policy_pairs"] > 0.999
+    assert found["gate_policy_se"] < 1e-3
     assert found == trust_gate(CFG, CFG, policy, Oracle(model), batch, episodes, None, (0,), at_once=4)
     check_gate(dataclasses.replace(CFG, gate_stop=True, gate_threshold=0.9), CFG, found, 0)
 
@@ -68,10 +69,10 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(
     check_gate(CFG, CFG, blind, 0)  # told to go on
     stop = dataclasses.replace(CFG, gate_stop=True, gate_threshold=0.9)
     with pytest.raises(
-        RuntimeError, match=r"trust gate at step 7: .* action error with Spearman 0.00 around .* 0.9\. "
+        RuntimeError, match=r"gate at step 7: .* action error with Spearman 0.00 ± 0.00 .* around .* 0.9\. Train"
     ):
         check_gate(stop, CFG, blind, 7)
-    with pytest.raises(RuntimeError, match="go on with --no-gate-stop"):
+    with pytest.raises(RuntimeError, match="or go on with --no-gate-stop"):
         check_gate(stop, CFG, {**found, "gate": float("nan")}, 0)
 
 
@@ -90,7 +91,9 @@ def test_true_error_decides_where_there_is_one(policy, demos, policy_file, world
     found = trust_gate(CFG, CFG, policy, oracle, batch, episodes, None, (0,), Simulator())
     assert found["gate_dataset_true"] > 0.999 and found["gate_policy"] > 0.999
     assert found["gate"] == found["gate_policy_true"] < -0.999
-    with pytest.raises(RuntimeError, match="by their true error with Spearman 1.00 .* -1.00 among the policy's own"):
+    with pytest.raises(
+        RuntimeError, match="by their true error with Spearman 1.00 ± 0.00 .* -1.00 ± 0.00 among the policy's own"
+    ):
         check_gate(dataclasses.replace(CFG, gate_stop=True), CFG, found, 0)
 
 

@@ -131,8 +131,8 @@ def trust_gate(
     Returns:
         gate, the value to compare with the threshold: the lower of the two families' Spearman, with the true error
         where there is one, else with the action error. And for each family `gate_dataset`, `gate_policy`: Spearman
-        with the action error (mean L1 to the dataset's chunk), `_pairs` the share of pairs in the right order, `_true`
-        and `_true_pairs` the same for the true error.
+        with the action error (mean L1 to the dataset's chunk), `_se` its standard error over the starts, `_pairs` the
+        share of pairs in the right order; `_true`, `_true_se` and `_true_pairs` the same for the true error.
 
     Raises:
         ValueError: fewer than three chunks of a family, too few for an order.
@@ -167,6 +167,7 @@ def trust_gate(
         found = agreement(score, error, labels)
         for family in ("dataset", "policy"):
             out[f"gate_{family}{name}"] = found[family]["spearman"]
+            out[f"gate_{family}{name}_se"] = found[family]["standard_error"]
             out[f"gate_{family}{name}_pairs"] = found[family]["pair_order"]
     decisive = "_true" if outcomes is not None else ""
     return {"gate": min(out[f"gate_dataset{decisive}"], out[f"gate_policy{decisive}"]), **out}
@@ -181,12 +182,14 @@ def check_gate(cfg: GateConfig, rollout: RolloutConfig, found: dict[str, float],
     if cfg.gate_stop and not found["gate"] >= cfg.gate_threshold:
         error = "true" if "gate_dataset_true" in found else "action"
         end = "" if error == "action" else "_true"
+        near = {f: f"{found[f'gate_{f}{end}']:.2f} ± {found[f'gate_{f}{end}_se']:.2f}" for f in ("dataset", "policy")}
         raise RuntimeError(
             f"trust gate at step {step}: on held-out starts reward {rollout.reward} ranks chunks by their {error} "
-            f"error with Spearman {found[f'gate_dataset{end}']:.2f} around the dataset's actions and "
-            f"{found[f'gate_policy{end}']:.2f} among the policy's own; the lower one is below --gate-threshold "
-            f"{cfg.gate_threshold:g}. Train the world model longer or on more varied attempts (eval_wm.py measures "
-            "it), try --imagination greedy or common, another --perceptual or --reward, or go on with --no-gate-stop"
+            f"error with Spearman {near['dataset']} (± standard error) around the dataset's actions and "
+            f"{near['policy']} among the policy's own; the lower one is below --gate-threshold "
+            f"{cfg.gate_threshold:g}. Train the world model longer, or on attempts of this policy, too "
+            "(collect_demos.py --policy; eval_wm.py measures it), try --imagination greedy or common, another "
+            "--perceptual or --reward, or go on with --no-gate-stop"
         )
 
 
