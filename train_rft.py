@@ -32,7 +32,8 @@ Deviations from the paper, each an option:
   takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
   learning rates are those of a head with 1/100 of the paper's parameters.
 - not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
-  is sampled or decoded); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde,
+  is sampled or decoded); --symmetric (a chunk is scored with its mirror image about the dataset's actions, see
+  reward.py); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde,
   --group-x0 shared, --mirrored (noise in pairs of opposite sign), --decay cosine, --kl-weight, --chunks > 1, --gamma;
   --reward simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is
   the world model's doing.

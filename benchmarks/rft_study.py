@@ -36,7 +36,7 @@ from statistics import mean
 from chunks import difference, measure
 from outcomes import summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
-from study_arms import ARMS, EXTRA_ARMS, LONG_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
+from study_arms import ARMS, EXTRA_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -56,7 +56,7 @@ class Config:
     arms: tuple[str, ...] = opt(tuple(arm for arm in ARMS if arm not in OPTIONAL), "arms to run")
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     perturbed_arms: tuple[str, ...] = opt(
-        ("extra SFT", "regression", "RFT R3", "RFT R1 per step", "RFT divergence", *ON_POLICY, *LONG_ARMS),
+        tuple(arm for arm in ARMS if arm not in ("extra SFT head", "RWR", "RFT R1", "RFT R2")),
         "arms that play perturbed starts, beside SFT",
     )
     episodes: int = opt(50, "initial states per task")

@@ -14,8 +14,11 @@ RFT_ARMS = {
     "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
     "RFT R3, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
     "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
+    "RFT R3, symmetric": ["--reward", "r3", *HELD, "--symmetric"],
+    "RFT divergence, symmetric": ["--reward", "divergence", *PER_STEP, "--symmetric"],
     "RFT R3, on-policy": ["--reward", "r3", *HELD],
     "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
+    "RFT divergence, on-policy, symmetric": ["--reward", "divergence", *PER_STEP, "--symmetric"],
     "RFT R3, on-policy, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
     "RFT divergence, on-policy, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
@@ -30,7 +33,8 @@ NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
-OPTIONAL = ("extra SFT head", *ON_POLICY, *LONG_ARMS)  # run where they are asked for
+SYMMETRIC = tuple(name for name in ARMS if "symmetric" in name)
+OPTIONAL = ("extra SFT head", *ON_POLICY, *SYMMETRIC, *LONG_ARMS)  # run where they are asked for
 
 
 def timed_arm(arms: Sequence[str], extra: str) -> str:

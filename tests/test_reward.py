@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from vlarft.action_bins import ActionBins
 from vlarft.metrics import perceptual
 from vlarft.policy import VLAPolicy
-from vlarft.reward import action_reward, check_same_robot, image_reward, reduce_frames, verified_reward
+from vlarft.reward import action_reward, check_same_robot, image_reward, mirror, reduce_frames, verified_reward
 from vlarft.world_model import Rollout, WorldModel
 
 
@@ -80,6 +81,41 @@ def test_r2_compares_with_the_dataset_and_r3_with_imagination():
     assert model.calls == 2  # the reference is part of the same rollout
     assert model.how["common_random_numbers"] and not model.how["greedy"]
     assert r3.frames.shape == (1, 2, 2, 3, 16, 16) and r3.reference.shape == (1, 2, 3, 16, 16)
+
+
+class OneSided(Painter):
+    """Shows what goes beyond the first action dimension's 0.1 only, as a world model that is deaf on one side."""
+
+    action_bins = ActionBins(7, 256)  # -1 to 1
+
+    def rollout(self, context_frame, actions, **how):
+        heard = actions.clone()
+        heard[..., 0] = (actions[..., 0] - 0.1).clamp(min=0)
+        return super().rollout(context_frame, heard, **how)
+
+
+def test_a_symmetric_reward_favours_no_side():
+    dataset, frames = chunk(0.1, 0.1)[None], torch.zeros(1, 3, 3, 16, 16)
+    actions = torch.stack([chunk(0.3, 0.1), chunk(-0.1, 0.1), chunk(0.1, 0.1)])[None]
+    model = OneSided()
+    plain = verified_reward("r3", model, actions, dataset, frames)
+    torch.testing.assert_close(plain.reward, -torch.tensor([[0.4, 0.0, 0.0]]))  # pushed to the deaf side
+    fair = verified_reward("r3", model, actions, dataset, frames, symmetric=True, over_frames="mean")
+    torch.testing.assert_close(fair.per_frame, -torch.tensor([[[0.1, 0.1], [0.1, 0.1], [0.0, 0.0]]]))
+    torch.testing.assert_close(fair.reward, fair.per_frame.mean(-1))
+    assert torch.equal(fair.frames, plain.frames) and torch.equal(fair.reference, plain.reference)
+    with pytest.raises(ValueError, match="reward r1 of no world model is as symmetric as it gets"):
+        verified_reward("r1", None, actions, dataset, frames, symmetric=True)
+
+
+def test_mirror():
+    actions, reference = torch.zeros(1, 2, 1, 7), torch.full((1, 1, 7), 0.4)
+    actions[0, 1, 0, 0], actions[..., 6] = -0.5, -1.0
+    low, high = torch.full((7,), -1.0), torch.full((7,), 1.0)
+    found = mirror(actions, reference, low, high)
+    torch.testing.assert_close(found[0, 0, 0], torch.tensor([0.8] * 6 + [-1.0]))  # the gripper stays
+    assert found[0, 1, 0, 0] == 1.0  # 1.3, clipped
+    torch.testing.assert_close(mirror(found, reference, low, high)[0, 0], actions[0, 0])
 
 
 def test_r1_needs_no_world_model_and_the_others_do():

@@ -43,6 +43,12 @@ def test_a_group_may_share_its_x0(rft_config, rft_parts):
     assert (own[1] != own[0])[0].all() and (shared[1] != shared[0])[1:].all()  # noise on the way is each rollout's own
 
 
+def test_symmetric_is_of_rewards_in_a_world_model(rft_config):
+    for reward in ("r1", "simulator"):
+        with pytest.raises(ValueError, match=f"symmetric is of rewards in a world model, which {reward} is not"):
+            dataclasses.replace(rft_config, reward=reward, symmetric=True)
+
+
 def test_mirrored_rollouts_are_pairs_of_opposite_noise(rft_config, rft_parts):
     policy, _, batch = rft_parts
     cfg = dataclasses.replace(rft_config, reward="r1", group=4)

@@ -105,6 +105,8 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch):
         {"group_x0": "shared", "decay": "cosine"},
         {"reward": "divergence", "history": "start", "credit": "to_go", "ratio_per": "step"},
         {"reward": "divergence", "bf16": True, "credit": "frame", "ratio_per": "element", "over_frames": "mean"},
+        {"symmetric": True, "imagination": "sample", "micro_starts": 1},
+        {"symmetric": True, "reward": "divergence", "credit": "frame", "ratio_per": "step"},
         {"noise": "flow_sde", "sde_noise": 0.5, "kl_weight": 0.1, "noisy_steps": (2, 5)},
         {"noisy_dims": (0, 1, 2, 3, 4, 5), "sigma_min": 0.05, "sigma_init": 0.1, "kl_weight": 0.1, "kl": "sampled"},
         {**RELEASE, "epochs": 2, "minibatches": 2},
@@ -155,10 +157,11 @@ def test_closed_loop(rft_config, tmp_path, monkeypatch):
     played = []
     collect = train_rft.collect
     monkeypatch.setattr(train_rft, "collect", lambda *args: played.append(collect(*args)) or played[-1])
-    for reward in ("r3", "r2"):
+    for reward, symmetric in (("r3", True), ("r3", False), ("r2", False)):
         seen.clear()
         changes = {"demos": str(tmp_path / "demos"), "chunks": 2, "reward": reward, "steps": 1, "gate_starts": 0}
-        metrics = train_rft.main(dataclasses.replace(rft_config, **changes, out_dir=str(tmp_path / reward)))
+        out_dir = str(tmp_path / f"{reward}_{symmetric}")
+        metrics = train_rft.main(dataclasses.replace(rft_config, **changes, symmetric=symmetric, out_dir=out_dir))
         assert all(np.isfinite(v) for v in metrics.values())
         rollouts = played[-1]
         assert rollouts.reward.per_frame.shape == (2, 3, 16) and rollouts.reward.frames.shape[2] == 16

@@ -145,6 +145,21 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
         )
 
 
+def mirror(actions: Tensor, reference: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Chunks on the other side of the dataset's: as far from it, the opposite way. The gripper, last, stays.
+
+    Args:
+        actions: (S, G, T, A) raw.
+        reference: (S, T, A) raw.
+        low, high: (A,) that the result is clipped to.
+
+    Returns:
+        (S, G, T, A).
+    """
+    opposite = torch.minimum(torch.maximum(2 * reference[:, None] - actions, low), high)
+    return torch.cat([opposite[..., :-1], actions[..., -1:]], -1)
+
+
 @torch.no_grad()
 def verified_reward(
     kind: RewardKind,
@@ -165,6 +180,7 @@ def verified_reward(
     generator: torch.Generator | None = None,
     part: tuple[int, int] = (0, 1),
     start_frames: Tensor | None = None,
+    symmetric: bool = False,
 ) -> Reward:
     """Play S x G action chunks inside the frozen world model and score them.
 
@@ -185,10 +201,30 @@ def verified_reward(
         part: this process's (number, count) of the batch's equal shares; the draws are those of the whole batch.
         start_frames: (S, G, C, H, W), for R3 (S, G + 1, C, H, W) with the reference's last, where the rollouts go on
             from frames of their own (closed-loop imagination); None = dataset_frames[:, 0] for all.
+        symmetric: score every chunk by the mean of its own reward and that of its `mirror` image, which is played
+            beside it. Not in the paper. A world model answers to a deviation in one direction more than to the opposite
+            one, and a policy that is scored so drifts to the side that is seen less; what is left here is how much a
+            deviation shows, whichever way it goes.
 
     Raises:
         ValueError: R2 or R3 without a world model, or no verified reward.
     """
+    if symmetric:
+        if world_model is None:
+            raise ValueError(f"reward {kind} of no world model is as symmetric as it gets: leave symmetric out")
+        members, bins = actions.shape[1], world_model.action_bins
+        both = torch.cat([actions, mirror(actions, dataset_actions, bins.low, bins.high)], 1)
+        if start_frames is not None:
+            start_frames = torch.cat([start_frames[:, :members], start_frames], 1)  # R3's reference stays last
+        found = verified_reward(
+            kind, world_model, both, dataset_actions, dataset_frames, perceptual=perceptual, l1_weight=l1_weight,
+            perceptual_weight=perceptual_weight, over_frames=over_frames, gamma=gamma, history=history,
+            imagination=imagination, temperature=temperature, top_p=top_p, generator=generator, part=part,
+            start_frames=start_frames,
+        )  # fmt: skip
+        per_frame = (found.per_frame[:, :members] + found.per_frame[:, members:]) / 2
+        frames = None if found.frames is None else found.frames[:, :members]
+        return Reward(reduce_frames(per_frame, over_frames, gamma), per_frame, frames, found.reference)
     if kind == "simulator":
         raise ValueError("the simulator's reward is not a verified one: see vlarft.sim.replay.SimulatorReward")
     if kind == "r1":

@@ -65,6 +65,9 @@ class RolloutConfig:
     over_frames: OverFrames = opt("sum", "reduction of the reward over frames (Eq. 11); mean is the release's")
     gamma: float = opt(1.0, "discount per frame of over_frames=discounted")
     history: History = opt("frames", "what reward divergence sees before a frame: the demonstration or its start")
+    symmetric: bool = opt(
+        False, "score a chunk together with its mirror image about the dataset's actions: no side is favoured"
+    )
     imagination: Imagination = opt("sample", "sampling inside the world model: sample, common random numbers, greedy")
     temperature: float = opt(1.0, "of the imagination (release)")
     top_p: float = opt(0.8, "of the imagination (release)")
@@ -78,6 +81,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.mirrored and self.group % 2:
             raise ValueError(f"mirrored rollouts come in pairs, which group {self.group} does not divide into")
+        if self.symmetric and self.reward in ("r1", "simulator"):
+            raise ValueError(f"symmetric is of rewards in a world model, which {self.reward} is not: leave it out")
 
     @property
     def rollouts_per_x0(self) -> int:
@@ -92,7 +97,10 @@ def dataset_actions(cfg: RolloutConfig, batch: Batch) -> Tensor:
 
 def reward_options(cfg: RolloutConfig) -> dict:
     """Weights and imagination, as keyword arguments of `verified_reward`."""
-    names = "l1_weight", "perceptual_weight", "over_frames", "gamma", "history", "imagination", "temperature", "top_p"
+    names = (
+        "l1_weight", "perceptual_weight", "over_frames", "gamma", "history", "symmetric", "imagination", "temperature",
+        "top_p",
+    )  # fmt: skip
     return {name: getattr(cfg, name) for name in names}
 
 
