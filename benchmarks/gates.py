@@ -1,4 +1,4 @@
-"""What the world model saw, and whether its rewards then order the policy's own chunks: the trust gate at many starts.
+"""What a world model saw, and what its rewards are worth: the trust gate at many starts, and the side they favour.
 
     python benchmarks/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
     python benchmarks/gates.py --suites tabletop_spatial
@@ -10,6 +10,11 @@ with their standard errors. World models are found by their folder, beside the d
 beside the policy ("attempts", its own); those that are not there are left out. Fine-tuning asks this of chunks that are
 much alike, hence the low numbers; around the dataset's actions (motion noise of 0.15) they are higher.
 
+A reward that is best at the dataset's actions need not fall alike on both sides of them. `one_sided` plays pairs of
+opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0 where
+both sides count the same (`train_rft.py --symmetric`); "pull" its correlation with the chunk's mean noise in each
+motion dimension, the same for all starts where it pulls a policy to one side.
+
 Writes one JSON; a figure that is in it is not measured again.
 """
 
@@ -17,6 +22,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from stages import machine
@@ -24,10 +30,12 @@ from tables import table_row
 
 from vlarft.checkpoint import load_model, read_header, write_json
 from vlarft.config import opt, parse, to_dict
-from vlarft.data import WindowSampler, load_episodes
+from vlarft.data import Batch, WindowSampler, load_episodes
+from vlarft.data.episodes import Episode
 from vlarft.gate import GateConfig, held_out_names, trust_gate
-from vlarft.metrics import perceptual
+from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.reward import verified_reward
 from vlarft.rollout import RolloutConfig
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
@@ -40,16 +48,29 @@ class Config:
     suites: tuple[str, ...] = opt(("tabletop_spatial",), "suites")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the policies")
     world_models: tuple[str, ...] = opt(("wm", "short", "long", "demonstrations_only", "attempts"), "their folders")
-    rewards: tuple[str, ...] = opt(("r3", "divergence"), "rewards")
+    rewards: tuple[str, ...] = opt(
+        ("r1", "r3", "divergence"), "rewards; r1 needs no world model and is here to compare"
+    )
     starts: int = opt(64, "held-out starts")
     samples: int = opt(8, "chunks of the policy at each of them")
 
 
 PRESETS = {"paper": Config(), "smoke": Config(suites=("tabletop_object",), seeds=(0,), starts=4, samples=3)}
+NOISE = 0.15  # around the dataset's actions, std in normalised units
 
 
-def gate(cfg: Config, demos: Path, policy_path: Path, model_path: Path, reward: str) -> dict[str, float]:
-    """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
+class Parts(NamedTuple):
+    """A policy, a world model and held-out starts."""
+
+    policy: VLAPolicy
+    model: WorldModel
+    batch: Batch
+    episodes: list[Episode]
+    distance: PerceptualDistance
+
+
+def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts:
+    """The same starts for all world models that hold the same episodes out."""
     policy, extra = load_model(policy_path, VLAPolicy, PolicyConfig)
     torch.manual_seed(0)
     policy.make_stochastic("sigma_net")
@@ -57,20 +78,55 @@ def gate(cfg: Config, demos: Path, policy_path: Path, model_path: Path, reward: 
     names = held_out_names(str(policy_path), extra, str(model_path), read_header(model_path).extra)
     episodes = load_episodes(demos, names=names, with_states=True)
     batch = WindowSampler(episodes, policy.cfg.flow.chunk + 1, policy.cfg.flow.chunk).spread(cfg.starts)
-    sizes = GateConfig(gate_noise=(0.15,), gate_draws=3, gate_samples=cfg.samples)
+    return Parts(policy.eval(), model, batch, episodes, perceptual("ssim"))
+
+
+def gate(cfg: Config, parts: Parts, reward: str) -> dict[str, float]:
+    """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
+    sizes = GateConfig(gate_noise=(NOISE,), gate_draws=3, gate_samples=cfg.samples)
     rollout = RolloutConfig(reward=reward, imagination="greedy", perceptual="ssim", reference="intended")
-    parts = sizes, rollout, policy.eval(), model, batch, episodes
-    return trust_gate(*parts, perceptual("ssim"), (0,), TabletopOutcomes())
+    return trust_gate(sizes, rollout, *parts, (0,), TabletopOutcomes())
+
+
+@torch.no_grad()
+def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str, float | list[float]]:
+    """How much of a reward's variance around the dataset's actions is odd in the noise, and where it pulls to."""
+    dataset, policy = parts.batch.intended, parts.policy  # (S, T, A)
+    half = (policy.normalizer.action_high - policy.normalizer.action_low) / 2
+    unit = torch.cat([half, half.new_zeros(1)])  # the gripper stays
+    draws = (len(dataset), cfg.samples, *dataset.shape[1:])
+    noise = NOISE * torch.randn(draws, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
+    bins = parts.model.action_bins
+    pairs = (dataset[:, None] + torch.cat([noise, -noise], 1) * unit).clamp(bins.low, bins.high)
+    how = {"perceptual": parts.distance, "imagination": "greedy"}
+    score = torch.cat(
+        [
+            verified_reward(reward, parts.model, *rows, **how).reward
+            for rows in zip(pairs.split(8), dataset.split(8), parts.batch.frames.split(8))
+        ]
+    )  # (S, 2 P)
+    first, second = score.chunk(2, 1)
+    odd, even = (first - second) / 2, (first + second) / 2
+    of_odd, of_even, steps = odd.pow(2).mean(), even.var(1).mean(), dataset.shape[1]
+    direction = noise.mean(2)[..., :-1] / (NOISE / steps**0.5)  # (S, P, A - 1), unit variance
+    pull = ((odd / (score.std(1, keepdim=True) + 1e-8))[..., None] * direction).mean(1)  # (S, A - 1)
+    return {
+        "odd_share": (of_odd / (of_odd + of_even).clamp(min=1e-12)).item(),  # a constant reward: 0
+        "pull": pull.mean(0).tolist(),
+        "pull_se": (pull.std(0) / len(pull) ** 0.5).tolist(),
+    }
 
 
 def table(runs: dict[str, dict]) -> str:
     """Markdown, one row per reward, suite, seed and world model."""
-    lines = [table_row(["reward", "suite", "seed", "world model", "own chunks", "around the dataset's actions"])]
-    lines += ["|---" * 6 + "|"]
+    heads = "reward", "suite", "seed", "world model", "own chunks", "around the dataset's", "odd", "pull x", "y", "z"
+    lines = [table_row(heads), "|---" * len(heads) + "|"]
     for name, found in runs.items():
         suite, seed, model, reward = name.split("/")
         shown = [f"{found[f'gate_{f}_true']:.2f} ± {found[f'gate_{f}_true_se']:.2f}" for f in ("policy", "dataset")]
-        lines.append(table_row([reward, suite, seed.removeprefix("seed"), model, *shown]))
+        pull = [f"{m:+.2f} ± {se:.2f}" for m, se in zip(found["pull"][:3], found["pull_se"])]
+        odd = f"{100 * found['odd_share']:.0f} %"
+        lines.append(table_row([reward, suite, seed.removeprefix("seed"), model, *shown, odd, *pull]))
     return "\n".join(lines)
 
 
@@ -98,10 +154,12 @@ def main(cfg: Config) -> dict:
             for model in cfg.world_models:
                 places = [home / model / "model.safetensors" for home in (folder / f"seed{seed}", folder)]
                 path = next((path for path in places if path.is_file()), None)
-                for reward in cfg.rewards if path else ():
-                    name = f"{suite}/seed{seed}/{model}/{reward}"
-                    if name not in report["runs"]:
-                        report["runs"][name] = gate(cfg, folder / "demos", policy, path, reward)
+                names = {reward: f"{suite}/seed{seed}/{model}/{reward}" for reward in cfg.rewards}
+                missing = {reward: name for reward, name in names.items() if name not in report["runs"]}
+                if path and missing:
+                    parts = load(cfg, folder / "demos", policy, path)
+                    for reward, name in missing.items():
+                        report["runs"][name] = gate(cfg, parts, reward) | one_sided(cfg, parts, reward)
                         write_json(cfg.out, report)
                         print(f"{name}: {report['runs'][name]['gate_policy_true']:.2f}", flush=True)
     print("\n" + table(report["runs"]))

@@ -220,8 +220,10 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert list(found["runs"]) == names and gates.main(sizes)["runs"] == found["runs"]
     own = [run["gate_policy_true"] for run in found["runs"].values()]
     assert len(set(own)) > 1 and all(-1 <= value <= 1 for value in own)
+    assert all(0 <= run["odd_share"] <= 1 and len(run["pull"]) == 6 for run in found["runs"].values())
+    assert found["runs"]["tabletop_object/seed0/wm/r1"]["odd_share"] < 0.1  # but for clipped actions
     shown = capfd.readouterr().out
-    assert shown.count("attempts/r3: ") == 1 and f"| r3 | tabletop_object | 0 | wm | {own[0]:.2f} ± " in shown
+    assert shown.count("attempts/r3: ") == 1 and f"| r3 | tabletop_object | 0 | wm | {own[1]:.2f} ± " in shown
     with pytest.raises(ValueError, match="figures of other sizes than {'starts': 5, 'samples': 3}: give another file"):
         gates.main(dataclasses.replace(sizes, starts=5))
     with pytest.raises(FileNotFoundError, match="no policy at .*seed3/sft.*: run rft_study.py for this suite"):
