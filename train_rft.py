@@ -33,10 +33,10 @@ Deviations from the paper, each an option:
   learning rates are those of a head with 1/100 of the paper's parameters.
 - not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
   is sampled or decoded); --symmetric (a chunk is scored with its mirror image about the dataset's actions, see
-  reward.py); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde,
-  --group-x0 shared, --mirrored (noise in pairs of opposite sign), --decay cosine, --kl-weight, --chunks > 1, --gamma;
-  --reward simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is
-  the world model's doing.
+  reward.py); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde, --group-x0 shared,
+  --mirrored (noise in pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma; --reward
+  simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is the world
+  model's doing.
 - --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
 
@@ -55,6 +55,7 @@ from vlarft.checkpoint import load_model, open_run, read_header
 from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
+from vlarft.ema import EMA
 from vlarft.flow_networks import Noise
 from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
 from vlarft.metrics import perceptual
@@ -87,6 +88,7 @@ class Config(
     weight_decay: float = opt(0.01, "AdamW weight decay (release)")
     warmup: int = opt(10, "steps of linear warmup (release)")
     decay: Decay = opt("constant", "learning rates after it (release: constant)")
+    ema: float | None = opt(None, "decay of an average of the trained weights, which is exported; none: no average")
     noise: Noise = opt("sigma_net", "of the chain: learnt (Eq. 6, 7), or flow_sde, which keeps the ODE's marginals")
     sigma_min: float = opt(0.08, "least standard deviation of a flow step, normalised units (release)")
     sigma_max: float = opt(0.2, "largest one (release)")
@@ -224,16 +226,27 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
     base_rates = [group["lr"] for group in groups]
 
-    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, cfg.async_save)
+    averages = EMA([p for group in groups for p in group["params"]], cfg.ema)
+    parts = {"policy": policy, "optimizer": optimizer} | ({"ema": averages} if cfg.ema is not None else {})
+    state = TrainState(out_dir, parts, cfg.async_save)
     step, minutes = state.load(step=0, minutes=0.0)
     log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     metrics: dict[str, float] = {}
 
+    def exported() -> dict[str, Tensor]:
+        with averages.swapped():
+            return {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
+
     def save() -> None:
-        state.save({"step": step, "minutes": run.minutes}, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
+        values, about = {"step": step, "minutes": run.minutes}, {**extra, "rft": to_dict(cfg)}
+        state.save(values, policy, policy.cfg, about, exported())
 
     def success() -> dict[str, float]:
-        return success_rate(cfg, policy.cfg, distributed.full_state_dict(policy), cfg.seed)
+        return success_rate(cfg, policy.cfg, exported(), cfg.seed)
+
+    def looked_at() -> tuple[dict[str, float], Tensor]:
+        with averages.swapped():
+            return diagnose(*look, distance, (cfg.seed, 4), true)
 
     def gate() -> dict[str, float]:
         found = trust_gate(
@@ -248,7 +261,7 @@ def main(cfg: Config) -> dict[str, float]:
             if gated and step % cfg.gate_interval == 0:
                 looked |= gate()
             if step % cfg.diagnose_interval == 0:
-                looked |= diagnose(*look, distance, (cfg.seed, 4), true)[0]
+                looked |= looked_at()[0]
             if cfg.success_interval and step % cfg.success_interval == 0:
                 looked |= success()
         part = distributed.rank(), distributed.world_size()
@@ -258,6 +271,7 @@ def main(cfg: Config) -> dict[str, float]:
         rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift, simulator)
         clock = time.monotonic()
         totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step), supervised)
+        averages.update(step)
         rewards = rollouts.reward.reward
         metrics = distributed.mean_across_ranks(
             {
@@ -278,7 +292,7 @@ def main(cfg: Config) -> dict[str, float]:
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
     save()
-    found, after = diagnose(*look, distance, (cfg.seed, 4), true)
+    found, after = looked_at()
     metrics |= found | (success() if cfg.success_interval else {})
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, after)

@@ -51,7 +51,7 @@ class Config:
     rewards: tuple[str, ...] = opt(
         ("r1", "r3", "divergence"), "rewards; r1 needs no world model and is here to compare"
     )
-    starts: int = opt(64, "held-out starts")
+    starts: int = opt(32, "held-out starts")
     samples: int = opt(8, "chunks of the policy at each of them")
 
 

@@ -64,8 +64,9 @@ def test_evaluation_ignores_the_sigma_net(rft_config):
     assert torch.equal(policy.act(images, ["push"], proprio, noise=noise), actions)
 
 
-def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch):
-    rft_config = dataclasses.replace(rft_config, steps=3)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch, ema):
+    rft_config = dataclasses.replace(rft_config, steps=3, ema=ema)
     train_rft.main(rft_config)
     whole = torch.load(f"{rft_config.out_dir}/train_state.pt", weights_only=True)
 
@@ -90,6 +91,9 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch):
         assert torch.equal(value, resumed["policy"][key]), key
     for slots, others in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(slots[k], others[k]) for k in slots)
+    assert ("ema" in whole) == (ema is not None)
+    for i, average in whole.get("ema", {}).items():
+        assert torch.equal(average, resumed["ema"][i])
     assert [row["step"] for row in log_of(tmp_path / "interrupted")] == [0, 1, 2]
 
 
@@ -143,6 +147,19 @@ def test_noise_of_an_earlier_fine_tuning_is_kept_or_refused(rft_config, tmp_path
     train_rft.main(dataclasses.replace(again, steps=1, lr=0.0, sigma_lr=0.0, weight_decay=0.0))
     first, second = (VLAPolicy.load(f"{c.out_dir}/model.safetensors") for c in (rft_config, again))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_average_is_what_is_exported(rft_config):
+    cfg = dataclasses.replace(rft_config, steps=1, warmup=0, ema=0.99, lr=1e-2)
+    train_rft.main(cfg)
+    state = torch.load(f"{cfg.out_dir}/train_state.pt", weights_only=True)
+    name = "head.net.dit.out.weight"
+    before, after = (
+        VLAPolicy.load(path).state_dict()[name] for path in (cfg.policy, f"{cfg.out_dir}/model.safetensors")
+    )
+    trained = state["policy"][name]
+    assert (trained - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, 0.1 * before + 0.9 * trained)  # one step of decay min(0.99, 1 / 10)
 
 
 def test_closed_loop(rft_config, tmp_path, monkeypatch):
