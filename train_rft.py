@@ -226,7 +226,7 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
     base_rates = [group["lr"] for group in groups]
 
-    averages = EMA([p for group in groups for p in group["params"]], cfg.ema)
+    averages = EMA([p for group in groups for p in group["params"]], cfg.ema, from_scratch=False)
     parts = {"policy": policy, "optimizer": optimizer} | ({"ema": averages} if cfg.ema is not None else {})
     state = TrainState(out_dir, parts, cfg.async_save)
     step, minutes = state.load(step=0, minutes=0.0)

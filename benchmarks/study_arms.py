@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
 PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
+AVERAGED = ["--ema", 0.97]  # over some 30 steps
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr", *HELD],
     "RFT R1": ["--reward", "r1", *HELD],
@@ -16,9 +17,13 @@ RFT_ARMS = {
     "RFT divergence, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
     "RFT R3, symmetric": ["--reward", "r3", *HELD, "--symmetric"],
     "RFT divergence, symmetric": ["--reward", "divergence", *PER_STEP, "--symmetric"],
+    "RFT R1 per step, averaged": ["--reward", "r1", *PER_STEP, *AVERAGED],
+    "RFT R3, averaged": ["--reward", "r3", *HELD, *AVERAGED],
+    "RFT divergence, averaged": ["--reward", "divergence", *PER_STEP, *AVERAGED],
     "RFT R3, on-policy": ["--reward", "r3", *HELD],
     "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
-    "RFT divergence, on-policy, symmetric": ["--reward", "divergence", *PER_STEP, "--symmetric"],
+    "RFT R3, on-policy, averaged": ["--reward", "r3", *HELD, *AVERAGED],
+    "RFT divergence, on-policy, averaged": ["--reward", "divergence", *PER_STEP, *AVERAGED],
     "RFT R3, on-policy, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
     "RFT divergence, on-policy, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
@@ -33,8 +38,8 @@ NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
-SYMMETRIC = tuple(name for name in ARMS if "symmetric" in name)
-OPTIONAL = ("extra SFT head", *ON_POLICY, *SYMMETRIC, *LONG_ARMS)  # run where they are asked for
+LATER = tuple(name for name in ARMS if "symmetric" in name or "averaged" in name)
+OPTIONAL = ("extra SFT head", *ON_POLICY, *LATER, *LONG_ARMS)  # run where they are asked for
 
 
 def timed_arm(arms: Sequence[str], extra: str) -> str:

@@ -14,18 +14,21 @@ class EMA:
 
     Args:
         parameters: those that train; the average starts as their copy.
-        decay: of the average per step, in [0, 1); while the run is young, (step + 1) / (step + 10) where that is less.
+        decay: of the average per step, in [0, 1).
+        from_scratch: the first weights are worth nothing, so while the run is young the decay is (step + 1) / (step +
+            10) where that is less. Otherwise they are part of the average as all others.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float | None) -> None:
-        self.parameters, self.decay = parameters, decay
+    def __init__(self, parameters: Sequence[Tensor], decay: float | None, from_scratch: bool = True) -> None:
+        self.parameters, self.decay, self.from_scratch = parameters, decay, from_scratch
         self.averages = [] if decay is None else [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step `step` (0-based)."""
+        young = (step + 1) / (step + 10) if self.from_scratch else 1.0
         for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter, 1 - min(self.decay, (step + 1) / (step + 10)))
+            average.lerp_(parameter, 1 - min(self.decay, young))
 
     def state_dict(self) -> dict[int, Tensor]:
         """The averages, by the parameters' numbers."""
