@@ -162,6 +162,17 @@ def gated_runs(report: dict) -> list[GatedRun]:
     ]
 
 
+def show_gates(gated: Sequence[GatedRun]) -> None:
+    """Print gates and gains, and how they go together."""
+    for run in sorted(gated, key=lambda run: run.gate):
+        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {points(run.against_sft)}")
+    gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
+    shuffled = gains[torch.rand(100_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
+    order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)
+    chance = (by_chance >= order - 1e-9).double().mean()
+    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}, p = {chance:.2g} (permutations)")
+
+
 def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
     """PNG of gains against gates, with 95 % intervals; one colour an arm, one mark a suite."""
     import matplotlib
@@ -190,12 +201,6 @@ if __name__ == "__main__":
     study, picture = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name in study["summary"]:
         print(f"{name}\n\n{markdown(study, name)}\n")
-    gated = gated_runs(study)
-    for run in sorted(gated, key=lambda run: run.gate):
-        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {points(run.against_sft)}")
-    gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
-    shuffled = gains[torch.rand(100_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
-    order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)
-    chance = (by_chance >= order - 1e-9).double().mean()
-    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}, p = {chance:.2g} (permutations)")
-    draw_gates(gated, picture)
+    if gated := gated_runs(study):
+        show_gates(gated)
+        draw_gates(gated, picture)

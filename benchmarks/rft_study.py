@@ -22,10 +22,10 @@ stands for "SFT", say "extra SFT, 400 steps"; it gets a JSON file of its own.
 The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
 "runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
 the minutes of each training, as far as the other work of the machine lets them mean anything; true error and spread of
-the chunks (chunks.py), and how they changed; the trust gate before the first step; success rates while the policies of
-`curve_seeds` trained. Under "summary", for each suite and for all of them: rates with 95 % intervals, and paired
-differences to the long-trained policy and to the controls, pairs of all seeds pooled, and seed by seed. And a picture
-of the curves.
+the chunks (chunks.py), and how they changed; the trust gate before the first step, and the true error on the way;
+success rates while the policies of `curve_seeds` trained. Under "summary", for each suite and for all of them: rates
+with 95 % intervals, and paired differences to the long-trained policy and to the controls, pairs of all seeds pooled,
+and seed by seed. And a picture of the curves.
 """
 
 import json
@@ -38,10 +38,12 @@ from chunks import difference, measure
 from outcomes import summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
 from study_arms import ARMS, EXTRA_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
+from study_logs import courses, minutes_of, trust_gates
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
 
+MERGED = "minutes", "chunks", "trust_gate", "courses", "curves"  # of an entry, from several invocations
 SECOND_ROUND = 100  # added to its seeds of supervised training
 
 
@@ -89,14 +91,6 @@ PRESETS = {
         rft_starts=2, rft_group=3, attempts=2, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
-
-
-def minutes_of(run: Path) -> float:
-    """Wall time of a training [min]: of a fine-tuning, that of its steps, without gates and diagnostics."""
-    rows = read_lines(run / "log.jsonl")
-    if "policy_s" in rows[-1]:
-        return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
-    return max(row["minutes"] for row in rows if "minutes" in row)
 
 
 def folder_of(cfg: Config, suite: str, seed: int, arm: str = "") -> Path:
@@ -197,17 +191,6 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
     return found
 
 
-def trust_gates(cfg: Config, suite: str, seed: int) -> dict[str, dict[str, float]]:
-    """What the gate said before the first step of the fine-tunings that have one: arm -> figures."""
-    found = {}
-    for name in RFT_ARMS:
-        log = folder_of(cfg, suite, seed, name) / "log.jsonl"
-        first = read_lines(log)[0] if log.is_file() else {}
-        if gate := {key: value for key, value in first.items() if key.startswith("gate")}:
-            found[name] = gate
-    return found
-
-
 def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str, dict]:
     """What chunks.py measures of each policy, and how it differs from the long-trained one."""
     where = Path(cfg.out_dir) / suite / "demos"
@@ -238,7 +221,8 @@ def run(cfg: Config, suite: str, seed: int) -> dict:
         "outcomes": outcomes,
         "minutes": {name: minutes_of(path.parent) for name, path in policies.items()},
         "chunks": chunk_errors(cfg, suite, policies),
-        "trust_gate": trust_gates(cfg, suite, seed),
+        "trust_gate": trust_gates(policies),
+        "courses": courses(policies),
         "curves": curves(cfg, suite, seed),
         "machine": machine(),
     }
@@ -250,7 +234,7 @@ def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
     before = seeds.get(str(seed), entry)
     if before["sft"] == entry["sft"]:  # arms of another invocation stay
         outcomes = {kind: before["outcomes"].get(kind, {}) | found for kind, found in entry["outcomes"].items()}
-        merged = {name: before[name] | entry[name] for name in ("minutes", "chunks", "trust_gate", "curves")}
+        merged = {name: before.get(name, {}) | entry[name] for name in MERGED}
         entry = {**entry, **merged, "outcomes": outcomes}
     else:
         print(f"{suite}, seed {seed}: the entry of {cfg.out} is of another long-trained policy and is replaced")

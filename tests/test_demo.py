@@ -204,7 +204,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     suite = tmp_path / "runs" / "tabletop_object"
     own = dataclasses.replace(fewer, arms=("RFT R3, on-policy",), out=str(tmp_path / "own.json"))
     gate = study.main(own)["runs"]["tabletop_object"]["0"]["trust_gate"]
-    assert set(gate) == {"RWR", "RFT R3", "RFT R3, on-policy"} and gate["RFT R3, on-policy"] != gate["RFT R3"]
+    assert set(gate) == {"RFT R3, on-policy"} and gate["RFT R3, on-policy"] != entry["trust_gate"]["RFT R3"]
     kinds = Counter(e.kind for e in load_episodes(suite / "seed0" / "attempts_demos", successes_only=False))
     assert kinds == Counter(e.kind for e in load_episodes(suite / "demos", successes_only=False)) + Counter(policy=2)
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "train_rft.py" in line]
@@ -243,7 +243,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
 def test_study_gathers_runs(load_benchmark, capsys):
     study = load_benchmark("rft_study")
     cfg, runs = study.PRESETS["smoke"], {}
-    parts = {"minutes": {}, "chunks": {}, "trust_gate": {}, "curves": {}}
+    parts = {"minutes": {}, "chunks": {}, "trust_gate": {}, "courses": {}, "curves": {}}
     first = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RWR": "11"}}, **parts}
     study.gather(cfg, runs, "tabletop_object", 0, first)
     again = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RFT R3": "01"}}, **parts, "trust_gate": {"gate": 0.5}}
@@ -257,6 +257,26 @@ def test_study_gathers_runs(load_benchmark, capsys):
     study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "b"})
     assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR"}
     assert "is of another long-trained policy and is replaced" in capsys.readouterr().out
+
+
+def test_study_reads_logs(load_benchmark, tmp_path):
+    logs = load_benchmark("study_logs")
+    looked = {"true_error": 0.01, "true_error_mean_action": 0.008}
+    rows = {
+        "RFT R3": [
+            {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **looked},
+            {"step": 1, "policy_s": 20, "world_model_s": 20, "update_s": 20, "minutes": 9},
+        ],
+        "extra SFT": [{"step": 10, "minutes": 2.5}],
+    }
+    policies = {}
+    for name, lines in rows.items():
+        policies[name] = tmp_path / name / "model.safetensors"
+        policies[name].parent.mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert logs.trust_gates(policies) == {"RFT R3": {"gate": 0.4}}
+    assert logs.courses(policies) == {"RFT R3": [{"step": 0, **looked}]}
+    assert [logs.minutes_of(tmp_path / name) for name in rows] == [2.0, 2.5]
 
 
 def test_study_pools_pairs_of_all_runs(load_benchmark):
