@@ -181,7 +181,7 @@ def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     arms, suites = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("arm", "suite"))
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     axis.axhline(0, color="grey", linewidth=0.8)
     for arm, suite in dict.fromkeys((run.arm, run.suite) for run in runs):
         own = [run for run in runs if (run.arm, run.suite) == (arm, suite)]
@@ -191,7 +191,7 @@ def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
         label = f"{arm.removeprefix('RFT ')}, {suite.removeprefix('tabletop_')}"
         axis.errorbar([run.gate for run in own], ends[0], bars, label=label, **style)
     axis.set(xlabel="trust gate before the first step", ylabel="success against SFT, points")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)

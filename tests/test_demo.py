@@ -76,7 +76,7 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     assert first["success"]["episodes"] == 2 and [point["step"] for point in first["curve"]] == [1, 3]
     assert "against_first" in other and "against_first" not in first
     with Image.open(places["figure"]) as image:
-        assert image.size == (480, 320)
+        assert image.size == (720, 320)
     assert "no key-position loss" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
@@ -156,7 +156,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert gated[:4] == ("tabletop_object", "0", "RFT R3", entry["trust_gate"]["RFT R3"]["gate"])
     outcomes.draw_gates([gated], tmp_path / "gates.png")
     with Image.open(tmp_path / "gates.png") as image:
-        assert image.size == (480, 320)
+        assert image.size == (720, 320)
     curves = dict(entry["curves"])
     assert len(curves.pop("extra_SFT_head")) >= 1
     assert {name: len(rows) for name, rows in curves.items()} == {"RFT_R3": 2, "RWR": 2}
