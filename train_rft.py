@@ -234,6 +234,8 @@ def main(cfg: Config) -> dict[str, float]:
     metrics: dict[str, float] = {}
 
     def exported() -> dict[str, Tensor]:
+        if cfg.ema is None:  # no copy of the frozen weights
+            return distributed.full_state_dict(policy)
         with averages.swapped():
             return {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
 

@@ -6,10 +6,10 @@
         --world-model runs/study/tabletop_spatial/wm/model.safetensors --demos runs/study/tabletop_spatial/demos
 
 The chunks of a start are much alike, and so are their frames: where tokens are the same, `FrameTokenizer.decode` makes
-the pixels once. How often that is, random weights do not tell. Here a policy's own chunks are imagined
-in its world model, at starts of its training episodes, greedily and by sampling; the share of different frames is
-counted, and decoding each once is timed against decoding all, in turns in one process. Both must give the same pixels.
-Writes one JSON.
+the pixels once. How often that is, random weights do not tell. Here a policy's own chunks are imagined in its world
+model, at starts of its training episodes, greedily and by sampling; the share of different frames is counted, and
+decoding each once is timed against decoding all, in turns in one process. Both must give the same pixels. Writes one
+JSON.
 """
 
 import sys

@@ -76,7 +76,7 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     assert first["success"]["episodes"] == 2 and [point["step"] for point in first["curve"]] == [1, 3]
     assert "against_first" in other and "against_first" not in first
     with Image.open(places["figure"]) as image:
-        assert image.size == (720, 320)
+        assert image.size == (480, 320)
     assert "no key-position loss" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         study.main(dataclasses.replace(study.PRESETS["smoke"], arms=("none",)))
