@@ -108,6 +108,19 @@ def test_a_symmetric_reward_favours_no_side():
         verified_reward("r1", None, actions, dataset, frames, symmetric=True)
 
 
+def test_a_mirror_image_goes_on_from_its_chunks_frame():
+    shades = torch.tensor([0.1, 0.2, 0.9])  # two rollouts, and the reference last
+    starts = shades[None, :, None, None, None].expand(1, 3, 3, 16, 16)
+    model, seen = OneSided(), []
+    real = model.rollout
+    model.rollout = lambda frames, actions, **how: seen.append((frames[:, 0, 0, 0], actions)) or real(frames, actions)
+    dataset, actions = chunk(0.0, 0.0)[None], torch.stack([chunk(0.3, 0.1), chunk(0.5, 0.0)])[None]
+    verified_reward("r3", model, actions, dataset, torch.zeros(1, 3, 3, 16, 16), symmetric=True, start_frames=starts)
+    ((frames, played),) = seen
+    torch.testing.assert_close(frames, shades[[0, 1, 0, 1, 2]])
+    torch.testing.assert_close(played[:, 0, 0, 0], torch.tensor([0.3, 0.5, -0.3, -0.5, 0.0]))
+
+
 def test_mirror():
     actions, reference = torch.zeros(1, 2, 1, 7), torch.full((1, 1, 7), 0.4)
     actions[0, 1, 0, 0], actions[..., 6] = -0.5, -1.0
