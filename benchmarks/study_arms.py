@@ -1,10 +1,12 @@
 """The arms of `rft_study.py`: flags of `train_rft.py`, and of `train_sft.py` for the controls."""
 
+import re
 from collections.abc import Sequence
 
 HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per step, the policy's term is 8 times smaller
 PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
 AVERAGED = ["--ema", 0.97]  # over some 30 steps
+STEADY = ["--noisy-dims", *range(6), *AVERAGED]  # the gripper, open or closed, takes no noise and has no log-prob
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr", *HELD],
     "RFT R1": ["--reward", "r1", *HELD],
@@ -20,6 +22,12 @@ RFT_ARMS = {
     "RFT R1 per step, averaged": ["--reward", "r1", *PER_STEP, *AVERAGED],
     "RFT R3, averaged": ["--reward", "r3", *HELD, *AVERAGED],
     "RFT divergence, averaged": ["--reward", "divergence", *PER_STEP, *AVERAGED],
+    "RFT R1 per step, steady": ["--reward", "r1", *PER_STEP, *STEADY],
+    "RFT R3, steady": ["--reward", "r3", *HELD, *STEADY],
+    "RFT divergence, gripper left out": ["--reward", "divergence", *PER_STEP, "--noisy-dims", *range(6)],
+    "RFT divergence, steady": ["--reward", "divergence", *PER_STEP, *STEADY],
+    "RFT R1 per step, steady, 400 steps": ["--reward", "r1", *PER_STEP, *STEADY, "--steps", 400],
+    "RFT divergence, steady, 400 steps": ["--reward", "divergence", *PER_STEP, *STEADY, "--steps", 400],
     "RFT R3, on-policy": ["--reward", "r3", *HELD],
     "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
     "RFT R3, on-policy, averaged": ["--reward", "r3", *HELD, *AVERAGED],
@@ -38,7 +46,7 @@ NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
-LATER = tuple(name for name in ARMS if "symmetric" in name or "averaged" in name)
+LATER = tuple(name for name in ARMS if re.search("symmetric|averaged|steady|left out", name))
 OPTIONAL = ("extra SFT head", *ON_POLICY, *LATER, *LONG_ARMS)  # run where they are asked for
 
 
