@@ -21,7 +21,16 @@ from tables import percent, points, shift, table_row
 
 from vlarft.metrics import paired_difference, spearman
 
-RIVALS = "SFT", "extra SFT", "extra SFT, 400 steps", "RWR", "regression"  # that the others are compared with
+# policies that the others are compared with
+RIVALS = (
+    "SFT",
+    "extra SFT",
+    "extra SFT, 400 steps",
+    "RWR",
+    "regression",
+    "SFT, x_0 = 0",
+    "extra SFT, 400 steps, x_0 = 0",
+)
 ALL = "all"  # suites, or kinds of starts
 
 

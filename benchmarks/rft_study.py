@@ -13,9 +13,9 @@ of 400 steps are as long as the paper's, "extra SFT, 400 steps" has the wall tim
 played in the simulator. "symmetric" and "averaged" are what those options of `train_rft.py` (--symmetric, --ema) do,
 "gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady" that and averaged weights.
 All of these and "extra SFT head" run where --arms names them.
-"SFT, x_0 = 0" is the long-trained policy played from the middle of its noise. All policies of a seed play the same
-starts, plain and perturbed. Every stage is a command of the repository, is printed, and is not run again once it is
-done.
+"SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. All
+policies of a seed play the same starts, plain and perturbed. Every stage is a command of the repository, is printed,
+and is not run again once it is done.
 
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
 stands for "SFT", say "extra SFT, 400 steps"; it gets a JSON file of its own.
@@ -38,7 +38,7 @@ from statistics import mean
 from chunks import difference, measure
 from outcomes import summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
-from study_arms import ARMS, EXTRA_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
+from study_arms import ARMS, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, minutes_of, trust_gates
 
 from vlarft.checkpoint import write_json
@@ -63,6 +63,7 @@ class Config:
         tuple(arm for arm in ARMS if arm not in ("extra SFT head", "RWR", "RFT R1", "RFT R2")),
         "arms that play perturbed starts, beside SFT",
     )
+    zero_arms: tuple[str, ...] = opt(LONG_RIVALS, "arms that play from the middle of their noise, too, beside SFT")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
     error_draws: int = opt(3, "chunks that the policy samples at each of them")
@@ -81,15 +82,15 @@ class Config:
 
 
 # may differ in one JSON file
-FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms"
+FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms", "zero_arms"
 FREE += "curve_seeds", "curve_points", "curve_episodes"
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("extra SFT head", "RWR", "RFT R3"),
-        perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), episodes=2, error_starts=4, error_draws=2,
-        stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4, rft_steps=2,
-        rft_starts=2, rft_group=3, attempts=2, curve_points=2, curve_episodes=1,
+        perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), zero_arms=("RFT R3",), episodes=2, error_starts=4,
+        error_draws=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
+        rft_steps=2, rft_starts=2, rft_group=3, attempts=2, curve_points=2, curve_episodes=1,
     ),
 }  # fmt: skip
 
@@ -187,8 +188,9 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
     if perturb != "none":
         playing = {name: path for name, path in policies.items() if name in ("SFT", *cfg.perturbed_arms)}
     found = {name: starts.play(path.parent / kind, path, perturb) for name, path in playing.items()}
-    path = policies["SFT"]
-    found["SFT, x_0 = 0"] = starts.play(path.parent / f"{kind}_zero", path, perturb, "--noise", "zero")
+    for name, path in policies.items():
+        if name in ("SFT", *cfg.zero_arms):
+            found[f"{name}, x_0 = 0"] = starts.play(path.parent / f"{kind}_zero", path, perturb, "--noise", "zero")
     return found
 
 
@@ -287,7 +289,7 @@ def main(cfg: Config) -> dict:
         ValueError: an unknown arm, or a JSON file of other settings.
         FileNotFoundError: no policy to start the second round from.
     """
-    check_known((*cfg.arms, *cfg.perturbed_arms, *([cfg.start] if cfg.start else [])), ARMS, "arm")
+    check_known((*cfg.arms, *cfg.perturbed_arms, *cfg.zero_arms, *([cfg.start] if cfg.start else [])), ARMS, "arm")
     report = read_report(cfg)
     for suite in cfg.suites:
         for seed in cfg.seeds:

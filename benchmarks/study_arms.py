@@ -48,6 +48,7 @@ LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
 LATER = tuple(name for name in ARMS if re.search("symmetric|averaged|steady|left out", name))
 OPTIONAL = ("extra SFT head", *ON_POLICY, *LATER, *LONG_ARMS)  # run where they are asked for
+LONG_RIVALS = "extra SFT, 400 steps", "RFT R1 per step, 400 steps"  # as long as the paper's, in equal wall time
 
 
 def timed_arm(arms: Sequence[str], extra: str) -> str:

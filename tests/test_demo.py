@@ -12,6 +12,7 @@ import demo
 from vlarft.data import load_episodes
 
 ROOT = Path(__file__).parents[1]
+ZERO = "SFT, x_0 = 0", "RFT R3, x_0 = 0"  # what the study plays from the middle of the noise, too
 
 
 def run_notebook(name: str) -> dict:
@@ -138,13 +139,13 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert json.loads((tmp_path / "study.json").read_text()) == report
     summary, entry = report["summary"]["tabletop_object"], report["runs"]["tabletop_object"]["0"]
     found = summary["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", "SFT, x_0 = 0"]
-    assert list(summary["robot:20"]) == list(summary["all"]) == ["SFT", "RFT R3", "SFT, x_0 = 0"]
+    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", *ZERO]
+    assert list(summary["robot:20"]) == list(summary["all"]) == ["SFT", "RFT R3", *ZERO]
     assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
     assert summary["all"]["RFT R3"]["all"]["episodes"] == 4
     assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
     assert report["summary"]["all"] == summary
-    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - {"SFT, x_0 = 0"}
+    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - set(ZERO)
     assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
     outcomes = load_benchmark("outcomes")
     lines = outcomes.markdown(report, "tabletop_object").splitlines()
@@ -193,7 +194,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     ):
         study.main(dataclasses.replace(again, seeds=(1,)))
     second = study.main(again)["runs"]["tabletop_object"]["0"]
-    assert set(second["outcomes"]["none"]) == {"SFT", "RFT R3", "extra SFT head", "SFT, x_0 = 0"}
+    assert set(second["outcomes"]["none"]) == {"SFT", "RFT R3", "extra SFT head", *ZERO}
     assert second["outcomes"]["none"]["SFT"] == entry["outcomes"]["none"]["extra SFT head"]
     assert second["sft"] != entry["sft"]
     lines = [line for line in capfd.readouterr().out.splitlines() if "--init" in line or "train_rft.py" in line]
