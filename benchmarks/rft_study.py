@@ -8,11 +8,11 @@ then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage 
 weight of 1; "RFT R1 per step" and "RFT divergence" one for every action step, and 0.1 (docs/study.md). "extra SFT" has
 the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "extra SFT head" the same with the flow head
 alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. The arms
-of 400 steps are as long as the paper's, "extra SFT, 400 steps" has the wall time of the first of them. The arms named
-"on-policy" have a world model of their own, trained alike, which also saw `attempts` episodes a task that the policy
-played in the simulator. "symmetric" and "averaged" are what those options of `train_rft.py` (--symmetric, --ema) do,
-"gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady" that and averaged weights.
-All of these and "extra SFT head" run where --arms names them.
+of 400 steps are as long as the paper's; extra SFT of 400 steps, of the head or of all, has the wall time of the first.
+The arms named "on-policy" have a world model of their own, trained alike, which also saw `attempts` episodes a task
+that the policy played in the simulator. "symmetric" and "averaged" are what those options of `train_rft.py`
+(--symmetric, --ema) do, "gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady"
+that and averaged weights. All of these and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. All
 policies of a seed play the same starts, plain and perturbed. Every stage is a command of the repository, is printed,
 and is not run again once it is done.
