@@ -34,9 +34,9 @@ Deviations from the paper, each an option:
 - not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
   is sampled or decoded); --symmetric (a chunk is scored with its mirror image about the dataset's actions, see
   reward.py); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde, --group-x0 shared,
-  --mirrored (noise in pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma; --reward
-  simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is the world
-  model's doing.
+  --mirrored (noise in pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma; --vlm-lr,
+  which trains the vision-language model, too (it then runs once more for a start's update); --reward simulator, the
+  true error in the simulator of Tabletop demonstrations, which shows how much of a result is the world model's doing.
 - --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
 
@@ -85,6 +85,7 @@ class Config(
     starts: int = opt(16, "start states a step, over all processes (release)")
     lr: float = opt(1e-6, "AdamW learning rate of the flow head (release)")
     sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (release)")
+    vlm_lr: float | None = opt(None, "AdamW learning rate of vision-language model and key position; none: frozen")
     weight_decay: float = opt(0.01, "AdamW weight decay (release)")
     warmup: int = opt(10, "steps of linear warmup (release)")
     decay: Decay = opt("constant", "learning rates after it (release: constant)")
@@ -113,6 +114,11 @@ class Config(
             raise ValueError(
                 f"credit {self.credit} gives each action step an advantage of its own, which algorithm "
                 f"{self.algorithm} with ratio_per {self.ratio_per} has no use for; choose grpo with --ratio-per step"
+            )
+        if self.kl_weight and self.vlm_lr is not None:
+            raise ValueError(
+                f"kl_weight {self.kl_weight} with vlm_lr {self.vlm_lr}: the KL is to the supervised head on the same "
+                "context, which then is no longer the supervised policy's; leave one of them out"
             )
         if self.credit == "frame" and self.over_frames == "last":
             raise ValueError("credit frame with over_frames last: all action steps but the last would learn nothing")
@@ -212,16 +218,19 @@ def main(cfg: Config) -> dict[str, float]:
     policy.requires_grad_(False).eval()
     supervised = supervised_copy(policy) if cfg.kl_weight else None
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
+    if cfg.vlm_lr is not None:
+        rates |= dict.fromkeys(("vlm", "key_head", "key_embed"), cfg.vlm_lr)
     trained = {name: net for name in rates if (net := getattr(policy, name)) is not None}
     for net in trained.values():
         net.requires_grad_(True)
     look = (cfg, policy, world_model, probe)  # at the policy before any change of it
     _, before = diagnose(*look, distance, (cfg.seed, 4), true)
     for net in trained.values():
-        use = "velocity" if net is policy.head else "log_sigma"
-        distributed.shard(net, methods=("prepare", "at_steps", use))  # whole: its blocks' modulations run before them
-    if cfg.frozen == "shard":
-        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.bf16)
+        if net is not policy.vlm:  # whole: the modulations of the networks' blocks run before them
+            used = ("prepare", "at_steps", "velocity", "log_sigma")
+            distributed.shard(net, methods=[name for name in used if hasattr(net, name)])
+    if policy.vlm_trains or cfg.frozen == "shard":
+        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.bf16 and not policy.vlm_trains)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
     base_rates = [group["lr"] for group in groups]

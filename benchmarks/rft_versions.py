@@ -160,7 +160,13 @@ class Workload:
         """The update from rollouts that are starts of their own."""
         step, starts = self.step, len(self.batch.frames)
         advantage = advantages(reward.reward.view(starts, step.group), divide_by_std=step.divide_by_std).view(-1, 1)
-        rollouts = Rollouts(rows, (PlayedChunk(context, rows.proprio, chain),), reward, advantage, {})
+        rollouts = Rollouts(
+            rows,
+            (PlayedChunk(context, rows.proprio, chain, rows.frames[:, 0], rows.instructions),),
+            reward,
+            advantage,
+            {},
+        )
         micro = None if step.micro_starts is None else step.micro_starts * step.group
         alone = Step(group=1, micro_starts=micro, mse_draws=max(1, step.mse_draws // step.group))
         update(alone, self.policy, self.optimizer, rollouts, (0, 0))

@@ -135,7 +135,7 @@ def rft_config(demos, policy_file, world_model_file, tmp_path):
 
 @pytest.fixture
 def rft_parts(rft_config):
-    """Policy with a fresh sigma net, world model and a batch of starts."""
+    """Policy with a fresh sigma net, its vision-language model frozen, world model and a batch of starts."""
     from vlarft.policy import VLAPolicy
     from vlarft.world_model import WorldModel
 
@@ -143,6 +143,7 @@ def rft_parts(rft_config):
     torch.manual_seed(0)
     policy.add_sigma_net()
     policy.eval()
+    policy.vlm.requires_grad_(False)
     sampler = WindowSampler(load_episodes(rft_config.demos), 9, 8)
     return policy, WorldModel.load(rft_config.world_model), sampler.batch(rft_config.starts, 0, 0)
 

@@ -203,6 +203,16 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))
 
 
+def test_rft_of_the_whole_policy(demos, policy_file, world_model_file, tmp_path):
+    flags = ["--preset", "smoke", "--demos", demos, "--policy", policy_file, "--world-model", world_model_file]
+    flags += ["--starts", 4, "--vlm-lr", 1e-3, "--ema", 0.5, "--reward", "r1"]
+    here("train_rft.py", *flags, "--out-dir", tmp_path / "1")
+    launch(2, "train_rft.py", *flags, "--out-dir", tmp_path / "2", "--micro-starts", 1)
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    before, after = load_file(policy_file), load_file(tmp_path / "2" / "model.safetensors")
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("vlm."))
+
+
 def blocks_in_bfloat16() -> None:
     """Two ranks with a half of the rows each, in two micro-batches, against the plain decoder on all rows."""
     cfg = TransformerConfig(depth=2, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64)

@@ -19,6 +19,22 @@ def gradients_of(config, policy, rollouts, **changes):
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), metrics
 
 
+def check_gradients(config, policy, rollouts, parameters, supervised=None, element=2):
+    """One element of each parameter, against central differences of the loss."""
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    for parameter in parameters:
+        update(config, policy, optimizer, rollouts, (0, 0), supervised)
+        gradient, losses = parameter.grad.flatten()[element].item(), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.view(-1)[element] += sign * 2e-3
+            losses.append(update(config, policy, optimizer, rollouts, (0, 0), supervised)["loss"])
+            with torch.no_grad():
+                parameter.view(-1)[element] -= sign * 2e-3
+        print(gradient, (losses[0] - losses[1]) / 4e-3)
+        assert gradient == pytest.approx((losses[0] - losses[1]) / 4e-3, rel=0.05, abs=2e-4)
+
+
 def test_first_update_has_ratio_one(rft_config, rft_parts):
     policy, model, batch = rft_parts
     rollouts = collect(rft_config, policy, model, batch, perceptual("ssim"), (0, 0))
@@ -64,18 +80,15 @@ def test_gradient_of_the_whole_objective_against_finite_differences(rft_config, 
     rft_config = dataclasses.replace(rft_config, mse_weight=0.3, kl_weight=0.5, entropy_weight=0.1, clip_norm=1e9)
     torch.nn.init.normal_(policy.sigma_net.net.dit.out.bias, std=0.1)
     bias = policy.head.net.dit.out.bias
-    optimizer = torch.optim.SGD([bias, policy.sigma_net.net.dit.out.bias], lr=0.0)
-    for parameter in (bias, policy.sigma_net.net.dit.out.bias):
-        update(rft_config, policy, optimizer, rollouts, (0, 0), supervised)
-        gradient = parameter.grad[2].item()
-        losses = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter[2] += sign * 2e-3
-            losses.append(update(rft_config, policy, optimizer, rollouts, (0, 0), supervised)["loss"])
-            with torch.no_grad():
-                parameter[2] -= sign * 2e-3
-        assert gradient == pytest.approx((losses[0] - losses[1]) / 4e-3, rel=0.05, abs=2e-3)
+    check_gradients(rft_config, policy, rollouts, [bias, policy.sigma_net.net.dit.out.bias], supervised)
+
+
+def test_gradient_of_the_vision_language_model_against_finite_differences(rft_config, rft_parts):
+    policy, model, batch = rft_parts
+    policy.vlm.requires_grad_(True)
+    rft_config = dataclasses.replace(rft_config, mse_weight=0.3, clip_norm=1e9, micro_starts=1)
+    rollouts = collect(rft_config, policy, model, batch, perceptual("ssim"), (0, 0))
+    check_gradients(rft_config, policy, rollouts, [policy.vlm.action_queries.weight, policy.key_embed.bias], element=0)
 
 
 def test_several_updates_on_one_batch(rft_config, rft_parts):

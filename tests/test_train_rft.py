@@ -64,9 +64,9 @@ def test_evaluation_ignores_the_sigma_net(rft_config):
     assert torch.equal(policy.act(images, ["push"], proprio, noise=noise), actions)
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch, ema):
-    rft_config = dataclasses.replace(rft_config, steps=3, ema=ema)
+@pytest.mark.parametrize(("ema", "vlm_lr"), [(None, None), (0.9, 1e-3)])
+def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch, ema, vlm_lr):
+    rft_config = dataclasses.replace(rft_config, steps=3, ema=ema, vlm_lr=vlm_lr)
     train_rft.main(rft_config)
     whole = torch.load(f"{rft_config.out_dir}/train_state.pt", weights_only=True)
 
@@ -107,6 +107,7 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch, ema):
         {"bf16": True, "over_frames": "last", "micro_starts": 1},
         {"algorithm": "rwr", "rwr_temperature": 1.0},
         {"group_x0": "shared", "decay": "cosine"},
+        {"vlm_lr": 1e-3, "bf16": True, "mse_gate": 0.2, "epochs": 2},
         {"reward": "divergence", "history": "start", "credit": "to_go", "ratio_per": "step"},
         {"reward": "divergence", "bf16": True, "credit": "frame", "ratio_per": "element", "over_frames": "mean"},
         {"symmetric": True, "imagination": "sample", "micro_starts": 1},
@@ -162,6 +163,18 @@ def test_the_average_is_what_is_exported(rft_config):
     torch.testing.assert_close(after, 0.75 * before + 0.25 * trained)  # from the policy before on
 
 
+@pytest.mark.parametrize("changes", [{}, {"vlm_lr": 1e-2}, {"vlm_lr": 1e-2, "bf16": True, "micro_starts": 1}])
+def test_the_vision_language_model_trains_where_asked(rft_config, changes):
+    """It is scored as it was sampled, in float32, and all that the head sees by moves."""
+    metrics = train_rft.main(dataclasses.replace(rft_config, steps=1, warmup=0, reward="r1", **changes))
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
+    before, after = (
+        VLAPolicy.load(path).state_dict() for path in (rft_config.policy, f"{rft_config.out_dir}/model.safetensors")
+    )
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == ({"head", "vlm", "key_head", "key_embed"} if changes else {"head"})
+
+
 def test_closed_loop(rft_config, tmp_path, monkeypatch):
     """Two chunks a rollout: the policy sees what it led to, and the reward covers both."""
     for k in range(2):
@@ -192,6 +205,11 @@ def test_closed_loop(rft_config, tmp_path, monkeypatch):
             train_rft.main(
                 dataclasses.replace(rft_config, **changes | {"reward": reward}, out_dir=str(tmp_path / reward))
             )
+    # the vision-language model sees each chunk's frames once more, as its rollouts did
+    metrics = train_rft.main(
+        dataclasses.replace(rft_config, **changes, vlm_lr=1e-3, micro_starts=1, out_dir=str(tmp_path / "vlm"))
+    )
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
     # advantages of action steps: each chunk's own, with what follows in the other
     changes |= {"reward": "r3", "credit": "to_go", "ratio_per": "step"}
     train_rft.main(dataclasses.replace(rft_config, **changes, out_dir=str(tmp_path / "credit")))
@@ -272,6 +290,8 @@ def test_refusals(rft_config, tmp_path):
         run(credit="to_go", ratio_per="step", algorithm="rwr")
     with pytest.raises(ValueError, match="credit frame with over_frames last: all action steps but the last"):
         run(credit="frame", ratio_per="step", over_frames="last")
+    with pytest.raises(ValueError, match="kl_weight 0.1 with vlm_lr 0.001: .* leave one of them out"):
+        run(kl_weight=0.1, vlm_lr=1e-3)
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))

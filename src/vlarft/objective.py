@@ -104,8 +104,8 @@ def update(
 
     Args:
         cfg: terms and sizes.
-        policy: head and sigma net are trained, in eval mode.
-        optimizer: of both.
+        policy: head and sigma net are trained, and what else has gradients; in eval mode.
+        optimizer: of all these.
         rollouts: of `rollout.collect`.
         seed: (seed, step), the same on all processes.
         supervised: for the KL term.
@@ -163,8 +163,8 @@ def _rows(values: Tensor, starts: Tensor, num_starts: int) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """A micro-batch of one chunk: context (n * R, N, D), proprio (n * R, P) raw, x (n * G, K + 1, T, A), its recorded
-    log_prob (n * G, M, T, A), and rows per context.
+    """A micro-batch of one chunk: context (n * R, N, D), made anew with its gradient where the vision-language model
+    trains; proprio (n * R, P) raw, x (n * G, K + 1, T, A), its recorded log_prob (n * G, M, T, A), and rows a context.
     """
 
     context: Tensor
@@ -174,10 +174,14 @@ class Chosen(NamedTuple):
     repeats: int
 
 
-def _choose(chunk: PlayedChunk, starts: Tensor, num_starts: int) -> Chosen:
+def _choose(policy: VLAPolicy, chunk: PlayedChunk, starts: Tensor, num_starts: int) -> Chosen:
     values = (chunk.context, chunk.proprio, *chunk.chain)
-    parts = [_rows(value, starts, num_starts) for value in values]
-    return Chosen(*parts, repeats=len(chunk.chain.x) // len(chunk.context))
+    context, *parts = [_rows(value, starts, num_starts) for value in values]
+    if policy.vlm_trains:
+        numbers = _rows(torch.arange(len(chunk.frames)), starts, num_starts)
+        images = policy.preprocess(chunk.frames[numbers.to(chunk.frames.device)])
+        context = policy.encode(images, [chunk.instructions[i] for i in numbers.tolist()])
+    return Chosen(context, *parts, repeats=len(chunk.chain.x) // len(chunk.context))
 
 
 def _reduced(cfg: ObjectiveConfig, policy: VLAPolicy, log_prob: Tensor) -> Tensor:
@@ -190,8 +194,8 @@ def _whole_kl(cfg: ObjectiveConfig, policy: VLAPolicy, rollouts: Rollouts, parts
     total, num_starts = 0.0, len(rollouts.advantage)
     for part in parts:
         for chunk in rollouts.chunks:
-            chosen = _choose(chunk, part.starts, num_starts)
             with torch.no_grad():
+                chosen = _choose(policy, chunk, part.starts, num_starts)
                 cond = policy.condition(chosen.context, chosen.proprio).repeat(chosen.repeats)
                 scored = chain_log_prob(policy.head, policy.sigma_net, chosen.x, cond)
             kl = sampled_kl(_reduced(cfg, policy, chosen.log_prob), _reduced(cfg, policy, scored.log_prob))
@@ -251,7 +255,7 @@ def _backward_grpo(
     totals: dict[str, float] = {}
     for part in parts:
         for c, chunk in enumerate(rollouts.chunks):
-            chosen = _choose(chunk, part.starts, num_starts)
+            chosen = _choose(policy, chunk, part.starts, num_starts)
             cond = policy.condition(chosen.context, chosen.proprio)
             scored = chain_log_prob(policy.head, policy.sigma_net, chosen.x, cond.repeat(chosen.repeats))
             surrogate, metrics = policy_loss(
@@ -297,7 +301,7 @@ def _backward_rwr(
     totals: dict[str, float] = {"weight_max": weights.max().item()}
     for part in parts:
         for c, chunk in enumerate(rollouts.chunks):
-            chosen = _choose(chunk, part.starts, num_starts)
+            chosen = _choose(policy, chunk, part.starts, num_starts)
             cond = policy.condition(chosen.context, chosen.proprio)
             played = policy.normalizer.encode_actions(policy.normalizer.decode_actions(chosen.x[:, -1]))
             pair = tuple(_rows(value, part.starts, num_starts) for value in pairs[1 + c])

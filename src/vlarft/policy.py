@@ -223,6 +223,11 @@ class VLAPolicy(nn.Module):
             self.cfg = replace(self.cfg, flow=flow)
             self.head.cfg = self.head.net.cfg = flow
 
+    @property
+    def vlm_trains(self) -> bool:
+        """Whether gradients reach the vision-language model."""
+        return any(p.requires_grad for p in self.vlm.parameters())
+
     def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
         """Images as a camera or a batch gives them, to what the vision encoder takes.
 

@@ -110,11 +110,14 @@ class PlayedChunk(NamedTuple):
     context: (S * R, N, D), R = 1 for the first chunk, which all rollouts of a start share, and G for the others.
     proprio: (S * R, P) raw.
     chain: of S * G rows.
+    frames: (S * R, C, H, W), and S * R instructions: what the context was made of.
     """
 
     context: Tensor
     proprio: Tensor
     chain: Chain
+    frames: Tensor
+    instructions: list[str]
 
 
 class Rollouts(NamedTuple):
@@ -134,8 +137,11 @@ def share(draws: Tensor, part: tuple[int, int]) -> Tensor:
 
 
 def encode(cfg: RolloutConfig, policy: VLAPolicy, frames: Tensor, instructions: list[str], at_once: int) -> Tensor:
-    """Context (B, N, D) float32 of frames (B, C, H, W), `at_once` images a forward, without gradient."""
-    autocast = torch.autocast(frames.device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
+    """Context (B, N, D) float32 of frames (B, C, H, W), `at_once` images a forward, without gradient; in bfloat16 where
+    that is asked for and the vision-language model is frozen: what is trained is scored as it is sampled, in float32.
+    """
+    half = cfg.bf16 and not policy.vlm_trains
+    autocast = torch.autocast(frames.device.type, torch.bfloat16) if half else nullcontext()
     with torch.no_grad(), autocast:
         parts = [
             policy.encode(policy.preprocess(frames[i : i + at_once]), instructions[i : i + at_once])
@@ -218,7 +224,7 @@ def collect(
         context = encode(cfg, policy, frames, instructions, starts)
         pairing = {"per_x0": cfg.rollouts_per_x0, "mirrored": cfg.mirrored}
         chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, **pairing)
-        chunks.append(PlayedChunk(context, proprio, chain))
+        chunks.append(PlayedChunk(context, proprio, chain, frames, instructions))
         actions = policy.normalizer.decode_actions(chain.x[:, -1])  # (S * G, T, A)
         seconds["policy_s"] += time.monotonic() - clock
         clock = time.monotonic()
