@@ -7,6 +7,7 @@ HELD = ["--mse-weight", 1]  # what docs/study.md found from the plateau; per ste
 PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
 AVERAGED = ["--ema", 0.97]  # over some 30 steps
 STEADY = ["--noisy-dims", *range(6), *AVERAGED]  # the gripper, open or closed, takes no noise and has no log-prob
+WHOLE = ["--vlm-lr", 1e-4, *AVERAGED]  # as the head's
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr", *HELD],
     "RFT R1": ["--reward", "r1", *HELD],
@@ -28,6 +29,11 @@ RFT_ARMS = {
     "RFT divergence, steady": ["--reward", "divergence", *PER_STEP, *STEADY],
     "RFT R1 per step, steady, 400 steps": ["--reward", "r1", *PER_STEP, *STEADY, "--steps", 400],
     "RFT divergence, steady, 400 steps": ["--reward", "divergence", *PER_STEP, *STEADY, "--steps", 400],
+    "RFT R1 per step, whole policy": ["--reward", "r1", *PER_STEP, *WHOLE],
+    "RFT R3, whole policy": ["--reward", "r3", *HELD, *WHOLE],
+    "RFT divergence, whole policy": ["--reward", "divergence", *PER_STEP, *WHOLE],
+    "RFT R1 per step, whole policy, 400 steps": ["--reward", "r1", *PER_STEP, *WHOLE, "--steps", 400],
+    "RFT divergence, whole policy, 400 steps": ["--reward", "divergence", *PER_STEP, *WHOLE, "--steps", 400],
     "RFT R3, on-policy": ["--reward", "r3", *HELD],
     "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
     "RFT R3, on-policy, averaged": ["--reward", "r3", *HELD, *AVERAGED],
@@ -47,7 +53,7 @@ NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
-LATER = tuple(name for name in ARMS if re.search("symmetric|averaged|steady|left out", name))
+LATER = tuple(name for name in ARMS if re.search("symmetric|averaged|steady|left out|whole", name))
 OPTIONAL = ("extra SFT head", *ON_POLICY, *LATER, *LONG_ARMS)  # run where they are asked for
 # as long as the paper's, in equal wall time
 LONG_RIVALS = "extra SFT, 400 steps", "extra SFT head, 400 steps", "RFT R1 per step, 400 steps"
