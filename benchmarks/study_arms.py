@@ -42,10 +42,13 @@ RFT_ARMS = {
     "RFT divergence, on-policy, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
 HEAD = ["--train", "head", "--key-batch", 0]
+REGRESSION = ["--objective", "regression", "--draws", 3]
 EXTRA_ARMS = {
     "extra SFT": ["--lr", 3e-4],
     "extra SFT head": ["--lr", 3e-4, *HEAD],
-    "regression": ["--lr", 1e-4, *HEAD, "--objective", "regression", "--draws", 3],
+    "regression": ["--lr", 1e-4, *HEAD, *REGRESSION],
+    "regression, whole policy": ["--lr", 3e-4, *REGRESSION],
+    "regression, whole policy, 400 steps": ["--lr", 3e-4, *REGRESSION],
     "extra SFT, 400 steps": ["--lr", 3e-4],  # of fine-tuning, whose wall time it has
     "extra SFT head, 400 steps": ["--lr", 3e-4, *HEAD],
 }
