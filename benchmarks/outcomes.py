@@ -21,17 +21,12 @@ from tables import percent, points, shift, table_row
 
 from vlarft.metrics import paired_difference, spearman
 
-# policies that the others are compared with
-RIVALS = (
-    "SFT",
-    "extra SFT",
-    "extra SFT, 400 steps",
-    "RWR",
-    "regression",
-    "SFT, x_0 = 0",
-    "extra SFT, 400 steps, x_0 = 0",
-)
 ALL = "all"  # suites, or kinds of starts
+MIDDLE, REDRAWN = "SFT, x_0 = 0", "SFT, other x_0"
+CONTROLS = "extra SFT", "extra SFT, 400 steps", "RWR", "regression"
+RIVALS = "SFT", *CONTROLS, MIDDLE, "extra SFT, 400 steps, x_0 = 0"  # that the others are compared with
+# starts by what SFT did there: from the x_0 that was drawn, and from the middle of the noise
+FATES = {"01": "lost by the draw", "00": "lost either way", "10": "won by the draw", "11": "won either way"}
 
 
 def compare(runs: Sequence[dict[str, str]]) -> dict[str, dict]:
@@ -77,6 +72,32 @@ def _all_kinds(outcomes: dict[str, dict[str, str]]) -> dict[str, str]:
     """Outcomes of the policies that played every kind of start, one kind after the other."""
     names = [name for name in next(iter(outcomes.values())) if all(name in found for found in outcomes.values())]
     return {name: "".join(found[name] for found in outcomes.values()) for name in names}
+
+
+def fates(runs: Sequence[dict[str, str]]) -> dict[str, dict[str, dict]]:
+    """Rates of each policy where SFT won and lost, from the x_0 that was drawn and from 0: name -> `FATES` -> rate.
+
+    A start that is lost by the draw alone is won by another draw, or with less spread; one that is lost either way
+    needs a better middle. `REDRAWN` says how many of them chance alone would win.
+    """
+    won: dict[str, dict[str, str]] = {}
+    for run in (run for run in runs if MIDDLE in run):
+        for name in run.keys() - {"SFT", MIDDLE}:
+            groups = won.setdefault(name, dict.fromkeys(FATES, ""))
+            for drawn, middle, outcome in zip(run["SFT"], run[MIDDLE], run[name]):
+                groups[drawn + middle] += outcome
+    return {name: {fate: _rate(groups[fate]) for fate in FATES} for name, groups in won.items() if all(groups.values())}
+
+
+def fates_table(report: dict) -> str:
+    """Markdown of `fates` over all runs and kinds of starts."""
+    entries = [_all_kinds(e["outcomes"]) for seeds in report["runs"].values() for e in seeds.values()]
+    lines = [table_row(["policy", *FATES.values()]), "|---" * (1 + len(FATES)) + "|"]
+    order = list(dict.fromkeys(name for entry in entries for name in entry))
+    for name, found in sorted(fates(entries).items(), key=lambda item: order.index(item[0])):
+        cells = [f"{percent(found[fate])} of {found[fate]['episodes']}" for fate in FATES]
+        lines.append(table_row([_label(name), *cells]))
+    return "\n".join(lines)
 
 
 def table(summary: dict) -> str:
@@ -210,6 +231,7 @@ if __name__ == "__main__":
     study, picture = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name in study["summary"]:
         print(f"{name}\n\n{markdown(study, name)}\n")
+    print(f"where SFT won and lost\n\n{fates_table(study)}\n")
     if gated := gated_runs(study):
         show_gates(gated)
         draw_gates(gated, picture)

@@ -14,8 +14,9 @@ that the policy played in the simulator. "symmetric" and "averaged" are what tho
 (--symmetric, --ema) do, "gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady"
 that and averaged weights; "whole policy" trains the vision-language model, too (--vlm-lr), averaged. All of these and
 "extra SFT head" run where --arms names them.
-"SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. All
-policies of a seed play the same starts, plain and perturbed. Every stage is a command of the repository, is printed,
+"SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. "SFT,
+other x_0" is the same policy with other draws. All policies of a seed play the same starts, plain and perturbed, with
+the same draws. Every stage is a command of the repository, is printed,
 and is not run again once it is done.
 
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
@@ -37,7 +38,7 @@ from pathlib import Path
 from statistics import mean
 
 from chunks import difference, measure
-from outcomes import summarise, table
+from outcomes import REDRAWN, summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
 from study_arms import ARMS, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, minutes_of, trust_gates
@@ -192,6 +193,8 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
     for name, path in policies.items():
         if name in ("SFT", *cfg.zero_arms):
             found[f"{name}, x_0 = 0"] = starts.play(path.parent / f"{kind}_zero", path, perturb, "--noise", "zero")
+    path = policies["SFT"]
+    found[REDRAWN] = starts.play(path.parent / f"{kind}_redrawn", path, perturb, "--seed", "1")
     return found
 
 

@@ -12,7 +12,7 @@ import demo
 from vlarft.data import load_episodes
 
 ROOT = Path(__file__).parents[1]
-ZERO = "SFT, x_0 = 0", "RFT R3, x_0 = 0"  # what the study plays from the middle of the noise, too
+REPLAYED = "SFT, x_0 = 0", "RFT R3, x_0 = 0", "SFT, other x_0"  # what the study plays otherwise, too
 
 
 def run_notebook(name: str) -> dict:
@@ -139,13 +139,13 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert json.loads((tmp_path / "study.json").read_text()) == report
     summary, entry = report["summary"]["tabletop_object"], report["runs"]["tabletop_object"]["0"]
     found = summary["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", *ZERO]
-    assert list(summary["robot:20"]) == list(summary["all"]) == ["SFT", "RFT R3", *ZERO]
+    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "extra SFT head", *REPLAYED]
+    assert list(summary["robot:20"]) == list(summary["all"]) == ["SFT", "RFT R3", *REPLAYED]
     assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
     assert summary["all"]["RFT R3"]["all"]["episodes"] == 4
     assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
     assert report["summary"]["all"] == summary
-    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - set(ZERO)
+    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - set(REPLAYED)
     assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
     outcomes = load_benchmark("outcomes")
     lines = outcomes.markdown(report, "tabletop_object").splitlines()
@@ -194,7 +194,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     ):
         study.main(dataclasses.replace(again, seeds=(1,)))
     second = study.main(again)["runs"]["tabletop_object"]["0"]
-    assert set(second["outcomes"]["none"]) == {"SFT", "RFT R3", "extra SFT head", *ZERO}
+    assert set(second["outcomes"]["none"]) == {"SFT", "RFT R3", "extra SFT head", *REPLAYED}
     assert second["outcomes"]["none"]["SFT"] == entry["outcomes"]["none"]["extra SFT head"]
     assert second["sft"] != entry["sft"]
     lines = [line for line in capfd.readouterr().out.splitlines() if "--init" in line or "train_rft.py" in line]
@@ -298,3 +298,19 @@ def test_study_pools_pairs_of_all_runs(load_benchmark):
     assert report["all"]["robot:20"]["RWR"]["against SFT"]["difference"] == -0.5
     assert report["all"]["all"]["RWR"]["all"]["episodes"] == 6 and "extra SFT" not in outcomes.compare([{"SFT": "1"}])
     assert report["all"]["all"]["extra SFT"]["all"] == outcomes.rate([True, True])
+
+
+def test_fates_of_starts(load_benchmark):
+    """By what SFT did from the drawn x_0 and from 0; runs that lack either are left out."""
+    outcomes = load_benchmark("outcomes")
+    run = {"SFT": "0001110", "SFT, x_0 = 0": "1100011", "RWR": "0111001", "SFT, other x_0": "1100011"}
+    found = outcomes.fates([run, {"SFT": "1", "RWR": "1"}, {"SFT": "1", "SFT, x_0 = 0": "1", "RFT R3": "1"}])
+    assert set(found) == {"RWR", "SFT, other x_0"}  # R3 has no start that SFT lost
+    groups = {"lost by the draw": "011", "lost either way": "1", "won by the draw": "10", "won either way": "0"}
+    assert found["RWR"] == {
+        fate: outcomes.rate([won == "1" for won in groups[name]]) for fate, name in outcomes.FATES.items()
+    }
+    report = {"runs": {"tabletop_object": {"0": {"outcomes": {"none": run}}}}}
+    rows = outcomes.fates_table(report).splitlines()
+    assert rows[0] == "| policy | lost by the draw | lost either way | won by the draw | won either way |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| + RWR", "| SFT, other x_0"] and " of 3 | " in rows[2]
