@@ -10,6 +10,7 @@ Outcomes are text, "1" for a success and "0" for a failure, start by start in on
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -112,12 +113,19 @@ def table(summary: dict) -> str:
 
 
 def markdown(report: dict, suite: str) -> str:
-    """The tables of one suite, or of all of them: success, and what changed in the chunks."""
+    """The tables of one suite: success, and what changed in the chunks; or of all suites, success of the policies that
+    more than one of them has.
+    """
     kinds, seeds = report["summary"][suite], report["runs"].get(suite, {})
+    shared = set(kinds["none"])
+    if suite == ALL and len(report["runs"]) > 1:
+        having = Counter(name for of in report["runs"] for name in report["summary"][of]["none"])
+        shared = {name for name, count in having.items() if count > 1}
     perturbed = [kind for kind in kinds if kind not in ("none", ALL)]
     lines = [table_row(["policy", "plain starts", "difference", "seeds", *perturbed, "all starts"])]
     lines += ["|---" * lines[0].count(" | ") + "|---|"]
-    for name, plain in kinds["none"].items():
+    for name in (name for name in kinds["none"] if name in shared):
+        plain = kinds["none"][name]
         apart = plain.get("against SFT")
         rates = apart["runs"] if apart else [found["rate"] for found in plain["runs"]]
         signed = "+.1f" if apart else ".1f"

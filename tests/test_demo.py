@@ -314,3 +314,16 @@ def test_fates_of_starts(load_benchmark):
     rows = outcomes.fates_table(report).splitlines()
     assert rows[0] == "| policy | lost by the draw | lost either way | won by the draw | won either way |"
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| + RWR", "| SFT, other x_0"] and " of 3 | " in rows[2]
+
+
+def test_table_of_all_suites_has_what_more_than_one_has(load_benchmark):
+    outcomes = load_benchmark("outcomes")
+    played = [{"SFT": "10", "RWR": "11"}, {"SFT": "10", "RFT R3": "11"}, {"SFT": "10", "RWR": "01"}]
+    runs = {
+        suite: {"0": {"outcomes": {"none": found}, "chunks": {}, "trust_gate": {}, "minutes": {}}}
+        for suite, found in zip(("tabletop_goal", "tabletop_long", "tabletop_object"), played)
+    }
+    report = {"runs": runs, "summary": outcomes.summarise(runs)}
+    rows = {suite: outcomes.markdown(report, suite).splitlines()[2:] for suite in report["summary"]}
+    assert [row.split(" | ")[0] for row in rows["all"]] == ["| SFT", "| + RWR"]
+    assert [row.split(" | ")[0] for row in rows["tabletop_long"]] == ["| SFT", "| + R3"]
