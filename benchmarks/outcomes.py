@@ -225,7 +225,11 @@ def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
         own = [run for run in runs if (run.arm, run.suite) == (arm, suite)]
         ends = [[100 * run.against_sft[end] for run in own] for end in ("difference", "low", "high")]
         bars = [[m - low for m, low in zip(*ends[:2])], [high - m for m, high in zip(ends[0], ends[2])]]
-        style = {"fmt": "osD^v"[suites.index(suite)], "color": f"C{arms.index(arm)}", "capsize": 2}
+        style = {
+            "fmt": "osD^v"[suites.index(suite)],
+            "color": plt.get_cmap("tab20")(arms.index(arm) % 20),
+            "capsize": 2,
+        }
         label = f"{arm.removeprefix('RFT ')}, {suite.removeprefix('tabletop_')}"
         axis.errorbar([run.gate for run in own], ends[0], bars, label=label, **style)
     axis.set(xlabel="trust gate before the first step", ylabel="success against SFT, points")
