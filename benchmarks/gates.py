@@ -8,7 +8,8 @@ rft_study.py, the long-trained policy samples chunks at `starts` held-out starts
 orders them: rank correlation with the true error, in the simulator, and with the action error, means over the starts
 with their standard errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or
 beside the policy ("attempts", its own); those that are not there are left out. Fine-tuning asks this of chunks that are
-much alike, hence the low numbers; around the dataset's actions (motion noise of 0.15) they are higher.
+much alike, hence the low numbers. Around the dataset's actions, too: here there is one noise (0.15), where the gate of
+a fine-tuning has several, which are easier to tell apart.
 
 A reward that is best at the dataset's actions need not fall alike on both sides of them. `one_sided` plays pairs of
 opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0 where
