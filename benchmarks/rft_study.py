@@ -12,12 +12,11 @@ of 400 steps are as long as the paper's; extra SFT of 400 steps, of the head or 
 The arms named "on-policy" have a world model of their own, trained alike, which also saw `attempts` episodes a task
 that the policy played in the simulator. "symmetric" and "averaged" are what those options of `train_rft.py`
 (--symmetric, --ema) do, "gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady"
-that and averaged weights; "whole policy" trains the vision-language model, too (--vlm-lr), averaged. All of these and
-"extra SFT head" run where --arms names them.
+that and averaged weights; "whole policy" trains the vision-language model, too, in a fine-tuning with averaged weights
+(--vlm-lr). All of these and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. "SFT,
 other x_0" is the same policy with other draws. All policies of a seed play the same starts, plain and perturbed, with
-the same draws. Every stage is a command of the repository, is printed,
-and is not run again once it is done.
+the same draws. Every stage is a command of the repository, is printed, and is not run again once it is done.
 
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
 stands for "SFT", say "extra SFT, 400 steps"; it gets a JSON file of its own.

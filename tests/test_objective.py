@@ -31,7 +31,6 @@ def check_gradients(config, policy, rollouts, parameters, supervised=None, eleme
             losses.append(update(config, policy, optimizer, rollouts, (0, 0), supervised)["loss"])
             with torch.no_grad():
                 parameter.view(-1)[element] -= sign * 2e-3
-        print(gradient, (losses[0] - losses[1]) / 4e-3)
         assert gradient == pytest.approx((losses[0] - losses[1]) / 4e-3, rel=0.05, abs=2e-4)
 
 
