@@ -234,11 +234,18 @@ def run(cfg: Config, suite: str, seed: int) -> dict:
     }
 
 
+def same_policy(before: dict, entry: dict) -> bool:
+    """Whether two entries are of one long-trained policy: of the same file, or of two trainings with the same chunks at
+    all held-out starts, to the last digit. The file also holds its configuration, which later versions add to.
+    """
+    return before["sft"] == entry["sft"] or before["chunks"]["SFT"] == entry["chunks"]["SFT"]
+
+
 def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
     """Add an entry to the runs of a JSON file: to one of the same long-trained policy, or in place of another's."""
     seeds = runs.setdefault(suite, {})
     before = seeds.get(str(seed), entry)
-    if before["sft"] == entry["sft"]:  # arms of another invocation stay
+    if same_policy(before, entry):  # arms of another invocation stay
         outcomes = {kind: before["outcomes"].get(kind, {}) | found for kind, found in entry["outcomes"].items()}
         merged = {name: before.get(name, {}) | entry[name] for name in MERGED}
         entry = {**entry, **merged, "outcomes": outcomes}

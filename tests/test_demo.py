@@ -244,7 +244,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
 def test_study_gathers_runs(load_benchmark, capsys):
     study = load_benchmark("rft_study")
     cfg, runs = study.PRESETS["smoke"], {}
-    parts = {"minutes": {}, "chunks": {}, "trust_gate": {}, "courses": {}, "curves": {}}
+    parts = {"minutes": {}, "chunks": {"SFT": 0.1}, "trust_gate": {}, "courses": {}, "curves": {}}
     first = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RWR": "11"}}, **parts}
     study.gather(cfg, runs, "tabletop_object", 0, first)
     again = {"sft": "a", "outcomes": {"none": {"SFT": "10", "RFT R3": "01"}}, **parts, "trust_gate": {"gate": 0.5}}
@@ -255,7 +255,10 @@ def test_study_gathers_runs(load_benchmark, capsys):
     for seed in (10, 2):
         study.gather(cfg, runs, "tabletop_object", seed, first)
     assert list(runs["tabletop_object"]) == ["0", "2", "10"]
-    study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "b"})
+    study.gather(cfg, runs, "tabletop_object", 0, {**again, "sft": "b"})  # a later version's file of the same chunks
+    assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR", "RFT R3"}
+    assert capsys.readouterr().out == ""
+    study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "c", "chunks": {"SFT": 0.2}})
     assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR"}
     assert "is of another long-trained policy and is replaced" in capsys.readouterr().out
 
