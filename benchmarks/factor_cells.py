@@ -67,6 +67,8 @@ def study(*flags: str, world_model: str = "wm", policy: str = "sft") -> Cell:
 R1, R3 = ("--reward", "r1", *PER_STEP), ("--reward", "r3", *HELD)
 DIVERGENCE = ("--reward", "divergence", *PER_STEP)
 STUDY = {
+    "extra SFT": sft("--steps", "600", policy="sft"),
+    "x_0 = 0": Cell(policy="sft", script=None, x0="zero"),
     "R1": study(*R1),
     "R1, 8 starts of 12": study(*R1, "--starts", "8", "--group", "12"),
     "R1, 48 starts of 2": study(*R1, "--starts", "48", "--group", "2"),
