@@ -68,6 +68,7 @@ R1, R3 = ("--reward", "r1", *PER_STEP), ("--reward", "r3", *HELD)
 DIVERGENCE = ("--reward", "divergence", *PER_STEP)
 STUDY = {
     "extra SFT": sft("--steps", "600", policy="sft"),
+    "regression": sft(*REGRESSION, policy="sft"),
     "x_0 = 0": Cell(policy="sft", script=None, x0="zero"),
     "R1": study(*R1),
     "R1, 8 starts of 12": study(*R1, "--starts", "8", "--group", "12"),

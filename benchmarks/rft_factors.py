@@ -34,7 +34,8 @@ Rough experts, whose action noise is 0.08 otherwise, and ones without any (0),
     python train_sft.py --preset tiny --demos runs/noise_0.5/demos --steps 2600 --out-dir runs/noise_0.5/sft
     python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/noise_0.5/demos --policies runs/noise_0.5 \
         --world-models runs/study/tabletop_spatial --no-gate --runs runs/noise_0.5/rft \
-        --out results/rft_noise_0.5.json --cells "study, extra SFT" "study, R1" "study, x_0 = 0"
+        --out results/rft_noise_0.5.json --rival "study, R1" \
+        --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression"
 
 Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
 what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the
