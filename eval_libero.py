@@ -21,10 +21,11 @@ Writes out_dir/episodes.jsonl (one line an episode, appended as they end: an int
 same command), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
 out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them.
 
-Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0 and
-`--noise stochastic` plays the policy with the noise of its fine-tuning; `--fast-rendering` changes pixels (see
-vlarft/sim/gl.py); all are reported in results.json. LIBERO places fixtures by the global random state; here by seed 0
-before every episode, so that an episode does not depend on those before it.
+Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0,
+`--noise gripper` at 0 but for the gripper, whose dimension is drawn, and `--noise stochastic` plays the policy with the
+noise of its fine-tuning; `--fast-rendering` changes pixels (see vlarft/sim/gl.py); all are reported in results.json.
+LIBERO places fixtures by the global random state; here by seed 0 before every episode, so that an episode does not
+depend on those before it.
 """
 
 import functools
@@ -67,7 +68,7 @@ class Config:
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8, the whole chunk)")
     num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
-    noise: PlayNoise = opt("sampled", "x0 of the ODE; or stochastic: the policy that train_rft.py samples")
+    noise: PlayNoise = opt("sampled", "x0 of the ODE; gripper: 0 but there; or stochastic: as train_rft.py samples")
     seed: int = opt(0, "of x0")
     workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
     batch_size: int = opt(10, "episodes that a worker plays side by side, one policy call for all")

@@ -15,7 +15,8 @@ that the policy played in the simulator. "symmetric" and "averaged" are what tho
 that and averaged weights; "whole policy" trains the vision-language model, too, in a fine-tuning with averaged weights
 (--vlm-lr). All of these and "extra SFT head" run where --arms names them.
 "SFT, x_0 = 0" is the long-trained policy played from the middle of its noise; `zero_arms` are played so, too. "SFT,
-other x_0" is the same policy with other draws. All policies of a seed play the same starts, plain and perturbed, with
+gripper drawn" starts there in all dimensions but the gripper's; `gripper_arms`, too. "SFT, other x_0" is the same
+policy with other draws. All policies of a seed play the same starts, plain and perturbed, with
 the same draws. Every stage is a command of the repository, is printed, and is not run again once it is done.
 
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
@@ -40,7 +41,7 @@ from chunks import difference, measure
 from outcomes import REDRAWN, summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
 from study_arms import ARMS, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
-from study_logs import courses, minutes_of, trust_gates
+from study_logs import courses, curves, minutes_of, trust_gates
 
 from vlarft.checkpoint import write_json
 from vlarft.config import opt, parse, to_dict
@@ -65,11 +66,13 @@ class Config:
         "arms that play perturbed starts, beside SFT",
     )
     zero_arms: tuple[str, ...] = opt(LONG_RIVALS, "arms that play from the middle of their noise, too, beside SFT")
+    gripper_arms: tuple[str, ...] = opt((), "arms that play so but for the gripper, whose x_0 is drawn, beside SFT")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
     error_draws: int = opt(3, "chunks that the policy samples at each of them")
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
+    action_noise: float | None = opt(None, "the experts' action noise, action units; none: the preset's")
     world_model_steps: int = opt(4500, "steps of the world model")
     attempts: int = opt(40, "episodes of the policy per task, for the world model of its own")
     early_steps: int = opt(800, "steps of the early SFT policy")
@@ -84,7 +87,7 @@ class Config:
 
 # may differ in one JSON file
 FREE = "out_dir", "out", "figure", "suites", "seeds", "arms", "perturbed_arms", "zero_arms"
-FREE += "curve_seeds", "curve_points", "curve_episodes"
+FREE += "gripper_arms", "curve_seeds", "curve_points", "curve_episodes"
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
@@ -123,6 +126,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     folder = Path(cfg.out_dir) / suite
     preset, demos = ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
     where = ["--suites", suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
+    where += [] if cfg.action_noise is None else ["--action-noise", cfg.action_noise]
     run_once(folder / "demos", "collect_demos.py", *preset, *where)
 
     def trained(out_dir: Path, *words: object) -> Path:
@@ -169,18 +173,6 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     return policies
 
 
-def curves(cfg: Config, suite: str, seed: int) -> dict[str, list[dict[str, float]]]:
-    """Success rates while the policies trained: name -> [{step, minutes, success_rate}]."""
-    found = {}
-    for folder in sorted(folder_of(cfg, suite, seed).iterdir()):
-        log = folder / "log.jsonl"
-        rows = read_lines(log) if log.is_file() else []
-        names = "step", "minutes", "success_rate"
-        if rows := [{name: row[name] for name in names} for row in rows if "success_rate" in row]:
-            found[folder.name] = rows
-    return found
-
-
 def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
     """Outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
     starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
@@ -190,8 +182,9 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
         playing = {name: path for name, path in policies.items() if name in ("SFT", *cfg.perturbed_arms)}
     found = {name: starts.play(path.parent / kind, path, perturb) for name, path in playing.items()}
     for name, path in policies.items():
-        if name in ("SFT", *cfg.zero_arms):
-            found[f"{name}, x_0 = 0"] = starts.play(path.parent / f"{kind}_zero", path, perturb, "--noise", "zero")
+        for label, arms, x0 in (("x_0 = 0", cfg.zero_arms, "zero"), ("gripper drawn", cfg.gripper_arms, "gripper")):
+            if name in ("SFT", *arms):
+                found[f"{name}, {label}"] = starts.play(path.parent / f"{kind}_{x0}", path, perturb, "--noise", x0)
     path = policies["SFT"]
     found[REDRAWN] = starts.play(path.parent / f"{kind}_redrawn", path, perturb, "--seed", "1")
     return found
@@ -229,7 +222,7 @@ def run(cfg: Config, suite: str, seed: int) -> dict:
         "chunks": chunk_errors(cfg, suite, policies),
         "trust_gate": trust_gates(policies),
         "courses": courses(policies),
-        "curves": curves(cfg, suite, seed),
+        "curves": curves(folder_of(cfg, suite, seed)),
         "machine": machine(),
     }
 
@@ -299,7 +292,8 @@ def main(cfg: Config) -> dict:
         ValueError: an unknown arm, or a JSON file of other settings.
         FileNotFoundError: no policy to start the second round from.
     """
-    check_known((*cfg.arms, *cfg.perturbed_arms, *cfg.zero_arms, *([cfg.start] if cfg.start else [])), ARMS, "arm")
+    named = *cfg.arms, *cfg.perturbed_arms, *cfg.zero_arms, *cfg.gripper_arms
+    check_known((*named, *([cfg.start] if cfg.start else [])), ARMS, "arm")
     report = read_report(cfg)
     for suite in cfg.suites:
         for seed in cfg.seeds:

@@ -31,3 +31,14 @@ def courses(policies: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
         if rows := [{key: row[key] for key in names} for row in rows if "true_error" in row]:
             found[name] = rows
     return found
+
+
+def curves(runs: Path) -> dict[str, list[dict[str, float]]]:
+    """Success rates while the policies of a seed trained: folder -> [{step, minutes, success_rate}]."""
+    found, names = {}, ("step", "minutes", "success_rate")
+    for folder in sorted(runs.iterdir()):
+        log = folder / "log.jsonl"
+        rows = read_lines(log) if log.is_file() else []
+        if rows := [{name: row[name] for name in names} for row in rows if "success_rate" in row]:
+            found[folder.name] = rows
+    return found

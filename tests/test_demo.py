@@ -12,7 +12,8 @@ import demo
 from vlarft.data import load_episodes
 
 ROOT = Path(__file__).parents[1]
-REPLAYED = "SFT, x_0 = 0", "RFT R3, x_0 = 0", "SFT, other x_0"  # what the study plays otherwise, too
+# what the study plays otherwise, too
+REPLAYED = "SFT, x_0 = 0", "SFT, gripper drawn", "RFT R3, x_0 = 0", "SFT, other x_0"
 
 
 def run_notebook(name: str) -> dict:

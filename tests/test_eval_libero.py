@@ -104,6 +104,8 @@ def test_noise_depends_on_the_start_alone():
     assert len({n.sum().item() for n in noise}) == 4
     assert torch.equal(noise[3], chunk_noise("sampled", (8, 7), 0, "s", 0, 1, 1))
     assert chunk_noise("zero", (8, 7), 0, "s", 0, 1, 1).abs().max() == 0
+    gripper = chunk_noise("gripper", (8, 7), 0, "s", 0, 1, 1)
+    assert gripper[:, :6].abs().max() == 0 and torch.equal(gripper[:, 6], noise[3][:, 6])
 
 
 def test_perturbed_and_replanning(config):

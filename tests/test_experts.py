@@ -145,3 +145,43 @@ def test_benchmarks_run_at_smoke_size(name, changes, tmp_path, load_benchmark):
     benchmark = load_benchmark(name)
     report = benchmark.main(dataclasses.replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "out.json"), **changes))
     assert json.loads((tmp_path / "out.json").read_text()) == report and len(report["rows"]) == 8
+
+
+def test_failures_are_told_apart(tmp_path, load_benchmark, capsys):
+    script = load_benchmark("failures")
+    env = make_env("tabletop_spatial", 0)
+    env.reset(init_state=3)
+    expert, actions, lifted, done = Expert(env), [], None, False
+    while not done:
+        actions.append(expert.act().executed)
+        done = env.step(actions[-1]).done
+        if lifted is None and max(env.position(name)[2] for name in env.items) > 0.08:
+            lifted = len(actions)
+    held = np.repeat(actions[lifted - 1][None] * np.eye(7)[6], 100, 0)  # the block stays in the fingers
+    plays = {
+        "success": actions,
+        "never closed": np.stack(actions) * np.array([1, 1, 1, 1, 1, 1, 0]) - np.eye(7)[6],
+        "nothing lifted": [*-np.eye(7)[[6]], *np.eye(7)[[6]], *-np.eye(7)[[6]], *np.eye(7)[[6]]],
+        "lifted, not placed": [*actions[:lifted], *held],
+    }
+    names = []
+    for kind, played in plays.items():
+        names.append(tmp_path / kind / "episodes.jsonl")
+        names[-1].parent.mkdir()
+        (names[-1].parent / "config.json").write_text(json.dumps({"perturb": None}))
+        record = {"suite": "tabletop_spatial", "task": 0, "init_state": 3, "success": kind == "success"}
+        names[-1].write_text(json.dumps({**record, "actions": np.asarray(played).tolist()}) + "\n")
+    cfg = script.Config(episodes=tuple(map(str, names)), out=str(tmp_path / "failures.json"))
+    report = script.main(cfg)
+    assert json.loads((tmp_path / "failures.json").read_text()) == json.loads(json.dumps(report))
+    for kind, found in zip(plays, report["files"].values()):
+        assert found["counts"] == {name: int(name == kind) for name in script.KINDS}, kind
+    found = dict(zip(plays, report["files"].values()))
+    assert found["success"]["closes"] is None and found["never closed"]["closes"] == 0
+    assert found["nothing lifted"]["closes"] == 2 and found["nothing lifted"]["late_motion"] < 0.01
+    assert "| 100.0 % [20.7, 100.0] |" in capsys.readouterr().out
+    (names[0].parent / "config.json").write_text(json.dumps({"perturb": "object:5"}))
+    with pytest.raises(ValueError, match="task 0, initial state 3: success False when played again, True on record"):
+        script.main(dataclasses.replace(cfg, episodes=(str(names[0]),)))
+    with pytest.raises(ValueError, match="no --episodes: give episodes.jsonl files"):
+        script.main(script.Config())

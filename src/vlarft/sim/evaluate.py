@@ -22,7 +22,7 @@ from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import NUM_INITIAL_STATES, make_env
 
-PlayNoise = Literal["sampled", "zero", "stochastic"]
+PlayNoise = Literal["sampled", "zero", "gripper", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,17 @@ def success_rate(cfg: SuccessConfig, policy: PolicyConfig, weights: dict[str, Te
 def chunk_noise(
     noise: PlayNoise, shape: tuple[int, ...], seed: int, suite: str, task: int, state: int, chunk: int
 ) -> Tensor:
-    """Random numbers (`shape`) of one chunk of one episode: a pure function of the arguments; all 0 for "zero"."""
+    """Random numbers (`shape`) of one chunk of one episode: a pure function of the arguments; all 0 for "zero", all but
+    those of the last dimension, the gripper's, for "gripper".
+    """
     if noise == "zero":
         return torch.zeros(shape)
     key = f"{seed}/{suite}/{task}/{state}/{chunk}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    if noise == "gripper":
+        drawn[..., :-1] = 0
+    return drawn
 
 
 class Actor(Protocol):
@@ -84,8 +89,8 @@ class PolicyActor:
         policy: in eval mode.
         suite, task: of the simulator.
         seed: of the noise.
-        noise: x0 of the deterministic flow, "sampled" or "zero"; or "stochastic", the policy that reinforcement
-            fine-tuning samples, with the same x0 as "sampled".
+        noise: x0 of the deterministic flow: "sampled", "zero", or "gripper", sampled for the gripper and 0 elsewhere;
+            or "stochastic", the policy that reinforcement fine-tuning samples, with the same x0 as "sampled".
         num_flow_steps: Euler steps of the deterministic flow.
     """
 
