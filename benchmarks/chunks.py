@@ -1,6 +1,7 @@
 """How good a deterministic policy's chunks are at held-out starts: a much finer measure than success."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -12,41 +13,48 @@ from vlarft.flow import sample_ode
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.sim.replay import SimulatorReward
 
+# which dimensions of x_0 are drawn
+NOISE_DIMS = {"sampled": torch.ones(7), "zero": torch.zeros(7), "gripper": torch.eye(7)[6]}
 
-def measure(path: Path, policy: Path, demos: str | Path, starts: int, draws: int) -> dict[str, list[float]]:
+
+def measure(
+    path: Path, policy: Path, demos: str | Path, starts: int, draws: int, x0s: Sequence[str] = ("sampled", "zero")
+) -> dict[str, list[float]]:
     """The chunks of a policy against the demonstrations', the same starts and x_0 for all policies.
 
     Args:
-        path: JSON file of the result, which is read where it exists.
+        path: JSON file of the result: what is there is read, what is missing is added.
         policy: checkpoint, whose held-out episodes give the starts.
         demos: Tabletop demonstrations with states.
         starts: how many.
         draws: chunks that the policy samples at each of them.
+        x0s: where the flow starts, as `eval_libero.py --noise` says it.
 
     Returns:
-        Per start: the state error of the chunks from x_0s that are "sampled" and from "zero" [m], what every verified
-        reward stands for; and the "spread", the standard deviation of the former chunks' translations [normalised
-        units].
+        Per start: the state error of the chunks from x_0s of each kind [m], what every verified reward stands for; and
+        of "sampled" the "spread", the standard deviation of the chunks' translations [normalised units].
     """
-    if not path.is_file():
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if missing := [x0 for x0 in x0s if x0 not in found]:
         model, extra = load_model(policy, VLAPolicy, PolicyConfig)
         episodes = load_episodes(str(demos), names=extra["validation_episodes"], with_states=True)
         batch = WindowSampler(episodes, 9, 8).spread(starts)
-        simulator, found = SimulatorReward(episodes), {}
+        simulator = SimulatorReward(episodes)
         with torch.no_grad():
             context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
-            for name, count in (("sampled", draws), ("zero", 1)):
+            for x0 in missing:
+                count = 1 if x0 == "zero" else draws
                 cond = model.condition(context, batch.proprio).repeat(count)
                 noise = torch.randn((cond.num_rows, 8, 7), generator=torch.Generator().manual_seed(0))
-                noise = noise * float(name == "sampled")
+                noise = noise * NOISE_DIMS[x0]
                 x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
                 x = x.unflatten(0, (-1, count))  # (S, D, T, A)
                 chunks = model.normalizer.decode_actions(x)
-                found[name] = (-simulator(batch.index, chunks, batch.intended).mean((1, 2))).tolist()
-                if name == "sampled":
+                found[x0] = (-simulator(batch.index, chunks, batch.intended).mean((1, 2))).tolist()
+                if x0 == "sampled":
                     found["spread"] = x[..., :3].std(1).mean((1, 2)).tolist()
         write_json(path, found)
-    return json.loads(path.read_text())
+    return found
 
 
 def difference(before: list[float], after: list[float]) -> dict[str, float]:

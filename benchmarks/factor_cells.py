@@ -14,7 +14,7 @@ class Cell(NamedTuple):
     world_model: str = "three times as long"
     policy: str = "twice as long"
     script: str | None = "train_rft.py"
-    x0: Literal["sampled", "zero"] = "sampled"
+    x0: Literal["sampled", "zero", "gripper"] = "sampled"
 
 
 def sft(*flags: str, policy: str = "twice as long") -> Cell:
@@ -70,7 +70,11 @@ STUDY = {
     "extra SFT": sft("--steps", "600", policy="sft"),
     "regression": sft(*REGRESSION, policy="sft"),
     "x_0 = 0": Cell(policy="sft", script=None, x0="zero"),
+    "gripper drawn": Cell(policy="sft", script=None, x0="gripper"),
     "R1": study(*R1),
+    "R1, gripper drawn": study(*R1, "--group-x0", "gripper")._replace(x0="gripper"),
+    "R3, gripper drawn": study(*R3, "--group-x0", "gripper")._replace(x0="gripper"),
+    "divergence, gripper drawn": study(*DIVERGENCE, "--group-x0", "gripper")._replace(x0="gripper"),
     "R1, 8 starts of 12": study(*R1, "--starts", "8", "--group", "12"),
     "R1, 48 starts of 2": study(*R1, "--starts", "48", "--group", "2"),
     "R1, half the noise": study(*R1, "--sigma-min", "0.04", "--sigma-max", "0.1"),

@@ -132,8 +132,9 @@ def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def _measure(cfg: Config, folder: Path, policy: Path) -> dict[str, list[float]]:
-    return measure(folder / "chunks.json", policy, cfg.demos, cfg.error_starts, cfg.error_draws)
+def _measure(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, list[float]]:
+    x0s = dict.fromkeys(("sampled", "zero", x0))
+    return measure(folder / "chunks.json", policy, cfg.demos, cfg.error_starts, cfg.error_draws, tuple(x0s))
 
 
 def folder_of(cfg: Config, name: str) -> Path:
@@ -165,7 +166,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         trained = run_once(folder, *words, *cell.flags) / "model.safetensors"
         log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
-    base, old, new = play(cfg, before, policy), _measure(cfg, before, policy), _measure(cfg, folder, trained)
+    base, old, new = play(cfg, before, policy), _measure(cfg, before, policy), _measure(cfg, folder, trained, cell.x0)
     return {
         "flags": list(cell.flags),
         "policy": start,

@@ -94,7 +94,8 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     monkeypatch.setitem(study.CELLS, "extra SFT head", cells.sft("--steps", "1", *cells.HEAD))
     true = cells.Cell(("--reward", "simulator"), world_model="default")
     monkeypatch.setitem(study.CELLS, "simulator's true error", true)
-    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, "simulator's true error", "plateau, x_0 = 0"), start="default")
+    more = "simulator's true error", "plateau, x_0 = 0", "study, gripper drawn"
+    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, *more), start="default")
     cfg = dataclasses.replace(cfg, rival="plateau, x_0 = 0")
     report = study.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report
@@ -116,6 +117,8 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
             assert cell["against_rival"]["difference"] == pytest.approx(own - base)
     assert alone["minutes"] is None and alone["spread_change"]["mean"] == 0 < alone["spread_change"]["before"]
     assert alone["true_error_change"]["mean"] != 0 == alone["true_error_change_from_zero"]["mean"]
+    drawn = report["cells"]["study, gripper drawn"]["true_error_change"]["mean"]
+    assert drawn not in (0, alone["true_error_change"]["mean"])
     ungated = dataclasses.replace(cfg, cells=("R3",), rival=None, gate=False, runs=str(tmp_path / "ungated"))
     assert study.main(ungated)["cells"]["R3"]["gate"] == {}
     assert set(report["base"]) == {"default"} and "extra SFT head" in capfd.readouterr().out

@@ -30,13 +30,14 @@ def test_a_group_stays_on_one_process(rft_config, rft_parts, monkeypatch):
         assert own.advantage.mean(1).abs().max() < 1e-5  # against the group's own mean
 
 
-def test_a_group_may_share_its_x0(rft_config, rft_parts):
+def test_a_group_may_share_its_x0_or_draw_the_gripper_alone(rft_config, rft_parts):
     policy, _, batch = rft_parts
     cfg = dataclasses.replace(rft_config, reward="r1", group=4)
-    own, shared = (
+    own, shared, gripper = (
         collect(dataclasses.replace(cfg, group_x0=x0), policy, None, batch, None, (0, 0)).chunks[0].chain.x
-        for x0 in ("own", "shared")
+        for x0 in ("own", "shared", "gripper")
     )  # (S * G, K + 1, T, A)
+    assert (gripper[:, 0, :, :6] == 0).all() and torch.equal(gripper[:, 0, :, 6], own[:, 0, :, 6])
     first = shared.unflatten(0, (-1, 4))[:, :1, 0]  # (S, 1, T, A)
     assert (shared.unflatten(0, (-1, 4))[:, :, 0] == first).all() and not torch.equal(first[0], first[1])
     assert (shared[0::4] == own[0::4]).all()  # the first of a group is as it was

@@ -36,7 +36,7 @@ from vlarft.schedule import generator
 from vlarft.sim.replay import SimulatorReward
 from vlarft.world_model import History, WorldModel
 
-GroupX0 = Literal["own", "shared"]
+GroupX0 = Literal["own", "shared", "gripper"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class RolloutConfig:
     group: int = opt(16, "rollouts a start (Sec. 4.1)")
     group_x0: GroupX0 = opt(
         "own",
-        "x_0 of a start's rollouts: own, or shared, so that advantages are of the chain's noise alone (DanceGRPO)",
+        "x_0 of a start's rollouts: own; shared, so that advantages are of the chain's noise alone (DanceGRPO); or "
+        "gripper, own in the gripper's dimension and 0 elsewhere, for a policy that is played with --noise gripper",
     )
     mirrored: bool = opt(
         False,
@@ -159,6 +160,7 @@ def sample_group(
     part: tuple[int, int],
     *seed: int,
     per_x0: int = 1,
+    gripper_x0: bool = False,
     mirrored: bool = False,
 ) -> Chain:
     """Chains of `repeats` rollouts for each of the rows of context and proprio, drawn for all processes.
@@ -168,6 +170,7 @@ def sample_group(
         part: (rank, processes).
         seed: of the draws.
         per_x0: successive rollouts that share the x_0 of their first.
+        gripper_x0: x_0 is 0 in all dimensions but the last.
         mirrored: every other rollout has the noise of the one before it, with the opposite sign. Each alone is a sample
             of the policy and scored as such; the two are not independent.
     """
@@ -176,6 +179,8 @@ def sample_group(
     shape = (cond.num_rows * part[1], 1 + len(flow.scored_steps), flow.chunk, flow.action_dim)
     draws = share(torch.randn(shape, generator=generator(context.device, *seed), device=context.device), part)
     noise = draws[::per_x0, 0].repeat_interleave(per_x0, 0)
+    if gripper_x0:
+        noise[..., :-1] = 0
     if mirrored:
         draws[1::2, 1:] = -draws[::2, 1:]
     return sample_chain(policy.head, policy.sigma_net, cond, noise=noise, step_noise=draws[:, 1:])
@@ -222,7 +227,7 @@ def collect(
     for c in range(cfg.chunks):
         clock = time.monotonic()
         context = encode(cfg, policy, frames, instructions, starts)
-        pairing = {"per_x0": cfg.rollouts_per_x0, "mirrored": cfg.mirrored}
+        pairing = {"per_x0": cfg.rollouts_per_x0, "mirrored": cfg.mirrored, "gripper_x0": cfg.group_x0 == "gripper"}
         chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, **pairing)
         chunks.append(PlayedChunk(context, proprio, chain, frames, instructions))
         actions = policy.normalizer.decode_actions(chain.x[:, -1])  # (S * G, T, A)
