@@ -27,15 +27,14 @@ Few demonstrations (docs/study.md): the same cells from another policy, in a wor
     python benchmarks/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
         --runs runs/few/rft --out results/rft_few.json --cells "plateau, R1, credit per step" "plateau, extra SFT" ...
 
-Rough experts, whose action noise is 0.08 otherwise, and ones without any (0),
+Experts without action noise, which is 0.08 otherwise (rough ones are a matter of rft_study.py, --action-noise),
 
     python collect_demos.py --preset tiny --suites tabletop_spatial --tasks 0 1 2 3 --demos-per-task 50 \
-        --action-noise 0.5 --out-dir runs/noise_0.5/demos
-    python train_sft.py --preset tiny --demos runs/noise_0.5/demos --steps 2600 --out-dir runs/noise_0.5/sft
-    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/noise_0.5/demos --policies runs/noise_0.5 \
-        --world-models runs/study/tabletop_spatial --no-gate --runs runs/noise_0.5/rft \
-        --out results/rft_noise_0.5.json --rival "study, R1" \
-        --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression"
+        --action-noise 0 --out-dir runs/noise_0/demos
+    python train_sft.py --preset tiny --demos runs/noise_0/demos --steps 2600 --out-dir runs/noise_0/sft
+    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/noise_0/demos --policies runs/noise_0 \
+        --world-models runs/study/tabletop_spatial --no-gate --runs runs/noise_0/rft --out results/rft_noise_0.json \
+        --rival "study, R1" --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression"
 
 Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
 what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the

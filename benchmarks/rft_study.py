@@ -19,6 +19,11 @@ gripper drawn" starts there in all dimensions but the gripper's; `gripper_arms`,
 policy with other draws. All policies of a seed play the same starts, plain and perturbed, with
 the same draws. Every stage is a command of the repository, is printed, and is not run again once it is done.
 
+Rough experts, whose demonstrations, world model and policies are others (docs/study.md):
+
+    python benchmarks/rft_study.py --suites tabletop_spatial --action-noise 0.5 --out-dir runs/study_rough \
+        --out results/rft_study_rough.json --figure docs/images/rft_study_rough.png --seeds 0 1 --arms "extra SFT" ...
+
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
 stands for "SFT", say "extra SFT, 400 steps"; it gets a JSON file of its own.
 
