@@ -32,12 +32,11 @@ Deviations from the paper, each an option:
   takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
   learning rates are those of a head with 1/100 of the paper's parameters.
 - not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
-  is sampled or decoded); --symmetric (a chunk is scored with its mirror image about the dataset's actions, see
-  reward.py); --credit to_go and frame (an advantage per action step, see grpo.py); --noise flow_sde, --group-x0 shared
-  and gripper, --mirrored (noise in pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma;
-  --vlm-lr, which trains the vision-language model, too (it then runs once more for a start's update); --reward
-  simulator, the true error in the simulator of Tabletop demonstrations, which shows how much of a result is the world
-  model's doing.
+  is sampled or decoded); --symmetric (a chunk is scored with its mirror image, see reward.py); --credit to_go and frame
+  (an advantage per action step, see grpo.py); --noise flow_sde, --group-x0 shared and gripper, --mirrored (noise in
+  pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma; --vlm-lr, which trains the
+  vision-language model, too (it then runs once more for a start's update); --reward simulator, the true error in the
+  simulator of Tabletop demonstrations, to tell what is the world model's doing.
 - --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
 """
 
