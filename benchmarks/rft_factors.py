@@ -12,10 +12,10 @@ same starts, plain and perturbed. Finished cells are not run again.
 
 The cells named "study" change one option of an arm of `rft_study.py`, and go on from its policy in its world model:
 
-    python benchmarks/rft_study.py --suites tabletop_object --seeds 0
-    python benchmarks/rft_factors.py --demos runs/study/tabletop_object/demos \
-        --policies runs/study/tabletop_object/seed0 --world-models runs/study/tabletop_object \
-        --runs runs/study/tabletop_object/seed0/factors --out results/rft_study_factors.json \
+    python benchmarks/rft_study.py --suites tabletop_spatial --seeds 0
+    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/study/tabletop_spatial/demos \
+        --policies runs/study/tabletop_spatial/seed0 --world-models runs/study/tabletop_spatial \
+        --runs runs/study/tabletop_spatial/seed0/factors --out results/rft_study_factors.json \
         --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
 
 World models that only they have (WORLD_MODELS in factor_cells.py) are trained there first.
