@@ -73,7 +73,15 @@ def ended(env: TabletopEnv, record: dict, perturb: Perturbation | None) -> tuple
 
 
 def failures(records: Sequence[dict], perturb: Perturbation | None) -> dict:
-    """Counts, shares and medians of one evaluation."""
+    """Counts, shares and medians of one evaluation.
+
+    Raises:
+        ValueError: of another simulator, of several policies, or an episode ends otherwise.
+    """
+    if other := [record["suite"] for record in records if not record["suite"].startswith("tabletop")]:
+        raise ValueError(f"episodes of {other[0]}: only Tabletop's can be looked into, give files of its suites")
+    if len(policies := sorted({record["policy"] for record in records})) > 1:
+        raise ValueError(f"episodes of {len(policies)} policies, {policies[0]} and {policies[1]}: evaluate them apart")
     envs: dict[tuple[str, int], TabletopEnv] = {}
     found = []
     for record in records:
@@ -107,7 +115,7 @@ def main(cfg: Config) -> dict:
     """Play everything again; returns what the JSON file holds.
 
     Raises:
-        ValueError: no file given, or an episode that ends otherwise.
+        ValueError: no file given, or one that `failures` refuses.
         FileNotFoundError: a file, or the config.json of its evaluation, is not there.
     """
     if not cfg.episodes:

@@ -24,11 +24,14 @@ def trust_gates(policies: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def courses(policies: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
-    """How the true error of the fine-tunings went, at the held-out starts of their diagnostics: arm -> rows [m]."""
-    names, found = ("step", "true_error", "true_error_mean_action"), {}
+    """How true error and spread of the fine-tunings went, at the held-out starts of their diagnostics: arm -> rows, in
+    metres and in normalised units.
+    """
+    names = "step", "true_error", "true_error_mean_action", "spread_x", "spread_y", "spread_z", "spread_gripper"
+    found = {}
     for name, path in policies.items():
         rows = read_lines(path.parent / "log.jsonl")
-        if rows := [{key: row[key] for key in names} for row in rows if "true_error" in row]:
+        if rows := [{key: row[key] for key in names if key in row} for row in rows if "true_error" in row]:
             found[name] = rows
     return found
 

@@ -269,7 +269,7 @@ def test_study_gathers_runs(load_benchmark, capsys):
 
 def test_study_reads_logs(load_benchmark, tmp_path):
     logs = load_benchmark("study_logs")
-    looked = {"true_error": 0.01, "true_error_mean_action": 0.008}
+    looked = {"true_error": 0.01, "true_error_mean_action": 0.008, "spread_x": 0.2, "spread_gripper": 0.4}
     rows = {
         "RFT R3": [
             {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **looked},

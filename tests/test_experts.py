@@ -169,7 +169,7 @@ def test_failures_are_told_apart(tmp_path, load_benchmark, capsys):
         names.append(tmp_path / kind / "episodes.jsonl")
         names[-1].parent.mkdir()
         (names[-1].parent / "config.json").write_text(json.dumps({"perturb": None}))
-        record = {"suite": "tabletop_spatial", "task": 0, "init_state": 3, "success": kind == "success"}
+        record = {"suite": "tabletop_spatial", "task": 0, "init_state": 3, "success": kind == "success", "policy": "a"}
         names[-1].write_text(json.dumps({**record, "actions": np.asarray(played).tolist()}) + "\n")
     cfg = script.Config(episodes=tuple(map(str, names)), out=str(tmp_path / "failures.json"))
     report = script.main(cfg)
@@ -185,3 +185,7 @@ def test_failures_are_told_apart(tmp_path, load_benchmark, capsys):
         script.main(dataclasses.replace(cfg, episodes=(str(names[0]),)))
     with pytest.raises(ValueError, match="no --episodes: give episodes.jsonl files"):
         script.main(script.Config())
+    with pytest.raises(ValueError, match="episodes of libero_goal: only Tabletop's can be looked into"):
+        script.failures([{**record, "suite": "libero_goal"}], None)
+    with pytest.raises(ValueError, match="episodes of 2 policies, a and b: evaluate them apart"):
+        script.failures([record, {**record, "policy": "b"}], None)
