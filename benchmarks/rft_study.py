@@ -10,7 +10,8 @@ the wall time of "RFT R3" and goes on at a tenth of the peak learning rate; "ext
 alone, the part that fine-tuning touches; "regression" the head alone, towards reward R1 by its own gradient. The arms
 of 400 steps are as long as the paper's; extra SFT of 400 steps, of the head or of all, has the wall time of the first.
 The arms named "on-policy" have a world model of their own, trained alike, which also saw `attempts` episodes a task
-that the policy played in the simulator. "symmetric" and "averaged" are what those options of `train_rft.py`
+that the policy played in the simulator; those named "demonstrations only" one that saw the experts' episodes alone,
+where the first saw noisy and failed attempts, too. "symmetric" and "averaged" are what those options of `train_rft.py`
 (--symmetric, --ema) do, "gripper left out" gives that dimension neither noise nor a log-prob (--noisy-dims), "steady"
 that and averaged weights; "whole policy" trains the vision-language model, too, in a fine-tuning with averaged weights
 (--vlm-lr). All of these and "extra SFT head" run where --arms names them.
@@ -45,7 +46,7 @@ from statistics import mean
 from chunks import difference, measure
 from outcomes import REDRAWN, summarise, table
 from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
-from study_arms import ARMS, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
+from study_arms import ARMS, EXPERTS_ONLY, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, curves, minutes_of, trust_gates
 
 from vlarft.checkpoint import write_json
@@ -139,7 +140,10 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
 
     tokenizer = trained(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
     wm = ["train_wm.py", *preset, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps]
-    world_model = trained(folder / "wm", *wm, *demos)
+    world_models = dict.fromkeys(RFT_ARMS, trained(folder / "wm", *wm, *demos))
+    if any(arm in EXPERTS_ONLY for arm in cfg.arms):
+        of_experts = trained(folder / "demonstrations_only", *wm, *demos, "--experts-only")
+        world_models |= dict.fromkeys(EXPERTS_ONLY, of_experts)
 
     def own(arm: str) -> Path:
         return folder_of(cfg, suite, seed, arm)
@@ -161,14 +165,13 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
     if any(arm in ON_POLICY for arm in cfg.arms):
         attempts = ["--policy", policies["SFT"], "--policy-per-task", cfg.attempts]
         seen = with_attempts(folder / "demos", own("attempts_demos"), *preset, *where, *attempts)
-        own_world_model = trained(own("attempts"), *wm, "--demos", seen)
+        world_models |= dict.fromkeys(ON_POLICY, trained(own("attempts"), *wm, "--demos", seen))
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"]]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
     rft += ["--no-gate-stop", *curve(cfg.rft_steps)]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
-            imagination = own_world_model if name in ON_POLICY else world_model
-            policies[name] = trained(own(name), *rft, "--world-model", imagination, *flags)
+            policies[name] = trained(own(name), *rft, "--world-model", world_models[name], *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{minutes_of(own(timed_arm(cfg.arms, name))):.3f}"

@@ -34,6 +34,10 @@ RFT_ARMS = {
     "RFT divergence, on-policy, averaged": ["--reward", "divergence", *PER_STEP, *AVERAGED],
     "RFT R3, on-policy, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
     "RFT divergence, on-policy, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
+    "RFT R3, demonstrations only": ["--reward", "r3", *HELD],
+    "RFT divergence, demonstrations only": ["--reward", "divergence", *PER_STEP],
+    "RFT R3, demonstrations only, 400 steps": ["--reward", "r3", *HELD, "--steps", 400],
+    "RFT divergence, demonstrations only, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
 HEAD = ["--train", "head", "--key-batch", 0]
 REGRESSION = ["--objective", "regression", "--draws", 3]
@@ -49,8 +53,9 @@ NO_END = 1_000_000  # steps: time ends these trainings
 ARMS = (*EXTRA_ARMS, *RFT_ARMS)
 LONG_ARMS = tuple(name for name in ARMS if name.endswith("400 steps"))
 ON_POLICY = tuple(name for name in ARMS if "on-policy" in name)  # in a world model that saw attempts of the policy
+EXPERTS_ONLY = tuple(name for name in ARMS if "demonstrations only" in name)  # in one that saw nothing else
 LATER = tuple(name for name in ARMS if re.search("symmetric|averaged|steady|left out|whole", name))
-OPTIONAL = ("extra SFT head", *ON_POLICY, *LATER, *LONG_ARMS)  # run where they are asked for
+OPTIONAL = ("extra SFT head", *ON_POLICY, *EXPERTS_ONLY, *LATER, *LONG_ARMS)  # run where they are asked for
 # as long as the paper's, in equal wall time
 LONG_RIVALS = "extra SFT, 400 steps", "extra SFT head, 400 steps", "RFT R1 per step, 400 steps"
 

@@ -217,11 +217,17 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     study.main(own)
     assert "python " not in capfd.readouterr().out  # attempts and world model are there
 
+    own = dataclasses.replace(fewer, arms=("RFT R3, demonstrations only",), out=str(tmp_path / "experts.json"))
+    study.main(own)
+    lines = [line for line in capfd.readouterr().out.splitlines() if "demonstrations_only" in line]
+    assert "train_wm.py" in lines[0] and "--experts-only" in lines[0] and len(lines) == 2
+    assert "train_rft.py" in lines[1] and f"--world-model {suite / 'demonstrations_only'}" in lines[1]
+
     gates = load_benchmark("gates")
     places = {"runs": str(tmp_path / "runs"), "out": str(tmp_path / "gates.json")}
     sizes = dataclasses.replace(gates.PRESETS["smoke"], **places)
-    found = gates.main(sizes)
-    names = [f"tabletop_object/seed0/{model}/{reward}" for model in ("wm", "attempts") for reward in sizes.rewards]
+    found, worlds = gates.main(sizes), ("wm", "demonstrations_only", "attempts")
+    names = [f"tabletop_object/seed0/{model}/{reward}" for model in worlds for reward in sizes.rewards]
     assert list(found["runs"]) == names and gates.main(sizes)["runs"] == found["runs"]
     own = [run["gate_policy_true"] for run in found["runs"].values()]
     assert len(set(own)) > 1 and all(-1 <= value <= 1 for value in own)
