@@ -219,7 +219,7 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
 
     own = dataclasses.replace(fewer, arms=("RFT R3, demonstrations only",), out=str(tmp_path / "experts.json"))
     study.main(own)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "demonstrations_only" in line]
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python train_")]
     assert "train_wm.py" in lines[0] and "--experts-only" in lines[0] and len(lines) == 2
     assert "train_rft.py" in lines[1] and f"--world-model {suite / 'demonstrations_only'}" in lines[1]
 
