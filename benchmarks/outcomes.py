@@ -25,7 +25,10 @@ from vlarft.metrics import paired_difference, spearman
 ALL = "all"  # suites, or kinds of starts
 MIDDLE, GRIPPER, REDRAWN = "SFT, x_0 = 0", "SFT, gripper drawn", "SFT, other x_0"
 CONTROLS = "extra SFT", "extra SFT, 400 steps", "RWR", "regression"
-RIVALS = "SFT", *CONTROLS, MIDDLE, GRIPPER, "extra SFT, 400 steps, x_0 = 0"  # that the others are compared with
+LONG = "RFT R1 per step, 400 steps"
+# that the others are compared with
+RIVALS = "SFT", *CONTROLS, "RFT R3", "RFT R1 per step", LONG
+RIVALS += MIDDLE, GRIPPER, "extra SFT, 400 steps, x_0 = 0", f"{LONG}, x_0 = 0"
 # starts by what SFT did there: from the x_0 that was drawn, and from the middle of the noise
 FATES = {"01": "lost by the draw", "00": "lost either way", "10": "won by the draw", "11": "won either way"}
 
