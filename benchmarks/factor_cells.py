@@ -106,6 +106,17 @@ STUDY = {
     "early, extra SFT": sft("--steps", "600", policy="early"),
     "early, x_0 = 0": Cell(policy="early", script=None, x0="zero"),
 }
+# one fine-tuning in the world model is one draw: the same with other seeds of its own
+REPEATED = ("R3", "divergence")
+REPEATED = (
+    *REPEATED,
+    *(f"{name}, {model}" for name in REPEATED for model in ("short world model", "long world model")),
+)
+STUDY |= {
+    f"{name}, seed {seed}": STUDY[name]._replace(flags=(*STUDY[name].flags, "--seed", str(seed)))
+    for name in REPEATED
+    for seed in (1, 2)
+}
 CELLS = {
     "R3": Cell(),
     "extra SFT": sft("--steps", "1000"),

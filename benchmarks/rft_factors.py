@@ -39,23 +39,23 @@ Experts without action noise, which is 0.08 otherwise (rough ones are a matter o
 
 Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
 what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the
-draws lie apart.
+draws lie apart. Outcomes start by start, too, in the order of tasks and initial states (1 = success; older cells are
+without). The file gathers cells, of any invocation with the same settings and policies.
 """
 
 import re
 import sys
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
-from stages import Starts, check_known, machine, rate, read_lines, run_once
+from stages import Starts, check_known, machine, rate, read_lines, read_report, run_once
 from tables import percent, points, shift, table_row
 
 from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
+from vlarft.config import opt, parse
 from vlarft.metrics import paired_difference
 
 
@@ -80,6 +80,7 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
 
 
+FREE = "demos", "world_models", "policies", "runs", "out", "cells", "rival"  # may differ in one JSON file
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
@@ -111,24 +112,29 @@ def world_model(cfg: Config, name: str) -> Path:
     return run_once(folder, "train_wm.py", *words, "--steps", steps, *flags) / "model.safetensors"
 
 
-def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, dict[tuple, bool]]:
-    """Outcomes of a policy on every kind of start: perturbation -> (task, initial state) -> success."""
+def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, str]:
+    """Outcomes of a policy on every kind of start: perturbation -> start by start, tasks in their order, initial states
+    in theirs (1 = success).
+    """
     starts = Starts(cfg.suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
-    return {
+    found = {
         perturb: starts.play(folder / f"eval_{perturb.replace(':', '_')}", policy, perturb, "--noise", x0)
         for perturb in cfg.perturb
     }
+    return {kind: "".join(str(int(won)) for _, won in sorted(of.items())) for kind, of in found.items()}
 
 
-def compare(base: dict[str, dict], own: dict[str, dict]) -> dict[str, dict]:
+def wins(outcomes: str) -> list[bool]:
+    """`play`'s string of one kind of start, or of several in a row."""
+    return [outcome == "1" for outcome in outcomes]
+
+
+def compare(base: dict[str, str], own: dict[str, str]) -> dict[str, dict]:
     """Rates on every kind of start and on all of them, and paired differences to the policy before."""
-    kinds = {perturb: list(found) for perturb, found in own.items()}
-    before = {perturb: [base[perturb][start] for start in starts] for perturb, starts in kinds.items()}
-    after = {perturb: [own[perturb][start] for start in starts] for perturb, starts in kinds.items()}
-    before["all"], after["all"] = (list(chain.from_iterable(found.values())) for found in (before, after))
+    before, after = ({**of, "all": "".join(of.values())} for of in (base, own))
     return {
-        kind: {**rate(after[kind]), "against_base": paired_difference(before[kind], after[kind])._asdict()}
-        for kind in after
+        kind: {**rate(wins(of)), "against_base": paired_difference(wins(before[kind]), wins(of))._asdict()}
+        for kind, of in after.items()
     }
 
 
@@ -142,11 +148,16 @@ def folder_of(cfg: Config, name: str) -> Path:
     return Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
 
 
-def against(cfg: Config, rival: str, name: str) -> dict:
-    """Paired difference of a played cell to another one, over all starts."""
-    both = [play(cfg, folder_of(cfg, cell), folder_of(cfg, cell) / "model.safetensors") for cell in (rival, name)]
-    starts = [(kind, start) for kind, found in both[0].items() for start in found]
-    return paired_difference(*([found[kind][start] for kind, start in starts] for found in both))._asdict()
+def against(rival: dict[str, str], own: dict[str, str]) -> dict:
+    """Paired difference of a cell's outcomes to another one's, over all starts."""
+    return paired_difference(*(wins("".join(of[kind] for kind in own)) for of in (rival, own)))._asdict()
+
+
+def base_of(cfg: Config, start: str) -> dict:
+    """Rates of the policy that cells go on from, and means of its chunks' errors."""
+    parts = cfg, Path(cfg.runs) / f"base_{start.replace(' ', '_')}", arm(cfg.policies, start)
+    rates = {kind: rate(wins(found)) for kind, found in play(*parts).items()}
+    return rates | {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
 
 
 def run_cell(cfg: Config, name: str) -> dict:
@@ -167,6 +178,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
     base, old, new = play(cfg, before, policy), _measure(cfg, before, policy), _measure(cfg, folder, trained, cell.x0)
+    outcomes = play(cfg, folder, trained, cell.x0)
     return {
         "flags": list(cell.flags),
         "policy": start,
@@ -178,7 +190,8 @@ def run_cell(cfg: Config, name: str) -> dict:
         "true_error_change": difference(old["sampled"], new[cell.x0]),
         "true_error_change_from_zero": difference(old["zero"], new["zero"]),
         "spread_change": difference(old["spread"], new["spread"]),
-        "success": compare(base, play(cfg, folder, trained, cell.x0)),
+        "success": compare(base, outcomes),
+        "outcomes": outcomes,
     }
 
 
@@ -199,31 +212,26 @@ def main(cfg: Config) -> dict:
     """Run what is missing; returns what the JSON file holds.
 
     Raises:
-        ValueError: an unknown cell.
+        ValueError: an unknown cell, or a JSON file of other settings or another policy.
     """
     check_known(cfg.cells, CELLS, "cell")
+    report = {"command": "python benchmarks/rft_factors.py", "base": {}} | read_report(cfg, "cells", FREE)
+    report["machine"] = machine()
+    cells = report["cells"]
     if cfg.rival is not None:
-        check_known((cfg.rival,), cfg.cells, "rival among the cells")
-    report = {
-        "command": "python benchmarks/rft_factors.py",
-        "config": to_dict(cfg),
-        "machine": machine(),
-        "base": {},
-        "cells": {},
-    }
+        check_known((cfg.rival,), (*cfg.cells, *(n for n in cells if "outcomes" in cells[n])), "rival among the cells")
     for name in cfg.cells:
-        report["cells"][name] = run_cell(cfg, name)
-        base = cfg.start or CELLS[name].policy
-        if base not in report["base"]:
-            parts = cfg, Path(cfg.runs) / f"base_{base.replace(' ', '_')}", arm(cfg.policies, base)
-            report["base"][base] = {kind: rate(list(found.values())) for kind, found in play(*parts).items()}
-            report["base"][base] |= {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
+        start = cfg.start or CELLS[name].policy
+        base = base_of(cfg, start)
+        if report["base"].setdefault(start, base) != base:
+            raise ValueError(f"{cfg.out} holds cells of another policy {start!r}: give another file as --out")
+        cells[name] = run_cell(cfg, name)
         write_json(cfg.out, report)
-    for name in cfg.cells:
-        if cfg.rival not in (None, name):
-            report["cells"][name]["against_rival"] = against(cfg, cfg.rival, name)
+    for name, cell in cells.items():
+        if cfg.rival not in (None, name) and "outcomes" in cell:
+            cell["against_rival"] = {"rival": cfg.rival, **against(cells[cfg.rival]["outcomes"], cell["outcomes"])}
     write_json(cfg.out, report)
-    print("\n" + table(report["cells"]))
+    print("\n" + table(cells))
     return report
 
 

@@ -37,7 +37,6 @@ with 95 % intervals, and paired differences to the long-trained policy and to th
 and seed by seed. And a picture of the curves.
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,12 +44,12 @@ from statistics import mean
 
 from chunks import difference, measure
 from outcomes import REDRAWN, summarise, table
-from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, run_once, with_attempts
+from stages import Panel, Starts, check_known, draw_curves, machine, read_lines, read_report, run_once, with_attempts
 from study_arms import ARMS, EXPERTS_ONLY, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, curves, minutes_of, trust_gates
 
 from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
+from vlarft.config import opt, parse
 
 MERGED = "minutes", "chunks", "trust_gate", "courses", "curves"  # of an entry, from several invocations
 SECOND_ROUND = 100  # added to its seeds of supervised training
@@ -256,26 +255,6 @@ def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
     runs[suite] = {name: seeds[name] for name in sorted(seeds, key=int)}
 
 
-def read_report(cfg: Config) -> dict:
-    """The JSON file as it is, or a new one. An option that came after the file has its default there.
-
-    Raises:
-        ValueError: its runs had other settings, or it is another script's.
-    """
-    both = (json.loads(json.dumps(to_dict(of))) for of in (cfg, Config()))
-    settings, default = ({name: value for name, value in of.items() if name not in FREE} for of in both)
-    path = Path(cfg.out)
-    if not path.is_file():
-        return {"command": "python benchmarks/rft_study.py", "settings": settings, "runs": {}, "summary": {}}
-    report = json.loads(path.read_text())
-    if "runs" not in report:
-        raise ValueError(f"{path} has no runs, it is not of this script: give another file as --out")
-    for name, value in settings.items():
-        if (there := report["settings"].get(name, default[name])) != value:
-            raise ValueError(f"{path} holds runs with {name} {there}, not {value}: give another file as --out")
-    return {**report, "settings": settings}
-
-
 def panels(runs: dict[str, dict[str, dict]]) -> list[Panel]:
     """Curves of each suite's first seed that has any: all trainings against minutes, fine-tunings against steps."""
     fine_tunings = {name.replace(" ", "_") for name in RFT_ARMS}
@@ -302,7 +281,7 @@ def main(cfg: Config) -> dict:
     """
     named = *cfg.arms, *cfg.perturbed_arms, *cfg.zero_arms, *cfg.gripper_arms
     check_known((*named, *([cfg.start] if cfg.start else [])), ARMS, "arm")
-    report = read_report(cfg)
+    report = {"command": "python benchmarks/rft_study.py", "summary": {}} | read_report(cfg, "runs", FREE)
     for suite in cfg.suites:
         for seed in cfg.seeds:
             gather(cfg, report["runs"], suite, seed, run(cfg, suite, seed))

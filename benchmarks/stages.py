@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from vlarft.config import to_dict
 from vlarft.metrics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,25 @@ def check_known(names: Sequence[str], known: Iterable[str], what: str) -> None:
     known = tuple(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown {what} {unknown[0]!r}; there are: {', '.join(known)}")
+
+
+def read_report(cfg: object, what: str, free: Sequence[str]) -> dict:
+    """The JSON file `cfg.out`, which gathers `what` (its key) of several invocations, or a new one. Its "settings" are
+    all options but the `free` ones; one that came after the file has its default there.
+
+    Raises:
+        ValueError: it has another setting, or is another script's.
+    """
+    path = Path(cfg.out)
+    before = json.loads(path.read_text()) if path.is_file() else {what: {}}
+    if what not in before:
+        raise ValueError(f"{path} has no {what}, it is not of this script: give another file as --out")
+    both = (json.loads(json.dumps(to_dict(of))) for of in (cfg, type(cfg)()))
+    settings, default = ({name: value for name, value in of.items() if name not in free} for of in both)
+    for name, value in settings.items() if "settings" in before else ():
+        if (there := before["settings"].get(name, default[name])) != value:
+            raise ValueError(f"{path} holds {what} with {name} {there}, not {value}: give another file as --out")
+    return {**before, "settings": settings}
 
 
 def machine() -> str:

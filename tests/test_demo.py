@@ -120,8 +120,26 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     drawn = report["cells"]["study, gripper drawn"]["true_error_change"]["mean"]
     assert drawn not in (0, alone["true_error_change"]["mean"])
     ungated = dataclasses.replace(cfg, cells=("R3",), rival=None, gate=False, runs=str(tmp_path / "ungated"))
-    assert study.main(ungated)["cells"]["R3"]["gate"] == {}
+    with pytest.raises(
+        ValueError, match=r"cells.json holds cells with gate True, not False: give another file as --out"
+    ):
+        study.main(ungated)
+    elsewhere = study.main(dataclasses.replace(ungated, out=str(tmp_path / "ungated.json")))
+    assert elsewhere["cells"]["R3"]["gate"] == {}
     assert set(report["base"]) == {"default"} and "extra SFT head" in capfd.readouterr().out
+    alike = report["cells"].pop("R3")["outcomes"]  # the file gathers cells, one of before without its outcomes
+    del report["cells"]["extra SFT head"]["outcomes"], report["cells"]["extra SFT head"]["against_rival"]
+    (tmp_path / "cells.json").write_text(json.dumps(report))
+    again = study.main(dataclasses.replace(cfg, cells=("R3",)))
+    assert again["cells"]["R3"]["outcomes"] == alike and set(alike) == {"none", "robot:20"}
+    assert again["cells"]["extra SFT head"] == report["cells"]["extra SFT head"]
+    assert again["cells"]["R3"]["against_rival"]["rival"] == "plateau, x_0 = 0"
+    with pytest.raises(ValueError, match="unknown rival among the cells 'extra SFT head'"):
+        study.main(dataclasses.replace(cfg, cells=("R3",), rival="extra SFT head"))
+    report["base"]["default"]["none"]["rate"] = 0.5
+    (tmp_path / "cells.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="cells.json holds cells of another policy 'default'"):
+        study.main(dataclasses.replace(cfg, cells=("R3",)))
     with pytest.raises(ValueError, match="unknown rival among the cells 'R1'"):
         study.main(dataclasses.replace(cfg, rival="R1"))
     with pytest.raises(ValueError, match="unknown cell 'none'; there are: R3"):
@@ -184,10 +202,11 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
         study.main(dataclasses.replace(cfg, rft_group=4))
     older = {**report, "settings": {name: value for name, value in report["settings"].items() if name != "start"}}
     (tmp_path / "older.json").write_text(json.dumps(older))
-    assert study.read_report(dataclasses.replace(cfg, out=str(tmp_path / "older.json"))) == report
+    older = dataclasses.replace(cfg, out=str(tmp_path / "older.json"))
+    assert study.read_report(older, "runs", study.FREE) == report
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="other.json has no runs, it is not of this script: give another file"):
-        study.read_report(dataclasses.replace(cfg, out=str(tmp_path / "other.json")))
+        study.read_report(dataclasses.replace(cfg, out=str(tmp_path / "other.json")), "runs", study.FREE)
 
     again = dataclasses.replace(fewer, arms=("RFT R3", "extra SFT head"), start="extra SFT head", perturb=("none",))
     with pytest.raises(ValueError, match="holds runs with start None, not extra SFT head: give another file as --out"):
