@@ -28,6 +28,15 @@ Few demonstrations (docs/study.md): the same cells from another policy, in a wor
     python benchmarks/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
         --runs runs/few/rft --out results/rft_few.json --cells "plateau, R1, credit per step" "plateau, extra SFT" ...
 
+Five demonstrations a task of the study's suite, in its world model where a cell needs one,
+
+    python collect_demos.py --preset tiny --suites tabletop_spatial --tasks 0 1 2 3 --demos-per-task 5 \
+        --out-dir runs/few5/demos
+    python train_sft.py --preset tiny --demos runs/few5/demos --steps 2600 --out-dir runs/few5/sft
+    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/few5/demos --policies runs/few5 \
+        --world-models runs/study/tabletop_spatial --no-gate --runs runs/few5/rft --out results/rft_few5.json \
+        --rival "study, R1" --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression" ...
+
 Experts without action noise, which is 0.08 otherwise (rough ones are a matter of rft_study.py, --action-noise),
 
     python collect_demos.py --preset tiny --suites tabletop_spatial --tasks 0 1 2 3 --demos-per-task 50 \
@@ -40,7 +49,8 @@ Experts without action noise, which is 0.08 otherwise (rough ones are a matter o
 Writes one JSON: success rates with their 95 % intervals, the paired difference to the policy that was fine-tuned, and
 what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the
 draws lie apart. Outcomes start by start, too, in the order of tasks and initial states (1 = success; older cells are
-without). The file gathers cells, of any invocation with the same settings and policies.
+without). The file gathers cells, of any invocation with the same settings and policies; under "repeated" what those
+with several seeds of the fine-tuning say together.
 """
 
 import re
@@ -49,6 +59,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import torch
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
 from stages import Starts, check_known, machine, rate, read_lines, read_report, run_once
@@ -156,8 +167,10 @@ def against(rival: dict[str, str], own: dict[str, str]) -> dict:
 def base_of(cfg: Config, start: str) -> dict:
     """Rates of the policy that cells go on from, and means of its chunks' errors."""
     parts = cfg, Path(cfg.runs) / f"base_{start.replace(' ', '_')}", arm(cfg.policies, start)
-    rates = {kind: rate(wins(found)) for kind, found in play(*parts).items()}
-    return rates | {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
+    outcomes = play(*parts)
+    rates = {kind: rate(wins(found)) for kind, found in outcomes.items()}
+    chunks = {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
+    return rates | chunks | {"outcomes": outcomes}
 
 
 def run_cell(cfg: Config, name: str) -> dict:
@@ -195,6 +208,39 @@ def run_cell(cfg: Config, name: str) -> dict:
     }
 
 
+def repeated(base: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
+    """Cells that were run with several seeds of the fine-tuning, against their policy and against each other: "runs",
+    the differences seed by seed, and their mean with an interval of 95 % over the starts. That does not hold what other
+    seeds would do: see how far the runs lie apart.
+    """
+    groups: dict[str, list[dict]] = {}
+    for name, cell in cells.items():
+        if "outcomes" in cell:
+            groups.setdefault(re.sub(r", seed \d+$", "", name), []).append(cell)
+    groups = {name: group for name, group in groups.items() if len(group) > 1}
+    won = {name: torch.tensor([wins("".join(c["outcomes"].values())) for c in group]) for name, group in groups.items()}
+    before = {
+        start: torch.tensor([wins("".join(of["outcomes"].values()))]) for start, of in base.items() if "outcomes" in of
+    }
+    found = {}
+    for name, own in won.items():
+        start = groups[name][0]["policy"]
+        others = {other: of for other, of in won.items() if other != name and groups[other][0]["policy"] == start}
+        runs = (own.double() - before[start].double()).mean(1).tolist()
+        against = {other: over_starts(of, own) for other, of in others.items()}
+        found[name] = {"runs": runs, "against_base": over_starts(before[start], own), "against": against}
+    return found
+
+
+def over_starts(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
+    """Mean difference of outcomes (runs, starts) on the same starts, with its 95 % interval; each start counts once,
+    with the mean of its runs.
+    """
+    change = second.double().mean(0) - first.double().mean(0)
+    middle, half = change.mean().item(), 1.96 * change.std().item() / len(change) ** 0.5
+    return {"difference": middle, "low": middle - half, "high": middle + half}
+
+
 def table(cells: dict[str, dict]) -> str:
     """Markdown, one row per cell: all starts together, what changed in the chunks, what the gate said."""
     heads = "cell", "success", "against the policy before", "against the rival", "true error", "from x_0 = 0", "spread"
@@ -223,15 +269,18 @@ def main(cfg: Config) -> dict:
     for name in cfg.cells:
         start = cfg.start or CELLS[name].policy
         base = base_of(cfg, start)
-        if report["base"].setdefault(start, base) != base:
+        if report["base"].get(start, base) | {"outcomes": base["outcomes"]} != base:
             raise ValueError(f"{cfg.out} holds cells of another policy {start!r}: give another file as --out")
-        cells[name] = run_cell(cfg, name)
+        report["base"][start], cells[name] = base, run_cell(cfg, name)
         write_json(cfg.out, report)
     for name, cell in cells.items():
         if cfg.rival not in (None, name) and "outcomes" in cell:
             cell["against_rival"] = {"rival": cfg.rival, **against(cells[cfg.rival]["outcomes"], cell["outcomes"])}
+    report["repeated"] = repeated(report["base"], cells)
     write_json(cfg.out, report)
     print("\n" + table(cells))
+    for name, found in report["repeated"].items():
+        print(f"{name}, {len(found['runs'])} seeds: {points(found['against_base'])} against the policy before")
     return report
 
 

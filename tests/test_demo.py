@@ -270,6 +270,18 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     assert factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
 
+def test_cells_with_several_seeds(load_benchmark):
+    factors = load_benchmark("rft_factors")
+    base = {"sft": {"outcomes": {"none": "10", "robot:20": "00"}}, "early": {}}
+    won = {"R3": "1100", "R3, seed 1": "1010", "R1": "1000", "R1, seed 2": "0000", "alone": "1111"}
+    cells = {name: {"policy": "sft", "outcomes": {"none": of[:2], "robot:20": of[2:]}} for name, of in won.items()}
+    found = factors.repeated(base, cells | {"older": {"policy": "sft"}, "older, seed 1": {"policy": "sft"}})
+    assert set(found) == {"R3", "R1"} and found["R3"]["runs"] == [0.25, 0.25] and found["R1"]["runs"] == [0, -0.25]
+    gain = found["R3"]["against_base"]  # 0, 0.5, 0.5, 0: a standard deviation of 0.289 over four starts
+    assert gain["difference"] == 0.25 and gain["high"] - 0.25 == pytest.approx(1.96 * 0.28868 / 2, rel=1e-4)
+    assert set(found["R1"]["against"]) == {"R3"} and found["R1"]["against"]["R3"]["difference"] == -0.375
+
+
 def test_study_gathers_runs(load_benchmark, capsys):
     study = load_benchmark("rft_study")
     cfg, runs = study.PRESETS["smoke"], {}
