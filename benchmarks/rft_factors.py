@@ -50,7 +50,7 @@ Writes one JSON: success rates with their 95 % intervals, the paired difference 
 what changed in the deterministic policy's chunks at held-out starts: their true error in the simulator, and how far the
 draws lie apart. Outcomes start by start, too, in the order of tasks and initial states (1 = success; older cells are
 without). The file gathers cells, of any invocation with the same settings and policies; under "repeated" what those
-with several seeds of the fine-tuning say together.
+with several seeds of the fine-tuning say together, under "world_models" the last row of the logs of those trained here.
 """
 
 import re
@@ -272,6 +272,9 @@ def main(cfg: Config) -> dict:
         if report["base"].get(start, base) | {"outcomes": base["outcomes"]} != base:
             raise ValueError(f"{cfg.out} holds cells of another policy {start!r}: give another file as --out")
         report["base"][start], cells[name] = base, run_cell(cfg, name)
+        if (model := cells[name]["world_model"]) in WORLD_MODELS:
+            log = world_model(cfg, model).with_name("log.jsonl")
+            report.setdefault("world_models", {})[model] = read_lines(log)[-1]
         write_json(cfg.out, report)
     for name, cell in cells.items():
         if cfg.rival not in (None, name) and "outcomes" in cell:

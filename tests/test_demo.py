@@ -265,7 +265,9 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
     places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "factors"}
     places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
     cfg = dataclasses.replace(factors.PRESETS["smoke"], cells=("R3",), **places)
-    (cell,) = factors.main(cfg)["cells"].values()
+    report = factors.main(cfg)
+    (cell,) = report["cells"].values()
+    assert report["world_models"]["short"]["step"] == 1 and "val_loss" in report["world_models"]["short"]
     assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
     assert factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
