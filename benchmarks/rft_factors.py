@@ -33,6 +33,7 @@ Five demonstrations a task of the study's suite, in its world model where a cell
     python collect_demos.py --preset tiny --suites tabletop_spatial --tasks 0 1 2 3 --demos-per-task 5 \
         --out-dir runs/few5/demos
     python train_sft.py --preset tiny --demos runs/few5/demos --steps 2600 --out-dir runs/few5/sft
+    python train_sft.py --preset tiny --demos runs/few5/demos --steps 400 --out-dir runs/few5/early
     python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/few5/demos --policies runs/few5 \
         --world-models runs/study/tabletop_spatial --no-gate --runs runs/few5/rft --out results/rft_few5.json \
         --rival "study, R1" --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression" ...
@@ -92,6 +93,7 @@ class Config:
 
 
 FREE = "demos", "world_models", "policies", "runs", "out", "cells", "rival"  # may differ in one JSON file
+ADDED = "outcomes", "training"  # of a policy, which older files are without
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
@@ -165,12 +167,13 @@ def against(rival: dict[str, str], own: dict[str, str]) -> dict:
 
 
 def base_of(cfg: Config, start: str) -> dict:
-    """Rates of the policy that cells go on from, and means of its chunks' errors."""
+    """Rates of the policy that cells go on from, means of its chunks' errors, the last row of its training's log."""
     parts = cfg, Path(cfg.runs) / f"base_{start.replace(' ', '_')}", arm(cfg.policies, start)
     outcomes = play(*parts)
     rates = {kind: rate(wins(found)) for kind, found in outcomes.items()}
     chunks = {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
-    return rates | chunks | {"outcomes": outcomes}
+    log = arm(cfg.policies, start).with_name("log.jsonl")
+    return rates | chunks | {"outcomes": outcomes, "training": read_lines(log)[-1] if log.is_file() else None}
 
 
 def run_cell(cfg: Config, name: str) -> dict:
@@ -269,7 +272,7 @@ def main(cfg: Config) -> dict:
     for name in cfg.cells:
         start = cfg.start or CELLS[name].policy
         base = base_of(cfg, start)
-        if report["base"].get(start, base) | {"outcomes": base["outcomes"]} != base:
+        if report["base"].get(start, base) | {name: base[name] for name in ADDED} != base:
             raise ValueError(f"{cfg.out} holds cells of another policy {start!r}: give another file as --out")
         report["base"][start], cells[name] = base, run_cell(cfg, name)
         if (model := cells[name]["world_model"]) in WORLD_MODELS:
