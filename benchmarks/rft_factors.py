@@ -131,7 +131,7 @@ def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[s
     """
     starts = Starts(cfg.suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     found = {
-        perturb: starts.play(folder / f"eval_{perturb.replace(':', '_')}", policy, perturb, "--noise", x0)
+        perturb: starts.play(folder / f"eval_{re.sub('[:/]', '_', perturb)}", policy, perturb, "--noise", x0)
         for perturb in cfg.perturb
     }
     return {kind: "".join(str(int(won)) for _, won in sorted(of.items())) for kind, of in found.items()}

@@ -37,6 +37,7 @@ with 95 % intervals, and paired differences to the long-trained policy and to th
 and seed by seed. And a picture of the curves.
 """
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +184,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
 def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
     """Outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
     starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
-    kind = f"eval_{perturb.replace(':', '_')}"
+    kind = f"eval_{re.sub('[:/]', '_', perturb)}"
     playing = policies
     if perturb != "none":
         playing = {name: path for name, path in policies.items() if name in ("SFT", *cfg.perturbed_arms)}
