@@ -19,7 +19,8 @@ The cells named "study" change one option of an arm of `rft_study.py`, and go on
         --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
 
 World models that only they have (WORLD_MODELS in factor_cells.py) are trained there first.
-results/rft_study_factors_seed1.json and _seed2.json are the same from the policies of the study's other seeds.
+results/rft_study_factors_seed1.json and _seed2.json are the same from the policies of the study's other seeds,
+results/rft_study_factors_again.json from seed 0's, trained again on another processor.
 
 Few demonstrations (docs/study.md): the same cells from another policy, in a world model that saw more,
 
