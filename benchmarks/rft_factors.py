@@ -167,14 +167,20 @@ def against(rival: dict[str, str], own: dict[str, str]) -> dict:
     return paired_difference(*(wins("".join(of[kind] for kind in own)) for of in (rival, own)))._asdict()
 
 
+def last_row(checkpoint: Path) -> dict | None:
+    """The last row of a training's log; none where it was too short to log."""
+    log = checkpoint.with_name("log.jsonl")
+    rows = read_lines(log) if log.is_file() else []
+    return rows[-1] if rows else None
+
+
 def base_of(cfg: Config, start: str) -> dict:
     """Rates of the policy that cells go on from, means of its chunks' errors, the last row of its training's log."""
     parts = cfg, Path(cfg.runs) / f"base_{start.replace(' ', '_')}", arm(cfg.policies, start)
     outcomes = play(*parts)
     rates = {kind: rate(wins(found)) for kind, found in outcomes.items()}
     chunks = {f"chunks_{name}": mean(values) for name, values in _measure(*parts).items()}
-    log = arm(cfg.policies, start).with_name("log.jsonl")
-    return rates | chunks | {"outcomes": outcomes, "training": read_lines(log)[-1] if log.is_file() else None}
+    return rates | chunks | {"outcomes": outcomes, "training": last_row(arm(cfg.policies, start))}
 
 
 def run_cell(cfg: Config, name: str) -> dict:
@@ -277,8 +283,7 @@ def main(cfg: Config) -> dict:
             raise ValueError(f"{cfg.out} holds cells of another policy {start!r}: give another file as --out")
         report["base"][start], cells[name] = base, run_cell(cfg, name)
         if (model := cells[name]["world_model"]) in WORLD_MODELS:
-            log = world_model(cfg, model).with_name("log.jsonl")
-            report.setdefault("world_models", {})[model] = read_lines(log)[-1]
+            report.setdefault("world_models", {})[model] = last_row(world_model(cfg, model))
         write_json(cfg.out, report)
     for name, cell in cells.items():
         if cfg.rival not in (None, name) and "outcomes" in cell:

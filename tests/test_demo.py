@@ -261,13 +261,13 @@ def test_study_at_smoke_size(tmp_path, load_benchmark, monkeypatch, capfd):
 
     factors, cells = (load_benchmark(name) for name in ("rft_factors", "factor_cells"))
     monkeypatch.setitem(factors.CELLS, "R3", cells.study("--steps", "1", "--starts", "2", world_model="short"))
-    monkeypatch.setitem(factors.WORLD_MODELS, "short", cells.Training(2))
+    monkeypatch.setitem(factors.WORLD_MODELS, "short", cells.Training(10))
     places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "factors"}
     places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
     cfg = dataclasses.replace(factors.PRESETS["smoke"], cells=("R3",), **places)
     report = factors.main(cfg)
     (cell,) = report["cells"].values()
-    assert report["world_models"]["short"]["step"] == 1 and "val_loss" in report["world_models"]["short"]
+    assert report["world_models"]["short"]["step"] == 9 and "val_loss" in report["world_models"]["short"]
     assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
     assert factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
