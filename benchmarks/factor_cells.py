@@ -106,15 +106,11 @@ STUDY = {
     "early, extra SFT": sft("--steps", "600", policy="early"),
     "early, x_0 = 0": Cell(policy="early", script=None, x0="zero"),
 }
-# one fine-tuning in the world model is one draw: the same with other seeds of its own
-REPEATED = ("R3", "divergence")
-REPEATED = (
-    *REPEATED,
-    *(f"{name}, {model}" for name in REPEATED for model in ("short world model", "long world model")),
-)
-STUDY |= {
-    f"{name}, seed {seed}": STUDY[name]._replace(flags=(*STUDY[name].flags, "--seed", str(seed)))
-    for name in REPEATED
+STUDY |= {  # one fine-tuning in the world model is one draw: the same with other seeds of its own
+    f"{reward}{model}, seed {seed}": cell._replace(flags=(*cell.flags, "--seed", str(seed)))
+    for reward in ("R3", "divergence")
+    for model in ("", ", short world model", ", long world model")
+    for cell in [STUDY[f"{reward}{model}"]]
     for seed in (1, 2)
 }
 CELLS = {
