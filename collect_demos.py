@@ -36,9 +36,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.config import opt, parse
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.policy import VLAPolicy
+from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_index, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.gl import FAST

@@ -15,7 +15,7 @@ horizon per suite, in LIBERO ten wait steps first and images with both axes flip
     python eval_libero.py --policies random runs/eval/episodes.jsonl --suites libero_object --animate-failed 3
 
 A policy is a checkpoint of train_sft.py or train_rft.py; `random`, uniform actions; or an episodes.jsonl of an earlier
-evaluation (or of benchmarks/libero_experts.py), whose actions are played again open loop.
+evaluation (or of studies/libero_experts.py), whose actions are played again open loop.
 
 Writes out_dir/episodes.jsonl (one line an episode, appended as they end: an interrupted evaluation resumes with the
 same command), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
@@ -40,11 +40,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from vlarft.checkpoint import open_run, read_header, write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference, wilson_interval
 from vlarft.pictures import save_gif, save_mp4
 from vlarft.policy import VLAPolicy
+from vlarft.run.checkpoint import open_run, read_header, write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed
-from vlarft.checkpoint import read_header, write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.pictures import grid, save_gif, save_png
-from vlarft.schedule import generator
+from vlarft.run import distributed
+from vlarft.run.checkpoint import read_header, write_json
+from vlarft.run.clock import generator
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel

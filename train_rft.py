@@ -50,25 +50,25 @@ from pathlib import Path
 from torch import Tensor, manual_seed
 from torch.optim import AdamW
 
-from vlarft import distributed, preemption
-from vlarft.checkpoint import load_model, open_run, read_header
-from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
-from vlarft.ema import EMA
-from vlarft.flow_networks import Noise
 from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
 from vlarft.metrics import perceptual
+from vlarft.nets.action_head import Noise
 from vlarft.objective import ObjectiveConfig, supervised_copy, update
 from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Reward, check_same_robot
 from vlarft.rollout import RolloutConfig, collect, fit_drift
-from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, Decay, rate_factor
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import load_model, open_run, read_header
+from vlarft.run.clock import Clock, Decay, rate_factor
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.ema import EMA
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.train_state import TrainState
 from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
-from vlarft.train_state import TrainState
 from vlarft.world_model import WorldModel
 
 

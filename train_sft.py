@@ -42,21 +42,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed, memory, preemption
-from vlarft.checkpoint import open_run
-from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import Augmentation, augment
 from vlarft.data.convention import image_convention
-from vlarft.ema import EMA
-from vlarft.lora import LoRAConfig, add_lora, merge_state_dict
+from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import SupervisedObjective, VLAPolicy
-from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, Decay, rate_factor, seed_of
-from vlarft.schedule import generator as make_generator
+from vlarft.run import distributed, memory, preemption
+from vlarft.run.checkpoint import open_run
+from vlarft.run.clock import Clock, Decay, rate_factor, seed_of
+from vlarft.run.clock import generator as make_generator
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.ema import EMA
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.train_state import TrainState
 from vlarft.sim.evaluate import SuccessConfig, success_rate
-from vlarft.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlarft import distributed, preemption
-from vlarft.checkpoint import open_run
-from vlarft.config import opt, parse
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import image_convention
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
-from vlarft.discriminator import Discriminator, DiscriminatorConfig
-from vlarft.frame_networks import ResBlock
 from vlarft.metrics import PerceptualDistance, perceptual
+from vlarft.nets.discriminator import Discriminator, DiscriminatorConfig
+from vlarft.nets.frame_networks import ResBlock
 from vlarft.pictures import grid, save_png
-from vlarft.reconstruction import adversarial_balance, last_layer_gradient, reconstruction_loss, reconstruction_psnr
-from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, generator, rate_factor, seed_of
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import open_run
+from vlarft.run.clock import Clock, generator, rate_factor, seed_of
+from vlarft.run.config import opt, parse
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import PRESETS as MODELS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.train_state import TrainState
+from vlarft.tokenizer_loss import adversarial_balance, last_layer_gradient, reconstruction_loss, reconstruction_psnr
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlarft import distributed, preemption
-from vlarft.checkpoint import open_run, read_header
-from vlarft.config import opt, parse
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
+from vlarft.nets.transformer import TransformerConfig
 from vlarft.pictures import grid, save_png
-from vlarft.runlog import RunLog, check_finite
-from vlarft.schedule import Clock, Decay, generator, rate_factor
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import open_run, read_header
+from vlarft.run.clock import Clock, Decay, generator, rate_factor
+from vlarft.run.config import opt, parse
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import FrameTokenizer
-from vlarft.train_state import TrainState
-from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as MODELS
 from vlarft.world_model import WorldModel, WorldModelConfig
 

@@ -35,12 +35,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convert import main as convert
 from vlarft.data.hdf5 import write_demo, write_task_attrs
 from vlarft.data.tfrecord import masked_crc
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from timing import alternate, machine, ratio
 from torch import Tensor
 
 from vlarft import tokenizer
-from vlarft.checkpoint import load_model, write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.decoding import Sampling
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.rollout import sample_group
+from vlarft.run.checkpoint import load_model, write_json
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import Context
 from vlarft.world_model import WorldModel
 

@@ -25,11 +25,11 @@ from rollout import SIZES
 from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor, nn
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
-from vlarft.frame_networks import GroupNorm
 from vlarft.metrics import PerceptualDistance
+from vlarft.nets.frame_networks import GroupNorm
 from vlarft.reward import image_reward
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.tokenizer import Context, FrameTokenizer
 from vlarft.world_model import WorldModel
 

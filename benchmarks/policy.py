@@ -25,14 +25,14 @@ import torch
 from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.flow import euler_step, matching_loss, sample_ode
-from vlarft.flow_networks import FlowHead, column_major
-from vlarft.lora import LoRAConfig, add_lora
+from vlarft.nets.action_head import FlowHead, column_major
+from vlarft.nets.lora import LoRAConfig, add_lora
+from vlarft.nets.vit import ViT
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
-from vlarft.vit import ViT
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ import torch
 from rft_versions import PRESETS, Config, Workload
 from timing import Timing, alternate, machine, peak_rate, ratio, seconds, synchronize
 
-from vlarft.checkpoint import write_json
-from vlarft.config import parse, to_dict
 from vlarft.rollout import Rollouts
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import parse, to_dict
 
 
 class Phases:

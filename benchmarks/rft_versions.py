@@ -10,7 +10,6 @@ import rollout as rollout_benchmark
 import torch
 from torch import Tensor
 
-from vlarft.config import opt
 from vlarft.data.windows import Batch
 from vlarft.flow import Chain, chain_log_prob
 from vlarft.grpo import advantages
@@ -20,6 +19,7 @@ from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Reward, image_reward, reduce_frames, verified_reward
 from vlarft.rollout import PlayedChunk, RolloutConfig, Rollouts, collect, encode, reward_options, sample_group
+from vlarft.run.config import opt
 from vlarft.world_model import WorldModel
 
 

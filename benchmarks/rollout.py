@@ -30,14 +30,14 @@ import torch
 from timing import alternate, floating_point_work, machine, peak_rate, ratio, seconds
 from torch import Tensor
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
-from vlarft.decoding import Sampling
+from vlarft.nets.transformer import TransformerConfig
 from vlarft.pretrained.world_model import LlamaForCausalLM
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.token_layout import TokenLayout
+from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import TokenizerConfig
-from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS as WORLD_MODELS
 from vlarft.world_model import WorldModel, WorldModelConfig
 

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                writes results/scaling.json, prints the tables of docs/scaling.md
 
 Every model is built and run without data (FakeTensorMode), so that parameters, FLOPs (FlopCounterMode) and the
-activations kept for the backward (vlarft.memory) are those of the code. The model of a step on n GPUs:
+activations kept for the backward (vlarft.run.memory) are those of the code. The model of a step on n GPUs:
 
 compute   FLOPs of a process / (`flops` x `share`): the peak of the chip times the share of it that is reached
 messages  FSDP2 with the scripts' units: a process receives (n - 1) / n of each unit's parameters before each call and
@@ -35,16 +35,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlarft import memory, transformer
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.flow import matching_loss
-from vlarft.flow_networks import SigmaNet
-from vlarft.frame_networks import ResBlock
-from vlarft.lora import LoRAConfig, add_lora
+from vlarft.nets import transformer
+from vlarft.nets.action_head import SigmaNet
+from vlarft.nets.frame_networks import ResBlock
+from vlarft.nets.lora import LoRAConfig, add_lora
 from vlarft.normalizer import Normalizer
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
+from vlarft.run import memory
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import PRESETS as WORLD_MODELS

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlarft.config import opt, parse
+from vlarft.run.config import opt, parse
 from vlarft.sim import TABLETOP_SUITES, make_env
 from vlarft.sim.experts import Expert
 from vlarft.sim.tabletop import TabletopEnv

@@ -23,8 +23,8 @@ from rollout import SIZES, llama_of
 from timing import alternate, machine, peak_rate, ratio, work_and_share
 from torch import Tensor
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.world_model import WorldModel
 
 

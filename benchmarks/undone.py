@@ -25,10 +25,10 @@ from rollout import NEARLY_ALL, Workload
 from timing import alternate, machine, ratio
 from torch import Tensor
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
-from vlarft.decoding import Sampling
-from vlarft.kv_cache import KVCache
+from vlarft.nets.kv_cache import KVCache
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.token_sampling import Sampling
 from vlarft.world_model import Tables, WorldModel
 
 

@@ -70,10 +70,11 @@ def demos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def load_benchmark(monkeypatch) -> Callable[[str], ModuleType]:
-    """Imports a script of benchmarks/, which is no package."""
+    """Import a script of benchmarks/ or studies/, which are no packages."""
 
     def load(name: str) -> ModuleType:
-        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        root = Path(__file__).parents[1]
+        path = next(p for d in ("benchmarks", "studies") if (p := root / d / f"{name}.py").is_file())
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
         benchmark = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, benchmark)  # where dataclasses look up annotations
@@ -86,7 +87,7 @@ def load_benchmark(monkeypatch) -> Callable[[str], ModuleType]:
 @pytest.fixture(scope="session")
 def world_model_file(demos, tmp_path_factory) -> Path:
     """A world model of smoke size with random weights and the action ranges of `demos`."""
-    from vlarft.checkpoint import save_model
+    from vlarft.run.checkpoint import save_model
     from vlarft.world_model import PRESETS, WorldModel
 
     torch.manual_seed(0)

@@ -6,11 +6,11 @@ import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from vlarft import distributed
+from vlarft.run import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "vlarft.train_state"]
+    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "vlarft.run.train_state"]
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vlarft import checkpoint
+from vlarft.run import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pytest
 
 import collect_demos
 from collect_demos import FIRST_NOISY, PRESETS, main
-from vlarft.config import parse
 from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
-from vlarft.schedule import generator
+from vlarft.run.clock import generator
+from vlarft.run.config import parse
 from vlarft.sim import make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.libero_experts import NoPlanError

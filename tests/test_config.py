@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from vlarft.config import differences, from_dict, opt, parse, to_dict
+from vlarft.run.config import differences, from_dict, opt, parse, to_dict
 
 
 @dataclasses.dataclass(frozen=True)

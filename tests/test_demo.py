@@ -51,7 +51,7 @@ def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
     cells = run_notebook("rft_step.ipynb")
     assert cells["reward"].reward.shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
 
-    study = load_benchmark("world_model")
+    study = load_benchmark("wm_study")
     places = {"demo": str(tmp_path), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "study.json")}
     report = study.main(dataclasses.replace(study.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "study.json").read_text()) == report

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from vlarft.discriminator import (
+from vlarft.nets.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     SpectralConv2d,

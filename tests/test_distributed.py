@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from vlarft import distributed, objective
-from vlarft.checkpoint import read_header
-from vlarft.config import parse
+from vlarft import objective
+from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.objective import ObjectiveConfig
-from vlarft.runlog import check_finite
-from vlarft.transformer import Decoder, TransformerConfig
+from vlarft.run import distributed
+from vlarft.run.checkpoint import read_header
+from vlarft.run.config import parse
+from vlarft.run.log import check_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vlarft.dit import DiT, DiTConfig, sincos_positions, time_features
+from vlarft.nets.dit import DiT, DiTConfig, sincos_positions, time_features
 
 CFG = DiTConfig(width=16, depth=3, num_heads=2, mlp_dim=24, cross_attention_blocks=(0, 2), gamma_init=1.0)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlarft.ema import EMA
+from vlarft.run.ema import EMA
 
 
 def test_by_hand():

@@ -9,10 +9,10 @@ import torch
 
 import eval_wm
 from eval_wm import PRESETS, evaluate_frames, frame_sums, main, mine, summary
-from vlarft.checkpoint import save_model
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
+from vlarft.run.checkpoint import save_model
 from vlarft.world_model import PRESETS as MODELS
 from vlarft.world_model import Rollout, WorldModel
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlarft.dit import DiTConfig
 from vlarft.flow import (
     chain_log_prob,
     euler_step,
@@ -18,7 +17,8 @@ from vlarft.flow import (
     sample_tau,
     transition,
 )
-from vlarft.flow_networks import Condition, FlowConfig, FlowHead, SigmaNet
+from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet
+from vlarft.nets.dit import DiTConfig
 
 CFG = FlowConfig(
     context_dim=12,

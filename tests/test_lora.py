@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlarft.lora import (
+from vlarft.nets.lora import (
     LoRAConfig,
     LoRALinear,
     add_lora,
@@ -17,8 +17,8 @@ from vlarft.lora import (
     merge_state_dict,
     save_lora,
 )
-from vlarft.vit import SIGLIP_SO400M
-from vlarft.vlm import VLM, VLMConfig
+from vlarft.nets.vit import SIGLIP_SO400M
+from vlarft.nets.vlm import VLM, VLMConfig
 
 CFG = LoRAConfig(rank=3, alpha=6.0)
 

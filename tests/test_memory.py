@@ -2,8 +2,8 @@
 
 import torch
 
-from vlarft.distributed import recompute
-from vlarft.memory import CPU_BYTES, Memory, estimate, rows_at_once, saved_bytes
+from vlarft.run.distributed import recompute
+from vlarft.run.memory import CPU_BYTES, Memory, estimate, rows_at_once, saved_bytes
 
 
 def network() -> torch.nn.Sequential:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from weights import uniform, weight
 
-from vlarft.checkpoint import read_header
-from vlarft.kv_cache import KVCache
+from vlarft.nets.kv_cache import KVCache
+from vlarft.nets.transformer import TransformerConfig
 from vlarft.pretrained import (
     LIBERO_ACTION_RANGES,
     read_action_ranges,
@@ -22,9 +22,9 @@ from vlarft.pretrained import (
     world_model_from_public,
 )
 from vlarft.pretrained.__main__ import main
+from vlarft.run.checkpoint import read_header
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,16 +15,16 @@ from small_text import PROMPT_IDS, tokenizer_json, vocabulary_and_merges
 from test_pretrained import scramble, write
 from weights import uniform, weight
 
-from vlarft.dit import DiTConfig, time_features
-from vlarft.flow_networks import FlowConfig, FlowHead
+from vlarft.nets.action_head import FlowConfig, FlowHead
+from vlarft.nets.dit import DiTConfig, time_features
+from vlarft.nets.transformer import TransformerConfig
+from vlarft.nets.vit import ViTConfig
+from vlarft.nets.vlm import ByteTokenizer
 from vlarft.policy import PRESETS, VLAPolicy
 from vlarft.pretrained import policy_from_public, public_policy_config, read_statistics, read_text_tokenizer
 from vlarft.pretrained.__main__ import main
 from vlarft.pretrained.files import load_public
 from vlarft.pretrained.policy import HEAD_PARTS, PrismaticForActionPrediction, load_head, to_merged_names
-from vlarft.transformer import TransformerConfig
-from vlarft.vit import ViTConfig
-from vlarft.vlm import ByteTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 DINO = ViTConfig(image_size=28, width=8, depth=2, num_heads=2, mlp_dim=12, num_registers=1, output_block=0)

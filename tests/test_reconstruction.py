@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlarft.reconstruction import adversarial_balance, last_layer_gradient, reconstruction_loss
 from vlarft.tokenizer import PRESETS, FrameTokenizer, Reconstruction
+from vlarft.tokenizer_loss import adversarial_balance, last_layer_gradient, reconstruction_loss
 
 
 def test_reconstruction_loss_by_hand():

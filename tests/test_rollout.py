@@ -16,9 +16,9 @@ def test_a_group_stays_on_one_process(rft_config, rft_parts, monkeypatch):
     policy, model, _ = rft_parts
     sampler, distance = WindowSampler(load_episodes(rft_config.demos), 9, 8), perceptual("ssim")
     whole = collect(rft_config, policy, model, sampler.batch(4, 0, 0), distance, (0, 0))
-    monkeypatch.setattr("vlarft.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("vlarft.run.distributed.world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr("vlarft.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("vlarft.run.distributed.rank", lambda rank=rank: rank)
         own = collect(rft_config, policy, model, sampler.batch(4, 0, 0, part=(rank, 2)), distance, (0, 0))
         rows = slice(2 * rank, 2 * rank + 2)  # whole groups, the same as without the other process
         assert own.batch.index.tolist() == whole.batch.index[rows].tolist()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlarft.runlog import RunLog, check_finite
+from vlarft.run.log import RunLog, check_finite
 
 
 def lines(folder):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vlarft import schedule
-from vlarft.schedule import Clock, generator, rate_factor, seed_of
+from vlarft.run import clock as schedule
+from vlarft.run.clock import Clock, generator, rate_factor, seed_of
 
 
 def test_rate_factor_by_hand():

@@ -94,7 +94,7 @@ def test_decoding_each_different_frame_once(load_benchmark, rft_config, tmp_path
 
 
 def test_group_norm_in_float32_is_the_one_in_bfloat16():
-    from vlarft.frame_networks import GroupNorm
+    from vlarft.nets.frame_networks import GroupNorm
 
     norm, plain = (kind(4, 16).bfloat16() for kind in (GroupNorm, torch.nn.GroupNorm))
     with torch.no_grad():

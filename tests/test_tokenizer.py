@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vlarft.action_bins import ActionBins
-from vlarft.checkpoint import save_model
-from vlarft.frame_networks import CrossAttention
-from vlarft.reconstruction import reconstruction_loss
+from vlarft.nets.frame_networks import CrossAttention
+from vlarft.run.checkpoint import save_model
 from vlarft.tokenizer import (
     FSQ,
     PRESETS,
     FrameTokenizer,
     TokenizerConfig,
 )
+from vlarft.tokenizer_loss import reconstruction_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = TokenizerConfig(

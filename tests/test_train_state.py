@@ -15,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from vlarft import checkpoint, distributed
-from vlarft.checkpoint import load_train_state, read_header
-from vlarft.ema import EMA
-from vlarft.train_state import TrainState
+from vlarft.run import checkpoint, distributed
+from vlarft.run.checkpoint import load_train_state, read_header
+from vlarft.run.ema import EMA
+from vlarft.run.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 
 import train_tokenizer
 from train_tokenizer import PRESETS, Config, main, train_batch
-from vlarft.checkpoint import load_train_state, read_header
-from vlarft.config import parse
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
+from vlarft.run.checkpoint import load_train_state, read_header
+from vlarft.run.config import parse
 from vlarft.tokenizer import FrameTokenizer
 
 SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_every=1, validation_fraction=0.2)

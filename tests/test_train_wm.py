@@ -11,8 +11,8 @@ import torch
 import train_tokenizer
 import train_wm
 from train_wm import PRESETS, load_tokenizer, main
-from vlarft.checkpoint import load_model, load_train_state, read_header, save_model
 from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.run.checkpoint import load_model, load_train_state, read_header, save_model
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.world_model import WorldModel
 

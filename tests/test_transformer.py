@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlarft.kv_cache import KVCache
-from vlarft.transformer import Decoder, TransformerConfig, rotary_tables, rotate
+from vlarft.nets.kv_cache import KVCache
+from vlarft.nets.transformer import Decoder, TransformerConfig, rotary_tables, rotate
 
 SMALL = TransformerConfig(depth=2, width=32, num_heads=4, num_kv_heads=2, ffn_dim=48, qkv_bias=True, init_std=0.3)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from weights import integers, weight
 
-from vlarft.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig, coordinates
+from vlarft.nets.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig, coordinates
 
 DINO_LIKE = ViTConfig(image_size=28, width=24, depth=3, num_heads=2, mlp_dim=40, num_registers=2, output_block=1)
 SIGLIP_LIKE = replace(

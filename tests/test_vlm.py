@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from weights import weight
 
-from vlarft.lora import LoRAConfig, add_lora
-from vlarft.transformer import Decoder, TransformerConfig
-from vlarft.vit import ConvEncoderConfig, ViTConfig
-from vlarft.vlm import QWEN2_HALF_B, VLM, ByteTokenizer, VLMConfig
+from vlarft.nets.lora import LoRAConfig, add_lora
+from vlarft.nets.transformer import Decoder, TransformerConfig
+from vlarft.nets.vit import ConvEncoderConfig, ViTConfig
+from vlarft.nets.vlm import QWEN2_HALF_B, VLM, ByteTokenizer, VLMConfig
 
 LANGUAGE = TransformerConfig(depth=2, width=16, num_heads=2, num_kv_heads=1, ffn_dim=24, qkv_bias=True, init_std=0.2)
 DINO = ViTConfig(image_size=28, width=8, depth=2, num_heads=2, mlp_dim=12, num_registers=1, output_block=1)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from vlarft.checkpoint import save_model
-from vlarft.decoding import Sampling, restrict
+from vlarft.nets.transformer import TransformerConfig
+from vlarft.run.checkpoint import save_model
+from vlarft.token_sampling import Sampling, restrict
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import TokenizerConfig
-from vlarft.transformer import TransformerConfig
 from vlarft.world_model import PRESETS, TokenLayout, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,10 +17,10 @@ import train_sft
 import train_tokenizer
 import train_wm
 from vlarft import VLAPolicy
-from vlarft.checkpoint import read_header
 from vlarft.data import load_episodes
 from vlarft.data.check import main as check
 from vlarft.data.convert import main as convert
+from vlarft.run.checkpoint import read_header
 
 ROOT = Path(__file__).parents[1]
 FPS, STEPS, JOINTS = 30, 24, 6

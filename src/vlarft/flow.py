@@ -1,4 +1,4 @@
-"""Flow matching and the stochastic chain: what is done with the velocity net and the sigma net of flow_networks.py.
+"""Flow matching and the stochastic chain: what is done with the velocity net and the sigma net of nets/action_head.py.
 
 One time convention: tau = 0 is noise, tau = 1 is the action, velocity = actions - noise, tau_k = k / K in float32 for
 k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.distributions import Normal
 
-from vlarft.flow_networks import Condition, FlowConfig, FlowHead, SigmaNet
+from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet
 
 
 class Chain(NamedTuple):

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlarft.config import opt
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
 from vlarft.flow import sample_ode
@@ -25,7 +24,8 @@ from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Reward, reduce_frames, verified_reward
 from vlarft.rollout import RolloutConfig, dataset_actions, encode, reward_options, sample_group
-from vlarft.schedule import generator
+from vlarft.run.clock import generator
+from vlarft.run.config import opt
 from vlarft.sensitivity import Perturbations, agreement, perturb
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.world_model import WorldModel

@@ -17,10 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed
-from vlarft.config import opt
 from vlarft.flow import LogProb, chain_log_prob, matching_loss, matching_pairs
-from vlarft.flow_networks import Condition, FlowHead, SigmaNet
 from vlarft.grpo import (
     EntropyOver,
     Objective,
@@ -34,9 +31,12 @@ from vlarft.grpo import (
     sampled_kl,
 )
 from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.nets.action_head import Condition, FlowHead, SigmaNet
 from vlarft.policy import VLAPolicy
 from vlarft.rollout import PlayedChunk, Rollouts, share
-from vlarft.schedule import generator
+from vlarft.run import distributed
+from vlarft.run.clock import generator
+from vlarft.run.config import opt
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.checkpoint import load_model, save_model
-from vlarft.dit import DiTConfig
 from vlarft.flow import matching_loss, regression_loss, sample_chain, sample_ode
-from vlarft.flow_networks import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
+from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
+from vlarft.nets.dit import DiTConfig
+from vlarft.nets.transformer import TransformerConfig
+from vlarft.nets.vit import ConvEncoderConfig
+from vlarft.nets.vlm import VLM, VLMConfig
 from vlarft.normalizer import GripperEncoding, Normalizer
-from vlarft.transformer import TransformerConfig
-from vlarft.vit import ConvEncoderConfig
-from vlarft.vlm import VLM, VLMConfig
+from vlarft.run.checkpoint import load_model, save_model
 
 SupervisedObjective = Literal["matching", "regression"]
 

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlarft.memory import rows_at_once
 from vlarft.metrics import PerceptualDistance
 from vlarft.policy import VLAPolicy
+from vlarft.run.memory import rows_at_once
 from vlarft.world_model import History, WorldModel
 
 # simulator is `sim.replay.SimulatorReward`, not a verified reward

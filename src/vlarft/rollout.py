@@ -15,8 +15,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vlarft import distributed
-from vlarft.config import opt
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
 from vlarft.flow import Chain, sample_chain
@@ -32,7 +30,9 @@ from vlarft.reward import (
     verified_reward,
     weigh_frames,
 )
-from vlarft.schedule import generator
+from vlarft.run import distributed
+from vlarft.run.clock import generator
+from vlarft.run.config import opt
 from vlarft.sim.replay import SimulatorReward
 from vlarft.world_model import History, WorldModel
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.config import opt
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
 from vlarft.metrics import PerceptualDistance, rank_agreement
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
-from vlarft.schedule import generator
+from vlarft.run.clock import generator
+from vlarft.run.config import opt
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel

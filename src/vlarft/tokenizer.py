@@ -25,9 +25,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vlarft.checkpoint import load_model
-from vlarft.frame_networks import Encoder, FrameDecoder
-from vlarft.memory import rows_at_once
+from vlarft.nets.frame_networks import Encoder, FrameDecoder
+from vlarft.run.checkpoint import load_model
+from vlarft.run.memory import rows_at_once
 
 
 @dataclass(frozen=True)

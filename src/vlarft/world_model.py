@@ -23,14 +23,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.action_bins import ActionBins
-from vlarft.checkpoint import load_model
-from vlarft.decoding import Sampling, StaticDecoding
-from vlarft.kv_cache import Cache, KVCache
-from vlarft.memory import rows_at_once
+from vlarft.nets.kv_cache import Cache, KVCache
+from vlarft.nets.transformer import Decoder, TransformerConfig
+from vlarft.run.checkpoint import load_model
+from vlarft.run.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
+from vlarft.token_sampling import Sampling, StaticDecoding
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-from vlarft.transformer import Decoder, TransformerConfig
 
 History = Literal["frames", "start"]
 

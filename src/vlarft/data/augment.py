@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlarft.config import opt
+from vlarft.run.config import opt
 
 
 @dataclass(frozen=True)

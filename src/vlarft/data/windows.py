@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlarft.data.episode import Episode
 from vlarft.data.frames import Frames
-from vlarft.schedule import generator
+from vlarft.run.clock import generator
 
 
 class Batch(NamedTuple):

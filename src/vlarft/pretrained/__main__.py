@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from vlarft.checkpoint import save_model
 from vlarft.pretrained.policy import convert_policy
 from vlarft.pretrained.world_model import convert_tokenizer, convert_world_model, read_action_ranges
+from vlarft.run.checkpoint import save_model
 from vlarft.tokenizer import FrameTokenizer
 
 

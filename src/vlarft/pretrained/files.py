@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlarft.checkpoint import UNREADABLE, load_weights
+from vlarft.run.checkpoint import UNREADABLE, load_weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

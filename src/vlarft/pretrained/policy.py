@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlarft.config import differences
-from vlarft.flow_networks import ChunkNet
+from vlarft.nets.action_head import ChunkNet
+from vlarft.nets.transformer import TransformerConfig
+from vlarft.nets.vlm import VLM
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.pretrained.files import load_public, read_json, read_pickled, read_weights
 from vlarft.pretrained.text import read_text_tokenizer
-from vlarft.transformer import TransformerConfig
-from vlarft.vlm import VLM
+from vlarft.run.config import differences
 
 OUTPUT_HEAD = "language_model.lm_head.weight"
 # native names and ours, which are those of the merged layout

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from vlarft.vlm import SPECIAL_TOKENS, import_tokenizers
+from vlarft.nets.vlm import SPECIAL_TOKENS, import_tokenizers
 
 # How Qwen2 cuts text before its byte-pair merges: contractions, words, digits one by one, punctuation, line breaks.
 WORDS = (

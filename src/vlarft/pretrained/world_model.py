@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlarft.config import differences, to_dict
+from vlarft.nets.transformer import TransformerConfig
 from vlarft.pretrained.files import check_config, load_public, read_config, read_json, read_pickled, read_weights
+from vlarft.run.config import differences, to_dict
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.transformer import TransformerConfig
 from vlarft.world_model import WorldModel, WorldModelConfig
 
 # Tensors of public world models that ours has no place for. Rotary frequencies follow from rope_theta and the head

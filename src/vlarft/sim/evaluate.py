@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft import distributed
-from vlarft.config import opt
 from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.run import distributed
+from vlarft.run.config import opt
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import NUM_INITIAL_STATES, make_env
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from vlarft.schedule import generator
+from vlarft.run.clock import generator
 from vlarft.sim.experts import ActionNoise, ExpertAction, keep_still
 from vlarft.sim.libero_env import LiberoEnv
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlarft.kv_cache import KVCache, StaticKVCache
+from vlarft.nets.kv_cache import KVCache, StaticKVCache
 
 if TYPE_CHECKING:
     from vlarft.world_model import Tables, WorldModel

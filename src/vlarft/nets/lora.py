@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from vlarft.checkpoint import read_header, save_model
-from vlarft.config import differences, from_dict, to_dict
+from vlarft.run.checkpoint import read_header, save_model
+from vlarft.run.config import differences, from_dict, to_dict
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vlarft.distributed import is_main
+from vlarft.run.distributed import is_main
 
 
 class RunLog:

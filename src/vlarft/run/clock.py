@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vlarft import distributed
+from vlarft.run import distributed
 
 Decay = Literal["constant", "cosine"]
 

@@ -8,7 +8,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from vlarft import distributed
+from vlarft.run import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on

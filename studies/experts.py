@@ -1,6 +1,6 @@
 """Success of the scripted experts on the 50 evaluation states of every tabletop task, with and without action noise.
 
-    python benchmarks/experts.py --out results/tabletop_experts.json
+    python studies/experts.py --out results/tabletop_experts.json
 
 Expected: at least 98 % of the states of every task without noise, at least 90 % with the noise of `collect_demos.py`.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vlarft.config import opt, parse
 from vlarft.metrics import wilson_interval
+from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, TABLETOP_SUITES, make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.perturb import Perturbation
@@ -70,7 +70,7 @@ def main(config: Config) -> dict:
                 )
                 print(f"{suite:17s} {name[:60]:60s} noise {noise:.1f}: {won:3d}/{len(outcomes)}", flush=True)
     report = {
-        "command": "python benchmarks/experts.py",
+        "command": "python studies/experts.py",
         "perturb": config.perturb,
         "lowest_rate": {
             str(noise): min(row["rate"] for row in rows if row["noise"] == noise) for noise in config.noises

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlarft.config import differences, from_dict, to_dict
-from vlarft.distributed import is_main
+from vlarft.run.config import differences, from_dict, to_dict
+from vlarft.run.distributed import is_main
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -7,10 +7,10 @@ from statistics import mean
 
 import torch
 
-from vlarft.checkpoint import load_model, write_json
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.flow import sample_ode
 from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.run.checkpoint import load_model, write_json
 from vlarft.sim.replay import SimulatorReward
 
 # which dimensions of x_0 are drawn

@@ -1,7 +1,7 @@
 """What a world model saw, and what its rewards are worth: the trust gate at many starts, and the side they favour.
 
-    python benchmarks/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
-    python benchmarks/gates.py --suites tabletop_spatial
+    python studies/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
+    python studies/gates.py --suites tabletop_spatial
 
 The gate of a fine-tuning has few starts, since it is measured again and again. Here, for every suite and seed of
 rft_study.py, the long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model
@@ -29,8 +29,6 @@ import torch
 from stages import machine
 from tables import table_row
 
-from vlarft.checkpoint import load_model, read_header, write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.episodes import Episode
 from vlarft.gate import GateConfig, held_out_names, trust_gate
@@ -38,6 +36,8 @@ from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import verified_reward
 from vlarft.rollout import RolloutConfig
+from vlarft.run.checkpoint import load_model, read_header, write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
         ValueError: the JSON file has figures of other sizes.
     """
     sizes = {"starts": cfg.starts, "samples": cfg.samples}
-    report = {"command": "python benchmarks/gates.py", "config": to_dict(cfg), **sizes, "runs": {}}
+    report = {"command": "python studies/gates.py", "config": to_dict(cfg), **sizes, "runs": {}}
     if Path(cfg.out).is_file():
         before = json.loads(Path(cfg.out).read_text())
         if any(before.get(name) != value for name, value in sizes.items()):

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vlarft import distributed, preemption
-from vlarft.checkpoint import load_train_state, save_model, save_train_state
-from vlarft.ema import EMA
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import load_train_state, save_model, save_train_state
+from vlarft.run.ema import EMA
 
 Part = nn.Module | torch.optim.Optimizer | EMA | Mapping[str, Any]  # a mapping: of parts
 

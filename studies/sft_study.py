@@ -1,7 +1,7 @@
 """What makes a small policy learn from scratch: training arms on the same demonstrations, one factor each.
 
     python demo.py                                                    makes the demonstrations
-    python benchmarks/sft_study.py --out results/sft_study.json       trains and measures every arm
+    python studies/sft_study.py --out results/sft_study.json       trains and measures every arm
 
 Each arm is `train_sft.py --preset tiny` with the flags of `ARMS`, with success rates along the way, then
 `eval_libero.py` on all initial states of the tasks; all arms play the same starts. Finished arms are not run again.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from stages import Panel, call, check_known, draw_curves, machine, rate, read_lines, show_rate
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.metrics import paired_difference
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 
 ARMS = {
     "default": [],
@@ -109,7 +109,7 @@ def main(cfg: Config) -> dict:
     arms = {name: run_arm(cfg, name) for name in cfg.arms}
     compare(arms)
     report = {
-        "command": "python benchmarks/sft_study.py",
+        "command": "python studies/sft_study.py",
         "config": to_dict(cfg),
         "seed": 0,
         "machine": machine(),

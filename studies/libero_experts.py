@@ -1,7 +1,7 @@
 """Success of LIBERO's scripted experts on the benchmark's initial states.
 
-    python benchmarks/libero_experts.py --suites libero_goal libero_spatial libero_object
-    python benchmarks/libero_experts.py --suites libero_10 --tasks 0 1 2 3 4 5 6 7 8
+    python studies/libero_experts.py --suites libero_goal libero_spatial libero_object
+    python studies/libero_experts.py --suites libero_10 --tasks 0 1 2 3 4 5 6 7 8
     python eval_libero.py --policies runs/libero_experts/episodes.jsonl random --suites libero_object --episodes 20
 
 The last command plays the recorded actions again, open loop, through the evaluation. The experts were written while
@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.config import opt, parse
 from vlarft.metrics import wilson_interval
+from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.perturb import Perturbation

@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.transformer import Decoder, TransformerConfig
-from vlarft.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig
+from vlarft.nets.transformer import Decoder, TransformerConfig
+from vlarft.nets.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig
 
 QWEN2_HALF_B = TransformerConfig(
     depth=24,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlarft.kv_cache import Cache, StaticKVCache
+from vlarft.nets.kv_cache import Cache, StaticKVCache
 
 
 @dataclass(frozen=True)

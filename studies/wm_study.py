@@ -1,7 +1,7 @@
 """What makes a world model tell actions apart: training arms on the same demonstrations and tokenizer, one factor each.
 
     python demo.py                             makes the demonstrations, the tokenizer, and the policy that is imagined
-    python benchmarks/world_model.py --out results/world_model.json       trains and measures every arm
+    python studies/wm_study.py --out results/world_model.json       trains and measures every arm
 
 Each arm is `train_wm.py --preset tiny` with the flags of `ARMS`, then `eval_wm.py --true-error` on the same held-out
 starts; an arm about the tokenizer trains one of its own first; one with on-policy attempts holds some of them out, too,
@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 from stages import call, check_known, machine, read_lines, with_attempts
 
-from vlarft.checkpoint import load_model, read_header, write_json
-from vlarft.config import opt, parse, to_dict
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import GateConfig, held_out_names, trust_gate
 from vlarft.metrics import perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.rollout import RolloutConfig
+from vlarft.run.checkpoint import load_model, read_header, write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
@@ -150,7 +150,7 @@ def main(cfg: Config) -> dict:
     """Run the arms; returns what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
     report = {
-        "command": "python benchmarks/world_model.py",
+        "command": "python studies/wm_study.py",
         "config": to_dict(cfg),
         "seed": 0,
         "machine": machine(),

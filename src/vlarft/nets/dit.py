@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.vit import MLP, Attention
+from vlarft.nets.vit import MLP, Attention
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 

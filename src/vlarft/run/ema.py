@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vlarft.distributed import place
+from vlarft.run.distributed import place
 
 
 class EMA:

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
+from vlarft.nets.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
 
 Noise = Literal["sigma_net", "flow_sde"]
 

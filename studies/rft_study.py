@@ -1,7 +1,7 @@
 """The study: when does fine-tuning inside the world model beat more supervised training? (Tables 2, 3, 4, 10)
 
-    python benchmarks/rft_study.py --suites tabletop_object --seeds 0 1 2                          every arm
-    python benchmarks/rft_study.py --suites tabletop_goal --seeds 0 --arms "extra SFT" "RFT R3"
+    python studies/rft_study.py --suites tabletop_object --seeds 0 1 2                          every arm
+    python studies/rft_study.py --suites tabletop_goal --seeds 0 --arms "extra SFT" "RFT R3"
 
 For each suite: demonstrations, tokenizer and world model, once. For each seed: an early and a long-trained SFT policy,
 then every arm from the long-trained one. RWR, R1, R2 and R3 have one advantage for a whole chunk, and a flow-matching
@@ -22,7 +22,7 @@ the same draws. Every stage is a command of the repository, is printed, and is n
 
 Rough experts, whose demonstrations, world model and policies are others (docs/study.md):
 
-    python benchmarks/rft_study.py --suites tabletop_spatial --action-noise 0.5 --out-dir runs/study_rough \
+    python studies/rft_study.py --suites tabletop_spatial --action-noise 0.5 --out-dir runs/study_rough \
         --out results/rft_study_rough.json --figure docs/images/rft_study_rough.png --seeds 0 1 --arms "extra SFT" ...
 
 A second round, from a policy that has had more supervised training: --start names the arm of the first round that
@@ -49,8 +49,8 @@ from stages import Panel, Starts, check_known, draw_curves, machine, read_lines,
 from study_arms import ARMS, EXPERTS_ONLY, EXTRA_ARMS, LONG_RIVALS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, curves, minutes_of, trust_gates
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse
 
 MERGED = "minutes", "chunks", "trust_gate", "courses", "curves"  # of an entry, from several invocations
 SECOND_ROUND = 100  # added to its seeds of supervised training
@@ -282,7 +282,7 @@ def main(cfg: Config) -> dict:
     """
     named = *cfg.arms, *cfg.perturbed_arms, *cfg.zero_arms, *cfg.gripper_arms
     check_known((*named, *([cfg.start] if cfg.start else [])), ARMS, "arm")
-    report = {"command": "python benchmarks/rft_study.py", "summary": {}} | read_report(cfg, "runs", FREE)
+    report = {"command": "python studies/rft_study.py", "summary": {}} | read_report(cfg, "runs", FREE)
     for suite in cfg.suites:
         for seed in cfg.seeds:
             gather(cfg, report["runs"], suite, seed, run(cfg, suite, seed))

@@ -1,9 +1,9 @@
 """What decides whether fine-tuning inside the world model helps: one factor at a time, from one plateaued policy.
 
     python demo.py                                              makes the demonstrations and a tokenizer
-    python benchmarks/world_model.py                            trains the world models
-    python benchmarks/sft_study.py                              trains the policies
-    python benchmarks/rft_factors.py                            fine-tunes and plays every cell
+    python studies/wm_study.py                            trains the world models
+    python studies/sft_study.py                              trains the policies
+    python studies/rft_factors.py                            fine-tunes and plays every cell
 
 Every cell is one training. Up to the cells named "plateau", one option is changed against the first cell, which is
 fine-tuning with R3 as `train_rft.py --preset tiny` does it, from the policy of "twice as long" in the world model of
@@ -12,8 +12,8 @@ same starts, plain and perturbed. Finished cells are not run again.
 
 The cells named "study" change one option of an arm of `rft_study.py`, and go on from its policy in its world model:
 
-    python benchmarks/rft_study.py --suites tabletop_spatial --seeds 0
-    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/study/tabletop_spatial/demos \
+    python studies/rft_study.py --suites tabletop_spatial --seeds 0
+    python studies/rft_factors.py --suite tabletop_spatial --demos runs/study/tabletop_spatial/demos \
         --policies runs/study/tabletop_spatial/seed0 --world-models runs/study/tabletop_spatial \
         --runs runs/study/tabletop_spatial/seed0/factors --out results/rft_study_factors.json \
         --rival "study, R1" --cells "study, R1" "study, R1, half the noise" ...
@@ -26,7 +26,7 @@ Few demonstrations (docs/study.md): the same cells from another policy, in a wor
 
     python collect_demos.py --preset tiny --demos-per-task 20 --out-dir runs/few/demos
     python train_sft.py --preset tiny --demos runs/few/demos --steps 2600 --out-dir runs/few/sft/twice_as_long
-    python benchmarks/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
+    python studies/rft_factors.py --demos runs/few/demos --policies runs/few/sft --start "twice as long" --no-gate \
         --runs runs/few/rft --out results/rft_few.json --cells "plateau, R1, credit per step" "plateau, extra SFT" ...
 
 Five demonstrations a task of the study's suite, in its world model where a cell needs one,
@@ -35,7 +35,7 @@ Five demonstrations a task of the study's suite, in its world model where a cell
         --out-dir runs/few5/demos
     python train_sft.py --preset tiny --demos runs/few5/demos --steps 2600 --out-dir runs/few5/sft
     python train_sft.py --preset tiny --demos runs/few5/demos --steps 400 --out-dir runs/few5/early
-    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/few5/demos --policies runs/few5 \
+    python studies/rft_factors.py --suite tabletop_spatial --demos runs/few5/demos --policies runs/few5 \
         --world-models runs/study/tabletop_spatial --no-gate --runs runs/few5/rft --out results/rft_few5.json \
         --rival "study, R1" --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression" ...
 
@@ -44,7 +44,7 @@ Experts without action noise, which is 0.08 otherwise (rough ones are a matter o
     python collect_demos.py --preset tiny --suites tabletop_spatial --tasks 0 1 2 3 --demos-per-task 50 \
         --action-noise 0 --out-dir runs/noise_0/demos
     python train_sft.py --preset tiny --demos runs/noise_0/demos --steps 2600 --out-dir runs/noise_0/sft
-    python benchmarks/rft_factors.py --suite tabletop_spatial --demos runs/noise_0/demos --policies runs/noise_0 \
+    python studies/rft_factors.py --suite tabletop_spatial --demos runs/noise_0/demos --policies runs/noise_0 \
         --world-models runs/study/tabletop_spatial --no-gate --runs runs/noise_0/rft --out results/rft_noise_0.json \
         --rival "study, R1" --cells "study, R1" "study, x_0 = 0" "study, extra SFT" "study, regression"
 
@@ -67,9 +67,9 @@ from factor_cells import CELLS, WORLD_MODELS
 from stages import Starts, check_known, machine, rate, read_lines, read_report, run_once
 from tables import percent, points, shift, table_row
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse
 from vlarft.metrics import paired_difference
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def main(cfg: Config) -> dict:
         ValueError: an unknown cell, or a JSON file of other settings or another policy.
     """
     check_known(cfg.cells, CELLS, "cell")
-    report = {"command": "python benchmarks/rft_factors.py", "base": {}} | read_report(cfg, "cells", FREE)
+    report = {"command": "python studies/rft_factors.py", "base": {}} | read_report(cfg, "cells", FREE)
     report["machine"] = machine()
     cells = report["cells"]
     if cfg.rival is not None:

@@ -1,6 +1,6 @@
 """Where failed episodes of Tabletop's pick-and-place tasks ended: with open fingers, without a grasp, or with one.
 
-    python benchmarks/failures.py --episodes runs/study/tabletop_spatial/seed0/sft/eval_none/episodes.jsonl \
+    python studies/failures.py --episodes runs/study/tabletop_spatial/seed0/sft/eval_none/episodes.jsonl \
         runs/study/tabletop_spatial/seed0/sft/eval_none_zero/episodes.jsonl
 
 Every recorded episode (episodes.jsonl of `eval_libero.py`) is played again. An episode that failed is counted by how
@@ -23,8 +23,8 @@ import numpy as np
 from stages import machine, rate, read_lines
 from tables import percent, table_row
 
-from vlarft.checkpoint import write_json
-from vlarft.config import opt, parse, to_dict
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse, to_dict
 from vlarft.sim import make_env
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.tabletop import TabletopEnv
@@ -120,7 +120,7 @@ def main(cfg: Config) -> dict:
     """
     if not cfg.episodes:
         raise ValueError("no --episodes: give episodes.jsonl files that eval_libero.py wrote")
-    report = {"command": "python benchmarks/failures.py", "config": to_dict(cfg), "machine": machine(), "files": {}}
+    report = {"command": "python studies/failures.py", "config": to_dict(cfg), "machine": machine(), "files": {}}
     for name in cfg.episodes:
         perturb = json.loads(Path(name).with_name("config.json").read_text())["perturb"]
         parsed = Perturbation.parse(perturb) if perturb else None

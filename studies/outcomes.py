@@ -1,6 +1,6 @@
 """Rates and paired differences over the runs that rft_study.py gathers: suites and seeds.
 
-    python benchmarks/outcomes.py results/rft_study.json docs/images/trust_gate.png
+    python studies/outcomes.py results/rft_study.json docs/images/trust_gate.png
 
 prints the tables of docs/study.md, and draws what the trust gate said of a reward before the first step against what
 fine-tuning with it gained.
