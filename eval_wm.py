@@ -32,8 +32,8 @@ from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssi
 from vlarft.pictures import grid, save_gif, save_png
 from vlarft.run import distributed
 from vlarft.run.checkpoint import read_header, write_json
-from vlarft.run.clock import generator
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
@@ -104,7 +104,7 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    draws = generator(device, cfg.seed, distributed.rank())
+    draws = generator(device, "imagination", cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)

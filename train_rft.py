@@ -66,6 +66,7 @@ from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.sim.evaluate import SuccessConfig, success_rate
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
@@ -210,7 +211,7 @@ def main(cfg: Config) -> dict[str, float]:
     true = SimulatorReward(probe_episodes, outcomes) if cfg.gate_true_error or simulator else None
     probe = on(device, WindowSampler(probe_episodes, chunk + 1, chunk).spread(cfg.gate_starts or 16))
 
-    manual_seed(cfg.seed)  # of the fresh sigma net
+    manual_seed(seed_of("weights", cfg.seed))  # of the fresh sigma net
     options = {name: getattr(cfg, name) for name in NOISE} | {
         "noisy_dims": cfg.noisy_dims or policy.cfg.flow.noisy_dims
     }

@@ -50,11 +50,12 @@ from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import SupervisedObjective, VLAPolicy
 from vlarft.run import distributed, memory, preemption
 from vlarft.run.checkpoint import open_run
-from vlarft.run.clock import Clock, Decay, rate_factor, seed_of
-from vlarft.run.clock import generator as make_generator
+from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import generator as make_generator
+from vlarft.run.random import seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.sim.evaluate import SuccessConfig, success_rate
 
@@ -151,7 +152,7 @@ def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAP
             "policy 'paper' without --init would start from random weights, which the paper's does not; give --init "
             "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --from-scratch if you mean it"
         )
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_of("weights", cfg.seed))
     sizes = POLICIES[cfg.policy]
     dims = {"action_dim": action_dim, "proprio_dim": proprio_dim, "noisy_dims": tuple(range(action_dim))}
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=replace(sizes.flow, **dims)))
@@ -209,7 +210,7 @@ def main(cfg: Config) -> dict[str, float]:
     if not whole:
         policy.requires_grad_(False).head.requires_grad_(True)
     if lora:
-        torch.manual_seed(cfg.seed + 1)
+        torch.manual_seed(seed_of("lora", cfg.seed))
         add_lora(policy.vlm, lora)
         policy.vlm.action_queries.requires_grad_(True)
     policy.to(device).train()
@@ -249,7 +250,7 @@ def main(cfg: Config) -> dict[str, float]:
         state.save(values, policy, policy.cfg, {**extra, "step": step}, exported(averaged()))
 
     def forward(rows: int) -> Tensor:
-        return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, 0), train=True)[0]
+        return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, "memory"), train=True)[0]
 
     rows = cfg.batch_size + cfg.key_batch
     estimate = memory.estimate(
@@ -261,7 +262,7 @@ def main(cfg: Config) -> dict[str, float]:
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
-        batch, draws = val_data.spread(cfg.val_batch), make_generator(device, cfg.seed)
+        batch, draws = val_data.spread(cfg.val_batch), make_generator(device, "validation", cfg.seed)
         with ema.swapped():
             _, metrics = compute_loss(policy.eval(), batch, cfg, draws, train=False)
         policy.train()
@@ -277,8 +278,8 @@ def main(cfg: Config) -> dict[str, float]:
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
             batch = train_data.batch(cfg.batch_size + cfg.key_batch, cfg.seed, step, part=(part, parts))
-            noise = make_generator(device, cfg.seed, step, part)
-            torch.manual_seed(seed_of(cfg.seed, step, part))  # of dropout
+            noise = make_generator(device, "flow", cfg.seed, step, part)
+            torch.manual_seed(seed_of("dropout", cfg.seed, step, part))  # of dropout
             distributed.sync_gradients(policy, micro + 1 == cfg.accumulate)
             loss, terms = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()

@@ -40,9 +40,10 @@ from vlarft.nets.frame_networks import ResBlock
 from vlarft.pictures import grid, save_png
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import open_run
-from vlarft.run.clock import Clock, generator, rate_factor, seed_of
+from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import PRESETS as MODELS
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
@@ -164,7 +165,7 @@ def train_batch(
     frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
     if cfg.augment == OFF:
         return context, frames
-    images, source = torch.cat([context[:, None], frames], dim=1), generator(device, cfg.seed, step, 1)
+    images, source = torch.cat([context[:, None], frames], dim=1), generator(device, "augmentation", cfg.seed, step)
     images = augment(images, cfg.augment, crop_area=(cfg.crop_area, 1.0), generator=source, part=part)
     return images[:, 0], images[:, 1:]
 
@@ -212,7 +213,7 @@ def main(cfg: Config) -> dict[str, float]:
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
     usual = sampler.median_frame()
 
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_of("weights", cfg.seed))
     model, discriminator = FrameTokenizer(cfg.model).to(device).train(), None
     if cfg.gan_start is not None:
         discriminator = Discriminator(cfg.discriminator, cfg.model.channels, size).to(device)
@@ -253,7 +254,7 @@ def main(cfg: Config) -> dict[str, float]:
         optimizers["tokenizer"].zero_grad(set_to_none=True)
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro, parts
-            torch.manual_seed(seed_of(cfg.seed, part[0], step))  # dropout
+            torch.manual_seed(seed_of("dropout", cfg.seed, step, part[0]))  # dropout
             context, frames = train_batch(cfg, sampler, step, part, device)
             distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
             with autocast:

@@ -35,9 +35,10 @@ from vlarft.nets.transformer import TransformerConfig
 from vlarft.pictures import grid, save_png
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import open_run, read_header
-from vlarft.run.clock import Clock, Decay, generator, rate_factor
+from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import PRESETS as MODELS
@@ -141,7 +142,7 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
 
     The share of stale frames varies from segment to segment, from none to twice the mean. Drawn for the whole batch.
     """
-    source = generator("cpu", cfg.seed, step)
+    source = generator("cpu", "stale frames", cfg.seed, step)
     rate = 2 * cfg.stale * torch.rand(cfg.batch_size, 1, generator=source)
     stale = torch.rand(cfg.batch_size, cfg.chunk + 1, generator=source) < rate
     return stale.chunk(part[1])[part[0]]
@@ -230,7 +231,7 @@ def main(cfg: Config) -> dict[str, float]:
     state_path = open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save", "frozen"))
     images = image_convention(train, cfg.camera)
     tokenizer = load_tokenizer(cfg, held_out, images, device)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_of("weights", cfg.seed))
     sizes = {"chunk": cfg.chunk, "action_dim": train[0].actions.shape[1], "action_bins": cfg.action_bins}
     names = "loss_on_actions", "future_codes_only", "slot_embedding", "factored_tokens"
     options = {name: getattr(cfg, name) for name in names}

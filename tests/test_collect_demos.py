@@ -10,8 +10,8 @@ import collect_demos
 from collect_demos import FIRST_NOISY, PRESETS, main
 from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
-from vlarft.run.clock import generator
 from vlarft.run.config import parse
+from vlarft.run.random import generator
 from vlarft.sim import make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.libero_experts import NoPlanError

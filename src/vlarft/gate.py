@@ -24,8 +24,8 @@ from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Reward, reduce_frames, verified_reward
 from vlarft.rollout import RolloutConfig, dataset_actions, encode, reward_options, sample_group
-from vlarft.run.clock import generator
 from vlarft.run.config import opt
+from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, agreement, perturb
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.world_model import WorldModel
@@ -96,7 +96,7 @@ def _reward(
             batch.frames[part],
             perceptual=distance,
             **reward_options(cfg),
-            generator=generator(chunks.device, *seed, i),
+            generator=generator(chunks.device, "gate imagination", *seed, i),
         )
         out.append(reward.reward)
     return torch.cat(out)
@@ -147,13 +147,15 @@ def trust_gate(
     bins, motion = world_model.action_bins, policy.normalizer
     unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()  # (A,)
     how = Perturbations(cfg.gate_noise, cfg.gate_draws, 0)
-    around, _ = perturb(dataset.cpu(), how, bins.low.cpu(), bins.high.cpu(), unit, generator("cpu", *seed, 0))
+    around, _ = perturb(
+        dataset.cpu(), how, bins.low.cpu(), bins.high.cpu(), unit, generator("cpu", "perturbations", *seed)
+    )
     context = encode(rollout, policy, batch.frames[:, 0], batch.instructions, at_once)
-    chain = sample_group(policy, context, batch.proprio, cfg.gate_samples, (0, 1), *seed, 1)
+    chain = sample_group(policy, context, batch.proprio, cfg.gate_samples, (0, 1), *seed)
     own = policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, cfg.gate_samples))  # (S, P, T, A)
     chunks = torch.cat([around[:, 1:].to(own.device), own], 1)
     labels = ["dataset"] * (around.shape[1] - 1) + ["policy"] * cfg.gate_samples
-    score = _reward(rollout, world_model, chunks, batch, distance, (*seed, 2), at_once).double().cpu()
+    score = _reward(rollout, world_model, chunks, batch, distance, seed, at_once).double().cpu()
     errors = {"": (chunks - dataset[:, None]).abs().mean((2, 3)).cpu()}
     if outcomes is not None:
         played = torch.cat([dataset[:, None], chunks], 1).cpu().numpy()
@@ -226,7 +228,7 @@ def diagnose(
     context = encode(rollout, policy, batch.frames[:, 0], batch.instructions, at_once)
     cond = policy.head.prepare(context, policy.normalizer.encode_proprio(batch.proprio)).repeat(draws)
     shape = (cond.num_rows, policy.cfg.flow.chunk, policy.cfg.flow.action_dim)
-    noise = torch.randn(shape, generator=generator(context.device, *seed, 0), device=context.device)
+    noise = torch.randn(shape, generator=generator(context.device, "diagnosis", *seed), device=context.device)
     x = sample_ode(policy.head, cond, noise=noise, num_steps=policy.cfg.flow.num_steps)
     chunks = policy.normalizer.decode_actions(x).unflatten(0, (-1, draws))  # (S, draws, T, A)
     mean = policy.normalizer.decode_actions(x.unflatten(0, (-1, draws)).mean(1))  # (S, T, A)
@@ -238,7 +240,7 @@ def diagnose(
     if rollout.reward == "simulator":
         reward = reduce_frames(of_mean, rollout.over_frames, rollout.gamma)
     else:
-        reward = _reward(rollout, world_model, mean[:, None], batch, distance, (*seed, 1), at_once)
+        reward = _reward(rollout, world_model, mean[:, None], batch, distance, seed, at_once)
     encoded = policy.normalizer.encode_actions(mean), policy.normalizer.encode_actions(dataset)
     error = (encoded[0] - encoded[1]).abs().mean((0, 1)).tolist()
     spread = x.unflatten(0, (-1, draws)).std(1).mean((0, 1)).tolist()

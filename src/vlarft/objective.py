@@ -13,7 +13,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +34,8 @@ from vlarft.nets.action_head import Condition, FlowHead, SigmaNet
 from vlarft.policy import VLAPolicy
 from vlarft.rollout import PlayedChunk, Rollouts, share
 from vlarft.run import distributed
-from vlarft.run.clock import generator
 from vlarft.run.config import opt
+from vlarft.run.random import generator, numpy_generator
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,8 @@ def update(
         raise ValueError(f"kl_weight {cfg.kl_weight} needs the supervised policy's networks")
     rows: list[dict[str, float]] = []
     for epoch in range(cfg.epochs):
-        order = np.random.default_rng((*seed, 3, epoch)).permutation(cfg.minibatches)
-        pairs = _draw_pairs(cfg, policy, rollouts, (*seed, 2, epoch))
+        order = numpy_generator("minibatches", *seed, epoch).permutation(cfg.minibatches)
+        pairs = _draw_pairs(cfg, policy, rollouts, (*seed, epoch))
         for first in order:
             chosen = torch.arange(int(first), starts, cfg.minibatches)
             micro = chosen.split(cfg.micro_starts or starts)
@@ -150,7 +149,7 @@ def _draw_pairs(cfg: ObjectiveConfig, policy: VLAPolicy, rollouts: Rollouts, see
     part = distributed.rank(), distributed.world_size()
     starts, group = rollouts.advantage.shape[:2]
     wanted = [(starts, cfg.mse_draws)] + [(starts * group, 1)] * (len(rollouts.chunks) * (cfg.algorithm == "rwr"))
-    draws, out = generator(device, *seed), []
+    draws, out = generator(device, "flow matching", *seed), []
     for rows, count in wanted:
         pair = matching_pairs((rows * part[1], flow.chunk, flow.action_dim), count, generator=draws, device=device)
         out.append(tuple(share(value, part) for value in pair))

@@ -31,8 +31,8 @@ from vlarft.reward import (
     weigh_frames,
 )
 from vlarft.run import distributed
-from vlarft.run.clock import generator
 from vlarft.run.config import opt
+from vlarft.run.random import generator
 from vlarft.sim.replay import SimulatorReward
 from vlarft.world_model import History, WorldModel
 
@@ -177,7 +177,7 @@ def sample_group(
     flow = policy.cfg.flow
     cond = policy.condition(context, proprio).repeat(repeats)
     shape = (cond.num_rows * part[1], 1 + len(flow.scored_steps), flow.chunk, flow.action_dim)
-    draws = share(torch.randn(shape, generator=generator(context.device, *seed), device=context.device), part)
+    draws = share(torch.randn(shape, generator=generator(context.device, "chains", *seed), device=context.device), part)
     noise = draws[::per_x0, 0].repeat_interleave(per_x0, 0)
     if gripper_x0:
         noise[..., :-1] = 0
@@ -228,7 +228,7 @@ def collect(
         clock = time.monotonic()
         context = encode(cfg, policy, frames, instructions, starts)
         pairing = {"per_x0": cfg.rollouts_per_x0, "mirrored": cfg.mirrored, "gripper_x0": cfg.group_x0 == "gripper"}
-        chain = sample_group(policy, context, proprio, repeats, part, *seed, 0, c, **pairing)
+        chain = sample_group(policy, context, proprio, repeats, part, *seed, c, **pairing)
         chunks.append(PlayedChunk(context, proprio, chain, frames, instructions))
         actions = policy.normalizer.decode_actions(chain.x[:, -1])  # (S * G, T, A)
         seconds["policy_s"] += time.monotonic() - clock
@@ -247,7 +247,7 @@ def collect(
                 batch.frames[:, c * steps : (c + 1) * steps + 1],
                 perceptual=distance,
                 **reward_options(cfg),
-                generator=generator(device, *seed, 1, c),
+                generator=generator(device, "imagination", *seed, c),
                 part=part,
                 start_frames=start_frames,
             )

@@ -21,8 +21,8 @@ from vlarft.data.windows import Batch
 from vlarft.metrics import PerceptualDistance, rank_agreement
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
-from vlarft.run.clock import generator
 from vlarft.run.config import opt
+from vlarft.run.random import generator
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel
@@ -138,7 +138,9 @@ def evaluate_sensitivity(
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
-    chunks, labels = perturb(batch.actions, how, low, high, half_range(episodes), generator("cpu", seed))
+    chunks, labels = perturb(
+        batch.actions, how, low, high, half_range(episodes), generator("cpu", "perturbations", seed)
+    )
     scores: dict[str, list[Tensor]] = {}
     errors: dict[str, list[Tensor]] = {"action": [(chunks[:, 1:] - chunks[:, :1]).abs().mean(dim=(2, 3))]}
     modes = {"greedy": {"greedy": True}, "common": {"common_random_numbers": True}, "independent": {}}
@@ -153,7 +155,7 @@ def evaluate_sensitivity(
                     first_frame=frames[:, 0],
                     temperature=temperature,
                     top_p=top_p,
-                    generator=generator(device, seed, i),
+                    generator=generator(device, "imagination", seed, i),
                     **options,
                 )
             members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlarft.data.episode import Episode
 from vlarft.data.frames import Frames
-from vlarft.run.clock import generator
+from vlarft.run.random import generator, numpy_generator
 
 
 class Batch(NamedTuple):
@@ -130,7 +130,7 @@ class WindowSampler:
 
     def _draw(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Starts (B, 2) and lookbacks (B,) of a share of a batch."""
-        rng = np.random.default_rng(seed)
+        rng = numpy_generator("windows", *seed)
         picks, lookback = rng.integers(len(self.starts), size=batch_size), rng.random(batch_size)
         share = batch_size // part[1]
         rows = slice(part[0] * share, (part[0] + 1) * share)
@@ -144,7 +144,7 @@ class WindowSampler:
     def spread(self, count: int) -> Batch:
         """`count` windows spread evenly over all starts: the same for every call, for validation."""
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
-        return self.windows(self.starts[picks], np.random.default_rng(0).random(len(picks)))
+        return self.windows(self.starts[picks], numpy_generator("context frames").random(len(picks)))
 
     def median_frame(self, count: int = 256) -> Tensor:
         """(C, H, W), the median over `count` frames spread evenly over the data: what is always there."""
@@ -206,7 +206,7 @@ def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int]
     segments, length = batch.frames.shape[:2]
     if count >= length:
         return batch.frames
-    order = torch.rand(batch_size, length, generator=generator("cpu", *seed)).argsort(dim=1)
+    order = torch.rand(batch_size, length, generator=generator("cpu", "frames", *seed)).argsort(dim=1)
     picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
     return batch.frames[torch.arange(segments)[:, None], picks]
 

@@ -1,13 +1,10 @@
-"""The clock of a run: the share of it that is done, the learning rate there, and random numbers of each step."""
+"""The clock of a run: the share of it that is done, and the learning rate there."""
 
 import contextlib
 import math
 import time
 from collections.abc import Iterator
 from typing import Literal
-
-import numpy as np
-import torch
 
 from vlarft.run import distributed
 
@@ -60,14 +57,3 @@ def rate_factor(step: int, share: float, warmup: int, decay: Decay, final: float
     """
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     return min(1.0, (step + 1) / max(warmup, 1)) * (1.0 if decay == "constant" else final + (1 - final) * cosine)
-
-
-def seed_of(*parts: int) -> int:
-    """One 63-bit seed that depends on all of (seed, step, ...)."""
-    sequence = np.random.SeedSequence((len(parts), *parts))  # alone, it takes (1,) and (1, 0) for the same
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator(device: torch.device | str, *parts: int) -> torch.Generator:
-    """A fresh generator that depends on its integers alone, by convention (seed, step, ...)."""
-    return torch.Generator(device).manual_seed(seed_of(*parts))

@@ -27,9 +27,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 ConfigT = TypeVar("ConfigT")
 
 
-def opt(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the help text that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def opt(default: Any, help: str, group: str | None = None) -> Any:
+    """Declare a dataclass field of a script's configuration.
+
+    Args:
+        default: its value.
+        help: what `--help` says of it, with its unit and source.
+        group: heading under which `--help` lists this field and those after it, up to the next field with a heading.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
 
 @functools.cache
@@ -149,10 +155,13 @@ def parse(
         chosen = default
     base = presets[chosen]
 
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=34, width=120)
+
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description, allow_abbrev=False, formatter_class=layout, usage="%(prog)s [--preset NAME] [options]"
     )
-    parser.add_argument("--preset", choices=list(presets), default=default, help="named set of defaults")
+    parser.add_argument("--preset", choices=list(presets), default=default, help=f"named set of defaults [{default}]")
     _add_flags(parser, base, "")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"}
     try:
@@ -161,11 +170,13 @@ def parse(
         parser.error(str(error))
 
 
-def _add_flags(parser: argparse.ArgumentParser, base: Any, prefix: str) -> None:
-    hints = _hints(type(base))
+def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: Any, prefix: str) -> None:
+    hints, root = _hints(type(base)), parser
     for f in dataclasses.fields(base):
         hint, value, name = hints[f.name], getattr(base, f.name), f"{prefix}{f.name}"
         flag = "--" + name.replace("_", "-")
+        if heading := f.metadata.get("group"):
+            parser = root.add_argument_group(heading)
         if dataclasses.is_dataclass(value):
             _add_flags(parser, value, f"{name}.")
             continue
@@ -187,9 +198,13 @@ def _add_flags(parser: argparse.ArgumentParser, base: Any, prefix: str) -> None:
                 **options,
             )
         elif get_origin(inner) is tuple:
-            parser.add_argument(flag, nargs="+", type=_reader(get_args(inner)[0], optional), **options)
+            item = get_args(inner)[0]
+            parser.add_argument(
+                flag, nargs="+", type=_reader(item, optional), metavar=_type_name(item).upper(), **options
+            )
         else:
-            parser.add_argument(flag, type=_reader(inner, optional), **options)
+            kind = _type_name(inner).upper()
+            parser.add_argument(flag, type=_reader(inner, optional), metavar=kind, **options)
 
 
 def _reader(hint: Any, optional: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from vlarft.run.clock import generator
+from vlarft.run.random import generator
 from vlarft.sim.experts import ActionNoise, ExpertAction, keep_still
 from vlarft.sim.libero_env import LiberoEnv
 
@@ -44,7 +44,7 @@ class PolicyPlayer:
         if self.env.success():
             return keep_still()
         if not self.left:
-            draws = generator("cpu", self.seed, self.num_chunks)
+            draws = generator("cpu", "recorded policy", self.seed, self.num_chunks)
             self.left = list(self.policy.act(self.env.observe(), generator=draws).cpu().double().numpy())
             self.num_chunks += 1
         return self.noise.add(self.left.pop(0))

@@ -1,10 +1,9 @@
-"""The clock of a run, its learning rate, its seeds."""
+"""The clock of a run and its learning rate."""
 
 import pytest
-import torch
 
-from vlarft.run import clock as schedule
-from vlarft.run.clock import Clock, generator, rate_factor, seed_of
+from vlarft.run import clock as run_clock
+from vlarft.run.clock import Clock, rate_factor
 
 
 def test_rate_factor_by_hand():
@@ -20,16 +19,9 @@ def test_clock_counts_steps_or_minutes():
     assert Clock(100, max_minutes=1e9).share(25) == 0.25
 
 
-def test_seeds_depend_on_every_part_and_their_order():
-    seeds = {seed_of(0), seed_of(0, 0), seed_of(0, 1), seed_of(1, 0), seed_of(1)}
-    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
-    draws = [torch.rand(3, generator=generator("cpu", *parts)) for parts in ((3, 4), (3, 4), (4, 3))]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
 def test_paused_time_does_not_count(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_clock.time, "monotonic", lambda: now[0])
     clock = Clock(10, max_minutes=2.0, minutes_before=0.5)
     now[0] += 30
     with clock.paused():
