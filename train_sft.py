@@ -154,7 +154,7 @@ def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAP
         )
     torch.manual_seed(seed_of("weights", cfg.seed))
     sizes = POLICIES[cfg.policy]
-    dims = {"action_dim": action_dim, "proprio_dim": proprio_dim, "noisy_dims": tuple(range(action_dim))}
+    dims = {"action_dim": action_dim, "proprio_dim": proprio_dim}
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=replace(sizes.flow, **dims)))
 
 

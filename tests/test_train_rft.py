@@ -13,10 +13,10 @@ import train_rft
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.grpo import advantages
-from vlarft.objective import _of_chunk
+
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import load_model, read_header, save_model
-from vlarft.sim import evaluate
+
 from vlarft.world_model import WorldModel, WorldModelConfig
 
 SMOKE = train_rft.PRESETS["smoke"]

@@ -103,6 +103,12 @@ def save_model(
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint given as its file or as its run folder."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def read_header(path: str | Path) -> Header:
     """Class, config and extra of a model file, without reading its weights.
 

@@ -38,7 +38,7 @@ class TrainState:
             takes as much memory as the state, in each process that of its shards.
     """
 
-    def __init__(self, out_dir: str | Path, parts: Mapping[str, Part], asynchronous: bool = False) -> None:
+    def __init__(self, out_dir: str | Path, parts: Mapping[str, Part], asynchronous: bool = False, keep=None) -> None:
         self.out_dir, self.parts = Path(out_dir), dict(parts)
         self.writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self.pending: Future | None = None
@@ -131,6 +131,11 @@ class TrainState:
                 )
             distributed.cleanup()
             raise SystemExit(preemption.EXIT_CODE)
+
+    def finish(self, log) -> None:
+        self.wait()
+        log.close()
+        distributed.cleanup()
 
     def wait(self) -> None:
         """Wait for a write that is under way, and raise what it raised. Before the end of a run."""

@@ -112,7 +112,7 @@ class PolicyActor:
 
         steps = None
         if self.noise == "stochastic":
-            steps = draws((len(flow.scored_steps), flow.chunk, flow.action_dim), f"{self.suite}/steps")
+            steps = draws((flow.num_steps, flow.chunk, flow.action_dim), f"{self.suite}/steps")
         actions = self.policy.act(
             np.stack([o["agentview"] for o in observations]),
             [o["instruction"] for o in observations],
