@@ -56,7 +56,6 @@ from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, pictur
 from vlarft.metrics import perceptual
 from vlarft.nets.action_head import Noise
 from vlarft.objective import ObjectiveConfig, supervised_copy, update
-from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Reward, check_same_robot
 from vlarft.rollout import RolloutConfig, collect, fit_drift
@@ -66,6 +65,7 @@ from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.sim.evaluate import SuccessConfig, success_rate

@@ -11,9 +11,9 @@ from PIL import Image
 import train_rft
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import check_gate, diagnose, held_out_names, trust_gate
-from vlarft.pictures import histograms
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import load_model, save_model
+from vlarft.run.pictures import histograms
 from vlarft.world_model import Rollout, WorldModel, WorldModelConfig
 
 SMOKE = train_rft.PRESETS["smoke"]

@@ -20,11 +20,11 @@ from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
 from vlarft.flow import sample_ode
 from vlarft.metrics import PerceptualDistance
-from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Reward, reduce_frames, verified_reward
 from vlarft.rollout import RolloutConfig, dataset_actions, encode, reward_options, sample_group
 from vlarft.run.config import opt
+from vlarft.run.pictures import histograms, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, agreement, perturb
 from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
