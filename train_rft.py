@@ -56,7 +56,6 @@ from vlarft.grpo import advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.nets.action_head import Condition
-from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer, check_same_robot, make_scorer
 from vlarft.run import distributed, preemption
@@ -64,6 +63,7 @@ from vlarft.run.checkpoint import checkpoint_file, load_model, open_run, read_he
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.world_model import WorldModel

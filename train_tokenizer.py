@@ -37,12 +37,12 @@ from vlarft.data.windows import Batch, WindowSampler, pick_frames
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.nets.discriminator import Discriminator, DiscriminatorConfig
 from vlarft.nets.frame_networks import ResBlock
-from vlarft.pictures import grid, save_png
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import PRESETS as MODELS

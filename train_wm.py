@@ -32,12 +32,12 @@ from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.nets.transformer import TransformerConfig
-from vlarft.pictures import grid, save_png
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.tokenizer import FrameTokenizer
