@@ -16,7 +16,7 @@ Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,6 @@ from vlarft.token_layout import TokenLayout
 from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-
-History = Literal["frames", "start"]
 
 
 @dataclass(frozen=True)
@@ -380,7 +378,7 @@ class WorldModel(nn.Module):
         return self._static_decoding[1]
 
     @torch.no_grad()
-    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor, history: History = "frames") -> Tensor:
+    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor) -> Tensor:
         """How much each of G action chunks changes what the model expects to see, against the reference actions.
 
         The Kullback-Leibler divergence of the next token, from its distribution under the reference actions, summed
@@ -392,8 +390,6 @@ class WorldModel(nn.Module):
             frames: (S, T + 1, C, H, W) in [0, 1] of the demonstrations; the first is the start of all chunks.
             actions: (S, G, T, A) raw environment actions.
             reference: (S, T, A) raw.
-            history: what earlier frames the model sees: the demonstrations', so that each frame tells of its own
-                action; or the start in place of all ("stale frames" of `token_loss`), so that actions add up.
 
         Returns:
             (S, G, T) float32 [nats].
@@ -408,9 +404,8 @@ class WorldModel(nn.Module):
         parts = []
         for own, chunks, dataset in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
             context, tokens = self.tokenize(own)  # (n, Nc), (n, T + 1, Nf)
-            seen = tokens[:, :1].expand_as(tokens) if history == "start" else tokens
             bins = self.action_bins.encode(torch.cat([dataset[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
-            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, seen)), bins)
+            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, tokens)), bins)
             hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]
             log_prob = F.linear(hidden, head).float().log_softmax(-1).unflatten(0, (-1, members))
             ours, theirs = log_prob[:, 1:], log_prob[:, :1]  # (n, G or 1, T * Nf, V)

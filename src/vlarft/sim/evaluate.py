@@ -120,7 +120,7 @@ class PolicyActor:
 
         noise, step_noise = random_numbers((flow.chunk, flow.action_dim), self.suite), None
         if self.noise == "stochastic":
-            shape = len(flow.scored_steps), flow.chunk, flow.action_dim  # (M, T, A)
+            shape = flow.num_steps, flow.chunk, flow.action_dim  # (K, T, A)
             step_noise = random_numbers(shape, f"{self.suite}/steps")
         actions = self.policy.act(observations, noise=noise, step_noise=step_noise, num_steps=self.num_flow_steps)
         return actions.cpu().numpy()
