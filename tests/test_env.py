@@ -15,7 +15,7 @@ from vlarft.sim.demonstrator import NoPlanError, ScriptedExpert
 from vlarft.sim.env import Suite, Task, checked_action, checked_state, start_seed
 from vlarft.sim.evaluate import PolicyActor, RandomActor, ReplayActor, chunk_noise, play_episodes
 from vlarft.sim.record import PolicyPlayer, record
-from vlarft.sim.replay import replay_frames
+from vlarft.sim.replay import TabletopOutcomes, replay_frames
 from vlarft.sim.suites import Simulator, check_cameras
 
 TOY_SUITES = {"toy_line": Suite(horizon=40, tasks=(Task("go_right", "go right"), Task("go_on", "go on")))}
@@ -176,6 +176,19 @@ def test_a_camera_that_the_simulator_lacks_is_an_error_before_any_episode(toy, p
         make_env("tabletop_goal", 0, 64, cameras=("wrist", "agentview", "side"))
     with pytest.raises(ValueError, match="unknown suite 'moon'"):
         check_cameras("moon", ())
+
+
+def test_true_outcomes_are_rendered_with_the_demonstrations_camera(tmp_path):
+    pytest.importorskip("mujoco")
+    demos = dataclasses.replace(
+        collect_demos.PRESETS["smoke"], demos_per_task=1, tasks=("0",), image_size=16, wrist=True, out_dir=str(tmp_path)
+    )
+    collect_demos.main(demos)
+    for camera in ("agentview", "eye_in_hand"):
+        (episode,) = load_episodes(tmp_path, camera, with_states=True)
+        outcome = TabletopOutcomes().play(episode, 3, episode.actions[None, 3:5])
+        recorded = torch.from_numpy(episode.images[4:6]).permute(0, 3, 1, 2) / 255
+        assert torch.equal(outcome.frames[0], recorded), camera
 
 
 def test_a_recorded_policy_is_shown_its_cameras(toy, policy_file):
