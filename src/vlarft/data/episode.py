@@ -25,7 +25,7 @@ class Episode:
     actions: (T, A) float32, raw environment actions as executed, gripper last, -1 open and +1 close; the world model
         learns from them; in LIBERO A = 7
     intended: (T, A) float32, the demonstrator's actions before noise was added; the policy imitates them
-    kind: who acted: "expert", "noisy" (an expert with noise added) or "policy"
+    kind: who acted: "expert", "noisy" (an expert with strong noise) or "policy"
     states: (T, S) float64 simulator states, or None if the file has none
     name: suite/file/demo or data set/episode, unique in a data set; splits are stored by name
     cameras: images of all cameras by name; `images` is one of them
