@@ -5,8 +5,8 @@ import torch
 from test_gate import Oracle, held_out, policy  # noqa: F401
 
 from vlarft.diagnosis import diagnose
-from vlarft.pictures import histograms
 from vlarft.reward import make_scorer
+from vlarft.run.pictures import histograms
 from vlarft.world_model import WorldModel
 
 

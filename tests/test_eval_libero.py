@@ -211,7 +211,7 @@ def test_a_dead_worker_is_reported(config, monkeypatch, capsys):
 def test_mp4_needs_pyav(config, monkeypatch, tmp_path):
     import sys
 
-    from vlarft.pictures import save_mp4
+    from vlarft.run.pictures import save_mp4
 
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r'pip install "vlarft\[video\]"'):
@@ -222,7 +222,7 @@ def test_mp4_frames_come_back(tmp_path):
     av = pytest.importorskip("av")
     import numpy as np
 
-    from vlarft.pictures import save_mp4
+    from vlarft.run.pictures import save_mp4
 
     frames = [np.full((33, 48, 3), 40 * i, np.uint8) for i in range(5)]
     save_mp4(tmp_path / "film.mp4", frames, frames_per_second=10)
