@@ -39,7 +39,7 @@ from vlarft.run.config import opt, parse, to_dict
 class Config:
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy")
     out: str = opt("results/policy.json", "JSON file to write")
-    device: Literal["cpu", "cuda"] = opt("cpu", "device; cuda computes in bfloat16")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     batch_size: int = opt(16, "observations per training step")
     draws: int = opt(4, "pairs (tau, eps) per observation in the head step")
     repeats: int = opt(20, "timed calls of each version")

@@ -69,8 +69,8 @@ NEARLY_ALL = 0.99  # least share of equal tokens in float32: rounding may decide
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model")
     out: str = opt("results/rollout.json", "JSON file to write")
-    figure: str | None = opt(None, "picture of time against frames and chunks to write")
-    device: Literal["cpu", "cuda"] = opt("cpu", "device; cuda computes in bfloat16")
+    figure: str | None = opt(None, "picture of time against frames and chunks")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "action chunks G per start")
     frames: int = opt(8, "frames T")

@@ -33,7 +33,7 @@ from vlarft.world_model import WorldModel
 class Config:
     sizes: Literal["paper", "reduced", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
     out: str = opt("results/training.json", "JSON file to write")
-    device: Literal["cpu", "cuda"] = opt("cpu", "device; cuda computes in bfloat16")
+    device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     segments: int = opt(16, "segments per batch")
     repeats: int = opt(5, "timed calls of each version")
 
