@@ -237,7 +237,7 @@ def _policy(path: str) -> VLAPolicy:
 
 @lru_cache(maxsize=2)
 def _environment(suite: str, task: int, image_size: int, wrist: bool, fast: bool) -> Env:
-    cameras = ("agentview", "eye_in_hand") if wrist else ("agentview",)
+    cameras = ("agentview", "eye_in_hand") if wrist else None  # the first
     return make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
 
 

@@ -1,28 +1,82 @@
-"""The house: a light import, imports that go one way, scripts of one screenful each, a README that tells the truth."""
+"""The house: a light import, imports that go one way and never in a circle, a README that tells the truth."""
 
 import ast
+import configparser
+import graphlib
 import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODULES = sorted((ROOT / "src" / "vlarft").rglob("*.py"))
+STUDIES = sorted([*ROOT.glob("studies/*.py"), *ROOT.glob("benchmarks/*.py")])
+MODULES = {
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "src" / "vlarft").rglob("*.py"))
+}
+# each room and those that it may import from; the paper's modules stand at the top of src/vlarft
+ROOMS = {
+    "run": {"run"},
+    "nets": {"nets", "run"},
+    "data": {"data", "run"},
+    "paper": {"paper", "data", "nets", "run"},
+    "pretrained": {"pretrained", "paper", "data", "nets", "run"},
+    "sim": {"sim", "paper", "data", "nets", "run"},
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+class Import(NamedTuple):
+    name: str  # dotted, of the module or of what is taken from it
+    at_import: bool  # executed when the file is imported: not in a function, nor for type checkers alone
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """All imports of a file, wherever in the file."""
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            yield from (Import(alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    return found
+            yield from (Import(f"{node.module}.{alias.name}", at_import) for alias in node.names)
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            later = True
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, at_import and not later)
+
+    return walk(ast.parse(path.read_text()), True)
+
+
+def module_of(name: str) -> str:
+    """The module of vlarft that an imported name is or belongs to."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of vlarft that a file imports, wherever in the file."""
+    return {module_of(name) for name, _ in imports(path) if name.split(".")[0] == "vlarft"}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "paper"
+
+
+def packages(path: Path, at_import: bool) -> set[str]:
+    """Packages that a file imports, neither vlarft nor of Python, nor those that an installation always has."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = re.findall(r"^(\w+)", config["options"]["install_requires"], re.MULTILINE)
+    names = {name.split(".")[0] for name, executed in imports(path) if executed >= at_import}
+    return names - {"vlarft", *required} - sys.stdlib_module_names
 
 
 def test_import_is_light_and_silent():
@@ -34,37 +88,58 @@ def test_import_is_light_and_silent():
 def test_public_names_resolve():
     import vlarft
 
+    assert {"VLAPolicy", "WorldModel", "FrameTokenizer", "Normalizer"} <= set(vlarft.__all__) <= set(dir(vlarft))
     for name in vlarft.__all__:
         assert getattr(vlarft, name), name
-    with pytest.raises(AttributeError, match="no attribute 'Trainer'; it exports FrameTokenizer"):
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'; it exports Batch, "):
         vlarft.Trainer  # noqa: B018
+
+
+def test_the_import_graph_has_no_circle():
+    graph = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    for other in imported_modules(MODULES[module]) - {"vlarft"}:
+        assert room(other) in ROOMS[room(module)], f"{module}, of {room(module)}, imports {other}"
+    names = {name.split(".")[0] for name, _ in imports(MODULES[module])}
+    assert not names & {path.stem for path in (*SCRIPTS, *STUDIES)}, "the library imports no script"
+    if room(module) != "sim":
+        assert not names & {"mujoco", "robosuite", "libero"}, f"{module} imports a simulator"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts(path):
     assert len(path.read_text().splitlines()) <= 320
-    others = {p.stem for p in SCRIPTS}
-    assert not imports(path) & others, "scripts never import scripts"
+    names = {name.split(".")[0] for name, _ in imports(path)}
+    assert not names & {p.stem for p in SCRIPTS}, "scripts never import scripts"
+    assert not names & {p.stem for p in STUDIES}, "scripts never import studies or benchmarks"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
-def test_imports_go_one_way(path):
-    name = path.relative_to(ROOT / "src" / "vlarft").as_posix()
-    layers = {"base": 0, "network": 1, "room": 2}
-    networks = {"action_bins", "discriminator", "dit", "flow", "flow_networks", "frame_networks", "lora", "normalizer"}
-    networks |= {"reconstruction", "tokenizer", "transformer", "vit", "vlm"}
-    base = {"checkpoint", "config", "distributed", "kv_cache", "memory", "metrics", "runlog"}
+@pytest.mark.parametrize("path", [*MODULES.values(), *SCRIPTS], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_optional_packages_are_imported_where_they_are_used(path):
+    assert not packages(path, at_import=True)
 
-    def layer(module: str) -> int:
-        head = module.split(".")[0]
-        return layers["network" if head in networks else "base" if head in base else "room"]
 
-    own = layer(name.removesuffix(".py").replace("/", "."))
-    for module in imports(path):
-        if module.startswith("vlarft."):
-            assert layer(module.removeprefix("vlarft.")) <= own, f"{name} imports {module}"
-        if module.split(".")[0] in ("mujoco", "robosuite", "libero"):
-            assert name.startswith("sim/"), f"{name} imports {module}"
+def test_everything_imports_without_the_optional_packages():
+    optional = sorted(set().union(*(packages(path, at_import=False) for path in MODULES.values())))
+    assert {"mujoco", "h5py", "lpips", "PIL", "av", "pyarrow"} <= set(optional)
+    modules = [name for name in MODULES if not name.endswith("__main__")]
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({optional}))  # importing one of them is an ImportError
+import vlarft
+for name in vlarft.__all__:
+    getattr(vlarft, name)
+for name in {modules}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def readme_functions() -> list[tuple[str, str]]:
