@@ -104,7 +104,7 @@ class Config:
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: int = opt(0, "seed of starts, chains and imagination")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "of the frozen networks; what is trained is float32")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "frozen networks in bfloat16, or in float32 as what is trained")
     micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt("replicate", "vision-language model over processes: sharded, or whole on each")

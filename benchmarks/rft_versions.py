@@ -1,4 +1,4 @@
-"""What `rft_step.py` compares: one GRPO step as we do it, straightforward, and as the public release does it."""
+"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public release's."""
 
 import tempfile
 from copy import copy, deepcopy
@@ -29,11 +29,11 @@ class Config:
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("tiny", "sizes of the policy")
     out: str = opt("results/rft_step.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes the frozen networks in bfloat16")
-    perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips with a random VGG-16")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips has a random VGG-16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "rollouts G per start")
-    compile: bool = opt(False, "compile the pixel decoder and the perceptual network, of both versions")
-    micro_starts: int | None = opt(None, "starts per backward pass; none takes all")
+    compile: bool = opt(False, "compile pixel decoder and perceptual network in all versions")
+    micro_starts: int | None = opt(None, "starts per backward pass; none: all")
     repeats: int = opt(3, "timed steps of each version")
 
 
@@ -42,18 +42,18 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", policy="smoke", sta
 
 @dataclass(frozen=True)
 class Step(RolloutConfig, ObjectiveConfig):
-    """What a step is made of."""
+    """Options of one step."""
 
 
 class Workload:
-    """Policy, world model, a batch of made-up starts, and both versions of the step."""
+    """Policy, world model, a batch of random starts, and the versions of the step."""
 
     def __init__(self, cfg: Config) -> None:
         torch.manual_seed(0)
         device, sizes = cfg.device, rollout_benchmark.SIZES[cfg.sizes]
         self.policy = VLAPolicy(POLICIES[cfg.policy]).to(device)
         flow = self.policy.cfg.flow
-        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # its initial zero has no gradient behind
+        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # initially zero: no gradient below it
         samples = torch.rand(256, flow.action_dim) * 2 - 1, torch.randn(256, flow.proprio_dim)
         self.policy.normalizer.fit(*samples)
         self.policy.make_stochastic("sigma_net")
@@ -71,7 +71,7 @@ class Workload:
         if cfg.compile:
             self.world_model.tokenizer.cond_decoder.compile()
             self.distance.compile_network()
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0)  # the same weights for every timed step
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)  # lr 0: every timed step has the same weights
         names = {"perceptual": cfg.perceptual, "imagination": "greedy", "divide_by_std": True}
         self.step = Step(group=cfg.group, bf16=device == "cuda", micro_starts=cfg.micro_starts, mse_draws=16, **names)
         rows, steps, size = cfg.starts, flow.chunk, sizes.tokenizer.image_size
@@ -84,7 +84,7 @@ class Workload:
         self.batch = Batch(frames, actions, actions, proprio, instructions, frames[:, 0], key, index)
 
     def in_bfloat16(self) -> "Workload":
-        """The same step with its frozen networks in bfloat16."""
+        """Return the same step with its frozen networks in bfloat16."""
         low = copy(self)
         low.world_model, low.distance = deepcopy(self.world_model).to_bfloat16(), deepcopy(self.distance)
         low.llama = deepcopy(self.llama).bfloat16()
@@ -93,13 +93,13 @@ class Workload:
         return low
 
     def ours(self) -> Rollouts:
-        """The step as `train_rft.py` does it."""
+        """Run the step as `train_rft.py` does."""
         rollouts = collect(self.step, self.policy, self.world_model, self.batch, self.distance, (0, 0))
         update(self.step, self.policy, self.optimizer, rollouts, (0, 0))
         return rollouts
 
     def straightforward(self) -> Rollouts:
-        """The same step, every rollout on its own."""
+        """Run the step with every rollout computed separately."""
         rows = self._alone()
         context, chain, actions = self._sampled(rows)
         reward = verified_reward(
@@ -115,7 +115,7 @@ class Workload:
 
     @torch.no_grad()
     def as_released(self) -> Rollouts:
-        """The same step with the work of the public release."""
+        """Run the step with the operations of the public release."""
         rows = self._alone()
         _, chain, actions = self._sampled(rows)
         frames, reference = (self._imagined(rows, played) for played in (actions, rows.actions[:, None]))
@@ -134,13 +134,13 @@ class Workload:
         return encode(self.step, self.policy, rows.frames[:, 0], rows.instructions, len(self.batch.frames))
 
     def _sampled(self, rows: Batch) -> tuple[Tensor, Chain, Tensor]:
-        """Context, chain and actions (S * G, 1, T, A) of rollouts that are starts of their own."""
+        """Sample context, chain and actions (S * G, 1, T, A) of rollouts that are separate starts."""
         context = self._encoded(rows)
         chain = sample_group(self.policy, context, rows.proprio, 1, (0, 1), 0, 0, 0, 0)
         return context, chain, self.policy.normalizer.decode_actions(chain.x[:, -1])[:, None]
 
     def _imagined(self, rows: Batch, actions: Tensor) -> Tensor:
-        """Frames (S * G, 1, T, C, H, W) of actions (S * G, 1, T, A), each from a window tokenised whole."""
+        """Imagine frames (S * G, 1, T, C, H, W) of actions (S * G, 1, T, A); all frames of a window are tokenised."""
         import transformers
 
         tokenizer, layout = self.world_model.tokenizer, self.world_model.layout
@@ -157,7 +157,7 @@ class Workload:
         return tokenizer.decode(tokens, context)[:, None]
 
     def _updated(self, rows: Batch, context: Tensor, chain: Chain, reward: Reward) -> Rollouts:
-        """The update from rollouts that are starts of their own."""
+        """Update from rollouts that are separate starts."""
         step, starts = self.step, len(self.batch.frames)
         advantage = advantages(reward.reward.view(starts, step.group), divide_by_std=step.divide_by_std).view(-1, 1)
         rollouts = Rollouts(
@@ -180,7 +180,7 @@ def _repeated(value: Tensor | list[str], group: int) -> Tensor | list[str]:
 
 
 def random_perceptual(name: str) -> PerceptualDistance:
-    """The perceptual distance; lpips with random VGG-16 weights, which cost what trained ones cost."""
+    """Build the perceptual distance; lpips gets random VGG-16 weights, which take as long as trained ones."""
     if name != "lpips":
         return perceptual(name)
     import lpips
