@@ -4,16 +4,16 @@
     python benchmarks/rft_step.py --sizes pixels --out results/rft_step_pixels.json
     python benchmarks/rft_step.py --sizes paper --device cuda --perceptual lpips --out results/rft_step_gpu.json
 
-ours             `rollout.collect` and `objective.update`, as `train_rft.py` calls them: the policy's context, the world
-                 model's prefix and the reference's rollout, frames and features once per start
+ours             a step of `train_rft.py`: the policy's context, the world model's prefix and the reference's rollout,
+                 frames and features once per start
 straightforward  every rollout a start of its own: its own vision-language forward, tokens, prefix, reference rollout,
                  reference features, and its own context in the update; caches and batches as in ours
 as released      what the public release computes in a step, by the counts of its operations: as straightforward, and
                  the reference is played apart from the policy's chunk, for every rollout; each is a window tokenised
                  whole, all its frames; transformers' `generate` once a frame on the whole sequence, with its
                  preallocated cache; the vision-language model three times, to sample, to score and to update
-ours, bfloat16   ours with `--bf16`: the frozen networks in bfloat16; and `as released` in it. On a CPU only, where the
-                 others are in float32; on a GPU all are in bfloat16
+ours, bfloat16   ours with `--precision bf16`: the frozen networks in bfloat16; and `as released` in it. On a CPU only,
+                 where the others are in float32; on a GPU all are in bfloat16
 
 All draw the same chains and imagine greedily, and in float32 must give the same actions and rewards (as released: but
 for near ties of tokens, which rounding decides); what bfloat16 changes is written down. Phases are timed inside the
@@ -31,10 +31,9 @@ from functools import wraps
 import rft_versions
 import rollout as rollout_benchmark
 import torch
-from rft_versions import PRESETS, Config, Workload
+from rft_versions import PRESETS, Config, Rollouts, Workload
 from timing import Timing, alternate, machine, peak_rate, ratio, seconds, synchronize
 
-from vlarft.rollout import Rollouts
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import parse, to_dict
 
@@ -102,9 +101,9 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
 
 def differences(one: Rollouts, other: Rollouts) -> dict[str, float]:
     """Largest differences of the sampled actions and of the rewards, and the share of rewards that differ by little."""
-    rewards = (one.reward.reward.flatten() - other.reward.reward.flatten()).abs()
+    rewards = (one.reward.sum(-1).flatten() - other.reward.sum(-1).flatten()).abs()
     return {
-        "actions": (one.chunks[0].chain.x - other.chunks[0].chain.x).abs().max().item(),
+        "actions": (one.x.flatten(0, 1) - other.x.flatten(0, 1)).abs().max().item(),
         "rewards": rewards.max().item(),
         "equal_rewards": (rewards <= 1e-3).float().mean().item(),
     }

@@ -11,8 +11,8 @@ generate         `LlamaForCausalLM.generate` for each frame, on the whole sequen
 generate static  the same with its preallocated cache
 generate shared  the same with a growing cache that was filled once per start and then repeated for its rows
 
-On a CPU in float32, and ours and `generate static` once more in bfloat16 ("ours, bfloat16" is `train_rft.py --bf16`);
-on a GPU in bfloat16. Weights are random, of the paper's layout with rotary positions only, which is what
+On a CPU in float32, and ours and `generate static` once more in bfloat16 ("ours, bfloat16" is `train_rft.py --precision
+bf16`); on a GPU in bfloat16. Weights are random, of the paper's layout with rotary positions only, which is what
 `LlamaForCausalLM` computes. The versions run in turns in one process and must give the same tokens in float32, but for
 near ties that rounding decides; the share of equal tokens is reported, which is all that bfloat16 allows. `reduced`
 keeps the paper's ratio of a start's tokens to a frame's at a quarter of both. Writes one JSON and, with --figure, a
