@@ -56,14 +56,14 @@ from vlarft.grpo import advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.nets.action_head import Condition
-from vlarft.pictures import grid, save_png
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer, check_same_robot, make_scorer
-from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, load_model, open_run, read_header
+from vlarft.run import distributed, migration, preemption
+from vlarft.run.checkpoint import load_model, open_run, read_header
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.world_model import WorldModel
@@ -217,10 +217,11 @@ def load_world_model(
     """The frozen world model and the perceptual distance that the reward needs, checked against the policy."""
     if cfg.reward == "r1":
         return None, None
-    path = checkpoint_file(cfg.world_model)
-    world_model = WorldModel.load(path, device).requires_grad_(False)
+    world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     check_same_robot(policy, world_model)
-    check_same_images(extra, f"policy {cfg.policy}", read_header(path).extra, f"world model {cfg.world_model}")
+    check_same_images(
+        extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
+    )
     distance = None if cfg.reward == "divergence" else perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     if cfg.precision == "bf16":
         world_model.to_bfloat16()
@@ -236,7 +237,7 @@ def held_out_episodes(cfg: Config, extra: dict, gated: bool) -> list:
     """Episodes that the policy holds out; for a gate those that the world model holds out as well."""
     names = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
-        names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(checkpoint_file(cfg.world_model)).extra)
+        names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names)
 
 
@@ -335,13 +336,13 @@ def main(
     """
     device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()
     distributed.local_batch(cfg.starts)
-    policy, extra = load_model(checkpoint_file(cfg.policy), VLAPolicy, PolicyConfig, device)
+    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = (None, None) if score else load_world_model(cfg, policy, extra, device)
     # the random numbers of a batch are those of all its shares; held-out starts are scored alike by every process
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-    open_run(out_dir, cfg, ignore=("gate_threshold", "async_save", "frozen"))
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
 
     chunk, gated = policy.cfg.flow.chunk, cfg.gate_starts > 0 and world_model is not None
     episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])

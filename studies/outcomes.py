@@ -20,7 +20,7 @@ import torch
 from stages import rate, show_rate
 from tables import percent, points, shift, table_row
 
-from vlarft.metrics import paired_difference, spearman
+from vlarft.statistics import paired_difference, spearman
 
 ALL = "all"  # suites, or kinds of starts
 MIDDLE, GRIPPER, REDRAWN = "SFT, x_0 = 0", "SFT, gripper drawn", "SFT, other x_0"

@@ -67,9 +67,9 @@ from factor_cells import CELLS, WORLD_MODELS
 from stages import Starts, check_known, machine, rate, read_lines, read_report, run_once
 from tables import percent, points, shift, table_row
 
-from vlarft.metrics import paired_difference
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse
+from vlarft.statistics import paired_difference
 
 
 @dataclass(frozen=True)

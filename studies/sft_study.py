@@ -15,9 +15,9 @@ from pathlib import Path
 
 from stages import Panel, call, check_known, draw_curves, machine, rate, read_lines, show_rate
 
-from vlarft.metrics import paired_difference
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.statistics import paired_difference
 
 ARMS = {
     "default": [],

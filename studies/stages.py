@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import to_dict
+from vlarft.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 

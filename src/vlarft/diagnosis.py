@@ -14,9 +14,9 @@ from torch import Tensor
 from vlarft.data.windows import Batch
 from vlarft.flow import sample_ode
 from vlarft.gate import score_in_parts
-from vlarft.pictures import histograms, save_png
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Scorer
+from vlarft.run.pictures import histograms, save_png
 from vlarft.run.random import generator
 
 ACTION_NAMES = ("x", "y", "z", "rx", "ry", "rz", "gripper")

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
-from vlarft.metrics import PerceptualDistance, rank_agreement
+from vlarft.metrics import PerceptualDistance
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
 from vlarft.run.config import opt
 from vlarft.run.random import generator
+from vlarft.statistics import rank_agreement
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel
 

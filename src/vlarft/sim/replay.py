@@ -30,18 +30,19 @@ def replay_frames(
         size: side of the frames [px].
         every: control steps between frames; the last step is always seen.
         perturb: as in the recorded episode.
-        options: of `make_env`.
+        options: of `make_env`; its default camera is the simulator's first.
 
     Returns:
         Frames, each (size, size, 3) uint8.
     """
     env = make_env(suite, task, image_size=size, **options)
     env.reset(init_state=init_state, perturb=perturb)
-    frames = [env.observe()["agentview"]]
+    (camera,) = env.cameras
+    frames = [env.observe()[camera]]
     for step, action in enumerate(actions, 1):
         env.step(np.asarray(action, dtype=np.float32))
         if step % every == 0 or step == len(actions):
-            frames.append(env.observe()["agentview"])
+            frames.append(env.observe()[camera])
     return frames
 
 
