@@ -13,7 +13,7 @@ from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import load_model, write_json
 from vlarft.sim.replay import SimulatorReward
 
-# which dimensions of x_0 are drawn
+# which dimensions of x_0 are sampled; the last is the gripper
 NOISE_DIMS = {"sampled": torch.ones(7), "zero": torch.zeros(7), "gripper": torch.eye(7)[6]}
 
 
@@ -28,11 +28,11 @@ def measure(
         demos: Tabletop demonstrations with states.
         starts: how many.
         draws: chunks that the policy samples at each of them.
-        x0s: where the flow starts, as `eval_libero.py --noise` says it.
+        x0s: where the flow starts, as `eval_libero.py --noise` names it.
 
     Returns:
-        Per start: the state error of the chunks from x_0s of each kind [m], what every verified reward stands for; and
-        of "sampled" the "spread", the standard deviation of the chunks' translations [normalised units].
+        Per start: the true error of the chunks from x_0 of each kind [m], which every verified reward approximates;
+        and "spread", the standard deviation over the sampled x_0 of the chunks' translations [normalised units].
     """
     found = json.loads(path.read_text()) if path.is_file() else {}
     if missing := [x0 for x0 in x0s if x0 not in found]:
@@ -58,7 +58,7 @@ def measure(
 
 
 def difference(before: list[float], after: list[float]) -> dict[str, float]:
-    """Mean difference of what was measured at the same starts, its standard error, and the mean before."""
+    """Mean difference of two policies at the same starts, its standard error, and the mean of the first."""
     change = torch.tensor(after) - torch.tensor(before)
     error = change.std().item() / len(change) ** 0.5
     return {"mean": change.mean().item(), "standard_error": error, "starts": len(change), "before": mean(before)}

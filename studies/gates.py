@@ -1,20 +1,20 @@
-"""What a world model saw, and what its rewards are worth: the trust gate at many starts, and the side they favour.
+"""How well rewards rank the chunks that a policy samples, by what the world model saw: the trust gate at many starts.
 
     python studies/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
-    python studies/gates.py --suites tabletop_spatial
+    python studies/gates.py --suites tabletop_spatial --rewards r3 divergence
 
 The gate of a fine-tuning has few starts, since it is measured again and again. Here, for every suite and seed of
 rft_study.py, the long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model
-orders them: rank correlation with the true error, in the simulator, and with the action error, means over the starts
+ranks them: rank correlation with the true error, in the simulator, and with the action error, means over the starts
 with their standard errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or
-beside the policy ("attempts", its own); those that are not there are left out. Fine-tuning asks this of chunks that are
-much alike, hence the low numbers. Around the dataset's actions, too: here there is one noise (0.15), where the gate of
+beside the policy ("attempts", its own); those that are not there are left out. The policy's chunks are much alike,
+hence the low numbers. The same is measured around the demonstration's actions, with one noise (0.15) where the gate of
 a fine-tuning has several, which are easier to tell apart.
 
-A reward that is best at the dataset's actions need not fall alike on both sides of them. `one_sided` plays pairs of
-opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0 where
-both sides count the same (`train_rft.py --symmetric`); "pull" its correlation with the chunk's mean noise in each
-motion dimension, the same for all starts where it pulls a policy to one side.
+A reward that is best at the demonstration's actions need not fall alike on both sides of them. `one_sided` scores pairs
+of opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0
+where both sides count the same; "pull" its correlation with the chunk's mean noise in each motion dimension, which has
+the same sign at all starts where the reward pulls a policy to one side.
 
 Writes one JSON; a figure that is in it is not measured again.
 """
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from stages import machine
-from tables import table_row
+from records import rounded, write
+from stage_tables import gates_table
+from stages import commit, machine
 
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.episodes import Episode
@@ -36,8 +37,8 @@ from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import verified_reward
 from vlarft.rollout import RolloutConfig
-from vlarft.run.checkpoint import load_model, read_header, write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.checkpoint import load_model, read_header
+from vlarft.run.config import opt, parse
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import WorldModel
 
@@ -45,7 +46,7 @@ from vlarft.world_model import WorldModel
 @dataclass(frozen=True)
 class Config:
     runs: str = opt("runs/study", "folder of rft_study.py")
-    out: str = opt("results/gates.json", "JSON file to write")
+    out: str = opt("runs/gates.json", "JSON file to write")
     suites: tuple[str, ...] = opt(("tabletop_spatial",), "suites")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the policies")
     world_models: tuple[str, ...] = opt(("wm", "short", "long", "demonstrations_only", "attempts"), "their folders")
@@ -118,19 +119,6 @@ def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str
     }
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Markdown, one row per reward, suite, seed and world model."""
-    heads = "reward", "suite", "seed", "world model", "own chunks", "around the dataset's", "odd", "pull x", "y", "z"
-    lines = [table_row(heads), "|---" * len(heads) + "|"]
-    for name, found in runs.items():
-        suite, seed, model, reward = name.split("/")
-        shown = [f"{found[f'gate_{f}_true']:.2f} ± {found[f'gate_{f}_true_se']:.2f}" for f in ("policy", "dataset")]
-        pull = [f"{m:+.2f} ± {se:.2f}" for m, se in zip(found["pull"][:3], found["pull_se"])]
-        odd = f"{100 * found['odd_share']:.0f} %"
-        lines.append(table_row([reward, suite, seed.removeprefix("seed"), model, *shown, odd, *pull]))
-    return "\n".join(lines)
-
-
 def main(cfg: Config) -> dict:
     """Measure what is missing; returns what the JSON file holds.
 
@@ -139,13 +127,12 @@ def main(cfg: Config) -> dict:
         ValueError: the JSON file has figures of other sizes.
     """
     sizes = {"starts": cfg.starts, "samples": cfg.samples}
-    report = {"command": "python studies/gates.py", "config": to_dict(cfg), **sizes, "runs": {}}
+    report = {"command": "python studies/gates.py", "machine": machine(), **sizes, "runs": {}}
     if Path(cfg.out).is_file():
         before = json.loads(Path(cfg.out).read_text())
         if any(before.get(name) != value for name, value in sizes.items()):
             raise ValueError(f"{cfg.out} has figures of other sizes than {sizes}: give another file as --out")
         report["runs"] = before["runs"]
-    report["machine"] = machine()
     for suite in cfg.suites:
         for seed in cfg.seeds:
             folder = Path(cfg.runs) / suite
@@ -160,10 +147,11 @@ def main(cfg: Config) -> dict:
                 if path and missing:
                     parts = load(cfg, folder / "demos", policy, path)
                     for reward, name in missing.items():
-                        report["runs"][name] = gate(cfg, parts, reward) | one_sided(cfg, parts, reward)
-                        write_json(cfg.out, report)
+                        found = gate(cfg, parts, reward) | one_sided(cfg, parts, reward)
+                        report["runs"][name] = {"commit": commit(), **rounded(found)}
+                        write(cfg.out, report)
                         print(f"{name}: {report['runs'][name]['gate_policy_true']:.2f}", flush=True)
-    print("\n" + table(report["runs"]))
+    print("\n" + gates_table(report))
     return report
 
 
