@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from simulator_reward import SimulatorReward
 
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.flow import sample_ode
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import load_model, write_json
-from vlarft.sim.replay import SimulatorReward
 
 # which dimensions of x_0 are sampled; the last is the gripper
 NOISE_DIMS = {"sampled": torch.ones(7), "zero": torch.zeros(7), "gripper": torch.eye(7)[6]}
@@ -37,11 +37,11 @@ def measure(
     found = json.loads(path.read_text()) if path.is_file() else {}
     if missing := [x0 for x0 in x0s if x0 not in found]:
         model, extra = load_model(policy, VLAPolicy, PolicyConfig)
-        episodes = load_episodes(str(demos), names=extra["validation_episodes"], with_states=True)
+        episodes = load_episodes(str(demos), names=extra["held_out_episodes"], with_states=True)
         batch = WindowSampler(episodes, 9, 8).spread(starts)
         simulator = SimulatorReward(episodes)
         with torch.no_grad():
-            context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
+            context = model.encode_frames(batch.frames[:, 0], batch.instructions)
             for x0 in missing:
                 count = 1 if x0 == "zero" else draws
                 cond = model.condition(context, batch.proprio).repeat(count)
@@ -50,7 +50,7 @@ def measure(
                 x = sample_ode(model.head, cond, noise=noise, num_steps=model.cfg.flow.num_steps)
                 x = x.unflatten(0, (-1, count))  # (S, D, T, A)
                 chunks = model.normalizer.decode_actions(x)
-                found[x0] = (-simulator(batch.index, chunks, batch.intended).mean((1, 2))).tolist()
+                found[x0] = (-simulator(batch, chunks).mean((1, 2))).tolist()
                 if x0 == "sampled":
                     found["spread"] = x[..., :3].std(1).mean((1, 2)).tolist()
         write_json(path, found)

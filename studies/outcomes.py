@@ -210,7 +210,7 @@ def course_table(runs: dict[str, dict[str, dict]], suite: str, names: Sequence[s
     rows = []
     for name in names:
         for seed, entry in runs[suite].items():
-            if name in entry["courses"]:
+            if "true_error" in entry["courses"].get(name, {}):
                 steps, errors = (entry["courses"][name][column] for column in ("step", "true_error"))
                 lowest = errors.index(min(errors))
                 ends = [f"{1e3 * errors[at]:.1f} (step {steps[at]})" for at in (0, lowest, -1)]

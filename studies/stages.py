@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from vlarft.run.config import to_dict
-from vlarft.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +38,11 @@ def run_once(out_dir: Path, *words: object) -> Path:
         call(*words, "--out-dir", out_dir)
         done.touch()
     return out_dir
+
+
+def fine_tuning(flags: Sequence[object]) -> str:
+    """The script that a fine-tuning with these flags runs: that of the variants, where they name one."""
+    return "studies/variants.py" if "--variant" in flags else "train_rft.py"
 
 
 def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:

@@ -48,7 +48,7 @@ from vlarft.grpo import advantages
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Scorer, make_scorer
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, load_model, read_header
+from vlarft.run.checkpoint import load_model, read_header
 from vlarft.run.config import opt, parse
 from vlarft.sim.replay import TabletopOutcomes
 
@@ -202,7 +202,7 @@ class KLLoss:
 
 def kl(cfg: train_rft.Config, weight: float = 0.1, kind: Literal["exact", "sampled"] = "exact") -> Hooks:
     """A KL term to the policy that the run started from, with the sigma net that it started with."""
-    supervised, _ = load_model(checkpoint_file(cfg.policy), VLAPolicy, PolicyConfig, distributed.setup())
+    supervised, _ = load_model(cfg.policy, VLAPolicy, PolicyConfig, distributed.setup())
     train_rft.make_trainable(cfg, supervised, {})  # the run's first sigma net, by the same seed; trains nothing
     return {"loss": KLLoss(supervised, weight, kind)}
 
@@ -264,7 +264,7 @@ def symmetric(cfg: train_rft.Config) -> Hooks:
     if cfg.reward == "r1":
         raise ValueError("variant symmetric is for rewards in a world model; r1 counts both sides alike as it is")
     device = distributed.setup()
-    policy, extra = load_model(checkpoint_file(cfg.policy), VLAPolicy, PolicyConfig, device)
+    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = train_rft.load_world_model(cfg, policy, extra, device)
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     scorers = (SymmetricScorer(make(part), world_model.action_bins) for part in (distributed.part(), (0, 1)))
@@ -287,7 +287,7 @@ def gripper_x0(cfg: train_rft.Config) -> Hooks:
 
 def simulator(cfg: train_rft.Config) -> Hooks:
     """The simulator's true error in place of --reward, see simulator_reward.py."""
-    extra, outcomes = read_header(checkpoint_file(cfg.policy)).extra, TabletopOutcomes()
+    extra, outcomes = read_header(cfg.policy).extra, TabletopOutcomes()
     held_out = [episode.name for episode in train_rft.held_out_episodes(cfg, extra, gated=False)]
 
     def score(names: list[str]) -> SimulatorReward:

@@ -45,7 +45,7 @@ def test_whole_pipeline(tmp_path, capfd, monkeypatch):
     cells = run_notebook("imagination.ipynb")
     assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
     cells = run_notebook("rft_step.ipynb")
-    assert cells["reward"].reward.shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
+    assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
 
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path):
