@@ -23,7 +23,6 @@ from torch import Tensor
 from vlarft import tokenizer
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.rollout import sample_group
 from vlarft.run.checkpoint import load_model, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.token_sampling import Sampling
@@ -54,18 +53,18 @@ IMAGINATION = {
 def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
     """Return name -> world model, tokens (S, G + 1, T, Nf) of the policy's chunks and the recorded one, context."""
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig)
-    policy.make_stochastic("sigma_net")
+    policy.add_sigma_net()
     policy.eval()
     model = WorldModel.load(cfg.world_model)
     episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
     steps = policy.cfg.flow.chunk
     batch = WindowSampler(episodes, steps + 1, steps).spread(cfg.starts)
-    context = policy.encode(policy.preprocess(batch.frames[:, 0]), batch.instructions)
+    context = policy.encode_frames(batch.frames[:, 0], batch.instructions)
     found = {}
     for group in cfg.groups:
-        chain = sample_group(policy, context, batch.proprio, group, (0, 1), 0)
+        chain = policy.sample_group(context, batch.proprio, group, torch.Generator().manual_seed(0))
         actions = policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, group))
-        actions = torch.cat([actions, batch.actions[:, None]], 1)
+        actions = torch.cat([actions, batch.intended[:, None]], 1)
         for name, sampling in IMAGINATION.items():
             draws = torch.Generator().manual_seed(0)
             found[f"{name}, {group} rollouts"] = (

@@ -31,10 +31,9 @@ from functools import wraps
 import rft_versions
 import rollout as rollout_benchmark
 import torch
-from rft_versions import PRESETS, Config, Workload
+from rft_versions import PRESETS, Config, Rollouts, Workload
 from timing import Timing, alternate, machine, peak_rate, ratio, seconds, synchronize
 
-from vlarft.rollout import Rollouts
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import parse, to_dict
 
@@ -100,10 +99,10 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
 
 
 def differences(one: Rollouts, other: Rollouts) -> dict[str, float]:
-    """Return the largest differences of actions and rewards, and the share of rewards that differ by at most 1e-3."""
-    rewards = (one.reward.reward.flatten() - other.reward.reward.flatten()).abs()
+    """Largest differences of the sampled actions and of the rewards, and the share of rewards that differ by little."""
+    rewards = (one.reward.sum(-1).flatten() - other.reward.sum(-1).flatten()).abs()
     return {
-        "actions": (one.chunks[0].chain.x - other.chunks[0].chain.x).abs().max().item(),
+        "actions": (one.x.flatten(0, 1) - other.x.flatten(0, 1)).abs().max().item(),
         "rewards": rewards.max().item(),
         "equal_rewards": (rewards <= 1e-3).float().mean().item(),
     }

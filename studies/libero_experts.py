@@ -33,7 +33,7 @@ from vlarft.statistics import wilson_interval
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/libero_experts.json", "JSON file to write")
+    out: str = opt("runs/libero_experts.json", "JSON file to write")
     out_dir: str = opt("runs/libero_experts", "folder of the recorded episodes")
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites to run")
     tasks: tuple[int, ...] = opt(tuple(range(10)), "tasks of each suite")
