@@ -1,6 +1,6 @@
 """Memory, messages and predicted step times of the training scripts on 1 to 64 GPUs. Predictions: nothing is measured.
 
-    python benchmarks/scaling.py                writes results/scaling.json, prints the tables of docs/scaling.md
+    python benchmarks/scaling.py                prints the tables of docs/scaling.md (committed: results/scaling.json)
 
 Every model is built and run without data (FakeTensorMode), so that parameters, FLOPs (FlopCounterMode) and the
 activations kept for the backward (vlarft.run.memory) are those of the code. The model of a step on n GPUs:
@@ -59,7 +59,7 @@ UPDATE_BYTES = 28  # AdamW reads weight, gradient and two moments, writes weight
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/scaling.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/scaling.json", "JSON file to write")
     presets: tuple[str, ...] = opt(("paper", "small"), "sizes of tokenizer, world model and policy")
     flops: float = opt(790e12, "bfloat16 peak of a GPU [FLOP/s]; measured on an H200")
     share: float = opt(0.4, "of that peak that a step reaches; an assumption")

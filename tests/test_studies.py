@@ -255,16 +255,17 @@ def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
 @pytest.mark.slow
 def test_a_cell_trains_its_world_model(suite, tmp_path, capfd, monkeypatch):
     cell = factor_cells.study("--steps", "1", "--starts", "2", world_model="short")
-    monkeypatch.setitem(factor_cells.CELLS, "R3", cell)
+    name = "study, R3, short world model"
+    monkeypatch.setitem(factor_cells.CELLS, name, cell)
     monkeypatch.setitem(factor_cells.WORLD_MODELS, "short", factor_cells.Training(10))
     places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "cells"}
     places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
-    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], cells=("R3",), **places)
+    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], cells=(name,), **places)
     report = rft_factors.main(cfg)
     (cell,) = report["cells"].values()
     assert report["world_models"]["short"]["step"] == 9 and "val_loss" in report["world_models"]["short"]
     assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
-    assert rft_factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
+    assert rft_factors.main(cfg)["cells"][name] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
 
 def test_cells_with_several_seeds():
@@ -474,7 +475,7 @@ def test_documents_show_the_results():
         text = page.read_text()
         assert tables.render(text) == text, f"{page.name}: run python studies/tables.py"
         shown += tables.BLOCK.findall(text)
-    assert Counter(name for _, name, _ in shown) == Counter(tables.TABLES), "each table is shown once"
+    assert Counter(name for _, name, _ in shown) == Counter(list(tables.TABLES)), "each table is shown once"
 
 
 def test_intervals_in_prose_are_those_of_a_table():
