@@ -39,13 +39,10 @@ from tqdm import tqdm
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.policy import VLAPolicy
 from vlarft.run.config import opt, parse
-from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_index, task_names
-from vlarft.sim.experts import Expert
+from vlarft.sim import LIBERO_SUITES, TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
+from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.gl import FAST
-from vlarft.sim.libero_env import LiberoEnv
-from vlarft.sim.libero_experts import LiberoExpert, NoPlanError
-from vlarft.sim.record import Demonstrator, PolicyPlayer, record
-from vlarft.sim.tabletop import TabletopEnv
+from vlarft.sim.record import PolicyPlayer, record
 from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
@@ -221,12 +218,12 @@ def summary(path: Path) -> str:
     return f"{path}: {counts}; {np.mean(steps):.0f} steps on average, {path.stat().st_size / 2**20:.1f} MiB"
 
 
-def _demonstrator(config: Config, env: TabletopEnv | LiberoEnv, kind: str, seed: int, speed: float) -> Demonstrator:
+def _demonstrator(config: Config, env: Env, kind: str, seed: int, speed: float) -> Demonstrator:
     if kind == "policy":
         return PolicyPlayer(_policy(config.policy), env, seed, config.policy_noise)
-    return (LiberoExpert if isinstance(env, LiberoEnv) else Expert)(
+    return make_expert(
         env,
-        seed=seed,
+        seed,
         action_noise=config.noisy_action_noise if kind == "noisy" else config.action_noise,
         gripper_flips=config.noisy_gripper_flips if kind == "noisy" else 0.0,
         speed=speed,
@@ -239,8 +236,9 @@ def _policy(path: str) -> VLAPolicy:
 
 
 @lru_cache(maxsize=2)
-def _environment(suite: str, task: int, image_size: int, wrist: bool, fast: bool) -> TabletopEnv | LiberoEnv:
-    return make_env(suite, task, image_size, wrist=wrist, **({"rendering": FAST} if fast else {}))
+def _environment(suite: str, task: int, image_size: int, wrist: bool, fast: bool) -> Env:
+    cameras = ("agentview", "eye_in_hand") if wrist else ("agentview",)
+    return make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
 
 
 def _content(config: Config) -> dict:
@@ -291,12 +289,9 @@ def _merge(config: Config, suite: str, task: int) -> None:
         with import_h5py().File(tmp, "w") as file:
             data = file.create_group("data")
             args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
-            described = SUITES[suite].tasks[task]
-            if suite in LIBERO_SUITES:
-                bddl = f"{suite}/{described.name}.bddl"
-                write_task_attrs(data, described.instruction, args, upright=False, bddl_file_name=bddl)
-            else:
-                write_task_attrs(data, described.instruction, args)
+            simulator = simulator_of(suite)
+            described = simulator.suites[suite].tasks[task]
+            write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
             for source in [path, *parts] if path.exists() else parts:
                 with open_demo_file(source) as other:
                     for name in demo_names(other["data"]):

@@ -29,9 +29,9 @@ from typing import Literal
 import numpy as np
 
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.pictures import grid, save_gif, save_png
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.sim.replay import replay_frames
 
 ROOT = Path(__file__).resolve().parent

@@ -40,17 +40,18 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from vlarft.metrics import paired_difference, wilson_interval
-from vlarft.pictures import save_gif, save_mp4
-from vlarft.policy import VLAPolicy
+from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import open_run, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
+from vlarft.sim.suites import check_cameras
 from vlarft.sim.workers import one_thread, run_jobs
+from vlarft.statistics import paired_difference, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
+        for suite in cfg.suites:
+            check_cameras(suite, header.config.get("cameras", PolicyConfig.cameras), path)
         chunk = header.config["flow"]["chunk"]
         if not 1 <= cfg.execute <= chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")

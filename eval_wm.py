@@ -29,10 +29,10 @@ from torch import Tensor
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
-from vlarft.pictures import grid, save_gif, save_png
 from vlarft.run import distributed
 from vlarft.run.checkpoint import read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes

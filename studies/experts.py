@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, TABLETOP_SUITES, make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.perturb import Perturbation
+from vlarft.statistics import wilson_interval
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ def sft(*flags: str, policy: str = "twice as long") -> Cell:
 
 
 HEAD = ("--train", "head", "--key-batch", "0")
-REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--draws", "3", *HEAD)
+REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--noise-samples", "3", *HEAD)
 PLATEAU = "four times as long"
-PER_STEP = ("--credit", "frame", "--ratio-per", "step")
+PER_STEP = ("--per-step",)
 FULL_MSE = ("--mse-weight", "1")
 BROAD = ("--starts", "24", "--group", "4")
 QUARTER_NOISE = ("--sigma-min", "0.02", "--sigma-max", "0.05")

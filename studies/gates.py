@@ -27,19 +27,19 @@ from typing import NamedTuple
 
 import torch
 from records import rounded, write
+from simulator_reward import SimulatorReward
 from stage_tables import gates_table
 from stages import commit, machine
 
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.episodes import Episode
-from vlarft.gate import GateConfig, held_out_names, trust_gate
+from vlarft.gate import held_out_names, score_in_parts, trust_gate
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import verified_reward
-from vlarft.rollout import RolloutConfig
+from vlarft.reward import Scorer, make_scorer
 from vlarft.run.checkpoint import load_model, read_header
 from vlarft.run.config import opt, parse
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.sensitivity import Perturbations
 from vlarft.world_model import WorldModel
 
 
@@ -75,7 +75,7 @@ def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts
     """The same starts for all world models that hold the same episodes out."""
     policy, extra = load_model(policy_path, VLAPolicy, PolicyConfig)
     torch.manual_seed(0)
-    policy.make_stochastic("sigma_net")
+    policy.add_sigma_net()
     model = WorldModel.load(model_path)
     names = held_out_names(str(policy_path), extra, str(model_path), read_header(model_path).extra)
     episodes = load_episodes(demos, names=names, with_states=True)
@@ -83,11 +83,17 @@ def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts
     return Parts(policy.eval(), model, batch, episodes, perceptual("ssim"))
 
 
+def scorer_of(parts: Parts, reward: str) -> Scorer:
+    """The reward, imagined greedily."""
+    return make_scorer(reward, parts.model, parts.distance, "greedy")
+
+
 def gate(cfg: Config, parts: Parts, reward: str) -> dict[str, float]:
     """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
-    sizes = GateConfig(gate_noise=(NOISE,), gate_draws=3, gate_samples=cfg.samples)
-    rollout = RolloutConfig(reward=reward, imagination="greedy", perceptual="ssim", reference="intended")
-    return trust_gate(sizes, rollout, *parts, (0,), TabletopOutcomes())
+    sizes = {"perturbed": Perturbations(noise=(NOISE,), draws=3, flips=0), "samples": cfg.samples}
+    true = SimulatorReward(parts.episodes)
+    scorer = scorer_of(parts, reward)
+    return trust_gate(scorer, parts.policy, parts.batch, parts.model.action_bins, 0, true_reward=true, **sizes)
 
 
 @torch.no_grad()
@@ -100,13 +106,7 @@ def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str
     noise = NOISE * torch.randn(draws, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
     bins = parts.model.action_bins
     pairs = (dataset[:, None] + torch.cat([noise, -noise], 1) * unit).clamp(bins.low, bins.high)
-    how = {"perceptual": parts.distance, "imagination": "greedy"}
-    score = torch.cat(
-        [
-            verified_reward(reward, parts.model, *rows, **how).reward
-            for rows in zip(pairs.split(8), dataset.split(8), parts.batch.frames.split(8))
-        ]
-    )  # (S, 2 P)
+    score = score_in_parts(scorer_of(parts, reward), parts.batch, pairs, None, at_once=8)  # (S, 2 P)
     first, second = score.chunk(2, 1)
     odd, even = (first - second) / 2, (first + second) / 2
     of_odd, of_even, steps = odd.pow(2).mean(), even.var(1).mean(), dataset.shape[1]

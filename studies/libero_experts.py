@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.workers import run_jobs
+from vlarft.statistics import wilson_interval
 
 
 @dataclass(frozen=True)

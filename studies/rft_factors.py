@@ -134,7 +134,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
         if cell.script == "train_rft.py":
             words += ["--policy", policy, "--world-model", world_model(cfg, cell.world_model)]
-            words += ["--no-gate-stop", "--gate-interval", 1000] if cfg.gate else ["--gate-starts", 0]
+            words += ["--gate-threshold", "none"] if cfg.gate else ["--gate-starts", 0]
             words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]
         else:
             words += ["--init", policy]
@@ -142,7 +142,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
     old, new = _measure(cfg, before, policy), _measure(cfg, folder, trained, cell.x0)
-    changes = {"played": (old["sampled"], new[cell.x0])} | {kind: (old[kind], new[kind]) for kind in ("zero", "spread")}
+    changes = {"played": (old["sampled"], new[cell.x0])} | {kind: (old[kind], new[kind]) for kind in ("zero", "std")}
     entry = {
         "commit": commit(),
         "machine": machine(),

@@ -28,7 +28,8 @@ that takes the place of "SFT", say "extra SFT, 400 steps"; it needs an --out of 
 The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
 "runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
 the commit that measured each policy; minutes of each training; true error and standard deviation over x_0 of the chunks
-(chunks.py), and how they changed; the trust gate before the first step, and the true error in the course of training.
+(chunks.py), and how they changed; the trust gate before the first step; the standard deviation over x_0 in the course
+of training.
 """
 
 import re
@@ -86,7 +87,7 @@ FREE = "out_dir", "out", "suites", "seeds", "arms", "perturbed_arms", "zero_arms
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("regression", "RWR", "RFT R3"),
+        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("regression", "RFT R2", "RFT R3"),
         perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), zero_arms=("RFT R3",), episodes=2, error_starts=4,
         error_draws=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
         rft_steps=2, rft_starts=2, rft_group=3, attempts=2,
@@ -151,7 +152,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         world_models |= dict.fromkeys(ON_POLICY, trained(own("attempts"), *wm, "--demos", seen))
     rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"]]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
-    rft += ["--no-gate-stop"]
+    rft += ["--gate-threshold", "none"]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
             policies[name] = trained(own(name), *rft, "--world-model", world_models[name], *flags)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 FULL_MSE = ["--mse-weight", 1]  # beside one advantage per chunk; per step, the policy's term is 8 times smaller
-PER_STEP = ["--credit", "frame", "--ratio-per", "step"]
+PER_STEP = ["--per-step"]
 RFT_ARMS = {
     "RWR": ["--algorithm", "rwr", *FULL_MSE],
     "RFT R1": ["--reward", "r1", *FULL_MSE],
@@ -21,7 +21,18 @@ RFT_ARMS = {
 }
 EXTRA_ARMS = {
     "extra SFT": ["--lr", 3e-4],
-    "regression": ["--lr", 1e-4, "--train", "head", "--key-batch", 0, "--objective", "regression", "--draws", 3],
+    "regression": [
+        "--lr",
+        1e-4,
+        "--train",
+        "head",
+        "--key-batch",
+        0,
+        "--objective",
+        "regression",
+        "--noise-samples",
+        3,
+    ],
     "extra SFT, 400 steps": ["--lr", 3e-4],  # takes the wall time of a fine-tuning of 400 steps
 }
 NO_END = 1_000_000  # steps: time ends these trainings

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import rounded, write
+from simulator_reward import SimulatorReward
 from stage_tables import wm_table
 from stages import call, check_known, commit, machine, read_lines
 
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.gate import GateConfig, held_out_names, trust_gate
+from vlarft.gate import held_out_names, trust_gate
 from vlarft.metrics import perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.rollout import RolloutConfig
+from vlarft.reward import make_scorer
 from vlarft.run.checkpoint import load_model, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.sensitivity import Perturbations
 from vlarft.world_model import WorldModel
 
 
@@ -39,16 +40,13 @@ class Arm(NamedTuple):
     tokenizer: list[str] | None = None
 
 
-LARGE = ["--transformer.depth", "6", "--transformer.width", "256", "--transformer.ffn-dim", "704"]
-LARGE += ["--transformer.num-heads", "8", "--transformer.num-kv-heads", "8"]
 ARMS = {
     "default": Arm([]),
     "three times as long": Arm(["--steps", "4500"]),
-    "larger": Arm(LARGE),
     "demonstrations only": Arm(["--experts-only"]),
     "no stale frames": Arm(["--stale", "0"]),
     "paper's token rows": Arm(["--no-factored-tokens"]),
-    "all pixels alike": Arm([], ["--moving-weight", "1", "--unusual-weight", "1", "--still-weight", "0"]),
+    "all pixels alike": Arm([], ["--weighting", "uniform"]),
 }
 SCORES = ("R3 greedy", "R3 common", "R3 independent", "R2 greedy", "decoded frames", "true frames", "action L1")
 
@@ -109,17 +107,17 @@ def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
         return json.loads(measured.read_text())
     files = Path(cfg.demo) / "sft" / "model.safetensors", folder / "model.safetensors"
     policy, extra = load_model(files[0], VLAPolicy, PolicyConfig)
-    policy.make_stochastic("sigma_net")
+    policy.add_sigma_net()
     model = WorldModel.load(files[1])
     names = held_out_names(str(files[0]), extra, str(files[1]), read_header(files[1]).extra)
     episodes = load_episodes(Path(cfg.demo) / "demos", names=names, with_states=True)
     batch = WindowSampler(episodes, 9, 8).spread(cfg.starts)
-    gate = GateConfig(gate_noise=(0.15,), gate_draws=3, gate_samples=cfg.samples)  # the policy's own are what counts
+    around = Perturbations(noise=(0.15,), draws=3, flips=0)  # the policy's chunks are what counts
+    true = SimulatorReward(episodes)
     found = {}
     for imagination in ("greedy", "common", "sample"):
-        rollout = RolloutConfig(imagination=imagination, perceptual="ssim", reference="intended")
-        parts = rollout, policy.eval(), model, batch, episodes, perceptual("ssim"), (0,), TabletopOutcomes()
-        values = trust_gate(gate, *parts)
+        parts = make_scorer("r3", model, perceptual("ssim"), imagination), policy.eval(), batch, model.action_bins, 0
+        values = trust_gate(*parts, true_reward=true, perturbed=around, samples=cfg.samples)
         found[imagination] = {k: v for k, v in values.items() if k.startswith("gate_policy")}
     write_json(measured, found)
     return found

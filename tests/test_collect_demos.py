@@ -12,9 +12,9 @@ from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
 from vlarft.run.config import parse
 from vlarft.run.random import generator
-from vlarft.sim import make_env, task_names
+from vlarft.sim import SIMULATORS, make_env, task_names
+from vlarft.sim.demonstrator import NoPlanError
 from vlarft.sim.experts import Expert
-from vlarft.sim.libero_experts import NoPlanError
 
 pytest.importorskip("mujoco")
 h5py = pytest.importorskip("h5py")
@@ -159,7 +159,7 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
         images, proprio = attempts[0]["obs/agentview_rgb"], load_episodes(path, successes_only=False)[1].proprio
         for chunk, t in enumerate((0, 8)):
             seen = {"agentview": images[t], "proprio": proprio[t], "instruction": first[0].instruction}
-            expected = policy.act(seen, generator=generator("cpu", seed, chunk))
+            expected = policy.act(seen, generator=generator("cpu", "recorded policy", seed, chunk))
             np.testing.assert_allclose(attempts[0]["intended_actions"][t : t + 8], expected, atol=1e-4)
     assert [e.name for e in load_episodes(path)] == [e.name for e in first]  # what a policy learns from is the same
     with pytest.raises(ValueError, match=r"policy_noise: 0.1 there, 0.3 now"):
@@ -169,12 +169,12 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
 
 
 def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def expert(env, **options):
+    def expert(env, seed, **options):
         if env.task_name == task_names("tabletop_object")[0]:
             raise NoPlanError("the expert has no plan for this")
-        return Expert(env, **options)
+        return Expert(env, seed, **options)
 
-    monkeypatch.setattr(collect_demos, "Expert", expert)
+    monkeypatch.setitem(SIMULATORS, "tabletop", SIMULATORS["tabletop"]._replace(expert=expert))
     settings = config(tmp_path, tasks=("0", "1"), demos_per_task=1, workers=1)
     lacking, made = (collect_demos.demo_path(settings, "tabletop_object", task) for task in (0, 1))
     with pytest.raises(RuntimeError, match=f"all others are kept:\n1 of {lacking.name}: the expert has no plan"):

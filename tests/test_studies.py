@@ -59,7 +59,7 @@ def test_study_at_smoke_size(study, suite, tmp_path, capfd):
     entry = report["runs"]["tabletop_object"]["0"]
     summary = outcomes.summarise(report["runs"])
     found = summary["tabletop_object"]["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "regression", *REPLAYED]
+    assert list(found) == ["SFT early", "SFT", "RFT R2", "RFT R3", "regression", *REPLAYED]
     assert list(summary["tabletop_object"]["robot:20"]) == list(summary["all"]["all"]) == ["SFT", "RFT R3", *REPLAYED]
     assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
     assert summary["all"]["all"]["RFT R3"]["all"]["episodes"] == 4
@@ -74,7 +74,8 @@ def test_study_at_smoke_size(study, suite, tmp_path, capfd):
     (row,) = [line for line in success if line.startswith("| + R3 | 1 | ")]
     assert f"| {100 * found['RFT R3']['all']['rate']:.1f} % [" in row
     assert " ± " in outcomes.chunk_table(report["runs"]["tabletop_object"]).splitlines()[-1]
-    (gated,) = outcomes.gated_runs(report["runs"])
+    assert entry["courses"]["RFT R3"]["step"][0] == 0 and entry["courses"]["RFT R3"]["std_gripper"][0] > 0
+    _, gated = outcomes.gated_runs(report["runs"])
     assert gated[:4] == ("tabletop_object", "0", "RFT R3", entry["trust_gate"]["RFT R3"]["gate"])
     fewer = dataclasses.replace(cfg, arms=("RFT R3",))
     capfd.readouterr()
@@ -212,22 +213,20 @@ def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
         rft_factors.main(cfg)
     monkeypatch.setitem(factor_cells.CELLS, "R3", factor_cells.study("--starts", "2", "--steps", "1"))
     monkeypatch.setitem(factor_cells.CELLS, "extra SFT head", factor_cells.sft("--steps", "1", *factor_cells.HEAD))
-    true = factor_cells.Cell(("--reward", "simulator"), world_model="wm")
-    monkeypatch.setitem(factor_cells.CELLS, "simulator's true error", true)
-    more = "simulator's true error", "plateau, x_0 = 0", "study, gripper drawn"
+    more = "plateau, x_0 = 0", "study, gripper drawn"
     cfg = dataclasses.replace(cfg, cells=(*cfg.cells, *more), start="sft")
     report = rft_factors.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report == records.rounded(report)
     found = report["cells"]
     assert all(cell["chunks"]["played"]["starts"] == 4 and "commit" in cell for cell in found.values())
-    assert found["simulator's true error"]["reward"]["first"] < 0
+    assert found["R3"]["reward"]["first"] < 0
     for cell in found.values():
         gains = cells.success(report["base"]["sft"], cell)
         assert gains["all"]["against"]["only_first"] <= 2
         assert {kind: of["episodes"] for kind, of in gains.items()} == {"none": 1, "robot:20": 1, "all": 2}
     assert "gate_policy" in found["R3"]["gate"] and found["extra SFT head"]["gate"] == {}
     alone = found["plateau, x_0 = 0"]
-    assert alone["minutes"] is None and alone["chunks"]["spread"]["mean"] == 0 < alone["chunks"]["spread"]["before"]
+    assert alone["minutes"] is None and alone["chunks"]["std"]["mean"] == 0 < alone["chunks"]["std"]["before"]
     assert alone["chunks"]["played"]["mean"] != 0 == alone["chunks"]["zero"]["mean"]
     gripper = found["study, gripper drawn"]["chunks"]["played"]["mean"]
     assert gripper not in (0, alone["chunks"]["played"]["mean"])
@@ -327,7 +326,7 @@ def test_study_gathers_runs(capsys):
 
 
 def test_study_reads_logs(tmp_path):
-    seen = {"true_error": 0.01, "true_error_mean_action": 0.008, "spread_x": 0.2, "spread_gripper": 0.4}
+    seen = {"true_error": 0.01, "true_error_mean_action": 0.008, "std_x": 0.2, "std_gripper": 0.4}
     rows = {
         "RFT R3": [
             {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **seen},
@@ -341,7 +340,7 @@ def test_study_reads_logs(tmp_path):
         policies[name].parent.mkdir()
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert study_logs.trust_gates(policies) == {"RFT R3": {"gate": 0.4}}
-    assert study_logs.courses(policies) == {"RFT R3": {"step": [0], **{name: [of] for name, of in seen.items()}}}
+    assert study_logs.courses(policies) == {"RFT R3": {"step": [0], "std_x": [0.2], "std_gripper": [0.4]}}
     assert [study_logs.minutes_of(tmp_path / name) for name in rows] == [2.0, 2.5]
 
 
@@ -392,8 +391,8 @@ def test_table_of_all_suites_has_what_more_than_one_has():
 
 
 def test_courses_and_dimensions_by_hand():
-    course = {"step": [0, 5, 10], "true_error": [0.010, 0.008, 0.009], "spread_gripper": [0.4, 0.4, 0.3]}
-    course |= {f"spread_{axis}": [0.2, 0.1, 0.1] for axis in "xyz"}
+    course = {"step": [0, 5, 10], "true_error": [0.010, 0.008, 0.009], "std_gripper": [0.4, 0.4, 0.3]}
+    course |= {f"std_{axis}": [0.2, 0.1, 0.1] for axis in "xyz"}
     entry = {"outcomes": {"none": {"SFT": "10", "RFT R3": "11"}}, "courses": {"RFT R3": course}}
     (row,) = outcomes.course_table({"suite": {"1": entry}}, "suite", ["RFT R3"]).splitlines()[2:]
     assert row.startswith("| + R3 | 1 | 10.0 (step 0) | 8.0 (step 5) | 9.0 (step 10) | +50.0 [")
@@ -459,7 +458,9 @@ def test_arms_and_cells_are_those_that_were_run():
     } | {name for name in records.read("ten_tasks")["starts"]["none"] if not name.startswith("SFT")}
     run = {name for file in CELL_FILES for name in records.read(file)["cells"]}
     assert arms - labels.GONE == set(study_arms.ARMS) and run - labels.GONE == set(factor_cells.CELLS)
-    assert arms | run >= labels.GONE
+    trained = set(records.read("sft")["arms"]) | set(records.read("world_model")["arms"])
+    assert trained - labels.GONE == {*sft_study.ARMS, *wm_study.ARMS}
+    assert arms | run | trained >= labels.GONE and trained >= set(labels.TRAININGS)
     assert set(labels.CELLS) == run
     assert set(labels.ARMS) == arms | {"SFT early", "SFT", "SFT, other x_0"}
     for file in GRID_FILES:

@@ -1,16 +1,17 @@
-"""Measures of images, rankings and success rates.
+"""Image metrics: MSE, PSNR, SSIM and perceptual distances.
 
 Images are float in [0, 1], (..., C, H, W), compared in float32; the leading axes are kept in the result.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlarft.run.optional import optional
 
 LPIPS_BACKBONE = "vgg16-397923af.pth"
 
@@ -219,10 +220,8 @@ def _load_lpips(weights: str | Path | None) -> nn.Module:
             f"https://download.pytorch.org/models/{LPIPS_BACKBONE} to that place, give its path as "
             "--perceptual-weights, or choose --perceptual ssim or --perceptual none, which need no weights"
         )
-    try:
+    with optional("the perceptual distance lpips needs lpips", "lpips"):
         import lpips
-    except ImportError as error:
-        raise ImportError('the perceptual distance lpips needs: pip install "vlarft[lpips]"') from error
     # pnet_rand only keeps the package from fetching the backbone itself: every weight is loaded below, strictly.
     model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -232,118 +231,3 @@ def _load_lpips(weights: str | Path | None) -> nn.Module:
         raise ValueError(f"{path} is not torchvision's VGG16: it lacks {', '.join(missing[:5])}")
     model.net.load_state_dict({key: stored[name] for key, name in renamed.items()})
     return model
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 along the last axis, ties sharing their mean rank; float64."""
-    values = values.double()
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return below + (equal - 1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last axis: (..., n) twice -> (...) float64; nan for a constant input."""
-    x, y = ranks(a), ranks(b)
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
-
-
-def pair_order(a: Tensor, b: Tensor) -> Tensor:
-    """Share of pairs along the last axis that a and b put in the same order; 0.5 is chance.
-
-    Pairs that tie in `b` do not count, those that tie in `a` alone count half.
-
-    Args:
-        a, b: (..., n).
-
-    Returns:
-        (...) float64; nan where every pair ties in `b`.
-    """
-    i, j = torch.triu_indices(a.shape[-1], a.shape[-1], offset=1, device=a.device)
-    sign_a = (a[..., i] - a[..., j]).double().sign()
-    sign_b = (b[..., i] - b[..., j]).double().sign()
-    counts = sign_b != 0
-    return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)
-
-
-class RankAgreement(NamedTuple):
-    """Mean over rows of Spearman's rank correlation, its standard error, and the share of pairs in the right order."""
-
-    spearman: float
-    standard_error: float
-    pair_order: float
-
-
-def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
-    """How well a score (S, n), higher = better, orders the columns of each row by their error (S, n).
-
-    A row whose score is constant counts as no correlation: it orders nothing. Rows whose error is constant do not
-    count; nan where no row counts.
-    """
-    decided = error.amax(-1) > error.amin(-1)  # (S,)
-    score, error = score[decided], error[decided]
-    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)
-    standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
-    return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
-
-
-class Interval(NamedTuple):
-    """A value with its lower and upper bound."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
-    """Share of successes with the Wilson score interval; z = 1.96 for 95 %.
-
-    Raises:
-        ValueError: no trials, or successes outside 0..trials.
-    """
-    if trials <= 0 or not 0 <= successes <= trials:
-        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
-    share = successes / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-class PairedDifference(NamedTuple):
-    """Difference of two success rates on the same starts: interval of 95 %, exact McNemar p (two-sided)."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    only_first: int
-    only_second: int
-
-
-def paired_difference(first: Sequence[bool], second: Sequence[bool], z: float = 1.959964) -> PairedDifference:
-    """Success rate of `second` minus that of `first`, episode by episode on the same starts.
-
-    The interval is that of Agresti and Min: Wald on the discordant pairs after adding half a pair to each of the four
-    cells of the table; the p-value is the exact binomial test of McNemar.
-
-    Args:
-        first, second: outcomes in the same order of starts.
-        z: 1.96 for 95 %.
-
-    Raises:
-        ValueError: different lengths, or none.
-    """
-    if len(first) != len(second) or not len(first):
-        raise ValueError(f"paired outcomes must be of one length > 0, got {len(first)} and {len(second)}")
-    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
-    n, b, c = len(pairs) + 2, only_first + 0.5, only_second + 0.5
-    centre = (c - b) / n
-    half = z * math.sqrt(b + c - (c - b) ** 2 / n) / n
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
-    difference = (only_second - only_first) / len(pairs)
-    return PairedDifference(
-        difference, max(-1.0, centre - half), min(1.0, centre + half), min(1.0, 2 * tail), only_first, only_second
-    )

@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.flow import matching_loss, regression_loss, sample_chain, sample_ode
-from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
+from vlarft.flow import Chain, Transition, matching_loss, regression_loss, sample_chain, sample_ode, transition
+from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet, column_major
 from vlarft.nets.dit import DiTConfig
 from vlarft.nets.transformer import TransformerConfig
 from vlarft.nets.vit import ConvEncoderConfig
@@ -184,49 +184,29 @@ class VLAPolicy(nn.Module):
             self.head.net.dit.compile()
         return self.eval().requires_grad_(False)
 
-    def add_sigma_net(self, **changes: object) -> SigmaNet:
-        """Create the sigma net (a fresh one, whatever there was) and note it in the configuration.
+    def add_sigma_net(self, sigma_min: float = 0.08, sigma_max: float = 0.2, uses_x: bool = False) -> SigmaNet:
+        """Create the sigma net of reinforcement fine-tuning, or keep one that has the same settings.
 
         Args:
-            changes: fields of FlowConfig: sigma_min, sigma_max, sigma_init, sigma_uses_x, noisy_dims, noisy_steps.
+            sigma_min, sigma_max: bounds of a flow step's standard deviation, normalised action units.
+            uses_x: give the net x_k besides (z, s, k), as the public release does.
+        Raises:
+            ValueError: the policy has a sigma net, of an earlier fine-tuning, with other settings; both are named.
         """
-        flow = replace(self.cfg.flow, noise="sigma_net", **changes)
+        flow, asked = self.cfg.flow, {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_uses_x": uses_x}
+        if self.sigma_net is not None:
+            other = [f"{k} {getattr(flow, k)!r}, asked {v!r}" for k, v in asked.items() if getattr(flow, k) != v]
+            if other:
+                raise ValueError(
+                    f"the policy was fine-tuned with other noise: it has {'; '.join(other)}. Give its values, or start "
+                    "from the policy of train_sft.py"
+                )
+            return self.sigma_net
+        flow = replace(flow, **asked)
         self.cfg = replace(self.cfg, flow=flow, has_sigma_net=True)
         self.head.cfg = self.head.net.cfg = flow
         self.sigma_net = SigmaNet(flow).to(next(self.head.parameters()).device)
         return self.sigma_net
-
-    def make_stochastic(self, noise: Noise, **changes: object) -> None:
-        """Give the policy the noise of reinforcement fine-tuning, and note it in the configuration.
-
-        A sigma net that is there already, of an earlier fine-tuning, is kept if it was made with the same settings.
-
-        Args:
-            noise: "sigma_net" (Eq. 5-7) or "flow_sde" (`flow.sde_step`), which needs no sigma net.
-            changes: fields of FlowConfig: those of `add_sigma_net`, and sde_noise.
-        Raises:
-            ValueError: the policy's own noise has other settings; both values are named.
-        """
-        flow = self.cfg.flow
-        stochastic = self.sigma_net is not None or flow.noise == "flow_sde"
-        if stochastic:
-            wanted = {"noise": noise, **changes}
-            if lines := [f"{k} {getattr(flow, k)!r}, asked {v!r}" for k, v in wanted.items() if getattr(flow, k) != v]:
-                raise ValueError(
-                    f"the policy was fine-tuned with other noise: it has {'; '.join(lines)}. Give its values, or start "
-                    "from the policy of train_sft.py"
-                )
-        elif noise == "sigma_net":
-            self.add_sigma_net(**changes)
-        else:
-            flow = replace(flow, noise=noise, **changes)
-            self.cfg = replace(self.cfg, flow=flow)
-            self.head.cfg = self.head.net.cfg = flow
-
-    @property
-    def vlm_trains(self) -> bool:
-        """Whether gradients reach the vision-language model."""
-        return any(p.requires_grad for p in self.vlm.parameters())
 
     def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
         """Images as a camera or a batch gives them, to what the vision encoder takes.
@@ -288,6 +268,55 @@ class VLAPolicy(nn.Module):
         """
         proprio = self.normalizer.encode_proprio(proprio)
         return self.head.prepare(context, proprio, sigma_net=self.sigma_net)
+
+    @torch.no_grad()
+    def encode_frames(
+        self, frames: torch.Tensor, instructions: list[str], *, bf16: bool = False, at_once: int | None = None
+    ) -> torch.Tensor:
+        """Context of Eq. (1) from camera frames, without gradient: what a frozen vision-language model gives.
+
+        Args:
+            frames: (B, C, H, W) in [0, 1].
+            instructions: B strings.
+            bf16: autocast to bfloat16.
+            at_once: frames per forward pass, to bound memory; None = all.
+        Returns:
+            (B, N, D) float32.
+        """
+        step, parts = at_once or len(frames), []
+        for i in range(0, len(frames), step):
+            with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16):
+                parts.append(self.encode(self.preprocess(frames[i : i + step]), instructions[i : i + step]))
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def sample_group(
+        self,
+        context: torch.Tensor,
+        proprio: torch.Tensor,
+        group: int,
+        generator: torch.Generator,
+        *,
+        part: tuple[int, int] = (0, 1),
+        step: Transition = transition,
+    ) -> Chain:
+        """Sample `group` chains for each of S starts, Eqs. (5) to (7): lines 7 and 8 of Algorithm 1.
+
+        Args:
+            context: (S, N, D) of `encode`.
+            proprio: (S, P), raw.
+            group: G.
+            generator: source of x_0 and of the steps' noise.
+            part: (number, count) of the equal shares of a larger batch that the starts are: the random numbers are
+                those of the whole batch, so that a run does not depend on the number of processes.
+            step: see `flow.sample_chain`.
+        Returns:
+            The chain, S * G rows, start-major.
+        """
+        flow, cond = self.cfg.flow, self.condition(context, proprio).repeat(group)
+        shape = (cond.num_rows * part[1], 1 + flow.num_steps, flow.chunk, flow.action_dim)
+        noise = torch.randn(shape, generator=generator, device=context.device).chunk(part[1])[part[0]]
+        return sample_chain(self.head, self.sigma_net, cond, noise=noise[:, 0], step_noise=noise[:, 1:], step=step)
 
     def forward(
         self,
@@ -410,7 +439,7 @@ class VLAPolicy(nn.Module):
             noise: (B, T, A), the start x_0; drawn from `generator` (on the policy's device) when absent.
             generator: see above.
             num_steps: Euler steps, of the deterministic flow.
-            step_noise: (B, M, T, A), N(0, 1) of the M noisy flow steps, see `flow.sample_chain`; None = deterministic.
+            step_noise: (B, K, T, A), N(0, 1) of the K flow steps, see `flow.sample_chain`; None = deterministic.
         Returns:
             (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. One
             observation that is no list: (T, A), of noise (T, A).
@@ -442,7 +471,7 @@ class VLAPolicy(nn.Module):
             raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {shape}")
         context = self.encode(images, instructions)
         if step_noise is not None:
-            if self.sigma_net is None and self.cfg.flow.noise == "sigma_net":
+            if self.sigma_net is None:
                 raise ValueError(
                     "the policy has no sigma net, so it has no noise; fine-tune it with train_rft.py first"
                 )

@@ -11,6 +11,7 @@ Shapes: S starts, P perturbed chunks a start, T chunk steps, A action dim, (C, H
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +19,32 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
-from vlarft.metrics import PerceptualDistance, rank_agreement
+from vlarft.metrics import PerceptualDistance
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
 from vlarft.run.config import opt
 from vlarft.run.random import generator
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.statistics import rank_agreement
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel
+
+
+class TrueOutcome(NamedTuple):
+    """What P action chunks do in the simulator.
+
+    frames: (P, T, C, H, W) float32 in [0, 1]
+    state_error: (P, T) float64, how far hand, fingers and objects are from those of the first chunk, summed [m]
+    """
+
+    frames: Tensor
+    state_error: Tensor
+
+
+class Outcomes(Protocol):
+    """A simulator that plays chunks from recorded states, such as `vlarft.sim.replay.TabletopOutcomes`."""
+
+    def play(self, episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
+        """Play raw chunks (P, T, A), each from the state that the episode recorded at step `start`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ def perturb(
 
 def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> Tensor:
     """Eq. (11) without its policy: (S, P, T, C, H, W) against (S, T, C, H, W) -> (S, P), summed over frames."""
-    return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
+    return image_reward(frames, reference, distance).sum(-1).double().cpu()
 
 
 @torch.no_grad()
@@ -111,7 +130,7 @@ def evaluate_sensitivity(
     distance: PerceptualDistance,
     *,
     autocast: AbstractContextManager,
-    outcomes: TabletopOutcomes | None = None,
+    outcomes: Outcomes | None = None,
     batch_size: int = 16,
     temperature: float = 1.0,
     top_p: float = 0.8,

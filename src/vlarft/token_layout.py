@@ -5,16 +5,12 @@
 Shapes: S starts, B rows, T actions, A action dim, Nc context tokens, Nf tokens of a frame, N tokens.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vlarft.world_model import WorldModelConfig
+from vlarft.nets.frame_networks import TokenizerConfig
 
 
 class TokenLayout:
@@ -24,23 +20,28 @@ class TokenLayout:
     two never occur in a sequence; they keep the vocabulary of the public checkpoints.
 
     Args:
-        cfg: sizes.
+        tokenizer: sizes of the frame tokenizer.
+        action_dim: tokens A of an action, one per dimension.
+        action_bins: bins per dimension.
+        loss_on_actions: the loss predicts the action tokens too.
     """
 
-    def __init__(self, cfg: WorldModelConfig) -> None:
-        self.num_future_codes = math.prod(cfg.tokenizer.future_levels)
-        self.num_context_codes = math.prod(cfg.tokenizer.context_levels)
+    def __init__(
+        self, tokenizer: TokenizerConfig, action_dim: int, action_bins: int, loss_on_actions: bool = False
+    ) -> None:
+        self.num_future_codes = math.prod(tokenizer.future_levels)
+        self.num_context_codes = math.prod(tokenizer.context_levels)
         self.context_offset = self.num_future_codes
         self.action_offset = self.context_offset + self.num_context_codes
-        self.bos = self.action_offset + cfg.action_bins
+        self.bos = self.action_offset + action_bins
         self.eos = self.bos + 1
         self.vocab_size = self.eos + 1
-        self.context_length = cfg.tokenizer.num_context_tokens
-        self.frame_length = cfg.tokenizer.num_future_tokens
-        self.action_length = cfg.action_dim
+        self.context_length = tokenizer.num_context_tokens
+        self.frame_length = tokenizer.num_future_tokens
+        self.action_length = action_dim
         self.step_length = self.frame_length + self.action_length
         self.prefix_length = self.context_length + self.frame_length  # what all members of a group share
-        self.loss_on_actions = cfg.loss_on_actions
+        self.loss_on_actions = loss_on_actions
 
     def length(self, num_actions: int) -> int:
         """Tokens N of a sequence of `num_actions` actions and one frame more."""

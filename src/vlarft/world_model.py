@@ -13,9 +13,10 @@ Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T 
 Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.action_bins import ActionBins
-from vlarft.nets.kv_cache import Cache, KVCache
+from vlarft.nets.kv_cache import Cache, KVCache, StaticKVCache
+from vlarft.nets.static_decoding import StaticDecoding
 from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.run.checkpoint import load_model
 from vlarft.run.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
-from vlarft.token_sampling import Sampling, StaticDecoding
+from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-
-History = Literal["frames", "start"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class WorldModelConfig:
         if self.future_codes_only and self.loss_on_actions:
             raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
+    @property
+    def layout(self) -> TokenLayout:
+        """Ids and positions of a segment's tokens."""
+        return TokenLayout(self.tokenizer, self.action_dim, self.action_bins, self.loss_on_actions)
+
 
 class Rollout(NamedTuple):
     """Imagined futures: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1], of frames 1..T."""
@@ -101,7 +106,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, cfg: WorldModelConfig) -> None:
         super().__init__()
-        self.cfg, self.layout = cfg, TokenLayout(cfg)
+        self.cfg, self.layout = cfg, cfg.layout
         if self.layout.length(cfg.chunk) > cfg.transformer.max_positions:
             raise ValueError(
                 f"a segment of {cfg.chunk} actions has {self.layout.length(cfg.chunk)} tokens, more than "
@@ -284,11 +289,11 @@ class WorldModel(nn.Module):
             context_frame: (S, C, H, W) in [0, 1].
             actions: (S, G, T, A) raw environment actions.
             greedy, temperature, top_p, top_k, common_random_numbers: see `Sampling`.
-            generator: source of the draws; the same seed gives the same rollout and, with common random numbers, the
-                same draws for any G.
+            generator: source of the random numbers; the same seed gives the same rollout and, with common random
+                numbers, the same numbers for any G.
             first_frame: (S, C, H, W), frame 0 where it is not the context frame itself.
             part: see `Sampling`.
-            shared_by: with common random numbers, so many consecutive starts share their draws, too: members of one
+            shared_by: with common random numbers, this many consecutive starts share them as well: members of one
                 group that no longer see the same frame.
 
         Returns:
@@ -334,9 +339,10 @@ class WorldModel(nn.Module):
         if static is None:
             static = ids.is_cuda and not any(p.requires_grad for p in self.parameters())
         if static:
-            tokens = self._static(prefilled, group_size, num_actions, sampling, shared_by).run(
-                prefilled, tables, ids, generator
-            )
+            decoding = self._static(prefilled, group_size, num_actions, sampling, shared_by)
+            shape, device = decoding.noise.shape, ids.device
+            noise = None if sampling.greedy else lambda: sampling.noise(*shape, generator, device)
+            tokens = decoding.run(prefilled, tables, ids, noise)
             return rearrange(tokens, "(s g) t n -> s g t n", g=group_size), context
         step_length = self.layout.step_length
         cache = prefilled.expand(group_size, num_actions * step_length, block=step_length)
@@ -349,17 +355,30 @@ class WorldModel(nn.Module):
                 pending = torch.cat([tokens[:, -1:], ids[:, step + 1]], dim=1)
         return rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size), context
 
-    def _static(self, prefilled: KVCache, *sizes: object) -> StaticDecoding:
-        """The decoding of the last rollout if its sizes were the same, else a new one in its place."""
+    def _next_token(
+        self, sampling: Sampling, ids: Tensor, tables: Tables, cache: StaticKVCache, noise: Tensor
+    ) -> Tensor:
+        """Feed ids (B, N) to the decoder and choose the tokens (B,) that follow them."""
+        return sampling.pick(self.next_logits(ids, tables, cache), noise)
+
+    def _static(
+        self, prefilled: KVCache, group_size: int, num_actions: int, sampling: Sampling, shared_by: int
+    ) -> StaticDecoding:
+        """Return the decoding of the last rollout if its sizes were the same, else a new one in its place."""
         like = prefilled.own[0][0]
-        key = (like.shape, like.dtype, like.device, *sizes)
+        key = (like.shape, like.dtype, like.device, group_size, num_actions, sampling, shared_by)
         if self._static_decoding is None or self._static_decoding[0] != key:
             self._static_decoding = None  # its memory is free before the new one takes its own
-            self._static_decoding = key, StaticDecoding(self, prefilled, *sizes)
+            layout = self.layout
+            cache = StaticKVCache(prefilled, group_size, num_actions * layout.step_length)
+            noise_shape = sampling.noise_rows(cache.batch_size, group_size * shared_by), layout.num_future_codes
+            next_token = functools.partial(self._next_token, sampling)
+            lengths = layout.frame_length, layout.action_length
+            self._static_decoding = key, StaticDecoding(next_token, cache, *lengths, noise_shape)
         return self._static_decoding[1]
 
     @torch.no_grad()
-    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor, history: History = "frames") -> Tensor:
+    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor) -> Tensor:
         """How much each of G action chunks changes what the model expects to see, against the reference actions.
 
         The Kullback-Leibler divergence of the next token, from its distribution under the reference actions, summed
@@ -371,8 +390,6 @@ class WorldModel(nn.Module):
             frames: (S, T + 1, C, H, W) in [0, 1] of the demonstrations; the first is the start of all chunks.
             actions: (S, G, T, A) raw environment actions.
             reference: (S, T, A) raw.
-            history: what earlier frames the model sees: the demonstrations', so that each frame tells of its own
-                action; or the start in place of all ("stale frames" of `token_loss`), so that actions add up.
 
         Returns:
             (S, G, T) float32 [nats].
@@ -387,9 +404,8 @@ class WorldModel(nn.Module):
         parts = []
         for own, chunks, dataset in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
             context, tokens = self.tokenize(own)  # (n, Nc), (n, T + 1, Nf)
-            seen = tokens[:, :1].expand_as(tokens) if history == "start" else tokens
             bins = self.action_bins.encode(torch.cat([dataset[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
-            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, seen)), bins)
+            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, tokens)), bins)
             hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]
             log_prob = F.linear(hidden, head).float().log_softmax(-1).unflatten(0, (-1, members))
             ours, theirs = log_prob[:, 1:], log_prob[:, :1]  # (n, G or 1, T * Nf, V)
@@ -405,7 +421,7 @@ class WorldModel(nn.Module):
         Args:
             context_frame: (S, C, H, W) in [0, 1].
             sampling: None = greedy.
-            generator: source of the draws.
+            generator: source of the random numbers.
         """
         tables = self.tables()
         context, prefilled = self._prefill(context_frame, None, tables)
@@ -460,11 +476,11 @@ class WorldModel(nn.Module):
         group_size: int,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Feed pending ids (B, n), then draw the Nf tokens of one frame; the last one is left for the next call."""
+        """Feed pending ids (B, n), then sample the Nf tokens of one frame; the last one is left for the next call."""
         tokens = []
         for _ in range(self.layout.frame_length):
             logits = self.next_logits(pending, tables, cache)
-            pending = sampling.draw(logits, group_size, generator)[:, None]  # (B, 1)
+            pending = sampling.sample(logits, group_size, generator)[:, None]  # (B, 1)
             tokens.append(pending)
         return torch.cat(tokens, dim=1)
 

@@ -25,7 +25,7 @@ from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Frames
 from vlarft.data.video import VideoFrames, scan
-from vlarft.pictures import grid, save_png
+from vlarft.run.pictures import grid, save_png
 
 WINDOW = 9  # frames of a window of the world model
 FEW = 10  # episodes

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlarft.run.optional import optional
+
 
 class Source(Protocol):
     """Where frames come from."""
@@ -95,15 +97,9 @@ class Frames:
 
 
 def import_pillow() -> Any:
-    """The module PIL.Image.
-
-    Raises:
-        ImportError: pillow is missing; the message says which extra brings it.
-    """
-    try:
+    """Import PIL.Image; an ImportError says what installs it."""
+    with optional("reading PNG and JPEG images needs pillow", "formats"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError('reading PNG and JPEG images needs pillow: pip install "vlarft[formats]"') from error
     return Image
 
 

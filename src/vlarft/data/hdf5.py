@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarft.run.optional import optional
+
 if TYPE_CHECKING:
     import h5py
 
@@ -29,15 +31,9 @@ DEMO = re.compile(r"demo_(\d+)$")
 
 
 def import_h5py() -> Any:
-    """The h5py module.
-
-    Raises:
-        ImportError: h5py is missing; the message says which extra brings it.
-    """
-    try:
+    """Import h5py; an ImportError says what installs it."""
+    with optional("reading and writing demonstrations needs h5py", "data"):
         import h5py
-    except ImportError as error:
-        raise ImportError('reading and writing demonstrations needs h5py: pip install "vlarft[data]"') from error
     return h5py
 
 

@@ -21,23 +21,16 @@ import numpy as np
 from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
 from vlarft.data.frames import Budget, EncodedImages, Frames
 from vlarft.data.video import VideoFrames, probe, stamp
+from vlarft.run.optional import optional
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 ACTION, STATE = ("action", "actions"), ("observation.state", "state")
 
 
 def import_parquet() -> Any:
-    """The module pyarrow.parquet.
-
-    Raises:
-        ImportError: pyarrow is missing; the message says which extra brings it.
-    """
-    try:
+    """Import pyarrow.parquet; an ImportError says what installs it."""
+    with optional("reading and writing LeRobot data sets needs pyarrow", "formats"):
         import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError(
-            'reading and writing LeRobot data sets needs pyarrow: pip install "vlarft[formats]"'
-        ) from error
     return parquet
 
 

@@ -13,20 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlarft.data.frames import Budget
+from vlarft.run.optional import optional
 
 OPEN_DECODERS = 8  # per thread
 
 
 def import_av() -> Any:
-    """The av module.
-
-    Raises:
-        ImportError: PyAV is missing; the message says which extra brings it.
-    """
-    try:
+    """Import PyAV; an ImportError says what installs it."""
+    with optional("reading and writing videos needs PyAV", "formats"):
         import av
-    except ImportError as error:
-        raise ImportError('reading and writing videos needs PyAV: pip install "vlarft[formats]"') from error
     return av
 
 

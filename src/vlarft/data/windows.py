@@ -43,6 +43,14 @@ class Batch(NamedTuple):
     key_position: Tensor
     index: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors to a device."""
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+
+    def rows(self, rows: slice) -> "Batch":
+        """Take some of the windows."""
+        return Batch(*(v[rows] for v in self))
+
 
 class WindowSampler:
     """Draws windows uniformly over all starts of all episodes.

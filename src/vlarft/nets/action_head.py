@@ -1,14 +1,13 @@
 """The networks of the flow-matching action head: velocity net, sigma net, and what both make of a chunk's context.
 
 Shapes: S contexts, B rows (B = S * R: R group members, tau draws or flow steps of each context, context-major),
-T chunk steps, A action dim, K flow steps (M of them noisy), N context tokens, D width.
+T chunk steps, A action dim, K flow steps, N context tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -17,15 +16,13 @@ from einops import rearrange
 
 from vlarft.nets.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
 
-Noise = Literal["sigma_net", "flow_sde"]
-
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes of the action head and the sigma net, and the noise of the chain; the defaults are the paper's.
+    """Sizes of the action head and the sigma net; the defaults are the paper's.
 
     Raises:
-        ValueError: bounds out of order, or noisy dims or steps that do not exist.
+        ValueError: bounds out of order.
     """
 
     chunk: int = 8  # T
@@ -38,11 +35,6 @@ class FlowConfig:
     sigma_min: float = 0.08  # standard deviation of a step, in normalised action units
     sigma_max: float = 0.2
     sigma_uses_x: bool = False  # give the sigma net x_k besides (z, s, k); the public weights need it
-    noisy_dims: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)  # dims that the chain perturbs and the log-prob counts
-    noisy_steps: tuple[int, ...] | None = None  # flow steps that do, the others follow the ODE; None: all K
-    noise: Noise = "sigma_net"  # of the chain: learnt and added (the paper's), or a fixed schedule that keeps marginals
-    sigma_init: float | None = None  # sigma of the untrained net; None: the geometric mean of its bounds
-    sde_noise: float = 0.7  # strength of flow_sde's schedule (Flow-GRPO)
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min <= self.sigma_max:
@@ -50,22 +42,6 @@ class FlowConfig:
                 f"FlowConfig: sigma_min {self.sigma_min} and sigma_max {self.sigma_max}; "
                 "expected 0 < sigma_min <= sigma_max"
             )
-        if self.sigma_init is not None and not self.sigma_min < self.sigma_init < self.sigma_max:
-            raise ValueError(
-                f"FlowConfig.sigma_init {self.sigma_init}: expected between sigma_min {self.sigma_min} and sigma_max "
-                f"{self.sigma_max}, which a tanh reaches only in the limit"
-            )
-        if not self.sde_noise > 0:
-            raise ValueError(f"FlowConfig.sde_noise must be positive, got {self.sde_noise}")
-        for name, count in (("noisy_dims", self.action_dim), ("noisy_steps", self.num_steps)):
-            chosen = getattr(self, name)
-            if chosen is not None and (not chosen or any(not 0 <= i < count for i in chosen)):
-                raise ValueError(f"FlowConfig.{name} {chosen}: expected one or more {name[6:]} in 0..{count - 1}")
-
-    @property
-    def scored_steps(self) -> tuple[int, ...]:
-        """The M flow steps with noise, in order; the others have no density."""
-        return tuple(range(self.num_steps)) if self.noisy_steps is None else tuple(sorted(set(self.noisy_steps)))
 
 
 @dataclass(frozen=True)
@@ -211,19 +187,13 @@ class FlowHead(nn.Module):
 class SigmaNet(nn.Module):
     """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
 
-    The output layer's weights are zero-initialised: sigma starts at `sigma_init`, by default the geometric mean of its
-    bounds, sqrt(0.08 * 0.2) = 0.1265, where the output's bias is zero, too.
+    The output layer is zero-initialised: sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
     """
 
     def __init__(self, cfg: FlowConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
-        if cfg.sigma_init is not None:
-            low, high = math.log(cfg.sigma_min), math.log(cfg.sigma_max)
-            nn.init.constant_(
-                self.net.dit.out.bias, math.atanh((2 * math.log(cfg.sigma_init) - low - high) / (high - low))
-            )
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """As `FlowHead.prepare`, with this net's own projections."""

@@ -5,17 +5,88 @@ Parameter names are those of the public checkpoints.
 Shapes: B images, C channels, h, w grid; D channels of a feature map; N = h * w positions.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from vlarft.tokenizer import TokenizerConfig
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the tokenizer; the defaults are the paper's (128,792,656 parameters).
+
+    Args:
+        image_size: height and width in pixels, multiples of stem * 2 ** (stages - 1) * future_patch.
+        channels: image channels.
+        stem: side of the pixel blocks folded into channels before the first convolution (1 = none). A stem of 4 makes
+            a small image 16 times cheaper to convolve.
+        block_channels: channels of the stages; all but the last halve the resolution.
+        res_blocks: residual blocks per encoder stage; decoder stages have one more.
+        mid_res_blocks: residual blocks in the middle, at the latent grid.
+        latent_channels: channels of the latent grid before quantisation.
+        future_patch: side of the latent patches that make one future token.
+        context_levels: FSQ levels of context tokens, odd.
+        future_levels: FSQ levels of future tokens, odd.
+        norm_groups: groups of every GroupNorm; must divide all block channels.
+        num_heads: heads of the cross-attention.
+        dropout: dropout of the cross-attention's weights, in training.
+        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly all scalars round
+            to zero at first and tell the decoders nothing; about 6 starts with all levels in use.
+        local_init: start the cross-attention looking at its own place in the context. Off in the paper (positions start
+            at zero); it saves a short training the steps in which it finds out where things are.
+    """
+
+    image_size: tuple[int, int] = (256, 256)
+    channels: int = 3
+    stem: int = 1
+    block_channels: tuple[int, ...] = (128, 256, 256, 512)
+    res_blocks: int = 2
+    mid_res_blocks: int = 2
+    latent_channels: int = 64
+    future_patch: int = 4
+    context_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+    future_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+    norm_groups: int = 32
+    num_heads: int = 4
+    dropout: float = 0.1
+    quant_gain: float = 1.0
+    local_init: bool = False
+
+    def __post_init__(self) -> None:
+        multiple = self.downsampling * self.future_patch
+        if any(side <= 0 or side % multiple for side in self.image_size):
+            raise ValueError(
+                f"image_size {self.image_size[0]}x{self.image_size[1]} cannot be tokenized: height and width must be "
+                f"multiples of {multiple} (stem {self.stem} x downsampling {2 ** (len(self.block_channels) - 1)} x "
+                f"future_patch {self.future_patch}); choose another image size or change one of these"
+            )
+        for name in ("context_levels", "future_levels"):
+            if any(level < 3 or level % 2 == 0 for level in getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: every FSQ level must be odd and at least 3")
+        if any(c % self.norm_groups for c in self.block_channels):
+            raise ValueError(f"norm_groups={self.norm_groups} must divide each of block_channels={self.block_channels}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell, along one side."""
+        return self.stem * 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent grid (h, w)."""
+        return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Nc of a context frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_future_tokens(self) -> int:
+        """Tokens Nf of a future frame."""
+        return self.num_context_tokens // self.future_patch**2
 
 
 class GroupNorm(nn.GroupNorm):

@@ -24,6 +24,7 @@ from einops import rearrange
 
 from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.nets.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig
+from vlarft.run.optional import optional
 
 QWEN2_HALF_B = TransformerConfig(
     depth=24,
@@ -159,15 +160,9 @@ def clean(instruction: str) -> str:
 
 
 def import_tokenizers() -> ModuleType:
-    """The `tokenizers` package, which only public weights need.
-
-    Raises:
-        ImportError: it is missing; the message says what installs it.
-    """
-    try:
+    """Import `tokenizers`, which only public weights need; an ImportError says what installs it."""
+    with optional("public weights read text through `tokenizers`", "public"):
         import tokenizers
-    except ImportError as error:
-        raise ImportError('public weights read text through `tokenizers`: pip install "vlarft[public]"') from error
     return tokenizers
 
 

@@ -7,12 +7,11 @@ rotation of the hand, whose x column the fingers move along and whose z column p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.libero_physics import LiberoPhysics
 
 _REACH = 0.030  # how far the fingers reach below the top of what they hold
 _FINGER = 0.012  # half width of a finger, and its thickness
@@ -26,15 +25,15 @@ class Grasp(NamedTuple):
 
 
 class Shapes:
-    """Collision geometry of the named objects and fixtures of one environment, as points 1.5 cm apart or less."""
+    """Collision geometry of the objects and fixtures of a task, as points 1.5 cm apart or less."""
 
-    def __init__(self, env: LiberoEnv) -> None:
-        self.env = env
-        model = env.model
+    def __init__(self, physics: LiberoPhysics) -> None:
+        self.physics = physics
+        model = physics.model
         solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
         self._geom: dict[str, np.ndarray] = {}  # (N,) geom of each point
         self._local: dict[str, np.ndarray] = {}  # (N, 3) in the frame of its geom
-        for name, root in {**env.objects, **env.fixtures}.items():
+        for name, root in {**physics.objects, **physics.fixtures}.items():
             inside = np.zeros(model.nbody, bool)
             inside[root] = True
             for body in range(root + 1, model.nbody):  # parents come before their children
@@ -49,7 +48,7 @@ class Shapes:
 
     def points(self, name: str, body: str | None = None) -> np.ndarray:
         """(N, 3) points of the collision boxes, of one body of the thing or of all."""
-        model, data = self.env.model, self.env.data
+        model, data = self.physics.model, self.physics.data
         geom, local = self._geom[name], self._local[name]
         if body is not None:
             own = model.geom_bodyid[geom] == model.body(body).id

@@ -9,29 +9,28 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlarft.sim.experts import ramp
-from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.demonstrator import OPEN, ramp
 from vlarft.sim.libero_geometry import Grasp, Shapes
 from vlarft.sim.libero_ik import Scratch, rotation_vector
+from vlarft.sim.libero_physics import LiberoPhysics
 
-OPEN, CLOSE = -1.0, 1.0
 CLOSING_STEPS = 9  # the gripper's ramp takes 8
 
 Plan = Iterator[np.ndarray]
 
 
 class Motion:
-    """The hand of one environment.
+    """The hand of one task.
 
     Args:
-        env: the environment.
+        physics: the physics of the task.
         speed: largest translation in action units; 1 is about 1.2 cm a step.
     """
 
-    def __init__(self, env: LiberoEnv, speed: float) -> None:
-        self.env, self.speed = env, speed
-        self.shapes = Shapes(env)
-        self._scratch = Scratch(env)
+    def __init__(self, physics: LiberoPhysics, speed: float) -> None:
+        self.physics, self.speed = physics, speed
+        self.shapes = Shapes(physics)
+        self._scratch = Scratch(physics)
 
     def choose(
         self,
@@ -70,19 +69,19 @@ class Motion:
 
     def wait(self, steps: int = 15) -> Plan:
         """Stays while something falls: some initial states of libero_10 start with things in the air."""
-        env = self.env
-        first = env.model.body_dofadr[list(env.objects.values())]
+        physics = self.physics
+        first = physics.model.body_dofadr[list(physics.objects.values())]
         for _ in range(steps):
-            if (np.abs(env.data.qvel[first + 2]) < 0.1).all():  # the third of a free joint's six is upwards
+            if (np.abs(physics.data.qvel[first + 2]) < 0.1).all():  # the third of a free joint's six is upwards
                 break
-            yield from self.hold(env.hand_rotation, OPEN, 1)
+            yield from self.hold(physics.hand_rotation, OPEN, 1)
 
     def travel(self, point: np.ndarray, rotation: np.ndarray, gripper: float, height: float = 0.05) -> Plan:
         """To a place `height` above `point`, over everything between."""
         above = point + np.array([0.0, 0.0, height])
-        clear = self.clearance(self.env.hand_position, point, "") + 0.01
+        clear = self.clearance(self.physics.hand_position, point, "") + 0.01
         for _ in range(80):
-            hand = self.env.hand_position
+            hand = self.physics.hand_position
             apart = float(np.linalg.norm(above[:2] - hand[:2]))
             if apart < 0.012 and self.turn(rotation) < 0.12:
                 return
@@ -104,37 +103,37 @@ class Motion:
     ) -> Plan:
         """Straight to a pose."""
         for _ in range(steps):
-            if np.linalg.norm(point - self.env.hand_position) < tolerance and self.turn(rotation) < 0.1:
+            if np.linalg.norm(point - self.physics.hand_position) < tolerance and self.turn(rotation) < 0.1:
                 return
             yield self.action(point, rotation, gripper)
 
     def hold(self, rotation: np.ndarray, gripper: float, steps: int) -> Plan:
         """Stays, while the fingers move."""
-        point = self.env.hand_position
+        point = self.physics.hand_position
         for _ in range(steps):
             yield self.action(point, rotation, gripper)
 
     def let_go(self, rotation: np.ndarray) -> Plan:
         """Opens the fingers where they are."""
-        point, width = self.env.hand_position, self.env.finger_width
+        point, width = self.physics.hand_position, self.physics.finger_width
         for step in range(14):
-            if self.env.finger_width > min(width + 0.03, 0.074) and step > 4:
+            if self.physics.finger_width > min(width + 0.03, 0.074) and step > 4:
                 break
             yield self.action(point, rotation, OPEN)
 
     def release(self, rotation: np.ndarray, height: float = 0.08) -> Plan:
         """Opens the fingers where they are, then leaves upwards."""
         yield from self.let_go(rotation)
-        yield from self.go(self.env.hand_position + np.array([0.0, 0.0, height]), rotation, OPEN, tolerance=0.02)
+        yield from self.go(self.physics.hand_position + np.array([0.0, 0.0, height]), rotation, OPEN, tolerance=0.02)
 
     def turn(self, rotation: np.ndarray) -> float:
         """Angle to a rotation of the hand."""
-        return float(np.linalg.norm(rotation_vector(rotation @ self.env.hand_rotation.T)))
+        return float(np.linalg.norm(rotation_vector(rotation @ self.physics.hand_rotation.T)))
 
     def action(self, point: np.ndarray, rotation: np.ndarray, gripper: float, sideways: float = 1.0) -> np.ndarray:
         """Proportional control towards a pose, limited in speed."""
-        error = 20.0 * (point - self.env.hand_position)
+        error = 20.0 * (point - self.physics.hand_position)
         error[:2] *= sideways
         error *= min(1.0, self.speed / max(float(np.linalg.norm(error)), 1e-9))
-        turn = np.clip(4.0 * rotation_vector(rotation @ self.env.hand_rotation.T), -self.speed, self.speed)
+        turn = np.clip(4.0 * rotation_vector(rotation @ self.physics.hand_rotation.T), -self.speed, self.speed)
         return np.array([*error, *turn, gripper])

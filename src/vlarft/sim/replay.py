@@ -1,13 +1,11 @@
 """Recorded episodes played again from their start, bit for bit, and seen at any resolution; and played otherwise."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
+from vlarft.sensitivity import TrueOutcome
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env
 from vlarft.sim.tabletop import TabletopEnv
@@ -32,30 +30,20 @@ def replay_frames(
         size: side of the frames [px].
         every: control steps between frames; the last step is always seen.
         perturb: as in the recorded episode.
-        options: of `make_env`.
+        options: of `make_env`; its default camera is the simulator's first.
 
     Returns:
         Frames, each (size, size, 3) uint8.
     """
     env = make_env(suite, task, image_size=size, **options)
     env.reset(init_state=init_state, perturb=perturb)
-    frames = [env.observe()["agentview"]]
+    (camera,) = env.cameras
+    frames = [env.observe()[camera]]
     for step, action in enumerate(actions, 1):
         env.step(np.asarray(action, dtype=np.float32))
         if step % every == 0 or step == len(actions):
-            frames.append(env.observe()["agentview"])
+            frames.append(env.observe()[camera])
     return frames
-
-
-class TrueOutcome(NamedTuple):
-    """What P action chunks really do.
-
-    frames: (P, T, C, H, W) float32 in [0, 1]
-    state_error: (P, T) float64, how far hand, fingers and objects are from those of the first chunk, summed [m]
-    """
-
-    frames: Tensor
-    state_error: Tensor
 
 
 class TabletopOutcomes:
@@ -105,36 +93,3 @@ class TabletopOutcomes:
     def _error(places: list, chunks: np.ndarray) -> Tensor:
         positions = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
         return (positions - positions[:1]).norm(dim=-1).sum(dim=-1)
-
-
-class SimulatorReward:
-    """What a verified reward stands in for: the true error, in the simulator that made the demonstrations.
-
-    It costs what the method exists to save, a simulator that can be set to any recorded state, and shows how much of a
-    result is the world model's doing.
-
-    Args:
-        episodes: of Tabletop, with states.
-        outcomes: simulators to share.
-    """
-
-    def __init__(self, episodes: Sequence[Episode], outcomes: TabletopOutcomes | None = None) -> None:
-        self.episodes, self.outcomes = episodes, outcomes or TabletopOutcomes()
-
-    def __call__(self, index: Tensor, actions: Tensor, dataset_actions: Tensor) -> Tensor:
-        """Negative state error to what the dataset's actions do.
-
-        Args:
-            index: (S, 2) episode number and step of the starts.
-            actions: (S, G, T, A) raw.
-            dataset_actions: (S, T, A) raw.
-
-        Returns:
-            (S, G, T) float32 [m].
-        """
-        rows = torch.cat([dataset_actions[:, None], actions], 1).cpu().numpy()
-        errors = [
-            self.outcomes.state_error(self.episodes[episode], step, chunks)[1:]
-            for (episode, step), chunks in zip(index.tolist(), rows, strict=True)
-        ]
-        return -torch.stack(errors).float().to(actions.device)

@@ -159,7 +159,7 @@ HAND_XML = """
       <geom name="palm" type="box" size="0.050 0.015 0.011" pos="0 0 0.064" mass="0.8" rgba="0.20 0.21 0.24 1"/>
       <geom name="flange" type="cylinder" size="0.020 0.030" pos="0 0 0.105" mass="0.1" contype="0" conaffinity="0"
         rgba="0.33 0.34 0.38 1"/>
-      <camera name="wrist" pos="0 -0.075 0.075" xyaxes="1 0 0 0 0.79 0.61" fovy="75"/>
+      <camera name="eye_in_hand" pos="0 -0.075 0.075" xyaxes="1 0 0 0 0.79 0.61" fovy="75"/>
       <body name="finger_left" gravcomp="1">
         <joint name="finger_left" type="slide" axis="-1 0 0" range="0 0.04" limited="true" damping="40"/>
         <geom name="finger_left" type="box" size="0.008 0.010 0.033" pos="-0.008 0 0.021" mass="0.05"
@@ -186,7 +186,7 @@ ACTUATOR_XML = """
 
 
 def scene_xml(scene: Scene, timestep: float) -> str:
-    """MuJoCo XML of a scene: table, hand, fixtures, items, camera `agentview` and, on the hand, `wrist`.
+    """MuJoCo XML of a scene: table, hand, fixtures, items, camera `agentview` and, on the hand, `eye_in_hand`.
 
     Args:
         scene: what stands on the table.

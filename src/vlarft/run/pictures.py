@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.run.optional import optional
+
 
 def _pillow():
-    try:
+    with optional("pictures need pillow", "plots"):
         from PIL import Image, ImageDraw
-    except ImportError as error:
-        raise ImportError('pictures need pillow: pip install "vlarft[plots]"') from error
     return Image, ImageDraw
 
 
@@ -129,10 +129,8 @@ def save_mp4(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second
     Raises:
         ImportError: PyAV is missing.
     """
-    try:
+    with optional("mp4 films need PyAV, gif ones do not", "video"):
         import av
-    except ImportError as error:
-        raise ImportError('writing mp4 needs PyAV: pip install "vlarft[video]"; or choose gif') from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
