@@ -1,6 +1,6 @@
 """Windows per second that one worker reads from each format, against a plain loop over the underlying library.
 
-    python benchmarks/data.py --out results/data.json
+    python benchmarks/data.py
     python benchmarks/data.py --preset smoke --out /tmp/data.json
 
 `WindowSampler` runs without threads and with an empty cache: every window is read and decoded anew. The plain loops
@@ -45,7 +45,7 @@ from vlarft.run.config import opt, parse
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/data.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/data.json", "JSON file to write")
     size: int = opt(256, "side of the images [px]")
     episodes: int = opt(6, "episodes")
     steps: int = opt(150, "frames per episode")

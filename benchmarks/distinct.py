@@ -35,7 +35,7 @@ class Config:
     policy: str = opt("runs/demo/sft/model.safetensors", "checkpoint of the policy")
     world_model: str = opt("runs/demo/wm/model.safetensors", "checkpoint of the world model")
     demos: str = opt("runs/demo/demos", "demonstrations of both")
-    out: str = opt("results/distinct.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/distinct.json", "JSON file to write")
     starts: int = opt(16, "starts S")
     groups: tuple[int, ...] = opt((4, 16), "rollouts G per start")
     repeats: int = opt(3, "timed calls of each version")

@@ -36,7 +36,7 @@ from vlarft.world_model import WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("pixels", "sizes of the tokenizer, see rollout.py")
-    out: str = opt("results/pixels.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/pixels.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; on a GPU all decode in bfloat16")
     perceptual: Literal["lpips", "ssim"] = opt("ssim", "perceptual term; lpips has a random VGG-16")
     starts: int = opt(4, "starts S")

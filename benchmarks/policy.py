@@ -1,6 +1,6 @@
 """Time the policy's action head, and a whole training step, with random weights.
 
-    python benchmarks/policy.py --compile --out results/policy.json                        the head, on any machine
+    python benchmarks/policy.py --compile                                                  the head, on any machine
     python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
 
 chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean computed once
@@ -38,7 +38,7 @@ from vlarft.run.config import opt, parse, to_dict
 @dataclass(frozen=True)
 class Config:
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy")
-    out: str = opt("results/policy.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/policy.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     batch_size: int = opt(16, "observations per training step")
     draws: int = opt(4, "pairs (tau, eps) per observation in the head step")

@@ -1,7 +1,7 @@
 """Time one whole GRPO step against the straightforward pipeline, phase by phase, with random weights.
 
     python benchmarks/rft_step.py                                                                on any machine
-    python benchmarks/rft_step.py --sizes pixels --out results/rft_step_pixels.json
+    python benchmarks/rft_step.py --sizes pixels --out runs/benchmarks/rft_step_pixels.json
     python benchmarks/rft_step.py --sizes paper --device cuda --perceptual lpips --out results/rft_step_gpu.json
 
 ours             the step of `train_rft.py`: the policy's context, the world model's prefix, and the reference's

@@ -32,7 +32,7 @@ from train_rft import Rollouts
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("tiny", "sizes of the policy")
-    out: str = opt("results/rft_step.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/rft_step.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes the frozen networks in bfloat16")
     perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips has a random VGG-16")
     starts: int = opt(16, "starts S")

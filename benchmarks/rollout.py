@@ -1,6 +1,6 @@
 """Time rollouts of the world model against transformers' `generate` with the same weights, token for token.
 
-    python benchmarks/rollout.py --out results/rollout.json                          reduced sizes, on any machine
+    python benchmarks/rollout.py                                                     reduced sizes, on any machine
     python benchmarks/rollout.py --sizes paper --device cuda --out results/rollout_gpu.json
 
 S starts, G action chunks each, T frames of Nf tokens, greedy. Versions:
@@ -68,7 +68,7 @@ NEARLY_ALL = 0.99  # least share of equal tokens in float32: rounding may decide
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model")
-    out: str = opt("results/rollout.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/rollout.json", "JSON file to write")
     figure: str | None = opt(None, "picture of time against frames and chunks")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     starts: int = opt(16, "starts S")

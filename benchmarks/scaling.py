@@ -1,6 +1,6 @@
 """Predict memory, communication and step times of the training scripts on 1 to 64 GPUs. Nothing is measured.
 
-    python benchmarks/scaling.py                writes results/scaling.json, prints the tables of docs/scaling.md
+    python benchmarks/scaling.py                prints the tables of docs/scaling.md (committed: results/scaling.json)
 
 Every model is built and run without data (FakeTensorMode). Parameters, FLOPs (FlopCounterMode) and the activations kept
 for the backward pass (vlarft.run.memory) are therefore those of the code. The time of a step on n GPUs is modelled as:
@@ -59,7 +59,7 @@ UPDATE_BYTES = 28  # AdamW reads weight, gradient and two moments, writes weight
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/scaling.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/scaling.json", "JSON file to write")
     presets: tuple[str, ...] = opt(("paper", "small"), "sizes of tokenizer, world model and policy")
     flops: float = opt(790e12, "bfloat16 peak of a GPU [FLOP/s]; measured on an H200")
     share: float = opt(0.4, "share of that peak that a step reaches; an assumption")

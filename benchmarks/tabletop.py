@@ -1,6 +1,6 @@
 """Measure the Tabletop suites' control steps per second on one core, with and without an image at every step.
 
-    OMP_NUM_THREADS=1 python benchmarks/tabletop.py --out results/tabletop_speed.json
+    OMP_NUM_THREADS=1 python benchmarks/tabletop.py
 
 Plays recorded actions of the expert from one start per suite. Expected on one server core of the 2020s: 300 or more
 steps per second with a 64 px image at every step.
@@ -26,7 +26,7 @@ from vlarft.sim.tabletop import TabletopEnv
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/tabletop_speed.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/tabletop_speed.json", "JSON file to write")
     steps: int = opt(600, "control steps measured per suite and image size")
     image_sizes: tuple[int, ...] = opt((64, 128, 256), "sides of the images [px]")
     task: int = opt(0, "task of each suite")

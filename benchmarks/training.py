@@ -1,6 +1,6 @@
 """Time training steps of world model and tokenizer against straightforward ones, with random weights.
 
-    python benchmarks/training.py --out results/training.json                                    reduced sizes
+    python benchmarks/training.py                                                                reduced sizes
     python benchmarks/training.py --sizes paper --device cuda --out results/training_gpu.json
 
 tokenizer step     forward and backward of L1: a segment's context encoded and decoded once, its frames together (ours);
@@ -32,7 +32,7 @@ from vlarft.world_model import WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
-    out: str = opt("results/training.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/training.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     segments: int = opt(16, "segments per batch")
     repeats: int = opt(5, "timed calls of each version")

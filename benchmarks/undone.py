@@ -36,7 +36,7 @@ from vlarft.world_model import Tables, WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
-    out: str = opt("results/undone.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/undone.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "action chunks G per start")

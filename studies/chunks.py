@@ -32,7 +32,7 @@ def measure(
 
     Returns:
         Per start: the true error of the chunks from x_0 of each kind [m], which every verified reward approximates;
-        and "spread", the standard deviation over the sampled x_0 of the chunks' translations [normalised units].
+        and "std", the standard deviation over the sampled x_0 of the chunks' translations [normalised units].
     """
     found = json.loads(path.read_text()) if path.is_file() else {}
     if missing := [x0 for x0 in x0s if x0 not in found]:
@@ -52,7 +52,7 @@ def measure(
                 chunks = model.normalizer.decode_actions(x)
                 found[x0] = (-simulator(batch, chunks).mean((1, 2))).tolist()
                 if x0 == "sampled":
-                    found["spread"] = x[..., :3].std(1).mean((1, 2)).tolist()
+                    found["std"] = x[..., :3].std(1).mean((1, 2)).tolist()
         write_json(path, found)
     return found
 

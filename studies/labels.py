@@ -1,7 +1,7 @@
 """What tables and figures call the arms of `rft_study.py`, the cells of `rft_factors.py` and the starts that they play.
 
-The names on the left are those of the command line and of the JSON files. `GONE` holds those that used an option of
-`train_rft.py` which has been removed since: their runs stay in the tables, and commit 5747157 can repeat them.
+The names on the left are those of the command line and of the JSON files. `GONE` holds those that used an option which
+has been removed since: their runs stay in the tables, and commit 5747157 can repeat them.
 """
 
 from collections.abc import Iterable
@@ -118,7 +118,9 @@ CELLS = {
     "study, early, R1": "R1 from the SFT policy of 800 steps",
     "study, early, R1, gripper left out": "R1 from the SFT policy of 800 steps, no noise on the gripper",
 }
+TRAININGS = {"one draw per image": "one sample of tau and noise per image"}  # arms of sft_study.py and wm_study.py
 GONE = {
+    "larger",
     "RFT R3, averaged",
     "RFT divergence, averaged",
     "RFT divergence, on-policy, averaged",
@@ -154,6 +156,11 @@ def cell(name: str) -> str:
         KeyError: a name without a label.
     """
     return CELLS[name] + (" †" if name in GONE else "")
+
+
+def training(name: str) -> str:
+    """An arm of `sft_study.py` or `wm_study.py` as tables name it."""
+    return TRAININGS.get(name, name) + (" †" if name in GONE else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

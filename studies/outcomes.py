@@ -132,7 +132,7 @@ def success_table(runs: dict[str, dict[str, dict]], suite: str = ALL) -> str:
 
 def chunk_table(seeds: dict[str, dict]) -> str:
     """What changed in the chunks of one suite's policies, seed by seed; minutes of training; the trust gate."""
-    names = in_order({name for e in seeds.values() for name, of in e["chunks"].items() if "change" in of["spread"]})
+    names = in_order({name for e in seeds.values() for name, of in e["chunks"].items() if "change" in of["std"]})
     heads = ["policy", "true error [mm]", "true error from x_0 = 0 [mm]", "std over x_0", "minutes", "trust gate"]
     rows = [[arm(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)] for name in names]
     return table(heads, rows) + note(names)
@@ -140,7 +140,7 @@ def chunk_table(seeds: dict[str, dict]) -> str:
 
 def _changes(seeds: dict[str, dict], name: str) -> list[str]:
     having = [entry["chunks"][name] for entry in seeds.values() if name in entry["chunks"]]
-    return ["; ".join(shift(kind, of[kind]["change"]) for of in having) for kind in ("sampled", "zero", "spread")]
+    return ["; ".join(shift(kind, of[kind]["change"]) for of in having) for kind in ("sampled", "zero", "std")]
 
 
 def _minutes(seeds: dict[str, dict], name: str) -> str:
@@ -206,7 +206,9 @@ def counted_table(starts: dict[str, dict[str, dict]]) -> str:
 
 
 def course_table(runs: dict[str, dict[str, dict]], suite: str, names: Sequence[str]) -> str:
-    """True error of the deterministic policy while it is fine-tuned: at the first step, the lowest, the last."""
+    """True error of the deterministic policy while it is fine-tuned, as older versions of `train_rft.py` logged it: at
+    the first step, the lowest, the last.
+    """
     rows = []
     for name in names:
         for seed, entry in runs[suite].items():
@@ -226,8 +228,8 @@ def dimension_table(runs: dict[str, dict[str, dict]], suite: str) -> str:
     for name in dict.fromkeys(name for entry in runs[suite].values() for name in entry["courses"]):
         for seed, entry in runs[suite].items():
             course = entry["courses"].get(name, {})
-            if "spread_gripper" in course:
-                ends = [(course[f"spread_{axis}"][0], course[f"spread_{axis}"][-1]) for axis in axes]
+            if "std_gripper" in course:
+                ends = [(course[f"std_{axis}"][0], course[f"std_{axis}"][-1]) for axis in axes]
                 rows.append([arm(name), seed, *(f"{100 * (last / first - 1):+.0f} %" for first, last in ends)])
     return table(["policy", "seed", *axes], rows)
 

@@ -144,7 +144,7 @@ def run_cell(cfg: Config, name: str) -> dict:
         log = read_lines(folder / "log.jsonl")
     before = Path(cfg.runs) / f"base_{start.replace(' ', '_')}"
     old, new = _measure(cfg, before, policy), _measure(cfg, folder, trained, cell.x0)
-    changes = {"played": (old["sampled"], new[cell.x0])} | {kind: (old[kind], new[kind]) for kind in ("zero", "spread")}
+    changes = {"played": (old["sampled"], new[cell.x0])} | {kind: (old[kind], new[kind]) for kind in ("zero", "std")}
     entry = {
         "commit": commit(),
         "machine": machine(),

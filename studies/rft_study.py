@@ -87,7 +87,7 @@ FREE = "out_dir", "out", "suites", "seeds", "arms", "perturbed_arms", "zero_arms
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("regression", "RWR", "RFT R3"),
+        suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("regression", "RFT R2", "RFT R3"),
         perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), zero_arms=("RFT R3",), episodes=2, error_starts=4,
         error_draws=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
         rft_steps=2, rft_starts=2, rft_group=3, attempts=2,

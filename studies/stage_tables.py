@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from labels import note, training
 from table_text import difference, percent, points, share, table
 
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
@@ -53,7 +54,7 @@ def sft_table(report: dict) -> str:
         found = arm["success"]
         apart = difference(found["only_first"], found["only_this"], found["episodes"]) if "only_this" in found else None
         cells = percent(share(found["won"], found["episodes"])), points(apart), f"{arm['val_flow_mse']:.3f}"
-        rows.append([name, str(arm["steps"]), f"{arm['minutes']:.0f}", *cells])
+        rows.append([training(name), str(arm["steps"]), f"{arm['minutes']:.0f}", *cells])
     first = next(iter(report["arms"]))
     return table(["arm", "steps", "minutes", "success", f"against {first}", "held-out flow-matching loss"], rows)
 
@@ -71,13 +72,14 @@ def wm_table(report: dict) -> str:
     for name, arm in report["arms"].items():
         losses = f"{arm['val_loss']:.2f} / {arm['val_shuffled_loss']:.2f}"
         own = f"{arm['near_policy']['greedy']['gate_policy_true']:.2f}"
-        row = [name, str(arm["steps"]), f"{arm['minutes']:.0f}", losses, f"{arm['psnr_moving']:.1f} dB"]
+        row = [training(name), str(arm["steps"]), f"{arm['minutes']:.0f}", losses, f"{arm['psnr_moving']:.1f} dB"]
         rows.append([*row, *cells(arm["order"], "R3 greedy"), own])
     order = next(iter(report["arms"].values()))["order"]
     for score in ("decoded frames", "true frames"):
         rows.append([f"ceiling: {score}", "", "", "", "", *cells(order, score), ""])
     heads = ["arm", "steps", "minutes", "loss, own / others' actions", "moving PSNR", "R3, true frames"]
-    return table([*heads, "R3, true state", "noise 0.15", "noise 0.4", "gripper", "the policy's chunks"], rows)
+    heads += ["R3, true state", "noise 0.15", "noise 0.4", "gripper", "the policy's chunks"]
+    return table(heads, rows) + note(report["arms"])
 
 
 def _correlation(found: dict[str, float] | None) -> str:

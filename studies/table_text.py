@@ -48,7 +48,7 @@ def signed(differences: Iterable[float]) -> str:
 
 def shift(kind: str, change: dict[str, float]) -> str:
     """A `chunks.difference`: standard deviation over x_0 in percent of what it was, a true error in mm."""
-    if kind == "spread":
+    if kind == "std":
         return f"{100 * change['mean'] / change['before']:+.0f} %"
     return f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f}"
 

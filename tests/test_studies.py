@@ -59,7 +59,7 @@ def test_study_at_smoke_size(study, suite, tmp_path, capfd):
     entry = report["runs"]["tabletop_object"]["0"]
     summary = outcomes.summarise(report["runs"])
     found = summary["tabletop_object"]["none"]
-    assert list(found) == ["SFT early", "SFT", "RWR", "RFT R3", "regression", *REPLAYED]
+    assert list(found) == ["SFT early", "SFT", "RFT R2", "RFT R3", "regression", *REPLAYED]
     assert list(summary["tabletop_object"]["robot:20"]) == list(summary["all"]["all"]) == ["SFT", "RFT R3", *REPLAYED]
     assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
     assert summary["all"]["all"]["RFT R3"]["all"]["episodes"] == 4
@@ -74,7 +74,8 @@ def test_study_at_smoke_size(study, suite, tmp_path, capfd):
     (row,) = [line for line in success if line.startswith("| + R3 | 1 | ")]
     assert f"| {100 * found['RFT R3']['all']['rate']:.1f} % [" in row
     assert " ± " in outcomes.chunk_table(report["runs"]["tabletop_object"]).splitlines()[-1]
-    (gated,) = outcomes.gated_runs(report["runs"])
+    assert entry["courses"]["RFT R3"]["step"][0] == 0 and entry["courses"]["RFT R3"]["std_gripper"][0] > 0
+    _, gated = outcomes.gated_runs(report["runs"])
     assert gated[:4] == ("tabletop_object", "0", "RFT R3", entry["trust_gate"]["RFT R3"]["gate"])
     fewer = dataclasses.replace(cfg, arms=("RFT R3",))
     capfd.readouterr()
@@ -220,14 +221,14 @@ def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
     assert json.loads((tmp_path / "cells.json").read_text()) == report == records.rounded(report)
     found = report["cells"]
     assert all(cell["chunks"]["played"]["starts"] == 4 and "commit" in cell for cell in found.values())
-    assert found["simulator's true error"]["reward"]["first"] < 0
+    assert found["R3"]["reward"]["first"] < 0
     for cell in found.values():
         gains = cells.success(report["base"]["sft"], cell)
         assert gains["all"]["against"]["only_first"] <= 2
         assert {kind: of["episodes"] for kind, of in gains.items()} == {"none": 1, "robot:20": 1, "all": 2}
     assert "gate_policy" in found["R3"]["gate"] and found["extra SFT head"]["gate"] == {}
     alone = found["plateau, x_0 = 0"]
-    assert alone["minutes"] is None and alone["chunks"]["spread"]["mean"] == 0 < alone["chunks"]["spread"]["before"]
+    assert alone["minutes"] is None and alone["chunks"]["std"]["mean"] == 0 < alone["chunks"]["std"]["before"]
     assert alone["chunks"]["played"]["mean"] != 0 == alone["chunks"]["zero"]["mean"]
     gripper = found["study, gripper drawn"]["chunks"]["played"]["mean"]
     assert gripper not in (0, alone["chunks"]["played"]["mean"])
@@ -255,16 +256,17 @@ def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
 @pytest.mark.slow
 def test_a_cell_trains_its_world_model(suite, tmp_path, capfd, monkeypatch):
     cell = factor_cells.study("--steps", "1", "--starts", "2", world_model="short")
-    monkeypatch.setitem(factor_cells.CELLS, "R3", cell)
+    name = "study, R3, short world model"
+    monkeypatch.setitem(factor_cells.CELLS, name, cell)
     monkeypatch.setitem(factor_cells.WORLD_MODELS, "short", factor_cells.Training(10))
     places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "cells"}
     places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
-    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], cells=("R3",), **places)
+    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], cells=(name,), **places)
     report = rft_factors.main(cfg)
     (cell,) = report["cells"].values()
     assert report["world_models"]["short"]["step"] == 9 and "val_loss" in report["world_models"]["short"]
     assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
-    assert rft_factors.main(cfg)["cells"]["R3"] == cell and capfd.readouterr().out.count("train_wm.py") == 1
+    assert rft_factors.main(cfg)["cells"][name] == cell and capfd.readouterr().out.count("train_wm.py") == 1
 
 
 def test_cells_with_several_seeds():
@@ -394,8 +396,8 @@ def test_table_of_all_suites_has_what_more_than_one_has():
 
 
 def test_courses_and_dimensions_by_hand():
-    course = {"step": [0, 5, 10], "true_error": [0.010, 0.008, 0.009], "spread_gripper": [0.4, 0.4, 0.3]}
-    course |= {f"spread_{axis}": [0.2, 0.1, 0.1] for axis in "xyz"}
+    course = {"step": [0, 5, 10], "true_error": [0.010, 0.008, 0.009], "std_gripper": [0.4, 0.4, 0.3]}
+    course |= {f"std_{axis}": [0.2, 0.1, 0.1] for axis in "xyz"}
     entry = {"outcomes": {"none": {"SFT": "10", "RFT R3": "11"}}, "courses": {"RFT R3": course}}
     (row,) = outcomes.course_table({"suite": {"1": entry}}, "suite", ["RFT R3"]).splitlines()[2:]
     assert row.startswith("| + R3 | 1 | 10.0 (step 0) | 8.0 (step 5) | 9.0 (step 10) | +50.0 [")
@@ -461,7 +463,9 @@ def test_arms_and_cells_are_those_that_were_run():
     } | {name for name in records.read("ten_tasks")["starts"]["none"] if not name.startswith("SFT")}
     run = {name for file in CELL_FILES for name in records.read(file)["cells"]}
     assert arms - labels.GONE == set(study_arms.ARMS) and run - labels.GONE == set(factor_cells.CELLS)
-    assert arms | run >= labels.GONE
+    trained = set(records.read("sft")["arms"]) | set(records.read("world_model")["arms"])
+    assert trained - labels.GONE == {*sft_study.ARMS, *wm_study.ARMS}
+    assert arms | run | trained >= labels.GONE and trained >= set(labels.TRAININGS)
     assert set(labels.CELLS) == run
     assert set(labels.ARMS) == arms | {"SFT early", "SFT", "SFT, other x_0"}
     for file in GRID_FILES:
@@ -477,7 +481,7 @@ def test_documents_show_the_results():
         text = page.read_text()
         assert tables.render(text) == text, f"{page.name}: run python studies/tables.py"
         shown += tables.BLOCK.findall(text)
-    assert Counter(name for _, name, _ in shown) == Counter(tables.TABLES), "each table is shown once"
+    assert Counter(name for _, name, _ in shown) == Counter(list(tables.TABLES)), "each table is shown once"
 
 
 def test_intervals_in_prose_are_those_of_a_table():
