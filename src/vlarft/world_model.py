@@ -152,7 +152,7 @@ class WorldModel(nn.Module):
         return self
 
     def _token_values(self) -> Tensor:
-        """Return what ids stand for, (vocabulary, F): their FSQ digits one-hot, or their action value and waves of it."""
+        """Return what ids stand for (vocabulary, F): FSQ digits one-hot, or an action value and waves of it."""
         blocks = []
         for fsq in (self.tokenizer.future_fsq, self.tokenizer.context_fsq):  # in the order of their ids
             blocks.append(
