@@ -1,4 +1,4 @@
-"""The Env protocol: a made-up simulator is one class and one entry; every camera is the one that was asked for."""
+"""The Env interface: a made-up simulator is one class and one entry; every camera is the one that was asked for."""
 
 import dataclasses
 
@@ -28,9 +28,8 @@ class LineEnv(Env):
     available_cameras = tuple(SHADES)
 
     def __init__(self, suite, task_index, image_size, cameras):
-        task = TOY_SUITES[suite].tasks[task_index]
-        self.suite, self.task_index, self.task_name, self.instruction = suite, task_index, task.name, task.instruction
-        self.horizon, self.size, self.cameras, self.num_rejected = TOY_SUITES[suite].horizon, image_size, cameras, 0
+        super().__init__(TOY_SUITES, suite, task_index, cameras)
+        self.size = image_size
 
     def reset(self, init_state=None, seed=None, perturb=None):
         numbers = start_seed(self.suite, self.task_index, init_state, seed)
