@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from vlarft.run.config import command_line
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 STUDIES = sorted([*ROOT.glob("studies/*.py"), *ROOT.glob("benchmarks/*.py")])
@@ -114,8 +116,16 @@ def test_imports_go_one_way(module):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts(path):
-    assert len(path.read_text().splitlines()) <= 320
+def test_scripts_have_few_flags(path):
+    """The flags that argparse has for the default preset, --preset and dotted ones included."""
+    script = importlib.import_module(path.stem)
+    parser = command_line(next(iter(script.PRESETS.values())), script.PRESETS, script.__doc__)
+    flags = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
+    assert 2 <= len(flags) <= 35, flags
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_import_no_scripts(path):
     names = {name.split(".")[0] for name, _ in imports(path)}
     assert not names & {p.stem for p in SCRIPTS}, "scripts never import scripts"
     assert not names & {p.stem for p in STUDIES}, "scripts never import studies or benchmarks"
