@@ -6,7 +6,7 @@ from records import columns
 from stages import read_lines
 
 # the columns of a course, by the names in `train_rft.py`'s log: standard deviations over x_0 in normalised units
-COURSE = {"step": "step"} | {f"std_{name}": f"spread_{name}" for name in ("x", "y", "z", "gripper")}
+COURSE = "step", "std_x", "std_y", "std_z", "std_gripper"
 
 
 def minutes_of(run: Path) -> float:
@@ -34,6 +34,6 @@ def courses(policies: dict[str, Path]) -> dict[str, dict[str, list]]:
     found = {}
     for name, path in policies.items():
         rows = read_lines(path.parent / "log.jsonl")
-        if rows := [{name: row[key] for key, name in COURSE.items()} for row in rows if "std_x" in row]:
+        if rows := [{key: row[key] for key in COURSE} for row in rows if "std_x" in row]:
             found[name] = columns(rows)
     return found

@@ -1,4 +1,4 @@
-"""The Env protocol: a made-up simulator is one class and one entry; every camera is the one that was asked for."""
+"""The Env interface: a made-up simulator is one class and one entry; every camera is the one that was asked for."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 
 import collect_demos
 import eval_libero
-from vlarft.data import load_episodes
+from vlarft.data import Episode, load_episodes
 from vlarft.policy import VLAPolicy
 from vlarft.sim import SIMULATORS, Env, StepResult, make_env, make_expert, task_index, task_names
 from vlarft.sim.demonstrator import NoPlanError, ScriptedExpert
@@ -28,9 +28,8 @@ class LineEnv(Env):
     available_cameras = tuple(SHADES)
 
     def __init__(self, suite, task_index, image_size, cameras):
-        task = TOY_SUITES[suite].tasks[task_index]
-        self.suite, self.task_index, self.task_name, self.instruction = suite, task_index, task.name, task.instruction
-        self.horizon, self.size, self.cameras, self.num_rejected = TOY_SUITES[suite].horizon, image_size, cameras, 0
+        super().__init__(TOY_SUITES, suite, task_index, cameras)
+        self.size = image_size
 
     def reset(self, init_state=None, seed=None, perturb=None):
         numbers = start_seed(self.suite, self.task_index, init_state, seed)
@@ -178,17 +177,18 @@ def test_a_camera_that_the_simulator_lacks_is_an_error_before_any_episode(toy, p
         check_cameras("moon", ())
 
 
-def test_true_outcomes_are_rendered_with_the_demonstrations_camera(tmp_path):
+def test_true_outcomes_are_rendered_with_the_demonstrations_camera():
     pytest.importorskip("mujoco")
-    demos = dataclasses.replace(
-        collect_demos.PRESETS["smoke"], demos_per_task=1, tasks=("0",), image_size=16, wrist=True, out_dir=str(tmp_path)
-    )
-    collect_demos.main(demos)
-    for camera in ("agentview", "eye_in_hand"):
-        (episode,) = load_episodes(tmp_path, camera, with_states=True)
-        outcome = TabletopOutcomes().play(episode, 3, episode.actions[None, 3:5])
-        recorded = torch.from_numpy(episode.images[4:6]).permute(0, 3, 1, 2) / 255
-        assert torch.equal(outcome.frames[0], recorded), camera
+    env = make_env("tabletop_object", 0, 16, cameras=("agentview", "eye_in_hand"))
+    env.reset(seed=0)
+    arrays, _ = record(env, make_expert(env, 0), 0)
+    cameras, actions = arrays["images"], arrays["actions"]
+    columns = {"proprio": arrays["proprio"], "actions": actions, "intended": actions, "states": arrays["states"]}
+    for images in cameras.values():
+        args = {"suite": "tabletop_object", "task": 0}
+        episode = Episode("demo", "", images, **columns, env_args=args, cameras=cameras)
+        outcome = TabletopOutcomes().play(episode, 3, actions[None, 3:5])
+        assert torch.equal(outcome.frames[0], torch.from_numpy(images[4:6]).permute(0, 3, 1, 2) / 255)
 
 
 def test_a_recorded_policy_is_shown_its_cameras(toy, policy_file):

@@ -118,7 +118,7 @@ def test_imports_go_one_way(module):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts(path):
+def test_scripts_import_no_scripts(path):
     names = {name.split(".")[0] for name, _ in imports(path)}
     assert not names & {p.stem for p in SCRIPTS}, "scripts never import scripts"
     assert not names & {p.stem for p in STUDIES}, "scripts never import studies or benchmarks"

@@ -344,7 +344,7 @@ def test_study_reads_logs(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert study_logs.trust_gates(policies) == {"RFT R3": {"gate": 0.4}}
     assert study_logs.courses(policies) == {
-        "RFT R3": {"step": [0], **{f"spread_{name}": [of] for name, of in seen.items()}}
+        "RFT R3": {"step": [0], **{f"std_{name}": [of] for name, of in seen.items()}}
     }
     assert [study_logs.minutes_of(tmp_path / name) for name in rows] == [2.0, 2.5]
 
