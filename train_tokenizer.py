@@ -300,6 +300,8 @@ def main(cfg: Config) -> dict[str, float]:
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
     median_frame = sampler.median_frame()
+    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+    facts = {**names, **image_convention(train, cfg.camera)}
 
     networks = build_networks(cfg, device)
     model = networks["tokenizer"]
@@ -328,10 +330,8 @@ def main(cfg: Config) -> dict[str, float]:
         return validate(model, validation, median_frame, autocast, Path(cfg.out_dir) / "reconstructions.png")
 
     def save() -> None:
-        names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-        extra = {**names, **image_convention(train, cfg.camera), "metrics": metrics, "steps": step}
         values = {"step": step, "metrics": metrics, "balance": balance, "minutes": clock.minutes}
-        state.save(values, model, cfg.network(), extra)
+        state.save(values, model, cfg.network(), {**facts, "metrics": metrics, "steps": step})
 
     while (share := clock.share(step)) < 1:
         adversarial = cfg.gan_start is not None and step >= cfg.gan_start
