@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,17 +28,24 @@ def run_notebook(name: str) -> dict:
 
 @pytest.mark.slow
 def test_whole_pipeline(tmp_path, capfd, load_benchmark, monkeypatch):
-    cfg = dataclasses.replace(demo.PRESETS["smoke"], out_dir=str(tmp_path))
+    cfg = dataclasses.replace(demo.PRESETS["smoke"], out_dir=str(tmp_path), seed=3)
     summary = demo.main(cfg)
-    assert list(summary["stages"]) == ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval"]
+    names = ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval", "eval_zero"]
+    assert list(summary["stages"]) == names
     assert all(s["done"] and s["peak_bytes"] > 2**27 for s in summary["stages"].values())
-    assert [p["all"]["episodes"] for p in summary["evaluation"]] == [2, 2, 2]
+    assert all("--seed 3" in s["command"] for name, s in summary["stages"].items() if name != "collect")
+    assert "--seed 3000" in summary["stages"]["collect"]["command"]
+    rows = summary["evaluation"]
+    assert list(rows) == ["SFT", "SFT, x_0 = 0", "+ extra SFT", "+ RFT"]
+    assert [row["all"]["episodes"] for row in rows.values()] == [2, 2, 2, 2]
+    assert ["against_first" in row for row in rows.values()] == [False, True, True, True]
+    assert summary["versions"]["torch"] == version("torch") and {"python", "mujoco"} < set(summary["versions"])
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) >= 64, name
     printed = capfd.readouterr().out
-    assert "[sft] python train_sft.py --preset smoke --demos" in printed
-    assert "+ RFT" in printed
+    assert "[sft] python train_sft.py --preset smoke --seed 3 --split-seed 3 --demos" in printed
+    assert "+ RFT" in printed and "SFT, x_0 = 0" in printed and "its numbers mean nothing" in printed
 
     before = json.loads((tmp_path / "stages.json").read_text())
     demo.main(cfg)  # nothing is done again

@@ -1,6 +1,8 @@
-"""The house: a light import, imports that go one way, scripts of one screenful each, a README that tells the truth."""
+"""The house: a light import, imports that go one way, scripts with few flags, a README that tells the truth."""
 
+import argparse
 import ast
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from vlarft.run.config import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -40,11 +44,65 @@ def test_public_names_resolve():
         vlarft.Trainer  # noqa: B018
 
 
+def command_line_of(path: Path) -> argparse.ArgumentParser:
+    module = importlib.import_module(path.stem)
+    return command_line(next(iter(module.PRESETS.values())), module.PRESETS, module.__doc__)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts(path):
-    assert len(path.read_text().splitlines()) <= 320
-    others = {p.stem for p in SCRIPTS}
-    assert not imports(path) & others, "scripts never import scripts"
+def test_scripts_never_import_scripts(path):
+    assert not imports(path) & {p.stem for p in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_have_few_flags(path):
+    """The flags that argparse has for the default preset, --preset and dotted ones included."""
+    actions = [a for a in command_line_of(path)._actions if a.option_strings and a.dest != "help"]
+    assert 2 <= len(actions) <= 35, [a.dest for a in actions]
+    assert {f.name for f in dataclasses.fields(importlib.import_module(path.stem).Config)} <= {
+        a.dest.split(".")[0] for a in actions
+    }
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_help_fits_two_screens(path):
+    parser = command_line_of(path)
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 110 and max(map(len, lines)) <= 120
+    headings = [line[:-1] for line in lines if re.fullmatch(r"[a-z]+:", line)]
+    order = ["options", "data", "model", "optimisation", "evaluation", "run"]
+    assert headings == [name for name in order if name in headings] and "run" in headings
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "preset")]
+    for action in flags:
+        assert len(action.help.split()) > 2 and not action.help.startswith(("of ", "that ")), action.dest
+    summary = importlib.import_module(path.stem).__doc__.split("\n\n")[0]
+    assert parser.description == summary and summary.endswith(".")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
+def test_training_needs_no_simulator(path):
+    assert not [name for name in imports(path) if name.startswith("vlarft.sim")]
+
+
+def test_scripts_share_names():
+    """One idea has one name, whatever the script."""
+    fields = {p.stem: importlib.import_module(p.stem).Config.__dataclass_fields__ for p in SCRIPTS}
+    old = {"save_every", "log_every", "validate_every", "val_every", "val_batch", "bf16", "decay", "wrist"}
+    for script, names in fields.items():
+        assert not old & set(names), script
+    shared = {
+        "demos",
+        "camera",
+        "split_seed",
+        "validation_fraction",
+        "validation_interval",
+        "log_interval",
+        "precision",
+    }
+    shared |= {"out_dir", "seed", "steps", "max_minutes", "batch_size", "accumulate", "lr", "warmup", "clip_norm"}
+    shared |= {"save_interval", "keep_interval", "async_save", "size"}
+    for script in ("train_tokenizer", "train_wm", "train_sft"):
+        assert shared <= set(fields[script])
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
