@@ -37,7 +37,7 @@ def measure(
     found = json.loads(path.read_text()) if path.is_file() else {}
     if missing := [x0 for x0 in x0s if x0 not in found]:
         model, extra = load_model(policy, VLAPolicy, PolicyConfig)
-        episodes = load_episodes(str(demos), names=extra["validation_episodes"], with_states=True)
+        episodes = load_episodes(str(demos), names=extra["held_out_episodes"], with_states=True)
         batch = WindowSampler(episodes, 9, 8).spread(starts)
         simulator = SimulatorReward(episodes)
         with torch.no_grad():

@@ -25,7 +25,7 @@ def sft(*flags: str, policy: str = "twice as long") -> Cell:
 TWO_STEPS = ("--noisy-steps", "8", "9", "--sigma-min", "0.04", "--sigma-max", "0.12")
 SLOW = ("--steps", "80", "--lr", "3e-5", "--sigma-lr", "3e-4")
 HEAD = ("--train", "head", "--key-batch", "0")
-REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--draws", "3", *HEAD)
+REGRESSION = ("--objective", "regression", "--lr", "1e-4", "--steps", "200", "--noise-samples", "3", *HEAD)
 PLATEAU, ATTEMPTS = "four times as long", "three times as long with on-policy attempts"
 
 

@@ -40,7 +40,7 @@ RFT_ARMS = {
     "RFT divergence, demonstrations only, 400 steps": ["--reward", "divergence", *PER_STEP, "--steps", 400],
 }
 HEAD = ["--train", "head", "--key-batch", 0]
-REGRESSION = ["--objective", "regression", "--draws", 3]
+REGRESSION = ["--objective", "regression", "--noise-samples", 3]
 EXTRA_ARMS = {
     "extra SFT": ["--lr", 3e-4],
     "extra SFT head": ["--lr", 3e-4, *HEAD],

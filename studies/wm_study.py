@@ -43,17 +43,13 @@ class Arm(NamedTuple):
 
 
 LONG = ["--steps", "4500"]
-LARGE = ["--transformer.depth", "6", "--transformer.width", "256", "--transformer.ffn-dim", "704"]
-LARGE += ["--transformer.num-heads", "8", "--transformer.num-kv-heads", "8"]
 ARMS = {
     "default": Arm([]),
     "three times as long": Arm(LONG),
-    "larger": Arm(LARGE),
     "demonstrations only": Arm(["--experts-only"]),
     "no stale frames": Arm(["--stale", "0"]),
     "paper's token rows": Arm(["--no-factored-tokens"]),
-    "all pixels alike": Arm([], ["--moving-weight", "1", "--unusual-weight", "1", "--still-weight", "0"]),
-    "longer and larger": Arm(LONG + LARGE),
+    "all pixels alike": Arm([], ["--weighting", "uniform"]),
     "three times as long with on-policy attempts": Arm(LONG, attempts=40),
 }
 SCORES = ("R3 greedy", "R3 common", "R3 independent", "R2 greedy", "decoded frames", "true frames", "action L1")
