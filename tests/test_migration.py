@@ -479,15 +479,17 @@ def test_a_policy_that_names_validation_episodes(tmp_path):
     assert read_header(path).extra["held_out_episodes"] == ["a"]
 
 
-def test_an_interrupted_run_of_an_older_version_goes_on(demos, tmp_path, monkeypatch):
-    """Its config.json in old names, and the training state that it left."""
-    cfg = replace(train_sft.PRESETS["smoke"], demos=str(demos), out_dir=str(tmp_path / "run"), steps=2)
-    train_sft.main(cfg)
-    stored = {**RUNS["train_sft"]["smoke"], "demos": str(demos), "out_dir": cfg.out_dir}
-    store(tmp_path / "run", stored | {"steps": 2})
-    state = tmp_path / "run" / "train_state.pt"
-    before = torch.load(state, weights_only=True)["step"]
-    assert before == 2 and train_sft.main(cfg)
-    store(tmp_path / "run", stored | {"steps": 2, "success_interval": 2})
-    with pytest.raises(ValueError, match="used success_interval 2"):
-        train_sft.main(cfg)
+def test_a_run_of_an_older_version_goes_on(demos, tmp_path):
+    """Its config.json in old names, its training state as it is: the scripts hand over their named sets."""
+    common = {"demos": str(demos), "steps": 2, "validation_fraction": 0.2}
+    inputs = {"train_tokenizer": {}, "train_wm": {"tokenizer": str(tmp_path / "train_tokenizer")}, "train_sft": {}}
+    for script, given in inputs.items():
+        cfg = replace(SCRIPTS[script].PRESETS["smoke"], out_dir=str(tmp_path / script), **common, **given)
+        metrics = SCRIPTS[script].main(cfg)
+        store(tmp_path / script, RUNS[script]["smoke"] | common | given)
+        assert SCRIPTS[script].main(cfg) == metrics
+        state = torch.load(tmp_path / script / "train_state.pt", weights_only=True)
+        assert state["step"] == 2
+        store(tmp_path / script, RUNS[script]["smoke"] | common | given | {"weight_decay": 0.5})
+        with pytest.raises(ValueError, match=f"{script}/config.json: this run used weight_decay 0.5, which is gone"):
+            SCRIPTS[script].main(cfg)
