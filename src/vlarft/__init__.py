@@ -1,8 +1,7 @@
 """vlarft: reinforcement fine-tuning of vision-language-action policies inside a learned world model.
 
-Importing this package does nothing but make its modules reachable: `from vlarft import VLAPolicy, WorldModel`. Names
-are resolved on first use, so that
-`import vlarft` needs neither torch's start-up time nor any optional dependency.
+The package exports its main classes: `from vlarft import VLAPolicy, WorldModel`. They are imported on first use, so
+that `import vlarft` costs neither torch's start-up time nor any optional dependency.
 """
 
 from importlib import import_module
