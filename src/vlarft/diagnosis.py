@@ -1,8 +1,8 @@
 """What the deterministic policy does on fixed held-out starts, before, during and after fine-tuning.
 
-Not in the paper but for the histograms, which are its Fig. 4.
+The paper shows the histograms (Fig. 4); the other measurements are not in it.
 
-Shapes: S starts, D samples of x_0 a start, T chunk steps, A action dim.
+Shapes: S starts, D samples of x_0 per start, T chunk steps, A action dim.
 """
 
 from collections.abc import Sequence
@@ -26,33 +26,34 @@ ACTION_NAMES = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 def diagnose(
     score: Scorer, policy: VLAPolicy, batch: Batch, seed: int, *, draws: int = 8, bf16: bool = False, at_once: int = 16
 ) -> tuple[dict[str, float], Tensor]:
-    """Measure the deterministic policy, over several x_0 per start.
+    """Measure the deterministic policy from several samples of x_0 per start.
 
     Args:
-        score: the reward of the run.
-        policy: in eval mode; every process computes the same.
+        score: the run's reward.
+        policy: in eval mode; all processes of a distributed run compute the same numbers.
         batch: S starts.
-        seed: of x_0 and of the imagination: the same x_0 at every call.
-        draws: D, chunks per start, from an x_0 each.
+        seed: seed of x_0 and of the imagination; calls with the same seed use the same x_0.
+        draws: D, samples of x_0, and so chunks, per start.
         bf16: encode the observations in bfloat16.
-        at_once: starts imagined together.
+        at_once: starts encoded or imagined at a time, to bound memory.
 
     Returns:
-        Metrics: `reward_mean_action`, the reward of the mean chunk over x_0; `error_x`, ... `error_gripper`, its mean
-        absolute error to the demonstration per dimension, in normalised units; `std_x`, ..., the standard deviation
-        over x_0 in the same units. And the raw chunks (S, D, T, A).
+        Metrics, and the raw chunks (S, D, T, A). `reward_mean_action` is the reward of the mean chunk over x_0;
+        `error_x`, ..., `error_gripper` are the mean absolute error of that chunk to the demonstration per dimension, in
+        normalised units; `std_x`, ... are the standard deviation over x_0 in the same units.
     """
     normalizer, flow = policy.normalizer, policy.cfg.flow
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16, at_once=at_once)
-    cond = policy.head.prepare(context, normalizer.encode_proprio(batch.proprio)).repeat(draws)
+    cond = policy.head.prepare(context, normalizer.encode_proprio(batch.proprio)).repeat(draws)  # S * D rows
     shape = (cond.num_rows, flow.chunk, flow.action_dim)
     noise = torch.randn(shape, generator=generator(context.device, "diagnosis", seed), device=context.device)
     x = sample_ode(policy.head, cond, noise=noise, num_steps=flow.num_steps)
     chunks = normalizer.decode_actions(x).unflatten(0, (-1, draws))  # (S, D, T, A)
     x = x.unflatten(0, (-1, draws))
+    # the mean comes before decoding, which rounds the gripper to -1 or +1
     mean = normalizer.decode_actions(x.mean(1))  # (S, T, A)
     source = generator(context.device, "diagnosis imagination", seed)
-    reward = score_in_parts(score, batch, mean[:, None], source, at_once)
+    reward = score_in_parts(score, batch, mean[:, None], source, at_once)  # (S, 1): a group of one chunk
     error = (normalizer.encode_actions(mean) - normalizer.encode_actions(batch.intended)).abs().mean((0, 1)).tolist()
     names = [*ACTION_NAMES[: len(error)], *map(str, range(len(ACTION_NAMES), len(error)))]
     metrics = {"reward_mean_action": reward.mean().item()}
@@ -62,12 +63,12 @@ def diagnose(
 
 
 def picture_actions(path: Path, before: Tensor, after: Tensor, dims: Sequence[int] = (0, 2)) -> None:
-    """Write a PNG of action distributions before and after fine-tuning, over the same starts and x_0 (Fig. 4).
+    """Write histograms of actions before and after fine-tuning, from the same starts and x_0, as a PNG (Fig. 4).
 
     Args:
-        path: of the file.
-        before, after: raw chunks (S, D, T, A) of `diagnose`.
-        dims: action dims, one panel each; x and z in the paper.
+        path: file to write.
+        before, after: raw chunks (S, D, T, A) that `diagnose` returned.
+        dims: action dimensions, one panel each; x and z in the paper.
     """
     panels = {
         f"action {ACTION_NAMES[d]}": {"before": before[..., d].flatten(), "after": after[..., d].flatten()}

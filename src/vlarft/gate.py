@@ -1,12 +1,11 @@
-"""The trust gate: does the reward rank action chunks as their error does? Asked before anything is trained.
+"""The trust gate: before anything is trained, check that the reward ranks action chunks by their error.
 
-Not in the paper. A verified reward stands in for the true error of a chunk; where the world model cannot tell chunks
-apart, the update follows noise. On held-out starts the gate ranks two families of chunks by the reward of the run:
-noise around the demonstration's actions, and chunks that the stochastic policy samples. For each start it takes
-Spearman's rank correlation with their action error (and, in studies that have a simulator at hand, with their true
-error), then the mean over the starts.
+Not in the paper. A verified reward approximates the true error of a chunk; where the world model cannot tell chunks
+apart, the update follows noise. On held-out starts the gate scores two families of chunks with the run's reward:
+perturbed demonstrations, and samples of the stochastic policy. For each start it computes Spearman's rank correlation
+with their action error (in studies with a simulator, also with their true error), then the mean over the starts.
 
-Shapes: S starts, P chunks a start, T chunk steps, A action dim.
+Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
 
 import torch
@@ -19,19 +18,19 @@ from vlarft.reward import Scorer
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, agreement, perturb
 
-PERTURBED = Perturbations(noise=(0.05, 0.15, 0.4), draws=3, flips=0)  # chunks around the demonstration's
-SAMPLES = 8  # chunks that the policy samples at each start
+PERTURBED = Perturbations(noise=(0.05, 0.15, 0.4), draws=3, flips=0)  # of the demonstration's chunk
+SAMPLES = 8  # chunks sampled from the policy, per start
 
 
 def held_out_names(policy_path: str, policy_extra: dict, model_path: str, model_extra: dict) -> list[str]:
-    """Episodes of the policy's held-out split that the world model was not trained on.
+    """Return the names of the policy's held-out episodes that the world model was not trained on.
 
     Args:
-        policy_path, model_path: for the messages.
-        policy_extra, model_extra: of the two checkpoints' headers.
+        policy_path, model_path: the two checkpoints, for the messages.
+        policy_extra, model_extra: `extra` of the two checkpoints' headers.
 
     Raises:
-        ValueError: the policy names no held-out episodes, or the world model saw them all.
+        ValueError: the policy names no held-out episodes, or the world model was trained on all of them.
     """
     named = policy_extra.get("held_out_episodes", [])
     if not named:
@@ -50,7 +49,7 @@ def held_out_names(policy_path: str, policy_extra: dict, model_path: str, model_
 
 
 def score_in_parts(score: Scorer, batch: Batch, actions: Tensor, source: torch.Generator, at_once: int) -> Tensor:
-    """Rewards (S, P), summed over frames, of chunks (S, P, T, A), `at_once` starts at a time to bound memory."""
+    """Score chunks (S, P, T, A), `at_once` starts at a time to bound memory: rewards (S, P), summed over frames."""
     parts = [slice(i, i + at_once) for i in range(0, len(actions), at_once)]
     return torch.cat([score(batch.rows(part), actions[part], source).sum(-1) for part in parts])
 
@@ -69,44 +68,46 @@ def trust_gate(
     bf16: bool = False,
     at_once: int = 16,
 ) -> dict[str, float]:
-    """Measure how well the reward ranks chunks near the demonstration's and near the policy's own.
+    """Measure how well the reward ranks perturbed demonstrations, and samples of the policy.
 
     Args:
-        score: the reward of the run.
-        policy: with its sigma net, as it is; every process computes the same.
+        score: the run's reward.
+        policy: with its sigma net; all processes of a distributed run compute the same numbers.
         batch: S held-out starts.
-        bins: of the world model, whose ranges the perturbed chunks stay in.
-        seed: of noise, samples and imagination: the same chunks at every call.
-        true_reward: negative true error, (S, P, T), where a simulator is at hand.
-        perturbed, samples: the two families of chunks.
+        bins: the world model's action bins; perturbed chunks are clipped to their ranges.
+        seed: seed of perturbations, samples and imagination; the same seed gives the same chunks.
+        true_reward: scorer of the negative true error (S, P, T), by a simulator; None = no simulator.
+        perturbed, samples: how the demonstration is perturbed, and the number of samples per start.
         bf16: encode the observations in bfloat16.
-        at_once: starts imagined together.
+        at_once: starts encoded or imagined at a time, to bound memory.
 
     Returns:
-        gate, the value to compare with the threshold: the lower of the two families' Spearman, with the true error
-        where there is one, else with the action error. And for each family `gate_dataset`, `gate_policy`: Spearman
-        with the action error (mean L1 to the demonstration's chunk), `_se` its standard error over the starts, `_pairs`
-        the share of pairs in the right order; `_true`, `_true_se` and `_true_pairs` the same for the true error.
+        `gate`, the value to compare with the threshold: the lower of the two families' Spearman correlations, with the
+        true error if `true_reward` is given, else with the action error. For each family, `gate_dataset` (perturbed
+        demonstrations) and `gate_policy`: Spearman with the action error (mean L1 to the demonstration's chunk); with
+        `_se`, its standard error over the starts; with `_pairs`, the share of pairs in the right order. `_true`,
+        `_true_se` and `_true_pairs` are the same for the true error.
 
     Raises:
-        ValueError: fewer than three chunks of a family, too few for a ranking.
+        ValueError: fewer than three chunks in a family, too few for a ranking.
     """
-    around = len(perturbed.noise) * perturbed.draws
-    for name, count in (("perturbed chunks", around), ("samples of the policy", samples)):
+    num_perturbed = len(perturbed.noise) * perturbed.draws
+    for name, count in (("perturbed chunks", num_perturbed), ("samples of the policy", samples)):
         if count < 3:
             raise ValueError(f"trust gate: {count} {name} per start; a ranking needs at least 3")
     dataset, motion = batch.intended, policy.normalizer  # (S, T, A)
-    unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()  # (A,)
+    # raw units per normalised one, (A,); the gripper is not scaled
+    unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()
     noise = generator("cpu", "perturbations", seed)
     near, _ = perturb(dataset.cpu(), perturbed, bins.low.cpu(), bins.high.cpu(), unit, noise)  # (S, 1 + P, T, A)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16, at_once=at_once)
     chain = policy.sample_group(context, batch.proprio, samples, generator(context.device, "gate chains", seed))
     sampled = motion.decode_actions(chain.x[:, -1]).unflatten(0, (-1, samples))  # (S, P, T, A)
-    chunks = torch.cat([near[:, 1:].to(sampled.device), sampled], 1)
-    labels = ["dataset"] * around + ["policy"] * samples
+    chunks = torch.cat([near[:, 1:].to(sampled.device), sampled], 1)  # without the unperturbed chunk
+    labels = ["dataset"] * num_perturbed + ["policy"] * samples
     source = generator(chunks.device, "gate imagination", seed)
     reward = score_in_parts(score, batch, chunks, source, at_once).double().cpu()  # (S, P)
-    errors = {"": (chunks - dataset[:, None]).abs().mean((2, 3)).cpu()}
+    errors = {"": (chunks - dataset[:, None]).abs().mean((2, 3)).cpu()}  # (S, P)
     if true_reward is not None:
         errors["_true"] = -true_reward(batch, chunks, None).mean(-1).double().cpu()
     out: dict[str, float] = {}
@@ -121,15 +122,15 @@ def trust_gate(
 
 
 def check_gate(found: dict[str, float], threshold: float | None, reward: str) -> None:
-    """Refuse to go on with a reward that cannot tell actions apart.
+    """Stop a run whose reward cannot tell actions apart.
 
     Args:
-        found: of `trust_gate`.
-        threshold: least rank correlation; None = go on whatever it is.
-        reward: its name, for the message.
+        found: what `trust_gate` returned.
+        threshold: lowest rank correlation to accept; None = accept any.
+        reward: the reward's name, for the message.
 
     Raises:
-        RuntimeError: below the threshold.
+        RuntimeError: the correlation is below the threshold.
     """
     if threshold is None or found["gate"] >= threshold:
         return

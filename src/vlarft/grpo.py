@@ -1,6 +1,6 @@
 """Group relative policy optimisation for flow policies: pure functions.
 
-Shapes: S starts, G rollouts of a group, B = S * G chains, K flow steps, T chunk steps, A action dim.
+Shapes: S starts, G rollouts per start (a group), B = S * G chains, K flow steps, T chunk steps, A action dim.
 
     advantages      Eq. (12)   Adv_n = R_n - mean(R)
     chain_log_prob  Eq. (8)    mean over K of the chunk's Gaussian log-density
@@ -16,28 +16,27 @@ from torch import Tensor
 
 
 def advantages(rewards: Tensor, *, divide_by_std: bool = False, eps: float = 1e-6) -> Tensor:
-    """Group-relative advantage, Eq. (12).
+    """Compute the group-relative advantage, Eq. (12).
 
     Args:
-        rewards: (S, G), one reward per rollout; or (S, G, T), one per action step, each step with a baseline of its own
-            (not in the paper: an action step is then credited with the one frame that follows it).
+        rewards: (S, G), one reward per rollout; or (S, G, T), one per action step. Each step is then compared with the
+            same step of the group, and credited with the one frame that follows it (not in the paper).
         divide_by_std: also divide by the group's unbiased standard deviation plus `eps`, as the public release does.
-        eps: see above.
+        eps: see `divide_by_std`.
 
     Returns:
-        float32 of the same shape without gradient, mean 0 over the group; exactly 0 where all rewards of a group are
+        float32 of the same shape, without gradient, mean 0 over the group; exactly 0 where all rewards of a group are
         equal.
 
     Raises:
-        ValueError: `rewards` has no axes of starts and rollouts, or groups of one member, whose advantage would always
-            be 0.
+        ValueError: rewards of another shape, or groups of one rollout, whose advantage would always be 0.
     """
     if rewards.ndim not in (2, 3) or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards must be (starts, rollouts) with at least 2 rollouts a start, got {tuple(rewards.shape)}"
         )
     rewards = rewards.detach().float()
-    # the float32 mean of equal rewards may differ from them in the last digit, which the division would blow up
+    # the float32 mean of equal rewards may differ from them in the last digit, which the division would magnify
     constant = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (S, 1) or (S, 1, T)
     centred = torch.where(constant, 0.0, rewards - rewards.mean(1, keepdim=True))
     if divide_by_std:
@@ -46,12 +45,12 @@ def advantages(rewards: Tensor, *, divide_by_std: bool = False, eps: float = 1e-
 
 
 def chain_log_prob(log_prob: Tensor, *, per_step: bool = False) -> Tensor:
-    """Log-probability of whole chains from those of their scalars, Eq. (8): the mean over the K flow steps.
+    """Reduce the log-probabilities of a chain's scalars to one per chunk, Eq. (8): a mean over the K flow steps.
 
     Args:
         log_prob: (B, K, T, A), log N(x_k+1; mu_k, sigma_k) of every scalar.
-        per_step: sum over the A action dims only, for one ratio per action step; else over T as well, which is the
-            log-density of a chunk.
+        per_step: sum over A only, for one ratio per action step; otherwise over T and A, which gives the log-density of
+            the whole chunk.
 
     Returns:
         (B,), or (B, T) per step.
@@ -61,16 +60,16 @@ def chain_log_prob(log_prob: Tensor, *, per_step: bool = False) -> Tensor:
 
 
 def policy_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-    """r = exp(log_prob - old_log_prob), Eq. (9), elementwise; no gradient reaches the policy that sampled."""
+    """Compute r = exp(log_prob - old_log_prob), Eq. (9), elementwise, float32; `old_log_prob` gets no gradient."""
     return torch.exp(log_prob.float() - old_log_prob.detach().float())
 
 
 def policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip: float = 0.2
 ) -> tuple[Tensor, dict[str, float]]:
-    """First term of Eq. (13), with its diagnostics.
+    """Compute the first term of Eq. (13) and its diagnostics.
 
-    The paper's surrogate is the clipped ratio alone; PPO's takes the minimum with the ratio that is not clipped.
+    The paper's surrogate is the clipped ratio times the advantage; PPO takes its minimum with the unclipped product.
 
     Args:
         log_prob: (B,) or (B, T) of the current policy, differentiable.
@@ -90,8 +89,8 @@ def policy_loss(
             f"policy_loss: log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and advantage "
             f"{tuple(advantage.shape)} must have one shape: all per chunk, (B,), or all per action step, (B, T)"
         )
-    ratio = policy_ratio(log_prob, old_log_prob)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    ratio = policy_ratio(log_prob, old_log_prob)  # (B,) or (B, T)
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # a clipped ratio has no gradient, whatever the advantage's sign
     with torch.no_grad():
         log_ratio = log_prob.float() - old_log_prob.float()
         metrics = {
@@ -104,5 +103,5 @@ def policy_loss(
 
 
 def mean_entropy(entropy: Tensor) -> Tensor:
-    """H(pi) of Eq. (13): the mean entropy of a scalar of the chain [nats], over B, K, T and A of (B, K, T, A)."""
+    """Compute H(pi) of Eq. (13) [nats]: the mean of the scalars' entropies (B, K, T, A) over all four axes."""
     return entropy.float().mean()

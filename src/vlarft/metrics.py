@@ -17,11 +17,11 @@ LPIPS_BACKBONE = "vgg16-397923af.pth"
 
 
 def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error per image.
+    """Compute the mean squared error per image.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
-        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without such a pixel gives nan.
+        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without any gives nan.
 
     Returns:
         (...) float32.
@@ -29,29 +29,29 @@ def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     error = (pred.float() - target.float()).square()
     if mask is None:
         return error.mean(dim=(-3, -2, -1))
-    mask = mask.expand(error.shape).float()
+    mask = mask.expand(error.shape).float()  # over the channels too, so that the sum counts each of them
     return (error * mask).sum(dim=(-3, -2, -1)) / mask.sum(dim=(-3, -2, -1))
 
 
 def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
+    """Compute the peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
     return -10 * mse(pred, target, mask).log10()
 
 
 def pooled_psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> float:
-    """Return the PSNR [dB] of the mean squared error over all pixels (in `mask`) of all images together.
+    """Compute the PSNR [dB] of the mean squared error over all pixels (of `mask`) of all images together.
 
     Unlike the mean of per-image values, it is finite when single images are perfect or have no pixel in the mask.
     Arguments as in `mse`; nan when no pixel counts.
     """
     error = (pred.float() - target.float()).square()
     mask = torch.ones_like(error) if mask is None else mask.expand(error.shape).float()
-    share = float((error * mask).double().sum() / mask.double().sum())
-    return -10 * math.log10(share) if share > 0 else math.inf if share == 0 else math.nan
+    mean = float((error * mask).double().sum() / mask.double().sum())  # nan for an empty mask
+    return -10 * math.log10(mean) if mean > 0 else math.inf if mean == 0 else math.nan
 
 
 def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) -> Tensor:
-    """Return which pixels differ from the context frame.
+    """Mark the pixels that differ from the context frame.
 
     Args:
         frames: (..., C, H, W), true frames.
@@ -65,7 +65,7 @@ def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) 
 
 
 class Windows(NamedTuple):
-    """The images (N, C, H, W), and the mean and variance of their windows: all that SSIM needs of one side."""
+    """The part of SSIM that depends on one image alone: images (N, C, H, W), and mean and variance of their windows."""
 
     image: Tensor
     mean: Tensor  # (N, C, H - window + 1, W - window + 1)
@@ -73,21 +73,21 @@ class Windows(NamedTuple):
 
 
 def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
-    """Return Gaussian means of the windows inside: (..., H, W) -> (..., H - window + 1, W - window + 1)."""
+    """Average the windows inside the image, Gaussian weights: (..., H, W) -> (..., H - window + 1, W - window + 1)."""
     height, width = (_gaussian_means(length, window, sigma, x.device) for length in x.shape[-2:])
-    return height @ (x @ width.T)
+    return height @ (x @ width.T)  # a Gaussian is separable: along W, then along H
 
 
 def _gaussian_means(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
-    """Return the matrix (length - window + 1, length) of the means along a line: faster than convolutions."""
+    """Build the matrix (length - window + 1, length) that averages along an axis: faster than a convolution."""
     starts = torch.arange(length - window + 1, device=device)[:, None]
-    offsets = torch.arange(length, device=device) - starts - (window - 1) / 2
+    offsets = torch.arange(length, device=device) - starts - (window - 1) / 2  # pixels from each window's centre
     weights = torch.exp(-offsets.square() / (2 * sigma**2)) * (offsets.abs() <= (window - 1) / 2)
     return weights / weights.sum(1, keepdim=True)
 
 
 def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Windows:
-    """Compute what `ssim` needs of one side alone: images (..., C, H, W) in [0, 1], leading axes flattened.
+    """Compute the part of `ssim` that depends on one image alone, for images (..., C, H, W) in [0, 1], N in all.
 
     Raises:
         ValueError: images smaller than the window.
@@ -97,22 +97,22 @@ def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Window
         raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
     images = images.float().flatten(0, -4)
     mean = _blur(images, window, sigma)
-    return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)
+    return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)  # variance: E[x^2] - E[x]^2
 
 
 def ssim_to(pred: Tensor, target: Windows, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Return `ssim` of pred (..., C, H, W) to the N images of `target`, each serving a run of consecutive images."""
+    """Compute `ssim` of pred (..., C, H, W), N runs of R consecutive images, to N targets, one per run."""
     x = Windows(*(part.unflatten(0, (len(target.image), -1)) for part in ssim_windows(pred, window, sigma)))
-    y = Windows(*(part[:, None] for part in target))  # (N, 1, C, ...)
+    y = Windows(*(part[:, None] for part in target))  # x: (N, R, C, ...), y: (N, 1, C, ...)
     covariance = _blur(x.image * y.image, window, sigma) - x.mean * y.mean
-    c1, c2 = 0.01**2, 0.03**2
+    c1, c2 = 0.01**2, 0.03**2  # the usual constants, for range 1
     value = (2 * x.mean * y.mean + c1) * (2 * covariance + c2)
     value = value / ((x.mean**2 + y.mean**2 + c1) * (x.variance + y.variance + c2))  # (N, R, C, H', W')
     return value.mean(dim=(-3, -2, -1)).reshape(pred.shape[:-3])
 
 
 def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Return the structural similarity per image: range 1, Gaussian window, mean over channels and inner windows.
+    """Compute the structural similarity per image: range 1, Gaussian window, mean over channels and inner windows.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
@@ -151,63 +151,66 @@ class PerceptualDistance(nn.Module):
             self.lpips = _load_lpips(weights)
 
     def bytes_per_image(self, image: Tensor) -> int:
-        """Estimate the temporary memory of a comparison with an image (..., C, H, W): maps of its full resolution."""
-        maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG-16 has 64 channels there
+        """Estimate the bytes that comparing one image (..., C, H, W) takes, by its maps at full resolution."""
+        maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG16 has 64 channels there
         return maps * image.shape[-2] * image.shape[-1] * 4
 
     def features(self, target: Tensor) -> Windows | list[Tensor] | None:
-        """Compute what comparisons with `target` (..., C, H, W) need, leading axes flattened."""
+        """Compute once what comparisons with `target` (..., C, H, W) need; its leading axes are flattened.
+
+        Returns:
+            The windows of "ssim", the unit-length features of each VGG16 stage of "lpips", or None.
+        """
         if self.name == "none":
             return None
         if self.name == "ssim":
             return ssim_windows(target)
-        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)
+        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)  # LPIPS takes [-1, 1]
         layers = self.lpips.net(images.to(next(self.lpips.net.parameters()).dtype))
-        return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]
+        return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]  # (N, channels, h, w) each
 
     def distance_to(self, pred: Tensor, features: Windows | list[Tensor] | None) -> Tensor:
-        """Compare pred (..., C, H, W) with the images behind `features`, which may be fewer.
+        """Compute the distance of pred (..., C, H, W) to the images that `features` were computed from: (...) float32.
 
-        Each run of consecutive images of `pred` is then compared with one of the target's, in order.
+        These may be fewer: `pred` is then cut into as many runs of consecutive images, each compared with one of them.
         """
         if self.name == "none":
             return pred.new_zeros(pred.shape[:-3], dtype=torch.float32)
         if self.name == "ssim":
             return (1 - ssim_to(pred, features)) / 2
         total = pred.new_zeros(pred.shape[:-3].numel(), dtype=torch.float32)
-        ours = self.features(pred)
-        for head, mine, theirs in zip(self.lpips.lins, ours, features, strict=True):
-            theirs = theirs.repeat_interleave(mine.shape[0] // theirs.shape[0], 0)
-            total = total + head((mine - theirs).square()).mean(dim=(1, 2, 3))
+        for head, x, y in zip(self.lpips.lins, self.features(pred), features, strict=True):
+            y = y.repeat_interleave(x.shape[0] // y.shape[0], 0)  # the run of images that share a target
+            total = total + head((x - y).square()).mean(dim=(1, 2, 3))  # head: weighted sum over channels
         return total.reshape(pred.shape[:-3])
 
     def to_bfloat16(self) -> "PerceptualDistance":
-        """Cast the backbone, where there is one, in place; distances are taken in float32."""
+        """Cast the backbone, if there is one, to bfloat16 in place; distances are still computed in float32."""
         if self.name == "lpips":
             self.lpips.net.to(torch.bfloat16, memory_format=torch.channels_last)
         return self
 
     def compile_network(self) -> None:
-        """`torch.compile` the backbone, where there is one."""
+        """`torch.compile` the backbone, if there is one."""
         if self.name == "lpips":
             self.lpips.net.compile()
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """pred, target: (..., C, H, W) in [0, 1] -> (...) float32."""
+        """Compute the distance per image, pred and target (..., C, H, W) in [0, 1] -> (...) float32."""
         return self.distance_to(pred, self.features(target))
 
 
 def perceptual(name: Literal["lpips", "ssim", "none"], weights: str | Path | None = None) -> PerceptualDistance:
-    """Make the perceptual distance of that name, frozen.
+    """Build the named perceptual distance, frozen and in eval mode.
 
     Args:
         name: "lpips", "ssim" or "none".
         weights: file of the VGG16 backbone for lpips; None = torchvision's cache.
 
     Raises:
-        FileNotFoundError: no weights of the backbone. Random ones are never used.
+        FileNotFoundError: no file with the backbone's weights. Random ones are never used.
         ImportError: lpips is not installed.
-        ValueError: another name.
+        ValueError: another name, or weights for a distance that has none.
     """
     return PerceptualDistance(name, weights).eval().requires_grad_(False)
 
@@ -222,7 +225,7 @@ def _load_lpips(weights: str | Path | None) -> nn.Module:
         )
     with optional("the perceptual distance lpips needs lpips", "lpips"):
         import lpips
-    # pnet_rand only keeps the package from fetching the backbone itself: every weight is loaded below, strictly.
+    # pnet_rand only keeps the package from downloading the backbone: every weight of it is loaded below, strictly
     model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     stored = torch.load(path, map_location="cpu", weights_only=True)
     wanted = model.net.state_dict()

@@ -9,10 +9,10 @@
 Each is a scorer, a callable `(batch, actions, generator) -> (S, G, T)` with one reward per frame (per action step, for
 R1); the reward of a rollout is their sum, Eq. (11). A new reward is one such function and one entry in `make_scorer`.
 
-The demonstration's actions are the intended ones: those before a scripted demonstrator's noise, or, where a data set
-records one kind only, the executed ones.
+The demonstration's actions are the intended ones, before the noise that a scripted demonstrator adds; in data sets that
+record one kind only, the executed ones.
 
-Shapes: S starts, G rollouts a start, T chunk steps, A action dim, (C, H, W) frame.
+Shapes: S starts, G rollouts per start, T chunk steps, A action dim, (C, H, W) frame.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ PERCEPTUAL_WEIGHT = 1.0  # lambda_lp of Eq. (11)
 
 
 def action_reward(actions: Tensor, reference: Tensor) -> Tensor:
-    """R1: negative L1 distance of raw actions.
+    """Compute R1, the negative L1 distance of raw actions.
 
     Args:
         actions: (S, G, T, A) of the policy.
@@ -52,18 +52,21 @@ def action_reward(actions: Tensor, reference: Tensor) -> Tensor:
 
 
 def image_reward(frames: Tensor, reference: Tensor, perceptual: PerceptualDistance | None) -> Tensor:
-    """Eq. (11) before its sum over frames: -(lambda_1 L1 + lambda_lp LPIPS).
+    """Compute Eq. (11) before its sum over frames: -(lambda_1 L1 + lambda_lp LPIPS).
+
+    The features of a reference frame are computed once per group. As many images are compared at a time as
+    `memory.rows_at_once` allows.
 
     Args:
         frames: (S, G, T, C, H, W) in [0, 1].
         reference: (S, T, C, H, W) in [0, 1].
-        perceptual: distance of images, or None to leave the term out; the reference's features are computed once. As
-            many images are compared together as `memory.rows_at_once` allows.
+        perceptual: distance of images; None = leave the term out.
 
     Returns:
         (S, G, T) float32; the L1 term is the mean absolute error over C, H and W.
     """
     shape = frames.shape[:3]
+    # a group's images of one frame lie together, so that each target is compared with G consecutive ones
     frames = frames.transpose(1, 2).flatten(0, 1)  # (S * T, G, C, H, W)
     reference = reference.flatten(0, 1)  # (S * T, C, H, W)
     images = rows_at_once((perceptual or PerceptualDistance("none")).bytes_per_image(reference), frames.device)
@@ -75,15 +78,11 @@ def image_reward(frames: Tensor, reference: Tensor, perceptual: PerceptualDistan
             distance = perceptual.distance_to(imagined, perceptual.features(target))
             total = total + PERCEPTUAL_WEIGHT * distance.float()
         parts.append(total)
-    return -torch.cat(parts).unflatten(0, (shape[0], shape[2])).transpose(1, 2)
+    return -torch.cat(parts).unflatten(0, (shape[0], shape[2])).transpose(1, 2)  # (S, G, T)
 
 
 class Imagined(NamedTuple):
-    """What a start's chunks look like, and what they are compared with.
-
-    frames: (S, G, T, C, H, W)
-    reference: (S, T, C, H, W)
-    """
+    """Frames imagined for the chunks (S, G, T, C, H, W), and the reference to compare them with (S, T, C, H, W)."""
 
     frames: Tensor
     reference: Tensor
@@ -96,12 +95,12 @@ class ImageScorer:
     Args:
         world_model: frozen.
         perceptual: see `image_reward`.
-        imagination: "sample" samples every rollout on its own; "common" uses the same random numbers for all members of
-            a group and for their reference, which removes most of the sampling noise from R3; "greedy" takes the most
-            likely token.
+        imagination: "sample" samples every rollout independently; "common" uses the same random numbers for all members
+            of a group and for their reference, which removes most of the sampling noise from R3; "greedy" takes the
+            most likely token.
         reference: "imagined" is R3, the demonstration's actions played in the same world model; "recorded" is R2, the
             demonstration's frames.
-        part: (number, count) of the equal shares of a larger batch that the starts are, see `token_sampling.Sampling`.
+        part: (index, count) of the share of a larger batch that the starts are, see `token_sampling.Sampling`.
     """
 
     world_model: WorldModel
@@ -111,7 +110,7 @@ class ImageScorer:
     part: tuple[int, int] = (0, 1)
 
     def imagine(self, batch: Batch, actions: Tensor, generator: torch.Generator | None = None) -> Imagined:
-        """Frames of the chunks (S, G, T, A) and of their reference; arguments as those of the scorer."""
+        """Imagine the frames of the chunks (S, G, T, A), and of their reference for R3; arguments as for scoring."""
         played = actions
         if self.reference == "imagined":
             # one more member of each group: it shares the prefill and, with "common", the random numbers
@@ -143,12 +142,12 @@ def make_scorer(
     """Build a verified reward by its name.
 
     Args:
-        kind: see the head of this file.
+        kind: see the module's docstring.
         world_model: frozen; R1 needs none.
-        perceptual, imagination, part: of R2 and R3, see `ImageScorer`.
+        perceptual, imagination, part: for R2 and R3, see `ImageScorer`.
 
     Raises:
-        ValueError: a reward of the world model without one.
+        ValueError: no world model for a reward other than R1.
     """
     if kind == "r1":
         return lambda batch, actions, generator=None: action_reward(actions, batch.intended)
@@ -161,7 +160,7 @@ def make_scorer(
 
 
 def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
-    """Refuse a policy and a world model of different robots.
+    """Check that a policy and a world model were trained for the same robot.
 
     Raises:
         ValueError: another chunk length, action dim or action range (the message names both values), or a policy whose
@@ -180,7 +179,7 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
             raise ValueError(f"{name}: the policy has {in_policy}, the world model has {in_model}; {advice}")
     low, high = policy.normalizer.action_low, policy.normalizer.action_high  # (A - 1,)
     wm_low, wm_high = world_model.action_bins.low[:-1], world_model.action_bins.high[:-1]  # (A - 1,)
-    # the policy's range are quantiles of what the world model saw, so it lies inside but for the demonstrator's noise
+    # quantiles of intended actions lie inside the range of the executed ones, up to the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3
     outside = ((low < wm_low - slack) | (high > wm_high + slack)).nonzero().flatten().tolist()
     if outside:

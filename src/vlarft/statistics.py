@@ -12,7 +12,7 @@ def ranks(values: Tensor) -> Tensor:
     """Return ranks from 0 along the last axis; ties share their mean rank. (..., n) -> (..., n) float64."""
     values = values.double()
     below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)  # itself included
     return below + (equal - 1) / 2
 
 
@@ -38,7 +38,7 @@ def pair_order(a: Tensor, b: Tensor) -> Tensor:
     sign_a = (a[..., i] - a[..., j]).double().sign()
     sign_b = (b[..., i] - b[..., j]).double().sign()
     counts = sign_b != 0
-    return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)
+    return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)  # same order 1, tie in a 0.5, opposite 0
 
 
 class RankAgreement(NamedTuple):
@@ -57,7 +57,7 @@ def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
     """
     decided = error.amax(-1) > error.amin(-1)  # (S,)
     score, error = score[decided], error[decided]
-    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)
+    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)  # nan: a constant score
     standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
     return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
 
@@ -116,6 +116,7 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], z: float = 
     centre = (c - b) / n
     half = z * math.sqrt(b + c - (c - b) ** 2 / n) / n
     discordant = only_first + only_second
+    # P(X <= the smaller count) for X ~ Binomial(discordant, 1/2)
     tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
     difference = (only_second - only_first) / len(pairs)
     return PairedDifference(

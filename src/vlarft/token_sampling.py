@@ -19,9 +19,9 @@ class Sampling:
         top_p: sample from the smallest set of codes whose probability reaches this share.
         top_k: sample from at most this many codes; None = all.
         common_random_numbers: use the same random numbers for all members of a start, so that they differ by their
-            actions and not by luck: the numbers depend on the start, the step and the position alone.
+            actions and not by chance: the numbers depend on the start, the step and the position alone.
         part: (index, count) of this process's equal share of a larger batch. Random numbers are generated for the
-            whole batch and its own rows are used, so that a run does not depend on the number of processes.
+            whole batch and only the share's rows are used, so that a run does not depend on the number of processes.
     """
 
     greedy: bool = False
@@ -45,16 +45,16 @@ class Sampling:
 
     def noise(self, rows: int, num_codes: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Return Gumbel noise (rows, V) for one token: this part's rows of the noise of the whole batch."""
-        source = device if generator is None else generator.device
+        source = device if generator is None else generator.device  # a CPU generator: the same numbers on any device
         exponential = torch.empty(rows * self.part[1], num_codes, device=source).exponential_(generator=generator)
         exponential = exponential[self.part[0] * rows : (self.part[0] + 1) * rows]
-        return -exponential.clamp_min(1e-20).log().to(device)
+        return -exponential.clamp_min(1e-20).log().to(device)  # -log Exp(1) is Gumbel; the clamp avoids log 0
 
     def pick(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         """Choose one code per row, argmax(log p + noise): logits (B, V) float32, noise (`noise_rows`, V) -> (B,) int64.
 
-        With common random numbers the members of a start share the noise, so that their codes are equal wherever their
-        distributions are close.
+        With Gumbel noise this samples from p. With common random numbers the members of a start share the noise, so
+        that they mostly get the same code where their distributions are close.
         """
         if self.greedy:
             return logits.argmax(dim=-1)
@@ -77,7 +77,7 @@ def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
     log_prob = logits.log_softmax(dim=-1)
     if top_p < 1:
         ordered, order = log_prob.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+        before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # (B, V), probability of all likelier codes
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)  # the first is always kept: nothing is before it
-        log_prob = torch.empty_like(log_prob).scatter_(-1, order, ordered)
+        log_prob = torch.empty_like(log_prob).scatter_(-1, order, ordered)  # back to the order of the codes
     return log_prob

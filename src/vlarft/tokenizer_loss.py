@@ -1,4 +1,4 @@
-"""Reconstruction loss: pixel, perceptual and static-patch terms; and how much an adversarial term may weigh beside it.
+"""Reconstruction loss: pixel, perceptual and static-patch terms; and the weight of an adversarial term beside it.
 
 Shapes: S starts, L frames, C image channels, H, W image size; Nf tokens of one future frame, d scalars per code.
 """
@@ -19,13 +19,13 @@ THRESHOLD = 0.04  # pixels differ when a channel differs by more than this
 
 @dataclass(frozen=True)
 class Weighting:
-    """How much the pixels of a frame count; the defaults are plain L1, as in the paper.
+    """Weights of the loss terms and of a frame's pixels; the defaults are plain L1, as in the paper.
 
     Args:
-        square: weight of the squared error beside L1.
+        square: weight of the squared error, added to L1.
         moving: weight of future pixels that differ from the context frame; the others have 1.
         unusual: weight of pixels, of context and future frames, that differ from the median frame of the data.
-        pyramid: scales of the error, each half the one before; 1 = full resolution only.
+        pyramid: number of scales of the error, each half the one before; 1 = full resolution only.
         still: weight of the squared codes of patches without a moving pixel. It makes the code 0 mean "as in the
             context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
     """
@@ -37,8 +37,8 @@ class Weighting:
     still: float = 0.0
 
 
-# Plain L1 seeks the median, and the median of a small object that may be anywhere is the background: a training of
-# minutes would learn the table and never the blocks. Squares, coarse scales and weights make the object count.
+# L1 is minimised by the median. Where a small object may be anywhere, each pixel's median is background, and minutes of
+# training learn the table and never the blocks. Squared errors, coarse scales and pixel weights make them count.
 WEIGHTINGS = {
     "uniform": Weighting(),
     "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, pyramid=3, still=0.6),
@@ -54,16 +54,16 @@ def reconstruction_loss(
     weighting: Weighting = WEIGHTINGS["uniform"],
     median_frame: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
+    """Compute L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
 
-    Weights multiply a pixel's term and are not divided out again, so that a batch may be split over processes.
+    Pixel weights are not normalised to mean 1, so that splitting a batch over processes does not change the loss.
 
     Args:
         reconstruction: what the tokenizer's `forward` returned.
         context_frame: (S, C, H, W) in [0, 1].
         frames: (S, L, C, H, W) in [0, 1].
         perceptual: distance from `metrics.perceptual`, added with weight 1 (public recipe), or None.
-        weighting: of the pixels.
+        weighting: weights of terms and pixels.
         median_frame: (C, H, W), the median of the data; needed where `weighting.unusual` is not 1.
 
     Returns:
@@ -75,7 +75,7 @@ def reconstruction_loss(
         context_weight = 1 + (weighting.unusual - 1) * _differs(context_frame, median_frame)  # (S, 1, H, W)
         weight = 1 + (weighting.unusual - 1) * _differs(frames, median_frame)  # (S, L, 1, H, W)
     moving = _differs(frames, context_frame[:, None])  # (S, L, 1, H, W)
-    weight = torch.maximum(weight, 1 + (weighting.moving - 1) * moving)
+    weight = torch.maximum(weight, 1 + (weighting.moving - 1) * moving)  # the larger one, where a pixel is both
     context_error = _weighted_error(decoded_context, context_frame, context_weight, weighting)
     flat = (x.flatten(0, 1) for x in (decoded, frames, weight))  # (S * L, ., H, W)
     future_error = _weighted_error(*flat, weighting)
@@ -98,7 +98,7 @@ def reconstruction_loss(
 def reconstruction_psnr(
     decoded_context: Tensor, decoded: Tensor, context_frame: Tensor, frames: Tensor, median_frame: Tensor
 ) -> dict[str, float]:
-    """PSNR [dB] over all pixels, on unusual pixels, on moving pixels, and there when the context frame is copied.
+    """Compute PSNRs [dB]: over all, unusual and moving pixels, and the last if the context frame is copied (baseline).
 
     Args:
         decoded_context, context_frame: (S, C, H, W) in [0, 1].
@@ -116,9 +116,9 @@ def reconstruction_psnr(
 
 
 def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
-    """Gradient of a loss on the decoded future frames with respect to the weights of the convolution that makes them.
+    """Compute the gradient of a loss on the decoded future frames for the weights of the decoder's last convolution.
 
-    It is computed from that layer's input and output: the weights themselves may be sharded. The graph is kept.
+    It is computed from that layer's input and output, since the weights may be sharded. The graph is kept.
 
     Args:
         loss: scalar, computed from `reconstruction.frames`.
@@ -129,25 +129,26 @@ def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(loss, reconstruction.frames, retain_graph=True)  # (S, L, C, H, W)
     inputs = reconstruction.last_features.detach()  # (S * L, D, H / stem, W / stem)
+    # the gradient of the convolution's output: undo the pixel shuffle that follows it
     outputs = F.pixel_unshuffle(gradient.flatten(0, 1), gradient.shape[-1] // inputs.shape[-1]).to(inputs.dtype)
     return torch.nn.grad.conv2d_weight(inputs, (outputs.shape[1], inputs.shape[1], 3, 3), outputs, padding=1).float()
 
 
 def adversarial_balance(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> float:
-    """Factor that makes the adversarial term pull the last layer as hard as the reconstruction does, at most 1e4.
+    """Compute the factor that gives the adversarial term as large a gradient as the reconstruction, at most 1e4.
 
-    This is the adaptive weight of VQGAN (Esser et al., 2021): the ratio of the norms of both gradients.
+    This is the adaptive weight of VQGAN (Esser et al., 2021): the ratio of the gradients' norms at the last layer.
     """
     return float((reconstruction_gradient.norm() / adversarial_gradient.norm().clamp_min(1e-8)).clamp_max(1e4))
 
 
 def _differs(frames: Tensor, reference: Tensor) -> Tensor:
-    """1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
+    """Return 1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
     return ((frames - reference).abs().amax(dim=-3, keepdim=True) > THRESHOLD).float()
 
 
 def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, weighting: Weighting) -> Tensor:
-    """Mean of weight * (|e| + square * e^2) of (B, C, H, W), averaged over scales of average-pooled images."""
+    """Compute the mean of weight * (|e| + square * e^2) of images (B, C, H, W), averaged over the pyramid's scales."""
     total = decoded.new_zeros(())
     for scale in range(weighting.pyramid):
         if scale:

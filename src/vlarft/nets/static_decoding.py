@@ -18,17 +18,17 @@ NextToken = Callable[[Tensor, Any, StaticKVCache, Tensor], Tensor]
 class StaticDecoding:
     """Decodes the frames of a rollout with fixed shapes and addresses.
 
-    A pass feeds the last token of a frame and an action, or one token, and chooses the next token. Its shapes are those
-    of a full frame, so there is one graph per frame and kind of pass; a later rollout of the same sizes replays them.
-    Nothing waits for the GPU in between. On a CPU the same passes run one by one: that is slower than decoding with a
-    growing cache, and shows that both compute the same.
+    A pass feeds one token, or the last token of a frame and an action, and chooses the next token. All passes of a
+    frame attend to as many keys as there will be at its end, the missing ones masked, so that one graph per frame and
+    kind of pass is enough; a later rollout of the same sizes replays them. Nothing waits for the GPU in between. On a
+    CPU the same passes run without graphs: slower than decoding with a growing cache, but tests can compare the two.
 
     Args:
         next_token: the model; its parameters must keep their addresses.
-        cache: for new tokens of T actions and frames, its prefix not yet filled.
+        cache: cache with room for the tokens of T actions and frames; its prefix is filled by `run`.
         frame_length: tokens Nf of a frame.
         action_length: tokens A of an action.
-        noise_shape: of the random numbers that `next_token` needs for one token.
+        noise_shape: shape of the random numbers that `next_token` needs for one token.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class StaticDecoding:
 
         Args:
             prefilled: keys and values of the starts' prefix, one row per start.
-            tables: a NamedTuple of tensors that `next_token` gets, copied here to an address that stays.
+            tables: a NamedTuple of tensors for `next_token`, copied to addresses that the graphs keep.
             action_ids: (B, T, A).
-            noise: the random numbers of one token, called once per token; None = none (greedy).
+            noise: returns the random numbers of one token, called once per token; None = no noise (greedy).
 
         Returns:
             (B, T, Nf) tokens.
@@ -70,19 +70,19 @@ class StaticDecoding:
             pending = action_ids[:, step] if step == 0 else torch.cat([self.sampled, action_ids[:, step]], dim=1)
             tokens = []
             for _ in range(self.frame_length):
-                self.ids[:, : pending.shape[1]] = pending
+                self.ids[:, : pending.shape[1]] = pending  # inputs are copied in: a graph reads fixed addresses
                 if noise is not None:
                     self.noise.copy_(noise())
                 self._pass(step, pending.shape[1])()
-                pending = self.sampled
-                tokens.append(self.sampled.clone())
+                pending = self.sampled  # (B, 1)
+                tokens.append(self.sampled.clone())  # the next pass overwrites it
             frames.append(torch.cat(tokens, dim=1))  # (B, Nf)
         return torch.stack(frames, dim=1)
 
     def _pass(self, step: int, num_tokens: int) -> Callable[[], None]:
         """Return the pass that feeds `num_tokens` ids during frame `step`, captured at its first use."""
         if (step, num_tokens) not in self.passes:
-            limit = (step + 1) * self.step_length  # what the cache can hold by the end of this frame
+            limit = (step + 1) * self.step_length  # new tokens by the end of this frame
 
             def run() -> None:
                 self.cache.limit = limit
@@ -98,7 +98,7 @@ class StaticDecoding:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(2):  # warm-up: libraries initialise themselves at first use, which a capture refuses
                 run()
                 self.cache.held.copy_(held)
         torch.cuda.current_stream().wait_stream(stream)
