@@ -566,23 +566,23 @@ def shares(sampling: Sampling, logits: Tensor, count: int = 40_000) -> list[floa
 
 
 def test_temperature_top_p_and_top_k_by_hand():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])  # at temperature 1: 0.644 0.237 0.087 0.032
-    weights = lambda temperature: [math.exp(x / temperature) for x in logits.tolist()]  # noqa: E731
+    logits = torch.tensor([0.0, 2.0, -1.0, 1.0])  # at temperature 1: 0.087 0.644 0.032 0.237
+
+    def softmax(temperature: float, *codes: int) -> Any:
+        """Their shares at this temperature, the others' 0."""
+        weights = [math.exp(x / temperature) * (i in codes) for i, x in enumerate(logits.tolist())]
+        return pytest.approx([w / sum(weights) for w in weights], abs=0.01)
+
     for temperature in (0.5, 1.0, 2.0):
-        total = sum(weights(temperature))
-        by_hand = [w / total for w in weights(temperature)]
-        assert shares(Sampling(temperature=temperature, top_p=1.0), logits) == pytest.approx(by_hand, abs=0.01)
-    two = [math.e / (math.e + 1), 1 / (math.e + 1), 0, 0]
-    assert shares(Sampling(top_p=0.8), logits) == pytest.approx(two, abs=0.01)  # 0.644 + 0.237 reach 0.8
-    assert shares(Sampling(top_p=1.0, top_k=2), logits) == pytest.approx(two, abs=0.01)
-    assert shares(Sampling(top_p=0.6), logits) == [1, 0, 0, 0]
-    # the nucleus is that of the tempered distribution: 0.455 0.276 0.167 0.102 at temperature 2
-    w = weights(2.0)[:3]
-    three = [x / sum(w) for x in w] + [0]
-    assert shares(Sampling(temperature=2.0, top_p=0.8), logits) == pytest.approx(three, abs=0.01)
-    # top-k first: the nucleus of what is left, 0.665 0.245 0.090 of three codes
-    assert shares(Sampling(top_p=0.9, top_k=3), logits) == pytest.approx(two, abs=0.01)
-    assert shares(Sampling(greedy=True, temperature=9.0), logits) == [1, 0, 0, 0]
+        assert shares(Sampling(temperature=temperature, top_p=1.0), logits) == softmax(temperature, 0, 1, 2, 3)
+    assert shares(Sampling(top_p=0.8), logits) == softmax(1.0, 1, 3)  # 0.644 + 0.237 reach 0.8
+    assert shares(Sampling(top_p=1.0, top_k=2), logits) == softmax(1.0, 1, 3)
+    assert shares(Sampling(top_p=0.6), logits) == [0, 1, 0, 0]
+    # the nucleus is that of the tempered distribution: 0.167 0.455 0.102 0.276 at temperature 2
+    assert shares(Sampling(temperature=2.0, top_p=0.8), logits) == softmax(2.0, 0, 1, 3)
+    # top-k first: the nucleus of what is left, 0.090 0.665 0.245 of three codes
+    assert shares(Sampling(top_p=0.9, top_k=3), logits) == softmax(1.0, 1, 3)
+    assert shares(Sampling(greedy=True, temperature=9.0), logits) == [0, 1, 0, 0]
 
 
 SEQUENCE = WorldModelConfig(
