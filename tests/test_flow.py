@@ -120,6 +120,8 @@ def test_groups_equal_copies_of_the_context():
     chains = [sample_chain(head, sigma_net, c, generator=torch.Generator().manual_seed(4)) for c in (grouped, copied)]
     torch.testing.assert_close(chains[0].x, chains[1].x, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(chains[0].log_prob, chains[1].log_prob, atol=1e-3, rtol=1e-3)
+    again = head.prepare(context, proprio, sigma_net).repeat(3).repeat(2)
+    assert again.num_rows == again.sigma.num_rows == 2 * 3 * 2
 
 
 def test_modulations_ahead_of_the_steps_change_nothing():

@@ -358,9 +358,16 @@ def test_training_conditions_on_what_act_conditions_on(world, tmp_path, monkeypa
 
 
 def test_supervised_training_imitates_the_intended_actions(world, tmp_path, monkeypatch):
-    matching = watch(monkeypatch, flow.matching_loss)
+    """Targets by hand, with fresh windows, times and noise in every step."""
+    matching, taus = watch(monkeypatch, flow.matching_loss), watch(monkeypatch, flow.sample_tau)
+    batches = watch(monkeypatch, WindowSampler.batch, WindowSampler)
     cfg = replace(train_sft.PRESETS["smoke"], demos=str(world.demos), out_dir=str(tmp_path), validation_fraction=0.2)
     train_sft.main(cfg)
+    of_training = [call for call in taus if call.given["num"] == 4 * 2][-4:]  # 4 steps of 4 chunks, 2 times each
+    assert all((call.given["alpha"], call.given["beta"]) == (1.5, 1.0) for call in taus)
+    assert len(torch.stack([call.result for call in of_training]).unique()) == 4 * 4 * 2
+    windows_of_steps = [tuple(call.result.index.flatten().tolist()) for call in batches[-4:]]
+    assert len(set(windows_of_steps)) == 4
     extra = read_header(tmp_path / "model.safetensors").extra
     episodes, training = load_episodes(world.demos), load_episodes(world.demos, names=extra["train_episodes"])
     assert len(training) < len(episodes)
@@ -382,36 +389,43 @@ def test_fine_tuning_is_held_to_the_intended_actions(world, tmp_path, monkeypatc
 
 
 def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monkeypatch):
-    """Every segment: frames t to t + T with the actions that were executed between them."""
-    losses, tokenized = (
-        watch(monkeypatch, WorldModel.token_loss, WorldModel),
-        watch(monkeypatch, WorldModel.tokenize, WorldModel),
-    )
+    """Every segment: frames t to t + T, the actions that were executed between them, a context frame before them."""
+    losses = watch(monkeypatch, WorldModel.token_loss, WorldModel)
+    tokenized = watch(monkeypatch, WorldModel.tokenize, WorldModel)
     played = watch(monkeypatch, WorldModel.rollout, WorldModel)
-    sizes = {"steps": 2, "validation_interval": 2, "validation_fraction": 0.2}
-    cfg = replace(train_wm.PRESETS["smoke"], demos=str(world.demos), out_dir=str(tmp_path), **sizes)
-    train_wm.main(replace(cfg, tokenizer=str(world.tokenizer)))
+    options = {"steps": 3, "validation_interval": 3, "validation_fraction": 0.2, "context_lookback": 2}
+    files = {"demos": str(world.demos), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
+    train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
     episodes = load_episodes(world.demos)
     executed = windows(episodes, "actions", padded=False)  # (N, T, A)
-    frames = torch.stack(
-        [torch.from_numpy(e.images[t : t + CHUNK + 1]) for e in episodes for t in range(len(e) - CHUNK)]
-    )
-    frames = frames.movedim(-1, 2) / 255  # (N, T + 1, C, H, W)
+    starts = [(e, t) for e in episodes for t in range(len(e) - CHUNK)]  # N of them
+
+    def frames(chunk: Tensor, before: int = 0) -> Tensor:
+        """(T + 1 + before, C, H, W), the frames around executed actions and so many before them."""
+        episode, t = starts[row_in(chunk, executed)]
+        return torch.from_numpy(episode.images[max(0, t - before) : t + CHUNK + 1]).movedim(-1, 1) / 255
+
     training = [call for call in losses if call.given["stale"] is not None]
-    assert len(training) == 2 and len(losses) > 2 and played
+    assert len(training) == 3 and len(losses) > 3 and played
     for call in losses:
         assert_rows_in(call.given["actions"], executed)
+    earlier = 0
     for loss, tokens in zip(training, tokenized):
-        for row, segment in zip(loss.given["actions"], tokens.given["frames"], strict=True):
-            assert_close(segment, frames[row_in(row, executed)])
         assert torch.equal(loss.given["future_tokens"], tokens.result[1])
+        segments = tokens.given["frames"], tokens.given["context_frame"]
+        for chunk, segment, context_frame in zip(loss.given["actions"], *segments, strict=True):
+            assert_close(segment, frames(chunk))
+            assert row_in(context_frame, frames(chunk, before=2)[:-CHUNK]) is not None
+            earlier += not torch.equal(context_frame, segment[0])
+    assert earlier >= 3  # of 12 segments
+    assert len({tuple(call.given["stale"].flatten().tolist()) for call in training}) == 3
     for call in played:
-        for start, row in zip(call.given["first_frame"], call.given["actions"][:, 0], strict=True):
-            assert_close(start, frames[row_in(row, executed), 0])
+        for start, chunk in zip(call.given["first_frame"], call.given["actions"][:, 0], strict=True):
+            assert_close(start, frames(chunk)[0])
+    names = read_header(tmp_path / "model.safetensors").extra["train_episodes"]
+    actions = of(load_episodes(world.demos, names=names), "actions")
     ranges = WorldModel.load(tmp_path / "model.safetensors").action_bins
-    training = of(load_episodes(world.demos, names=read_header(tmp_path / "model.safetensors").extra["train_episodes"]),
-                  "actions")  # fmt: skip
-    assert torch.equal(ranges.low, training.amin(0)) and torch.equal(ranges.high, training.amax(0))
+    assert torch.equal(ranges.low, actions.amin(0)) and torch.equal(ranges.high, actions.amax(0))
 
 
 FLOW = FlowConfig(
@@ -564,23 +578,23 @@ def shares(sampling: Sampling, logits: Tensor, count: int = 40_000) -> list[floa
 
 
 def test_temperature_top_p_and_top_k_by_hand():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])  # at temperature 1: 0.644 0.237 0.087 0.032
-    weights = lambda temperature: [math.exp(x / temperature) for x in logits.tolist()]  # noqa: E731
+    logits = torch.tensor([0.0, 2.0, -1.0, 1.0])  # at temperature 1: 0.087 0.644 0.032 0.237
+
+    def softmax(temperature: float, *codes: int) -> Any:
+        """Their shares at this temperature, the others' 0."""
+        weights = [math.exp(x / temperature) * (i in codes) for i, x in enumerate(logits.tolist())]
+        return pytest.approx([w / sum(weights) for w in weights], abs=0.01)
+
     for temperature in (0.5, 1.0, 2.0):
-        total = sum(weights(temperature))
-        by_hand = [w / total for w in weights(temperature)]
-        assert shares(Sampling(temperature=temperature, top_p=1.0), logits) == pytest.approx(by_hand, abs=0.01)
-    two = [math.e / (math.e + 1), 1 / (math.e + 1), 0, 0]
-    assert shares(Sampling(top_p=0.8), logits) == pytest.approx(two, abs=0.01)  # 0.644 + 0.237 reach 0.8
-    assert shares(Sampling(top_p=1.0, top_k=2), logits) == pytest.approx(two, abs=0.01)
-    assert shares(Sampling(top_p=0.6), logits) == [1, 0, 0, 0]
-    # the nucleus is that of the tempered distribution: 0.455 0.276 0.167 0.102 at temperature 2
-    w = weights(2.0)[:3]
-    three = [x / sum(w) for x in w] + [0]
-    assert shares(Sampling(temperature=2.0, top_p=0.8), logits) == pytest.approx(three, abs=0.01)
-    # top-k first: the nucleus of what is left, 0.665 0.245 0.090 of three codes
-    assert shares(Sampling(top_p=0.9, top_k=3), logits) == pytest.approx(two, abs=0.01)
-    assert shares(Sampling(greedy=True, temperature=9.0), logits) == [1, 0, 0, 0]
+        assert shares(Sampling(temperature=temperature, top_p=1.0), logits) == softmax(temperature, 0, 1, 2, 3)
+    assert shares(Sampling(top_p=0.8), logits) == softmax(1.0, 1, 3)  # 0.644 + 0.237 reach 0.8
+    assert shares(Sampling(top_p=1.0, top_k=2), logits) == softmax(1.0, 1, 3)
+    assert shares(Sampling(top_p=0.6), logits) == [0, 1, 0, 0]
+    # the nucleus is that of the tempered distribution: 0.167 0.455 0.102 0.276 at temperature 2
+    assert shares(Sampling(temperature=2.0, top_p=0.8), logits) == softmax(2.0, 0, 1, 3)
+    # top-k first: the nucleus of what is left, 0.090 0.665 0.245 of three codes
+    assert shares(Sampling(top_p=0.9, top_k=3), logits) == softmax(1.0, 1, 3)
+    assert shares(Sampling(greedy=True, temperature=9.0), logits) == [0, 1, 0, 0]
 
 
 SEQUENCE = WorldModelConfig(

@@ -34,6 +34,14 @@ def test_round_trip_and_clip(gripper):
     assert normalizer.decode_actions(torch.full((1, 7), 50.0))[0, 0] == normalizer.action_high[0]
 
 
+def test_proprio_by_hand():
+    normalizer, quantiles = Normalizer(), (torch.zeros(6), torch.ones(6))
+    low, high = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([2.0, 2, 6, 4, 4, 6, 16, 8])
+    normalizer.set_quantiles(*quantiles, low, high)
+    raw = torch.tensor([0.5, 2.0, 5.0, -9.0, 123.0, 5.5, 6.0, 99.0])
+    assert normalizer.encode_proprio(raw).tolist() == [-0.5, 1.0, 0.5, -1.0, 0.0, 0.0, -1.0, 1.0]  # 4 never moves
+
+
 def test_gripper_conventions():
     opening, closing = torch.tensor([[0.0] * 6 + [-1]]), torch.tensor([[0.0] * 6 + [1]])
     zero_one, same = Normalizer(), Normalizer(gripper="identity")

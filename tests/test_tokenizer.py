@@ -38,7 +38,11 @@ SMALL = TokenizerConfig(
 
 def make(config: TokenizerConfig = SMALL) -> FrameTokenizer:
     torch.manual_seed(0)
-    return FrameTokenizer(config).eval()
+    model = FrameTokenizer(config).eval()
+    with torch.no_grad():  # an untrained tokenizer gives the same token everywhere
+        model.quant_linear.weight.mul_(30)
+        model.quant_conv.weight.mul_(30)
+    return model
 
 
 def test_fsq_by_hand():
@@ -138,6 +142,7 @@ def test_starts_do_not_mix_and_frames_are_independent():
     context = model.encode_context(frames[:, 0])
     tokens = model.encode_future(frames, context)
     decoded = model.decode(tokens, context)
+    assert (tokens.flatten(0, 1)[:, None] != tokens.flatten(0, 1)[None]).any(-1).sum() == 6 * 5  # no two are alike
     for s in range(3):
         alone = model.encode_context(frames[s : s + 1, 0])
         assert torch.equal(alone.tokens, context.tokens[s : s + 1])
@@ -186,12 +191,20 @@ def test_training_pass_equals_encode_and_decode():
         assert_close(out.context_frame.clamp(0, 1), model.decode_context(context), atol=1e-5, rtol=1e-4)
 
 
+def test_initial_gain_of_the_quantisers():
+    models = []
+    for gain in (1.0, 6.0):
+        torch.manual_seed(0)
+        models.append(FrameTokenizer(replace(SMALL, quant_gain=gain)).state_dict())
+    changed = {name for name in models[0] if not torch.equal(models[0][name], models[1][name])}
+    assert changed == {"quant_linear.weight", "quant_conv.weight"}
+    for name in changed:
+        assert_close(models[1][name], 6 * models[0][name])
+
+
 @pytest.mark.parametrize("local_init", [False, True])
 def test_gradient_reaches_every_parameter(local_init):
     model = make(replace(SMALL, local_init=local_init)).train()
-    with torch.no_grad():
-        model.quant_linear.weight.mul_(30)  # codes that are all zero hide what comes after them
-        model.quant_conv.weight.mul_(30)
     for module in model.modules():
         if isinstance(module, CrossAttention) and not local_init:
             torch.nn.init.normal_(module.kv_pos_emb, std=0.1)  # at zero it gets a gradient, but a very small one

@@ -1,0 +1,184 @@
+"""Break the code one line at a time and see whether the module's tests notice: a developer's tool, minutes.
+
+    python tests/mutate.py                     all breakages of tests/mutations.txt
+    python tests/mutate.py --module flow       those of src/vlarft/flow.py
+    python tests/mutate.py --module flow -v    with the last lines of pytest's output of each
+
+The table is plain text. A `module` line names a file, the `tests` line after it the tests that guard it; then, for each
+breakage, the old text, which must occur exactly once in the file, and the new one; a third line may give the reason why
+this breakage is known to survive.
+
+    module src/vlarft/flow.py
+    tests tests/test_flow.py
+
+    - shape = torch.tensor([alpha, beta]
+    + shape = torch.tensor([beta, alpha]
+
+    - epsilon = 1e-8
+    + epsilon = 1e-9
+    survives: too small a change to matter
+
+Works in a temporary copy of the files that git lists. Each breakage runs `pytest -x -q` in a fork of this process, so
+that torch is imported once. Exits with 1 where a breakage survives without a reason, or one with a reason is caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# what every test imports: before the forks. The package itself is imported in them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import h5py  # noqa: F401
+import pytest
+import torch  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "tests" / "mutations.txt"
+TIMEOUT = 300  # seconds; a breakage may make a loop endless
+
+
+class Breakage(NamedTuple):
+    """One line of the table: `old` becomes `new` in `path`, which `tests` should notice."""
+
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    survives: str | None
+
+
+def read_table(text: str) -> list[Breakage]:
+    """The breakages of a table.
+
+    Raises:
+        ValueError: a line that is none of the kinds above, or one out of place; the message gives its number.
+    """
+    path, tests, old, out = "", (), None, []
+    for number, line in enumerate(text.splitlines(), 1):
+        word, _, rest = line.partition(" ")
+        if not line.strip() or word.startswith("#"):
+            continue
+        if word == "module":
+            path, tests = rest, ()
+        elif word == "tests" and path:
+            tests = tuple(rest.split())
+        elif word == "-" and tests and old is None:
+            old = rest
+        elif word == "+" and old is not None:
+            out.append(Breakage(path, old, rest, tests, None))
+            old = None
+        elif word == "survives:" and out and old is None:
+            out[-1] = out[-1]._replace(survives=rest)
+        else:
+            raise ValueError(f"{TABLE.name}, line {number}: {line!r} is out of place; see the start of tests/mutate.py")
+    return out
+
+
+def broken(text: str, breakage: Breakage) -> str:
+    """A file's text with the breakage.
+
+    Raises:
+        ValueError: the old text does not occur exactly once.
+    """
+    if (count := text.count(breakage.old)) != 1:
+        raise ValueError(f"{breakage.path} has {count} times the text {breakage.old!r}, expected once; mend the table")
+    return text.replace(breakage.old, breakage.new)
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy all files that git lists, tracked or not, to a folder."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def _pytest(folder: Path, tests: tuple[str, ...], output: Path) -> None:
+    """In a fork: pytest on the copy, its code as the exit status."""
+    os.chdir(folder)
+    sys.path[:0] = [str(folder / "src")]
+    os.environ["PYTHONPATH"] = str(folder / "src")  # of what the tests start
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"  # two breakages within a second
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    arguments = ["-x", "-q", "-p", "no:xdist", "--tb=short", "--basetemp", str(output.parent / "pytest"), *tests]
+    code = pytest.main(arguments)
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+def run(folder: Path, tests: tuple[str, ...]) -> tuple[int | None, str, float]:
+    """Exit code of pytest in the copy (None: out of time), its output, and seconds."""
+    output, started = folder.parent / "output.txt", time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests, output))
+    process.start()
+    process.join(TIMEOUT)
+    if in_time := process.exitcode is not None:
+        code = process.exitcode
+    else:
+        process.kill()
+        process.join()
+    return code if in_time else None, output.read_text(), time.monotonic() - started
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--module", help="name of one file, such as flow or train_wm")
+    parser.add_argument("-v", "--verbose", action="store_true", help="end of pytest's output of each")
+    options = parser.parse_args(arguments)
+    table = read_table(TABLE.read_text())
+    chosen = [b for b in table if options.module in (None, Path(b.path).stem)]
+    if not chosen:
+        parser.error(
+            f"no breakages of {options.module}; there are some of {sorted({Path(b.path).stem for b in table})}"
+        )
+    for breakage in chosen:  # before anything runs
+        broken((ROOT / breakage.path).read_text(), breakage)
+    caught = listed = 0
+    wrong, started = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tree"
+        copy_tree(folder)
+        for tests in dict.fromkeys(b.tests for b in chosen):
+            code, output, seconds = run(folder, tests)
+            print(f"unbroken  {seconds:5.1f} s  {' '.join(tests)}", flush=True)
+            if code != 0:
+                print(output[-3000:])
+                return 1
+        for breakage in chosen:
+            path = folder / breakage.path
+            text = path.read_text()
+            path.write_text(broken(text, breakage))
+            code, output, seconds = run(folder, breakage.tests)
+            path.write_text(text)
+            survived = code == 0
+            caught, listed = caught + (not survived), listed + (survived and breakage.survives is not None)
+            if survived != (breakage.survives is not None):
+                wrong.append(breakage)
+            verdict = "SURVIVED" if survived else "caught  " if code is not None else "timeout "
+            print(f"{verdict}  {seconds:5.1f} s  {Path(breakage.path).stem}: {breakage.new.strip()}", flush=True)
+            if options.verbose:
+                print("\n".join(f"    {line}" for line in output.strip().splitlines()[-4:]), flush=True)
+    print(
+        f"{caught} of {len(chosen)} caught ({caught / len(chosen):.1%}), {listed} survive for a listed reason, "
+        f"{(time.monotonic() - started) / 60:.1f} minutes"
+    )
+    for breakage in wrong:
+        kind = "is caught, but listed as a survivor" if breakage.survives else "survives"
+        print(f"  {kind}: {breakage.path}: {breakage.old.strip()!r} -> {breakage.new.strip()!r}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""The mutation tool: its table, and a run over a project of one function."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mutate import Breakage, broken, main, read_table
+
+TABLE = """
+# a comment
+module half.py
+tests test_half.py
+
+- return x / 2
++ return x / 3
+
+- # unread
++ # unseen
+survives: a comment
+"""
+
+
+def test_table_by_hand():
+    first, second = read_table(TABLE)
+    assert first == Breakage("half.py", "return x / 2", "return x / 3", ("test_half.py",), None)
+    assert second.survives == "a comment"
+    assert broken("    return x / 2\n", first) == "    return x / 3\n"
+    for text in ("", "return x / 2; return x / 2"):
+        with pytest.raises(ValueError, match=r"half.py has [02] times the text 'return x / 2', expected once"):
+            broken(text, first)
+    for text in ("- a\n+ b", "module a.py\n- a", "module a.py\ntests b.py\n- a\n- b", "mutate", "survives: x"):
+        with pytest.raises(ValueError, match=r"mutations.txt, line \d: .* is out of place"):
+            read_table(text)
+
+
+def test_unknown_module(capsys):
+    with pytest.raises(SystemExit):
+        main(["--module", "nothing"])
+    assert "no breakages of nothing; there are some of ['action_bins'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("test", "code", "shown"),
+    [
+        ("half(4) == 2", 0, ["1 of 2 caught (50.0%), 1 survive for a listed reason", "SURVIVED"]),
+        ("half(0) == 0", 1, ["survives: half.py: 'return x / 2' -> 'return x / 3'"]),
+    ],
+)
+def test_run_of_a_small_project(tmp_path, test, code, shown):
+    (tmp_path / "half.py").write_text("def half(x):  # unread\n    return x / 2\n")
+    (tmp_path / "test_half.py").write_text(f"from half import half\n\n\ndef test_half():\n    assert {test}\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "mutate.py").write_text((Path(__file__).parent / "mutate.py").read_text())
+    (tmp_path / "tests" / "mutations.txt").write_text(TABLE)
+    (tmp_path / "conftest.py").write_text("")  # puts the folder on the path
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    found = subprocess.run([sys.executable, "tests/mutate.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == code, found.stdout + found.stderr
+    assert all(text in found.stdout for text in shown), found.stdout
+    assert (tmp_path / "half.py").read_text().endswith("return x / 2\n")
