@@ -161,12 +161,12 @@ Loss = Callable[[Config, VLAPolicy, Rollouts], tuple[Tensor, dict[str, float]]]
 def sample_chains(
     policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator, step: Transition = transition
 ) -> Chain:
-    """A group of chains per start, S * G rows: lines 7 and 8 of Algorithm 1, Eqs. (5) to (7)."""
+    """Sample a group of chains per start, S * G rows: lines 6 to 10 of Algorithm 1, Eqs. (5) to (8)."""
     return policy.sample_group(context, batch.proprio, group, source, part=distributed.part(), step=step)
 
 
 def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -> Tensor:
-    """The flow-matching term of Eq. (13): Eq. (4) on the demonstrations' actions."""
+    """Compute the flow-matching term of Eq. (13): Eq. (4) on the demonstrations' actions."""
     target = policy.normalizer.encode_actions(rollouts.batch.intended)  # (S, T, A)
     pairs = rollouts.tau, rollouts.eps
     return matching_loss(policy.head, target, cond, draws=pairs[0].shape[1], pairs=pairs)[0]
@@ -175,26 +175,23 @@ def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -
 def grpo_loss(
     cfg: Config, policy: VLAPolicy, rollouts: Rollouts, step: Transition = transition
 ) -> tuple[Tensor, dict[str, float]]:
-    """The objective of Eq. (13) on some starts: a mean over their rollouts; and its metrics."""
+    """Compute the objective of Eq. (13), a mean over the rollouts of some starts; and its metrics."""
     group = rollouts.x.shape[1]
     x, log_prob, advantage = (v.flatten(0, 1) for v in (rollouts.x, rollouts.log_prob, rollouts.advantage))  # B = S * G
     cond = policy.condition(rollouts.context, rollouts.batch.proprio)
     scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group), step)
-    surrogate, metrics = policy_loss(
-        reduce_log_prob(scored.log_prob, per_step=cfg.per_step),  # Eq. (8)
-        reduce_log_prob(log_prob, per_step=cfg.per_step),
-        advantage,
-        clip=cfg.clip,
-    )  # Eq. (9), first term of Eq. (13)
-    entropy = mean_entropy(scored.entropy)
-    mse = demonstration_loss(policy, rollouts, cond)
+    new, old = (
+        reduce_log_prob(v, per_step=cfg.per_step) for v in (scored.log_prob, log_prob)
+    )  # Eq. (8): (B,) or (B, T)
+    surrogate, metrics = policy_loss(new, old, advantage, clip=cfg.clip)  # Eq. (9), first term of Eq. (13)
+    entropy, mse = mean_entropy(scored.entropy), demonstration_loss(policy, rollouts, cond)
     loss = surrogate - cfg.entropy_weight * entropy + cfg.mse_weight * mse  # Eq. (13), as a loss
     terms = {"policy_loss": surrogate, "entropy": entropy, "mse": mse, "sigma": scored.sigma.mean()}
     return loss, metrics | {name: value.item() for name, value in terms.items()}
 
 
 def backward(loss: Loss, cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> dict[str, float]:
-    """Gradients of the loss over all starts, `micro_starts` at a time; the same whatever that is. Returns metrics."""
+    """Accumulate the gradients of the loss over all starts, `micro_starts` at a time, and return its metrics."""
     starts, totals = len(rollouts.x), {}
     at_once = cfg.micro_starts or starts
     for first in range(0, starts, at_once):
@@ -214,7 +211,7 @@ def backward(loss: Loss, cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> 
 def load_world_model(
     cfg: Config, policy: VLAPolicy, extra: dict, device: torch.device
 ) -> tuple[WorldModel | None, PerceptualDistance | None]:
-    """The frozen world model and the perceptual distance that the reward needs, checked against the policy."""
+    """Load what the reward needs, the frozen world model and the perceptual distance, and check them against the policy."""
     if cfg.reward == "r1":
         return None, None
     world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
@@ -233,12 +230,18 @@ def load_world_model(
     return world_model, distance
 
 
-def held_out_episodes(cfg: Config, extra: dict, gated: bool) -> list:
-    """Episodes that the policy holds out; for a gate those that the world model holds out as well."""
-    names = extra.get("held_out_episodes") or extra["train_episodes"]
+def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSampler, Batch]:
+    """Load start states to train on, from the policy's training episodes; and fixed ones of episodes that it holds out,
+    which for a trust gate the world model must hold out as well.
+    """
+    held_out = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
-        names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
-    return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names)
+        held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
+    training, others = (
+        WindowSampler(load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), chunk + 1, chunk)
+        for names in (extra["train_episodes"], held_out)
+    )
+    return training, others.spread(cfg.gate_starts or 16)
 
 
 def make_trainable(
@@ -252,7 +255,7 @@ def make_trainable(
 
 
 def shared_pairs(cfg: Config, batch: Batch, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(tau, eps) of the flow-matching term for this process's starts; random numbers of the whole batch."""
+    """Sample (tau, eps) of the flow-matching term for the whole batch; return those of this process's starts."""
     shape = (cfg.starts, *batch.intended.shape[1:])
     pairs = matching_pairs(shape, MSE_DRAWS, generator=source, device=batch.frames.device)
     return distributed.own_rows(pairs[0]), distributed.own_rows(pairs[1])
@@ -286,7 +289,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def across_processes(reward: Tensor, advantage: Tensor, updates: list[dict[str, float]], seconds: dict) -> dict:
-    """Metrics of a step, over all processes: of the rollouts, and of the updates their mean (of `..._max` the largest).
+    """Reduce a step's metrics over all processes and updates: means, and of `..._max` the largest.
 
     Args:
         reward: (S, G).
@@ -344,12 +347,9 @@ def main(
     sample, loss = sample or sample_chains, loss or grpo_loss
     open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
 
-    chunk, gated = policy.cfg.flow.chunk, cfg.gate_starts > 0 and world_model is not None
-    episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
-    starts = WindowSampler(episodes, chunk + 1, chunk)
-    held_out = WindowSampler(held_out_episodes(cfg, extra, gated), chunk + 1, chunk).spread(cfg.gate_starts or 16)
+    gated = cfg.gate_starts > 0 and world_model is not None
+    starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
-
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
     bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
@@ -367,7 +367,7 @@ def main(
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
-    while (share := clock.share(step)) < 1:  # Algorithm 1
+    while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II
         stream, seconds, known = partial(generator, device), {}, {"minutes": clock.minutes}
         with clock.paused():
             if gated and step == 0:
@@ -376,17 +376,17 @@ def main(
             if step % cfg.save_interval == 0:
                 known |= diagnosis()[0]
 
-        # line 6: start states of the demonstrations
+        # line 5: start states of the demonstrations
         batch = starts.batch(cfg.starts, cfg.seed, step, part=part).to(device)
 
-        # lines 7 to 9: a group of action chunks for each start, from the SDE policy
+        # lines 6 to 10: a group of action chunks for each start, from the SDE policy
         with timed(seconds, "policy_s"):
             context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)  # Eq. (1)
-            chain = sample(policy, batch, context, cfg.group, stream("chains", cfg.seed, step))  # Eqs. (5) to (7)
+            chain = sample(policy, batch, context, cfg.group, stream("chains", cfg.seed, step))  # Eqs. (5) to (8)
             actions = policy.normalizer.decode_actions(chain.x[:, -1])  # raw units, which the world model takes
             actions = rearrange(actions, "(s g) t a -> s g t a", g=cfg.group)
 
-        # lines 10 to 14: imagine each chunk, score its frames, compare it with the others of its group
+        # lines 11 to 14: imagine each chunk, score its frames, compare it with the others of its group
         with timed(seconds, "world_model_s"), torch.no_grad():
             per_frame = score(batch, actions, stream("imagination", cfg.seed, step))  # Eqs. (10), (11): (S, G, T)
             reward = per_frame.sum(-1)  # Eq. (11)'s sum over frames: (S, G)

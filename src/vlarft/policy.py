@@ -305,7 +305,7 @@ class VLAPolicy(nn.Module):
         part: tuple[int, int] = (0, 1),
         step: Transition = transition,
     ) -> Chain:
-        """Sample `group` chains for each of S starts, Eqs. (5) to (7): lines 7 and 8 of Algorithm 1.
+        """Sample `group` chains for each of S starts, Eqs. (5) to (8): lines 6 to 10 of Algorithm 1.
 
         Args:
             context: (S, N, D) from `encode`.
