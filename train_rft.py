@@ -211,7 +211,7 @@ def backward(loss: Loss, cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> 
 def load_world_model(
     cfg: Config, policy: VLAPolicy, extra: dict, device: torch.device
 ) -> tuple[WorldModel | None, PerceptualDistance | None]:
-    """Load what the reward needs, the frozen world model and the perceptual distance, and check them against the policy."""
+    """Load the frozen world model and the perceptual distance that the reward needs; check them against the policy."""
     if cfg.reward == "r1":
         return None, None
     world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
