@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
 from vlarft.diagnosis import diagnose, picture_actions
-from vlarft.flow import Chain, chain_log_prob, matching_loss, matching_pairs
+from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
 from vlarft.gate import check_gate, held_out_names, trust_gate
 from vlarft.grpo import advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
@@ -104,7 +104,7 @@ class Config:
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: int = opt(0, "seed of starts, chains and imagination")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "of the frozen networks; what is trained is float32")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "frozen networks in bfloat16, or in float32 as what is trained")
     micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt("replicate", "vision-language model over processes: sharded, or whole on each")
@@ -158,9 +158,11 @@ Sample = Callable[[VLAPolicy, Batch, Tensor, int, torch.Generator], Chain]
 Loss = Callable[[Config, VLAPolicy, Rollouts], tuple[Tensor, dict[str, float]]]
 
 
-def sample_chains(policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator) -> Chain:
+def sample_chains(
+    policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator, step: Transition = transition
+) -> Chain:
     """A group of chains per start, S * G rows: lines 7 and 8 of Algorithm 1, Eqs. (5) to (7)."""
-    return policy.sample_group(context, batch.proprio, group, source, part=distributed.part())
+    return policy.sample_group(context, batch.proprio, group, source, part=distributed.part(), step=step)
 
 
 def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -> Tensor:
@@ -170,12 +172,14 @@ def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -
     return matching_loss(policy.head, target, cond, draws=pairs[0].shape[1], pairs=pairs)[0]
 
 
-def grpo_loss(cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
+def grpo_loss(
+    cfg: Config, policy: VLAPolicy, rollouts: Rollouts, step: Transition = transition
+) -> tuple[Tensor, dict[str, float]]:
     """The objective of Eq. (13) on some starts: a mean over their rollouts; and its metrics."""
     group = rollouts.x.shape[1]
     x, log_prob, advantage = (v.flatten(0, 1) for v in (rollouts.x, rollouts.log_prob, rollouts.advantage))  # B = S * G
     cond = policy.condition(rollouts.context, rollouts.batch.proprio)
-    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group))
+    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group), step)
     surrogate, metrics = policy_loss(
         reduce_log_prob(scored.log_prob, per_step=cfg.per_step),  # Eq. (8)
         reduce_log_prob(log_prob, per_step=cfg.per_step),
@@ -237,10 +241,12 @@ def held_out_episodes(cfg: Config, extra: dict, gated: bool) -> list:
     return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names)
 
 
-def make_trainable(cfg: Config, policy: VLAPolicy, rates: Mapping[str, float]) -> dict[str, nn.Module]:
+def make_trainable(
+    cfg: Config, policy: VLAPolicy, rates: Mapping[str, float], sigma_uses_x: bool = False
+) -> dict[str, nn.Module]:
     """Add the sigma net, freeze the policy but for the parts that `rates` names, and return these."""
     torch.manual_seed(seed_of("weights", cfg.seed))
-    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max, uses_x=policy.cfg.flow.sigma_uses_x)
+    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max, uses_x=sigma_uses_x or policy.cfg.flow.sigma_uses_x)
     policy.requires_grad_(False).eval()
     return {name: net.requires_grad_(True) for name in rates if (net := getattr(policy, name)) is not None}
 
@@ -307,18 +313,23 @@ def main(
     cfg: Config,
     *,
     score: Scorer | None = None,
+    score_held_out: Scorer | None = None,
     sample: Sample | None = None,
     loss: Loss | None = None,
     rates: Mapping[str, float] | None = None,
+    sigma_uses_x: bool = False,
 ) -> dict[str, float]:
     """Fine-tune, or resume.
 
     Args:
         cfg: the configuration.
-        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`.
+        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; there is then
+            no trust gate.
+        score_held_out: the same reward for the diagnosis, whose batch counts other episodes; none: `score`.
         sample: sampling in place of `sample_chains`, `(policy, batch, context, group, generator) -> Chain`.
         loss: objective in place of `grpo_loss`, `(cfg, policy, rollouts) -> (loss, metrics)`, a mean over the starts.
         rates: learning rates of further parts of the policy that are to train: "vlm", "key_head", "key_embed".
+        sigma_uses_x: a new sigma net reads x_k besides (z, s, k), as in the public code.
 
     Returns:
         Metrics of the last step, and the diagnosis after it.
@@ -328,8 +339,8 @@ def main(
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = (None, None) if score else load_world_model(cfg, policy, extra, device)
     # the random numbers of a batch are those of all its shares; held-out starts are scored alike by every process
-    scorers = [score or make_scorer(cfg.reward, world_model, distance, cfg.imagination, p) for p in (part, (0, 1))]
-    score, score_held_out = scorers
+    make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
+    score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
     open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
 
@@ -340,7 +351,7 @@ def main(
     held_out = held_out.to(device)
 
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
-    trained = make_trainable(cfg, policy, rates)
+    trained = make_trainable(cfg, policy, rates, sigma_uses_x)
     bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()

@@ -80,7 +80,9 @@ class Config:
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
-    augment: Literal["full", "light", "none"] = opt("full", "changes of the images, see above (public release: full)")
+    augment: Literal["full", "light", "none"] = opt(
+        "full", "full: crop and colours (public release); light: brightness and noise"
+    )
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a policy from scratch", "model")
     init: str | None = opt(None, "policy to start from: a run folder or its model.safetensors; or random")

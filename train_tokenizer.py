@@ -84,7 +84,7 @@ class Config:
     segment: int = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
     future_frames: int = opt(7, "frames picked at random from each segment of a batch")
     context_lookback: int = opt(15, "the context frame lies up to this many frames before the segment; 0: its first")
-    augment: Literal["full", "none"] = opt("full", "random crop and colours, see above (public recipe: full)")
+    augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the networks", group="model")
     image_size: tuple[int, int] | None = opt(None, "height and width of the images [px]; none: those of --size")
@@ -101,7 +101,9 @@ class Config:
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance beside L1")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
-    weighting: Literal["uniform", "small_objects"] = opt("uniform", "weights of the pixels, see above")
+    weighting: Literal["uniform", "small_objects"] = opt(
+        "uniform", "pixel weights; small_objects: more on what moves or is rarely there"
+    )
     gan_start: int | None = opt(10_000, "first step with the adversarial loss; none: never (public recipe)")
     gan_weight: float = opt(0.1, "weight of the adversarial loss (public recipe)")
 

@@ -41,7 +41,7 @@ def measure(
         batch = WindowSampler(episodes, 9, 8).spread(starts)
         simulator = SimulatorReward(episodes)
         with torch.no_grad():
-            context = model.encode(model.preprocess(batch.frames[:, 0]), batch.instructions)
+            context = model.encode_frames(batch.frames[:, 0], batch.instructions)
             for x0 in missing:
                 count = 1 if x0 == "zero" else draws
                 cond = model.condition(context, batch.proprio).repeat(count)

@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 
 class Cell(NamedTuple):
-    """Flags of `train_rft.py`, an arm of `wm_study.py` and one of `sft_study.py`; or flags of `train_sft.py`; or no
-    script, for the policy as it is.
+    """Flags of `train_rft.py` or `variants.py`, an arm of `wm_study.py` and one of `sft_study.py`; or flags of
+    `train_sft.py`; or no script, for the policy as it is.
 
     x0: where the flow starts when the policy is played and its true error measured.
     """
@@ -63,15 +63,15 @@ STUDY = {
     "x_0 = 0": Cell(policy="sft", script=None, x0="zero"),
     "gripper sampled": Cell(policy="sft", script=None, x0="gripper"),
     "R1": study(*R1),
-    "R1, gripper sampled": study(*R1, "--group-x0", "gripper")._replace(x0="gripper"),
+    "R1, gripper sampled": study(*R1, "--variant", "gripper_x0")._replace(x0="gripper"),
     "R1, 8 starts of 12": study(*R1, "--starts", "8", "--group", "12"),
     "R1, half the noise": study(*R1, "--sigma-min", "0.04", "--sigma-max", "0.1"),
     "R1, twice the noise": study(*R1, "--sigma-min", "0.16", "--sigma-max", "0.4"),
-    "R1, Flow-SDE": study(*R1, "--noise", "flow_sde"),
+    "R1, Flow-SDE": study(*R1, "--variant", "flow_sde"),
     "R1, lr 3e-5": study(*R1, "--lr", "3e-5"),
     "R1, lr 3e-4": study(*R1, "--lr", "3e-4"),
     "R1, advantage without std": study(*R1, "--no-divide-by-std"),
-    "R1, KL to the policy": study(*R1, "--kl-weight", "0.1"),
+    "R1, KL to the policy": study(*R1, "--variant", "kl"),
     "R3": study(*R3),
     "R3, common random numbers": study(*R3, "--imagination", "common"),
     "R3, no perceptual term": study(*R3, "--perceptual", "none"),
@@ -95,12 +95,12 @@ CELLS = {
     "extra SFT": sft("--steps", "1000"),
     "extra SFT head": sft("--steps", "1000", *HEAD),
     "R1": Cell(("--reward", "r1")),
-    "simulator's true error": Cell(("--reward", "simulator")),
+    "simulator's true error": Cell(("--variant", "simulator")),
     "policy: half the steps, x_0 = 0": Cell(policy="default", script=None, x0="zero"),
     "plateau, x_0 = 0": Cell(policy=PLATEAU, script=None, x0="zero"),
     "plateau, extra SFT": sft("--steps", "1000", policy=PLATEAU),
     "plateau, regression": sft(*REGRESSION, policy=PLATEAU),
-    "plateau, RWR": plateau("--algorithm", "rwr", *FULL_MSE),
+    "plateau, RWR": plateau("--variant", "rwr", *FULL_MSE),
     "plateau, R3, 40 steps, flow-matching weight 0.1": Cell(policy=PLATEAU),
     "plateau, R3": plateau(*FULL_MSE),
     "plateau, R3, credit per step": plateau("--reward", "r3", *PER_STEP),
@@ -112,7 +112,7 @@ CELLS = {
     "plateau, R1, credit per step": plateau("--reward", "r1", *PER_STEP),
     "plateau, R1, credit per step, 24 starts of 4": plateau("--reward", "r1", *PER_STEP, *BROAD),
     "plateau, R1, credit per step, quarter of the noise": plateau("--reward", "r1", *PER_STEP, *QUARTER_NOISE),
-    "plateau, simulator": plateau("--reward", "simulator", *FULL_MSE),
-    "plateau, simulator, flow-matching weight 0.1": plateau("--reward", "simulator"),
-    "plateau, simulator, flow-matching weight 0": plateau("--reward", "simulator", "--mse-weight", "0"),
+    "plateau, simulator": plateau("--variant", "simulator", *FULL_MSE),
+    "plateau, simulator, flow-matching weight 0.1": plateau("--variant", "simulator"),
+    "plateau, simulator, flow-matching weight 0": plateau("--variant", "simulator", "--mse-weight", "0"),
 } | {f"study, {name}": cell for name, cell in STUDY.items()}

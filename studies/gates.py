@@ -3,13 +3,13 @@
     python studies/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
     python studies/gates.py --suites tabletop_spatial --rewards r3 divergence
 
-The gate of a fine-tuning has few starts, since it is measured again and again. Here, for every suite and seed of
-rft_study.py, the long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model
-ranks them: rank correlation with the true error, in the simulator, and with the action error, means over the starts
-with their standard errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or
-beside the policy ("attempts", its own); those that are not there are left out. The policy's chunks are much alike,
-hence the low numbers. The same is measured around the demonstration's actions, with one noise (0.15) where the gate of
-a fine-tuning has several, which are easier to tell apart.
+The gate of a fine-tuning ranks by the action error, at few starts. Here, for every suite and seed of rft_study.py, the
+long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model ranks them: rank
+correlation with the true error, in the simulator, and with the action error, means over the starts with their standard
+errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or beside the policy
+("attempts", its own); those that are not there are left out. The policy's chunks are much alike, hence the low numbers.
+The same is measured around the demonstration's actions, with one noise (0.15) where the gate of a fine-tuning has
+several, which are easier to tell apart.
 
 A reward that is best at the demonstration's actions need not fall alike on both sides of them. `one_sided` scores pairs
 of opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0
@@ -32,13 +32,13 @@ from stage_tables import gates_table
 from stages import commit, machine
 
 from vlarft.data import Batch, WindowSampler, load_episodes
-from vlarft.data.episodes import Episode
 from vlarft.gate import held_out_names, score_in_parts, trust_gate
-from vlarft.metrics import PerceptualDistance, perceptual
+from vlarft.metrics import perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import Scorer, make_scorer
+from vlarft.reward import RewardKind, Scorer, make_scorer
 from vlarft.run.checkpoint import load_model, read_header
 from vlarft.run.config import opt, parse
+from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations
 from vlarft.world_model import WorldModel
 
@@ -50,7 +50,7 @@ class Config:
     suites: tuple[str, ...] = opt(("tabletop_spatial",), "suites")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the policies")
     world_models: tuple[str, ...] = opt(("wm", "short", "long", "demonstrations_only", "attempts"), "their folders")
-    rewards: tuple[str, ...] = opt(
+    rewards: tuple[RewardKind, ...] = opt(
         ("r1", "r3", "divergence"), "rewards; r1 needs no world model and is here to compare"
     )
     starts: int = opt(32, "held-out starts")
@@ -58,7 +58,7 @@ class Config:
 
 
 PRESETS = {"paper": Config(), "smoke": Config(suites=("tabletop_object",), seeds=(0,), starts=4, samples=3)}
-NOISE = 0.15  # around the dataset's actions, std in normalised units
+NOISE = 0.15  # around the demonstrations' actions, standard deviation in normalised units
 
 
 class Parts(NamedTuple):
@@ -67,46 +67,50 @@ class Parts(NamedTuple):
     policy: VLAPolicy
     model: WorldModel
     batch: Batch
-    episodes: list[Episode]
-    distance: PerceptualDistance
+    true_reward: SimulatorReward
+
+    def scorer(self, reward: RewardKind) -> Scorer:
+        """A reward, imagined greedily."""
+        return make_scorer(reward, self.model, perceptual("ssim"), "greedy")
 
 
 def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts:
     """The same starts for all world models that hold the same episodes out."""
     policy, extra = load_model(policy_path, VLAPolicy, PolicyConfig)
-    torch.manual_seed(0)
     policy.add_sigma_net()
     model = WorldModel.load(model_path)
     names = held_out_names(str(policy_path), extra, str(model_path), read_header(model_path).extra)
     episodes = load_episodes(demos, names=names, with_states=True)
     batch = WindowSampler(episodes, policy.cfg.flow.chunk + 1, policy.cfg.flow.chunk).spread(cfg.starts)
-    return Parts(policy.eval(), model, batch, episodes, perceptual("ssim"))
+    return Parts(policy.eval(), model, batch, SimulatorReward(episodes))
 
 
-def scorer_of(parts: Parts, reward: str) -> Scorer:
-    """The reward, imagined greedily."""
-    return make_scorer(reward, parts.model, parts.distance, "greedy")
-
-
-def gate(cfg: Config, parts: Parts, reward: str) -> dict[str, float]:
+def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
     """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
-    sizes = {"perturbed": Perturbations(noise=(NOISE,), draws=3, flips=0), "samples": cfg.samples}
-    true = SimulatorReward(parts.episodes)
-    scorer = scorer_of(parts, reward)
-    return trust_gate(scorer, parts.policy, parts.batch, parts.model.action_bins, 0, true_reward=true, **sizes)
+    return trust_gate(
+        parts.scorer(reward),
+        parts.policy,
+        parts.batch,
+        parts.model.action_bins,
+        seed=0,
+        true_reward=parts.true_reward,
+        perturbed=Perturbations((NOISE,), draws=3, flips=0),
+        samples=cfg.samples,
+    )
 
 
 @torch.no_grad()
-def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str, float | list[float]]:
-    """How much of a reward's variance around the dataset's actions is odd in the noise, and where it pulls to."""
+def one_sided(cfg: Config, parts: Parts, reward: RewardKind, seed: int = 0) -> dict[str, float | list[float]]:
+    """How much of a reward's variance around the demonstrations' actions is odd in the noise, and where it pulls to."""
     dataset, policy = parts.batch.intended, parts.policy  # (S, T, A)
     half = (policy.normalizer.action_high - policy.normalizer.action_low) / 2
     unit = torch.cat([half, half.new_zeros(1)])  # the gripper stays
-    draws = (len(dataset), cfg.samples, *dataset.shape[1:])
-    noise = NOISE * torch.randn(draws, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
+    shape = (len(dataset), cfg.samples, *dataset.shape[1:])
+    noise = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
     bins = parts.model.action_bins
     pairs = (dataset[:, None] + torch.cat([noise, -noise], 1) * unit).clamp(bins.low, bins.high)
-    score = score_in_parts(scorer_of(parts, reward), parts.batch, pairs, None, at_once=8)  # (S, 2 P)
+    source = generator("cpu", "imagination", seed)
+    score = score_in_parts(parts.scorer(reward), parts.batch, pairs, source, at_once=8)  # (S, 2 P)
     first, second = score.chunk(2, 1)
     odd, even = (first - second) / 2, (first + second) / 2
     of_odd, of_even, steps = odd.pow(2).mean(), even.var(1).mean(), dataset.shape[1]

@@ -29,7 +29,7 @@ from cells import cell_table
 from chunks import difference, measure
 from factor_cells import CELLS, WORLD_MODELS
 from records import rounded, write
-from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once
+from stages import Starts, check_known, commit, fine_tuning, machine, read_lines, read_report, run_once
 
 from vlarft.run.config import opt, parse
 
@@ -131,8 +131,10 @@ def run_cell(cfg: Config, name: str) -> dict:
     policy = trained = arm(cfg.policies, start)
     log: list[dict] = []
     if cell.script:
-        words = [cell.script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
-        if cell.script == "train_rft.py":
+        tunes = cell.script == "train_rft.py"
+        script = fine_tuning(cell.flags) if tunes else cell.script
+        words = [script, "--preset", cfg.stage_preset, "--demos", cfg.demos]
+        if tunes:
             words += ["--policy", policy, "--world-model", world_model(cfg, cell.world_model)]
             words += ["--gate-threshold", "none"] if cfg.gate else ["--gate-starts", 0]
             words += [] if "--steps" in cell.flags else ["--steps", cfg.steps]

@@ -28,8 +28,8 @@ that takes the place of "SFT", say "extra SFT, 400 steps"; it needs an --out of 
 The JSON file gathers runs: a suite and seed at a time, on any machine, as long as the settings are the same. Under
 "runs", for each suite and seed: outcomes start by start (1 = success; tasks in their order, initial states in theirs);
 the commit that measured each policy; minutes of each training; true error and standard deviation over x_0 of the chunks
-(chunks.py), and how they changed; the trust gate before the first step; the standard deviation over x_0 in the course
-of training.
+(chunks.py), and how they changed; the trust gate before the first step; that standard deviation in the course of
+training. (Runs of commit 5747157 and before have the true error there as well, and their gate ranks by it.)
 """
 
 import re
@@ -41,7 +41,7 @@ from statistics import mean
 from chunks import difference, measure
 from outcomes import RESAMPLED, chunk_table, success_table
 from records import rounded, write
-from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
+from stages import Starts, check_known, commit, fine_tuning, machine, read_lines, read_report, run_once, with_attempts
 from study_arms import ARMS, EXPERTS_ONLY, EXTRA_ARMS, LONG_ARMS, NO_END, ON_POLICY, OPTIONAL, RFT_ARMS, timed_arm
 from study_logs import courses, minutes_of, trust_gates
 
@@ -150,12 +150,12 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         attempts = ["--policy", policies["SFT"], "--policy-per-task", cfg.attempts]
         seen = with_attempts(folder / "demos", own("attempts_demos"), *preset, *where, *attempts)
         world_models |= dict.fromkeys(ON_POLICY, trained(own("attempts"), *wm, "--demos", seen))
-    rft = ["train_rft.py", *preset, *demos, "--policy", policies["SFT"]]
+    rft = [*preset, *demos, "--policy", policies["SFT"]]
     rft += ["--seed", seed, "--steps", cfg.rft_steps, "--starts", cfg.rft_starts, "--group", cfg.rft_group]
     rft += ["--gate-threshold", "none"]
     for name, flags in RFT_ARMS.items():
         if name in cfg.arms:
-            policies[name] = trained(own(name), *rft, "--world-model", world_models[name], *flags)
+            policies[name] = trained(own(name), fine_tuning(flags), *rft, "--world-model", world_models[name], *flags)
     for name, flags in EXTRA_ARMS.items():
         if name in cfg.arms:
             minutes = f"{minutes_of(own(timed_arm(cfg.arms, name))):.3f}"

@@ -40,6 +40,11 @@ def run_once(out_dir: Path, *words: object) -> Path:
     return out_dir
 
 
+def fine_tuning(flags: Sequence[object]) -> str:
+    """The script that a fine-tuning with these flags runs: that of the variants, where they name one."""
+    return "studies/variants.py" if "--variant" in flags else "train_rft.py"
+
+
 def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:
     """A copy of demonstrations at `seen`, which `collect_demos.py` then adds attempts to, as its `flags` say."""
     if not seen.is_dir():

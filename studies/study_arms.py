@@ -1,19 +1,19 @@
-"""The arms of `rft_study.py`: flags of `train_rft.py`, and of `train_sft.py` for the controls."""
+"""The arms of `rft_study.py`: flags of `train_rft.py` or `variants.py`, and of `train_sft.py` for the controls."""
 
 from collections.abc import Sequence
 
 FULL_MSE = ["--mse-weight", 1]  # beside one advantage per chunk; per step, the policy's term is 8 times smaller
 PER_STEP = ["--per-step"]
 RFT_ARMS = {
-    "RWR": ["--algorithm", "rwr", *FULL_MSE],
+    "RWR": ["--variant", "rwr", *FULL_MSE],
     "RFT R1": ["--reward", "r1", *FULL_MSE],
     "RFT R2": ["--reward", "r2", *FULL_MSE],
     "RFT R3": ["--reward", "r3", *FULL_MSE],
     "RFT R1 per step": ["--reward", "r1", *PER_STEP],
     "RFT divergence": ["--reward", "divergence", *PER_STEP],
     "RFT R1 per step, 400 steps": ["--reward", "r1", *PER_STEP, "--steps", 400],  # the paper's number
-    "RFT R3, symmetric": ["--reward", "r3", *FULL_MSE, "--symmetric"],
-    "RFT divergence, symmetric": ["--reward", "divergence", *PER_STEP, "--symmetric"],
+    "RFT R3, symmetric": ["--reward", "r3", *FULL_MSE, "--variant", "symmetric"],
+    "RFT divergence, symmetric": ["--reward", "divergence", *PER_STEP, "--variant", "symmetric"],
     "RFT R3, on-policy": ["--reward", "r3", *FULL_MSE],
     "RFT divergence, on-policy": ["--reward", "divergence", *PER_STEP],
     "RFT R3, demonstrations only": ["--reward", "r3", *FULL_MSE],

@@ -5,7 +5,7 @@ from pathlib import Path
 from records import columns
 from stages import read_lines
 
-# standard deviations over x_0 in `train_rft.py`'s diagnoses, normalised units
+# the columns of a course, by the names in `train_rft.py`'s log: standard deviations over x_0 in normalised units
 COURSE = "step", "std_x", "std_y", "std_z", "std_gripper"
 
 
@@ -28,10 +28,12 @@ def trust_gates(policies: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def courses(policies: dict[str, Path]) -> dict[str, dict[str, list]]:
-    """Standard deviation over x_0 in the course of the fine-tunings: arm -> name -> one value per diagnosis."""
+    """Standard deviation over x_0 in the course of the fine-tunings, at the held-out starts of their diagnostics:
+    arm -> name -> one value per diagnosis.
+    """
     found = {}
     for name, path in policies.items():
         rows = read_lines(path.parent / "log.jsonl")
-        if rows := [{key: row[key] for key in COURSE if key in row} for row in rows if "std_x" in row]:
+        if rows := [{key: row[key] for key in COURSE} for row in rows if "std_x" in row]:
             found[name] = columns(rows)
     return found

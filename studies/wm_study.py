@@ -26,7 +26,7 @@ from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import held_out_names, trust_gate
 from vlarft.metrics import perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import make_scorer
+from vlarft.reward import ImageScorer
 from vlarft.run.checkpoint import load_model, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.sensitivity import Perturbations
@@ -112,12 +112,11 @@ def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
     names = held_out_names(str(files[0]), extra, str(files[1]), read_header(files[1]).extra)
     episodes = load_episodes(Path(cfg.demo) / "demos", names=names, with_states=True)
     batch = WindowSampler(episodes, 9, 8).spread(cfg.starts)
-    around = Perturbations(noise=(0.15,), draws=3, flips=0)  # the policy's chunks are what counts
-    true = SimulatorReward(episodes)
-    found = {}
+    sizes = {"perturbed": Perturbations((0.15,), draws=3, flips=0), "samples": cfg.samples}
+    true_reward, found = SimulatorReward(episodes), {}
     for imagination in ("greedy", "common", "sample"):
-        parts = make_scorer("r3", model, perceptual("ssim"), imagination), policy.eval(), batch, model.action_bins, 0
-        values = trust_gate(*parts, true_reward=true, perturbed=around, samples=cfg.samples)
+        score = ImageScorer(model, perceptual("ssim"), imagination)
+        values = trust_gate(score, policy, batch, model.action_bins, seed=0, true_reward=true_reward, **sizes)
         found[imagination] = {k: v for k, v in values.items() if k.startswith("gate_policy")}
     write_json(measured, found)
     return found

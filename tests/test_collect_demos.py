@@ -130,6 +130,18 @@ def test_other_settings_in_the_same_folder_are_refused(collected):
         main(config(folder, seed=7))
 
 
+def test_a_collection_of_before_the_wrist_camera_was_renamed_goes_on(tmp_path):
+    settings = config(tmp_path, tasks=("0",), demos_per_task=1)
+    (path,) = main(settings)
+    with h5py.File(path, "r+") as file:
+        args = json.loads(file["data"].attrs["env_args"])
+        args["collection"]["wrist"] = args["collection"].pop("eye_in_hand")
+        file["data"].attrs["env_args"] = json.dumps(args)
+    assert len(load_episodes(main(dataclasses.replace(settings, demos_per_task=2))[0])) == 2
+    with pytest.raises(ValueError, match=r"other settings \(eye_in_hand: False there, True now\)"):
+        main(dataclasses.replace(settings, eye_in_hand=True))
+
+
 def test_failures_are_retried_or_kept_and_marked(tmp_path):
     hopeless = config(tmp_path / "a", tasks=("0",), demos_per_task=1, action_noise=3.0, max_attempts=2)
     with pytest.raises(RuntimeError, match=r"no success in 2 attempts from seed 0; lower action_noise \(now 3.0\)"):
@@ -184,7 +196,7 @@ def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, c
 
 
 def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
-    (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, wrist=True))
+    (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, eye_in_hand=True))
     with h5py.File(path) as file:
         assert file["data/demo_0/obs/eye_in_hand_rgb"].shape == file["data/demo_0/obs/agentview_rgb"].shape
 

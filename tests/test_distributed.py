@@ -98,8 +98,8 @@ def tokenizer(demos, tmp_path_factory):
 
 def test_tokenizer(demos, tmp_path):
     """Also with a GAN and augmentation, and the two processes with two micro-batches each, recomputing activations."""
-    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
-    flags += ["--gan-start", 1, "--augment.hue", 0.05, "--augment.crop", "--unusual-weight", 1, "--context-lookback", 5]
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-interval", 1, "--validation-fraction", 0.2]
+    flags += ["--gan-start", 1, "--augment", "full", "--weighting", "uniform", "--context-lookback", 5]
     here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "1")
     launch(2, "train_tokenizer.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
     assert_same_model(tmp_path / "1", tmp_path / "2")
@@ -117,8 +117,8 @@ def test_tokenizer(demos, tmp_path):
 
 def test_torchrun(demos, tmp_path):
     """A killed process: all start again from the last checkpoint. SIGTERM: saved, and another number goes on."""
-    flags = ["--preset", "smoke", "--demos", demos, "--steps", 60, "--log-every", 1, "--validation-fraction", 0.2]
-    flags += ["--save-every", 2, "--validate-every", 60]
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 60, "--log-interval", 1, "--validation-fraction", 0.2]
+    flags += ["--save-interval", 2, "--validation-interval", 60]
     folder = tmp_path / "parts"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", str(ROOT / "train_tokenizer.py"), *map(str, flags), "--out-dir", str(folder)]
@@ -148,7 +148,7 @@ def await_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
 
 def test_world_model(demos, tokenizer, tmp_path):
     """The two processes with two micro-batches each, recomputing activations."""
-    flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-every", 1]
+    flags = ["--preset", "smoke", "--demos", demos, "--tokenizer", tokenizer, "--steps", 4, "--log-interval", 1]
     flags += ["--validation-fraction", 0.2, "--context-lookback", 5]
     here("train_wm.py", *flags, "--out-dir", tmp_path / "1")
     launch(2, "train_wm.py", *flags, "--out-dir", tmp_path / "2", "--accumulate", 2, "--checkpoint-activations")
@@ -164,7 +164,7 @@ def test_world_model(demos, tokenizer, tmp_path):
 
 
 def test_sft_two_processes_are_two_accumulated_batches(demos, tmp_path):
-    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-interval", 1, "--validation-fraction", 0.2]
     here("train_sft.py", *flags, "--accumulate", 2, "--out-dir", tmp_path / "1")
     launch(2, "train_sft.py", *flags, "--out-dir", tmp_path / "2")
     assert_same_model(tmp_path / "1", tmp_path / "2")
@@ -172,7 +172,7 @@ def test_sft_two_processes_are_two_accumulated_batches(demos, tmp_path):
 
 def test_sft_with_adapters(demos, tmp_path):
     """The frozen rest whole on both processes; the one that goes on accumulates what two did."""
-    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-every", 1, "--validation-fraction", 0.2]
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 4, "--log-interval", 1, "--validation-fraction", 0.2]
     flags += ["--lora-rank", 2]
     here("train_sft.py", *flags, "--out-dir", tmp_path / "1", "--accumulate", 2)
     launch(2, "train_sft.py", *flags, "--out-dir", tmp_path / "3", "--frozen", "replicate", stop=tmp_path / "3")

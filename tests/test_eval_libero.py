@@ -86,6 +86,18 @@ def test_interrupted_evaluation_goes_on(config, monkeypatch):
     assert results["policies"][0]["all"]["episodes"] == 2
 
 
+def test_a_run_folder_is_its_checkpoint(config, policy_file, monkeypatch):
+    monkeypatch.chdir(policy_file.parent)
+    config = dataclasses.replace(config, episodes=1)
+    eval_libero.main(dataclasses.replace(config, policies=("./model.safetensors",)))
+    monkeypatch.setattr(eval_libero, "play", lambda *args: pytest.fail("played again"))
+    folder = str(policy_file.parent)
+    results = eval_libero.main(dataclasses.replace(config, policies=(folder,)))
+    assert results["policies"][0]["policy"] == folder and results["policies"][0]["all"]["episodes"] == 1
+    with pytest.raises(ValueError, match="policies name a checkpoint twice"):
+        eval_libero.main(dataclasses.replace(config, policies=(folder, str(policy_file))))
+
+
 def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
     path = tmp_path / "model.safetensors"
     policy = VLAPolicy.load(policy_file)

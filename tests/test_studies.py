@@ -213,7 +213,9 @@ def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
         rft_factors.main(cfg)
     monkeypatch.setitem(factor_cells.CELLS, "R3", factor_cells.study("--starts", "2", "--steps", "1"))
     monkeypatch.setitem(factor_cells.CELLS, "extra SFT head", factor_cells.sft("--steps", "1", *factor_cells.HEAD))
-    more = "plateau, x_0 = 0", "study, gripper sampled"
+    true = factor_cells.Cell(("--variant", "simulator"), world_model="wm")
+    monkeypatch.setitem(factor_cells.CELLS, "simulator's true error", true)
+    more = "simulator's true error", "plateau, x_0 = 0", "study, gripper sampled"
     cfg = dataclasses.replace(cfg, cells=(*cfg.cells, *more), start="sft")
     report = rft_factors.main(cfg)
     assert json.loads((tmp_path / "cells.json").read_text()) == report == records.rounded(report)
@@ -326,10 +328,11 @@ def test_study_gathers_runs(capsys):
 
 
 def test_study_reads_logs(tmp_path):
-    seen = {"true_error": 0.01, "true_error_mean_action": 0.008, "std_x": 0.2, "std_gripper": 0.4}
+    seen = {"x": 0.2, "y": 0.3, "z": 0.1, "gripper": 0.4}
+    row = {f"std_{name}": value for name, value in seen.items()}
     rows = {
         "RFT R3": [
-            {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **seen},
+            {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **row},
             {"step": 1, "policy_s": 20, "world_model_s": 20, "update_s": 20, "minutes": 9},
         ],
         "extra SFT": [{"step": 10, "minutes": 2.5}],
@@ -340,7 +343,9 @@ def test_study_reads_logs(tmp_path):
         policies[name].parent.mkdir()
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert study_logs.trust_gates(policies) == {"RFT R3": {"gate": 0.4}}
-    assert study_logs.courses(policies) == {"RFT R3": {"step": [0], "std_x": [0.2], "std_gripper": [0.4]}}
+    assert study_logs.courses(policies) == {
+        "RFT R3": {"step": [0], **{f"std_{name}": [of] for name, of in seen.items()}}
+    }
     assert [study_logs.minutes_of(tmp_path / name) for name in rows] == [2.0, 2.5]
 
 

@@ -253,26 +253,24 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
         assert_close(cached[:, g], want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("history", ["frames", "start"])
-def test_divergence_is_that_of_the_full_forwards_distributions(monkeypatch, history):
+def test_divergence_is_that_of_the_full_forwards_distributions(monkeypatch):
     model = make()
     frames, actions, reference = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1, torch.rand(2, 3, 2) - 0.5
     actions[1, 2] = reference[1]
     context, future = model.tokenize(frames)
-    seen = future[:, :1].expand_as(future) if history == "start" else future
 
     def probabilities(chunk):  # (2, T, Nf, V)
-        return full_logits(model, context, seen, chunk).double().softmax(-1)
+        return full_logits(model, context, future, chunk).double().softmax(-1)
 
     theirs = probabilities(reference)
     ours = torch.stack([probabilities(actions[:, g]) for g in range(3)], 1)
     want = (theirs[:, None] * (theirs[:, None] / ours).log()).sum((-1, -2))
-    found = model.divergence(frames, actions, reference, history)
+    found = model.divergence(frames, actions, reference)
     assert found.shape == (2, 3, 3) and want[0].min() > 1e-4
     assert_close(found.double(), want, atol=1e-5, rtol=1e-3)
     assert found[1, 2].abs().max() < 1e-6 < found[1, 0].min()
     monkeypatch.setattr("vlarft.world_model.rows_at_once", lambda bytes_per_row, device: 1)
-    assert_close(model.divergence(frames, actions, reference, history), found)
+    assert_close(model.divergence(frames, actions, reference), found)
 
 
 def test_prefix_is_computed_once_per_start(monkeypatch):

@@ -17,11 +17,11 @@ LPIPS_BACKBONE = "vgg16-397923af.pth"
 
 
 def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per image.
+    """Return the mean squared error per image.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
-        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without any counts as nan.
+        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without such a pixel gives nan.
 
     Returns:
         (...) float32.
@@ -34,12 +34,12 @@ def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
+    """Return the peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
     return -10 * mse(pred, target, mask).log10()
 
 
 def pooled_psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> float:
-    """PSNR [dB] of the mean squared error over all pixels (of `mask`) of all images together.
+    """Return the PSNR [dB] of the mean squared error over all pixels (in `mask`) of all images together.
 
     Unlike the mean of per-image values, it is finite when single images are perfect or have no pixel in the mask.
     Arguments as in `mse`; nan when no pixel counts.
@@ -51,7 +51,7 @@ def pooled_psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> flo
 
 
 def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) -> Tensor:
-    """Pixels that differ from the context frame.
+    """Return which pixels differ from the context frame.
 
     Args:
         frames: (..., C, H, W), true frames.
@@ -65,7 +65,7 @@ def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) 
 
 
 class Windows(NamedTuple):
-    """What SSIM needs of images alone: themselves (N, C, H, W), and the mean and variance of their windows."""
+    """The images (N, C, H, W), and the mean and variance of their windows: all that SSIM needs of one side."""
 
     image: Tensor
     mean: Tensor  # (N, C, H - window + 1, W - window + 1)
@@ -73,13 +73,13 @@ class Windows(NamedTuple):
 
 
 def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
-    """(..., H, W) -> (..., H - window + 1, W - window + 1), Gaussian means of the windows inside."""
+    """Return Gaussian means of the windows inside: (..., H, W) -> (..., H - window + 1, W - window + 1)."""
     height, width = (_gaussian_means(length, window, sigma, x.device) for length in x.shape[-2:])
     return height @ (x @ width.T)
 
 
 def _gaussian_means(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
-    """Matrix (length - window + 1, length) of the means along a line: faster than convolutions of single channels."""
+    """Return the matrix (length - window + 1, length) of the means along a line: faster than convolutions."""
     starts = torch.arange(length - window + 1, device=device)[:, None]
     offsets = torch.arange(length, device=device) - starts - (window - 1) / 2
     weights = torch.exp(-offsets.square() / (2 * sigma**2)) * (offsets.abs() <= (window - 1) / 2)
@@ -87,7 +87,7 @@ def _gaussian_means(length: int, window: int, sigma: float, device: torch.device
 
 
 def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Windows:
-    """The part of `ssim` that depends on one of the images (..., C, H, W), in [0, 1], leading axes flattened.
+    """Compute what `ssim` needs of one side alone: images (..., C, H, W) in [0, 1], leading axes flattened.
 
     Raises:
         ValueError: images smaller than the window.
@@ -101,7 +101,7 @@ def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Window
 
 
 def ssim_to(pred: Tensor, target: Windows, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """`ssim` of pred (..., C, H, W) to the images of `target`, N of them; each serves a run of consecutive images."""
+    """Return `ssim` of pred (..., C, H, W) to the N images of `target`, each serving a run of consecutive images."""
     x = Windows(*(part.unflatten(0, (len(target.image), -1)) for part in ssim_windows(pred, window, sigma)))
     y = Windows(*(part[:, None] for part in target))  # (N, 1, C, ...)
     covariance = _blur(x.image * y.image, window, sigma) - x.mean * y.mean
@@ -112,7 +112,7 @@ def ssim_to(pred: Tensor, target: Windows, window: int = 11, sigma: float = 1.5)
 
 
 def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity per image, range 1, Gaussian window, mean over channels and over windows inside the image.
+    """Return the structural similarity per image: range 1, Gaussian window, mean over channels and inner windows.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
@@ -151,12 +151,12 @@ class PerceptualDistance(nn.Module):
             self.lpips = _load_lpips(weights)
 
     def bytes_per_image(self, image: Tensor) -> int:
-        """Temporary results of a comparison with an image (..., C, H, W), roughly: those at its full resolution."""
+        """Estimate the temporary memory of a comparison with an image (..., C, H, W): maps of its full resolution."""
         maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG-16 has 64 channels there
         return maps * image.shape[-2] * image.shape[-1] * 4
 
     def features(self, target: Tensor) -> Windows | list[Tensor] | None:
-        """What a comparison with `target` (..., C, H, W) needs, leading axes flattened."""
+        """Compute what comparisons with `target` (..., C, H, W) need, leading axes flattened."""
         if self.name == "none":
             return None
         if self.name == "ssim":
@@ -166,9 +166,9 @@ class PerceptualDistance(nn.Module):
         return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]
 
     def distance_to(self, pred: Tensor, features: Windows | list[Tensor] | None) -> Tensor:
-        """Distance of pred (..., C, H, W) to the images behind `features`, which may have fewer rows if they repeat.
+        """Compare pred (..., C, H, W) with the images behind `features`, which may be fewer.
 
-        Each run of consecutive images of `pred` is compared with one of the target's, in order.
+        Each run of consecutive images of `pred` is then compared with one of the target's, in order.
         """
         if self.name == "none":
             return pred.new_zeros(pred.shape[:-3], dtype=torch.float32)
@@ -198,14 +198,14 @@ class PerceptualDistance(nn.Module):
 
 
 def perceptual(name: Literal["lpips", "ssim", "none"], weights: str | Path | None = None) -> PerceptualDistance:
-    """The perceptual distance of that name, frozen.
+    """Make the perceptual distance of that name, frozen.
 
     Args:
         name: "lpips", "ssim" or "none".
         weights: file of the VGG16 backbone for lpips; None = torchvision's cache.
 
     Raises:
-        FileNotFoundError: the backbone's weights are not to be had. Random ones are never used.
+        FileNotFoundError: no weights of the backbone. Random ones are never used.
         ImportError: lpips is not installed.
         ValueError: another name.
     """

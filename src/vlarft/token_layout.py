@@ -44,19 +44,19 @@ class TokenLayout:
         self.loss_on_actions = loss_on_actions
 
     def length(self, num_actions: int) -> int:
-        """Tokens N of a sequence of `num_actions` actions and one frame more."""
+        """Return the number N of tokens of `num_actions` actions and one frame more."""
         return self.prefix_length + num_actions * self.step_length
 
     def prefix(self, context_tokens: Tensor, first_tokens: Tensor) -> Tensor:
-        """ctx | dyn(f0): (S, Nc) and (S, Nf) -> ids (S, Nc + Nf)."""
+        """Join ctx | dyn(f0): (S, Nc) and (S, Nf) -> ids (S, Nc + Nf)."""
         return torch.cat([context_tokens + self.context_offset, first_tokens], dim=1)
 
     def action_ids(self, bins: Tensor) -> Tensor:
-        """Action bins -> ids, of any shape."""
+        """Return the ids of action bins, of any shape."""
         return bins + self.action_offset
 
     def sequence(self, context_tokens: Tensor, future_tokens: Tensor, bins: Tensor) -> Tensor:
-        """The whole sequence.
+        """Join the whole sequence.
 
         Args:
             context_tokens: (B, Nc).
@@ -71,22 +71,22 @@ class TokenLayout:
 
     @property
     def num_slots(self) -> int:
-        """Different places that a token can have: in the context frame, in a frame, in an action."""
+        """Number of places that a token can have: in the context frame, in a frame, in an action."""
         return self.context_length + self.step_length
 
     def slots(self, positions: Tensor) -> Tensor:
-        """The place of each position, of any shape: 0..Nc - 1 in the context, then Nf of a frame and A of an action."""
+        """Return the place of each position, of any shape: Nc in the context, then Nf in a frame and A in an action."""
         inside = (positions - self.context_length) % self.step_length + self.context_length
         return torch.where(positions < self.context_length, positions, inside)
 
     def frame_positions(self, num_actions: int) -> Tensor:
-        """(T, Nf) positions of the tokens of frames 1..T."""
+        """Return the positions (T, Nf) of the tokens of frames 1..T."""
         start = self.prefix_length + self.action_length
         frames = start + self.step_length * torch.arange(num_actions)[:, None]
         return frames + torch.arange(self.frame_length)
 
     def target_positions(self, num_actions: int) -> Tensor:
-        """Positions that the loss predicts: the tokens of frames >= 1; with `loss_on_actions`, all after dyn(f0)."""
+        """Return the positions that the loss predicts: frames >= 1, or with `loss_on_actions` all after dyn(f0)."""
         if self.loss_on_actions:
             return torch.arange(self.prefix_length, self.length(num_actions))
         return self.frame_positions(num_actions).flatten()

@@ -68,7 +68,7 @@ class FSQ(nn.Module):
 
 
 class Context(NamedTuple):
-    """What a start's context frame contributes, computed once.
+    """Everything that depends on a start's context frame alone, computed once.
 
     tokens: (S, Nc) int64.
     features: (S, D, h, w), the decoder's features after its middle block: the context frame is decoded from them.
@@ -98,8 +98,11 @@ class Reconstruction(NamedTuple):
 
 
 def distinct_frames(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (S, L, Nf) -> the different frames of each start (S, M, Nf), filled up with zeros to the most of any, and
-    which of them each frame is, (S, L); or the tokens and None, where all frames of a start differ.
+    """Find the different frames of each start, from tokens (S, L, Nf).
+
+    Returns:
+        The different frames (S, M, Nf), padded with zeros to the largest M, and the index (S, L) of each frame among
+        them; or the tokens and None where all frames of a start differ.
     """
     found = [torch.unique(rows, dim=0, return_inverse=True) for rows in tokens]
     distinct = pad_sequence([rows for rows, _ in found], batch_first=True)
@@ -131,7 +134,7 @@ class FrameTokenizer(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FrameTokenizer":
-        """The tokenizer of a `model.safetensors`, in eval mode."""
+        """Load the tokenizer of a `model.safetensors`, in eval mode."""
         return load_model(path, cls, TokenizerConfig, device)[0]
 
     def encode_context(self, frame: Tensor) -> Context:
@@ -165,7 +168,7 @@ class FrameTokenizer(nn.Module):
         return self.future_fsq(self._future_scalars(frames, context))[1].unflatten(0, frames.shape[:2])
 
     def _future_scalars(self, frames: Tensor, context: Context) -> Tensor:
-        """What the quantiser rounds: (S * L, Nf, d)."""
+        """Return what the quantiser rounds: (S * L, Nf, d)."""
         self._check(frames, 5)
         if context.encoder_kv is None:
             raise ValueError("this context was rebuilt from tokens: encoding needs one from encode_context(frame)")
@@ -175,12 +178,12 @@ class FrameTokenizer(nn.Module):
         return self.quant_linear(patches)
 
     def decode(self, tokens: Tensor, context: Context, frames_at_once: int | None = None) -> Tensor:
-        """Future frames from tokens; frames of a start with the same tokens, as of chunks alike, are decoded once.
+        """Decode future frames; frames of a start with the same tokens, as similar chunks have, are decoded once.
 
         Args:
             tokens: (S, L, Nf), or (S, G, L, Nf) for G rollouts of each start.
             context: of the S starts.
-            frames_at_once: bounds the memory; None = what `memory.rows_at_once` finds. No effect on the frames.
+            frames_at_once: limits the memory, without effect on the frames; None = see `memory.rows_at_once`.
 
         Returns:
             (S, L, C, H, W) or (S, G, L, C, H, W), clipped to [0, 1], float32.
@@ -212,7 +215,7 @@ class FrameTokenizer(nn.Module):
         return self.cond_decoder(latent, keys_values)
 
     def decode_context(self, context: Context) -> Tensor:
-        """The context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
+        """Decode the context frame itself from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
         return self.decoder.image(context.features)[0].float().clamp(0, 1)
 
     def forward(self, context_frame: Tensor, frames: Tensor) -> Reconstruction:

@@ -90,7 +90,7 @@ class Tables(NamedTuple):
 
 
 class ClosedLoop(NamedTuple):
-    """Where frame-by-frame imagination stands; `pending` (S, n) are ids that the cache does not hold yet."""
+    """State of frame-by-frame imagination; `pending` (S, n) are ids that the cache does not hold yet."""
 
     context: Context
     tables: Tables
@@ -136,7 +136,7 @@ class WorldModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "WorldModel":
-        """The world model of a `model.safetensors`, its tokenizer included, in eval mode."""
+        """Load the world model of a `model.safetensors`, its tokenizer included, in eval mode."""
         return load_model(path, cls, WorldModelConfig, device)[0]
 
     def to_bfloat16(self) -> "WorldModel":
@@ -152,7 +152,7 @@ class WorldModel(nn.Module):
         return self
 
     def _token_values(self) -> Tensor:
-        """What each id stands for, (vocabulary, F): its FSQ digits one-hot, or its action value and waves of it."""
+        """Return what ids stand for, (vocabulary, F): FSQ digits one-hot, or the action value and waves of it."""
         blocks = []
         for fsq in (self.tokenizer.future_fsq, self.tokenizer.context_fsq):  # in the order of their ids
             blocks.append(
@@ -165,7 +165,7 @@ class WorldModel(nn.Module):
         return F.pad(values, (0, 0, 0, self.layout.vocab_size - len(values)))  # BOS and EOS stand for nothing
 
     def tables(self) -> Tables:
-        """The rows that `embed` and the head use; compute them once for a whole rollout."""
+        """Compute the rows that `embed` and the head use, once for a whole rollout."""
         embedding, head = self.embed_tokens.weight, self.lm_head.weight
         if self.cfg.factored_tokens:
             embedding, head = (
@@ -175,7 +175,7 @@ class WorldModel(nn.Module):
         return Tables(embedding, head)
 
     def embed(self, ids: Tensor, tables: Tables, positions: Tensor | None = None) -> Tensor:
-        """Embeddings (B, N, D) of ids (B, N) that stand at `positions` (N,), by default at 0 and after it."""
+        """Embed ids (B, N) at `positions` (N,), by default 0, 1, ...: (B, N, D)."""
         x = F.embedding(ids, tables.embedding)
         if self.cfg.slot_embedding:
             positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
@@ -190,14 +190,14 @@ class WorldModel(nn.Module):
         return F.linear(hidden, tables.head[: self.layout.num_future_codes]).float()
 
     def train(self, mode: bool = True) -> "WorldModel":
-        """Training mode for all but the tokenizer, which stays frozen in eval mode."""
+        """Set training mode for all but the tokenizer, which stays frozen in eval mode."""
         super().train(mode)
         self.tokenizer.eval()
         return self
 
     @torch.no_grad()
     def tokenize(self, frames: Tensor, context_frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens of segments, in one batched pass.
+        """Tokenize segments, in one batched pass.
 
         Args:
             frames: (B, L, C, H, W) in [0, 1].
@@ -212,7 +212,7 @@ class WorldModel(nn.Module):
     def loss(
         self, frames: Tensor, actions: Tensor, context_frame: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next-token loss of segments, Eq. (3).
+        """Compute the next-token loss of segments, Eq. (3).
 
         Args:
             frames: (B, T + 1, C, H, W) in [0, 1].
@@ -227,7 +227,7 @@ class WorldModel(nn.Module):
     def token_loss(
         self, context_tokens: Tensor, future_tokens: Tensor, actions: Tensor, stale: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, a mean over all predicted tokens.
+        """Compute the cross-entropy, a mean over all predicted tokens.
 
         Args:
             context_tokens: (B, Nc).
@@ -317,7 +317,7 @@ class WorldModel(nn.Module):
         shared_by: int = 1,
         static: bool | None = None,
     ) -> tuple[Tensor, Context]:
-        """`rollout` before its frames are decoded: tokens (S, G, T, Nf), and the starts' context to decode them with.
+        """Roll out without decoding frames: tokens (S, G, T, Nf), and the starts' context to decode them with.
 
         Arguments and errors as in `rollout`.
 

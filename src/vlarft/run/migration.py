@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vlarft.run.config import to_dict
+from vlarft.run.config import differences, to_dict
 
 Migration = Callable[[Mapping[str, Any], str], dict[str, Any]]  # (stored options, file they are from) -> today's
 Named = Mapping[str, Any]  # name -> dataclass
@@ -48,12 +48,13 @@ def _refusal(where: str, used: str, why: str) -> str:
 
 def _name_of(values: Mapping[str, Any], named: Named, option: str, where: str) -> str:
     """The name of the set among `named` that agrees with all stored values."""
-    for name, known in named.items():
-        known = to_dict(known)
-        if all(known[key] == value for key, value in values.items()):
-            return name
-    used = ", ".join(f"{key} {value!r}" for key, value in values.items())
-    raise ValueError(_refusal(where, used, f"--{option} chooses among the sets {', '.join(named)}"))
+    sets = {name: {key: to_dict(known)[key] for key in values} for name, known in named.items()}
+    lines = {name: differences(known, dict(values)) for name, known in sets.items()}
+    name = min(lines, key=lambda name: len(lines[name]))
+    if lines[name]:
+        used = f"values that no --{option} has ({name} with {'; '.join(lines[name])})"
+        raise ValueError(_refusal(where, used, f"--{option} chooses among {', '.join(named)}"))
+    return name
 
 
 def _pop(values: dict[str, Any], *names: str) -> dict[str, Any]:

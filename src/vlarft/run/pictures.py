@@ -21,13 +21,13 @@ def _pillow():
 
 
 def _to_uint8(image: Tensor, scale: int) -> np.ndarray:
-    """(3, H, W) float -> (H * scale, W * scale, 3) uint8, every pixel repeated."""
+    """Convert (3, H, W) float to (H * scale, W * scale, 3) uint8, every pixel repeated."""
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 
 def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, min_side: int = 96) -> np.ndarray:
-    """One picture out of rows of equally large images.
+    """Arrange rows of equally large images as one picture.
 
     Args:
         rows: R sequences of images (3, H, W); shorter rows leave white on the right.
@@ -59,7 +59,7 @@ def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, 
 def histograms(
     panels: Mapping[str, Mapping[str, Tensor]], bins: int = 40, size: tuple[int, int] = (360, 240)
 ) -> np.ndarray:
-    """One picture of histograms, a panel beside the other, the series of a panel over each other.
+    """Plot histograms as one picture: panels side by side, the series of a panel over each other.
 
     Args:
         panels: title -> {label: values (N,)}, up to four series; each is normalised by its own N, over the range of all
@@ -111,7 +111,7 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
 def save_gif(
     path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0, hold_last: float = 0.0
 ) -> None:
-    """Write pictures of one size as an animation that repeats for ever, its last one shown `hold_last` seconds more."""
+    """Write pictures of one size as an endless animation, its last one shown `hold_last` seconds longer."""
     image_module, _ = _pillow()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def save_gif(
 
 
 def save_mp4(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: int = 10) -> None:
-    """Write pictures of one size, (H, W, 3) uint8, as H.264 video; an odd row or column at the end is left out.
+    """Write pictures of one size, (H, W, 3) uint8, as H.264 video; an odd last row or column is cropped.
 
     Raises:
         ImportError: PyAV is missing.

@@ -1,15 +1,15 @@
 """The interface of a simulated task: what everything that plays, records or evaluates uses, and no more.
 
-A new simulator is one file with a class that follows `Env`, and one entry of `suites.SIMULATORS`.
+A new simulator is one file with a subclass of `Env`, and one entry of `suites.SIMULATORS`.
 """
 
 from __future__ import annotations
 
 import zlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -37,10 +37,10 @@ class StepResult(NamedTuple):
     done: bool  # success, or the horizon is reached
 
 
-class Env(Protocol):
+class Env(ABC):
     """One task of one suite; `suites.make_env` calls `Class(suite, task_index, image_size, cameras, **options)`.
 
-    An episode is a function of its start and its actions, bit for bit. Subclass this to inherit the last two methods.
+    An episode is a function of its start and its actions, bit for bit.
 
     available_cameras: names of the images that the simulator can render; the first is the default.
     suite, task_index, task_name, instruction: the task.
@@ -49,18 +49,22 @@ class Env(Protocol):
     num_steps: control steps since the start.
     num_rejected: perturbed starts that the last `reset` rejected.
     visuals: which meshes and textures are rendered, where installations differ; None = all have the same.
+
+    Args:
+        suites: the simulator's suites by name.
+        suite: a key of `suites`.
+        task_index: index of a task of the suite.
+        cameras: images to observe, some of `available_cameras`.
     """
 
     available_cameras: ClassVar[tuple[str, ...]]
-    suite: str
-    task_index: int
-    task_name: str
-    instruction: str
-    horizon: int
-    cameras: tuple[str, ...]
-    num_steps: int
-    num_rejected: int
     visuals: str | None = None
+
+    def __init__(self, suites: Mapping[str, Suite], suite: str, task_index: int, cameras: tuple[str, ...]) -> None:
+        task = suites[suite].tasks[task_index]
+        self.suite, self.task_index, self.task_name, self.instruction = suite, task_index, task.name, task.instruction
+        self.horizon, self.cameras = suites[suite].horizon, cameras
+        self.num_steps = self.num_rejected = 0
 
     @abstractmethod
     def reset(
@@ -76,7 +80,6 @@ class Env(Protocol):
         Raises:
             ValueError: neither or both of init_state and seed, or out of range.
         """
-        ...
 
     @abstractmethod
     def step(self, action: np.ndarray) -> StepResult:
@@ -89,22 +92,18 @@ class Env(Protocol):
             ValueError: wrong shape or NaN.
             RuntimeError: no reset yet.
         """
-        ...
 
     @abstractmethod
     def observe(self) -> Observation:
         """Render the present state."""
-        ...
 
     @abstractmethod
     def success(self) -> bool:
         """Return whether the task is solved in the present state."""
-        ...
 
     @abstractmethod
     def get_state(self) -> np.ndarray:
         """Return all that decides the future, as one float64 vector."""
-        ...
 
     @abstractmethod
     def set_state(self, state: np.ndarray) -> None:
@@ -113,13 +112,12 @@ class Env(Protocol):
         Raises:
             ValueError: a vector of another length.
         """
-        ...
 
     def recorded(self, obs: Observation) -> dict[str, Any]:
         """Return what a demonstration file stores of the present state: one row of `data.hdf5.write_demo`'s arguments.
 
         Args:
-            obs: of the present state.
+            obs: `observe` of the present state.
         """
         images = {camera: obs[camera] for camera in self.cameras}
         return {"images": images, "proprio": obs["proprio"], "states": self.get_state()}

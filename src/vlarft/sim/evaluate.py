@@ -9,53 +9,18 @@ import functools
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.run import distributed
-from vlarft.run.config import opt
-from vlarft.sim.env import NUM_INITIAL_STATES, Env, Observation
+from vlarft.policy import VLAPolicy
+from vlarft.sim.env import Env, Observation
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env
 
 PlayNoise = Literal["sampled", "zero", "gripper", "stochastic"]
-
-
-@dataclass(frozen=True)
-class SuccessConfig:
-    """Success rate in the simulator while a policy trains."""
-
-    success_interval: int | None = opt(None, "steps between success rates in the simulator; none: never")
-    success_suite: str = opt("tabletop_object", "suite of those")
-    success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
-    success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
-
-
-def success_rate(cfg: SuccessConfig, policy: PolicyConfig, weights: dict[str, Tensor], seed: int) -> dict[str, float]:
-    """Success rate of the deterministic policy, played by the main process alone; all processes get it.
-
-    Args:
-        cfg: what is played.
-        policy, weights: the policy, whole and with adapters merged.
-        seed: of x_0.
-    """
-    wins = [0.0]
-    if distributed.is_main():
-        whole = VLAPolicy(policy).eval()
-        whole.load_state_dict(weights)
-        states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
-        played = []
-        for task in cfg.success_tasks:
-            actor = PolicyActor(whole, cfg.success_suite, task, seed=seed, noise="sampled", num_flow_steps=10)
-            size = whole.vlm.image_size
-            played.append(play_episodes(actor, cfg.success_suite, task, states, image_size=size))
-        wins = [float(record["success"]) for records in played for record in records]
-    return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
 
 
 def chunk_noise(

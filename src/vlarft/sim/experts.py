@@ -90,7 +90,7 @@ class Expert(ScriptedExpert):
         return self._travel(np.array([position[0], behind - 0.018, low]), 0.0, CLOSE, goal.item)
 
     def _holds(self, width: float, position: np.ndarray) -> bool:
-        """A thing of this width at this position is in the closed fingers."""
+        """Return whether a thing of this width at this position is in the closed fingers."""
         env = self.env
         offset = np.abs(position - env.hand_position)
         between = offset[0] < 0.5 * width + 0.006 and offset[1] < 0.018 and offset[2] < 0.018
@@ -105,9 +105,9 @@ class Expert(ScriptedExpert):
         return self._travel(point, yaw, CLOSE if near else OPEN, item)
 
     def _travel(self, point: np.ndarray, yaw: float, gripper: float, item: str = "") -> np.ndarray:
-        """Towards `point` through a funnel above it: sideways only at travelling height, down only nearly over it.
+        """Move towards `point` through a funnel above it: sideways only at travelling height, down only nearly over it.
 
-        Nor sideways while another item than `item`, one just put down say, is still between the fingers.
+        Do not move sideways while an item other than `item`, such as one just put down, is between the fingers.
         """
         env = self.env
         hand = env.hand_position
@@ -123,7 +123,7 @@ class Expert(ScriptedExpert):
     def _move(
         self, point: np.ndarray, yaw: float, gripper: float, sideways: float = 1.0, slow: float = 1.0
     ) -> np.ndarray:
-        """Proportional control, limited in speed; the hand is kept upright at `yaw`."""
+        """Return the action of proportional control, limited in speed; the hand is kept upright at `yaw`."""
         env = self.env
         error = (point - env.hand_position) / env.config.position_scale
         error[:2] *= sideways

@@ -12,21 +12,21 @@ from vlarft.sim.libero_motion import CLOSING_STEPS, Motion, Plan
 from vlarft.sim.libero_physics import LiberoPhysics
 
 _SLIDE, _HINGE = 2, 3  # MuJoCo's joint types
-_TILTS = (1.5, 1.3, 1.1, 0.9)  # of the palm at a drawer's handle, from looking down; the more level, the firmer
-_TURN = 1.1  # of the hand that turns a knob on, rad: on is at 0.5, and the fingers slip
+_TILTS = (1.5, 1.3, 1.1, 0.9)  # of the palm at a drawer's handle, from pointing down, rad; level ones hold firmest
+_TURN = 1.1  # of the hand that turns a knob on, rad: it is on at 0.5, but the fingers slip
 
 
 class Drawer(NamedTuple):
     body: str
     out: np.ndarray  # (3,) direction in which it opens
     opened: float  # how far, metres
-    bar: np.ndarray  # (3,) middle of its handle
+    bar: np.ndarray  # (3,) centre of its handle
     along: np.ndarray  # (3,) direction of the handle's bar
     thick: float  # half thickness of the bar, metres
 
 
 def drawer_of(physics: LiberoPhysics, region: str) -> Drawer | None:
-    """The drawer that a region is in, as it is now; None where the region is in none."""
+    """Return the drawer that a region is in, as it is now, or None."""
     joints = getattr(physics.libero.object_sites_dict.get(region), "joints", None) or []
     if len(joints) != 1 or physics.model.joint(joints[0]).type[0] != _SLIDE:
         return None
@@ -50,7 +50,7 @@ def drawer_of(physics: LiberoPhysics, region: str) -> Drawer | None:
 
 
 def has_knob(physics: LiberoPhysics, name: str) -> bool:
-    """Whether a fixture has one hinge and that turns about the vertical."""
+    """Return whether a fixture has one hinge, about the vertical."""
     joints = physics.libero.get_object(name).joints if name in physics.fixtures else []
     if len(joints) != 1 or physics.model.joint(joints[0]).type[0] != _HINGE:
         return False
@@ -58,7 +58,7 @@ def has_knob(physics: LiberoPhysics, name: str) -> bool:
 
 
 def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.147) -> Plan:
-    """Pinches the handle's bar from the front and pulls until the drawer is `width` open."""
+    """Pinch the handle's bar from the front and pull until the drawer is `width` open."""
     physics = motion.physics
     drawer = drawer_of(physics, region)
     options = []
@@ -92,7 +92,7 @@ def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.1
 
 
 def close_drawer(motion: Motion, region: str, attempt: int) -> Plan:
-    """Pushes the handle with the closed fingers, past where the drawer is flush."""
+    """Push the handle with the closed fingers, past where the drawer is flush."""
     physics = motion.physics
     drawer = drawer_of(physics, region)
     options = []
@@ -116,7 +116,7 @@ def close_drawer(motion: Motion, region: str, attempt: int) -> Plan:
 
 
 def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
-    """Grasps the knob's ridge from above and turns it, in the sense that its range allows, until it is on."""
+    """Grasp the knob's ridge from above and turn it, in the direction that its range allows, until it is on."""
     physics = motion.physics
     joint = physics.model.joint(physics.libero.get_object(name).joints[0])
     low, high = joint.range
@@ -140,7 +140,7 @@ def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
 
 
 def push(motion: Motion, name: str, xy: np.ndarray, attempt: int) -> Plan:
-    """Pinches the rim of a flat thing and drags it along the table to `xy` (2,)."""
+    """Pinch the rim of a flat thing and drag it along the table to `xy` (2,)."""
     physics = motion.physics
     way = np.array([*(xy - physics.position(name)[:2]), 0.0])
     options = [

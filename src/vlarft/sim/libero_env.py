@@ -51,21 +51,13 @@ class LiberoEnv(Env):
         *,
         rendering: RenderConfig = FULL,
     ) -> None:
-        task = LIBERO_SUITES[suite].tasks[task_index]
-        self.suite = suite
-        self.task_index = task_index
-        self.task_name = task.name
-        self.instruction = task.instruction
-        self.horizon = LIBERO_SUITES[suite].horizon
-        self.cameras = cameras
-        self.physics = LiberoPhysics(suite, task.name)
+        super().__init__(LIBERO_SUITES, suite, task_index, cameras)
+        self.physics = LiberoPhysics(suite, self.task_name)
         self.visuals = assets_label(assets_folder())
         self._size, self._rendering = image_size, rendering
         self._renderer: GLRenderer | None = None
         self._ready = False
         self._success = False
-        self.num_steps = 0
-        self.num_rejected = 0
 
     def reset(
         self, init_state: int | None = None, seed: int | None = None, perturb: Perturbation | None = None

@@ -81,7 +81,7 @@ class LiberoExpert(ScriptedExpert):
     # Placing
 
     def _place(self, name: str, target: str, attempt: int) -> Plan:
-        """Grasp, carry, let go; `attempt` passes over the grasps that were tried before."""
+        """Grasp, carry, let go; `attempt` grasps have been tried before and are passed over."""
         physics, motion = self.physics, self._motion
         xy, height = self._landing(name, target)
         in_drawer = drawer_of(physics, target) is not None
@@ -133,7 +133,7 @@ class LiberoExpert(ScriptedExpert):
         return sorted(grasps + leaning, key=lambda grasp: -min(0.02, room_above(grasp, over)))
 
     def _carry(self, name: str, target: str, rotation: np.ndarray) -> Plan:
-        """Over the target and down, the object held; where the hand goes follows from where the object is in it."""
+        """Carry the object over the target and down; the hand goes where the object in it has to be."""
         physics, motion = self.physics, self._motion
         xy, height = self._landing(name, target)
         grip = physics.hand_rotation.T @ (physics.position(name) - physics.hand_position)
@@ -159,14 +159,14 @@ class LiberoExpert(ScriptedExpert):
                     yield motion.action(point, rotation, CLOSE)
 
     def _centre(self, name: str, target: str) -> np.ndarray:
-        """(3,) the point of an object that goes over its landing place: its origin, or the middle of what is fitted."""
+        """Return the point (3,) of an object that goes over its landing place: its origin, or a fitted one's centre."""
         if not self._is_fitted(target):
             return self.physics.position(name)
         points = self._motion.shapes.points(name)
         return 0.5 * (points.max(0) + points.min(0))
 
     def _landing(self, name: str, target: str) -> tuple[np.ndarray, float]:
-        """Where an object's centre goes, and its lowest point at release."""
+        """Return where an object's centre goes (2,), and its lowest point at release [m]."""
         physics, shapes = self.physics, self._motion.shapes
         if target in physics.objects:
             return self._on_top(target, physics.position(target)[:2], physics.position(target)[2])
@@ -193,13 +193,13 @@ class LiberoExpert(ScriptedExpert):
         return xy, (near[:, 2].max() if len(near) else otherwise) + 0.008
 
     def _is_fitted(self, target: str) -> bool:
-        """Whether a target is a compartment of a fixture that stands open upwards."""
+        """Return whether a target is a compartment of a fixture, open at the top."""
         site = self.physics.libero.object_sites_dict.get(target)
         inside = ["in", target] in [[goal[0], goal[-1]] for goal in self.physics.goals]
         return inside and getattr(site, "parent_name", None) in self.physics.fixtures and not site.joints
 
     def _landing_turn(self, name: str, target: str) -> np.ndarray:
-        """(3, 3) rotation about the vertical that lays a thing's longer side along that of its compartment."""
+        """Return the rotation (3, 3) about the vertical that lays a thing's longer side along its compartment's."""
         if not self._is_fitted(target):
             return np.eye(3)
         points = self._motion.shapes.points(name)[:, :2]
@@ -211,7 +211,7 @@ class LiberoExpert(ScriptedExpert):
         return axis_rotation(np.array([0.0, 0.0, 1.0]), angle)
 
     def _slot(self, name: str, target: str) -> np.ndarray:
-        """(2,) offset of an object's place where several go to one target: side by side."""
+        """Return the offset (2,) of an object's place where several go to one target: side by side."""
         own = [goal[1] for goal in self.physics.goals if len(goal) == 3 and goal[2] == target]
         return np.array([(own.index(name) - 0.5 * (len(own) - 1)) * 0.08, 0.0])
 

@@ -33,7 +33,7 @@ class Item:
 
     @property
     def elongated(self) -> bool:
-        """Only one pair of sides fits between the fingers, so the hand has to turn with it."""
+        """Whether only one pair of sides fits between the fingers, so that the hand has to turn with it."""
         return self.shape == "box" and self.size[1] > 1.5 * self.size[0]
 
 
@@ -139,7 +139,7 @@ SURFACES = {
 
 
 def surface_of(scene: Scene, body: str) -> Surface:
-    """Where to put things on a fixture or an item (a plate takes more than a block) of the scene."""
+    """Return where to put things on a fixture or an item of the scene; a plate takes more than a block."""
     for fixture in scene.fixtures:
         if fixture.name == body:
             return SURFACES[fixture.kind]
@@ -186,7 +186,7 @@ ACTUATOR_XML = """
 
 
 def scene_xml(scene: Scene, timestep: float) -> str:
-    """MuJoCo XML of a scene: table, hand, fixtures, items, camera `agentview` and, on the hand, `eye_in_hand`.
+    """Return MuJoCo XML of a scene: table, hand, fixtures, items, cameras `agentview` and, on the hand, `eye_in_hand`.
 
     Args:
         scene: what stands on the table.
@@ -219,11 +219,11 @@ def _item_xml(item: Item) -> str:
 
 
 def sample_layout(scene: Scene, rng: np.random.Generator, max_tries: int = 5000) -> dict[str, np.ndarray]:
-    """A start layout without overlaps.
+    """Sample a start layout without overlaps.
 
     Args:
         scene: the scene.
-        rng: source of randomness.
+        rng: source of random numbers.
         max_tries: whole layouts tried before giving up.
 
     Returns:

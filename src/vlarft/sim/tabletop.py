@@ -68,16 +68,11 @@ class TabletopEnv(Env):
             raise ImportError(
                 f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U "vlarft[sim]"'
             )
+        super().__init__(TABLETOP_SUITES, suite, task_index, cameras)
         self._mujoco = mujoco
         self.config = config
-        self.suite = suite
-        self.task_index = task_index
         self.task = TABLETOP_SUITES[suite].tasks[task_index]
-        self.task_name = self.task.name
-        self.instruction = self.task.instruction
-        self.horizon = TABLETOP_SUITES[suite].horizon
         self.scene = self.task.scene
-        self.cameras = cameras
         self.model = mujoco.MjModel.from_xml_string(
             scene_xml(self.scene, 1.0 / config.control_freq / config.num_substeps)
         )
@@ -88,8 +83,6 @@ class TabletopEnv(Env):
         self._hand = self._body["hand"]
         self._state_kind = mujoco.mjtState.mjSTATE_INTEGRATION
         self._ready = False
-        self.num_steps = 0
-        self.num_rejected = 0
 
     # Episodes
 
