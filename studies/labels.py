@@ -34,7 +34,7 @@ ARMS = {
     "extra SFT, 400 steps": "+ extra SFT, time of R1 with 400 steps",
     "regression": "+ regression, time of R3",
 }
-X_0 = {", x_0 = 0": ", from x_0 = 0", ", gripper drawn": ", from x_0 = 0 but for the gripper"}
+X_0 = {", x_0 = 0": ", from x_0 = 0", ", gripper sampled": ", from x_0 = 0 but for the gripper"}
 STARTS = {
     "none": "plain",
     "object:2.5": "objects moved 2.5 cm",
@@ -86,7 +86,7 @@ CELLS = {
     "plateau, simulator, flow-matching weight 0": "the simulator's true error, flow-matching weight 0",
     # from the policies of rft_study.py
     "study, x_0 = 0": "no training, from x_0 = 0",
-    "study, gripper drawn": "no training, from x_0 = 0 but for the gripper",
+    "study, gripper sampled": "no training, from x_0 = 0 but for the gripper",
     "study, extra SFT": "extra SFT, 600 steps",
     "study, regression": "regression, 200 steps",
     "study, R1": "R1",
@@ -98,7 +98,7 @@ CELLS = {
     "study, R1, lr 3e-4": "R1, learning rate 3e-4",
     "study, R1, advantage without std": "R1, advantage not divided by the standard deviation",
     "study, R1, KL to the policy": "R1, KL term to the SFT policy",
-    "study, R1, gripper drawn": "R1, x_0 = 0 but for the gripper, in training too",
+    "study, R1, gripper sampled": "R1, x_0 = 0 but for the gripper, in training too",
     "study, R3": "R3",
     "study, R3, common random numbers": "R3, common random numbers for the rollouts of a start",
     "study, R3, no perceptual term": "R3, no perceptual term",
@@ -118,7 +118,6 @@ CELLS = {
     "study, early, R1": "R1 from the SFT policy of 800 steps",
     "study, early, R1, gripper left out": "R1 from the SFT policy of 800 steps, no noise on the gripper",
 }
-TRAININGS = {"one draw per image": "one sample of tau and noise per image"}  # arms of sft_study.py and wm_study.py
 GONE = {
     "larger",
     "RFT R3, averaged",
@@ -160,7 +159,7 @@ def cell(name: str) -> str:
 
 def training(name: str) -> str:
     """An arm of `sft_study.py` or `wm_study.py` as tables name it."""
-    return TRAININGS.get(name, name) + (" †" if name in GONE else "")
+    return name + (" †" if name in GONE else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from table_text import difference, percent, points, share, shift, signed, table
 from vlarft.statistics import spearman
 
 ALL = "all"  # suites, or kinds of starts
-ZERO, GRIPPER, RESAMPLED = "SFT, x_0 = 0", "SFT, gripper drawn", "SFT, other x_0"  # SFT again, played otherwise
+ZERO, GRIPPER, RESAMPLED = "SFT, x_0 = 0", "SFT, gripper sampled", "SFT, other x_0"  # SFT again, played otherwise
 LONG = "RFT R1 per step, 400 steps"
 # starts by whether SFT wins them from the sampled x_0, and from x_0 = 0
 FATES = {

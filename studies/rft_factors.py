@@ -49,7 +49,7 @@ class Config:
     perturb: tuple[str, ...] = opt(("none", "object:2.5", "robot:20"), "starts to play; none = the plain ones")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
-    error_draws: int = opt(3, "chunks that the policy samples at each of them")
+    error_samples: int = opt(3, "chunks that the policy samples at each of them")
     steps: int = opt(40, "steps of a fine-tuning, where the cell does not say")
     stage_preset: str = opt("tiny", "preset of the stages")
 
@@ -59,7 +59,7 @@ PRESETS = {
     "paper": Config(),
     "smoke": Config(
         cells=("R3", "extra SFT head"), tasks=("0",), perturb=("none", "robot:20"), episodes=1, error_starts=4,
-        error_draws=2, steps=1, stage_preset="smoke",
+        error_samples=2, steps=1, stage_preset="smoke",
     ),
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[s
 
 def _measure(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, list[float]]:
     x0s = dict.fromkeys(("sampled", "zero", x0))
-    return measure(folder / "chunks.json", policy, cfg.demos, cfg.error_starts, cfg.error_draws, tuple(x0s))
+    return measure(folder / "chunks.json", policy, cfg.demos, cfg.error_starts, cfg.error_samples, tuple(x0s))
 
 
 def folder_of(cfg: Config, name: str) -> Path:

@@ -17,10 +17,10 @@ then every arm from the long-trained one. Arms (study_arms.py):
   policy played; "demonstrations only" arms one that saw the experts' episodes alone, without noisy and failed attempts.
 - "symmetric" scores each chunk by the mean of its own reward and that of its mirror image about the demonstration's.
 
-"SFT, x_0 = 0" is the long-trained policy played from x_0 = 0, and so are `zero_arms`; "SFT, gripper drawn" starts from
-x_0 = 0 in all dimensions but the gripper's, and so do `gripper_arms`. "SFT, other x_0" plays other samples of x_0: what
-chance does. All policies of a seed play the same starts, plain and perturbed, with the same x_0. Every stage is a
-command of the repository, is printed, and is not run again once it is done.
+"SFT, x_0 = 0" is the long-trained policy played from x_0 = 0, and so are `zero_arms`; "SFT, gripper sampled" samples
+x_0 for the gripper alone, and so do `gripper_arms`. "SFT, other x_0" plays other samples of x_0: what chance does. All
+policies of a seed play the same starts, plain and perturbed, with the same x_0. Every stage is a command of the
+repository, is printed, and is not run again once it is done.
 
 A second round goes on from a policy that has had more supervised training: --start names the arm of the first round
 that takes the place of "SFT", say "extra SFT, 400 steps"; it needs an --out of its own.
@@ -69,7 +69,7 @@ class Config:
     gripper_arms: tuple[str, ...] = opt((), "arms that also play from x_0 = 0 but for the gripper, beside SFT")
     episodes: int = opt(50, "initial states per task")
     error_starts: int = opt(256, "held-out starts of the true error")
-    error_draws: int = opt(3, "chunks that the policy samples at each of them")
+    error_samples: int = opt(3, "chunks that the policy samples at each of them")
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
     action_noise: float | None = opt(None, "the experts' action noise, action units; none: the preset's")
@@ -89,7 +89,7 @@ PRESETS = {
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), arms=("regression", "RFT R2", "RFT R3"),
         perturb=("none", "robot:20"), perturbed_arms=("RFT R3",), zero_arms=("RFT R3",), episodes=2, error_starts=4,
-        error_draws=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
+        error_samples=2, stage_preset="smoke", demos_per_task=6, world_model_steps=10, early_steps=2, sft_steps=4,
         rft_steps=2, rft_starts=2, rft_group=3, attempts=2,
     ),
 }  # fmt: skip
@@ -174,7 +174,7 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
         playing = {name: path for name, path in policies.items() if name in ("SFT", *cfg.perturbed_arms)}
     found = {name: starts.play(path.parent / kind, path, perturb) for name, path in playing.items()}
     for name, path in policies.items():
-        for label, arms, x0 in (("x_0 = 0", cfg.zero_arms, "zero"), ("gripper drawn", cfg.gripper_arms, "gripper")):
+        for label, arms, x0 in (("x_0 = 0", cfg.zero_arms, "zero"), ("gripper sampled", cfg.gripper_arms, "gripper")):
             if name in ("SFT", *arms):
                 found[f"{name}, {label}"] = starts.play(path.parent / f"{kind}_{x0}", path, perturb, "--noise", x0)
     path = policies["SFT"]
@@ -186,7 +186,7 @@ def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str
     """What chunks.py measures of each policy, and how it differs from the long-trained one."""
     where = Path(cfg.out_dir) / suite / "demos"
     found = {
-        name: measure(path.parent / "chunks.json", path, where, cfg.error_starts, cfg.error_draws)
+        name: measure(path.parent / "chunks.json", path, where, cfg.error_starts, cfg.error_samples)
         for name, path in policies.items()
     }
     return {

@@ -23,7 +23,7 @@ ARMS = {
     "twice as long": ["--steps", "2600"],
     "four times as long": ["--steps", "5200"],
     "no key-position loss": ["--key-weight", "0", "--key-batch", "0"],
-    "one draw per image": ["--noise-samples", "1"],
+    "one sample of tau and noise per image": ["--noise-samples", "1"],
     "no average of weights": ["--ema", "none"],
     "constant learning rate": ["--schedule", "constant", "--lr", "1e-3"],
     "no augmentation": ["--augment", "none"],

@@ -63,7 +63,7 @@ RIVALS = (
 ROUGH_RIVALS = (
     *((arm, EXTRA) for arm in ("RFT R3", "RFT divergence", "RFT R1 per step")),
     ("RFT R1 per step", "RFT divergence"),
-    *((f"{arm}, gripper drawn", GRIPPER) for arm in ("RFT R3", "RFT divergence", "RFT R1 per step", EXTRA)),
+    *((f"{arm}, gripper sampled", GRIPPER) for arm in ("RFT R3", "RFT divergence", "RFT R1 per step", EXTRA)),
 )
 SECOND_RIVALS = (LONG, EXTRA_LONG), (f"{LONG}, x_0 = 0", ZERO), (f"{EXTRA_LONG}, x_0 = 0", ZERO)
 PERTURBED_RIVALS = tuple((arm, EXTRA) for arm in ("RFT R3", "RFT divergence", LONG))
@@ -94,7 +94,7 @@ def failure_labels() -> dict[str, str]:
         experts = next(label for start, label in EPISODES.items() if name.startswith(start + "/"))
         run, kind = name.split("/")[-3:-1]
         policy = "SFT" if run == "sft" else run.replace("_", " ")
-        policy += {"eval_none": "", "eval_none_zero": ", x_0 = 0", "eval_none_gripper": ", gripper drawn"}[kind]
+        policy += {"eval_none": "", "eval_none_zero": ", x_0 = 0", "eval_none_gripper": ", gripper sampled"}[kind]
         found[name] = f"{experts} experts: {outcomes.arm(policy)}"
     return found
 
