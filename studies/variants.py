@@ -288,7 +288,7 @@ def gripper_x0(cfg: train_rft.Config) -> Hooks:
 def simulator(cfg: train_rft.Config) -> Hooks:
     """The simulator's true error in place of --reward, see simulator_reward.py."""
     extra, outcomes = read_header(cfg.policy).extra, TabletopOutcomes()
-    held_out = [episode.name for episode in train_rft.held_out_episodes(cfg, extra, gated=False)]
+    held_out = extra.get("held_out_episodes") or extra["train_episodes"]  # as `train_rft.windows`
 
     def score(names: list[str]) -> SimulatorReward:
         episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=True)
