@@ -226,7 +226,7 @@ def test_mp4_needs_pyav(config, monkeypatch, tmp_path):
     from vlarft.run.pictures import save_mp4
 
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r'pip install "vlarft\[video\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[video\]"'):
         save_mp4(tmp_path / "film.mp4", [])
 
 

@@ -90,7 +90,7 @@ def test_lpips_is_never_random(tmp_path, monkeypatch):
         perceptual("lpips", tmp_path / "elsewhere.pth")
     torch.save({}, tmp_path / "there.pth")
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match=r'pip install "vlarft\[lpips\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[lpips\]"'):
         perceptual("lpips", tmp_path / "there.pth")
 
 

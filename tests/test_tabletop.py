@@ -316,7 +316,7 @@ def test_import_needs_no_mujoco_and_making_an_env_says_how_to_get_it():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert 'pip install "vlarft[sim]"' in run.stdout
+    assert 'pip install -e ".[sim]"' in run.stdout
 
 
 def test_an_old_mujoco_is_refused(monkeypatch):

@@ -18,4 +18,4 @@ def optional(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f'{what}: pip install "vlarft[{extra}]"') from error
+        raise ImportError(f'{what}: pip install -e ".[{extra}]"') from error

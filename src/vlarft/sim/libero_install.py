@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 ASSETS_VARIABLE = "LIBERO_ASSETS"
-INSTALL = 'pip install "vlarft[libero]" && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
+INSTALL = 'pip install -e ".[libero]" && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
 DOWNLOAD = "python -m vlarft.sim.check --download-assets FOLDER"
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 # The bowl of a set of assets that circulates for tests: 15 of its meshes and textures are plain stand-ins.

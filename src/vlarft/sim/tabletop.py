@@ -66,7 +66,7 @@ class TabletopEnv(Env):
             import mujoco
         if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 5):
             raise ImportError(
-                f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U "vlarft[sim]"'
+                f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U -e ".[sim]"'
             )
         super().__init__(TABLETOP_SUITES, suite, task_index, cameras)
         self._mujoco = mujoco
