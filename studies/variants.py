@@ -323,4 +323,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 if __name__ == "__main__":
     with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
