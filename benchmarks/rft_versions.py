@@ -61,7 +61,7 @@ class Workload:
         device, sizes = cfg.device, rollout_benchmark.SIZES[cfg.sizes]
         self.policy = VLAPolicy(POLICIES[cfg.policy]).to(device)
         flow = self.policy.cfg.flow
-        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # initially zero: no gradient below it
+        torch.nn.init.normal_(self.policy.head.output.weight, std=0.02)  # initially zero: no gradient below it
         samples = torch.rand(256, flow.action_dim) * 2 - 1, torch.randn(256, flow.proprio_dim)
         self.policy.normalizer.fit(*samples)
         self.policy.add_sigma_net()

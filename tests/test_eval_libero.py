@@ -23,7 +23,7 @@ def config(policy_file, tmp_path):
 @pytest.fixture()
 def other_policy(policy_file, tmp_path):
     policy = VLAPolicy.load(policy_file)
-    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    torch.nn.init.zeros_(policy.head.output.weight)
     policy.save(tmp_path / "other.safetensors")
     return str(tmp_path / "other.safetensors")
 
@@ -104,7 +104,7 @@ def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
     policy.save(path)
     config = dataclasses.replace(config, policies=(str(path),), episodes=1)
     eval_libero.main(config)
-    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    torch.nn.init.zeros_(policy.head.output.weight)
     policy.save(path)
     before = records(config)
     eval_libero.main(config)

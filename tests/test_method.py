@@ -89,7 +89,7 @@ def world(tmp_path_factory) -> World:
     torch.manual_seed(0)
     policy = VLAPolicy(POLICIES["smoke"])
     policy.normalizer.fit(of(episodes, "intended"), of(episodes, "proprio"))
-    nn.init.normal_(policy.head.net.dit.out.weight, std=0.1)  # zero at first, which hides what comes before
+    nn.init.normal_(policy.head.output.weight, std=0.1)  # zero at first, which hides what comes before
     policy.save(folder / "policy.safetensors", split)
 
     tokenizer = FrameTokenizer(TOKENIZERS["smoke"])

@@ -174,7 +174,7 @@ def test_native_layout_starts_a_new_head(policy, tmp_path):
     expected = {k: v for k, v in policy.vlm.state_dict().items() if k != "action_queries.weight"}
     for name, tensor in expected.items():
         assert torch.equal(again.vlm.state_dict()[name], tensor), name
-    assert not again.head.net.dit.out.weight.any()  # as a new head starts
+    assert not again.head.output.weight.any()  # as a new head starts
 
 
 def test_merged_layout_without_head(policy, tmp_path):

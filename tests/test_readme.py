@@ -15,7 +15,7 @@ import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "studies").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(p for d in ("docs", "studies", "benchmarks") for p in (ROOT / d).rglob("*.md"))])
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
@@ -25,9 +25,12 @@ def blocks(text: str, language: str | None = None) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(script, words after it) of all commands of the project's scripts in the blocks of a page."""
-    found = []
-    for line in "\n".join(blocks(text)).splitlines():
+    """(script, words after it) of all commands of the project's scripts on a page, in blocks and within the text."""
+    found, inline = (
+        [],
+        re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)),
+    )
+    for line in [*"\n".join(blocks(text)).splitlines(), *inline]:
         words = line.split("#")[0].split()
         for i, word in enumerate(words):
             if word.endswith(".py") and words[0] in ("python", "torchrun", "OMP_NUM_THREADS=1"):
@@ -58,20 +61,20 @@ def test_readme_names_functions_that_exist(path, name):
     assert value.__doc__, f"{path}:{name} has no docstring"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_name_existing_scripts_and_flags(page, load_benchmark):
     for script, words in commands(page.read_text()):
         assert (ROOT / script).is_file(), f"{page.name}: no {script}"
         folder = Path(script).parts[0]
         module = load_benchmark(Path(script).stem) if folder in ("studies", "benchmarks") else None
         module = module or importlib.import_module(script.removesuffix(".py"))
-        fields = {"--preset", *("--" + n.replace("_", "-") for n in module.Config.__dataclass_fields__)}
+        fields = {"--preset", "--help", *("--" + n.replace("_", "-") for n in module.Config.__dataclass_fields__)}
         for word in words:
             if word.startswith("--"):
                 assert word.split("=")[0].replace("--no-", "--") in fields, f"{page.name}: {script} has no {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http", "#")):

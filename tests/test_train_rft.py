@@ -34,7 +34,7 @@ def test_head_and_sigma_net_move_and_nothing_else(rft_config, policy_file):
     moved = {k for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
     assert moved and all(k.startswith("head.") for k in moved)
     assert torch.equal(before.normalizer.action_low, after.normalizer.action_low)
-    assert after.sigma_net.net.dit.out.weight.abs().max() > 0  # started at zero
+    assert after.sigma_net.output.weight.abs().max() > 0  # started at zero
     expected = {"reward", "reward_std", "adv_std", "constant_groups", "sigma", "ratio_mean", "ratio_max", "approx_kl"}
     assert expected | {"clip_frac", "grad_norm", "mse", "entropy", "policy_s", "world_model_s", "update_s"} <= set(
         metrics
@@ -50,7 +50,7 @@ def test_evaluation_ignores_the_sigma_net(rft_config):
     images, proprio = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 8), np.float32)
     noise = torch.randn(1, 8, 7, generator=torch.Generator().manual_seed(0))
     actions = policy.act(images, ["push"], proprio, noise=noise)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.weight)
+    torch.nn.init.normal_(policy.sigma_net.output.weight)
     assert torch.equal(policy.act(images, ["push"], proprio, noise=noise), actions)
 
 
@@ -134,7 +134,7 @@ def test_the_loss_is_eq_13_by_hand(rft_config, rft_parts):
     policy, _, batch = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.7, entropy_weight=0.4, clip=0.05)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=0.05)
+    torch.nn.init.normal_(policy.head.output.bias, std=0.05)
     loss, metrics = train_rft.grpo_loss(cfg, policy, rollouts)
     total = entropy = 0.0
     for s in range(2):
@@ -165,7 +165,7 @@ def test_micro_batches_give_the_same_gradient(rft_config, rft_parts, changes):
     policy, _, _ = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.5, **changes)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=1e-3)  # the policy has moved: ratios differ from 1
+    torch.nn.init.normal_(policy.head.output.bias, std=1e-3)  # the policy has moved: ratios differ from 1
     found = []
     for micro in (None, 1):
         policy.zero_grad()
@@ -184,8 +184,8 @@ def test_gradient_of_the_objective_against_finite_differences(rft_config, rft_pa
     policy, _, _ = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.3, entropy_weight=0.1, per_step=per_step)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.bias, std=0.1)
-    for parameter in (policy.head.net.dit.out.bias, policy.sigma_net.net.dit.out.bias):
+    torch.nn.init.normal_(policy.sigma_net.output.bias, std=0.1)
+    for parameter in (policy.head.output.bias, policy.sigma_net.output.bias):
         policy.zero_grad()
         train_rft.grpo_loss(cfg, policy, rollouts)[0].backward()
         losses = []

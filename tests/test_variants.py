@@ -90,8 +90,8 @@ def gradients(loss, cfg, policy, rollouts, parameters):
 def move(policy, std=1e-3):
     """Change the policy a little, so that ratios and divergences do real work."""
     torch.manual_seed(3)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=std)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.bias, std=10 * std)
+    torch.nn.init.normal_(policy.head.output.bias, std=std)
+    torch.nn.init.normal_(policy.sigma_net.output.bias, std=10 * std)
 
 
 # The public code's objective
@@ -196,7 +196,7 @@ def test_kl_to_the_supervised_policy(rft_config, rft_parts):
     assert found() == pytest.approx([0, 0], abs=1e-9)
     plain = train_rft.grpo_loss(rft_config, policy, rollouts)[0].item()
     with torch.no_grad():
-        policy.head.net.dit.out.bias[0] += 0.2  # moves one mean in seven by 0.02 at every step
+        policy.head.output.bias[0] += 0.2  # moves one mean in seven by 0.02 at every step
     exact, sampled = found()
     assert exact == pytest.approx(0.02**2 / (2 * 0.08 * 0.2) / 7, rel=1e-3) and sampled > 0
     moved = train_rft.grpo_loss(rft_config, policy, rollouts)[0].item()
@@ -259,9 +259,9 @@ def test_gradient_against_finite_differences(rft_config, rft_parts, monkeypatch,
     loss = loss_of(name, policy)
     rollouts = play(cfg, policy, batch, sampled_by(name))
     move(policy, 1e-4)
-    parameters = [policy.head.net.dit.out.bias]
+    parameters = [policy.head.output.bias]
     if name not in ("rwr", "flow_sde"):
-        parameters.append(policy.sigma_net.net.dit.out.bias)
+        parameters.append(policy.sigma_net.output.bias)
     if name == "whole_policy":
         policy.vlm.requires_grad_(True)
         cfg = dataclasses.replace(cfg, micro_starts=1)
@@ -498,7 +498,7 @@ def test_every_variant_fine_tunes(rft_config, variant, monkeypatch):
     before, after = (VLAPolicy.load(path) for path in (cfg.policy, f"{cfg.out_dir}/model.safetensors"))
     moved = {k.split(".")[0] for k, p in before.named_parameters() if not torch.equal(p, after.get_parameter(k))}
     assert moved == {"head"} | ({"vlm", "key_head", "key_embed"} if variant == "whole_policy" else set())
-    assert (after.sigma_net.net.dit.out.weight.abs().max() > 0) == (variant not in ("rwr", "flow_sde"))  # at first 0
+    assert (after.sigma_net.output.weight.abs().max() > 0) == (variant not in ("rwr", "flow_sde"))  # at first 0
     assert after.cfg.flow.sigma_uses_x == (variant == "release")
     assert read_header(f"{cfg.out_dir}/model.safetensors").extra["rft"]["variant"] == variant
     if variant != "rwr":

@@ -168,6 +168,19 @@ class FlowHead(nn.Module):
         self.cfg = cfg
         self.net = ChunkNet(cfg)
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer, which starts at zero."""
+        return self.net.dit.out
+
+    def configure(self, cfg: FlowConfig) -> None:
+        """Take a configuration that differs in the sigma net's settings only; configurations are frozen."""
+        self.cfg = self.net.cfg = cfg
+
+    def compile_network(self) -> None:
+        """Compile the trunk with `torch.compile`."""
+        self.net.dit.compile()
+
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor, sigma_net: SigmaNet | None = None) -> Condition:
         """Compute what all flow steps of a chunk share.
 
@@ -200,6 +213,11 @@ class SigmaNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer, which starts at zero."""
+        return self.net.dit.out
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """Compute this net's condition, as `FlowHead.prepare` does."""
