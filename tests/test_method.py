@@ -627,7 +627,9 @@ def test_an_action_conditions_the_frame_after_it():
             ids += [9 + 15 + b for b in bins[row][t]] + future[row, t + 1].tolist()
         expected.append(ids)
     expected = torch.tensor(expected)
-    loss, _ = model.token_loss(context, future, actions)
+    future[:, 2, :3] = future[:, 1, :3]  # most of frame 2 is that of frame 1
+    expected[:, 28:31] = future[:, 2, :3]
+    loss, found = model.token_loss(context, future, actions)
     assert_close(seen[0], model.embed_tokens(expected)[:, :-1])
     logits = model.lm_head(model.decoder(model.embed_tokens(expected)))
     places = [20 + 2 + t * 6 + i for t in range(3) for i in range(4)]
@@ -635,6 +637,10 @@ def test_an_action_conditions_the_frame_after_it():
         -logits[b, p - 1].log_softmax(-1)[expected[b, p]] for b in range(2) for p in places
     ]  # each token from the one before it
     assert_close(loss, torch.stack(terms).mean())
+    right = [[bool(logits[b, p - 1].argmax() == expected[b, p]) for p in places] for b in range(2)]
+    changed = [[bool(future[b, t + 1, i] != future[b, t, i]) for t in range(3) for i in range(4)] for b in range(2)]
+    right, changed = torch.tensor(right).float(), torch.tensor(changed)
+    assert found["accuracy"] == right.mean() and found["accuracy_changed"] == right[changed].mean()
 
     # the same sequence is what a rollout builds up: a change of a_t leaves frames up to t and their logits alone
     seen.clear()
