@@ -1,10 +1,12 @@
 # make demo              the whole pipeline on this machine, without GPU or download; PRESET=smoke does it in about a minute
 # make test              the tests
-# Both set up .venv first. TORCH chooses the torch that is installed there: any from 2.11 on.
+# Both set up .venv first: minutes, and up to 6 GB with a CUDA build of torch. TORCH chooses the torch that is installed
+# there (any from 2.11 on), PIP_FLAGS pip's options: an index of CPU builds, say.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
 PRESET ?= tiny
 OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))
 
@@ -25,5 +27,6 @@ clean:
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[$*]"
+	@echo "installing into $(VENV): minutes, and up to 6 GB"
+	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)" --editable ".[$*]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Expert demonstrations of Tabletop's and LIBERO's suites, as HDF5 in LIBERO's layout.
+"""Collect expert demonstrations of Tabletop's and LIBERO's suites, as HDF5 in LIBERO's layout.
 
     python collect_demos.py --preset tiny --out-dir demos                  # four tasks of tabletop_object, 64 px
     python collect_demos.py --suites tabletop_goal --tasks 0 open_the_drawer --demos-per-task 10 --out-dir demos
@@ -6,16 +6,19 @@
     python collect_demos.py --preset libero --demos-per-task 20 --out-dir demos     # LIBERO-Object and LIBERO-Spatial
     python collect_demos.py --preset libero --suites libero_goal --out-dir demos    # another suite of LIBERO
 
-Writes <out_dir>/<suite>/<task>_demo.hdf5. Every frame stores the executed action, which the world model learns from,
-and the intended one, without the expert's noise, which a policy imitates. Only successes are kept: demonstration i is
-the first success among the start seeds that belong to i, so the files do not depend on the number of workers.
-`--keep-failed` keeps the first attempt of each i whatever came of it, and `--noisy-per-task` adds attempts with
-strong noise, both marked in the attributes `kind` and `success`; they serve a world model. So do `--policy-per-task`
-attempts of `--policy`, which show it where that policy goes; demonstrations can be extended by them later, as by more
-`--demos-per-task`. The same command run again
-makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all, until
-their task is complete. A worker process that dies is replaced. A task that the expert cannot do is reported at the end,
-when all others are made.
+Reads nothing but, with `--policy-per-task`, the policy. Writes <out_dir>/<suite>/<task>_demo.hdf5. The same command run
+again makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all,
+until their task is complete. A worker process that dies is replaced. A task that the expert cannot do is reported at
+the end, when all others are made.
+
+Every frame stores the executed action, which the world model learns from, and the intended one, without the expert's
+noise, which a policy imitates. Demonstration i is the first success among the start seeds that belong to i, so the
+files do not depend on the number of workers. Further episodes, marked in the attributes `kind` and `success`, serve a
+world model only:
+- `--keep-failed` keeps the first attempt of each i, success or not;
+- `--noisy-per-task` adds attempts of the expert with strong noise;
+- `--policy-per-task` adds attempts of `--policy`, which show where that policy goes. They can be added later, as can
+  more `--demos-per-task`.
 
 Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
 images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
@@ -39,13 +42,11 @@ from tqdm import tqdm
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.policy import VLAPolicy
 from vlarft.run.config import opt, parse
-from vlarft.sim import LIBERO_SUITES, SUITES, TABLETOP_SUITES, make_env, task_index, task_names
-from vlarft.sim.experts import Expert
+from vlarft.run.migration import migrate
+from vlarft.sim import LIBERO_SUITES, TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
+from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.gl import FAST
-from vlarft.sim.libero_env import LiberoEnv
-from vlarft.sim.libero_experts import LiberoExpert, NoPlanError
-from vlarft.sim.record import Demonstrator, PolicyPlayer, record
-from vlarft.sim.tabletop import TabletopEnv
+from vlarft.sim.record import PolicyPlayer, record
 from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
@@ -60,29 +61,33 @@ def _tasks(config: Config, suite: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5")
-    suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect")
-    tasks: tuple[str, ...] | None = opt(None, "task indices or names, in every suite given; none = all")
+    """What to collect; the defaults are the sizes of LIBERO's demonstrations."""
+
+    suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect", group="data")
+    tasks: tuple[str, ...] | None = opt(None, "task numbers or names, in every suite given; none: all")
     demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
-    image_size: int = opt(256, "side of the images in pixels")
-    wrist: bool = opt(False, "also store the wrist camera, as eye_in_hand")
+    image_size: int = opt(256, "side of the images [px]")
+    eye_in_hand: bool = opt(False, "also store the wrist camera")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
-    action_noise: float = opt(0.2, "standard deviation of the expert's action noise, action units")
+    action_noise: float = opt(0.2, "standard deviation of the expert's action noise [action units]")
     min_speed: float = opt(
-        0.4, "the expert's speed is uniform in [min, max] per demonstration; 1 = 2 cm a step (LIBERO: 1.2)"
+        0.4, "the expert's speed is uniform in [min, max] per demonstration; 1: 2 cm a step (LIBERO: 1.2)"
     )
     max_speed: float = opt(0.6, "see min_speed")
     idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
     max_attempts: int = opt(20, "start seeds tried for one demonstration")
     keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")
     noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
-    noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts, action units")
+    noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts [action units]")
     noisy_gripper_flips: float = opt(0.15, "share of reversed gripper commands in the noisy attempts")
-    policy: str | None = opt(None, "checkpoint of the policy that makes the on-policy attempts")
+
+    policy: str | None = opt(None, "policy that makes further attempts: a run folder or its model.safetensors", "model")
     policy_per_task: int = opt(0, "extra attempts of --policy per task, marked as policy")
-    policy_noise: float = opt(0.1, "action noise of these attempts, action units")
+    policy_noise: float = opt(0.1, "action noise of these attempts [action units]")
+
+    out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5", group="run")
     seed: int = opt(0, "first start seed")
-    workers: int | None = opt(None, "worker processes; none = one per CPU core")
+    workers: int | None = opt(None, "worker processes; none: one per CPU core")
 
     def __post_init__(self) -> None:
         for name in ("demos_per_task", "image_size", "max_attempts"):
@@ -117,11 +122,18 @@ PRESETS = {
     # the pace of LIBERO's own demonstrations
     "libero": Config(suites=("libero_object", "libero_spatial"), action_noise=0.1, min_speed=0.7, max_speed=1.0),
 }
-# Settings that only say how much is made and by whom; files of different values of these can be continued.
+# Settings that only say how much is made and by whom; a collection can be continued with other values of these.
 NOT_CONTENT = (
-    "out_dir", "suites", "tasks", "demos_per_task", "noisy_per_task", "policy_per_task", "policy", "workers",
+    "out_dir",
+    "suites",
+    "tasks",
+    "demos_per_task",
+    "noisy_per_task",
+    "policy_per_task",
+    "policy",
+    "workers",
     "max_attempts",
-)  # fmt: skip
+)
 
 
 class Job(NamedTuple):
@@ -137,7 +149,7 @@ class Made(NamedTuple):
 
 
 def main(config: Config) -> list[Path]:
-    """Makes what is missing and returns the files of all selected tasks.
+    """Make what is missing; return the files of all selected tasks.
 
     Raises:
         ValueError: unknown suite or task, or a file made with other settings.
@@ -178,10 +190,10 @@ def demo_path(config: Config, suite: str, task: int) -> Path:
 
 
 def make_demo(job: Job) -> Made:
-    """Runs one demonstration (in a worker) and writes it to the parts of its task, or says why it could not."""
+    """Make one demonstration (in a worker) and write it to the parts of its task, or say why there is none."""
     config = job.config
     kind = "policy" if job.index >= FIRST_ON_POLICY else "noisy" if job.index >= FIRST_NOISY else "expert"
-    env = _environment(job.suite, job.task, config.image_size, config.wrist, config.fast_rendering)
+    env = _environment(job.suite, job.task, config.image_size, config.eye_in_hand, config.fast_rendering)
     for attempt in range(config.max_attempts):
         start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
@@ -221,12 +233,12 @@ def summary(path: Path) -> str:
     return f"{path}: {counts}; {np.mean(steps):.0f} steps on average, {path.stat().st_size / 2**20:.1f} MiB"
 
 
-def _demonstrator(config: Config, env: TabletopEnv | LiberoEnv, kind: str, seed: int, speed: float) -> Demonstrator:
+def _demonstrator(config: Config, env: Env, kind: str, seed: int, speed: float) -> Demonstrator:
     if kind == "policy":
         return PolicyPlayer(_policy(config.policy), env, seed, config.policy_noise)
-    return (LiberoExpert if isinstance(env, LiberoEnv) else Expert)(
+    return make_expert(
         env,
-        seed=seed,
+        seed,
         action_noise=config.noisy_action_noise if kind == "noisy" else config.action_noise,
         gripper_flips=config.noisy_gripper_flips if kind == "noisy" else 0.0,
         speed=speed,
@@ -239,8 +251,9 @@ def _policy(path: str) -> VLAPolicy:
 
 
 @lru_cache(maxsize=2)
-def _environment(suite: str, task: int, image_size: int, wrist: bool, fast: bool) -> TabletopEnv | LiberoEnv:
-    return make_env(suite, task, image_size, wrist=wrist, **({"rendering": FAST} if fast else {}))
+def _environment(suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool) -> Env:
+    cameras = ("agentview", "eye_in_hand") if eye_in_hand else None  # the first
+    return make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
 
 
 def _content(config: Config) -> dict:
@@ -276,14 +289,15 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
-    found = {"fast_rendering": False, "policy_noise": 0.1, **found}  # files of before have no such settings
+    found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
+    found = {"fast_rendering": False, "policy_noise": 0.1, **found}  # older files have no such settings
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")
 
 
 def _merge(config: Config, suite: str, task: int) -> None:
-    """Moves the parts of a complete task into its file: a new file is written beside it and replaces it."""
+    """Move the parts of a complete task into its file: a new file is written beside it and replaces it."""
     path = demo_path(config, suite, task)
     parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
     if parts:
@@ -291,12 +305,9 @@ def _merge(config: Config, suite: str, task: int) -> None:
         with import_h5py().File(tmp, "w") as file:
             data = file.create_group("data")
             args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
-            described = SUITES[suite].tasks[task]
-            if suite in LIBERO_SUITES:
-                bddl = f"{suite}/{described.name}.bddl"
-                write_task_attrs(data, described.instruction, args, upright=False, bddl_file_name=bddl)
-            else:
-                write_task_attrs(data, described.instruction, args)
+            simulator = simulator_of(suite)
+            described = simulator.suites[suite].tasks[task]
+            write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
             for source in [path, *parts] if path.exists() else parts:
                 with open_demo_file(source) as other:
                     for name in demo_names(other["data"]):
@@ -309,4 +320,4 @@ def _merge(config: Config, suite: str, task: int) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -1,17 +1,18 @@
-"""The whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
+"""Run the whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
 laptop).
 
-Calls the stage scripts in order, each as the command that a user would type, and prints it. Ends with a table: success
-rate of the SFT policy, of the same policy after extra SFT of the wall time that RFT took (at a tenth of the learning
-rate, as plain fine-tuning would go on), and after RFT, on the same starts, with 95 % intervals; and the world model's
-metrics beside the baseline that copies the last frame.
-
-    python demo.py                     preset tiny: at most 20 minutes on 2 CPU cores
+    python demo.py                     preset tiny: about 20 minutes on 2 CPU cores
+    python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
-Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png, before_after.gif; further
-pictures come from the stages. An interrupted demo goes on with the same command: finished stages are skipped, the one
-that was cut short resumes.
+Calls the stage scripts in order, each as the command that a user would type, and prints it. Ends with a table of
+success rates on the same starts, with 95 % intervals: the SFT policy; the same played from x_0 = 0, which costs no
+training; the SFT policy after extra SFT of the wall time that RFT took (at a tenth of the learning rate, as plain
+fine-tuning would go on); and after RFT. And the world model's metrics beside the baseline that copies the last frame.
+
+Reads nothing. Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png,
+before_after.gif; further pictures come from the stages. The same command resumes an interrupted demo: finished stages
+are skipped, the one that was cut short goes on.
 """
 
 import json
@@ -23,27 +24,33 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.pictures import grid, save_gif, save_png
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.sim.replay import replay_frames
+from vlarft.statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = opt("runs/demo", "folder that the demo writes")
+    """One run of the pipeline."""
+
+    out_dir: str = opt("runs/demo", "folder that the demo writes", group="run")
+    seed: int = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
 
 
-PRESETS = {"tiny": Config(), "smoke": Config("runs/smoke", "smoke")}
+PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset="smoke")}
+DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
 
 
 class MemoryPeak(threading.Thread):
@@ -132,8 +139,8 @@ def draw_demonstrations(demos: Path, path: Path) -> None:
     save_png(path, grid(rows))
 
 
-def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
-    """PNG: losses of the stages, RFT's reward, success rates with 95 % intervals."""
+def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
+    """PNG: losses of the stages, RFT's reward, success rates with 95 % intervals (rows of `success_rows`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,7 +152,7 @@ def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
         ("wm", "world model: cross-entropy [nats]", ("loss", "val_loss")),
         ("sft", "SFT: flow-matching loss (Eq. 4)", ("flow_mse", "val_flow_mse")),
         ("rft", "RFT: verified reward (Eq. 11)", ("reward",)),
-        ("rft", "RFT: spread of the reward within groups", ("reward_std",)),
+        ("rft", "RFT: standard deviation of the reward within groups", ("reward_std",)),
     ]
     for axis, (stage, title, names) in zip(axes.flat, panels):
         log = read_log(out_dir / stage)
@@ -156,21 +163,40 @@ def draw_curves(out_dir: Path, evaluation: dict, path: Path) -> None:
         axis.set_xlabel("step")
         axis.legend()
     axis = axes.flat[-1]
-    labels = ["SFT", "+ extra SFT", "+ RFT"]
-    rates = [p["all"] for p in evaluation["policies"]]
+    rates = [row["all"] for row in rows.values()]
     heights = [100 * r["rate"] for r in rates]
     errors = [[100 * (r["rate"] - r["low"]) for r in rates], [100 * (r["high"] - r["rate"]) for r in rates]]
-    axis.bar(labels, heights, yerr=errors, capsize=6, color=["#9aa", "#79c", "#c75"])
+    axis.bar(list(rows), heights, yerr=errors, capsize=6, color=["#9aa", "#aaa", "#79c", "#c75"])
     axis.set_title("success [%], 95 % intervals")
     axis.set_ylim(0, 100)
     figure.savefig(path, dpi=80)
 
 
+def read_episodes(folder: Path, policy: str) -> dict[tuple, dict]:
+    """The episodes of a policy in an evaluation's folder: (suite, task, initial state) -> record."""
+    records = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == policy}
+
+
+def success_rows(out: Path, policy: str) -> dict[str, dict]:
+    """Rows of the table of success rates: "all" and, but for the first, "against_first" as in eval_libero.py.
+
+    Args:
+        out: the demo's folder.
+        policy: the SFT policy, the first one that was evaluated; alone from x_0 = 0.
+    """
+    names = "SFT", "+ extra SFT", "+ RFT"
+    rows = dict(zip(names, json.loads((out / "eval" / "results.json").read_text())["policies"], strict=True))
+    (zero,) = json.loads((out / "eval_zero" / "results.json").read_text())["policies"]
+    sampled, from_zero = (read_episodes(out / folder, policy) for folder in ("eval", "eval_zero"))
+    pairs = [(sampled[start]["success"], from_zero[start]["success"]) for start in sampled]
+    zero["against_first"] = paired_difference(*map(list, zip(*pairs)))._asdict()
+    return {"SFT": rows.pop("SFT"), "SFT, x_0 = 0": zero, **rows}
+
+
 def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> None:
     """GIF: SFT policy (left) and RFT policy (right) from the same start, one that RFT alone wins if there is one."""
-    records = [json.loads(line) for line in (evaluation_dir / "episodes.jsonl").read_text().splitlines()]
-    episodes = {p: {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == p} for p in policies}
-    before, after = (episodes[p] for p in policies)
+    before, after = (read_episodes(evaluation_dir, policy) for policy in policies)
 
     def interest(start: tuple) -> tuple:
         won = (before[start]["success"], after[start]["success"])
@@ -183,68 +209,71 @@ def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> 
     save_gif(path, [np.concatenate(pair, 1) for pair in zip(*films)], frames_per_second=10, hold_last=1.5)
 
 
-def main(cfg: Config) -> dict:
+def run_stages(cfg: Config) -> str:
+    """Run every stage; returns the path of the SFT policy as the evaluations name it."""
     out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    preset, demos = cfg.stage_preset, out / "demos"
     model = {name: out / name / "model.safetensors" for name in ("tokenizer", "wm", "sft", "rft", "sft_extra")}
+    demos = out / "demos"
+    common = {"preset": cfg.stage_preset, "seed": cfg.seed}
 
-    run_stage(out, "collect", "collect_demos.py", preset=preset, out_dir=demos)
-    run_stage(out, "tokenizer", "train_tokenizer.py", preset=preset, demos=demos, out_dir=out / "tokenizer")
-    run_stage(out, "wm", "train_wm.py", preset=preset, demos=demos, tokenizer=model["tokenizer"], out_dir=out / "wm")
-    run_stage(
-        out,
-        "eval_wm",
-        "eval_wm.py",
-        preset=preset,
-        demos=demos,
-        world_model=model["wm"],
-        true_error=True,
-        out_dir=out / "eval_wm",
-    )
-    run_stage(out, "sft", "train_sft.py", preset=preset, demos=demos, out_dir=out / "sft")
-    run_stage(
-        out,
+    def stage(name: str, script: str, **flags: object) -> None:
+        run_stage(out, name, script, **common, **flags, out_dir=out / name)
+
+    first_start = cfg.seed * DEMOS_PER_SEED
+    run_stage(out, "collect", "collect_demos.py", preset=cfg.stage_preset, seed=first_start, out_dir=demos)
+    stage("tokenizer", "train_tokenizer.py", split_seed=cfg.seed, demos=demos)
+    stage("wm", "train_wm.py", split_seed=cfg.seed, demos=demos, tokenizer=model["tokenizer"])
+    stage("eval_wm", "eval_wm.py", demos=demos, world_model=model["wm"], true_error=True)
+    stage("sft", "train_sft.py", split_seed=cfg.seed, demos=demos)
+    stage(
         "rft",
         "train_rft.py",
-        preset=preset,
         demos=demos,
         policy=model["sft"],
         world_model=model["wm"],
-        gate_stop=False,  # a demo goes on and shows the trust gate's figure
-        out_dir=out / "rft",
+        gate_threshold="none",  # a demo goes on whatever the trust gate finds, and prints it
     )
     log = read_log(out / "rft")
     rft_minutes = sum(log[k][:, 1].sum() for k in ("policy_s", "world_model_s", "update_s")) / 60
-    run_stage(
-        out,
+    stage(
         "sft_extra",
         "train_sft.py",
-        preset=preset,
+        split_seed=cfg.seed,
         demos=demos,
         init=model["sft"],
         max_minutes=f"{rft_minutes:.2f}",
         lr=3e-4,  # a tenth of the peak: a restart at the peak would first undo what the first run learnt
-        out_dir=out / "sft_extra",
     )
-    policies = [str(model[name]) for name in ("sft", "sft_extra", "rft")]
-    run_stage(out, "eval", "eval_libero.py", preset=preset, policies=policies, out_dir=out / "eval")
+    stage("eval", "eval_libero.py", policies=[model[name] for name in ("sft", "sft_extra", "rft")])
+    stage("eval_zero", "eval_libero.py", policies=[model["sft"]], noise="zero")
+    return str(model["sft"])
 
-    evaluation = json.loads((out / "eval" / "results.json").read_text())
-    world_model = json.loads((out / "eval_wm" / "results.json").read_text())
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on besides its seed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "mujoco")}}
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; return what summary.json holds."""
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sft = run_stages(cfg)
+    rows, log = success_rows(out, sft), read_log(out / "rft")
     stages = json.loads((out / "stages.json").read_text())
-    draw_demonstrations(demos, out / "demonstrations.png")
-    draw_curves(out, evaluation, out / "curves.png")
-    draw_before_after(out / "eval", [policies[0], policies[2]], out / "before_after.gif")
+    draw_demonstrations(out / "demos", out / "demonstrations.png")
+    draw_curves(out, rows, out / "curves.png")
+    draw_before_after(out / "eval", [sft, rows["+ RFT"]["policy"]], out / "before_after.gif")
     summary = {
         "config": to_dict(cfg),
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine()},
+        "versions": versions(),
         "stages": stages,
         "minutes": sum(s["seconds"] for s in stages.values()) / 60,
         "peak_gib": max(s["peak_bytes"] for s in stages.values()) / 2**30,
-        "evaluation": evaluation["policies"],
-        "world_model": world_model,
-        "trust_gate": {name: rows[0, 1] for name, rows in log.items() if name.startswith("gate")},
+        "evaluation": rows,
+        "world_model": json.loads((out / "eval_wm" / "results.json").read_text()),
+        "trust_gate": {name: values[0, 1] for name, values in log.items() if name.startswith("gate")},
     }
     write_json(out / "summary.json", summary)
     print_summary(summary, out)
@@ -252,7 +281,7 @@ def main(cfg: Config) -> dict:
 
 
 def print_world_model(results: dict) -> None:
-    """Frame metrics beside the copy-last baseline, and how well the rewards order perturbed action chunks."""
+    """Frame metrics beside the copy-last baseline, and how well the rewards rank perturbed action chunks."""
     imagined, copied = (results["frames"]["all"][name] for name in ("imagined", "copy"))
     print("\nworld model, held-out episodes    imagined   last frame copied")
     for name, label in (
@@ -261,20 +290,20 @@ def print_world_model(results: dict) -> None:
         ("ssim", "SSIM"),
     ):
         print(f"  {label:<30} {imagined[name][-1]:9.2f}   {copied[name][-1]:9.2f}")
-    print("order of perturbed chunks, Spearman with   true frames   true state   (within a start, mean over starts)")
+    print("perturbed chunks, rank correlation with    true frames   true state   (within a start, mean over starts)")
     for reward in ("R3 greedy", "R3 common", "R2 greedy"):
         found = [results["sensitivity"][truth][reward]["all"]["spearman"] for truth in ("true frames", "true state")]
         print(f"  {reward:<38} {found[0]:13.2f} {found[1]:12.2f}")
 
 
 def print_summary(summary: dict, out: Path) -> None:
-    """The demo's last words."""
+    """Print the tables."""
     print("\nstage            minutes   peak memory")
     for name, stage in summary["stages"].items():
         print(f"  {name:<14} {stage['seconds'] / 60:7.1f}   {stage['peak_bytes'] / 2**30:6.2f} GiB")
     print(f"  {'all':<14} {summary['minutes']:7.1f}   {summary['peak_gib']:6.2f} GiB")
     print("\npolicy           success   95 % interval     episodes   against SFT on the same starts")
-    for name, entry in zip(("SFT", "+ extra SFT", "+ RFT"), summary["evaluation"]):
+    for name, entry in summary["evaluation"].items():
         r = entry["all"]
         interval = f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}] %"
         line = f"  {name:<14} {100 * r['rate']:5.1f} %   {interval:<17} {r['episodes']:8d}"
@@ -283,13 +312,16 @@ def print_summary(summary: dict, out: Path) -> None:
         print(line)
     print_world_model(summary["world_model"])
     gate = summary["trust_gate"]
-    print(
-        f"trust gate: R3 orders chunks around the policy's own actions with {gate['gate_policy']:.2f} by action error",
-        end="",
-    )
-    print(f", {gate['gate_policy_true']:.2f} by the simulator's outcome" if "gate_policy_true" in gate else "")
-    print(f"\npictures in {out}: demonstrations.png, curves.png, before_after.gif, eval_wm/, rft/rollouts.png")
+    ranks = [f"{gate[f'gate_{family}']:.2f} ± {gate[f'gate_{family}_se']:.2f}" for family in ("policy", "dataset")]
+    print(f"trust gate, rank correlation of R3 and action error: {ranks[0]} among chunks sampled from the policy,")
+    print(f"{ranks[1]} around the demonstrations' actions (± standard error; --gate-threshold is 0.25 by default)")
+    print(f"\npictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif,")
+    print("one start that RFT (right) wins and SFT (left) does not, if there is one: not representative")
+    if summary["config"]["stage_preset"] == "smoke":
+        print("preset smoke only shows that the stages run; its numbers mean nothing")
+    else:
+        print(f"one seed ({summary['config']['seed']}); --seed 1 with another --out-dir is a second one")
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

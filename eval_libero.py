@@ -1,31 +1,30 @@
 """Success rates of policies in a simulator, on the same starts, with intervals (Tables 2 and 3).
 
-Every policy plays every (suite, task, initial state); the first one is the baseline of a paired comparison. As in the
-paper the policy emits chunks of 8 actions that are executed open loop, and actions come from the deterministic ODE with
-a random x0; the sigma net is not used. x0 is drawn per (seed, task, initial state, chunk), so it is the same for every
-policy and does not depend on how episodes are spread over workers.
-
-Suites: libero_spatial, libero_object, libero_goal, libero_10 (LIBERO; `python -m vlarft.sim.check` says what it needs)
-and tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (embedded): 10 tasks x 50 initial states each, a
-horizon per suite, in LIBERO ten wait steps first and images with both axes flipped.
-
-    python eval_libero.py --policies runs/sft/model.safetensors                         # LIBERO, Table 2
-    python eval_libero.py --policies runs/sft/model.safetensors --perturb object:2.5    # Table 3
-    python eval_libero.py --preset small --policies sft.safetensors rft.safetensors     # Tabletop
+    python eval_libero.py --policies runs/sft                                         # LIBERO, Table 2
+    python eval_libero.py --policies runs/sft --perturb object:2.5                    # Table 3
+    python eval_libero.py --preset small --policies runs/sft runs/rft                 # Tabletop
     python eval_libero.py --policies random runs/eval/episodes.jsonl --suites libero_object --animate-failed 3
 
-A policy is a checkpoint of train_sft.py or train_rft.py; `random`, uniform actions; or an episodes.jsonl of an earlier
-evaluation (or of studies/libero_experts.py), whose actions are played again open loop.
+Every policy plays every (suite, task, initial state); the first one is the baseline of a paired comparison. As in the
+paper the policy emits chunks of 8 actions that are executed open loop, and actions come from the deterministic ODE with
+a random x_0; the sigma net is not used. x_0 is a function of (seed, task, initial state, chunk), so it is the same for
+every policy and does not depend on how episodes are distributed over workers.
 
-Writes out_dir/episodes.jsonl (one line an episode, appended as they end: an interrupted evaluation resumes with the
-same command), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
+Suites: libero_spatial, libero_object, libero_goal, libero_10 (LIBERO; `python -m vlarft.sim.check` says what it needs)
+and tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (in this package): 10 tasks x 50 initial states
+each, a horizon per suite; in LIBERO ten wait steps first, and images with both axes flipped.
+
+Reads policies: a checkpoint of train_sft.py or train_rft.py, or its run folder; `random`, uniform actions; or the
+episodes.jsonl of an earlier evaluation (or of studies/libero_experts.py), whose actions are replayed open loop.
+Writes out_dir/episodes.jsonl (one line an episode, appended as they end: the same command resumes an interrupted
+evaluation), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
 out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them.
 
-Deviations from the paper: none in the protocol. `--execute 4` re-plans earlier, `--noise zero` starts the ODE at 0,
-`--noise gripper` at 0 but for the gripper, whose dimension is drawn, and `--noise stochastic` plays the policy with the
-noise of its fine-tuning; `--fast-rendering` changes pixels (see vlarft/sim/gl.py); all are reported in results.json.
-LIBERO places fixtures by the global random state; here by seed 0 before every episode, so that an episode does not
-depend on those before it.
+Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
+starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
+the policy as its fine-tuning did; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
+results.json. LIBERO places fixtures by the global random state; here it is seeded with 0 before every episode, so that
+an episode does not depend on those before it.
 """
 
 import functools
@@ -40,44 +39,49 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from vlarft.metrics import paired_difference, wilson_interval
-from vlarft.pictures import save_gif, save_mp4
-from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import open_run, read_header, write_json
+from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.run.checkpoint import checkpoint_file, open_run, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
+from vlarft.sim.suites import check_cameras
 from vlarft.sim.workers import one_thread, run_jobs
+from vlarft.statistics import paired_difference, wilson_interval
 
 
 @dataclass(frozen=True)
 class Config:
+    """One evaluation; the defaults are LIBERO's protocol."""
+
     policies: tuple[str, ...] = opt(
-        ("runs/sft/model.safetensors",), "checkpoints, episodes.jsonl files, or random; the first is the baseline"
+        ("runs/sft",), "run folders, checkpoints, episodes.jsonl files, or random; the first is the baseline", "model"
     )
-    suites: tuple[str, ...] = opt(tuple(LIBERO_SUITES), "suites to play, of LIBERO and Tabletop")
-    tasks: tuple[str, ...] | None = opt(None, "task numbers or names of each suite; none plays all")
-    episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (50 in LIBERO's protocol)")
+    noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
+    num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
+    execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
+
+    suites: tuple[str, ...] = opt(tuple(LIBERO_SUITES), "suites of LIBERO and Tabletop to play", group="evaluation")
+    tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
+    episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)")
     perturb: str | None = opt(
         None, "perturbed starts (Tables 3, 8): object:2.5, goal:5, robot:20, all:5/5/50, object:5:x"
     )
-    image_size: int | None = opt(256, "side of the rendered images [px]; the policy resizes; none: the policy's own")
+    image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
-    execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8, the whole chunk)")
-    num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
-    noise: PlayNoise = opt("sampled", "x0 of the ODE; gripper: 0 but there; or stochastic: as train_rft.py samples")
-    seed: int = opt(0, "of x0")
+    batch_size: int = opt(10, "episodes that a worker plays side by side, with one policy call for all")
+
+    out_dir: str = opt("runs/eval", "folder that the run writes", group="run")
+    seed: int = opt(0, "seed of x_0")
     workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
-    batch_size: int = opt(10, "episodes that a worker plays side by side, one policy call for all")
     animate: int = opt(0, "episodes per policy to film, the same starts for every policy")
     animate_failed: int = opt(0, "failed episodes per policy to film")
     animate_starts: tuple[str, ...] = opt((), "episodes to film, as suite/task number/initial state")
     animate_size: int = opt(160, "side of the films [px]")
     animate_format: Literal["gif", "mp4"] = opt("gif", "format of the films")
-    out_dir: str = opt("runs/eval", "folder that the run writes")
 
 
 TABLETOP = {"suites": tuple(TABLETOP_SUITES), "image_size": None}
@@ -172,7 +176,7 @@ def print_table(results: dict) -> None:
     for line in results["visuals"]:
         print(line)
     if results["config"]["perturb"]:
-        print(f"perturbed starts {results['config']['perturb']}: {results['rejected_starts']} draws rejected")
+        print(f"perturbed starts {results['config']['perturb']}: {results['rejected_starts']} samples rejected")
     if results["played_again"]:
         print(f"{results['played_again']} episodes were played again, since a worker process died over them")
     for entry in results["policies"]:
@@ -220,12 +224,12 @@ def _tasks(cfg: Config, suite: str) -> list[int]:
 
 
 def check(cfg: Config) -> dict[str, str]:
-    """Everything that can be wrong, before the first episode; returns path -> digest of each checkpoint."""
+    """Find what is wrong before the first episode; returns path -> digest of each checkpoint."""
     for suite in cfg.suites:
         _tasks(cfg, suite)
     if not 1 <= cfg.episodes <= NUM_INITIAL_STATES:
         raise ValueError(f"episodes must lie in 1..{NUM_INITIAL_STATES}, got {cfg.episodes}")
-    if len(set(cfg.policies)) < len(cfg.policies):
+    if len({checkpoint_file(path).resolve() for path in cfg.policies}) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
     if cfg.execute < 1 or (cfg.execute > 8 and "random" in cfg.policies):
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
@@ -253,17 +257,19 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
+        for suite in cfg.suites:
+            check_cameras(suite, header.config.get("cameras", PolicyConfig.cameras), path)
         chunk = header.config["flow"]["chunk"]
         if not 1 <= cfg.execute <= chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
-        flow = header.config["flow"]
-        if cfg.noise == "stochastic" and not (header.config["has_sigma_net"] or flow.get("noise") == "flow_sde"):
+        if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} was never fine-tuned by train_rft.py, so it has no noise")
-        digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
     return digests
 
 
 def main(cfg: Config) -> dict:
+    """Play what is missing; return what results.json holds."""
     digests = check(cfg)
     out_dir = Path(cfg.out_dir)
     open_run(
@@ -273,14 +279,15 @@ def main(cfg: Config) -> dict:
 
     # what an interrupted evaluation already played, by checkpoints that have not changed since
     lines = log.read_text().splitlines() if log.is_file() else []
-    records = []
+    records, places = [], {checkpoint_file(path).resolve(): path for path in cfg.policies}
     for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that a kill cut short
             continue
-        if digests.get(record["policy"]) == record["digest"]:
-            records.append(record)
+        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
+        if digests.get(path) == record["digest"]:
+            records.append({**record, "policy": path})
     done = {(r["policy"], r["suite"], r["task"], r["init_state"]) for r in records}
     log.write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -312,4 +319,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

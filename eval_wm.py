@@ -1,19 +1,20 @@
-"""Measure a world model on held-out episodes: frames (Table 1) and action sensitivity.
+"""Measure a world model on held-out episodes: frames (Table 1) and sensitivity to actions.
 
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval                   one process
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval --true-error      with the simulator
     torchrun --nproc-per-node 8 eval_wm.py --world-model runs/wm --out-dir runs/wm/eval            8 GPUs
 
-Reads: the world model; the held-out episodes of the demonstrations that it names. Writes: out_dir/results.json,
+Reads the world model and the held-out episodes of the demonstrations that it names. Writes out_dir/results.json,
 rollouts.png (rows: true, imagined; columns: time), rollouts.gif.
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
 repeats the start frame, over all pixels and over those that move.
 
-Action sensitivity (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all are
-imagined, and the rewards R3 (imagined against imagined) and R2 (imagined against recorded frames) are compared with the
-action error, and with `--true-error` with what the chunks really do: the simulator is put into the recorded state and
-plays them. Spearman's rank correlation and share of pairs in the right order within each start, mean over starts.
+Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
+chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
+compared with the action error and, with `--true-error`, with what the chunks really do: the simulator is put into the
+recorded state and plays them. Spearman's rank correlation and the share of pairs in the right order, within each start,
+mean over starts.
 """
 
 import sys
@@ -29,10 +30,10 @@ from torch import Tensor
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
-from vlarft.pictures import grid, save_gif, save_png
 from vlarft.run import distributed
-from vlarft.run.checkpoint import read_header, write_json
+from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
@@ -41,23 +42,28 @@ from vlarft.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Config:
-    world_model: str = opt("runs/wm", "world model: its run folder or its model.safetensors")
-    out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes")
-    demos: str | None = opt(None, "demonstrations; none = those that the world model was trained on")
-    all_episodes: bool = opt(False, "all of --demos, not the held-out ones that the world model names; never its own")
+    """One evaluation; the defaults are for the paper's sizes."""
+
+    demos: str | None = opt(None, "demonstrations; none: those that the world model was trained on", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    segments: int = opt(1024, "held-out segments for the frame metrics, spread evenly; fewer when there are fewer")
-    batch_size: int = opt(16, "segments, or starts, imagined at once")
-    greedy: bool = opt(False, "frame metrics of greedy rollouts instead of sampled ones")
-    temperature: float = opt(1.0, "of sampled rollouts")
+    all_episodes: bool = opt(False, "use all episodes of --demos, which the world model must not have seen")
+
+    world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
+    greedy: bool = opt(False, "imagine greedily for the frame metrics, instead of sampling")
+    temperature: float = opt(1.0, "temperature of sampled rollouts")
     top_p: float = opt(0.8, "nucleus of sampled rollouts (release)")
+
+    segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
+    batch_size: int = opt(16, "segments, or starts, imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
-    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
-    starts: int = opt(64, "starts of the action sensitivity; 0 leaves it out")
+    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
+    starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
     perturb: Perturbations = field(default_factory=Perturbations)
     true_error: bool = opt(False, "also compare with the simulator's outcome (Tabletop demonstrations)")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards")
-    seed: int = opt(0, "seed of perturbations and draws")
+
+    out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes", group="run")
+    seed: int = opt(0, "seed of perturbations and rollouts")
 
 
 TINY = Config(segments=128, greedy=True, perceptual="ssim", starts=12, precision="fp32")
@@ -69,7 +75,7 @@ PRESETS = {
 }
 
 
-def mine(total: int, batch_size: int) -> Iterator[slice]:
+def own_rows(total: int, batch_size: int) -> Iterator[slice]:
     """This process's share of `total` rows, in batches."""
     rank, world = distributed.rank(), distributed.world_size()
     first, last = total * rank // world, total * (rank + 1) // world
@@ -104,11 +110,11 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    draws = generator(device, "imagination", cfg.seed, distributed.rank())
+    source = generator(device, "imagination", cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)
-    for part in mine(len(batch.frames), cfg.batch_size):
+    for part in own_rows(len(batch.frames), cfg.batch_size):
         frames = batch.frames[part].to(device)
         with autocast:
             rollout = model.rollout(
@@ -117,7 +123,7 @@ def evaluate_frames(
                 greedy=cfg.greedy,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
-                generator=draws,
+                generator=source,
                 first_frame=frames[:, 0],
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
@@ -151,14 +157,14 @@ def report(results: dict) -> str:
                 row = " ".join(f"{v:7.4f}" if metric == "mse" else f"{v:7.3f}" for v in values[metric])
                 lines.append(f"{suite[-8:]:>8} {metric:>11} {method[:4]} {row}")
     for against, found in results.get("sensitivity", {}).items():
-        lines.append(f"order of perturbed chunks against {against} error: Spearman (pairs in order)")
+        lines.append(f"perturbed chunks ranked by reward and by {against} error: Spearman (share of pairs in order)")
         for name, groups in found.items():
             cells = [f"{g} {v['spearman']:.2f} ({v['pair_order']:.2f})" for g, v in groups.items()]
             lines.append(f"{name:>16}  " + "  ".join(cells))
     return "\n".join(lines)
 
 
-def draw(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
+def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
     """Greedy rollouts of up to four segments as a picture and as an animation."""
     device = next(model.parameters()).device
     picks = torch.linspace(0, len(batch.frames) - 1, min(4, len(batch.frames))).round().long()
@@ -174,10 +180,11 @@ def draw(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
 
 
 def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
-    """Episodes that the world model was not trained on.
+    """The episodes to measure on, none of which the world model was trained on.
 
     Raises:
-        ValueError: the checkpoint names none, and --all-episodes does not choose them; or that would choose seen ones.
+        ValueError: the checkpoint names no held-out episodes and --all-episodes is not given; or --all-episodes with
+            episodes that it was trained on.
     """
     extra, options = read_header(path).extra, {"successes_only": False, "with_states": cfg.true_error}
     if not cfg.all_episodes:
@@ -199,10 +206,9 @@ def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
 
 
 def main(cfg: Config) -> dict:
-    """Evaluate; returns what results.json holds."""
+    """Evaluate; return what results.json holds."""
     device = distributed.setup()
-    path = Path(cfg.world_model)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = checkpoint_file(cfg.world_model)
     model, extra = WorldModel.load(path, device), read_header(path).extra
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -230,7 +236,7 @@ def main(cfg: Config) -> dict:
             )
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
-        draw(model, batch, out_dir, autocast)
+        draw_rollouts(model, batch, out_dir, autocast)
         print(report(results))
     distributed.cleanup()
     return results

@@ -1,319 +1,428 @@
 """Stage II: reinforcement fine-tuning of a VLA policy inside a frozen world model (Sec. 3.3, Algorithm 1).
 
-Per step: 16 start states of the demonstrations; 16 action chunks a start, sampled from the SDE policy (Eqs. 5-7); each
-chunk played inside the world model (Eq. 10) and scored by a verified reward (Eq. 11, Table 4); group-relative
-advantages (Eq. 12); updates of flow head and sigma net (Eq. 13). The vision-language model and the world model stay
-frozen; the vision-language model runs once per start.
+Each step takes 16 start states of the demonstrations; samples 16 action chunks per start from the SDE policy (Eqs. 5 to
+7); plays them in the world model (Eq. 10) and scores them by a verified reward (Eq. 11, Table 4); compares each chunk
+with the others of its start (Eq. 12); and updates flow head and sigma net (Eq. 13). The vision-language model and the
+world model stay frozen.
 
-    python train_rft.py --policy runs/sft/model.safetensors --world-model runs/wm/model.safetensors --demos demos
-    python train_rft.py --preset release ...            # what the public code chose where the paper chose otherwise
-    python train_rft.py --algorithm rwr ...             # control: reward-weighted regression on the same rollouts
+    python train_rft.py --policy runs/sft --world-model runs/wm --demos demos --out-dir runs/rft
     torchrun --nproc-per-node 8 train_rft.py ...        # starts are spread over processes, a group stays on one
 
 Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations that the policy was trained on (its
-splits, named in its checkpoint). Writes out_dir/model.safetensors (the whole policy with its sigma net),
+checkpoint names the episodes). Writes to out_dir: model.safetensors (the whole policy with its sigma net),
 train_state.pt, log.jsonl, rollouts.png (best and worst imagination of the last step beside the reference), actions.png
 (action distributions before and after, Fig. 4). The same command resumes an interrupted run.
 
-Before the first step, and at intervals, a trust gate asks on held-out starts whether the reward tells actions apart
+Before the first step a trust gate asks on held-out starts whether the reward ranks action chunks as their error does
 (gate.py); if not, the run stops.
 
-The other control is more supervised training: `train_sft.py --init SFT --steps N`, N the steps that see as many samples
-(steps x starts x group / batch_size), or `--max-minutes M`, M the minutes that this run's log adds up to.
+A control by more supervised training: `train_sft.py --init SFT --max-minutes M`, with M the minutes in this run's log.
 
-Deviations from the paper, each an option:
-- the log-density of a chunk is the sum over its 8 x 7 scalars; Eq. (8) leaves this open. The mean over the K steps is
-  Eq. (8); over the noisy ones alone with --noisy-steps.
-- the entropy is the mean over all scalars of the chain; the paper does not define its reduction.
-- preset release: element ratios of log-probs summed over K, PPO's minimum with dual clip 3, advantage over the group's
-  std, mean over frames, MSE gated by the KL (shut in the first update on each batch), x_k into the sigma net. Its
-  defects (bf16 log-probs and clock, no float32 masters, dropout, unsynchronised gradients) are not repeated.
-- preset tiny divides the advantage by the group's standard deviation (as the public release), imagines greedily and
-  takes the intended actions of noisy demonstrations as reference (--divide-by-std, --imagination, --reference); its
-  learning rates are those of a head with 1/100 of the paper's parameters.
-- not in the paper, off by default: --reward divergence (as R3, on the distributions that frames are drawn from: nothing
-  is sampled or decoded); --symmetric (a chunk is scored with its mirror image, see reward.py); --credit to_go and frame
-  (an advantage per action step, see grpo.py); --noise flow_sde, --group-x0 shared and gripper, --mirrored (noise in
-  pairs of opposite sign), --decay cosine, --ema, --kl-weight, --chunks > 1, --gamma; --vlm-lr, which trains the
-  vision-language model, too (it then runs once more for a start's update); --reward simulator, the true error in the
-  simulator of Tabletop demonstrations, to tell what is the world model's doing.
-- --bf16 (presets paper, robot, release) runs the frozen networks in bfloat16; what is trained and scored is float32.
+Differences from the paper, and from the public code:
+- The log-density of a chunk is the sum over its 8 x 7 scalars, which Eq. (8) leaves open. The entropy is the mean over
+  all scalars of the chain; the paper does not say.
+- With --epochs 1 the ratio is always 1: Eq. (13)'s clip acts from the second epoch on.
+- --per-step (not in the paper): one advantage and one ratio per action step, from the reward of the frame after it.
+- --reward divergence (not in the paper): as R3, on the distributions that frame tokens are sampled from.
+- --divide-by-std: the advantage over the group's standard deviation, as the public code; presets small and tiny.
+- --imagination greedy or common: less or no sampling noise in the world model; presets small, tiny and smoke.
+- The demonstrations' intended actions are the reference; they are the executed ones unless a data set records both.
+- The public code's other choices (ratios per element, PPO's minimum with dual clip, MSE gated by the KL, ...) are in
+  studies/variants.py, with Flow-SDE, reward-weighted regression, a KL term, symmetric rewards and training of the whole
+  policy: each hands `main` its own score, sample or loss.
+- bfloat16 for the frozen networks only; what is trained and what is scored is float32.
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from torch import Tensor, manual_seed
-from torch.optim import AdamW
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
 from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.convention import check_same_images
-from vlarft.gate import GateConfig, check_gate, diagnose, held_out_names, picture_actions, trust_gate
-from vlarft.metrics import perceptual
-from vlarft.nets.action_head import Noise
-from vlarft.objective import ObjectiveConfig, supervised_copy, update
-from vlarft.pictures import grid, save_png
+from vlarft.diagnosis import diagnose, picture_actions
+from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
+from vlarft.gate import check_gate, held_out_names, trust_gate
+from vlarft.grpo import advantages, mean_entropy, policy_loss
+from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.metrics import PerceptualDistance, perceptual
+from vlarft.nets.action_head import Condition
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import Reward, check_same_robot
-from vlarft.rollout import RolloutConfig, collect, fit_drift
-from vlarft.run import distributed, preemption
+from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer, check_same_robot, make_scorer
+from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import load_model, open_run, read_header
-from vlarft.run.clock import Clock, Decay, rate_factor
+from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse, to_dict
-from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
-from vlarft.run.random import seed_of
+from vlarft.run.pictures import grid, save_png
+from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
-from vlarft.sim.evaluate import SuccessConfig, success_rate
-from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
 from vlarft.world_model import WorldModel
+
+WEIGHT_DECAY = 0.01  # AdamW (release)
+MSE_DRAWS = 16  # pairs (tau, eps) per start in the flow-matching term
 
 
 @dataclass(frozen=True)
-class Config(
-    GateConfig, ObjectiveConfig, RolloutConfig, SuccessConfig
-):  # each module owns its options; bases keep the flags flat
-    policy: str = opt("runs/sft/model.safetensors", "policy to fine-tune, of train_sft.py")
-    world_model: str = opt("runs/wm/model.safetensors", "frozen world model, of train_wm.py")
+class Config:
+    policy: str = opt("runs/sft", "policy to fine-tune: run folder or file of train_sft.py", group="data")
+    world_model: str = opt("runs/wm", "frozen world model: run folder or file of train_wm.py")
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
     out_dir: str = opt("runs/rft", "folder that the run writes")
-    seed: int = opt(0, "of starts, chains and imagination")
-    steps: int = opt(400, "GRPO steps (Sec. 4.3)")
-    starts: int = opt(16, "start states a step, over all processes (release)")
+    starts: int = opt(16, "start states per step, all processes together (release)", group="rollouts and reward")
+    group: int = opt(16, "rollouts per start (Sec. 4.1)")
+    reward: RewardKind = opt("r3", "verified reward (Table 4; divergence is not in the paper)")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term of Eq. (11)")
+    perceptual_weights: str | None = opt(None, "VGG-16 weights for lpips; none: torchvision's cache")
+    imagination: Imagination = opt("sample", "frame tokens: sampled, sampled with common random numbers, or greedy")
+    sigma_min: float = opt(0.08, "lower bound of the sigma net, normalised action units (release)")
+    sigma_max: float = opt(0.2, "upper bound of the sigma net (release)")
+    steps: int = opt(400, "GRPO steps (Sec. 4.3)", group="optimisation")
+    max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
     lr: float = opt(1e-6, "AdamW learning rate of the flow head (release)")
     sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (release)")
-    vlm_lr: float | None = opt(None, "AdamW learning rate of vision-language model and key position; none: frozen")
-    weight_decay: float = opt(0.01, "AdamW weight decay (release)")
-    warmup: int = opt(10, "steps of linear warmup (release)")
-    decay: Decay = opt("constant", "learning rates after it (release: constant)")
-    ema: float | None = opt(None, "decay of an average of the trained weights, which is exported; none: no average")
-    noise: Noise = opt("sigma_net", "of the chain: learnt (Eq. 6, 7), or flow_sde, which keeps the ODE's marginals")
-    sigma_min: float = opt(0.08, "least standard deviation of a flow step, normalised units (release)")
-    sigma_max: float = opt(0.2, "largest one (release)")
-    sigma_init: float | None = opt(None, "that of the untrained sigma net; none: the geometric mean of both")
-    sigma_uses_x: bool = opt(False, "give the sigma net x_k besides (z, s, k) (release)")
-    sde_noise: float = opt(0.7, "strength of flow_sde's schedule")
-    noisy_dims: tuple[int, ...] | None = opt(
-        None, "dims with noise and likelihood, 0 to 5 leaves LIBERO's gripper out; none: the policy's, which are all"
-    )
-    noisy_steps: tuple[int, ...] | None = opt(None, "flow steps with noise and likelihood, 0..9; none: all")
-    diagnose_interval: int = opt(20, "steps between looks at the deterministic policy on fixed starts")
-    save_interval: int = opt(20, "steps between checkpoints")
+    warmup: int = opt(10, "steps of linear warm-up (release)")
+    clip_norm: float = opt(1.0, "global gradient norm (release)")
+    epochs: int = opt(1, "updates per batch of rollouts; from the second on, the clip of Eq. (13) acts (release)")
+    clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
+    per_step: bool = opt(False, "one advantage and ratio per action step; the paper has one per chunk")
+    divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. (12) does not")
+    mse_weight: float = opt(0.01, "lambda_mse, weight of the flow-matching term (Eq. 13, release)")
+    entropy_weight: float = opt(0.003, "alpha, weight of the entropy (Eq. 13, release)")
+    gate_starts: int = opt(32, "held-out starts of trust gate and diagnosis; 0: no gate", group="evaluation")
+    gate_threshold: float | None = opt(0.25, "least rank correlation of reward and error; none: go on regardless")
+    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts", group="run")
+    keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
-    frozen: distributed.Frozen = opt(
-        "replicate", "the frozen vision-language model over several processes: sharded, or whole on each"
-    )
-    max_minutes: float | None = opt(None, "stop after this wall time, even before `steps`")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.credit != "chunk" and (self.algorithm == "rwr" or self.ratio_per == "chunk"):
-            raise ValueError(
-                f"credit {self.credit} gives each action step an advantage of its own, which algorithm "
-                f"{self.algorithm} with ratio_per {self.ratio_per} has no use for; choose grpo with --ratio-per step"
-            )
-        if self.kl_weight and self.vlm_lr is not None:
-            raise ValueError(
-                f"kl_weight {self.kl_weight} with vlm_lr {self.vlm_lr}: the KL is to the supervised head on the same "
-                "context, which then is no longer the supervised policy's; leave one of them out"
-            )
-        if self.credit == "frame" and self.over_frames == "last":
-            raise ValueError("credit frame with over_frames last: all action steps but the last would learn nothing")
+    seed: int = opt(0, "seed of starts, chains and imagination")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "frozen networks in bfloat16, or in float32 as what is trained")
+    micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none: all")
+    compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
+    frozen: distributed.Frozen = opt("replicate", "vision-language model over processes: sharded, or whole on each")
 
 
-PAPER = Config(bf16=True)
-SMOKE = Config(
-    steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common", divide_by_std=True,
-    reference="intended", mse_draws=4, save_interval=1, gate_starts=2, gate_draws=1, gate_samples=3, gate_stop=False,
-    diagnose_interval=1,
-)  # fmt: skip
+PAPER = Config()
 PRESETS = {
     "paper": PAPER,
     "robot": replace(PAPER, steps=200),  # the real robot's (A.5)
-    "release": replace(
-        PAPER, divide_by_std=True, over_frames="mean", over_k="sum", ratio_per="element", objective="ppo",
-        dual_clip=3.0, mse_gate=0.2, entropy_over="k+1", sigma_uses_x=True,
+    "small": replace(
+        PAPER, lr=3e-5, sigma_lr=3e-4, perceptual="ssim", imagination="greedy", divide_by_std=True, precision="fp32"
     ),
-    "small": Config(lr=3e-5, sigma_lr=3e-4, perceptual="ssim", imagination="greedy", divide_by_std=True),
     "tiny": Config(
         steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
-        divide_by_std=True, reference="intended", mse_weight=0.1, save_interval=8, gate_starts=12, gate_draws=2,
-        gate_samples=6, gate_interval=10, gate_true_error=True, diagnose_interval=5,
+        divide_by_std=True, mse_weight=0.1, precision="fp32", save_interval=5, gate_starts=12,
     ),
-    "smoke": SMOKE,
+    "smoke": Config(
+        steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common", divide_by_std=True,
+        precision="fp32", save_interval=1, gate_starts=2, gate_threshold=None,
+    ),
 }  # fmt: skip
-NOISE = ("sigma_min", "sigma_max", "sigma_init", "sigma_uses_x", "sde_noise", "noisy_dims", "noisy_steps")
 
 
-def picture(path: Path, reward: Reward) -> None:
-    """PNG of the group whose rewards differ most: reference, best and worst imagination; columns: time."""
-    start = reward.reward.std(1).argmax()
-    best, worst = reward.reward[start].argmax(), reward.reward[start].argmin()
-    rows = [reward.reference[start], reward.frames[start, best], reward.frames[start, worst]]
-    labels = ["reference", *(f"{n} {reward.reward[start, i]:.2f}" for n, i in (("best", best), ("worst", worst)))]
+class Rollouts(NamedTuple):
+    """What lines 6 to 14 of Algorithm 1 hand to the update: S starts with G rollouts each.
+
+    batch: the S windows of the demonstrations
+    context: (S, N, D), Eq. (1)
+    x: (S, G, K + 1, T, A), the chains, from noise to normalised actions
+    log_prob: (S, G, K, T, A) of their steps under the policy that sampled them
+    reward: (S, G, T), per frame
+    advantage: (S, G); (S, G, T) with --per-step
+    tau, eps: (S, draws) and (S, draws, T, A) of the flow-matching term, new in each epoch
+    """
+
+    batch: Batch
+    context: Tensor
+    x: Tensor
+    log_prob: Tensor
+    reward: Tensor
+    advantage: Tensor
+    tau: Tensor
+    eps: Tensor
+
+    def rows(self, rows: slice) -> "Rollouts":
+        """Take some of the starts."""
+        return Rollouts(self.batch.rows(rows), *(value[rows] for value in self[1:]))
+
+
+Sample = Callable[[VLAPolicy, Batch, Tensor, int, torch.Generator], Chain]
+Loss = Callable[[Config, VLAPolicy, Rollouts], tuple[Tensor, dict[str, float]]]
+
+
+def sample_chains(
+    policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator, step: Transition = transition
+) -> Chain:
+    """Sample a group of chains per start, S * G rows: lines 6 to 10 of Algorithm 1, Eqs. (5) to (8)."""
+    return policy.sample_group(context, batch.proprio, group, source, part=distributed.part(), step=step)
+
+
+def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -> Tensor:
+    """Compute the flow-matching term of Eq. (13): Eq. (4) on the demonstrations' actions."""
+    target = policy.normalizer.encode_actions(rollouts.batch.intended)  # (S, T, A)
+    pairs = rollouts.tau, rollouts.eps
+    return matching_loss(policy.head, target, cond, draws=pairs[0].shape[1], pairs=pairs)[0]
+
+
+def grpo_loss(
+    cfg: Config, policy: VLAPolicy, rollouts: Rollouts, step: Transition = transition
+) -> tuple[Tensor, dict[str, float]]:
+    """Compute the objective of Eq. (13), a mean over the rollouts of some starts; and its metrics."""
+    group = rollouts.x.shape[1]
+    x, log_prob, advantage = (v.flatten(0, 1) for v in (rollouts.x, rollouts.log_prob, rollouts.advantage))  # B = S * G
+    cond = policy.condition(rollouts.context, rollouts.batch.proprio)
+    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group), step)
+    new, old = (
+        reduce_log_prob(v, per_step=cfg.per_step) for v in (scored.log_prob, log_prob)
+    )  # Eq. (8): (B,) or (B, T)
+    surrogate, metrics = policy_loss(new, old, advantage, clip=cfg.clip)  # Eq. (9), first term of Eq. (13)
+    entropy, mse = mean_entropy(scored.entropy), demonstration_loss(policy, rollouts, cond)
+    loss = surrogate - cfg.entropy_weight * entropy + cfg.mse_weight * mse  # Eq. (13), as a loss
+    terms = {"policy_loss": surrogate, "entropy": entropy, "mse": mse, "sigma": scored.sigma.mean()}
+    return loss, metrics | {name: value.item() for name, value in terms.items()}
+
+
+def backward(loss: Loss, cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> dict[str, float]:
+    """Accumulate the gradients of the loss over all starts, `micro_starts` at a time, and return its metrics."""
+    starts, totals = len(rollouts.x), {}
+    at_once = cfg.micro_starts or starts
+    for first in range(0, starts, at_once):
+        part = rollouts.rows(slice(first, first + at_once))
+        share = len(part.x) / starts
+        value, metrics = loss(cfg, policy, part)
+        (share * value).backward()
+        for name, metric in {"loss": value.item(), **metrics}.items():
+            old = totals.get(name)
+            if name.endswith("_max"):
+                totals[name] = metric if old is None else max(metric, old)
+            else:
+                totals[name] = share * metric + (old or 0.0)
+    return totals
+
+
+def load_world_model(
+    cfg: Config, policy: VLAPolicy, extra: dict, device: torch.device
+) -> tuple[WorldModel | None, PerceptualDistance | None]:
+    """Load the frozen world model and the perceptual distance that the reward needs; check them against the policy."""
+    if cfg.reward == "r1":
+        return None, None
+    world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
+    check_same_robot(policy, world_model)
+    check_same_images(
+        extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
+    )
+    distance = None if cfg.reward == "divergence" else perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
+    if cfg.precision == "bf16":
+        world_model.to_bfloat16()
+        if distance is not None:
+            distance.to_bfloat16()
+    if cfg.compile and distance is not None:
+        world_model.tokenizer.cond_decoder.compile()
+        distance.compile_network()
+    return world_model, distance
+
+
+def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSampler, Batch]:
+    """Load start states to train on, from the policy's training episodes; and fixed ones of episodes that it holds out,
+    which for a trust gate the world model must hold out as well.
+    """
+    held_out = extra.get("held_out_episodes") or extra["train_episodes"]
+    if gated:
+        held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
+    training, others = (
+        WindowSampler(load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), chunk + 1, chunk)
+        for names in (extra["train_episodes"], held_out)
+    )
+    return training, others.spread(cfg.gate_starts or 16)
+
+
+def make_trainable(
+    cfg: Config, policy: VLAPolicy, rates: Mapping[str, float], sigma_uses_x: bool = False
+) -> dict[str, nn.Module]:
+    """Add the sigma net, freeze the policy but for the parts that `rates` names, and return these."""
+    torch.manual_seed(seed_of("weights", cfg.seed))
+    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max, uses_x=sigma_uses_x or policy.cfg.flow.sigma_uses_x)
+    policy.requires_grad_(False).eval()
+    return {name: net.requires_grad_(True) for name in rates if (net := getattr(policy, name)) is not None}
+
+
+def shared_pairs(cfg: Config, batch: Batch, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sample (tau, eps) of the flow-matching term for the whole batch; return those of this process's starts."""
+    shape = (cfg.starts, *batch.intended.shape[1:])
+    pairs = matching_pairs(shape, MSE_DRAWS, generator=source, device=batch.frames.device)
+    return distributed.own_rows(pairs[0]), distributed.own_rows(pairs[1])
+
+
+def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> None:
+    """Spread the networks over the processes, where there are several."""
+    for name, net in trained.items():
+        if name != "vlm":  # whole, not block by block: the modulations of all blocks are computed before the first one
+            used = ("prepare", "at_steps", "velocity", "log_sigma")
+            distributed.shard(net, methods=[method for method in used if hasattr(net, method)])
+    if "vlm" in trained or cfg.frozen == "shard":
+        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.precision == "bf16" and "vlm" not in trained)
+
+
+def picture(path: Path, reward: Tensor, imagined: Imagined) -> None:
+    """Write a PNG of the group whose rewards (S, G) differ most: reference, best and worst imagination over time."""
+    start = reward.std(1).argmax()
+    best, worst = reward[start].argmax(), reward[start].argmin()
+    rows = [imagined.reference[start], imagined.frames[start, best], imagined.frames[start, worst]]
+    labels = ["reference", *(f"{n} {reward[start, i]:.2f}" for n, i in (("best", best), ("worst", worst)))]
     save_png(path, grid(rows, labels))
 
 
-def on(device, batch: Batch) -> Batch:
-    """The batch with its tensors on a device."""
-    return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds that the block takes as `seconds[name]`."""
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
 
 
-IMAGINED = ("r2", "r3", "divergence")  # rewards that need a world model; the last one needs no pixels
+def across_processes(reward: Tensor, advantage: Tensor, updates: list[dict[str, float]], seconds: dict) -> dict:
+    """Reduce a step's metrics over all processes and updates: means, and of `..._max` the largest.
 
-
-def held_out(cfg: Config, extra: dict) -> tuple[list, bool]:
-    """Episodes of the fixed starts, which the policy holds out, and whether there is a gate: the world model then holds
-    them out, too.
+    Args:
+        reward: (S, G).
+        advantage: (S, G) or (S, G, T); its mean over the whole batch is 0, so that its std is a root mean square.
+        updates: metrics of each epoch.
+        seconds: by phase.
     """
-    gated = cfg.gate_starts > 0 and cfg.reward in IMAGINED
-    names = extra.get("validation_episodes") or extra["train_episodes"]
-    if gated:
-        names = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
-    states = cfg.gate_true_error or cfg.reward == "simulator"
-    return load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names, with_states=states), gated
+    metrics = distributed.mean_across_ranks(
+        {
+            "reward": reward.mean(),
+            "reward_std": reward.std(1).mean(),
+            "adv_std": advantage.square().mean(),
+            "constant_groups": (reward == reward[:, :1]).all(1).float().mean(),
+            **{name: sum(row[name] for row in updates) / len(updates) for name in updates[0]},
+            **seconds,
+        }
+    )
+    metrics["adv_std"] = math.sqrt(metrics["adv_std"])
+    largest = {name: max(row[name] for row in updates) for name in updates[0] if name.endswith("_max")}
+    return metrics | distributed.max_across_ranks(largest)
 
 
-def main(cfg: Config) -> dict[str, float]:
-    device = distributed.setup()
-    out_dir = Path(cfg.out_dir)
-    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
-    world_model = distance = None
-    if cfg.reward in IMAGINED:
-        world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
-        check_same_robot(policy, world_model)
-        check_same_images(
-            extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
-        )
-        if cfg.reward != "divergence":
-            distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
-        if cfg.bf16:
-            world_model.to_bfloat16()
-        if cfg.bf16 and distance is not None:
-            distance.to_bfloat16()
-        if cfg.compile and distance is not None:
-            world_model.tokenizer.cond_decoder.compile()
-            distance.compile_network()
+def main(
+    cfg: Config,
+    *,
+    score: Scorer | None = None,
+    score_held_out: Scorer | None = None,
+    sample: Sample | None = None,
+    loss: Loss | None = None,
+    rates: Mapping[str, float] | None = None,
+    sigma_uses_x: bool = False,
+) -> dict[str, float]:
+    """Fine-tune, or resume.
+
+    Args:
+        cfg: the configuration.
+        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; there is then
+            no trust gate.
+        score_held_out: the same reward for the diagnosis, whose batch counts other episodes; none: `score`.
+        sample: sampling in place of `sample_chains`, `(policy, batch, context, group, generator) -> Chain`.
+        loss: objective in place of `grpo_loss`, `(cfg, policy, rollouts) -> (loss, metrics)`, a mean over the starts.
+        rates: learning rates of further parts of the policy that are to train: "vlm", "key_head", "key_embed".
+        sigma_uses_x: a new sigma net reads x_k besides (z, s, k), as in the public code.
+
+    Returns:
+        Metrics of the last step, and the diagnosis after it.
+    """
+    device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()
     distributed.local_batch(cfg.starts)
-    open_run(out_dir, cfg, ignore=("gate_stop", "gate_threshold", "async_save", "frozen"))
-    chunk = policy.cfg.flow.chunk
-    where, names = (cfg.demos, extra.get("camera", "agentview")), extra["train_episodes"]
-    episodes = load_episodes(*where, names=names, with_states=cfg.reward == "simulator")
-    sampler = WindowSampler(episodes, cfg.chunks * chunk + 1, cfg.chunks * chunk)
-    drift = fit_drift(episodes, chunk).to(device) if cfg.chunks > 1 else None
-    probe_episodes, gated = held_out(cfg, extra)
-    outcomes = TabletopOutcomes()
-    simulator = SimulatorReward(episodes, outcomes) if cfg.reward == "simulator" else None
-    true = SimulatorReward(probe_episodes, outcomes) if cfg.gate_true_error or simulator else None
-    probe = on(device, WindowSampler(probe_episodes, chunk + 1, chunk).spread(cfg.gate_starts or 16))
+    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
+    world_model, distance = (None, None) if score else load_world_model(cfg, policy, extra, device)
+    # the random numbers of a batch are those of all its shares; held-out starts are scored alike by every process
+    make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
+    score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
+    sample, loss = sample or sample_chains, loss or grpo_loss
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
 
-    manual_seed(seed_of("weights", cfg.seed))  # of the fresh sigma net
-    options = {name: getattr(cfg, name) for name in NOISE} | {
-        "noisy_dims": cfg.noisy_dims or policy.cfg.flow.noisy_dims
-    }
-    policy.make_stochastic(cfg.noise, **options)
-    policy.requires_grad_(False).eval()
-    supervised = supervised_copy(policy) if cfg.kl_weight else None
-    rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
-    if cfg.vlm_lr is not None:
-        rates |= dict.fromkeys(("vlm", "key_head", "key_embed"), cfg.vlm_lr)
-    trained = {name: net for name in rates if (net := getattr(policy, name)) is not None}
-    for net in trained.values():
-        net.requires_grad_(True)
-    look = (cfg, policy, world_model, probe)  # at the policy before any change of it
-    _, before = diagnose(*look, distance, (cfg.seed, 4), true)
-    for net in trained.values():
-        if net is not policy.vlm:  # whole: the modulations of the networks' blocks run before them
-            used = ("prepare", "at_steps", "velocity", "log_sigma")
-            distributed.shard(net, methods=[name for name in used if hasattr(net, name)])
-    if policy.vlm_trains or cfg.frozen == "shard":
-        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.bf16 and not policy.vlm_trains)
+    gated = cfg.gate_starts > 0 and world_model is not None
+    starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
+    held_out = held_out.to(device)
+    rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
+    trained = make_trainable(cfg, policy, rates, sigma_uses_x)
+    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
+    diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
+    _, before = diagnosis()
+    shard(policy, trained, cfg)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
-    optimizer = AdamW(groups, weight_decay=cfg.weight_decay)
-    base_rates = [group["lr"] for group in groups]
-
-    averages = EMA([p for group in groups for p in group["params"]], cfg.ema, from_scratch=False)
-    parts = {"policy": policy, "optimizer": optimizer} | ({"ema": averages} if cfg.ema is not None else {})
-    state = TrainState(out_dir, parts, cfg.async_save)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    parameters = [p for group in groups for p in group["params"]]
+    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
-    log, run = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes)
-    metrics: dict[str, float] = {}
-
-    def exported() -> dict[str, Tensor]:
-        if cfg.ema is None:  # no copy of the frozen weights
-            return distributed.full_state_dict(policy)
-        with averages.swapped():
-            return {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
+    log, clock, metrics = RunLog(out_dir, cfg.steps, "rft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
 
     def save() -> None:
-        values, about = {"step": step, "minutes": run.minutes}, {**extra, "rft": to_dict(cfg)}
-        state.save(values, policy, policy.cfg, about, exported())
+        values = {"step": step, "minutes": clock.minutes}
+        state.save(values, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
-    def success() -> dict[str, float]:
-        return success_rate(cfg, policy.cfg, exported(), cfg.seed)
+    while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II
+        stream, seconds, known = partial(generator, device), {}, {"minutes": clock.minutes}
+        with clock.paused():
+            if gated and step == 0:
+                known |= trust_gate(score_held_out, policy, held_out, world_model.action_bins, cfg.seed, bf16=bf16)
+                check_gate(known, cfg.gate_threshold, cfg.reward)
+            if step % cfg.save_interval == 0:
+                known |= diagnosis()[0]
 
-    def looked_at() -> tuple[dict[str, float], Tensor]:
-        with averages.swapped():
-            return diagnose(*look, distance, (cfg.seed, 4), true)
+        # line 5: start states of the demonstrations
+        batch = starts.batch(cfg.starts, cfg.seed, step, part=part).to(device)
 
-    def gate() -> dict[str, float]:
-        found = trust_gate(
-            cfg, cfg, policy, world_model, probe, probe_episodes, distance, (cfg.seed, 5), true and outcomes
-        )
-        check_gate(cfg, cfg, found, step)
-        return found
+        # lines 6 to 10: a group of action chunks for each start, from the SDE policy
+        with timed(seconds, "policy_s"):
+            context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)  # Eq. (1)
+            chain = sample(policy, batch, context, cfg.group, stream("chains", cfg.seed, step))  # Eqs. (5) to (8)
+            actions = policy.normalizer.decode_actions(chain.x[:, -1])  # raw units, which the world model takes
+            actions = rearrange(actions, "(s g) t a -> s g t a", g=cfg.group)
 
-    while (share := run.share(step)) < 1:
-        looked = {"minutes": run.minutes}
-        with run.paused():
-            if gated and step % cfg.gate_interval == 0:
-                looked |= gate()
-            if step % cfg.diagnose_interval == 0:
-                looked |= looked_at()[0]
-            if cfg.success_interval and step % cfg.success_interval == 0:
-                looked |= success()
-        part = distributed.rank(), distributed.world_size()
-        batch = on(device, sampler.batch(cfg.starts, cfg.seed, step, part=part))
-        for group, rate in zip(optimizer.param_groups, base_rates):
-            group["lr"] = rate * rate_factor(step, share, cfg.warmup, cfg.decay)
-        rollouts = collect(cfg, policy, world_model, batch, distance, (cfg.seed, step), drift, simulator)
-        clock = time.monotonic()
-        totals = update(cfg, policy, optimizer, rollouts, (cfg.seed, step), supervised)
-        averages.update(step)
-        rewards = rollouts.reward.reward
-        metrics = distributed.mean_across_ranks(
-            {
-                "reward": rewards.mean(),
-                "reward_std": rewards.std(1).mean(),
-                "adv_std": rollouts.advantage.square().mean(),  # of the whole batch, whose mean is 0: see below
-                "constant_groups": (rewards == rewards[:, :1]).all(1).float().mean(),
-                **totals,
-                **rollouts.seconds,
-                "update_s": time.monotonic() - clock,
-            }
-        )
-        metrics["adv_std"] = math.sqrt(metrics["adv_std"])
-        metrics |= distributed.max_across_ranks({k: v for k, v in totals.items() if k.endswith("_max")}) | looked
-        check_finite(metrics["loss"], step, metrics, partial(sampler.names, cfg.starts, cfg.seed, step))
+        # lines 11 to 14: imagine each chunk, score its frames, compare it with the others of its group
+        with timed(seconds, "world_model_s"), torch.no_grad():
+            per_frame = score(batch, actions, stream("imagination", cfg.seed, step))  # Eqs. (10), (11): (S, G, T)
+            reward = per_frame.sum(-1)  # Eq. (11)'s sum over frames: (S, G)
+            advantage = advantages(per_frame if cfg.per_step else reward, divide_by_std=cfg.divide_by_std)  # Eq. (12)
+
+        # line 15: update flow head and sigma net
+        chains = [value.unflatten(0, (-1, cfg.group)) for value in chain]  # (S, G, ...)
+        for group, name in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = rates[name] * rate_factor(step, share, cfg.warmup, "constant")
+        updates: list[dict[str, float]] = []
+        with timed(seconds, "update_s"):
+            for epoch in range(cfg.epochs):
+                pairs = shared_pairs(cfg, batch, stream("flow matching", cfg.seed, step, epoch))
+                optimizer.zero_grad(set_to_none=True)
+                found = backward(loss, cfg, policy, Rollouts(batch, context, *chains, per_frame, advantage, *pairs))
+                found["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
+                total = distributed.mean_across_ranks({"loss": found["loss"]})["loss"]
+                check_finite(total, step, found, partial(starts.names, cfg.starts, cfg.seed, step))
+                optimizer.step()
+                updates.append(found)
+
+        metrics = across_processes(reward, advantage, updates, seconds) | known
         log.log(step, metrics)
         step += 1
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
+
     save()
-    found, after = looked_at()
-    metrics |= found | (success() if cfg.success_interval else {})
+    after, chunks = diagnosis()
     if distributed.is_main():
-        picture_actions(out_dir / "actions.png", before, after)
-        if "loss" in metrics and rollouts.reward.frames is not None:
-            picture(out_dir / "rollouts.png", rollouts.reward)
-    state.wait()
-    log.close()
-    distributed.cleanup()
-    return metrics
+        picture_actions(out_dir / "actions.png", before, chunks)
+        if metrics and isinstance(score, ImageScorer):  # imagined again, from the same random numbers
+            imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
+            picture(out_dir / "rollouts.png", reward, imagined)
+    state.finish(log)
+    return metrics | after
 
 
 if __name__ == "__main__":

@@ -1,31 +1,35 @@
 """Train the policy on demonstrations: supervised fine-tuning, Eq. (4), Sec. 3.2 of the paper.
 
-    python train_sft.py --preset tiny --demos demos --out-dir runs/sft
-    python train_sft.py --preset tiny --demos demos --out-dir runs/more --init runs/sft/model.safetensors --steps 400
-    torchrun --nproc-per-node 8 train_sft.py --preset paper --demos libero --out-dir runs/paper --from-scratch
+    python train_sft.py --preset tiny --demos demos --out-dir runs/sft                              laptop, minutes
+    python train_sft.py --demos libero --init runs/public/policy.safetensors --out-dir runs/sft     paper, 1 GPU
+    torchrun --nproc-per-node 8 train_sft.py --demos libero --init runs/public/policy.safetensors --out-dir runs/sft
+    python train_sft.py --preset tiny --demos demos --init runs/sft --steps 400 --out-dir runs/more      goes on
 
-Reads demonstrations of any format (`--demos`, see docs/data.md). Writes to --out-dir: model.safetensors
-(the EMA of the weights where EMA is on, adapters merged), train_state.pt, log.jsonl, config.json. The same command
-resumes an interrupted run, and ends with the same bits on a CPU.
+Reads demonstrations of any format (docs/data.md) and, with `--init`, a policy. Writes out_dir/model.safetensors (the
+average of the weights where there is one, adapters merged), train_state.pt (the same command resumes, with the same
+bits on a CPU), log.jsonl, config.json. `--keep-interval` keeps copies of the policy, for eval_libero.py to play.
 
-`--init` starts from a policy's checkpoint, its normaliser included, with a fresh optimizer and a fresh learning-rate
-schedule; a continued run is a new run. `python -m vlarft.pretrained policy` makes such a checkpoint of public weights,
-which preset paper starts from; --from-scratch says that random weights are meant. Text is read as the checkpoint reads
-it (byte-level BPE with public weights), by bytes in a policy from scratch; the first lines of a run say which, and
-estimate the memory of a step, which --accumulate and --checkpoint-activations lower. --success-interval measures the
-exported weights in the simulator as they train; --train head leaves the vision-language model alone, as RFT does.
+`--init` starts from a policy, its normaliser included, with a fresh optimizer and schedule: a new run. Preset paper
+wants one, which `python -m vlarft.pretrained policy` makes of public weights; `--init random` says that random weights
+are meant. Text is read as the checkpoint reads it (byte-level BPE with public weights), by bytes in a policy from
+scratch; the first lines of a run say which, and estimate the memory of a step, which `--accumulate` and
+`--checkpoint-activations` lower. `--train head` leaves the vision-language model alone, as RFT does.
 
-Differences from the paper, and from the public code:
-- several (tau, eps) draws per image (presets small and tiny), since the vision encoder costs more than the head;
-- a cosine schedule with a warm-up, and an average of the weights that is what is exported (presets small and tiny);
+`--augment full` is the public release's: a random crop of the policy's crop area, brightness, contrast and saturation
+by a factor of up to 1 +- 0.2, hue by up to 0.05 turns. `--augment light`: brightness by up to 1 +- 0.2, and noise of
+standard deviation 0.02 on every value.
+
+Differences from the paper and the public code:
+- tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them;
 - adapters on parts that the features do not pass through (SigLIP's attention pool, the last block of each encoder) are
   made and stay frozen: they would never get a gradient;
 - the random crop is cut out at the camera's resolution, before the resize;
+- presets small and tiny: several samples of (tau, x_0) per image, since the vision encoder costs more than the head; a
+  cosine schedule with a warmup; the exported weights are an average over the training;
 - presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
-  regresses the hand position at the demonstration's next gripper event (on `key_batch` further images, too) and hands
+  regresses the hand position at the demonstration's next gripper event (also on `key_batch` further images) and hands
   its prediction to the head as one more context token; all of it is off in preset paper;
-- not in the paper: --objective regression, the control of fine-tuning with reward R1 (`flow.regression_loss`);
-- tau comes from a proper Beta(1.5, 1.0); targets are the demonstrator's intended actions where the files have them;
+- not in the paper: `--objective regression`, the control of fine-tuning with reward R1 (`flow.regression_loss`);
 - float32 master weights under bfloat16 autocast; loss, noise and time in float32.
 """
 
@@ -34,7 +38,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -43,12 +48,13 @@ import torch
 from torch import Tensor
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
-from vlarft.data.augment import Augmentation, augment
+from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import image_convention
+from vlarft.data.episode import Episode
 from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
-from vlarft.policy import PRESETS as POLICIES
+from vlarft.policy import PRESETS as SIZES
 from vlarft.policy import SupervisedObjective, VLAPolicy
-from vlarft.run import distributed, memory, preemption
+from vlarft.run import distributed, memory, migration, preemption
 from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse, to_dict
@@ -57,52 +63,59 @@ from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator as make_generator
 from vlarft.run.random import seed_of
 from vlarft.run.train_state import TrainState
-from vlarft.sim.evaluate import SuccessConfig, success_rate
+
+AUGMENTATIONS = {
+    "full": Augmentation(),
+    "light": replace(OFF, brightness=0.2, pixel_noise=0.02),
+    "none": OFF,
+}
+WEIGHT_DECAY = 0.01  # on matrices only
 
 
 @dataclass(frozen=True)
-class Config(SuccessConfig):
+class Config:
     """One supervised run; the defaults are the paper's (Table 6)."""
 
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
-    out_dir: str = opt("runs/sft", "folder of the run")
-    policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy, when not given by --init")
-    init: str | None = opt(None, "checkpoint of a policy to continue from, with a fresh optimizer")
-    from_scratch: bool = opt(False, "accept random weights for policy paper")
-    refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
-    train: Literal["all", "head"] = opt("all", "the whole policy, or its flow head alone")
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out")
-    steps: int = opt(150_000, "optimizer steps")
-    max_minutes: float | None = opt(None, "stop after this time; the learning rate then follows the share of time")
-    batch_size: int = opt(16, "chunks per step, all processes together")
-    accumulate: int = opt(1, "micro-batches per step")
-    checkpoint_activations: bool = opt(False, "recompute transformer blocks in the backward, for less memory")
-    lr: float = opt(1e-4, "peak learning rate, AdamW")
-    schedule: Decay = opt("constant", "after the warm-up")
-    warmup: int = opt(0, "steps of linear warm-up")
-    weight_decay: float = opt(0.01, "AdamW, on matrices only")
-    clip_norm: float = opt(1.0, "global gradient norm")
-    alpha: float = opt(1.5, "tau ~ Beta(alpha, beta)")
-    beta: float = opt(1.0, "tau ~ Beta(alpha, beta)")
-    objective: SupervisedObjective = opt("matching", "Eq. (4), or L1 regression of the ODE's chunk from random x_0")
-    draws: int = opt(1, "(tau, eps) pairs per image; x_0 of a regression")
-    key_weight: float = opt(0.0, "weight of the auxiliary key-position loss")
-    key_batch: int = opt(0, "further images per step for that loss alone, all processes together")
+    split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
+    augment: Literal["full", "light", "none"] = opt(
+        "full", "full: crop and colours (public release); light: brightness and noise"
+    )
+
+    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a policy from scratch", "model")
+    init: str | None = opt(None, "policy to start from: a run folder or its model.safetensors; or random")
+    refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
+    train: Literal["all", "head"] = opt("all", "train the whole policy, or its flow head alone")
+    lora_rank: int | None = opt(64, "rank of adapters on the VLM, which is frozen otherwise; none: train its weights")
+
+    steps: int = opt(150_000, "optimizer steps", group="optimisation")
+    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: int = opt(16, "chunks per step, over all processes")
+    accumulate: int = opt(1, "micro-batches per step and process")
+    checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
+    lr: float = opt(1e-4, "peak learning rate of AdamW")
+    warmup: int = opt(0, "steps of linear warmup")
+    schedule: Decay = opt("constant", "learning rate after the warmup")
+    clip_norm: float = opt(1.0, "largest gradient norm")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
     ema: float | None = opt(None, "decay of the averaged weights that are exported; none: no average")
-    lora_rank: int | None = opt(64, "adapters on every linear layer of the VLM, the rest of it frozen; none: train all")
-    lora_alpha: float = opt(128.0, "adapter scale times rank")
-    lora_dropout: float = opt(0.0, "on the adapters' input")
-    bf16: bool = opt(True, "autocast to bfloat16; master weights stay float32")
-    augment: Augmentation = field(default_factory=Augmentation)
-    val_every: int = opt(1000, "steps between validations")
-    val_batch: int = opt(256, "held-out chunks of a validation")
-    save_every: int = opt(1000, "steps between training states")
+    objective: SupervisedObjective = opt("matching", "Eq. (4), or L1 regression of the chunk that x_0 leads to")
+    noise_samples: int = opt(1, "samples of (tau, x_0) per image; of x_0 for objective regression")
+    key_weight: float = opt(0.0, "weight of the auxiliary key-position loss")
+    key_batch: int = opt(0, "further images per step for that loss alone, over all processes")
+
+    validation_interval: int = opt(1000, "steps between validations", group="evaluation")
+    validation_segments: int = opt(256, "held-out chunks of a validation")
+
+    out_dir: str = opt("runs/sft", "folder that the run writes", group="run")
+    seed: int = opt(0, "seed of the weights, the batches and the noise")
+    log_interval: int = opt(10, "steps between log lines")
+    save_interval: int = opt(1000, "steps between checkpoints")
+    keep_interval: int | None = opt(None, "steps between copies of the policy that are kept (model_001000.safetensors)")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
-    frozen: distributed.Frozen = opt("shard", "frozen weights over several processes: sharded, or whole on each")
-    log_every: int = opt(10, "steps between log lines")
-    seed: int = opt(0, "of everything but the split")
-    split_seed: int = opt(0, "of the validation split; the world model's --seed makes both hold out the same episodes")
+    frozen: distributed.Frozen = opt("shard", "frozen weights with several processes: sharded, or whole on each")
 
     def __post_init__(self) -> None:
         if self.train == "head" and self.key_batch:
@@ -110,65 +123,120 @@ class Config(SuccessConfig):
                 f"train head leaves the vision encoder alone, and the {self.key_batch} further images of --key-batch "
                 "train nothing else; give --key-batch 0"
             )
-        if self.objective == "regression" and (self.alpha, self.beta) != (Config.alpha, Config.beta):
-            raise ValueError(
-                f"--alpha {self.alpha} --beta {self.beta} are of the times that flow matching draws; objective "
-                "regression runs the whole flow and draws none: leave them out"
-            )
 
 
 PAPER = Config()
-TINY = replace(
-    PAPER, policy="tiny", validation_fraction=0.05, steps=1300, batch_size=32, key_batch=64, lr=3e-3, schedule="cosine",
-    warmup=50, draws=4, key_weight=1.0, ema=0.99, lora_rank=None, bf16=False,
-    augment=Augmentation(crop=False, contrast=0.0, saturation=0.0, hue=0.0, pixel_noise=0.02), val_every=200,
-    save_every=200,
-)  # fmt: skip
+TINY = Config(
+    size="tiny",
+    validation_fraction=0.05,
+    steps=1300,
+    batch_size=32,
+    key_batch=64,
+    lr=3e-3,
+    schedule="cosine",
+    warmup=50,
+    noise_samples=4,
+    key_weight=1.0,
+    ema=0.99,
+    lora_rank=None,
+    precision="fp32",
+    augment="light",
+    validation_interval=200,
+    save_interval=200,
+)
 PRESETS = {
     "paper": PAPER,
     "robot": replace(PAPER, steps=20_000),  # the real robot's (A.5), batches of 16
     "small": replace(
-        TINY, policy="small", steps=30_000, batch_size=128, key_batch=0, lr=3e-4, warmup=500, ema=0.999,
-        bf16=True, val_every=1000, save_every=1000,
+        TINY,
+        size="small",
+        steps=30_000,
+        batch_size=128,
+        key_batch=0,
+        lr=3e-4,
+        warmup=500,
+        ema=0.999,
+        precision="bf16",
+        validation_interval=1000,
+        save_interval=1000,
     ),
     "tiny": TINY,
     "smoke": replace(
-        TINY, policy="smoke", steps=4, batch_size=4, key_batch=4, draws=2, val_every=2, val_batch=8, save_every=2,
+        TINY,
+        size="smoke",
+        steps=4,
+        batch_size=4,
+        key_batch=4,
+        noise_samples=2,
+        validation_interval=2,
+        validation_segments=8,
+        save_interval=2,
         warmup=1,
     ),
-}  # fmt: skip
+}
 
 
 def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAPolicy:
-    """The policy to train: of `init`, or random weights of the preset's sizes and the robot's dimensions.
+    """The policy to train: that of `init`, or random weights of the named size and the robot's dimensions.
 
     Raises:
-        ValueError: paper's sizes with random weights and without --from-scratch.
+        ValueError: the paper's size with random weights that were not asked for.
     """
-    if cfg.init:
+    if cfg.init not in (None, "random"):
         return VLAPolicy.load(cfg.init).train()
-    if cfg.policy == "paper" and not cfg.from_scratch:
+    if cfg.size == "paper" and cfg.init is None:
         raise ValueError(
-            "policy 'paper' without --init would start from random weights, which the paper's does not; give --init "
-            "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --from-scratch if you mean it"
+            "size 'paper' without --init would start from random weights, which the paper's does not; give --init "
+            "CHECKPOINT (of public weights: python -m vlarft.pretrained policy), or --init random if you mean it"
         )
     torch.manual_seed(seed_of("weights", cfg.seed))
-    sizes = POLICIES[cfg.policy]
-    dims = {"action_dim": action_dim, "proprio_dim": proprio_dim, "noisy_dims": tuple(range(action_dim))}
+    sizes = SIZES[cfg.size]
+    dims = {"action_dim": action_dim, "proprio_dim": proprio_dim}
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=replace(sizes.flow, **dims)))
+
+
+def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) -> None:
+    """Fit a new policy's normaliser, or with `refit` any; check that the episodes are in its units.
+
+    Raises:
+        ValueError: they are another robot's or in other units.
+    """
+    columns = ([getattr(e, name) for e in episodes] for name in ("intended", "proprio"))
+    columns = [torch.from_numpy(np.concatenate(column)) for column in columns]  # (all steps, A), (all steps, P)
+    if refit or not policy.normalizer.fitted:
+        policy.normalizer.fit(*columns)
+    policy.normalizer.check(*columns)
+
+
+def choose_trained(policy: VLAPolicy, cfg: Config) -> LoRAConfig | None:
+    """Freeze what does not train; returns the adapters that were added to the vision-language model, if any."""
+    lora = LoRAConfig(cfg.lora_rank) if cfg.lora_rank and cfg.train == "all" else None
+    if cfg.train == "head":
+        policy.requires_grad_(False).head.requires_grad_(True)
+    if lora:
+        torch.manual_seed(seed_of("lora", cfg.seed))
+        add_lora(policy.vlm, lora)
+        policy.vlm.action_queries.requires_grad_(True)
+    for vit in policy.vlm.vits:
+        vit.freeze_unread()
+    return lora
 
 
 def compute_loss(
     policy: VLAPolicy, batch: Batch, cfg: Config, generator: torch.Generator, train: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one batch on the policy's device; in training augmented, and the last key_batch's share without flow."""
+    """Loss of one batch on the policy's device.
+
+    In training the images are augmented, and the share of them that `key_batch` adds has the auxiliary loss alone.
+    """
     device = generator.device
     images = batch.frames[:, :1].to(device)  # (B, 1, 3, H, W): one camera
+    changes = AUGMENTATIONS[cfg.augment]
     if train:
-        images = augment(images, cfg.augment, crop_area=policy.cfg.crop_area, generator=generator)
-    images = policy.preprocess(images, crop=not (train and cfg.augment.crop))
+        images = augment(images, changes, crop_area=policy.cfg.crop_area, generator=generator)
+    images = policy.preprocess(images, crop=not (train and changes.crop))  # (B, 1, 3, S, S)
     flow_rows = len(images) * cfg.batch_size // (cfg.batch_size + cfg.key_batch) if train else len(images)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         return policy(
             images,
             batch.instructions,
@@ -176,16 +244,33 @@ def compute_loss(
             batch.intended[:flow_rows].to(device),
             batch.key_position.to(device),
             generator=generator,
-            alpha=cfg.alpha,
-            beta=cfg.beta,
-            draws=cfg.draws,
+            draws=cfg.noise_samples,
             objective=cfg.objective,
             key_weight=cfg.key_weight,
         )
 
 
+@torch.no_grad()
+def validate(policy: VLAPolicy, batch: Batch, cfg: Config, device: torch.device) -> dict[str, float]:
+    """Held-out losses without augmentation, with the same times and noise at every call."""
+    _, metrics = compute_loss(policy.eval(), batch, cfg, make_generator(device, "validation", cfg.seed), train=False)
+    policy.train()
+    return {f"val_{k}": float(v) for k, v in metrics.items()}
+
+
+def estimate_memory(policy: VLAPolicy, data: WindowSampler, cfg: Config, device: torch.device) -> memory.Memory:
+    """Memory of a step, from two small forwards."""
+    rows, parts = cfg.batch_size + cfg.key_batch, cfg.accumulate * distributed.world_size()
+
+    def forward(count: int) -> Tensor:
+        return compute_loss(policy, data.batch(count, 0), cfg, make_generator(device, "memory"), train=True)[0]
+
+    unit = rows // math.gcd(cfg.batch_size, cfg.key_batch)  # the fewest rows with the batch's share of each kind
+    return memory.estimate(policy, forward, rows // parts, unit, bool(cfg.ema))
+
+
 def main(cfg: Config) -> dict[str, float]:
-    """Train, or resume; returns the last validation's metrics."""
+    """Train, or resume; return the metrics of the last validation."""
     device = distributed.setup()
     parts = cfg.accumulate * distributed.world_size()  # n processes do what n accumulated batches do
     for name in ("batch_size", "key_batch"):
@@ -193,125 +278,88 @@ def main(cfg: Config) -> dict[str, float]:
             raise ValueError(f"{name} {getattr(cfg, name)} must be a multiple of accumulate x processes = {parts}")
 
     episodes = load_episodes(cfg.demos, cfg.camera)
-    train_episodes, val_episodes = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+    facts = {**names, **image_convention(train, cfg.camera), "sft": to_dict(cfg)}
 
-    policy = build_policy(cfg, *(getattr(train_episodes[0], name).shape[1] for name in ("actions", "proprio")))
-    open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save", "frozen"))
-    train_data, val_data = (
-        WindowSampler(part, num_frames=1, chunk=policy.cfg.flow.chunk) for part in (train_episodes, val_episodes)
-    )
-    columns = ([getattr(e, name) for e in train_episodes] for name in ("intended", "proprio"))
-    columns = [torch.from_numpy(np.concatenate(column)) for column in columns]
-    if not policy.normalizer.fitted or cfg.refit_statistics:
-        policy.normalizer.fit(*columns)
-    policy.normalizer.check(*columns)
-    whole = cfg.train == "all"
-    lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout) if cfg.lora_rank and whole else None
-    if not whole:
-        policy.requires_grad_(False).head.requires_grad_(True)
-    if lora:
-        torch.manual_seed(seed_of("lora", cfg.seed))
-        add_lora(policy.vlm, lora)
-        policy.vlm.action_queries.requires_grad_(True)
+    policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1])
+    fit_normalizer(policy, train, cfg.refit_statistics)
+    lora = choose_trained(policy, cfg)
     policy.to(device).train()
-    for vit in policy.vlm.vits:
-        vit.freeze_unread()
     if cfg.checkpoint_activations:
         distributed.recompute(policy.vlm.blocks)
-    distributed.shard(policy, policy.vlm.blocks, frozen=cfg.frozen, bf16=cfg.bf16)
+    distributed.shard(policy, policy.vlm.blocks, frozen=cfg.frozen, bf16=cfg.precision == "bf16")
+    chunk, rows = policy.cfg.flow.chunk, cfg.batch_size + cfg.key_batch
+    data = WindowSampler(train, num_frames=1, chunk=chunk)
+    validation = WindowSampler(held_out, num_frames=1, chunk=chunk).spread(cfg.validation_segments)
 
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if (p.ndim > 1) == matrix], "weight_decay": cfg.weight_decay * matrix}
+        {"params": [p for p in parameters if (p.ndim > 1) == matrix], "weight_decay": WEIGHT_DECAY * matrix}
         for matrix in (False, True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-
     ema = EMA(parameters, cfg.ema)
-    state = TrainState(cfg.out_dir, {"policy": policy, "ema": ema, "optimizer": optimizer}, cfg.async_save)
+
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS))
+    learned = {"policy": policy, "ema": ema, "optimizer": optimizer}
+    state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
-    extra = {
-        "train_episodes": [e.name for e in train_episodes],
-        "validation_episodes": [e.name for e in val_episodes],
-        **image_convention(train_episodes, cfg.camera),
-        "sft": to_dict(cfg),
-    }
+    needed = estimate_memory(policy, data, cfg, device)
+    if distributed.is_main():
+        print(f"text: {policy.vlm.tokenizer.description}\n{needed}", file=sys.stderr)
 
-    def averaged() -> dict[str, Tensor]:
+    def evaluate() -> dict[str, float]:
         with ema.swapped():
-            return {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
-
-    def exported(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return merge_state_dict(weights, lora) if lora else weights
+            return validate(policy, validation, cfg, device)
 
     def save() -> None:
-        values = {"step": step, "minutes": clock.minutes}
-        state.save(values, policy, policy.cfg, {**extra, "step": step}, exported(averaged()))
-
-    def forward(rows: int) -> Tensor:
-        return compute_loss(policy, train_data.batch(rows, 0), cfg, make_generator(device, "memory"), train=True)[0]
-
-    rows = cfg.batch_size + cfg.key_batch
-    estimate = memory.estimate(
-        policy, forward, rows // parts, rows // math.gcd(cfg.batch_size, cfg.key_batch), bool(cfg.ema)
-    )
-    if distributed.is_main():
-        print(f"text: {policy.vlm.tokenizer.description}\n{estimate}", file=sys.stderr)
-
-    @torch.no_grad()
-    def evaluate() -> dict[str, float]:
-        """Losses on the same held-out chunks, taus and noise at every call, without augmentation."""
-        batch, draws = val_data.spread(cfg.val_batch), make_generator(device, "validation", cfg.seed)
         with ema.swapped():
-            _, metrics = compute_loss(policy.eval(), batch, cfg, draws, train=False)
-        policy.train()
-        return {f"val_{k}": float(v) for k, v in metrics.items()}
+            weights = {k: v.clone() for k, v in distributed.full_state_dict(policy).items()}
+        weights = merge_state_dict(weights, lora) if lora else weights
+        state.save({"step": step, "minutes": clock.minutes}, policy, policy.cfg, {**facts, "step": step}, weights)
 
     while (share := clock.share(step)) < 1:
         started = time.monotonic()
-        factor = rate_factor(step, share, cfg.warmup, cfg.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * factor
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
-            batch = train_data.batch(cfg.batch_size + cfg.key_batch, cfg.seed, step, part=(part, parts))
+            batch = data.batch(rows, cfg.seed, step, part=(part, parts))
             noise = make_generator(device, "flow", cfg.seed, step, part)
-            torch.manual_seed(seed_of("dropout", cfg.seed, step, part))  # of dropout
             distributed.sync_gradients(policy, micro + 1 == cfg.accumulate)
             loss, terms = compute_loss(policy, batch, cfg, noise, train=True)
             (loss / cfg.accumulate).backward()
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
         totals = distributed.mean_across_ranks(totals)
+
+        lr = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         totals["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
-        names = partial(train_data.names, cfg.batch_size + cfg.key_batch, cfg.seed, step)
-        check_finite(totals["loss"], step, totals, names)
+        check_finite(totals["loss"], step, totals, partial(data.names, rows, cfg.seed, step))
         optimizer.step()
         ema.update(step)
+
         step += 1
-        line = {**totals, "lr": cfg.lr * factor, "step_s": time.monotonic() - started}
-        line["minutes"] = clock.minutes
-        if step % cfg.val_every == 0:
+        line = {**totals, "lr": lr, "step_s": time.monotonic() - started, "minutes": clock.minutes}
+        validates = step % cfg.validation_interval == 0
+        if validates:
             line |= (metrics := evaluate())
-        if measured := cfg.success_interval and step % cfg.success_interval == 0:
-            with clock.paused():
-                line |= success_rate(cfg, policy.cfg, exported(averaged()), cfg.seed)
-        if measured or step % cfg.log_every == 0 or step % cfg.val_every == 0:
+        if validates or step % cfg.log_interval == 0:
             log.log(step - 1, line)
-        if state.due(step, cfg.save_every):
+        if state.due(step, cfg.save_interval):
             save()
-    if not metrics or step % cfg.val_every:
+
+    if not metrics or step % cfg.validation_interval:
         log.log(step - 1, metrics := evaluate())
     save()
-    state.wait()
-    log.close()
-    distributed.cleanup()
+    state.finish(log)
     return metrics
 
 
 if __name__ == "__main__":
     with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))

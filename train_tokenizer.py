@@ -4,106 +4,137 @@
     python train_tokenizer.py --demos libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU
     torchrun --nproc-per-node 8 train_tokenizer.py --demos libero --out-dir runs/tokenizer  8 GPUs
 
-Reads: demonstrations of any format (docs/data.md). Writes: out_dir/model.safetensors (weights, config, the split by
-episode), train_state.pt (the discriminator, too; to resume: give the same command again), log.jsonl, config.json,
-reconstructions.png (of held-out segments, at every validation).
+Reads demonstrations of any format (docs/data.md). Writes out_dir/model.safetensors (weights, config, the split by
+episode), train_state.pt (with the discriminator; the same command resumes), log.jsonl, config.json, and
+reconstructions.png of held-out segments at every validation.
 
 The loss is L1 plus a perceptual distance on the context frame and on the future frames; from step `gan_start` on also a
-hinge GAN with gradient penalty. Each batch then serves both steps, the tokenizer's and after it the discriminator's.
-The frames of a segment, context included, share one random crop and one change of colour.
+hinge GAN with gradient penalty. Each batch then serves two steps, first the tokenizer's and then the discriminator's,
+both at the learning rate `lr`.
 
-Deviations from the public recipe:
+`--augment full` is the public recipe: a segment, context frame included, shares one random crop that keeps 80 to 100 %
+of the area, and one change of brightness, contrast and saturation by a factor of up to 1 +- 0.1 and of hue by up to
+0.05 turns. `--weighting small_objects` makes small moving things count in trainings of minutes, see
+`vlarft.tokenizer_loss.WEIGHTINGS`; it compares frames with the data's median frame and therefore excludes augmentation.
+
+Differences from the paper and the public recipe:
 - the adversarial term's adaptive weight is the one measured on the step before, so that it is the same for all
-  micro-batches and processes, and compares with the whole reconstruction loss (`--gan-balance fixed` turns it off);
-- crops keep the image's shape; colours change in one order;
+  micro-batches and processes, and compares with the whole reconstruction loss;
+- crops keep the image's aspect ratio; colours change in one order;
 - the perceptual distance is a choice; lpips needs its VGG16 backbone on disk;
-- preset tiny (and smoke): no GAN and no augmentation; see `reconstruction_loss` for its weights of pixels; it
-  conditions on the segment's first frame, which is what the world model of that preset does.
+- the paper gives no number of steps for the tokenizer; the default is its world model's;
+- presets tiny and smoke: no GAN, no augmentation, weighted pixels, and the segment's first frame as context frame, as
+  the world model of these presets has it.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import image_convention
-from vlarft.data.episodes import load_episodes, split_episodes
+from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
-from vlarft.metrics import PerceptualDistance, perceptual
+from vlarft.metrics import perceptual
 from vlarft.nets.discriminator import Discriminator, DiscriminatorConfig
 from vlarft.nets.frame_networks import ResBlock
-from vlarft.pictures import grid, save_png
-from vlarft.run import distributed, preemption
+from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
-from vlarft.tokenizer import PRESETS as MODELS
-from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
-from vlarft.tokenizer_loss import adversarial_balance, last_layer_gradient, reconstruction_loss, reconstruction_psnr
+from vlarft.tokenizer import PRESETS as SIZES
+from vlarft.tokenizer import FrameTokenizer, Reconstruction, TokenizerConfig
+from vlarft.tokenizer_loss import (
+    WEIGHTINGS,
+    adversarial_balance,
+    last_layer_gradient,
+    reconstruction_loss,
+    reconstruction_psnr,
+)
+
+AUGMENTATIONS = {"full": Augmentation(brightness=0.1, contrast=0.1, saturation=0.1), "none": OFF}
+CROP_AREA = (0.8, 1.0)
+DISCRIMINATORS = {
+    "paper": DiscriminatorConfig(),
+    "small": DiscriminatorConfig(),
+    "tiny": DiscriminatorConfig((32, 64, 128)),
+    "smoke": DiscriminatorConfig((32, 64, 128)),
+}
+GRADIENT_PENALTY = 10.0  # public recipe
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = opt("runs/tokenizer", "folder that the run writes")
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
+    """One training run; the defaults are the paper's sizes and the public recipe."""
+
+    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    model: TokenizerConfig = opt(MODELS["paper"], "sizes of the tokenizer")
-    segment: int = opt(7, "frames of a segment that follows the context frame (7 in the public recipe)")
-    future_frames: int = opt(7, "frames drawn from each segment for a batch")
-    context_lookback: int = opt(15, "context frame drawn from this many frames before the segment; 0 = its first frame")
-    augment: Augmentation = opt(
-        Augmentation(brightness=0.1, contrast=0.1, saturation=0.1), "changes shared by a segment (public recipe)"
-    )
-    crop_area: float = opt(0.8, "smallest share of the image that a crop keeps, the largest being 1 (public recipe)")
+    validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
+    split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
+    segment: int = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
+    future_frames: int = opt(7, "frames picked at random from each segment of a batch")
+    context_lookback: int = opt(15, "the context frame lies up to this many frames before the segment; 0: its first")
+    augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
+
+    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the networks", group="model")
+    image_size: tuple[int, int] | None = opt(None, "height and width of the images [px]; none: those of --size")
+
+    steps: int = opt(150_000, "optimizer steps", group="optimisation")
+    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
     batch_size: int = opt(16, "segments per step, over all processes (public recipe)")
     accumulate: int = opt(1, "micro-batches per step and process")
-    checkpoint_activations: bool = opt(False, "compute activations twice instead of keeping them")
-    steps: int = opt(150_000, "optimizer steps (the paper gives none for the tokenizer; that of its world model)")
-    max_minutes: float | None = opt(None, "stop after this many minutes, the schedule following the clock [min]")
-    lr: float = opt(5e-4, "peak learning rate of AdamW (public recipe)")
+    checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
+    lr: float = opt(5e-4, "peak learning rate of AdamW, with cosine decay to 0 (public recipe)")
     warmup: int = opt(5000, "steps of linear warmup (public recipe)")
-    final_lr_share: float = opt(0.0, "learning rate at the end of the cosine, as a share of the peak")
-    weight_decay: float = opt(0.0, "AdamW weight decay (public recipe)")
-    beta2: float = opt(0.999, "AdamW second-moment decay (public recipe)")
-    clip: float = opt(1.0, "gradient norm limit (public recipe)")
-    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
-    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none = torchvision's cache")
-    perceptual_weight: float = opt(1.0, "weight of the perceptual distance beside L1 (public recipe)")
-    square_weight: float = opt(0.0, "weight of the squared error beside L1")
-    moving_weight: float = opt(1.0, "weight of pixels that differ from the context frame, in future frames")
-    unusual_weight: float = opt(1.0, "weight of pixels that differ from the median frame of the data, in all frames")
-    pyramid: int = opt(1, "scales of the L1, each half the one before")
-    still_weight: float = opt(0.0, "weight that draws the codes of patches without moving pixels to the middle code")
-    gan_start: int | None = opt(10_000, "first step with the adversarial loss (public recipe); none = never")
-    gan_weight: float = opt(0.1, "weight of the adversarial term (public recipe)")
-    gan_balance: Literal["adaptive", "fixed"] = opt(
-        "adaptive", "scale that term to the reconstruction's gradient first"
+    beta2: float = opt(0.999, "decay of AdamW's second moment (public recipe)")
+    clip_norm: float = opt(1.0, "largest gradient norm (public recipe)")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance beside L1")
+    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
+    weighting: Literal["uniform", "small_objects"] = opt(
+        "uniform", "pixel weights; small_objects: more on what moves or is rarely there"
     )
-    gradient_penalty: float = opt(10.0, "weight of the discriminator's gradient penalty (public recipe)")
-    gan_lr: float = opt(5e-4, "peak learning rate of the discriminator (that of the tokenizer)")
-    discriminator: DiscriminatorConfig = opt(DiscriminatorConfig(), "sizes of the discriminator")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the network forwards; weights are float32")
-    validation_fraction: float = opt(0.02, "share of episodes held out (49:1, Sec. 4.2)")
-    validate_every: int = opt(2000, "steps between validations")
-    validation_segments: int = opt(64, "segments of a validation")
-    save_every: int = opt(2000, "steps between checkpoints")
+    gan_start: int | None = opt(10_000, "first step with the adversarial loss; none: never (public recipe)")
+    gan_weight: float = opt(0.1, "weight of the adversarial loss (public recipe)")
+
+    validation_interval: int = opt(2000, "steps between validations", group="evaluation")
+    validation_segments: int = opt(64, "held-out segments of a validation")
+
+    out_dir: str = opt("runs/tokenizer", "folder that the run writes", group="run")
+    seed: int = opt(0, "seed of the weights and the batches")
+    log_interval: int = opt(20, "steps between log lines")
+    save_interval: int = opt(2000, "steps between checkpoints")
+    keep_interval: int | None = opt(None, "steps between copies of the model that are kept (model_002000.safetensors)")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
-    log_every: int = opt(20, "steps between log lines")
-    seed: int = opt(0, "seed of the split, the weights and the batches")
+
+    def __post_init__(self) -> None:
+        self.network()  # raises where the image size does not fit
+        if self.future_frames > self.segment:
+            raise ValueError(f"future_frames={self.future_frames} exceeds segment={self.segment}")
+        if self.weighting == "small_objects" and self.augment != "none":
+            raise ValueError(
+                "weighting small_objects compares frames with the data's median frame, from which augmented frames "
+                "differ everywhere: give --weighting uniform or --augment none"
+            )
+
+    def network(self) -> TokenizerConfig:
+        """The tokenizer's sizes."""
+        sizes = SIZES[self.size]
+        return sizes if self.image_size is None else replace(sizes, image_size=self.image_size)
 
 
-# passed on to reconstruction_loss
-LOSS_FIELDS = ("perceptual_weight", "square_weight", "moving_weight", "unusual_weight", "pyramid", "still_weight")
 TINY = Config(
-    model=MODELS["tiny"],
+    size="tiny",
     segment=9,
     future_frames=3,
     context_lookback=0,
@@ -113,33 +144,60 @@ TINY = Config(
     warmup=50,
     beta2=0.99,
     perceptual="none",
-    square_weight=2.0,
-    moving_weight=6.0,
-    unusual_weight=6.0,
-    pyramid=3,
-    still_weight=0.6,
-    augment=OFF,
+    weighting="small_objects",
+    augment="none",
     gan_start=None,
-    discriminator=DiscriminatorConfig((32, 64, 128)),
     precision="fp32",
     validation_fraction=0.05,
-    validate_every=550,
+    validation_interval=550,
     validation_segments=64,
-    save_every=300,
+    save_interval=300,
 )
 PRESETS = {
     "paper": Config(),
-    "small": Config(model=MODELS["small"], batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
+    "small": Config(size="small", batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
     "tiny": TINY,
     "smoke": replace(
-        TINY, model=MODELS["smoke"], batch_size=4, steps=20, warmup=2, validate_every=10, validation_segments=8
+        TINY, size="smoke", batch_size=4, steps=20, warmup=2, validation_interval=10, validation_segments=8
     ),
 }
 
 
+def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
+    """Training and held-out episodes.
+
+    Raises:
+        ValueError: their images are not of the tokenizer's size.
+    """
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
+    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    found, expected = tuple(train[0].images.shape[1:3]), cfg.network().image_size
+    if found != expected:
+        raise ValueError(
+            f"{cfg.demos} has images of {found[0]}x{found[1]}, the tokenizer is for {expected[0]}x{expected[1]}: "
+            f"give --image-size {found[0]} {found[1]}, or collect at the other size"
+        )
+    return train, held_out
+
+
+def build_networks(cfg: Config, device: torch.device) -> dict[str, torch.nn.Module]:
+    """The tokenizer and, where a GAN is to be, the discriminator: initialised, and sharded over the processes."""
+    torch.manual_seed(seed_of("weights", cfg.seed))
+    sizes = cfg.network()
+    tokenizer = FrameTokenizer(sizes).to(device).train()
+    blocks = [m for m in tokenizer.modules() if isinstance(m, ResBlock)]
+    if cfg.checkpoint_activations:
+        distributed.recompute(blocks)
+    networks = {"tokenizer": distributed.shard(tokenizer, blocks, bf16=cfg.precision == "bf16")}
+    if cfg.gan_start is not None:
+        discriminator = Discriminator(DISCRIMINATORS[cfg.size], sizes.channels, sizes.image_size).to(device)
+        networks["discriminator"] = distributed.shard(discriminator, methods=("generator_loss", "loss", "refresh"))
+    return networks
+
+
 @torch.no_grad()
 def validate(
-    model: FrameTokenizer, batch: Batch, usual: Tensor, autocast: torch.autocast, picture: Path
+    model: FrameTokenizer, batch: Batch, median_frame: Tensor, autocast: torch.autocast, picture: Path
 ) -> dict[str, float]:
     """Held-out PSNR [dB]; a picture of up to four segments, true frames above decoded ones, the context first."""
     model.eval()
@@ -153,7 +211,7 @@ def validate(
         picks = torch.linspace(0, len(frames) - 1, min(4, len(frames))).round().int().tolist()
         pairs = [([batch.context_frame[i], *batch.frames[i]], [context[i], *frames[i]]) for i in picks]
         save_png(picture, grid([row for pair in pairs for row in pair], ["true", "decoded"] * len(picks)))
-    return reconstruction_psnr(context, frames, batch.context_frame, batch.frames, usual)
+    return reconstruction_psnr(context, frames, batch.context_frame, batch.frames, median_frame)
 
 
 def train_batch(
@@ -163,149 +221,168 @@ def train_batch(
     batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
     context = batch.context_frame.to(device)
     frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
-    if cfg.augment == OFF:
+    if cfg.augment == "none":
         return context, frames
     images, source = torch.cat([context[:, None], frames], dim=1), generator(device, "augmentation", cfg.seed, step)
-    images = augment(images, cfg.augment, crop_area=(cfg.crop_area, 1.0), generator=source, part=part)
+    images = augment(images, AUGMENTATIONS[cfg.augment], crop_area=CROP_AREA, generator=source, part=part)
     return images[:, 0], images[:, 1:]
 
 
+class Forward(NamedTuple):
+    """What a micro-batch gives: the loss of the tokenizer, and what its discriminator learns from."""
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor]
+    tokens: Tensor  # (S, L, Nf)
+    true: Tensor | None = None  # (B, C, H, W), all frames of all segments, as the discriminator sees them
+    decoded: Tensor | None = None
+    slopes: Tensor | None = None  # (2, ...), last layer's gradients of the reconstruction and of the adversarial loss
+
+
+def tokenizer_forward(
+    model: FrameTokenizer,
+    discriminator: Discriminator | None,
+    context: Tensor,
+    frames: Tensor,
+    *,
+    reconstruction: Callable[[Reconstruction, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    gan_weight: float,
+    autocast: torch.autocast,
+) -> Forward:
+    """Reconstruct segments and take their loss.
+
+    Args:
+        model: the tokenizer.
+        discriminator: adds its adversarial loss; None before `gan_start`.
+        context: (S, C, H, W).
+        frames: (S, L, C, H, W).
+        reconstruction: loss of the tokenizer's output, the context and the frames.
+        gan_weight: weight of the adversarial loss, its adaptive part included.
+        autocast: for the tokenizer's forward; losses are float32.
+    """
+    with autocast:
+        out = model(context, frames)
+    # a view: gradients with respect to it end there and do not set off the sharded model's backward
+    out = out._replace(frames=out.frames.view_as(out.frames))
+    loss, metrics = reconstruction(out, context, frames)
+    if discriminator is None:
+        return Forward(loss, metrics, out.future_tokens)
+    true, decoded = (torch.cat([c, f.flatten(0, 1)]) for c, f in ((context, frames), out[:2]))  # (S + S * L, C, H, W)
+    adversarial = discriminator.generator_loss(decoded)
+    slopes = torch.stack([last_layer_gradient(x, out) for x in (loss, adversarial)])
+    loss, metrics["adversarial"] = loss + gan_weight * adversarial, adversarial.detach()
+    return Forward(loss, metrics, out.future_tokens, true, decoded.detach(), slopes)
+
+
 def update_discriminator(
-    cfg: Config, discriminator: Discriminator, optimizer: torch.optim.Optimizer, pairs: list[tuple[Tensor, Tensor]]
+    cfg: Config, discriminator: Discriminator, optimizer: torch.optim.Optimizer, batches: list[Forward]
 ) -> dict[str, Tensor]:
-    """One step on a batch's true and decoded frames, a pair (B, C, H, W) for each micro-batch; the mean metrics."""
+    """One step on the true and decoded frames of a step's micro-batches; the mean metrics."""
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    for i, (true, decoded) in enumerate(pairs):
-        distributed.sync_gradients(discriminator, i + 1 == len(pairs))
-        loss, parts = discriminator.loss(true, decoded, cfg.gradient_penalty)
-        (loss / len(pairs)).backward()
-        totals = {k: totals.get(k, 0.0) + v / len(pairs) for k, v in parts.items()}
-    totals["gan_grad_norm"] = torch.tensor(distributed.clip_grad_norm(discriminator.parameters(), cfg.clip))
+    for i, batch in enumerate(batches):
+        distributed.sync_gradients(discriminator, i + 1 == len(batches))
+        loss, parts = discriminator.loss(batch.true, batch.decoded, GRADIENT_PENALTY)
+        (loss / len(batches)).backward()
+        totals = {k: totals.get(k, 0.0) + v / len(batches) for k, v in parts.items()}
+    totals["gan_grad_norm"] = torch.tensor(distributed.clip_grad_norm(discriminator.parameters(), cfg.clip_norm))
     optimizer.step()
     discriminator.refresh()
     return totals
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Train; returns the last validation's metrics."""
+    """Train, or resume; return the metrics of the last validation."""
     device = distributed.setup()
-    if cfg.future_frames > cfg.segment:
-        raise ValueError(f"future_frames={cfg.future_frames} exceeds segment={cfg.segment}")
-    if cfg.unusual_weight != 1 and cfg.augment != OFF:
-        raise ValueError(
-            f"unusual_weight={cfg.unusual_weight} compares frames with the data's median frame, which augmented frames "
-            "differ from everywhere: give --unusual-weight 1, or turn every --augment flag off"
-        )
     distributed.local_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
-    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
-    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.seed)
-    size = tuple(train[0].images.shape[1:3])
-    if size != cfg.model.image_size:
-        raise ValueError(
-            f"{cfg.demos} has images of {size[0]}x{size[1]}, the tokenizer is for {cfg.model.image_size[0]}x"
-            f"{cfg.model.image_size[1]}: give --model.image-size {size[0]} {size[1]}, or collect at the other size"
-        )
+    train, held_out = load_split(cfg)
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
-    usual = sampler.median_frame()
+    median_frame = sampler.median_frame()
+    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+    facts = {**names, **image_convention(train, cfg.camera)}
 
-    torch.manual_seed(seed_of("weights", cfg.seed))
-    model, discriminator = FrameTokenizer(cfg.model).to(device).train(), None
-    if cfg.gan_start is not None:
-        discriminator = Discriminator(cfg.discriminator, cfg.model.channels, size).to(device)
-    distance: PerceptualDistance | None = None
+    networks = build_networks(cfg, device)
+    model = networks["tokenizer"]
+    distance = None
     if cfg.perceptual != "none":
         distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
-    settings = {"perceptual": distance, "usual_frame": usual.to(device) if cfg.unusual_weight != 1 else None}
-    settings |= {name: getattr(cfg, name) for name in LOSS_FIELDS}
-    blocks = [m for m in model.modules() if isinstance(m, ResBlock)]
-    if cfg.checkpoint_activations:
-        distributed.recompute(blocks)
-    networks = {"tokenizer": distributed.shard(model, blocks, bf16=cfg.precision == "bf16")}
-    peaks = {"tokenizer": cfg.lr, "discriminator": cfg.gan_lr}
-    if discriminator is not None:
-        networks["discriminator"] = distributed.shard(discriminator, methods=("generator_loss", "loss", "refresh"))
-    options = {"betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": True}
-    optimizers = {k: torch.optim.AdamW(net.parameters(), lr=peaks[k], **options) for k, net in networks.items()}
+    reconstruction = partial(
+        reconstruction_loss,
+        perceptual=distance,
+        weighting=WEIGHTINGS[cfg.weighting],
+        median_frame=median_frame.to(device),
+    )
 
-    state_path = open_run(cfg.out_dir, cfg, ignore=("accumulate", "async_save"))
-    state = TrainState(cfg.out_dir, {"networks": networks, "optimizers": optimizers}, cfg.async_save)
-    balance = 0.0 if cfg.gan_balance == "adaptive" else 1.0
-    step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=balance)
+    options = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": 0.0, "fused": True}  # decay: public recipe
+    optimizers = {name: torch.optim.AdamW(network.parameters(), **options) for name, network in networks.items()}
+
+    named = {"size": SIZES, "augment": AUGMENTATIONS, "weighting": WEIGHTINGS, "discriminator": DISCRIMINATORS}
+    state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
+    learned = {"networks": networks, "optimizers": optimizers}
+    state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
+    step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=0.0)
     resumed_at = step
+    log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
 
     def evaluate() -> dict[str, float]:
-        return validate(model, validation, usual, autocast, Path(cfg.out_dir) / "reconstructions.png")
+        return validate(model, validation, median_frame, autocast, Path(cfg.out_dir) / "reconstructions.png")
 
     def save() -> None:
-        names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-        extra = {**names, **image_convention(train, cfg.camera), "metrics": metrics, "steps": step}
         values = {"step": step, "metrics": metrics, "balance": balance, "minutes": clock.minutes}
-        state.save(values, model, cfg.model, extra)
+        state.save(values, model, cfg.network(), {**facts, "metrics": metrics, "steps": step})
 
-    log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     while (share := clock.share(step)) < 1:
-        adversarial = discriminator is not None and step >= cfg.gan_start
-        totals, pairs, slopes, codes = {}, [], 0.0, []
+        adversarial = cfg.gan_start is not None and step >= cfg.gan_start
+        discriminator = networks["discriminator"] if adversarial else None
+        totals, batches = {}, []
         optimizers["tokenizer"].zero_grad(set_to_none=True)
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro, parts
-            torch.manual_seed(seed_of("dropout", cfg.seed, step, part[0]))  # dropout
-            context, frames = train_batch(cfg, sampler, step, part, device)
+            torch.manual_seed(seed_of("dropout", cfg.seed, step, part[0]))
+            images = train_batch(cfg, sampler, step, part, device)
             distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
-            with autocast:
-                out = model(context, frames)
-            # a view: gradients with respect to it end there and do not set off the sharded model's backward
-            out = out._replace(frames=out.frames.view_as(out.frames))
-            loss, terms = reconstruction_loss(out, context, frames, **settings)
-            if adversarial:
-                # (B, C, H, W) each, all frames of all segments
-                true, decoded = (torch.cat([c, f.flatten(0, 1)]) for c, f in ((context, frames), out[:2]))
-                terms["adversarial"] = discriminator.generator_loss(decoded)
-                if cfg.gan_balance == "adaptive":
-                    slopes = slopes + torch.stack([last_layer_gradient(x, out) for x in (loss, terms["adversarial"])])
-                loss = loss + cfg.gan_weight * balance * terms["adversarial"]
-                pairs.append((true, decoded.detach()))
-            (loss / cfg.accumulate).backward()
-            for name, value in {"loss": loss, **terms}.items():
+            weight = cfg.gan_weight * balance
+            out = tokenizer_forward(
+                model, discriminator, *images, reconstruction=reconstruction, gan_weight=weight, autocast=autocast
+            )
+            (out.loss / cfg.accumulate).backward()
+            for name, value in {"loss": out.loss, **out.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate
-            codes.append(out.future_tokens)
+            batches.append(out._replace(loss=out.loss.detach()))
         totals = distributed.mean_across_ranks(totals)
 
-        factor = rate_factor(step, share, cfg.warmup, "cosine", cfg.final_lr_share)
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peaks[name] * factor
-        totals["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip)
+        lr = cfg.lr * rate_factor(step, share, cfg.warmup, "cosine")
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+        totals["grad_norm"] = distributed.clip_grad_norm(model.parameters(), cfg.clip_norm)
         optimizers["tokenizer"].step()
         if adversarial:
-            fooled = update_discriminator(cfg, discriminator, optimizers["discriminator"], pairs)
+            fooled = update_discriminator(cfg, discriminator, optimizers["discriminator"], batches)
             totals |= {**distributed.mean_across_ranks(fooled), "balance": balance}
-            if cfg.gan_balance == "adaptive":
-                balance = adversarial_balance(*distributed.mean_tensor(slopes))
+            balance = adversarial_balance(*distributed.mean_tensor(sum(b.slopes for b in batches)))
         check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         step += 1
-        if step % cfg.validate_every == 0:
+        validates = step % cfg.validation_interval == 0
+        if validates:
             metrics = evaluate()
-        if step % cfg.log_every == 0 or step % cfg.validate_every == 0:
-            used = {"codes_used": torch.cat(codes).unique().numel(), "lr": cfg.lr * factor}
-            fresh = metrics if step % cfg.validate_every == 0 else {}
-            log.log(step - 1, {**totals, **used, "minutes": clock.minutes, **fresh})
-        if state.due(step, cfg.save_every):
+        if validates or step % cfg.log_interval == 0:
+            used = torch.cat([b.tokens for b in batches]).unique().numel()
+            fresh = metrics if validates else {}
+            log.log(step - 1, {**totals, "codes_used": used, "lr": lr, "minutes": clock.minutes, **fresh})
+        if state.due(step, cfg.save_interval):
             save()
 
     if state_path is None or step > resumed_at:
-        metrics = metrics if step % cfg.validate_every == 0 else evaluate()
+        metrics = metrics if step % cfg.validation_interval == 0 else evaluate()
         save()
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
-    state.wait()
-    log.close()
-    distributed.cleanup()
+    state.finish(log)
     return metrics
 
 

@@ -1,10 +1,10 @@
-"""Windows a second that one worker draws from each format, against a plain loop over the library underneath.
+"""Windows per second that one worker reads from each format, against a plain loop over the underlying library.
 
-    python benchmarks/data.py --out results/data.json
+    python benchmarks/data.py
     python benchmarks/data.py --preset smoke --out /tmp/data.json
 
-Ours is `WindowSampler` without threads and without room for decoded frames: every window is read and decoded anew. The
-plain loops do the same windows and make the same float tensors:
+`WindowSampler` runs without threads and with an empty cache: every window is read and decoded anew. The plain loops
+read the same windows and make the same float tensors:
 
 hdf5            h5py, the file kept open, a slice of the gzip data set that `collect_demos.py` writes
 hdf5 original   h5py, a slice of the uncompressed data set of LIBERO's own files, 128 px, turned
@@ -12,10 +12,10 @@ lerobot mp4     PyAV, the container kept open, a seek to the window's time, fram
 lerobot png     pyarrow and pillow, the row groups of the window read, its images decoded
 rlds            pillow alone, on JPEG bytes that are in memory already
 
-Both run in turns, must give the same frames, and the median of the repeats counts. `cached` is ours when the decoded
-frames fit into memory; `ahead` is the share of the decoding that a caller still waits for with two threads, when it
-computes for as long as a batch takes to decode; mapped files have neither. Absolute numbers are the machine's and
-those of what else it does; the ratios are the result.
+Both run in turns and must give the same frames; the median of the repeats counts. `cached` is `WindowSampler` with all
+decoded frames in memory. `ahead` is the share of the decoding time that a caller still waits with two threads, if it
+computes for as long as a batch takes to decode. Mapped files have neither. Absolute numbers depend on the machine and
+its load: the ratios are the result.
 """
 
 import io
@@ -45,11 +45,11 @@ from vlarft.run.config import opt, parse
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/data.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/data.json", "JSON file to write")
     size: int = opt(256, "side of the images [px]")
     episodes: int = opt(6, "episodes")
-    steps: int = opt(150, "frames of an episode")
-    batch_size: int = opt(16, "windows of a batch")
+    steps: int = opt(150, "frames per episode")
+    batch_size: int = opt(16, "windows per batch")
     repeats: int = opt(7, "timed batches of each version")
 
 
@@ -58,7 +58,7 @@ KEY = "observation.images.image"
 
 
 def scene(cfg: Config, size: int, seed: int) -> np.ndarray:
-    """(T, H, W, 3): a textured ground that stands still, with things that move over it."""
+    """Make frames (T, H, W, 3): a static textured ground with squares that move over it."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(60, 200, (size // 8, size // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     ground = np.clip(coarse + rng.integers(-8, 9, coarse.shape), 0, 255).astype(np.uint8)
@@ -78,7 +78,7 @@ def numbers(cfg: Config, seed: int) -> dict[str, np.ndarray]:
 
 
 def make_hdf5(root: Path, cfg: Config, original: bool) -> Path:
-    """Ours, or a file as LIBERO's own scripts write it."""
+    """Write an HDF5 file in this package's layout, or in that of LIBERO's original files."""
     path = root / "suite" / "task_demo.hdf5"
     path.parent.mkdir(parents=True)
     with h5py.File(path, "w") as file:
@@ -98,7 +98,7 @@ def make_hdf5(root: Path, cfg: Config, original: bool) -> Path:
 
 
 def make_rlds(root: Path, cfg: Config) -> list[list[bytes]]:
-    """One TFRecord file; returns the JPEG images of every episode."""
+    """Write one TFRecord file; return the JPEG images of every episode."""
 
     def varint(n: int) -> bytes:
         return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
@@ -184,7 +184,7 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
 
 
 def compare(cfg: Config, path: Path, plain: Plain) -> dict[str, float]:
-    """Windows a second of both versions, and their ratio."""
+    """Measure the windows per second of both versions, and their ratio."""
     episodes = load_episodes(path, cache_bytes=0)
     ours = WindowSampler(episodes, num_workers=0)
     # the plain loop's arrays go through the same collation, so that reading and decoding are all that differs
@@ -207,7 +207,7 @@ def compare(cfg: Config, path: Path, plain: Plain) -> dict[str, float]:
         assert (one.frames == two.frames).all(), f"{path}: the plain loop reads other frames"
     mine, theirs = (cfg.batch_size / statistics.median(times) for times in seconds)
     result = {"windows_per_s": mine, "plain_windows_per_s": theirs, "times_faster": mine / theirs}
-    if isinstance(episodes[0].images, np.ndarray):  # mapped: nothing to keep, nothing to decode ahead
+    if isinstance(episodes[0].images, np.ndarray):  # mapped into memory: nothing to cache or prefetch
         return result
     cached = WindowSampler(load_episodes(path), num_workers=0)
     for e in cached.episodes:
@@ -218,7 +218,7 @@ def compare(cfg: Config, path: Path, plain: Plain) -> dict[str, float]:
 
 
 def waiting(cfg: Config, episodes: list) -> float:
-    """Seconds waited for a batch over seconds of decoding it, while the caller computes for as long as that takes."""
+    """Return waiting time over decoding time of a batch, for a caller that computes as long as the decoding takes."""
     alone, ahead = WindowSampler(episodes, num_workers=0), WindowSampler(episodes, num_workers=2)
     decode = statistics.median(timed(lambda s=s: alone.batch(cfg.batch_size, 0, s))[0] for s in range(cfg.repeats))
     waited = []
@@ -229,6 +229,7 @@ def waiting(cfg: Config, episodes: list) -> float:
 
 
 def main(cfg: Config) -> dict:
+    """Time all formats, write and return the results."""
     root = Path(tempfile.mkdtemp())
     try:
         ours, original = make_hdf5(root / "ours", cfg, False), make_hdf5(root / "original", cfg, True)

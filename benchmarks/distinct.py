@@ -1,15 +1,15 @@
-"""How many imagined frames differ, and what it gives to decode each of them once, with trained networks.
+"""Measure how many imagined frames of trained networks differ, and the gain of decoding each of them only once.
 
-    python demo.py                                                                      trains what is measured
+    python demo.py                                                                trains the networks to measure
     python benchmarks/distinct.py
     python benchmarks/distinct.py --policy runs/study/tabletop_spatial/seed2/sft/model.safetensors \
         --world-model runs/study/tabletop_spatial/wm/model.safetensors --demos runs/study/tabletop_spatial/demos
 
-The chunks of a start are much alike, and so are their frames: where tokens are the same, `FrameTokenizer.decode` makes
-the pixels once. How often that is, random weights do not tell. Here a policy's own chunks are imagined in its world
-model, at starts of its training episodes, greedily and by sampling; the share of different frames is counted, and
-decoding each once is timed against decoding all, in turns in one process. Both must give the same pixels. Writes one
-JSON.
+The chunks of one start are similar, and so are their frames. Frames with the same tokens are decoded to pixels only
+once by `FrameTokenizer.decode`. How often that happens must be measured with trained weights. A policy's chunks are
+imagined in the world model, from starts of the training episodes, greedily and by sampling. The share of distinct
+frames is counted, and decoding each once is timed against decoding all, in turns in one process. Both must give the
+same pixels. Writes one JSON file.
 """
 
 import sys
@@ -23,7 +23,6 @@ from torch import Tensor
 from vlarft import tokenizer
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.rollout import sample_group
 from vlarft.run.checkpoint import load_model, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.token_sampling import Sampling
@@ -36,7 +35,7 @@ class Config:
     policy: str = opt("runs/demo/sft/model.safetensors", "checkpoint of the policy")
     world_model: str = opt("runs/demo/wm/model.safetensors", "checkpoint of the world model")
     demos: str = opt("runs/demo/demos", "demonstrations of both")
-    out: str = opt("results/distinct.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/distinct.json", "JSON file to write")
     starts: int = opt(16, "starts S")
     groups: tuple[int, ...] = opt((4, 16), "rollouts G per start")
     repeats: int = opt(3, "timed calls of each version")
@@ -52,20 +51,20 @@ IMAGINATION = {
 
 @torch.no_grad()
 def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
-    """Name -> the world model, tokens (S, G + 1, T, Nf) of the policy's chunks and the dataset's, and their context."""
+    """Return name -> world model, tokens (S, G + 1, T, Nf) of the policy's chunks and the recorded one, context."""
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig)
-    policy.make_stochastic("sigma_net")
+    policy.add_sigma_net()
     policy.eval()
     model = WorldModel.load(cfg.world_model)
     episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), names=extra["train_episodes"])
     steps = policy.cfg.flow.chunk
     batch = WindowSampler(episodes, steps + 1, steps).spread(cfg.starts)
-    context = policy.encode(policy.preprocess(batch.frames[:, 0]), batch.instructions)
+    context = policy.encode_frames(batch.frames[:, 0], batch.instructions)
     found = {}
     for group in cfg.groups:
-        chain = sample_group(policy, context, batch.proprio, group, (0, 1), 0)
+        chain = policy.sample_group(context, batch.proprio, group, torch.Generator().manual_seed(0))
         actions = policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, group))
-        actions = torch.cat([actions, batch.actions[:, None]], 1)
+        actions = torch.cat([actions, batch.intended[:, None]], 1)
         for name, sampling in IMAGINATION.items():
             draws = torch.Generator().manual_seed(0)
             found[f"{name}, {group} rollouts"] = (
@@ -76,7 +75,7 @@ def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
 
 
 def decode_all(model: WorldModel, tokens: Tensor, context: Context) -> Tensor:
-    """`decode` of every frame."""
+    """Decode every frame, including repeated ones."""
     own, tokenizer.distinct_frames = tokenizer.distinct_frames, lambda rows: (rows, None)
     try:
         return model.tokenizer.decode(tokens, context)
@@ -86,10 +85,10 @@ def decode_all(model: WorldModel, tokens: Tensor, context: Context) -> Tensor:
 
 @torch.no_grad()
 def main(cfg: Config) -> dict:
-    """Count, time, compare, write; returns what the JSON file holds.
+    """Count, time and compare; write the JSON file and return its content.
 
     Raises:
-        RuntimeError: the versions' pixels differ.
+        RuntimeError: the two versions give different pixels.
     """
     report = {"command": "python benchmarks/distinct.py", "config": to_dict(cfg), **machine("cpu"), "decode": {}}
     for name, (model, tokens, context) in imagine(cfg).items():

@@ -1,16 +1,15 @@
-"""Pixel decode and image reward against straightforward versions, with random weights.
+"""Time pixel decoding and image reward against straightforward versions, with random weights.
 
     python benchmarks/pixels.py                                                                       on any machine
     python benchmarks/pixels.py --sizes paper --device cuda --perceptual lpips --out results/pixels_gpu.json
 
 decode   tokens of S starts x G chunks x T frames to pixels: `FrameTokenizer.decode` with one context per start (ours);
-         every frame a start of its own, with a context of its own (straightforward); ours in bfloat16; and that with
-         torch's own group normalisation (on a CPU)
-reward   Eq. (11) of those frames: `image_reward`, the reference's features once per start (ours); every pair of images
-         on its own (straightforward): SSIM by convolutions, LPIPS by its package
+         one context per frame (straightforward); on a CPU also ours in bfloat16, with our or torch's group norm
+reward   Eq. (11) of those frames: `image_reward`, which computes the reference's features once per start (ours); each
+         pair of images separately (straightforward): SSIM by convolutions, LPIPS by its package
 
-All versions run in turns in one process. In float32 they must give the same; how far bfloat16 is from it is written
-down. Writes one JSON.
+All versions run in turns in one process. In float32 they must agree; for bfloat16 the difference is recorded. Writes
+one JSON file.
 """
 
 import sys
@@ -37,9 +36,9 @@ from vlarft.world_model import WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("pixels", "sizes of the tokenizer, see rollout.py")
-    out: str = opt("results/pixels.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/pixels.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; on a GPU all decode in bfloat16")
-    perceptual: Literal["lpips", "ssim"] = opt("ssim", "perceptual term; lpips with a random VGG-16")
+    perceptual: Literal["lpips", "ssim"] = opt("ssim", "perceptual term; lpips has a random VGG-16")
     starts: int = opt(4, "starts S")
     group: int = opt(16, "chunks G per start")
     frames: int = opt(8, "frames T")
@@ -50,7 +49,7 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, 
 
 
 class Workload:
-    """A tokenizer, contexts of made-up starts, tokens of frames, and a reference's frames."""
+    """A tokenizer, contexts of random starts, random tokens of frames, and frames of a reference."""
 
     def __init__(self, cfg: Config) -> None:
         torch.manual_seed(0)
@@ -71,12 +70,12 @@ class Workload:
 
     @torch.no_grad()
     def decode(self, tokenizer: FrameTokenizer) -> Tensor:
-        """(S, G, T, C, H, W)."""
+        """Decode to (S, G, T, C, H, W)."""
         return tokenizer.decode(self.tokens, self.context)
 
     @torch.no_grad()
     def decode_alone(self) -> Tensor:
-        """The same, every frame a start of its own."""
+        """Decode every frame with a context of its own."""
         group, frames = self.tokens.shape[1:3]
         codes = self.context.tokens.repeat_interleave(group * frames, 0)
         context: Context = self.tokenizer.context_from_tokens(codes)
@@ -84,7 +83,7 @@ class Workload:
         return images.unflatten(0, self.tokens.shape[:3])
 
     def decode_torch_norm(self) -> Tensor:
-        """`decode` in bfloat16 with torch's group normalisation."""
+        """Decode in bfloat16 with torch's group normalisation."""
         own, GroupNorm.forward = GroupNorm.forward, nn.GroupNorm.forward
         try:
             return self.decode(self.low)
@@ -93,12 +92,12 @@ class Workload:
 
     @torch.no_grad()
     def reward(self) -> Tensor:
-        """(S, G, T)."""
+        """Compute rewards (S, G, T)."""
         return image_reward(self.frames, self.reference, perceptual=self.distance)
 
     @torch.no_grad()
     def reward_alone(self) -> Tensor:
-        """The same, every pair of images on its own, those of one chunk together."""
+        """Compute the same rewards pair by pair, with the T pairs of a chunk in one call."""
         found = [pair_reward(self.distance, chunk, own) for chunk, own in self._pairs()]
         return torch.stack(found).unflatten(0, self.tokens.shape[:2])
 
@@ -107,7 +106,7 @@ class Workload:
 
 
 def pair_reward(distance: PerceptualDistance, frames: Tensor, reference: Tensor) -> Tensor:
-    """Reward (T,) of frames and reference (T, C, H, W)."""
+    """Compute rewards (T,) of frames and reference (T, C, H, W)."""
     if distance.name == "ssim":
         apart = (1 - ssim_by_convolutions(frames, reference)) / 2
     else:
@@ -116,7 +115,7 @@ def pair_reward(distance: PerceptualDistance, frames: Tensor, reference: Tensor)
 
 
 def ssim_by_convolutions(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM (T,) of images (T, C, H, W) as it is usually written: a separable blur with a convolution per channel."""
+    """Compute SSIM (T,) of images (T, C, H, W) the usual way: a separable blur with one convolution per channel."""
     line = torch.exp(-(torch.arange(-5.0, 6.0, device=x.device) ** 2) / (2 * 1.5**2))
     line = (line / line.sum()).repeat(x.shape[1], 1)
 
@@ -132,7 +131,7 @@ def ssim_by_convolutions(x: Tensor, y: Tensor) -> Tensor:
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: versions of the same precision disagree.

@@ -1,18 +1,18 @@
-"""Speed of the policy's action head, and of a whole training step, with random weights.
+"""Time the policy's action head, and a whole training step, with random weights.
 
-    python benchmarks/policy.py --compile --out results/policy.json                        the head, on any machine
+    python benchmarks/policy.py --compile                                                  the head, on any machine
     python benchmarks/policy.py --whole --compile --device cuda --out results/policy_gpu.json       and a training step
 
-chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean once per chunk,
-              weights as `flow.column_major` lays them (ours), or the context again at every step, weights as they are
-              (straightforward); alone, and for `batch_size` observations at once; with --compile also ours compiled
-head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context once per image
-              (ours), or its rows repeated for every draw (straightforward)
-training step (--whole) vision, language model with adapters, head, AdamW, at the batch of the paper: steps a second and
-              peak memory, with --compile also with compiled blocks
+chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean computed once
+              per chunk, with weights stored by column (`column_major`) (ours), or at every step, with weights by row
+              (straightforward); for one and for `batch_size` observations; with --compile also ours compiled
+head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context computed once per
+              image (ours), or repeated for every pair (straightforward)
+training step (--whole) vision, language model with adapters, head and AdamW at the paper's batch size: steps per second
+              and peak memory; with --compile also with compiled blocks
 
-Both versions of the head run in turns in the same process, and must give the same numbers. Median seconds over the
-repeats; first calls are not counted.
+Both versions of the head run in turns in one process and must give the same numbers. The median of the repeats counts,
+without the first calls.
 """
 
 import sys
@@ -38,13 +38,13 @@ from vlarft.run.config import opt, parse, to_dict
 @dataclass(frozen=True)
 class Config:
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "sizes of the policy")
-    out: str = opt("results/policy.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/policy.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
-    batch_size: int = opt(16, "observations of a training step")
-    draws: int = opt(4, "pairs (tau, eps) per observation of the head's step")
+    batch_size: int = opt(16, "observations per training step")
+    draws: int = opt(4, "pairs (tau, eps) per observation in the head step")
     repeats: int = opt(20, "timed calls of each version")
     whole: bool = opt(False, "also time whole training steps")
-    compile: bool = opt(False, "chunks also with a compiled head, whole training steps also with compiled blocks")
+    compile: bool = opt(False, "also time a compiled head and, with --whole, compiled blocks")
 
 
 PRESETS = {
@@ -58,7 +58,7 @@ def autocast(cfg: Config) -> torch.autocast:
 
 
 def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, noise: Tensor) -> Tensor:
-    """`sample_ode` that projects the context again at every step."""
+    """Do what `sample_ode` does, but project the context again at every step."""
     x, num_steps = noise, head.cfg.num_steps
     for k in range(num_steps):
         x = euler_step(head, x, torch.full((len(x),), k, device=x.device), num_steps, head.prepare(context, proprio))
@@ -68,7 +68,7 @@ def straightforward_chunk(head: FlowHead, context: Tensor, proprio: Tensor, nois
 def compare(
     cfg: Config, versions: dict[str, Callable[[], object]], difference: float, peak: float
 ) -> dict[str, object]:
-    """Times of all versions, how much faster than the straightforward one they are, and our work."""
+    """Return the times of all versions, how many times faster than straightforward they are, and our FLOPs."""
     timings = alternate(versions, cfg.repeats, cfg.device, warmup=2)
     found: dict[str, object] = {f"{name}_s": timing.median for name, timing in timings.items()}
     found["times_faster"], found["spread"] = ratio(timings["ours"], timings["straightforward"])
@@ -78,12 +78,12 @@ def compare(
 
 
 def time_head(cfg: Config, peak: float) -> dict[str, dict[str, object]]:
-    """Chunk latency alone and in a batch, and the head's training step."""
+    """Time single chunks, batches of chunks, and the head's training step."""
     sizes = POLICIES[cfg.policy]
     with torch.device(cfg.device):
         torch.manual_seed(0)
         head = FlowHead(sizes.flow)
-        torch.nn.init.normal_(head.net.dit.out.weight, std=0.1)  # from its initial zero, all actions would be the noise
+        torch.nn.init.normal_(head.net.dit.out.weight, std=0.1)  # initially zero: actions would equal the noise
         playing = deepcopy(head)
         column_major(playing)
         tokens = sizes.vlm.num_cameras * _vision_tokens(sizes.vlm.vision) + sizes.vlm.num_queries + sizes.key_token
@@ -134,7 +134,7 @@ def _vision_tokens(vision: object) -> int:
 
 
 def time_training(cfg: Config, compiled: bool) -> dict[str, float]:
-    """Whole training steps of the policy: adapters on the vision-language model, everything of the head."""
+    """Time whole training steps of the policy: adapters on the vision-language model, and the full head."""
     torch.manual_seed(0)
     policy = VLAPolicy(POLICIES[cfg.policy])
     add_lora(policy.vlm, LoRAConfig())
@@ -172,7 +172,7 @@ def time_training(cfg: Config, compiled: bool) -> dict[str, float]:
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: the two versions of the head disagree.

@@ -1,26 +1,26 @@
-"""One whole GRPO step against the straightforward pipeline, phase by phase, with random weights.
+"""Time one whole GRPO step against the straightforward pipeline, phase by phase, with random weights.
 
     python benchmarks/rft_step.py                                                                on any machine
-    python benchmarks/rft_step.py --sizes pixels --out results/rft_step_pixels.json
+    python benchmarks/rft_step.py --sizes pixels --out runs/benchmarks/rft_step_pixels.json
     python benchmarks/rft_step.py --sizes paper --device cuda --perceptual lpips --out results/rft_step_gpu.json
 
-ours             `rollout.collect` and `objective.update`, as `train_rft.py` calls them: the policy's context, the world
-                 model's prefix and the reference's rollout, frames and features once per start
-straightforward  every rollout a start of its own: its own vision-language forward, tokens, prefix, reference rollout,
-                 reference features, and its own context in the update; caches and batches as in ours
-as released      what the public release computes in a step, by the counts of its operations: as straightforward, and
-                 the reference is played apart from the policy's chunk, for every rollout; each is a window tokenised
-                 whole, all its frames; transformers' `generate` once a frame on the whole sequence, with its
-                 preallocated cache; the vision-language model three times, to sample, to score and to update
-ours, bfloat16   ours with `--bf16`: the frozen networks in bfloat16; and `as released` in it. On a CPU only, where the
-                 others are in float32; on a GPU all are in bfloat16
+ours             the step of `train_rft.py`: the policy's context, the world model's prefix, and the reference's
+                 rollout, frames and features are computed once per start
+straightforward  all of these are computed once per rollout, and so is the context in the update; caches and batches as
+                 in ours
+as released      the operations of the public release, by count: as straightforward; in addition the reference is rolled
+                 out separately for every rollout; all frames of each window are tokenised; transformers' `generate`
+                 runs once per frame on the whole sequence, with its preallocated cache; the vision-language model runs
+                 three times, to sample, to score and to update
+ours, bfloat16   ours with `--precision bf16` (frozen networks in bfloat16); likewise `as released, bfloat16`. On a CPU
+                 only, where the others are in float32; on a GPU all are in bfloat16
 
-All draw the same chains and imagine greedily, and in float32 must give the same actions and rewards (as released: but
-for near ties of tokens, which rounding decides); what bfloat16 changes is written down. Phases are timed inside the
-steps; work is counted in the matrix products, convolutions and attentions; the share of the peak is against the best
-rate of one large matrix product in float32 (on a GPU in bfloat16) in the same process. `reduced` is a quarter of the
-paper's tokens of a start and of a frame; of its work, the transformer does most. With `pixels`, the pixel decoder does,
-as at the paper's sizes. Writes one JSON.
+All versions sample the same chains, imagine greedily, and in float32 must give the same actions and rewards (`as
+released` except for near ties of tokens, which rounding decides). The difference of bfloat16 is recorded. Phases are
+timed inside the steps. FLOPs are counted in matrix products, convolutions and attentions; the share of the peak refers
+to one large matrix product in float32 (on a GPU in bfloat16) in the same process. `--sizes reduced` has a quarter of
+the paper's tokens per start and per frame, and most of its work in the transformer; `--sizes pixels` has most of it in
+the pixel decoder, as the paper's sizes have. Writes one JSON file.
 """
 
 import sys
@@ -31,27 +31,25 @@ from functools import wraps
 import rft_versions
 import rollout as rollout_benchmark
 import torch
-from rft_versions import PRESETS, Config, Workload
+from rft_versions import PRESETS, Config, Rollouts, Workload
 from timing import Timing, alternate, machine, peak_rate, ratio, seconds, synchronize
 
-from vlarft.rollout import Rollouts
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import parse, to_dict
 
 
 class Phases:
-    """Seconds of named parts of a step, without those of parts inside: methods and functions are wrapped where the step
-    finds them, as long as the context lasts.
+    """Context manager that times named phases of a step, each without the phases nested in it.
 
     Args:
-        device: whose queue is waited for.
-        places: (owner, attribute, phase).
+        device: its queue is synchronised before and after each phase.
+        places: (owner, attribute, phase): functions to wrap with a timer, and the phase that their time counts for.
     """
 
     def __init__(self, device: str, places: list[tuple[object, str, str]]) -> None:
         self.device, self.places = device, places
         self.seconds = dict.fromkeys((phase for _, _, phase in places), 0.0)
-        self.inside = [0.0]  # seconds of parts within each part that runs now
+        self.inside = [0.0]  # seconds of the phases nested in each running phase
 
     def __enter__(self) -> "Phases":
         self.before = [(owner, name, vars(owner).get(name)) for owner, name, _ in self.places]
@@ -80,7 +78,7 @@ class Phases:
 
 
 def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the parts of one step."""
+    """Return the seconds of the phases of one step."""
     tokenizer = work.world_model.tokenizer
     places = [
         (work.policy, "encode", "vision-language model"),
@@ -102,16 +100,16 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
 
 def differences(one: Rollouts, other: Rollouts) -> dict[str, float]:
     """Largest differences of the sampled actions and of the rewards, and the share of rewards that differ by little."""
-    rewards = (one.reward.reward.flatten() - other.reward.reward.flatten()).abs()
+    rewards = (one.reward.sum(-1).flatten() - other.reward.sum(-1).flatten()).abs()
     return {
-        "actions": (one.chunks[0].chain.x - other.chunks[0].chain.x).abs().max().item(),
+        "actions": (one.x.flatten(0, 1) - other.x.flatten(0, 1)).abs().max().item(),
         "rewards": rewards.max().item(),
         "equal_rewards": (rewards <= 1e-3).float().mean().item(),
     }
 
 
 def check(device: str, difference: dict[str, dict[str, float]]) -> None:
-    """Refuse versions that do not compute the same.
+    """Check that the versions compute the same.
 
     Raises:
         RuntimeError: they disagree.
@@ -128,13 +126,13 @@ def check(device: str, difference: dict[str, dict[str, float]]) -> None:
 
 
 def times_faster(timings: dict[str, Timing], name: str) -> dict[str, dict[str, float]]:
-    """How many times as long the baselines take: baseline -> median, least, most."""
+    """Return baseline -> how many times as long as `name` it takes: median, least, most."""
     ratios = {other: ratio(timings[name], t) for other, t in timings.items() if not other.startswith("ours")}
     return {other: {"times": times, "least": low, "most": high} for other, (times, (low, high)) in ratios.items()}
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: two versions disagree.

@@ -1,5 +1,6 @@
-"""What `rft_step.py` compares: one GRPO step as we do it, straightforward, and as the public release does it."""
+"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public release's."""
 
+import sys
 import tempfile
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -11,52 +12,59 @@ import torch
 from torch import Tensor
 
 from vlarft.data.windows import Batch
-from vlarft.flow import Chain, chain_log_prob
+from vlarft.flow import Chain, chain_log_prob, matching_pairs
 from vlarft.grpo import advantages
 from vlarft.metrics import PerceptualDistance, perceptual
-from vlarft.objective import ObjectiveConfig, update
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
-from vlarft.reward import Reward, image_reward, reduce_frames, verified_reward
-from vlarft.rollout import PlayedChunk, RolloutConfig, Rollouts, collect, encode, reward_options, sample_group
+from vlarft.reward import ImageScorer, image_reward
+from vlarft.run import distributed
 from vlarft.run.config import opt
+from vlarft.run.random import generator
 from vlarft.world_model import WorldModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
+import train_rft
+from train_rft import Rollouts
 
 
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
     policy: Literal["paper", "small", "tiny", "smoke"] = opt("tiny", "sizes of the policy")
-    out: str = opt("results/rft_step.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/rft_step.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes the frozen networks in bfloat16")
-    perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips with a random VGG-16")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("ssim", "perceptual term; lpips has a random VGG-16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "rollouts G per start")
-    compile: bool = opt(False, "compile the pixel decoder and the perceptual network, of both versions")
-    micro_starts: int | None = opt(None, "starts per backward pass; none takes all")
+    compile: bool = opt(False, "compile pixel decoder and perceptual network in all versions")
+    micro_starts: int | None = opt(None, "starts per backward pass; none: all")
     repeats: int = opt(3, "timed steps of each version")
 
 
 PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", policy="smoke", starts=2, group=3, repeats=1)}
 
 
-@dataclass(frozen=True)
-class Step(RolloutConfig, ObjectiveConfig):
-    """What a step is made of."""
+def update(cfg: train_rft.Config, policy: VLAPolicy, optimizer: torch.optim.Optimizer, rollouts: Rollouts) -> None:
+    """Line 15 of Algorithm 1, as in `train_rft.main`."""
+    optimizer.zero_grad(set_to_none=True)
+    train_rft.backward(train_rft.grpo_loss, cfg, policy, rollouts)
+    distributed.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], cfg.clip_norm)
+    optimizer.step()
 
 
 class Workload:
-    """Policy, world model, a batch of made-up starts, and both versions of the step."""
+    """Policy, world model, a batch of made-up starts, and the versions of the step."""
 
     def __init__(self, cfg: Config) -> None:
         torch.manual_seed(0)
         device, sizes = cfg.device, rollout_benchmark.SIZES[cfg.sizes]
         self.policy = VLAPolicy(POLICIES[cfg.policy]).to(device)
         flow = self.policy.cfg.flow
-        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # its initial zero has no gradient behind
+        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # initially zero: no gradient below it
         samples = torch.rand(256, flow.action_dim) * 2 - 1, torch.randn(256, flow.proprio_dim)
         self.policy.normalizer.fit(*samples)
-        self.policy.make_stochastic("sigma_net")
+        self.policy.add_sigma_net()
         self.policy.requires_grad_(False).eval()
         trained = [*self.policy.head.parameters(), *self.policy.sigma_net.parameters()]
         for parameter in trained:
@@ -72,8 +80,13 @@ class Workload:
             self.world_model.tokenizer.cond_decoder.compile()
             self.distance.compile_network()
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)  # the same weights for every timed step
-        names = {"perceptual": cfg.perceptual, "imagination": "greedy", "divide_by_std": True}
-        self.step = Step(group=cfg.group, bf16=device == "cuda", micro_starts=cfg.micro_starts, mse_draws=16, **names)
+        self.cfg = train_rft.Config(
+            starts=cfg.starts,
+            group=cfg.group,
+            divide_by_std=True,
+            micro_starts=cfg.micro_starts,
+            precision="bf16" if device == "cuda" else "fp32",
+        )
         rows, steps, size = cfg.starts, flow.chunk, sizes.tokenizer.image_size
         with torch.device(device):
             frames = torch.rand(rows, steps + 1, 3, *size)
@@ -84,63 +97,63 @@ class Workload:
         self.batch = Batch(frames, actions, actions, proprio, instructions, frames[:, 0], key, index)
 
     def in_bfloat16(self) -> "Workload":
-        """The same step with its frozen networks in bfloat16."""
+        """Return the same step with its frozen networks in bfloat16."""
         low = copy(self)
         low.world_model, low.distance = deepcopy(self.world_model).to_bfloat16(), deepcopy(self.distance)
         low.llama = deepcopy(self.llama).bfloat16()
         low.distance.to_bfloat16()
-        low.step = replace(self.step, bf16=True)
+        low.cfg = replace(self.cfg, precision="bf16")
         return low
 
     def ours(self) -> Rollouts:
         """The step as `train_rft.py` does it."""
-        rollouts = collect(self.step, self.policy, self.world_model, self.batch, self.distance, (0, 0))
-        update(self.step, self.policy, self.optimizer, rollouts, (0, 0))
-        return rollouts
+        context, chain, actions = self._sampled(self.batch, self.cfg.group)
+        pairs = train_rft.shared_pairs(self.cfg, self.batch, self._source("flow matching"))
+        return self._updated(self.cfg, self.batch, context, chain, self._score(self.batch, actions), pairs)
 
     def straightforward(self) -> Rollouts:
-        """The same step, every rollout on its own."""
+        """Run the step with every rollout computed separately."""
         rows = self._alone()
-        context, chain, actions = self._sampled(rows)
-        reward = verified_reward(
-            "r3",
-            self.world_model,
-            actions,
-            rows.actions,
-            rows.frames,
-            perceptual=self.distance,
-            **reward_options(self.step),
-        )
-        return self._updated(rows, context, chain, reward)
+        context, chain, actions = self._sampled(rows, 1)
+        return self._updated_alone(rows, context, chain, self._score(rows, actions))
 
     @torch.no_grad()
     def as_released(self) -> Rollouts:
-        """The same step with the work of the public release."""
+        """Run the step with the operations of the public release."""
         rows = self._alone()
-        _, chain, actions = self._sampled(rows)
-        frames, reference = (self._imagined(rows, played) for played in (actions, rows.actions[:, None]))
-        per_frame = image_reward(frames, reference[:, 0], perceptual=self.distance)
-        reward = Reward(reduce_frames(per_frame, self.step.over_frames), per_frame, None, None)
+        _, chain, actions = self._sampled(rows, 1)
+        frames, reference = (self._imagined(rows, played) for played in (actions, rows.intended[:, None]))
+        reward = image_reward(frames, reference[:, 0], self.distance)
         cond = self.policy.condition(self._encoded(rows), rows.proprio)
         chain_log_prob(self.policy.head, self.policy.sigma_net, chain.x, cond)
         context = self._encoded(rows)
         with torch.enable_grad():
-            return self._updated(rows, context, chain, reward)
+            return self._updated_alone(rows, context, chain, reward)
+
+    def _source(self, name: str) -> torch.Generator:
+        return generator(self.batch.frames.device, name, 0, 0)
 
     def _alone(self) -> Batch:
-        return Batch(*(_repeated(value, self.step.group) for value in self.batch))
+        return Batch(*(_repeated(value, self.cfg.group) for value in self.batch))
 
     def _encoded(self, rows: Batch) -> Tensor:
-        return encode(self.step, self.policy, rows.frames[:, 0], rows.instructions, len(self.batch.frames))
+        """Context (S, N, D), as many images a forward in all versions."""
+        bf16, at_once = self.cfg.precision == "bf16", len(self.batch.frames)
+        return self.policy.encode_frames(rows.frames[:, 0], rows.instructions, bf16=bf16, at_once=at_once)
 
-    def _sampled(self, rows: Batch) -> tuple[Tensor, Chain, Tensor]:
-        """Context, chain and actions (S * G, 1, T, A) of rollouts that are starts of their own."""
+    def _sampled(self, rows: Batch, group: int) -> tuple[Tensor, Chain, Tensor]:
+        """Context, chain and raw actions (S, G, T, A); the same random numbers however rows are grouped."""
         context = self._encoded(rows)
-        chain = sample_group(self.policy, context, rows.proprio, 1, (0, 1), 0, 0, 0, 0)
-        return context, chain, self.policy.normalizer.decode_actions(chain.x[:, -1])[:, None]
+        chain = train_rft.sample_chains(self.policy, rows, context, group, self._source("chains"))
+        return context, chain, self.policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, group))
+
+    @torch.no_grad()
+    def _score(self, rows: Batch, actions: Tensor) -> Tensor:
+        """Reward R3 (S, G, T)."""
+        return ImageScorer(self.world_model, self.distance, "greedy")(rows, actions)
 
     def _imagined(self, rows: Batch, actions: Tensor) -> Tensor:
-        """Frames (S * G, 1, T, C, H, W) of actions (S * G, 1, T, A), each from a window tokenised whole."""
+        """Imagine frames (S * G, 1, T, C, H, W) of actions (S * G, 1, T, A); all frames of a window are tokenised."""
         import transformers
 
         tokenizer, layout = self.world_model.tokenizer, self.world_model.layout
@@ -156,21 +169,30 @@ class Workload:
         )
         return tokenizer.decode(tokens, context)[:, None]
 
-    def _updated(self, rows: Batch, context: Tensor, chain: Chain, reward: Reward) -> Rollouts:
-        """The update from rollouts that are starts of their own."""
-        step, starts = self.step, len(self.batch.frames)
-        advantage = advantages(reward.reward.view(starts, step.group), divide_by_std=step.divide_by_std).view(-1, 1)
-        rollouts = Rollouts(
-            rows,
-            (PlayedChunk(context, rows.proprio, chain, rows.frames[:, 0], rows.instructions),),
-            reward,
-            advantage,
-            {},
-        )
-        micro = None if step.micro_starts is None else step.micro_starts * step.group
-        alone = Step(group=1, micro_starts=micro, mse_draws=max(1, step.mse_draws // step.group))
-        update(alone, self.policy, self.optimizer, rollouts, (0, 0))
+    def _updated(
+        self,
+        cfg: train_rft.Config,
+        rows: Batch,
+        context: Tensor,
+        chain: Chain,
+        reward: Tensor,
+        pairs: tuple[Tensor, Tensor],
+    ) -> Rollouts:
+        """The update on rollouts of `rows`, whose rewards are (rows, rollouts of each, T)."""
+        of_group = reward.sum(-1).view(len(self.batch.frames), self.cfg.group)
+        advantage = advantages(of_group, divide_by_std=cfg.divide_by_std).view(reward.shape[:2])
+        chains = (value.unflatten(0, reward.shape[:2]) for value in chain)
+        rollouts = Rollouts(rows, context, *chains, reward, advantage, *pairs)
+        update(cfg, self.policy, self.optimizer, rollouts)
         return rollouts
+
+    def _updated_alone(self, rows: Batch, context: Tensor, chain: Chain, reward: Tensor) -> Rollouts:
+        """The update from rollouts that are starts of their own, which share out the pairs (tau, eps) of a start."""
+        micro = None if self.cfg.micro_starts is None else self.cfg.micro_starts * self.cfg.group
+        draws = max(1, train_rft.MSE_DRAWS // self.cfg.group)
+        source = self._source("flow matching")
+        pairs = matching_pairs(tuple(rows.intended.shape), draws, generator=source, device=context.device)
+        return self._updated(replace(self.cfg, micro_starts=micro), rows, context, chain, reward, pairs)
 
 
 def _repeated(value: Tensor | list[str], group: int) -> Tensor | list[str]:
@@ -180,7 +202,7 @@ def _repeated(value: Tensor | list[str], group: int) -> Tensor | list[str]:
 
 
 def random_perceptual(name: str) -> PerceptualDistance:
-    """The perceptual distance; lpips with random VGG-16 weights, which cost what trained ones cost."""
+    """Build the perceptual distance; lpips gets random VGG-16 weights, which take as long as trained ones."""
     if name != "lpips":
         return perceptual(name)
     import lpips

@@ -1,22 +1,22 @@
-"""Rollouts of the world model against transformers' `generate` with the same weights, token for token.
+"""Time rollouts of the world model against transformers' `generate` with the same weights, token for token.
 
-    python benchmarks/rollout.py --out results/rollout.json                          reduced sizes, on any machine
+    python benchmarks/rollout.py                                                     reduced sizes, on any machine
     python benchmarks/rollout.py --sizes paper --device cuda --out results/rollout_gpu.json
 
 S starts, G action chunks each, T frames of Nf tokens, greedy. Versions:
 
-ours             `WorldModel.rollout_tokens`: the start runs through the decoder once, its G chunks share that part
-                 of the cache, logits of future-frame codes only, the last token of a frame and the action in one pass
+ours             `WorldModel.rollout_tokens`: a start runs through the decoder once and its G chunks share that part of
+                 the cache; logits of future-frame codes only; the last token of a frame and the action in one pass
 generate         `LlamaForCausalLM.generate` for each frame, on the whole sequence of each row, with its growing cache
 generate static  the same with its preallocated cache
-generate shared  the same with a growing cache that was filled once per start and then repeated for its rows
+generate shared  the same with a growing cache that is filled once per start and then repeated for its rows
 
-On a CPU in float32, and ours and `generate static` once more in bfloat16 ("ours, bfloat16" is `train_rft.py --bf16`);
-on a GPU in bfloat16. Weights are random, of the paper's layout with rotary positions only, which is what
-`LlamaForCausalLM` computes. The versions run in turns in one process and must give the same tokens in float32, but for
-near ties that rounding decides; the share of equal tokens is reported, which is all that bfloat16 allows. `reduced`
-keeps the paper's ratio of a start's tokens to a frame's at a quarter of both. Writes one JSON and, with --figure, a
-picture of our time against the number of frames and of chunks.
+On a CPU in float32, and ours and `generate static` also in bfloat16 ("ours, bfloat16" is `train_rft.py --precision
+bf16`); on a GPU in bfloat16. Weights are random, in the paper's layout with rotary positions only, which is what
+`LlamaForCausalLM` computes. The versions run in turns in one process. In float32 they must give the same tokens, except
+for near ties that rounding decides; the share of equal tokens is reported, also for bfloat16. `--sizes reduced` has a
+quarter of the paper's tokens per start and per frame. Writes one JSON file and, with --figure, a picture of our time
+against the numbers of frames and chunks.
 """
 
 import sys
@@ -62,13 +62,13 @@ SIZES = {
 }
 
 
-NEARLY_ALL = 0.99  # of the tokens, in float32: rounding decides a near tie, and the rest of its row goes on from there
+NEARLY_ALL = 0.99  # least share of equal tokens in float32: rounding may decide a near tie, and so the rest of its row
 
 
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model")
-    out: str = opt("results/rollout.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/rollout.json", "JSON file to write")
     figure: str | None = opt(None, "picture of time against frames and chunks")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     starts: int = opt(16, "starts S")
@@ -81,7 +81,7 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, 
 
 
 def llama_of(model: WorldModel) -> torch.nn.Module:
-    """The same transformer and head, with copied weights, as transformers' `LlamaForCausalLM`."""
+    """Copy transformer and head into transformers' `LlamaForCausalLM`."""
     import transformers
 
     t, layout = model.cfg.transformer, model.layout
@@ -107,7 +107,7 @@ def llama_of(model: WorldModel) -> torch.nn.Module:
 
 
 class Workload:
-    """The world model, its copy in transformers, starts and actions; on a CPU in float32."""
+    """The world model, its copy in transformers, random starts and actions; on a CPU in float32."""
 
     def __init__(self, cfg: Config) -> None:
         torch.manual_seed(0)
@@ -126,18 +126,18 @@ class Workload:
             self.bins = layout.action_ids(self.model.action_bins.encode(self.actions)).flatten(0, 1)  # (B, T, A)
 
     def in_bfloat16(self) -> "Workload":
-        """The same starts and actions, with both models in bfloat16."""
+        """Return the same starts and actions with both models in bfloat16."""
         low = copy(self)
         low.model, low.llama = deepcopy(self.model).to_bfloat16(), deepcopy(self.llama).bfloat16()
         return low
 
     def ours(self, group: int | None = None, frames: int | None = None) -> Tensor:
-        """Tokens (S, G, T, Nf)."""
+        """Imagine tokens (S, G, T, Nf)."""
         return self.model.rollout_tokens(self.frames, self.actions[:, :group, :frames], Sampling(greedy=True))[0]
 
     @torch.no_grad()
     def generate(self, kind: Literal["growing", "static", "shared"]) -> Tensor:
-        """The same by `generate`, one call a frame; all sequences end after Nf tokens."""
+        """Imagine the same tokens with `generate`."""
         import transformers
 
         group, num_frames = self.actions.shape[1:3]
@@ -158,14 +158,14 @@ class Workload:
 def generate_frames(
     llama: torch.nn.Module, layout: TokenLayout, ids: Tensor, actions: Tensor, cache: Callable[[], object]
 ) -> Tensor:
-    """Greedy frames (B, T, Nf) by `generate`, one call a frame with the cache that `cache()` gives for it.
+    """Imagine tokens (B, T, Nf) greedily with one call of `generate` per frame.
 
     Args:
         llama: `llama_of` the world model.
-        layout: of its tokens.
+        layout: the world model's token layout.
         ids: (B, P) tokens of the starts.
         actions: (B, T, A) tokens of the actions.
-        cache: an empty one, or one that was filled with the tokens before.
+        cache: called once per frame; returns an empty cache, or one filled with the tokens so far.
     """
     import transformers
 
@@ -190,8 +190,8 @@ def generate_frames(
 
 
 def decoding_work(model: WorldModel, call: Callable[[], object]) -> int:
-    """`floating_point_work` of a call that decodes with the model: on a GPU without its CUDA graphs, which hide it."""
-    model.lm_head.weight.requires_grad_(True)  # graphs are for frozen models
+    """Count the FLOPs of a call that decodes with the model, without CUDA graphs, whose FLOPs cannot be counted."""
+    model.lm_head.weight.requires_grad_(True)  # CUDA graphs are used for frozen models only
     try:
         return floating_point_work(call)
     finally:
@@ -199,7 +199,7 @@ def decoding_work(model: WorldModel, call: Callable[[], object]) -> int:
 
 
 def scaling(cfg: Config, work: Workload) -> dict[str, list[tuple[int, float]]]:
-    """Our median seconds against frames (all chunks) and against chunks (all frames)."""
+    """Return our shortest time [s] for several numbers of frames (all chunks) and of chunks (all frames)."""
     found: dict[str, list[tuple[int, float]]] = {"frames": [], "group": []}
     for name, most in (("frames", cfg.frames), ("group", cfg.group)):
         for number in sorted({max(1, most * i // 4) for i in range(1, 5)}):
@@ -209,7 +209,7 @@ def scaling(cfg: Config, work: Workload) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(report: dict, path: Path) -> None:
-    """PNG of the scaling."""
+    """Write a picture of the scaling."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,7 +226,7 @@ def draw(report: dict, path: Path) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: two versions disagree in float32.

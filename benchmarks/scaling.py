@@ -1,25 +1,25 @@
-"""Memory, messages and predicted step times of the training scripts on 1 to 64 GPUs. Predictions: nothing is measured.
+"""Predict memory, communication and step times of the training scripts on 1 to 64 GPUs. Nothing is measured.
 
-    python benchmarks/scaling.py                writes results/scaling.json, prints the tables of docs/scaling.md
+    python benchmarks/scaling.py                prints the tables of docs/scaling.md (committed: results/scaling.json)
 
-Every model is built and run without data (FakeTensorMode), so that parameters, FLOPs (FlopCounterMode) and the
-activations kept for the backward (vlarft.run.memory) are those of the code. The model of a step on n GPUs:
+Every model is built and run without data (FakeTensorMode). Parameters, FLOPs (FlopCounterMode) and the activations kept
+for the backward pass (vlarft.run.memory) are therefore those of the code. The time of a step on n GPUs is modelled as:
 
-compute   FLOPs of a process / (`flops` x `share`): the peak of the chip times the share of it that is reached
+compute   FLOPs per process / (`flops` x `share`): the chip's peak times the share of it that is reached
 messages  FSDP2 with the scripts' units: a process receives (n - 1) / n of each unit's parameters before each call and
-          again before the backward, blocks in bfloat16, the rest in float32; and (n - 1) / n of the trained
-          parameters' gradients, in float32. Over `node_bandwidth` on one node, over
-          `network_bandwidth` (a GPU's share) on more; a collective is a ring of n - 1 messages of `latency` each
-update    28 bytes read or written for each trained parameter of the shard, over `memory_bandwidth`
-step      between max(compute, messages) + update, where messages hide behind compute, and their sum, where none do
+          again before the backward pass, blocks in bfloat16, the rest in float32; and (n - 1) / n of the gradients of
+          trained parameters, in float32. At `node_bandwidth` within one node, else at `network_bandwidth` (per GPU).
+          A collective is a ring of n - 1 messages with a `latency` each
+update    28 bytes read or written per trained parameter of the shard, at `memory_bandwidth`
+step      between max(compute, messages) + update (messages overlap with compute) and their sum (no overlap)
 
-Not in it: loading data, launching kernels (a floor for small models), validation, checkpoints, stragglers. Memory is
-weights, gradients, moments and activations of one micro-batch; of the largest unit one gathered copy.
+Not included: data loading, kernel launches (a lower bound for small models), validation, checkpoints, stragglers.
+Memory is weights, gradients, moments, activations of one micro-batch, and one gathered copy of the largest unit.
 
-RFT (preset paper, reward R3) is forward but for the head: vision-language model once a start; context tokenised, and
-prefix read, once a start; 17 rollouts a start (16 and the reference) of 8 frames through transformer, pixel decoder and
-VGG-16; K steps of the head for each rollout, forward and, in the update, backward. Without messages for frozen weights,
-which are whole on every process. Starts are not cut: no more processes than starts.
+RFT (preset paper, reward R3) is forward only, except for the head. Once per start: the vision-language model, the
+context's tokens, the prefix. 17 rollouts per start (16 and the reference) of 8 frames: transformer, pixel decoder and
+VGG-16. Per rollout: K steps of the head, forward to sample, forward and backward to update. Frozen weights are whole on
+every process, without messages. A start is not divided, so there are at most as many processes as starts.
 """
 
 import contextlib
@@ -59,37 +59,37 @@ UPDATE_BYTES = 28  # AdamW reads weight, gradient and two moments, writes weight
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/scaling.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/scaling.json", "JSON file to write")
     presets: tuple[str, ...] = opt(("paper", "small"), "sizes of tokenizer, world model and policy")
     flops: float = opt(790e12, "bfloat16 peak of a GPU [FLOP/s]; measured on an H200")
-    share: float = opt(0.4, "of that peak that a step reaches; an assumption")
-    memory_bandwidth: float = opt(4.3e12, "of a GPU [B/s]; measured on an H200")
-    node_bandwidth: float = opt(300e9, "between GPUs of a node, each way [B/s]; two thirds of NVLink 4's 450")
-    network_bandwidth: float = opt(40e9, "of each GPU between nodes [B/s]; four fifths of 400 Gbit/s")
-    latency: float = opt(10e-6, "of one message [s]; an assumption")
-    gpus_per_node: int = opt(8, "GPUs of a node")
+    share: float = opt(0.4, "share of that peak that a step reaches; an assumption")
+    memory_bandwidth: float = opt(4.3e12, "memory bandwidth of a GPU [B/s]; measured on an H200")
+    node_bandwidth: float = opt(300e9, "between GPUs of a node, per direction [B/s]; two thirds of NVLink 4's 450")
+    network_bandwidth: float = opt(40e9, "between nodes, per GPU [B/s]; four fifths of 400 Gbit/s")
+    latency: float = opt(10e-6, "latency of one message [s]; an assumption")
+    gpus_per_node: int = opt(8, "GPUs per node")
 
 
 PRESETS = {"paper": Config(), "smoke": Config(presets=("smoke",))}
 
 
 class Stage(NamedTuple):
-    """A training step's needs. Bytes and FLOPs of forward and backward; `rows` are what a batch counts."""
+    """Cost of a training step, forward and backward. A row is one element of the batch."""
 
-    batch: int  # rows of a step over all processes, of the preset
-    units: dict[str, tuple[int, ...]]  # --frozen: parameters of each FSDP unit, blocks first, what is left over last
+    batch: int  # the preset's rows per step, over all processes
+    units: dict[str, tuple[int, ...]]  # value of --frozen -> parameters of each FSDP unit: blocks, then the remainder
     trained: int
     frozen: int
-    flops: float  # of one row
-    activations: tuple[float, float]  # bytes kept for the backward: constant, and of each row
-    calls: int = 1  # of the outermost unit, which is gathered for each of them and once for the backward
+    flops: float  # per row
+    activations: tuple[float, float]  # bytes kept for the backward pass: constant, and per row
+    calls: int = 1  # calls of the outermost unit, which is gathered for each and once for the backward pass
 
 
 def without_data() -> contextlib.ExitStack:
-    """Everything that looks at values, which there are none of, left out."""
+    """Return a context without data, in which checks of values are disabled."""
     stack = contextlib.ExitStack()
     stack.enter_context(FakeTensorMode())
-    # whole sequences from position 0 take the kernel's own causal mask
+    # without a mask, whole sequences from position 0 use the attention kernel's causal mode
     stack.enter_context(patch.object(transformer, "attention_mask", lambda *_: None))
     stack.enter_context(patch.object(FrameTokenizer, "_check", lambda *_: None))
     for name in ("encode_actions", "encode_proprio"):
@@ -111,7 +111,7 @@ def count_flops(compute: Callable[[], Tensor], backward: bool = True) -> float:
 def stage(
     model: nn.Module, blocks: list[nn.Module], batch: int, compute: Callable[[int], Tensor], frozen_flops: float = 0.0
 ) -> Stage:
-    """Count one script's step; `compute` is the forward of so many rows, under autocast."""
+    """Count the cost of one script's step; `compute` runs the forward pass of a given number of rows."""
 
     def cast(rows: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +136,7 @@ def stage(
 
 
 def tokenizer_stage(preset: str, batch: int, future: int) -> Stage:
-    """Without discriminator and perceptual distance."""
+    """Count the tokenizer's step, without discriminator and perceptual distance."""
     model = FrameTokenizer(cfg := TOKENIZERS[preset])
     size = cfg.channels, *cfg.image_size
     blocks = [m for m in model.modules() if isinstance(m, ResBlock)]
@@ -144,7 +144,7 @@ def tokenizer_stage(preset: str, batch: int, future: int) -> Stage:
 
 
 def tokenize_flops(model: WorldModel, frames: int) -> float:
-    """Of one segment: the context frame and those after it."""
+    """Count the FLOPs of tokenising one segment: the context frame and `frames` after it."""
     size = model.cfg.tokenizer.channels, *model.cfg.tokenizer.image_size
 
     def compute() -> Tensor:
@@ -154,7 +154,7 @@ def tokenize_flops(model: WorldModel, frames: int) -> float:
 
 
 def world_model_stage(preset: str, batch: int) -> Stage:
-    """The loss on future codes, at the length of the sequences; the frozen tokenizer is one of the units."""
+    """Count the world model's step: the loss on future codes; the frozen tokenizer belongs to the FSDP units."""
     model = WorldModel(cfg := WORLD_MODELS[preset])
     layout = model.layout
     future = cfg.chunk * layout.frame_length
@@ -170,7 +170,7 @@ def world_model_stage(preset: str, batch: int) -> Stage:
 
 
 def policy_of(preset: str) -> tuple[VLAPolicy, Callable[[int, int], tuple]]:
-    """A policy, and its inputs for so many rows."""
+    """Return a policy and a function that makes its inputs for a number of rows."""
     policy = VLAPolicy(cfg := POLICIES[preset])
     side, flow = policy.vlm.image_size, cfg.flow
 
@@ -193,7 +193,7 @@ def sft_stage(preset: str, batch: int, draws: int, rank: int | None) -> Stage:
 
 
 def rft_stage(preset: str, starts: int = 16, group: int = 16) -> Stage:
-    """Rows are starts. Head and sigma net are one unit each, in float32; the rest is whole on every process."""
+    """Count a step of RFT per start. Head and sigma net are FSDP units in float32; the rest is on every process."""
     policy, inputs = policy_of(preset)
     model = WorldModel(cfg := WORLD_MODELS[preset])
     layout, sizes, frames, members = model.layout, cfg.transformer, cfg.chunk, group + 1
@@ -202,7 +202,7 @@ def rft_stage(preset: str, starts: int = 16, group: int = 16) -> Stage:
     context = torch.randn(1, *policy.encode(images, text).shape[1:])
     nets, steps = [policy.head, SigmaNet(policy.cfg.flow)], policy.cfg.flow.num_steps
 
-    def score(rows: int) -> Tensor:  # a rollout is K steps; the sigma net is counted as another head
+    def score(rows: int) -> Tensor:  # a rollout takes K steps; the sigma net counts as a second head
         condition = policy.head.prepare(context.expand(rows, -1, -1), state.expand(rows, -1))
         return matching_loss(policy.head, actions.expand(rows, -1, -1), condition, draws=steps)[0]
 
@@ -220,7 +220,7 @@ def rft_stage(preset: str, starts: int = 16, group: int = 16) -> Stage:
 
 
 def _pixel_flops(model: WorldModel) -> float:
-    """Decoding one future frame: what a segment of two costs beyond one, without encoding it."""
+    """Count the FLOPs of decoding one future frame: two frames minus one, without encoding."""
     tokenizer, size = model.tokenizer, (model.cfg.tokenizer.channels, *model.cfg.tokenizer.image_size)
 
     def whole(frames: int) -> float:
@@ -229,7 +229,7 @@ def _pixel_flops(model: WorldModel) -> float:
     return whole(2) - whole(1) - (tokenize_flops(model, 2) - tokenize_flops(model, 1))
 
 
-# batches of the scripts' presets; draws and adapters of train_sft.py's
+# batch sizes of the scripts' presets; noise samples per image and adapter ranks of train_sft.py's
 STAGES: dict[str, dict[str, Callable[[], Stage]]] = {
     "paper": {
         "tokenizer": lambda: tokenizer_stage("paper", 16, future=7),
@@ -251,7 +251,7 @@ STAGES: dict[str, dict[str, Callable[[], Stage]]] = {
 
 
 def predict(cfg: Config, stage: Stage, gpus: int, rows: int, frozen: str) -> dict[str, float | str]:
-    """One line: `rows` on each of `gpus`, in one micro-batch, frozen parameters sharded or whole."""
+    """Predict a step with `rows` on each of `gpus`, in one micro-batch, frozen parameters sharded or replicated."""
     blocks, rest = stage.units[frozen][:-1], stage.units[frozen][-1]
     gathered = 2 * 2 * sum(blocks) + (stage.calls + 1) * 4 * rest  # bytes: bfloat16 blocks, the rest float32
     volume = (gpus - 1) / gpus * (gathered + 4 * stage.trained)
@@ -279,7 +279,7 @@ def predict(cfg: Config, stage: Stage, gpus: int, rows: int, frozen: str) -> dic
 
 
 def batches(stage: Stage, gpus: int) -> Iterator[tuple[str, int]]:
-    """(name, rows a GPU): the preset's batch where it divides, and as many rows on each GPU as it has on one."""
+    """Yield (name, rows per GPU): the preset's batch if it divides evenly, and the preset's batch on each GPU."""
     if stage.batch % gpus == 0:
         yield "same batch", stage.batch // gpus
     if gpus > 1:
@@ -287,7 +287,7 @@ def batches(stage: Stage, gpus: int) -> Iterator[tuple[str, int]]:
 
 
 def main(cfg: Config) -> dict:
-    """Count, predict, write; returns what the JSON file holds."""
+    """Count and predict; write the JSON file and return its content."""
     report: dict = {"config": to_dict(cfg), "torch": torch.__version__, "measured": False, "stages": {}}
     for preset in cfg.presets:
         for name, build in STAGES[preset].items():
@@ -307,7 +307,7 @@ def main(cfg: Config) -> dict:
 
 
 def show(name: str, stage: dict) -> str:
-    """A stage of the JSON file as a table of docs/scaling.md, some of its lines."""
+    """Format a stage of the JSON file as a table of docs/scaling.md, which has some of its lines."""
     out = [
         f"**{name}**: {(stage['trained'] + stage['frozen']) / 1e6:.1f} M parameters, {stage['trained'] / 1e6:.1f} M "
         f"trained; a row takes {stage['flops'] / 1e12:.3g} TFLOP, {stage['activations'][1] / 2**30:.2g} GiB are kept",

@@ -1,9 +1,9 @@
-"""Control steps a second of the tabletop suites on one core, with and without an image every step.
+"""Measure the Tabletop suites' control steps per second on one core, with and without an image at every step.
 
-    OMP_NUM_THREADS=1 python benchmarks/tabletop.py --out results/tabletop_speed.json
+    OMP_NUM_THREADS=1 python benchmarks/tabletop.py
 
-Plays the expert's actions, recorded beforehand, from one start per suite. Expected on one 2020s server core: 300 or
-more steps a second with a 64 px image every step.
+Plays recorded actions of the expert from one start per suite. Expected on one server core of the 2020s: 300 or more
+steps per second with a 64 px image at every step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from vlarft.sim.tabletop import TabletopEnv
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/tabletop_speed.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/tabletop_speed.json", "JSON file to write")
     steps: int = opt(600, "control steps measured per suite and image size")
-    image_sizes: tuple[int, ...] = opt((64, 128, 256), "sides of the images in pixels")
+    image_sizes: tuple[int, ...] = opt((64, 128, 256), "sides of the images [px]")
     task: int = opt(0, "task of each suite")
 
 
@@ -36,7 +36,7 @@ PRESETS = {"paper": Config(), "smoke": Config(steps=20, image_sizes=(64,))}
 
 
 def main(config: Config) -> dict:
-    """Measures, prints and writes the figures."""
+    """Measure, print and write the rates."""
     import mujoco
 
     rows = []
@@ -62,10 +62,10 @@ def main(config: Config) -> dict:
 
 
 def steps_per_second(env: TabletopEnv, actions: np.ndarray, steps: int, images: bool) -> tuple[float, float]:
-    """Rates of stepping, and observing if `images`, through the recorded actions (resets included).
+    """Step, and if `images` also observe, through the recorded actions; resets are included.
 
     Returns:
-        Steps per second of wall-clock time, and per second of CPU time, which other programs disturb less.
+        Steps per second of wall time, and per second of CPU time, which depends less on other programs.
     """
     env.reset(seed=0)
     env.observe()

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: versions timed in turns, floating-point work, and the peak of the machine."""
+"""Shared by the speed benchmarks: timing versions in turns, counting FLOPs, and the machine's peak rate."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Timing(NamedTuple):
-    """Seconds of the timed calls of one version: median, least and most."""
+    """Times of one version's calls [s]: median, shortest and longest."""
 
     median: float
     least: float
@@ -20,13 +20,13 @@ class Timing(NamedTuple):
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device's queue, where it has one."""
+    """Wait until a GPU has finished its queue."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call [s]."""
+    """Return the wall time of one call [s]."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -37,7 +37,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def alternate(
     versions: dict[str, Callable[[], object]], repeats: int, device: str, warmup: int = 1
 ) -> dict[str, Timing]:
-    """Time every version `repeats` times, in turns, so that what else the machine does falls on all of them."""
+    """Time every version `repeats` times, in turns, so that other load on the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in versions}
     for repeat in range(warmup + repeats):
         for name, version in versions.items():
@@ -48,27 +48,27 @@ def alternate(
 
 
 def ratio(ours: Timing, other: Timing) -> tuple[float, list[float]]:
-    """How many times as long another version takes as ours, and the spread of that: its least time over our most, and
-    the reverse.
+    """Return how many times as long as `ours` `other` takes, by medians, and the range of that: its shortest time over
+    our longest, and its longest over our shortest.
     """
     return other.median / ours.median, [other.least / ours.most, other.most / ours.least]
 
 
 def work_and_share(call: Callable[[], object], timing: Timing, peak: float) -> dict[str, float]:
-    """`floating_point_work` of a call, and the share of the machine's peak rate that it reaches."""
+    """Return the FLOPs of a call, and the share of the machine's peak rate that it reaches."""
     work = floating_point_work(call)
     return {"flops": work, "share_of_peak": work / timing.median / peak}
 
 
 def floating_point_work(call: Callable[[], object]) -> int:
-    """Operations in the matrix products, convolutions and attentions of one call."""
+    """Count the FLOPs in the matrix products, convolutions and attentions of one call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def peak_rate(device: str) -> float:
-    """Operations a second of the best of several large matrix products: float32 on the CPU, bfloat16 on a GPU."""
+    """Measure the FLOP/s of the fastest of eight large matrix products: float32 on a CPU, bfloat16 on a GPU."""
     side, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds(lambda: a @ b, device) for _ in range(8))
@@ -76,7 +76,7 @@ def peak_rate(device: str) -> float:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Processor, threads, versions and device, for the reports."""
+    """Describe processor, threads, torch version and GPU, for the reports."""
     found: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -1,16 +1,17 @@
-"""Training steps of the world model and its tokenizer against straightforward ones, with random weights.
+"""Time training steps of world model and tokenizer against straightforward ones, with random weights.
 
-    python benchmarks/training.py --out results/training.json                                    reduced sizes
+    python benchmarks/training.py                                                                reduced sizes
     python benchmarks/training.py --sizes paper --device cuda --out results/training_gpu.json
 
-tokenizer step     forward and backward of L1: a segment's context encoded and decoded once, its frames together (ours),
-                   or every frame a segment of its own, with its own context (straightforward)
-tokens             of a batch of segments, without gradient: in one pass (ours), or frame by frame (straightforward)
-world-model step   forward and backward of Eq. (3): logits at the tokens of frames >= 1 alone (ours), or transformers'
-                   `LlamaForCausalLM` with the other tokens' labels masked (straightforward)
+tokenizer step     forward and backward of L1: a segment's context encoded and decoded once, its frames together (ours);
+                   or each frame with a context of its own (straightforward)
+tokens             tokenising a batch of segments, without gradient: in one pass (ours); or frame by frame
+                   (straightforward)
+world-model step   forward and backward of Eq. (3): logits only at the tokens of frames >= 1 (ours); or transformers'
+                   `LlamaForCausalLM` with the other labels masked (straightforward)
 
-Both versions run in turns in one process and must give the same loss, or the same tokens. Writes one JSON; on a GPU,
-where bfloat16 autocast is on, with each version's peak memory.
+Both versions run in turns in one process and must give the same loss, or the same tokens. Writes one JSON file; on a
+GPU, which computes under bfloat16 autocast, with each version's peak memory.
 """
 
 import sys
@@ -31,9 +32,9 @@ from vlarft.world_model import WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
-    out: str = opt("results/training.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/training.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
-    segments: int = opt(16, "segments of a batch")
+    segments: int = opt(16, "segments per batch")
     repeats: int = opt(5, "timed calls of each version")
 
 
@@ -41,7 +42,7 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", segments=2, repeats
 
 
 class Workload:
-    """A world model, its copy in transformers, and a batch of made-up segments."""
+    """A world model, its copy in transformers, and a batch of random segments."""
 
     def __init__(self, cfg: Config) -> None:
         torch.manual_seed(0)
@@ -109,7 +110,7 @@ def _l1(made: Tensor, true: Tensor) -> Tensor:
 
 
 def compare(cfg: Config, ours: Callable[[], object], plain: Callable[[], object], peak: float) -> dict[str, object]:
-    """Times of both, their ratio with its spread, and our work."""
+    """Return the times of both versions, their ratio with its range, and our FLOPs."""
     timings = alternate({"ours": ours, "straightforward": plain}, cfg.repeats, cfg.device)
     row: dict[str, object] = {f"{name}_s": t.median for name, t in timings.items()}
     row["times_faster"], row["spread"] = ratio(timings["ours"], timings["straightforward"])
@@ -123,7 +124,7 @@ def compare(cfg: Config, ours: Callable[[], object], plain: Callable[[], object]
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: two versions disagree.

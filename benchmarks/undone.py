@@ -1,16 +1,17 @@
-"""What each optimisation of the world model's rollout gives: undone one at a time, the others left.
+"""Measure what each optimisation of the world model's rollout gains, by undoing one at a time.
 
     python benchmarks/undone.py                                                                       on any machine
     python benchmarks/undone.py --sizes paper --device cuda --out results/undone_gpu.json
 
 ours                     `WorldModel.rollout_tokens`
-every row its prefix     a start's tokens run through the decoder and are kept once for each of its chunks
-logits of all tokens     the head's whole vocabulary, of which the future codes are taken
-two passes               the last token of a frame and the action's go through the decoder one after the other
-growing cache            keys and values joined with the new ones at every token, as transformers' DynamicCache does
+every row its prefix     a start's tokens are decoded and cached once per chunk, not once per start
+logits of all tokens     the head computes logits of the whole vocabulary, not only of future-frame codes
+two passes               the last token of a frame and the action's tokens go through the decoder one after the other
+growing cache            keys and values are concatenated with the new ones at every token, as in DynamicCache
 
-On a CPU in float32 and in bfloat16, on a GPU in bfloat16, without CUDA graphs, which the versions would not fit.
-Greedy; in float32 all must give the same tokens, but for near ties that rounding decides. Writes one JSON.
+On a CPU in float32 and in bfloat16; on a GPU in bfloat16, without CUDA graphs, which do not fit these versions.
+Decoding is greedy. In float32 all must give the same tokens, except for near ties that rounding decides. Writes one
+JSON file.
 """
 
 import sys
@@ -35,7 +36,7 @@ from vlarft.world_model import Tables, WorldModel
 @dataclass(frozen=True)
 class Config:
     sizes: Literal["paper", "reduced", "pixels", "smoke"] = opt("reduced", "sizes of the world model, see rollout.py")
-    out: str = opt("results/undone.json", "JSON file to write")
+    out: str = opt("runs/benchmarks/undone.json", "JSON file to write")
     device: Literal["cpu", "cuda"] = opt("cpu", "where to run; cuda computes in bfloat16")
     starts: int = opt(16, "starts S")
     group: int = opt(16, "action chunks G per start")
@@ -48,7 +49,7 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, 
 
 @contextmanager
 def replaced(owner: type, name: str, value: Callable) -> Iterator[None]:
-    """Another method as long as the context lasts."""
+    """Replace a method within a context."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -58,7 +59,7 @@ def replaced(owner: type, name: str, value: Callable) -> Iterator[None]:
 
 
 def all_logits(model: WorldModel, ids: Tensor, tables: Tables, cache: KVCache) -> Tensor:
-    """`WorldModel.next_logits` with the whole head."""
+    """Compute `WorldModel.next_logits` through the whole head."""
     positions = cache.positions(ids.shape[1], ids.device)
     hidden = model.decoder(model.embed(ids, tables, positions), cache)[:, -1]
     return F.linear(hidden, tables.head).float()[:, : model.layout.num_future_codes]
@@ -68,7 +69,7 @@ one_pass = WorldModel.next_logits
 
 
 def two_passes(model: WorldModel, ids: Tensor, tables: Tables, cache: KVCache) -> Tensor:
-    """`WorldModel.next_logits` that feeds the first of several tokens, the last one of a frame, by itself."""
+    """Compute `WorldModel.next_logits` with a separate pass for the first token, the last of a frame."""
     if ids.shape[1] > model.cfg.action_dim:
         one_pass(model, ids[:, :1], tables, cache)
         ids = ids[:, 1:]
@@ -76,7 +77,7 @@ def two_passes(model: WorldModel, ids: Tensor, tables: Tables, cache: KVCache) -
 
 
 def growing_append(cache: KVCache, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`KVCache.append` that joins the tensors."""
+    """Do what `KVCache.append` does by concatenation."""
     if layer == len(cache.own):
         cache.own.append((key, value))
     else:
@@ -85,7 +86,7 @@ def growing_append(cache: KVCache, layer: int, key: Tensor, value: Tensor) -> tu
 
 
 class Undone:
-    """The versions, as calls that give tokens (S, G, T, Nf).
+    """The versions, as methods that return tokens (S, G, T, Nf).
 
     Args:
         work: models, starts and actions.
@@ -118,7 +119,7 @@ class Undone:
         return self.work.model.rollout_tokens(frames, actions, Sampling(greedy=True), static=False)[0]
 
     def versions(self) -> dict[str, Callable[[], Tensor]]:
-        """Name -> call."""
+        """Return name -> method."""
         return {
             "ours": self.ours,
             "every row its prefix": self.every_row_its_prefix,
@@ -129,7 +130,7 @@ class Undone:
 
 
 def measure(cfg: Config, work: Workload) -> dict[str, dict]:
-    """Times of the versions in one precision, as shares of ours, and the tokens that are equal to ours."""
+    """Time the versions in one precision, relative to ours, and count the tokens that equal ours."""
     versions = Undone(work).versions()
     tokens: dict[str, Tensor] = {}
 
@@ -149,7 +150,7 @@ def measure(cfg: Config, work: Workload) -> dict[str, dict]:
 
 
 def main(cfg: Config) -> dict:
-    """Time, compare, write; returns what the JSON file holds.
+    """Time and compare the versions; write the JSON file and return its content.
 
     Raises:
         RuntimeError: two versions disagree in float32.

@@ -1,6 +1,6 @@
 """Success of the scripted experts on the 50 evaluation states of every tabletop task, with and without action noise.
 
-    python studies/experts.py --out results/tabletop_experts.json
+    python studies/experts.py
 
 Expected: at least 98 % of the states of every task without noise, at least 90 % with the noise of `collect_demos.py`.
 """
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, TABLETOP_SUITES, make_env, task_names
 from vlarft.sim.experts import Expert
 from vlarft.sim.perturb import Perturbation
+from vlarft.statistics import wilson_interval
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/tabletop_experts.json", "JSON file to write")
+    out: str = opt("runs/tabletop_experts.json", "JSON file to write")
     suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to run")
     tasks: int = opt(10, "the first so many tasks of each suite")
     states: int = opt(NUM_INITIAL_STATES, "the first so many evaluation states of each task")

@@ -8,7 +8,7 @@ far it got: the gripper was never told to close; it was, and no item rose; one r
 "closes" is how often the gripper was told to close, and "late_motion" how far the hand got in the last three seconds of
 a failure [m], next to nothing where the policy waits; medians over those episodes.
 
-Writes one JSON: for each file, counts, their shares with 95 % intervals, and these medians.
+Writes one JSON: for each file, counts and these medians.
 """
 
 import json
@@ -20,16 +20,15 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from stages import machine, rate, read_lines
-from tables import percent, table_row
+from records import rounded, write
+from stage_tables import ENDS, failures_table
+from stages import commit, machine, read_lines
 
-from vlarft.run.checkpoint import write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import opt, parse
 from vlarft.sim import make_env
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.tabletop import TabletopEnv
 
-KINDS = "success", "never closed", "nothing lifted", "lifted, not placed"
 RISE = 0.02  # m above its start, from which an item counts as lifted
 LATE = 60  # control steps, 3 s
 
@@ -37,7 +36,7 @@ LATE = 60  # control steps, 3 s
 @dataclass(frozen=True)
 class Config:
     episodes: tuple[str, ...] = opt((), "episodes.jsonl files, of evaluations with one policy each")
-    out: str = opt("results/failures.json", "JSON file to write")
+    out: str = opt("runs/failures.json", "JSON file to write")
 
 
 PRESETS = {"paper": Config()}
@@ -47,7 +46,7 @@ def ended(env: TabletopEnv, record: dict, perturb: Perturbation | None) -> tuple
     """Play one recorded episode again.
 
     Returns:
-        One of `KINDS`, how often the gripper was told to close, and how far the hand is from where it was `LATE` steps
+        One of `ENDS`, how often the gripper was told to close, and how far the hand is from where it was `LATE` steps
         before the end [m].
 
     Raises:
@@ -68,12 +67,12 @@ def ended(env: TabletopEnv, record: dict, perturb: Perturbation | None) -> tuple
         )
     closed = actions[:, 6] > 0
     closes = int(closed[0]) + int((closed[1:] & ~closed[:-1]).sum())
-    kind = KINDS[0] if success else KINDS[1] if not closes else KINDS[2] if rise < RISE else KINDS[3]
+    kind = ENDS[0] if success else ENDS[1] if not closes else ENDS[2] if rise < RISE else ENDS[3]
     return kind, closes, float(np.linalg.norm(places[-1] - places[max(0, len(places) - 1 - LATE)]))
 
 
 def failures(records: Sequence[dict], perturb: Perturbation | None) -> dict:
-    """Counts, shares and medians of one evaluation.
+    """Counts and medians of one evaluation.
 
     Raises:
         ValueError: of another simulator, of several policies, or an episode ends otherwise.
@@ -90,25 +89,13 @@ def failures(records: Sequence[dict], perturb: Perturbation | None) -> dict:
             envs[key] = make_env(*key, image_size=16)  # nothing is rendered
         found.append(ended(envs[key], record, perturb))
     counts = Counter(kind for kind, _, _ in found)
-    failed = [row for row in found if row[0] != KINDS[0]]
+    failed = [row for row in found if row[0] != ENDS[0]]
     return {
         "episodes": len(found),
-        "counts": {kind: counts[kind] for kind in KINDS},
-        "shares": {kind: rate([row[0] == kind for row in found]) for kind in KINDS},
+        "counts": {kind: counts[kind] for kind in ENDS},
         "closes": median(closes for _, closes, _ in failed) if failed else None,
         "late_motion": median(motion for *_, motion in failed) if failed else None,
     }
-
-
-def table(files: dict[str, dict]) -> str:
-    """Markdown, one row per file: shares of all episodes, and medians over the failures."""
-    lines = [table_row(["episodes", *KINDS, "closes", "late motion"]), "|---" * (len(KINDS) + 3) + "|"]
-    for name, found in files.items():
-        medians = ["", ""]
-        if found["closes"] is not None:
-            medians = [f"{found['closes']:g}", f"{1e3 * found['late_motion']:.0f} mm"]
-        lines.append(table_row([name, *(percent(found["shares"][kind]) for kind in KINDS), *medians]))
-    return "\n".join(lines)
 
 
 def main(cfg: Config) -> dict:
@@ -120,13 +107,13 @@ def main(cfg: Config) -> dict:
     """
     if not cfg.episodes:
         raise ValueError("no --episodes: give episodes.jsonl files that eval_libero.py wrote")
-    report = {"command": "python studies/failures.py", "config": to_dict(cfg), "machine": machine(), "files": {}}
+    report = {"command": "python studies/failures.py", "machine": machine(), "files": {}}
     for name in cfg.episodes:
         perturb = json.loads(Path(name).with_name("config.json").read_text())["perturb"]
         parsed = Perturbation.parse(perturb) if perturb else None
-        report["files"][name] = failures(read_lines(Path(name)), parsed)
-        write_json(cfg.out, report)
-    print(table(report["files"]))
+        report["files"][name] = {"commit": commit(), **rounded(failures(read_lines(Path(name)), parsed))}
+        write(cfg.out, report)
+    print(failures_table(report["files"]))
     return report
 
 

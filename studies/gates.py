@@ -1,20 +1,20 @@
-"""What a world model saw, and what its rewards are worth: the trust gate at many starts, and the side they favour.
+"""How well rewards rank the chunks that a policy samples, by what the world model saw: the trust gate at many starts.
 
     python studies/rft_study.py --suites tabletop_spatial --arms "RFT R3" "RFT R3, on-policy"
-    python studies/gates.py --suites tabletop_spatial
+    python studies/gates.py --suites tabletop_spatial --rewards r3 divergence
 
-The gate of a fine-tuning has few starts, since it is measured again and again. Here, for every suite and seed of
-rft_study.py, the long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model
-orders them: rank correlation with the true error, in the simulator, and with the action error, means over the starts
-with their standard errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or
-beside the policy ("attempts", its own); those that are not there are left out. Fine-tuning asks this of chunks that are
-much alike, hence the low numbers. Around the dataset's actions, too: here there is one noise (0.15), where the gate of
-a fine-tuning has several, which are easier to tell apart.
+The gate of a fine-tuning ranks by the action error, at few starts. Here, for every suite and seed of rft_study.py, the
+long-trained policy samples chunks at `starts` held-out starts, and each reward in each world model ranks them: rank
+correlation with the true error, in the simulator, and with the action error, means over the starts with their standard
+errors. World models are found by their folder, beside the demonstrations ("wm", of all seeds) or beside the policy
+("attempts", its own); those that are not there are left out. The policy's chunks are much alike, hence the low numbers.
+The same is measured around the demonstration's actions, with one noise (0.15) where the gate of a fine-tuning has
+several, which are easier to tell apart.
 
-A reward that is best at the dataset's actions need not fall alike on both sides of them. `one_sided` plays pairs of
-opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0 where
-both sides count the same (`train_rft.py --symmetric`); "pull" its correlation with the chunk's mean noise in each
-motion dimension, the same for all starts where it pulls a policy to one side.
+A reward that is best at the demonstration's actions need not fall alike on both sides of them. `one_sided` scores pairs
+of opposite noise around them: "odd_share" is the part of the reward's variance that changes sign with the noise, 0
+where both sides count the same; "pull" its correlation with the chunk's mean noise in each motion dimension, which has
+the same sign at all starts where the reward pulls a policy to one side.
 
 Writes one JSON; a figure that is in it is not measured again.
 """
@@ -26,30 +26,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from stages import machine
-from tables import table_row
+from records import rounded, write
+from simulator_reward import SimulatorReward
+from stage_tables import gates_table
+from stages import commit, machine
 
 from vlarft.data import Batch, WindowSampler, load_episodes
-from vlarft.data.episodes import Episode
-from vlarft.gate import GateConfig, held_out_names, trust_gate
-from vlarft.metrics import PerceptualDistance, perceptual
+from vlarft.gate import held_out_names, score_in_parts, trust_gate
+from vlarft.metrics import perceptual
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import verified_reward
-from vlarft.rollout import RolloutConfig
-from vlarft.run.checkpoint import load_model, read_header, write_json
-from vlarft.run.config import opt, parse, to_dict
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.reward import RewardKind, Scorer, make_scorer
+from vlarft.run.checkpoint import load_model, read_header
+from vlarft.run.config import opt, parse
+from vlarft.run.random import generator
+from vlarft.sensitivity import Perturbations
 from vlarft.world_model import WorldModel
 
 
 @dataclass(frozen=True)
 class Config:
     runs: str = opt("runs/study", "folder of rft_study.py")
-    out: str = opt("results/gates.json", "JSON file to write")
+    out: str = opt("runs/gates.json", "JSON file to write")
     suites: tuple[str, ...] = opt(("tabletop_spatial",), "suites")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the policies")
     world_models: tuple[str, ...] = opt(("wm", "short", "long", "demonstrations_only", "attempts"), "their folders")
-    rewards: tuple[str, ...] = opt(
+    rewards: tuple[RewardKind, ...] = opt(
         ("r1", "r3", "divergence"), "rewards; r1 needs no world model and is here to compare"
     )
     starts: int = opt(32, "held-out starts")
@@ -57,7 +58,7 @@ class Config:
 
 
 PRESETS = {"paper": Config(), "smoke": Config(suites=("tabletop_object",), seeds=(0,), starts=4, samples=3)}
-NOISE = 0.15  # around the dataset's actions, std in normalised units
+NOISE = 0.15  # around the demonstrations' actions, standard deviation in normalised units
 
 
 class Parts(NamedTuple):
@@ -66,46 +67,50 @@ class Parts(NamedTuple):
     policy: VLAPolicy
     model: WorldModel
     batch: Batch
-    episodes: list[Episode]
-    distance: PerceptualDistance
+    true_reward: SimulatorReward
+
+    def scorer(self, reward: RewardKind) -> Scorer:
+        """A reward, imagined greedily."""
+        return make_scorer(reward, self.model, perceptual("ssim"), "greedy")
 
 
 def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts:
     """The same starts for all world models that hold the same episodes out."""
     policy, extra = load_model(policy_path, VLAPolicy, PolicyConfig)
-    torch.manual_seed(0)
-    policy.make_stochastic("sigma_net")
+    policy.add_sigma_net()
     model = WorldModel.load(model_path)
     names = held_out_names(str(policy_path), extra, str(model_path), read_header(model_path).extra)
     episodes = load_episodes(demos, names=names, with_states=True)
     batch = WindowSampler(episodes, policy.cfg.flow.chunk + 1, policy.cfg.flow.chunk).spread(cfg.starts)
-    return Parts(policy.eval(), model, batch, episodes, perceptual("ssim"))
+    return Parts(policy.eval(), model, batch, SimulatorReward(episodes))
 
 
-def gate(cfg: Config, parts: Parts, reward: str) -> dict[str, float]:
+def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
     """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
-    sizes = GateConfig(gate_noise=(NOISE,), gate_draws=3, gate_samples=cfg.samples)
-    rollout = RolloutConfig(reward=reward, imagination="greedy", perceptual="ssim", reference="intended")
-    return trust_gate(sizes, rollout, *parts, (0,), TabletopOutcomes())
+    return trust_gate(
+        parts.scorer(reward),
+        parts.policy,
+        parts.batch,
+        parts.model.action_bins,
+        seed=0,
+        true_reward=parts.true_reward,
+        perturbed=Perturbations((NOISE,), draws=3, flips=0),
+        samples=cfg.samples,
+    )
 
 
 @torch.no_grad()
-def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str, float | list[float]]:
-    """How much of a reward's variance around the dataset's actions is odd in the noise, and where it pulls to."""
+def one_sided(cfg: Config, parts: Parts, reward: RewardKind, seed: int = 0) -> dict[str, float | list[float]]:
+    """How much of a reward's variance around the demonstrations' actions is odd in the noise, and where it pulls to."""
     dataset, policy = parts.batch.intended, parts.policy  # (S, T, A)
     half = (policy.normalizer.action_high - policy.normalizer.action_low) / 2
     unit = torch.cat([half, half.new_zeros(1)])  # the gripper stays
-    draws = (len(dataset), cfg.samples, *dataset.shape[1:])
-    noise = NOISE * torch.randn(draws, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
+    shape = (len(dataset), cfg.samples, *dataset.shape[1:])
+    noise = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
     bins = parts.model.action_bins
     pairs = (dataset[:, None] + torch.cat([noise, -noise], 1) * unit).clamp(bins.low, bins.high)
-    how = {"perceptual": parts.distance, "imagination": "greedy"}
-    score = torch.cat(
-        [
-            verified_reward(reward, parts.model, *rows, **how).reward
-            for rows in zip(pairs.split(8), dataset.split(8), parts.batch.frames.split(8))
-        ]
-    )  # (S, 2 P)
+    source = generator("cpu", "imagination", seed)
+    score = score_in_parts(parts.scorer(reward), parts.batch, pairs, source, at_once=8)  # (S, 2 P)
     first, second = score.chunk(2, 1)
     odd, even = (first - second) / 2, (first + second) / 2
     of_odd, of_even, steps = odd.pow(2).mean(), even.var(1).mean(), dataset.shape[1]
@@ -118,19 +123,6 @@ def one_sided(cfg: Config, parts: Parts, reward: str, seed: int = 0) -> dict[str
     }
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Markdown, one row per reward, suite, seed and world model."""
-    heads = "reward", "suite", "seed", "world model", "own chunks", "around the dataset's", "odd", "pull x", "y", "z"
-    lines = [table_row(heads), "|---" * len(heads) + "|"]
-    for name, found in runs.items():
-        suite, seed, model, reward = name.split("/")
-        shown = [f"{found[f'gate_{f}_true']:.2f} ± {found[f'gate_{f}_true_se']:.2f}" for f in ("policy", "dataset")]
-        pull = [f"{m:+.2f} ± {se:.2f}" for m, se in zip(found["pull"][:3], found["pull_se"])]
-        odd = f"{100 * found['odd_share']:.0f} %"
-        lines.append(table_row([reward, suite, seed.removeprefix("seed"), model, *shown, odd, *pull]))
-    return "\n".join(lines)
-
-
 def main(cfg: Config) -> dict:
     """Measure what is missing; returns what the JSON file holds.
 
@@ -139,13 +131,12 @@ def main(cfg: Config) -> dict:
         ValueError: the JSON file has figures of other sizes.
     """
     sizes = {"starts": cfg.starts, "samples": cfg.samples}
-    report = {"command": "python studies/gates.py", "config": to_dict(cfg), **sizes, "runs": {}}
+    report = {"command": "python studies/gates.py", "machine": machine(), **sizes, "runs": {}}
     if Path(cfg.out).is_file():
         before = json.loads(Path(cfg.out).read_text())
         if any(before.get(name) != value for name, value in sizes.items()):
             raise ValueError(f"{cfg.out} has figures of other sizes than {sizes}: give another file as --out")
         report["runs"] = before["runs"]
-    report["machine"] = machine()
     for suite in cfg.suites:
         for seed in cfg.seeds:
             folder = Path(cfg.runs) / suite
@@ -160,10 +151,11 @@ def main(cfg: Config) -> dict:
                 if path and missing:
                     parts = load(cfg, folder / "demos", policy, path)
                     for reward, name in missing.items():
-                        report["runs"][name] = gate(cfg, parts, reward) | one_sided(cfg, parts, reward)
-                        write_json(cfg.out, report)
+                        found = gate(cfg, parts, reward) | one_sided(cfg, parts, reward)
+                        report["runs"][name] = {"commit": commit(), **rounded(found)}
+                        write(cfg.out, report)
                         print(f"{name}: {report['runs'][name]['gate_policy_true']:.2f}", flush=True)
-    print("\n" + table(report["runs"]))
+    print("\n" + gates_table(report))
     return report
 
 

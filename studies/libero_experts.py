@@ -23,17 +23,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.workers import run_jobs
+from vlarft.statistics import wilson_interval
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = opt("results/libero_experts.json", "JSON file to write")
+    out: str = opt("runs/libero_experts.json", "JSON file to write")
     out_dir: str = opt("runs/libero_experts", "folder of the recorded episodes")
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites to run")
     tasks: tuple[int, ...] = opt(tuple(range(10)), "tasks of each suite")

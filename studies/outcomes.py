@@ -1,188 +1,241 @@
-"""Rates and paired differences over the runs that rft_study.py gathers: suites and seeds.
+"""Success rates and paired differences over the runs of `rft_study.py`, and their tables.
 
-    python studies/outcomes.py results/rft_study.json docs/images/trust_gate.png
-
-prints the tables of docs/study.md, and draws what the trust gate said of a reward before the first step against what
-fine-tuning with it gained.
-
-Outcomes are text, "1" for a success and "0" for a failure, start by start in one order for all policies.
+Outcomes are text, "1" for a success and "0" for a failure, start by start in one order for all policies of a run. A run
+is a suite and a seed: its policies play the same starts, so differences are paired start by start, and pairs of several
+runs are pooled.
 """
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import torch
-from stages import rate, show_rate
-from tables import percent, points, shift, table_row
+from labels import STARTS, arm, in_order, note
+from table_text import difference, percent, points, share, shift, signed, table
 
-from vlarft.metrics import paired_difference, spearman
+from vlarft.statistics import spearman
 
 ALL = "all"  # suites, or kinds of starts
-MIDDLE, GRIPPER, REDRAWN = "SFT, x_0 = 0", "SFT, gripper drawn", "SFT, other x_0"
-CONTROLS = "extra SFT", "extra SFT, 400 steps", "RWR", "regression"
+ZERO, GRIPPER, RESAMPLED = "SFT, x_0 = 0", "SFT, gripper sampled", "SFT, other x_0"  # SFT again, played otherwise
 LONG = "RFT R1 per step, 400 steps"
-# that the others are compared with
-RIVALS = "SFT", *CONTROLS, "RFT R3", "RFT R1 per step", LONG
-RIVALS += MIDDLE, GRIPPER, "extra SFT, 400 steps, x_0 = 0", f"{LONG}, x_0 = 0"
-# starts by what SFT did there: from the x_0 that was drawn, and from the middle of the noise
-FATES = {"01": "lost by the draw", "00": "lost either way", "10": "won by the draw", "11": "won either way"}
+# starts by whether SFT wins them from the sampled x_0, and from x_0 = 0
+FATES = {
+    "01": "SFT wins from x_0 = 0 alone",
+    "00": "SFT wins from neither",
+    "10": "SFT wins from the sampled x_0 alone",
+    "11": "SFT wins from both",
+}
 
 
-def compare(runs: Sequence[dict[str, str]]) -> dict[str, dict]:
-    """Rates of each policy, and paired differences to `RIVALS`.
+def rate(outcomes: str) -> dict[str, float]:
+    """Success rate of outcomes, with its interval."""
+    return share(outcomes.count("1"), len(outcomes))
 
-    Args:
-        runs: of each seed and suite, name -> outcomes start by start, "0" or "1". A policy is compared with a rival
-            over the runs that have both.
+
+def paired(first: str, second: str) -> dict[str, float]:
+    """Success rate of `second` minus that of `first` on the same starts."""
+    pairs = Counter(zip(first, second, strict=True))
+    return difference(pairs["1", "0"], pairs["0", "1"], len(first))
+
+
+def played(runs: dict[str, dict[str, dict]], suite: str = ALL, kind: str = ALL) -> list[dict[str, str]]:
+    """Outcomes of each run of a suite on one kind of start, name -> outcomes; or on all kinds, one after the other, of
+    the policies that played every kind.
     """
-    found: dict[str, dict] = {}
-    for name in dict.fromkeys(name for run in runs for name in run):
-        own = [run[name] for run in runs if name in run]
-        found[name] = {"all": _rate("".join(own)), "runs": [_rate(outcomes) for outcomes in own]}
-        for rival in RIVALS:
-            pairs = [(run[rival], run[name]) for run in runs if rival in run and name in run]
-            if pairs and rival != name:
-                pooled = _against("".join(a for a, _ in pairs), "".join(b for _, b in pairs))
-                apart = [_against(*pair)["difference"] for pair in pairs]
-                found[name][f"against {rival}"] = {**pooled, "runs": apart}
-    return found
-
-
-def _rate(outcomes: str) -> dict[str, float]:
-    return rate([won == "1" for won in outcomes])
-
-
-def _against(first: str, second: str) -> dict[str, float]:
-    return paired_difference([won == "1" for won in first], [won == "1" for won in second])._asdict()
-
-
-def summarise(runs: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """`compare` of the seeds of each suite, and of all suites, for each kind of start and for all kinds together."""
-    found = {}
-    for suite in (*runs, ALL):
-        entries = [e for name, seeds in runs.items() if suite in (name, ALL) for e in seeds.values()]
-        kinds = list(dict.fromkeys(kind for e in entries for kind in e["outcomes"]))
-        found[suite] = {kind: compare([e["outcomes"].get(kind, {}) for e in entries]) for kind in kinds}
-        found[suite][ALL] = compare([_all_kinds(e["outcomes"]) for e in entries])
-    return found
+    entries = [entry for name, seeds in runs.items() if suite in (name, ALL) for entry in seeds.values()]
+    return [_all_kinds(e["outcomes"]) if kind == ALL else e["outcomes"].get(kind, {}) for e in entries]
 
 
 def _all_kinds(outcomes: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Outcomes of the policies that played every kind of start, one kind after the other."""
     names = [name for name in next(iter(outcomes.values())) if all(name in found for found in outcomes.values())]
     return {name: "".join(found[name] for found in outcomes.values()) for name in names}
 
 
-def fates(runs: Sequence[dict[str, str]]) -> dict[str, dict[str, dict]]:
-    """Rates of each policy where SFT won and lost, from the x_0 that was drawn and from 0: name -> `FATES` -> rate.
+def against(runs: Sequence[dict[str, str]], first: str, second: str) -> dict | None:
+    """Paired difference of two policies over the runs that have both: pooled, and run by run; None without a run."""
+    pairs = [(run[first], run[second]) for run in runs if first in run and second in run]
+    if not pairs:
+        return None
+    apart = [paired(*pair)["difference"] for pair in pairs]
+    return {**paired("".join(a for a, _ in pairs), "".join(b for _, b in pairs)), "runs": apart}
 
-    A start that is lost by the draw alone is won by another draw, or with less spread; one that is lost either way
-    needs a better middle. `REDRAWN` says how many of them chance alone would win.
+
+def compare(runs: Sequence[dict[str, str]], rivals: Sequence[str] = ("SFT",)) -> dict[str, dict]:
+    """Rates of each policy, pooled and run by run, and paired differences to `rivals`.
+
+    Args:
+        runs: name -> outcomes of each run.
+        rivals: a policy is compared with each of them over the runs that have both.
+    """
+    found: dict[str, dict] = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        outcomes = [run[name] for run in runs if name in run]
+        found[name] = {"all": rate("".join(outcomes)), "runs": [rate(text) for text in outcomes]}
+        for rival in rivals:
+            if rival != name and (apart := against(runs, rival, name)):
+                found[name][f"against {rival}"] = apart
+    return found
+
+
+def summarise(runs: dict[str, dict[str, dict]], rivals: Sequence[str] = ("SFT",)) -> dict[str, dict]:
+    """`compare` for the seeds of each suite and for all suites, for each kind of start and for all kinds together."""
+    found = {}
+    for suite in (*runs, ALL):
+        entries = [e for name, seeds in runs.items() if suite in (name, ALL) for e in seeds.values()]
+        kinds = list(dict.fromkeys(kind for e in entries for kind in e["outcomes"]))
+        found[suite] = {kind: compare(played(runs, suite, kind), rivals) for kind in (*kinds, ALL)}
+    return found
+
+
+def fates(runs: Sequence[dict[str, str]]) -> dict[str, dict[str, dict]]:
+    """Rates of each policy among the starts of each of `FATES`: name -> fate -> rate.
+
+    A start that SFT loses from the sampled x_0 alone is won with another x_0, or with less variance over x_0; one that
+    it loses from x_0 = 0 as well needs better actions. `RESAMPLED` shows what chance alone would win.
     """
     won: dict[str, dict[str, str]] = {}
-    for run in (run for run in runs if MIDDLE in run):
-        for name in run.keys() - {"SFT", MIDDLE}:
+    for run in (run for run in runs if ZERO in run):
+        for name in run.keys() - {"SFT", ZERO}:
             groups = won.setdefault(name, dict.fromkeys(FATES, ""))
-            for drawn, middle, outcome in zip(run["SFT"], run[MIDDLE], run[name]):
-                groups[drawn + middle] += outcome
-    return {name: {fate: _rate(groups[fate]) for fate in FATES} for name, groups in won.items() if all(groups.values())}
+            for sampled, zero, outcome in zip(run["SFT"], run[ZERO], run[name]):
+                groups[sampled + zero] += outcome
+    return {name: {fate: rate(groups[fate]) for fate in FATES} for name, groups in won.items() if all(groups.values())}
 
 
-def fates_table(report: dict) -> str:
-    """Markdown of `fates` over all runs and kinds of starts."""
-    entries = [_all_kinds(e["outcomes"]) for seeds in report["runs"].values() for e in seeds.values()]
-    lines = [table_row(["policy", *FATES.values()]), "|---" * (1 + len(FATES)) + "|"]
-    order = list(dict.fromkeys(name for entry in entries for name in entry))
-    for name, found in sorted(fates(entries).items(), key=lambda item: order.index(item[0])):
-        cells = [f"{percent(found[fate])} of {found[fate]['episodes']}" for fate in FATES]
-        lines.append(table_row([_label(name), *cells]))
-    return "\n".join(lines)
+def shared(runs: dict[str, dict[str, dict]]) -> list[str]:
+    """Policies of more than one suite; of a study of one suite, all of them."""
+    names = [{name for run in played(runs, suite, "none") for name in run} for suite in runs]
+    having = Counter(name for of_suite in names for name in of_suite)
+    return in_order(name for name, count in having.items() if count > 1 or len(runs) == 1)
 
 
-def table(summary: dict) -> str:
-    """One row per policy, suite and kind of start."""
-    lines = []
-    for suite, kinds in summary.items():
-        for kind, found in kinds.items():
-            lines.append(f"{suite}, starts: {kind}")
-            for name, values in found.items():
-                lines.append(f"  {name:<16} {show_rate(values['all'], values.get('against SFT'))}")
-    return "\n".join(lines)
-
-
-def markdown(report: dict, suite: str) -> str:
-    """The tables of one suite: success, and what changed in the chunks; or of all suites, success of the policies that
-    more than one of them has.
+def success_table(runs: dict[str, dict[str, dict]], suite: str = ALL) -> str:
+    """SFT's rates and the gains of the other policies over it, for each kind of start; pooled over the suites, those of
+    the policies that more than one suite has.
     """
-    kinds, seeds = report["summary"][suite], report["runs"].get(suite, {})
-    shared = set(kinds["none"])
-    if suite == ALL and len(report["runs"]) > 1:
-        having = Counter(name for of in report["runs"] for name in report["summary"][of]["none"])
-        shared = {name for name, count in having.items() if count > 1}
-    perturbed = [kind for kind in kinds if kind not in ("none", ALL)]
-    lines = [table_row(["policy", "plain starts", "difference", "seeds", *perturbed, "all starts"])]
-    lines += ["|---" * lines[0].count(" | ") + "|---|"]
-    for name in (name for name in kinds["none"] if name in shared):
-        plain = kinds["none"][name]
-        apart = plain.get("against SFT")
-        rates = apart["runs"] if apart else [found["rate"] for found in plain["runs"]]
-        signed = "+.1f" if apart else ".1f"
-        cells = [
-            _label(name),
-            percent(plain["all"]),
-            points(apart),
-            ", ".join(f"{100 * r:{signed}}" for r in rates),
-        ]
-        for kind in (*perturbed, ALL):
-            found = kinds[kind].get(name)
-            apart = (found or {}).get("against SFT")
-            cells.append(points(apart) if apart else f"{100 * found['all']['rate']:.1f} %" if found else "")
-        lines.append(table_row(cells))
-    names = [
-        name
-        for name in kinds["none"]
-        if any("change" in e["chunks"].get(name, {}).get("spread", {}) for e in seeds.values())
-    ]
-    if names:
-        heads = [f"{what}, seed {seed}" for what in ("true error", "from x_0 = 0", "spread") for seed in seeds]
-        lines += ["", table_row(["change of", *heads, "minutes", "trust gate"]), "|---" * (len(heads) + 3) + "|"]
-        lines += [
-            table_row([_label(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)])
-            for name in names
-        ]
-    return "\n".join(lines)
+    kinds = summarise(runs)[suite]
+    names = in_order(kinds["none"]) if suite != ALL else shared(runs)
+    heads = [f"gain, {STARTS[kind]}" for kind in kinds]
+    rows = []
+    for name in names:
+        gains = [kinds[kind].get(name, {}) for kind in kinds]
+        cells = [points(of["against SFT"]) if "against SFT" in of else percent(of["all"]) if of else "" for of in gains]
+        every = gains[-1] or gains[0]  # all starts, or the plain ones of a policy that played no others
+        apart = every.get("against SFT")
+        runs_of = signed(apart["runs"]) if apart else ", ".join(f"{100 * of['rate']:.1f}" for of in every["runs"])
+        if not apart:
+            cells[0] = ""
+        rows.append([arm(name), str(len(every["runs"])), percent(gains[0]["all"]), *cells, runs_of])
+    return table(["policy", "runs", "success, plain", *heads, "by run"], rows) + note(names)
+
+
+def chunk_table(seeds: dict[str, dict]) -> str:
+    """What changed in the chunks of one suite's policies, seed by seed; minutes of training; the trust gate."""
+    names = in_order({name for e in seeds.values() for name, of in e["chunks"].items() if "change" in of["std"]})
+    heads = ["policy", "true error [mm]", "true error from x_0 = 0 [mm]", "std over x_0", "minutes", "trust gate"]
+    rows = [[arm(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)] for name in names]
+    return table(heads, rows) + note(names)
 
 
 def _changes(seeds: dict[str, dict], name: str) -> list[str]:
-    cells = []
-    for kind in "sampled", "zero", "spread":
-        for entry in seeds.values():
-            change = entry["chunks"].get(name, {}).get(kind, {}).get("change")
-            cells.append("" if change is None else shift(kind, change))
-    return cells
+    having = [entry["chunks"][name] for entry in seeds.values() if name in entry["chunks"]]
+    return ["; ".join(shift(kind, of[kind]["change"]) for of in having) for kind in ("sampled", "zero", "std")]
 
 
 def _minutes(seeds: dict[str, dict], name: str) -> str:
-    return f"{mean(e['minutes'][name] for e in seeds.values() if name in e['minutes']):.1f}"
+    return f"{mean(entry['minutes'][name] for entry in seeds.values() if name in entry['minutes']):.1f}"
 
 
 def _gates(seeds: dict[str, dict], name: str) -> str:
-    """What the trust gate said before the first step, seed by seed."""
     found = [entry["trust_gate"].get(name, {}).get("gate") for entry in seeds.values()]
     return ", ".join(f"{value:.2f}" for value in found if value is not None)
 
 
-def _label(name: str) -> str:
-    return name if name.startswith("SFT") else "+ " + name.removeprefix("RFT ")
+def rivals_table(runs: dict[str, dict[str, dict]], pairs: Sequence[tuple[str, str]]) -> str:
+    """Pairs of policies compared start by start on all kinds of starts: over all runs that have both, and by suite."""
+    rows = []
+    suites = list(runs) if len(runs) > 1 else []
+    for first, second in pairs:
+        apart = [against(played(runs, suite), second, first) for suite in (ALL, *suites)]
+        named = " against ".join(arm(name).removeprefix("+ ") for name in (first, second))
+        rows.append([named, str(len(apart[0]["runs"])), *map(points, apart), signed(apart[0]["runs"])])
+    return table(["compared", "runs", "all suites" if suites else "difference", *suites, "by run"], rows)
+
+
+def fates_table(runs: dict[str, dict[str, dict]]) -> str:
+    """`fates` over all runs and kinds of starts, of the policies that more than one suite has."""
+    found = fates(played(runs))
+    names = [name for name in shared(runs) if name in found]
+    rows = [
+        [arm(name), *(f"{percent(found[name][fate])} of {found[name][fate]['episodes']}" for fate in FATES)]
+        for name in names
+    ]
+    return table(["policy", *FATES.values()], rows) + note(names)
+
+
+def starts_table(seeds: dict[str, dict]) -> str:
+    """One row per kind of start, one column per policy: SFT's rate, the gains of the others. For many kinds."""
+    kinds = summarise({"": seeds})[ALL]
+    names = [name for name in in_order(kinds[ALL]) if name != "SFT"]
+    rows = [
+        [STARTS[kind], percent(found["SFT"]["all"]), *(points(found[name]["against SFT"]) for name in names)]
+        for kind, found in kinds.items()
+    ]
+    return table(["starts", "SFT", *map(arm, names)], rows) + note(names)
+
+
+def counted_table(starts: dict[str, dict[str, dict]]) -> str:
+    """Success and gains of a study that kept counts: kind of start -> policy -> episodes that it won, and under
+    "against" the starts that only SFT and only the policy wins.
+    """
+    names = in_order(starts["none"])
+    rows = []
+    for name in names:
+        cells = []
+        for found in starts.values():
+            of = found.get(name)
+            alone = of["against"].get("SFT") if of else None
+            cells.append(points(difference(*alone, of["episodes"])) if alone else "")
+            if of and not alone:
+                cells[-1] = percent(share(of["won"], of["episodes"]))
+        plain = starts["none"][name]
+        rows.append([arm(name), percent(share(plain["won"], plain["episodes"])), *cells])
+    rows[names.index("SFT")][2] = ""
+    return table(["policy", "success, plain", *(f"gain, {STARTS[kind]}" for kind in starts)], rows) + note(names)
+
+
+def course_table(runs: dict[str, dict[str, dict]], suite: str, names: Sequence[str]) -> str:
+    """True error of the deterministic policy while it is fine-tuned, as older versions of `train_rft.py` logged it: at
+    the first step, the lowest, the last.
+    """
+    rows = []
+    for name in names:
+        for seed, entry in runs[suite].items():
+            if "true_error" in entry["courses"].get(name, {}):
+                steps, errors = (entry["courses"][name][column] for column in ("step", "true_error"))
+                lowest = errors.index(min(errors))
+                ends = [f"{1e3 * errors[at]:.1f} (step {steps[at]})" for at in (0, lowest, -1)]
+                apart = points(paired(*(_all_kinds(entry["outcomes"])[of] for of in ("SFT", name))))
+                rows.append([arm(name), seed, *ends, apart])
+    return table(["policy", "seed", "first [mm]", "lowest [mm]", "last [mm]", "all starts"], rows) + note(names)
+
+
+def dimension_table(runs: dict[str, dict[str, dict]], suite: str) -> str:
+    """Standard deviation over x_0 of each dimension, at the last diagnostics of a fine-tuning against the first."""
+    axes = "x", "y", "z", "gripper"
+    rows = []
+    for name in dict.fromkeys(name for entry in runs[suite].values() for name in entry["courses"]):
+        for seed, entry in runs[suite].items():
+            course = entry["courses"].get(name, {})
+            if "std_gripper" in course:
+                ends = [(course[f"std_{axis}"][0], course[f"std_{axis}"][-1]) for axis in axes]
+                rows.append([arm(name), seed, *(f"{100 * (last / first - 1):+.0f} %" for first, last in ends)])
+    return table(["policy", "seed", *axes], rows)
 
 
 class GatedRun(NamedTuple):
-    """A fine-tuning of one suite and seed: what the gate said before, and its paired difference to SFT."""
+    """A fine-tuning of one suite and seed: what the gate said before it, and its paired difference to SFT."""
 
     suite: str
     seed: str
@@ -191,11 +244,11 @@ class GatedRun(NamedTuple):
     against_sft: dict[str, float]
 
 
-def gated_runs(report: dict) -> list[GatedRun]:
+def gated_runs(runs: dict[str, dict[str, dict]]) -> list[GatedRun]:
     """All fine-tunings by GRPO that had a trust gate, on plain starts."""
     return [
-        GatedRun(suite, seed, arm, gates["gate"], _against(plain["SFT"], plain[arm]))
-        for suite, seeds in report["runs"].items()
+        GatedRun(suite, seed, arm, gates["gate"], paired(plain["SFT"], plain[arm]))
+        for suite, seeds in runs.items()
         for seed, entry in seeds.items()
         for arm, gates in entry["trust_gate"].items()
         for plain in [entry["outcomes"]["none"]]
@@ -203,50 +256,25 @@ def gated_runs(report: dict) -> list[GatedRun]:
     ]
 
 
-def show_gates(gated: Sequence[GatedRun]) -> None:
-    """Print gates and gains, and how they go together."""
-    for run in sorted(gated, key=lambda run: run.gate):
-        print(f"{run.suite}, seed {run.seed}, {run.arm}: gate {run.gate:.2f}, {points(run.against_sft)}")
+def gate_correlation(gated: Sequence[GatedRun]) -> tuple[float, float]:
+    """Rank correlation of gate and gain, and its one-sided p-value by permutations."""
     gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
-    shuffled = gains[torch.rand(100_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
+    shuffled = gains[torch.rand(20_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
     order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)
-    chance = (by_chance >= order - 1e-9).double().mean()
-    print(f"rank correlation of gate and gain, {len(gated)} runs: {order:.2f}, p = {chance:.2g} (permutations)")
+    return order.item(), (by_chance >= order - 1e-9).double().mean().item()
 
 
-def draw_gates(runs: Sequence[GatedRun], path: Path) -> None:
-    """PNG of gains against gates, with 95 % intervals; one colour an arm, one mark a suite."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    arms, suites = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("arm", "suite"))
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    axis.axhline(0, color="grey", linewidth=0.8)
-    for arm, suite in dict.fromkeys((run.arm, run.suite) for run in runs):
-        own = [run for run in runs if (run.arm, run.suite) == (arm, suite)]
-        ends = [[100 * run.against_sft[end] for run in own] for end in ("difference", "low", "high")]
-        bars = [[m - low for m, low in zip(*ends[:2])], [high - m for m, high in zip(ends[0], ends[2])]]
-        style = {
-            "fmt": "osD^v"[suites.index(suite)],
-            "color": plt.get_cmap("tab20")(arms.index(arm) % 20),
-            "capsize": 2,
-        }
-        label = f"{arm.removeprefix('RFT ')}, {suite.removeprefix('tabletop_')}"
-        axis.errorbar([run.gate for run in own], ends[0], bars, label=label, **style)
-    axis.set(xlabel="trust gate before the first step", ylabel="success against SFT, points")
-    figure.legend(fontsize=8, loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-if __name__ == "__main__":
-    study, picture = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for name in study["summary"]:
-        print(f"{name}\n\n{markdown(study, name)}\n")
-    print(f"where SFT won and lost\n\n{fates_table(study)}\n")
-    if gated := gated_runs(study):
-        show_gates(gated)
-        draw_gates(gated, picture)
+def gain_table(gated: Sequence[GatedRun], threshold: float) -> str:
+    """Gates and gains by reward: how they go together, and what a threshold would have stopped."""
+    rows = []
+    for name in ("all", "R2", "R3", "divergence"):
+        of = [run for run in gated if name == "all" or name in run.arm]
+        order, chance = gate_correlation(of)
+        below = [run.against_sft["difference"] for run in of if run.gate < threshold]
+        stopped = f"{sum(gain < 0 for gain in below)} losses, {sum(gain > 0 for gain in below)} gains"
+        gates = [run.gate for run in of]
+        gains = [100 * run.against_sft["difference"] for run in of]
+        spans = f"{min(gates):.2f} to {max(gates):.2f}", f"{min(gains):+.1f} to {max(gains):+.1f}"
+        rows.append([name, str(len(of)), *spans, f"{order:.2f} (p = {chance:.2g})", stopped])
+    heads = ["reward", "runs", "gates", "gains, plain starts", "rank correlation", f"gate below {threshold}"]
+    return table(heads, rows)

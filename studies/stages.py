@@ -1,4 +1,4 @@
-"""What the studies share: stage scripts run as a user would run them, curves, and the description of the machine."""
+"""What the studies share: stage scripts run as a user would run them, and what describes a run."""
 
 import json
 import os
@@ -10,11 +10,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from vlarft.metrics import wilson_interval
 from vlarft.run.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +38,11 @@ def run_once(out_dir: Path, *words: object) -> Path:
         call(*words, "--out-dir", out_dir)
         done.touch()
     return out_dir
+
+
+def fine_tuning(flags: Sequence[object]) -> str:
+    """The script that a fine-tuning with these flags runs: that of the variants, where they name one."""
+    return "studies/variants.py" if "--variant" in flags else "train_rft.py"
 
 
 def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:
@@ -76,22 +79,6 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def rate(outcomes: Sequence[bool]) -> dict[str, float]:
-    """Success rate with its 95 % Wilson interval."""
-    share, low, high = wilson_interval(sum(outcomes), len(outcomes))
-    return {"rate": share, "low": low, "high": high, "episodes": len(outcomes)}
-
-
-def show_rate(found: dict[str, float], difference: dict[str, float] | None) -> str:
-    """A `rate` and, where there is one, the paired difference to the baseline, in percent."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    line = f"{100 * found['rate']:5.1f} % [{low:.1f}, {high:.1f}] of {found['episodes']}"
-    if difference:
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        line += f"   {100 * difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}] p = {difference['p_value']:.2g}"
-    return line
-
-
 def check_known(names: Sequence[str], known: Iterable[str], what: str) -> None:
     """Refuse what a study does not have.
 
@@ -122,36 +109,13 @@ def read_report(cfg: object, what: str, free: Sequence[str]) -> dict:
     return {**before, "settings": settings}
 
 
+def commit() -> str | None:
+    """The commit of the repository, with "+" behind it where files have changed since; None outside of one."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def machine() -> str:
     """Architecture, cores and torch version, for the reports."""
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-class Panel(NamedTuple):
-    """Curves [(x, rate in 0..1)] by their label."""
-
-    title: str
-    x_label: str
-    curves: dict[str, list[tuple[float, float]]]
-
-
-def draw_curves(panels: Sequence[Panel], path: Path) -> None:
-    """PNG of success rates, two panels a row; from the lowest rate up, so that small differences show."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
-    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))  # a label has one colour
-    for axis, panel in zip(axes.flat, panels):
-        for label, points in panel.curves.items():
-            style = {"color": f"C{labels.index(label) % 10}", "linestyle": "-" if labels.index(label) < 10 else "--"}
-            axis.plot([x for x, _ in points], [100 * rate for _, rate in points], marker=".", label=label, **style)
-        axis.set(title=panel.title, xlabel=panel.x_label, ylabel="success [%]", ylim=(None, 100))
-        axis.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+from records import columns
 from stages import read_lines
+
+# the columns of a course, by the names in `train_rft.py`'s log: standard deviations over x_0 in normalised units
+COURSE = "step", "std_x", "std_y", "std_z", "std_gripper"
 
 
 def minutes_of(run: Path) -> float:
@@ -23,25 +27,13 @@ def trust_gates(policies: dict[str, Path]) -> dict[str, dict[str, float]]:
     return found
 
 
-def courses(policies: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
-    """How true error and spread of the fine-tunings went, at the held-out starts of their diagnostics: arm -> rows, in
-    metres and in normalised units.
+def courses(policies: dict[str, Path]) -> dict[str, dict[str, list]]:
+    """Standard deviation over x_0 in the course of the fine-tunings, at the held-out starts of their diagnostics:
+    arm -> name -> one value per diagnosis.
     """
-    names = "step", "true_error", "true_error_mean_action", "spread_x", "spread_y", "spread_z", "spread_gripper"
     found = {}
     for name, path in policies.items():
         rows = read_lines(path.parent / "log.jsonl")
-        if rows := [{key: row[key] for key in names if key in row} for row in rows if "true_error" in row]:
-            found[name] = rows
-    return found
-
-
-def curves(runs: Path) -> dict[str, list[dict[str, float]]]:
-    """Success rates while the policies of a seed trained: folder -> [{step, minutes, success_rate}]."""
-    found, names = {}, ("step", "minutes", "success_rate")
-    for folder in sorted(runs.iterdir()):
-        log = folder / "log.jsonl"
-        rows = read_lines(log) if log.is_file() else []
-        if rows := [{name: row[name] for name in names} for row in rows if "success_rate" in row]:
-            found[folder.name] = rows
+        if rows := [{key: row[key] for key in COURSE} for row in rows if "std_x" in row]:
+            found[name] = columns(rows)
     return found

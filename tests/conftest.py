@@ -116,7 +116,7 @@ def policy_file(demos, tmp_path_factory) -> Path:
     torch.nn.init.normal_(policy.head.net.dit.out.weight, std=0.5)
     path = tmp_path_factory.mktemp("policy") / "model.safetensors"
     names = [e.name for e in episodes]
-    policy.save(path, {"train_episodes": names[:-2], "validation_episodes": names[-2:]})
+    policy.save(path, {"train_episodes": names[:-2], "held_out_episodes": names[-2:]})
     return path
 
 

@@ -60,7 +60,7 @@ def test_a_sound_set_passes(tmp_path, capsys):
     text = capsys.readouterr().out
     for line in ("format: hdf5", "episodes: 12", "frames: 720", "fps: 20.0", "agentview: ['64 x 64']", "  lift it: 6"):
         assert line in text
-    assert "action 0: moves proprio 0 by 0.04 a step and unit" in text and "agentview: upright (row of motion" in text
+    assert "action 0: moves proprio 0 by 0.04 per unit and step" in text and "agentview: upright (row of motion" in text
     assert "'open': 0.08, 'closed': 0.02" in text
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["errors"] == [] and report["warnings"] == [], report["warnings"]
@@ -133,7 +133,7 @@ def rare(i, c):
         (black, "camera agentview: 100% of the sampled frames are black"),
         (positions, "are close to proprio [0, 1, 2, 3, 4, 5]: target positions rather than motions?"),
         (mirror, "proprio 0 moves against action 0"),
-        (late, "proprio 0 moves 3 steps before action 0 says so"),
+        (late, "proprio 0 moves 3 steps before action 0: are the two columns shifted?"),
         (constant, "actions [4] never change"),
         (constant, "proprio [5] never change"),
         (inverted, "the sign looks inverted; convert with --gripper 1 -1"),
@@ -160,11 +160,11 @@ def test_contents_that_are_warned_about(tmp_path):
     report, _ = check(make(tmp_path, cut, episodes=8, instructions=("Lift it.", "lift it")))
     text = "\n".join(report.warnings)
     for part in (
-        "8 episodes: a held-out part needs 2 at least",
+        "8 episodes: a held-out split needs at least 2",
         "2 episodes are shorter than a window of 9 frames and are left out: suite/task0_demo/demo_0",
         "2 episodes are more than 4 times as long as the median, first suite/task0_demo/demo_1",
         "camera agentview is 48 x 64; the models take squares",
-        "instructions 'Lift it.' and 'lift it' differ in spelling alone",
+        "instructions 'Lift it.' and 'lift it' differ only in spelling",
     ):
         assert part in text
 

@@ -42,6 +42,9 @@ def test_round_trip(tmp_path):
     assert not loaded.training
     assert checkpoint.read_header(tmp_path / "m.safetensors") == ("Net", {"width": 5}, {"split": ["a"]})
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # no temporary file stays
+    checkpoint.save_model(tmp_path / "run" / "model.safetensors", net, NetConfig(5))
+    loaded, _ = checkpoint.load_model(tmp_path / "run", Net, NetConfig)  # a run folder serves as well
+    assert torch.equal(loaded.linear.weight, net.linear.weight)
     (tmp_path / "plain").touch()
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -49,7 +52,7 @@ def test_round_trip(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing"):
         checkpoint.load_model(tmp_path / "nothing", Net, NetConfig)
-    with pytest.raises(FileNotFoundError, match="did you mean .*model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at {tmp_path}/model.safetensors; give a run folder or"):
         checkpoint.load_model(tmp_path, Net, NetConfig)
 
 
@@ -124,6 +127,35 @@ def test_run_folder_of_another_configuration(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
         checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+
+
+def test_run_folder_with_other_spellings_of_its_paths(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Reads:
+        policy: str
+        others: tuple[str, ...] = ("a",)
+
+    (tmp_path / "sft").mkdir()
+    monkeypatch.chdir(tmp_path)
+    checkpoint.open_run("run", Reads("sft", ("sft", "b")))
+    checkpoint.open_run("run", Reads(f"{tmp_path}/sft/model.safetensors", ("../" + tmp_path.name + "/sft", "./b")))
+    with pytest.raises(ValueError, match=r"another configuration: policy: 'sft' against 'sft2'"):
+        checkpoint.open_run("run", Reads("sft2", ("sft", "b")))
+    with pytest.raises(ValueError, match=r"another configuration: others: \['sft', 'b'\] against \['sft'\]"):
+        checkpoint.open_run("run", Reads("sft", ("sft",)))
+
+
+def test_run_folder_with_options_that_change_nothing(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Free:
+        lr: float = 0.1
+        save_interval: int = 3
+        keep_interval: int | None = None
+
+    checkpoint.open_run(tmp_path, Free())
+    checkpoint.open_run(tmp_path, Free(save_interval=7, keep_interval=2))
+    with pytest.raises(ValueError, match="another configuration: lr: 0.1 against 0.2"):
+        checkpoint.open_run(tmp_path, Free(lr=0.2))
 
 
 def test_truncated_training_state(tmp_path):

@@ -9,8 +9,9 @@ from vlarft.run.clock import Clock, rate_factor
 def test_rate_factor_by_hand():
     assert [rate_factor(step, 0.0, 4, "cosine") for step in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
     assert [rate_factor(step, 0.5, 4, "constant") for step in (0, 1, 3, 99)] == [0.25, 0.5, 1.0, 1.0]
-    assert rate_factor(50, 0.5, 4, "cosine", final=0.1) == pytest.approx(0.55)
-    assert rate_factor(99, 1.2, 0, "cosine", final=0.1) == pytest.approx(0.1)  # the clock may run a little over
+    assert rate_factor(50, 0.5, 4, "cosine") == pytest.approx(0.5)
+    assert rate_factor(50, 0.25, 4, "cosine") == pytest.approx(0.5 + 0.25 * 2**0.5)
+    assert rate_factor(99, 1.2, 0, "cosine") == 0.0  # the clock may run a little over
 
 
 def test_clock_counts_steps_or_minutes():

@@ -12,9 +12,9 @@ from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
 from vlarft.run.config import parse
 from vlarft.run.random import generator
-from vlarft.sim import make_env, task_names
+from vlarft.sim import SIMULATORS, make_env, task_names
+from vlarft.sim.demonstrator import NoPlanError
 from vlarft.sim.experts import Expert
-from vlarft.sim.libero_experts import NoPlanError
 
 pytest.importorskip("mujoco")
 h5py = pytest.importorskip("h5py")
@@ -130,6 +130,18 @@ def test_other_settings_in_the_same_folder_are_refused(collected):
         main(config(folder, seed=7))
 
 
+def test_a_collection_of_before_the_wrist_camera_was_renamed_goes_on(tmp_path):
+    settings = config(tmp_path, tasks=("0",), demos_per_task=1)
+    (path,) = main(settings)
+    with h5py.File(path, "r+") as file:
+        args = json.loads(file["data"].attrs["env_args"])
+        args["collection"]["wrist"] = args["collection"].pop("eye_in_hand")
+        file["data"].attrs["env_args"] = json.dumps(args)
+    assert len(load_episodes(main(dataclasses.replace(settings, demos_per_task=2))[0])) == 2
+    with pytest.raises(ValueError, match=r"other settings \(eye_in_hand: False there, True now\)"):
+        main(dataclasses.replace(settings, eye_in_hand=True))
+
+
 def test_failures_are_retried_or_kept_and_marked(tmp_path):
     hopeless = config(tmp_path / "a", tasks=("0",), demos_per_task=1, action_noise=3.0, max_attempts=2)
     with pytest.raises(RuntimeError, match=r"no success in 2 attempts from seed 0; lower action_noise \(now 3.0\)"):
@@ -159,7 +171,7 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
         images, proprio = attempts[0]["obs/agentview_rgb"], load_episodes(path, successes_only=False)[1].proprio
         for chunk, t in enumerate((0, 8)):
             seen = {"agentview": images[t], "proprio": proprio[t], "instruction": first[0].instruction}
-            expected = policy.act(seen, generator=generator("cpu", seed, chunk))
+            expected = policy.act(seen, generator=generator("cpu", "recorded policy", seed, chunk))
             np.testing.assert_allclose(attempts[0]["intended_actions"][t : t + 8], expected, atol=1e-4)
     assert [e.name for e in load_episodes(path)] == [e.name for e in first]  # what a policy learns from is the same
     with pytest.raises(ValueError, match=r"policy_noise: 0.1 there, 0.3 now"):
@@ -169,12 +181,12 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
 
 
 def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def expert(env, **options):
+    def expert(env, seed, **options):
         if env.task_name == task_names("tabletop_object")[0]:
             raise NoPlanError("the expert has no plan for this")
-        return Expert(env, **options)
+        return Expert(env, seed, **options)
 
-    monkeypatch.setattr(collect_demos, "Expert", expert)
+    monkeypatch.setitem(SIMULATORS, "tabletop", SIMULATORS["tabletop"]._replace(expert=expert))
     settings = config(tmp_path, tasks=("0", "1"), demos_per_task=1, workers=1)
     lacking, made = (collect_demos.demo_path(settings, "tabletop_object", task) for task in (0, 1))
     with pytest.raises(RuntimeError, match=f"all others are kept:\n1 of {lacking.name}: the expert has no plan"):
@@ -184,7 +196,7 @@ def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, c
 
 
 def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
-    (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, wrist=True))
+    (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, eye_in_hand=True))
     with h5py.File(path) as file:
         assert file["data/demo_0/obs/eye_in_hand_rgb"].shape == file["data/demo_0/obs/agentview_rgb"].shape
 

@@ -162,7 +162,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="has no camera 'front'; it has agentview, eye_in_hand"):
         main([*arguments, "--camera", "front"])
     main([*arguments, "--images", "png"])
-    with pytest.raises(FileExistsError, match="b is there already; remove it, or give another folder"):
+    with pytest.raises(FileExistsError, match="b exists; remove it, or give another folder"):
         main([*arguments, "--images", "png"])
     with pytest.raises(SystemExit):
         main([*arguments, "--gripper", "1", "1"])

@@ -86,6 +86,18 @@ def test_interrupted_evaluation_goes_on(config, monkeypatch):
     assert results["policies"][0]["all"]["episodes"] == 2
 
 
+def test_a_run_folder_is_its_checkpoint(config, policy_file, monkeypatch):
+    monkeypatch.chdir(policy_file.parent)
+    config = dataclasses.replace(config, episodes=1)
+    eval_libero.main(dataclasses.replace(config, policies=("./model.safetensors",)))
+    monkeypatch.setattr(eval_libero, "play", lambda *args: pytest.fail("played again"))
+    folder = str(policy_file.parent)
+    results = eval_libero.main(dataclasses.replace(config, policies=(folder,)))
+    assert results["policies"][0]["policy"] == folder and results["policies"][0]["all"]["episodes"] == 1
+    with pytest.raises(ValueError, match="policies name a checkpoint twice"):
+        eval_libero.main(dataclasses.replace(config, policies=(folder, str(policy_file))))
+
+
 def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
     path = tmp_path / "model.safetensors"
     policy = VLAPolicy.load(policy_file)
@@ -149,20 +161,15 @@ def test_bad_checkpoints(config, world_model_file, tmp_path):
 def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
     with pytest.raises(ValueError, match="noise stochastic: .* was never fine-tuned by train_rft.py"):
         eval_libero.main(dataclasses.replace(config, noise="stochastic"))
-    first = {}
-    for kind in ("sigma_net", "flow_sde"):
-        policy = VLAPolicy.load(policy_file)
-        policy.make_stochastic(kind)
-        path = str(tmp_path / f"{kind}.safetensors")
-        policy.save(path)
-        for noise in ("sampled", "stochastic"):
-            run = dataclasses.replace(
-                config, policies=(path,), noise=noise, episodes=1, out_dir=str(tmp_path / kind / noise)
-            )
-            eval_libero.main(run)
-            first[kind, noise] = torch.tensor(records(run)[0]["actions"][:8]).flatten()
-    assert torch.equal(first["sigma_net", "sampled"], first["flow_sde", "sampled"])  # the ODE knows of no noise
-    assert len({tuple(v.tolist()) for v in first.values()}) == 3
+    policy, first = VLAPolicy.load(policy_file), {}
+    policy.add_sigma_net()
+    policy.save(tmp_path / "rft.safetensors")
+    for noise in ("sampled", "stochastic"):
+        changes = {"policies": (str(tmp_path / "rft.safetensors"),), "noise": noise, "episodes": 1}
+        run = dataclasses.replace(config, **changes, out_dir=str(tmp_path / noise))
+        eval_libero.main(run)
+        first[noise] = torch.tensor(records(run)[0]["actions"][:8])
+    assert not torch.equal(first["sampled"], first["stochastic"])
 
 
 @pytest.mark.parametrize("execute", [3, 8])
@@ -216,10 +223,10 @@ def test_a_dead_worker_is_reported(config, monkeypatch, capsys):
 def test_mp4_needs_pyav(config, monkeypatch, tmp_path):
     import sys
 
-    from vlarft.pictures import save_mp4
+    from vlarft.run.pictures import save_mp4
 
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r'pip install "vlarft\[video\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[video\]"'):
         save_mp4(tmp_path / "film.mp4", [])
 
 
@@ -227,7 +234,7 @@ def test_mp4_frames_come_back(tmp_path):
     av = pytest.importorskip("av")
     import numpy as np
 
-    from vlarft.pictures import save_mp4
+    from vlarft.run.pictures import save_mp4
 
     frames = [np.full((33, 48, 3), 40 * i, np.uint8) for i in range(5)]
     save_mp4(tmp_path / "film.mp4", frames, frames_per_second=10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval_wm
-from eval_wm import PRESETS, evaluate_frames, frame_sums, main, mine, summary
+from eval_wm import PRESETS, evaluate_frames, frame_sums, main, own_rows, summary
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
@@ -86,12 +86,12 @@ def test_identical_frames_count_as_100_db():
 
 
 def test_shares_of_the_processes(monkeypatch):
-    assert list(mine(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(own_rows(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 3)
     rows = []
     for rank in range(3):
         monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
-        rows += [i for part in mine(8, 2) for i in range(part.start, part.stop)]
+        rows += [i for part in own_rows(8, 2) for i in range(part.start, part.stop)]
     assert rows == list(range(8))
 
 

@@ -175,7 +175,7 @@ def test_failures_are_told_apart(tmp_path, load_benchmark, capsys):
     report = script.main(cfg)
     assert json.loads((tmp_path / "failures.json").read_text()) == json.loads(json.dumps(report))
     for kind, found in zip(plays, report["files"].values()):
-        assert found["counts"] == {name: int(name == kind) for name in script.KINDS}, kind
+        assert found["counts"] == {name: int(name == kind) for name in script.ENDS}, kind
     found = dict(zip(plays, report["files"].values()))
     assert found["success"]["closes"] is None and found["never closed"]["closes"] == 0
     assert found["nothing lifted"]["closes"] == 2 and found["nothing lifted"]["late_motion"] < 0.01

@@ -8,7 +8,6 @@ import torch
 
 from vlarft.flow import (
     chain_log_prob,
-    euler_step,
     matching_loss,
     matching_pairs,
     regression_loss,
@@ -17,7 +16,7 @@ from vlarft.flow import (
     sample_tau,
     transition,
 )
-from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet
+from vlarft.nets.action_head import FlowConfig, FlowHead, SigmaNet
 from vlarft.nets.dit import DiTConfig
 
 CFG = FlowConfig(
@@ -147,122 +146,11 @@ def test_vanishing_sigma_is_the_ode():
     torch.testing.assert_close(chain.x[:, -1], sample_ode(head, cond, noise=noise(2)), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("noise_kind", ["sigma_net", "flow_sde"])
-def test_steps_without_noise_follow_the_ode_and_are_not_scored(noise_kind):
-    head, sigma_net = make(replace(CFG, noisy_steps=(5, 2), noise=noise_kind))
-    cond = head.prepare(*inputs(), sigma_net)
-    chain = sample_chain(head, sigma_net, cond, noise=noise(2), generator=torch.Generator().manual_seed(0))
-    assert chain.x.shape == (2, 11, 8, 7) and chain.log_prob.shape == (2, 2, 8, 7)
-    step_of = [torch.full((2,), k) for k in range(10)]
-    with torch.no_grad():
-        moved = [
-            (chain.x[:, k + 1] - euler_step(head, chain.x[:, k], step_of[k], 10, cond)).abs().max() for k in range(10)
-        ]
-    assert [k for k in range(10) if moved[k] > 0.05] == [2, 5] and max(moved[k] for k in (0, 1, 3, 9)) < 1e-5
-    score = chain_log_prob(head, sigma_net, chain.x, cond)
-    torch.testing.assert_close(score.log_prob, chain.log_prob, atol=1e-5, rtol=1e-5)
-    assert score.mean.shape == score.sigma.shape == (2, 2, 8, 7)
-    other = sample_chain(head, sigma_net, cond, noise=noise(2), step_noise=torch.stack([noise(2, 8), noise(2, 9)], 1))
-    step = transition(head, sigma_net, other.x[:, 5], 5, cond)
-    torch.testing.assert_close(other.x[:, 6], step.mean + step.stddev * noise(2, 9), atol=1e-6, rtol=1e-6)
-
-
-def test_initial_sigma():
-    for wanted in (0.1, 0.19):
-        cfg = replace(CFG, sigma_init=wanted)
-        head, sigma_net = make(cfg, std=None)
-        cond = head.prepare(*inputs(), sigma_net)
-        assert sigma_net.log_sigma(cond.sigma, torch.zeros(2)).exp().max().item() == pytest.approx(wanted, rel=1e-5)
-
-
-class GaussianFlow(torch.nn.Module):
-    """The exact velocity where actions are N(mean, std^2) in every dim: a Gaussian at all times."""
-
-    def __init__(self, cfg, mean, std):
-        super().__init__()
-        self.cfg, self.mean, self.std = cfg, mean, std
-
-    def at_steps(self, cond, num_steps):
-        return cond
-
-    def velocity(self, x, tau, cond, k=None):
-        tau = tau[:, None, None]
-        variance = (1 - tau) ** 2 + (tau * self.std) ** 2
-        return self.mean + (tau * self.std**2 - (1 - tau)) / variance * (x - tau * self.mean)
-
-
-@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
-def test_flow_sde_keeps_the_marginals_of_the_ode(strength):
-    num_steps, rows = 200, 1000  # 56k chains of one scalar each: standard error of the variance 0.6 %
-    cfg = replace(CFG, noise="flow_sde", sde_noise=strength, num_steps=num_steps, noisy_dims=(0, 1, 2, 3, 4, 5))
-    head, generator = GaussianFlow(cfg, 0.7, 0.3), torch.Generator().manual_seed(0)
-    cond = Condition({}, torch.zeros(rows, 1))
-    x = torch.randn(rows, 8, 7, generator=generator)
-    ode = sample_ode(head, cond, noise=x, num_steps=num_steps)
-    chain = sample_chain(head, None, cond, noise=x, generator=generator)
-    for k in (num_steps // 4, num_steps // 2, num_steps):
-        tau = k / num_steps
-        noisy = chain.x[:, k, :, :6]
-        assert noisy.mean().item() == pytest.approx(0.7 * tau, abs=0.015)
-        assert noisy.var().item() == pytest.approx((1 - tau) ** 2 + (0.3 * tau) ** 2, rel=0.05)
-    torch.testing.assert_close(chain.x[:, -1, :, 6], ode[..., 6], atol=1e-5, rtol=1e-5)  # no noise: the ODE itself
-    assert (chain.x[:, -1, :, :6] - ode[..., :6]).abs().mean() > 0.05  # and with noise other chunks than the ODE's
-
-
-def test_noise_without_the_correction_widens_the_marginals():
-    # what the sigma net's plain added noise does to the same flow
-    cfg = replace(CFG, sigma_min=0.1265, sigma_max=0.1265)
-    head, sigma_net = GaussianFlow(cfg, 0.7, 0.3), make(cfg)[1]
-    cond = Condition({}, torch.zeros(1000, 1), sigma=sigma_net.prepare(*(v[:1] for v in inputs())))
-    plain = sample_chain(head, sigma_net, cond, generator=torch.Generator().manual_seed(0)).x[:, -1].var().item()
-    sde = GaussianFlow(replace(CFG, noise="flow_sde", sde_noise=0.3), 0.7, 0.3)
-    kept = sample_chain(sde, None, cond, generator=torch.Generator().manual_seed(0)).x[:, -1].var().item()
-    ode = sample_ode(head, cond, noise=torch.randn(1000, 8, 7)).var().item()
-    assert plain > 1.3 * ode and kept == pytest.approx(ode, rel=0.15)  # at the K = 10 of training
-
-
-def test_flow_sde_step_by_hand():
-    cfg = replace(CFG, noise="flow_sde", sde_noise=0.5)
-    head = ConstantVelocity(torch.full((8, 7), 3.0))
-    head.cfg = cfg
-    x = noise(1)
-    for k, c in ((0, 0.25 / 2 / 0.1), (4, 0.25 / 2 / 0.4), (9, 0.25 / 2 / 0.9)):  # at 0 the clock is held at 1 / K
-        tau = k / 10
-        step = transition(head, None, x, k, None)
-        torch.testing.assert_close(step.mean, x + (3 + c * (tau * 3 - x)) / 10)
-        assert step.stddev.unique().item() == pytest.approx(math.sqrt(2 * c * (1 - tau) / 10), rel=1e-5)
-
-
-def test_flow_sde_scores_what_it_samples_and_vanishes_into_the_ode():
-    head, _ = make(replace(CFG, noise="flow_sde"))
-    cond = head.prepare(*inputs()).repeat(3)
-    chain = sample_chain(head, None, cond, generator=torch.Generator().manual_seed(0))
-    score = chain_log_prob(head, None, chain.x, cond)
-    torch.testing.assert_close(score.log_prob, chain.log_prob, atol=2e-4, rtol=1e-5)
-    score.log_prob.sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
-    head.cfg = replace(CFG, noise="flow_sde", sde_noise=1e-6)
-    chain = sample_chain(head, None, cond, noise=noise(6), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(chain.x[:, -1], sample_ode(head, cond, noise=noise(6)), atol=1e-4, rtol=1e-4)
-
-
 def test_ode_by_hand():
     # a constant velocity moves by itself, whatever the number of steps
     head = ConstantVelocity(torch.full((8, 7), 0.5))
     for num_steps in (1, 4, 10):
         torch.testing.assert_close(sample_ode(head, None, noise=noise(2), num_steps=num_steps), noise(2) + 0.5)
-
-
-def test_dims_without_noise_follow_the_mean_and_do_not_count():
-    head, sigma_net = make(replace(CFG, noisy_dims=(0, 1, 2)))
-    cond = head.prepare(*inputs(), sigma_net)
-    chain = sample_chain(head, sigma_net, cond, noise=noise(2), generator=torch.Generator().manual_seed(0))
-    step = transition(head, sigma_net, chain.x[:, 3], 3, cond)
-    torch.testing.assert_close(chain.x[:, 4, :, 3:], step.mean[..., 3:].detach(), atol=1e-5, rtol=1e-5)
-    assert (chain.x[:, 4, :, :3] - step.mean[..., :3]).abs().mean() > 0.05
-    score = chain_log_prob(head, sigma_net, chain.x, cond)
-    assert not chain.log_prob[..., 3:].any() and not score.log_prob[..., 3:].any() and not score.entropy[..., 3:].any()
-    torch.testing.assert_close(score.log_prob, chain.log_prob, atol=1e-5, rtol=1e-5)
 
 
 def test_matching_loss_by_hand():
@@ -310,24 +198,19 @@ def test_regression_loss_by_hand():
     assert bias.grad[2].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=0.03)
 
 
-def test_matching_pairs_and_weights_by_hand():
+def test_matching_pairs_by_hand():
     head, _ = make()
     actions = noise(4, 3)
     context, proprio = (v.repeat(2, *[1] * (v.ndim - 1)) for v in inputs())
     tau, eps = matching_pairs((4, 8, 7), 3, generator=torch.Generator().manual_seed(0))
     assert tau.shape == (4, 3) and eps.shape == (4, 3, 8, 7)
     whole, _ = matching_loss(head, actions, head.prepare(context, proprio), pairs=(tau, eps), draws=3)
-    parts, weighted = [], []
+    parts = []
     for i in range(4):
         row = slice(i, i + 1)
         cond = head.prepare(context[row], proprio[row])
         parts.append(matching_loss(head, actions[row], cond, pairs=(tau[row], eps[row]), draws=3)[0])
-        weighted.append(parts[-1] * (0.5 * i + 0.25))
     torch.testing.assert_close(whole, torch.stack(parts).mean(), atol=1e-5, rtol=1e-5)
-    weights = torch.tensor([0.25, 0.75, 1.25, 1.75])
-    cond = head.prepare(context, proprio)
-    actual, _ = matching_loss(head, actions, cond, pairs=(tau, eps), draws=3, weights=weights)
-    torch.testing.assert_close(actual, torch.stack(weighted).mean(), atol=1e-5, rtol=1e-5)
 
 
 def test_tau_is_beta_distributed():
@@ -385,11 +268,3 @@ def test_errors():
         head.velocity(noise(3), torch.zeros(3), head.prepare(context, proprio))
     with pytest.raises(ValueError, match=r"sigma_min 0.3 and sigma_max 0.2; expected 0 < sigma_min <= sigma_max"):
         SigmaNet(replace(CFG, sigma_min=0.3))
-    with pytest.raises(ValueError, match=r"noisy_dims \(7,\): expected one or more dims in 0\.\.6"):
-        SigmaNet(replace(CFG, noisy_dims=(7,)))
-    with pytest.raises(ValueError, match=r"noisy_steps \(10,\): expected one or more steps in 0\.\.9"):
-        replace(CFG, noisy_steps=(10,))
-    with pytest.raises(ValueError, match=r"sigma_init 0.5: expected between sigma_min 0.08 and sigma_max 0.2"):
-        replace(CFG, sigma_init=0.5)
-    with pytest.raises(ValueError, match="sde_noise must be positive, got 0"):
-        replace(CFG, sde_noise=0.0)

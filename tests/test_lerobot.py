@@ -258,7 +258,7 @@ def test_broken_sets_are_refused(tmp_path):
     edit(root, **good)
     content = video.read_bytes()
     video.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"file-000.mp4 is no readable video .* truncated"):
+    with pytest.raises(ValueError, match=r"file-000.mp4 is not a readable video .* truncated"):
         load_episodes(root)
     mp4(video, np.concatenate([pictures(n, 0) for n in (14, 11, 20)]), fps=2 * FPS)
     with pytest.raises(ValueError, match=r"file-000.mp4: observation.images.image has 20 fps, meta/info.json says 10"):
@@ -308,7 +308,7 @@ def test_broken_tables_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"episode 1 has 31 rows, the metadata say 11 in a row"):
         load_episodes(root)
     path.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"file-000.parquet is no readable parquet file"):
+    with pytest.raises(ValueError, match=r"file-000.parquet is not a readable parquet file"):
         load_episodes(root)
     path.write_bytes(content)
     rewrite(root, "observation.images.image", lambda c: pa.array([{"bytes": b"no picture", "path": ""}] * len(c)))

@@ -16,7 +16,7 @@ from conftest import libero_missing
 import collect_demos
 import eval_libero
 from vlarft.data import load_episodes
-from vlarft.sim import LIBERO_SUITES, SUITES, gl, libero_install, make_env, task_names
+from vlarft.sim import LIBERO_SUITES, gl, libero_install, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.libero_install import assets_folder
 from vlarft.sim.perturb import Perturbation
@@ -216,12 +216,12 @@ def test_reset_and_set_state_leave_nothing_behind(env):
 @needs_libero
 def test_starts_and_bad_input(env):
     env.reset(init_state=0)
-    first = env.position("milk_1"), env.hand_position
-    assert env.num_steps == 0 and not env.success() and env.goals == [["in", *env.goals[0][1:]]]
+    first = env.physics.position("milk_1"), env.physics.hand_position
+    assert env.num_steps == 0 and not env.success() and env.physics.goals == [["in", *env.physics.goals[0][1:]]]
     env.reset(seed=0)
-    assert np.abs(env.position("milk_1") - first[0]).max() > 1e-3
-    assert 1e-3 < np.abs(env.hand_position - first[1]).max() < 0.05
-    assert env.proprio().shape == (8,) and env.proprio()[7] < 0 < env.proprio()[6]
+    assert np.abs(env.physics.position("milk_1") - first[0]).max() > 1e-3
+    assert 1e-3 < np.abs(env.physics.hand_position - first[1]).max() < 0.05
+    assert env.physics.proprio().shape == (8,) and env.physics.proprio()[7] < 0 < env.physics.proprio()[6]
     with pytest.raises(ValueError, match="give either init_state or seed"):
         env.reset()
     with pytest.raises(ValueError, match=r"init_state must be 0\.\.49, got 50"):
@@ -241,12 +241,12 @@ def test_images_are_turned_and_settings_change_them(env):
     env.reset(init_state=0)
     image = env.observe()["agentview"]
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-    raw = env._renderer.render(env.data, "agentview")
+    raw = env._renderer.render(env.physics.data, "agentview")
     np.testing.assert_array_equal(image, raw[::-1, ::-1])
-    fast = make_env("libero_object", 0, 64, rendering=gl.FAST, wrist=True)
+    fast = make_env("libero_object", 0, 64, rendering=gl.FAST, cameras=("agentview", "eye_in_hand"))
     fast.reset(init_state=0)
     other = fast.observe()
-    assert other["wrist"].shape == (64, 64, 3)
+    assert other["eye_in_hand"].shape == (64, 64, 3)
     difference = np.abs(other["agentview"].astype(int) - image)
     assert 0 < difference.mean() < 3.0  # edges only
 
@@ -261,15 +261,15 @@ def test_images_are_turned_and_settings_change_them(env):
     ],
 )
 def test_only_the_named_things_move_and_within_range(env, text, movers):
-    largest = dict.fromkeys(env.objects, 0.0)
+    largest = dict.fromkeys(env.physics.objects, 0.0)
     hand = 0.0
     for state in range(3):
         env.reset(init_state=state)
-        plain, at = {name: env.position(name) for name in env.objects}, env.hand_position
+        plain, at = {name: env.physics.position(name) for name in env.physics.objects}, env.physics.hand_position
         env.reset(init_state=state, perturb=Perturbation.parse(text))
-        hand = max(hand, np.abs(env.hand_position - at).max())
+        hand = max(hand, np.abs(env.physics.hand_position - at).max())
         for name in largest:
-            moved = np.abs(env.position(name) - plain[name])[:2]
+            moved = np.abs(env.physics.position(name) - plain[name])[:2]
             largest[name] = max(largest[name], moved.max())
             if ":x" in text:
                 assert moved[1] < 1e-3
@@ -292,7 +292,7 @@ def test_perturbations_reject_overlaps_repeat_and_complain(env):
         env.reset(init_state=3, perturb=Perturbation.parse("all:5/5/50"))
         states.append(env.get_state())
     np.testing.assert_array_equal(*states)
-    with pytest.raises(RuntimeError, match="no valid start in 2 draws"):
+    with pytest.raises(RuntimeError, match="no valid start in 2 tries"):
         env.reset(init_state=0, perturb=Perturbation(robot_mm=3000.0, max_tries=2))
     push = make_env("libero_goal", "push_the_plate_to_the_front_of_the_stove", 64)
     with pytest.raises(ValueError, match="its goal is a region of the table"):
@@ -316,15 +316,17 @@ def test_demonstrations_have_liberos_layout_and_play_again_through_the_evaluatio
     (path,) = collect_demos.main(config)
     with h5py.File(path) as file:
         assert "image_convention" not in file["data"].attrs
-        assert file["data"].attrs["bddl_file_name"] == f"libero_object/{SUITES['libero_object'].tasks[1].name}.bddl"
+        assert (
+            file["data"].attrs["bddl_file_name"] == f"libero_object/{LIBERO_SUITES['libero_object'].tasks[1].name}.bddl"
+        )
     (episode,) = load_episodes(path, with_states=True)
     env = make_env("libero_object", 1, 32, rendering=gl.FAST)
     env.reset(seed=0)
     for t in range(len(episode)):
-        np.testing.assert_array_equal(env.libero_state(), episode.states[t])
+        np.testing.assert_array_equal(env.physics.libero_state(), episode.states[t])
         if t % 40 == 0:
             np.testing.assert_array_equal(env.observe()["agentview"], episode.images[t])
-            np.testing.assert_array_equal(env.proprio(), episode.proprio[t])
+            np.testing.assert_array_equal(env.physics.proprio(), episode.proprio[t])
         env.step(episode.actions[t])
     assert env.success()
 
@@ -335,11 +337,11 @@ def test_sampled_things_stand_on_their_fixtures_at_every_reset():
     places = []
     for seed in (0, 1, 0):
         env.reset(seed=seed)
-        places.append([env.position(name).copy() for name in ("akita_black_bowl_1", "akita_black_bowl_2")])
+        places.append([env.physics.position(name).copy() for name in ("akita_black_bowl_1", "akita_black_bowl_2")])
         for bowl, below in (("akita_black_bowl_1", "flat_stove_1"), ("akita_black_bowl_2", "wooden_cabinet_1")):
-            assert np.abs(env.position(bowl) - env.position(below))[:2].max() < 0.2
-            env.settle()
-            assert env.position(bowl)[2] > env.position(below)[2] + 0.015  # and does not fall
+            assert np.abs(env.physics.position(bowl) - env.physics.position(below))[:2].max() < 0.2
+            env.physics.settle()
+            assert env.physics.position(bowl)[2] > env.physics.position(below)[2] + 0.015  # and does not fall
     np.testing.assert_array_equal(places[0], places[2])
     assert np.abs(np.subtract(places[0], places[1])).max() > 1e-3
 

@@ -26,7 +26,6 @@ import train_sft
 import train_wm
 from vlarft import flow, metrics
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.data.augment import Augmentation
 from vlarft.data.episodes import Episode
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.nets.action_head import FlowConfig, FlowHead, SigmaNet
@@ -215,7 +214,7 @@ def test_the_loss_is_surrogate_minus_entropy_plus_matching_loss(world, tmp_path,
     chains, scores = watch(monkeypatch, flow.sample_chain), watch(monkeypatch, flow.chain_log_prob)
     matching = watch(monkeypatch, flow.matching_loss)
     batches = watch(monkeypatch, WindowSampler.batch, WindowSampler)
-    options = {"reward": "r1", "starts": 3, "group": 4, "steps": 2, "epochs": 2, "lr": 3e-5, "sigma_lr": 3e-3}
+    options = {"reward": "r1", "starts": 3, "group": 4, "steps": 2, "epochs": 2, "lr": 1e-4, "sigma_lr": 3e-3}
     log = fine_tune(world, tmp_path, **options, mse_weight=0.7, entropy_weight=0.3, divide_by_std=False)
     sampled = rollouts(chains, 12)
     assert len(log) == len(sampled) == len(batches) == 2 and len(scores) == len(matching) == 4
@@ -345,8 +344,7 @@ def test_training_conditions_on_what_act_conditions_on(world, tmp_path, monkeypa
             assert len(of_sigma_net) >= 2  # sampled and scored
             calls += of_sigma_net
         else:
-            nothing = Augmentation(crop=False, brightness=0, contrast=0, saturation=0, hue=0, pixel_noise=0)
-            same = {"lr": 0.0, "ema": None, "augment": nothing, "init": str(world.policy), "steps": 1}
+            same = {"lr": 0.0, "ema": None, "augment": "none", "init": str(world.policy), "steps": 1}
             train_sft.main(replace(train_sft.PRESETS["smoke"], demos=str(world.demos), out_dir=str(tmp_path), **same))
     episodes = load_episodes(world.demos)
     context, proprio = seen_by_act(VLAPolicy.load(tmp_path / "model.safetensors"), episodes, monkeypatch)
@@ -395,7 +393,7 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
     losses = watch(monkeypatch, WorldModel.token_loss, WorldModel)
     tokenized = watch(monkeypatch, WorldModel.tokenize, WorldModel)
     played = watch(monkeypatch, WorldModel.rollout, WorldModel)
-    options = {"steps": 3, "validate_every": 3, "validation_fraction": 0.2, "context_lookback": 2}
+    options = {"steps": 3, "validation_interval": 3, "validation_fraction": 0.2, "context_lookback": 2}
     files = {"demos": str(world.demos), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
     train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
     episodes = load_episodes(world.demos)
@@ -575,7 +573,7 @@ def test_the_backbone_of_lpips_is_loaded_completely(lpips, tmp_path):
 
 def shares(sampling: Sampling, logits: Tensor, count: int = 40_000) -> list[float]:
     """How often each code is taken."""
-    codes = sampling.draw(logits.expand(count, -1), 1, torch.Generator().manual_seed(0))
+    codes = sampling.sample(logits.expand(count, -1), 1, torch.Generator().manual_seed(0))
     return (torch.bincount(codes, minlength=len(logits)) / count).tolist()
 
 

@@ -1,28 +1,86 @@
-"""The house: a light import, imports that go one way, scripts of one screenful each, a README that tells the truth."""
+"""The house: a light import, imports that go one way and never in a circle, scripts with few flags."""
 
+import argparse
 import ast
+import configparser
+import dataclasses
+import graphlib
 import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from vlarft.run.config import command_line
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODULES = sorted((ROOT / "src" / "vlarft").rglob("*.py"))
+STUDIES = sorted([*ROOT.glob("studies/*.py"), *ROOT.glob("benchmarks/*.py")])
+MODULES = {
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "src" / "vlarft").rglob("*.py"))
+}
+# each room and those that it may import from; the paper's modules stand at the top of src/vlarft
+ROOMS = {
+    "run": {"run"},
+    "nets": {"nets", "run"},
+    "data": {"data", "run"},
+    "paper": {"paper", "data", "nets", "run"},
+    "pretrained": {"pretrained", "paper", "data", "nets", "run"},
+    "sim": {"sim", "paper", "data", "nets", "run"},
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+class Import(NamedTuple):
+    name: str  # dotted, of the module or of what is taken from it
+    at_import: bool  # executed when the file is imported: not in a function, nor for type checkers alone
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """All imports of a file, wherever in the file."""
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            yield from (Import(alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    return found
+            yield from (Import(f"{node.module}.{alias.name}", at_import) for alias in node.names)
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            later = True
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, at_import and not later)
+
+    return walk(ast.parse(path.read_text()), True)
+
+
+def module_of(name: str) -> str:
+    """The module of vlarft that an imported name is or belongs to."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of vlarft that a file imports, wherever in the file."""
+    return {module_of(name) for name, _ in imports(path) if name.split(".")[0] == "vlarft"}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "paper"
+
+
+def packages(path: Path, at_import: bool) -> set[str]:
+    """Packages that a file imports, neither vlarft nor of Python, nor those that an installation always has."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = re.findall(r"^(\w+)", config["options"]["install_requires"], re.MULTILINE)
+    names = {name.split(".")[0] for name, executed in imports(path) if executed >= at_import}
+    return names - {"vlarft", *required} - sys.stdlib_module_names
 
 
 def test_import_is_light_and_silent():
@@ -34,65 +92,111 @@ def test_import_is_light_and_silent():
 def test_public_names_resolve():
     import vlarft
 
+    assert {"VLAPolicy", "WorldModel", "FrameTokenizer", "Normalizer"} <= set(vlarft.__all__) <= set(dir(vlarft))
     for name in vlarft.__all__:
         assert getattr(vlarft, name), name
-    with pytest.raises(AttributeError, match="no attribute 'Trainer'; it exports FrameTokenizer"):
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'; it exports Batch, "):
         vlarft.Trainer  # noqa: B018
 
 
+def test_the_import_graph_has_no_circle():
+    graph = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    for other in imported_modules(MODULES[module]) - {"vlarft"}:
+        assert room(other) in ROOMS[room(module)], f"{module}, of {room(module)}, imports {other}"
+    names = {name.split(".")[0] for name, _ in imports(MODULES[module])}
+    assert not names & {path.stem for path in (*SCRIPTS, *STUDIES)}, "the library imports no script"
+    if room(module) != "sim":
+        assert not names & {"mujoco", "robosuite", "libero"}, f"{module} imports a simulator"
+
+
+def command_lines(path: Path) -> list[argparse.ArgumentParser]:
+    """The parsers of a script, one for each preset: a part that a preset leaves out has no flags there."""
+    module = importlib.import_module(path.stem)
+    return [command_line(preset, module.PRESETS, module.__doc__) for preset in module.PRESETS.values()]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts(path):
-    assert len(path.read_text().splitlines()) <= 320
-    others = {p.stem for p in SCRIPTS}
-    assert not imports(path) & others, "scripts never import scripts"
+def test_scripts_import_no_scripts(path):
+    names = {name.split(".")[0] for name, _ in imports(path)}
+    assert not names & {p.stem for p in SCRIPTS}, "scripts never import scripts"
+    assert not names & {p.stem for p in STUDIES}, "scripts never import studies or benchmarks"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
-def test_imports_go_one_way(path):
-    name = path.relative_to(ROOT / "src" / "vlarft").as_posix()
-    layers = {"base": 0, "network": 1, "room": 2}
-    networks = {"action_bins", "discriminator", "dit", "flow", "flow_networks", "frame_networks", "lora", "normalizer"}
-    networks |= {"reconstruction", "tokenizer", "transformer", "vit", "vlm"}
-    base = {"checkpoint", "config", "distributed", "kv_cache", "memory", "metrics", "runlog"}
-
-    def layer(module: str) -> int:
-        head = module.split(".")[0]
-        return layers["network" if head in networks else "base" if head in base else "room"]
-
-    own = layer(name.removesuffix(".py").replace("/", "."))
-    for module in imports(path):
-        if module.startswith("vlarft."):
-            assert layer(module.removeprefix("vlarft.")) <= own, f"{name} imports {module}"
-        if module.split(".")[0] in ("mujoco", "robosuite", "libero"):
-            assert name.startswith("sim/"), f"{name} imports {module}"
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_have_few_flags(path):
+    """The flags that argparse has, --preset and dotted ones included."""
+    fields = {f.name for f in dataclasses.fields(importlib.import_module(path.stem).Config)}
+    for parser in command_lines(path):
+        flags = [a.dest for a in parser._actions if a.option_strings and a.dest != "help"]
+        assert len(flags) <= 35, flags
+        assert {"preset", *fields} == {name.split(".")[0] for name in flags}
 
 
-def readme_functions() -> list[tuple[str, str]]:
-    return re.findall(r"`(src/vlarft/[\w/]+\.py|\w+\.py):([\w.]+)`", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_help_fits_two_screens(path):
+    parser = max(command_lines(path), key=lambda parser: parser.format_help().count("\n"))
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 110 and max(map(len, lines)) <= 120
+    headings = [line[:-1] for line in lines if re.fullmatch(r"[a-z]+:", line)]
+    order = ["options", "data", "model", "optimisation", "evaluation", "run"]
+    assert headings == [name for name in order if name in headings] and "run" in headings
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "preset")]
+    for action in flags:
+        assert len(action.help.split()) > 2 and not action.help.startswith(("of ", "that ")), action.dest
+    summary = importlib.import_module(path.stem).__doc__.split("\n\n")[0]
+    assert parser.description == summary and summary.endswith(".")
 
 
-def test_readme_has_every_equation():
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| Eq. ")]
-    numbers = {int(n) for row in rows for n in re.findall(r"\((\d+)\)", row.split("|")[1])}
-    assert numbers == set(range(1, 14))
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=lambda p: p.name)
+def test_training_needs_no_simulator(path):
+    assert not [name for name, _ in imports(path) if name.startswith("vlarft.sim")]
 
 
-@pytest.mark.parametrize(("path", "name"), readme_functions(), ids=lambda v: v)
-def test_readme_names_functions_that_exist(path, name):
-    module = path.removeprefix("src/").removesuffix(".py").replace("/", ".")
-    value = importlib.import_module(module)
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert value.__doc__, f"{path}:{name} has no docstring"
+def test_scripts_share_names():
+    """One idea has one name, whatever the script."""
+    fields = {p.stem: importlib.import_module(p.stem).Config.__dataclass_fields__ for p in SCRIPTS}
+    old = {"save_every", "log_every", "validate_every", "val_every", "val_batch", "bf16", "decay", "wrist"}
+    for script, names in fields.items():
+        assert not old & set(names), script
+    shared = {
+        "demos",
+        "camera",
+        "split_seed",
+        "validation_fraction",
+        "validation_interval",
+        "log_interval",
+        "precision",
+    }
+    shared |= {"out_dir", "seed", "steps", "max_minutes", "batch_size", "accumulate", "lr", "warmup", "clip_norm"}
+    shared |= {"save_interval", "keep_interval", "async_save", "size"}
+    for script in ("train_tokenizer", "train_wm", "train_sft"):
+        assert shared <= set(fields[script])
 
 
-def test_readme_commands_name_existing_scripts_and_flags():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^(?:python|torchrun .*?) ?(\w+\.py)(.*)$", text, re.MULTILINE)
-    assert commands
-    for script, flags in commands:
-        module = importlib.import_module(script.removesuffix(".py"))
-        arguments = [w for w in flags.split("#")[0].split() if w.startswith("--")]
-        fields = {"--preset", *("--" + n.replace("_", "-") for n in module.Config.__dataclass_fields__)}
-        for argument in arguments:
-            assert argument.split("=")[0].replace("--no-", "--") in fields, f"{script} has no {argument}"
+@pytest.mark.parametrize("path", [*MODULES.values(), *SCRIPTS], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_optional_packages_are_imported_where_they_are_used(path):
+    assert not packages(path, at_import=True)
+
+
+def test_everything_imports_without_the_optional_packages():
+    optional = sorted(set().union(*(packages(path, at_import=False) for path in MODULES.values())))
+    assert {"mujoco", "h5py", "lpips", "PIL", "av", "pyarrow"} <= set(optional)
+    modules = [name for name in MODULES if not name.endswith("__main__")]
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({optional}))  # importing one of them is an ImportError
+import vlarft
+for name in vlarft.__all__:
+    getattr(vlarft, name)
+for name in {modules}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -137,5 +137,5 @@ def test_fixtures_that_overlap_are_rejected():
 
 def test_impossible_displacement_is_an_error():
     env = make_env("tabletop_object", 0)
-    with pytest.raises(RuntimeError, match="no valid start in 3 draws"):
+    with pytest.raises(RuntimeError, match="no valid start in 3 tries"):
         env.reset(init_state=0, perturb=Perturbation(object_cm=5000.0, max_tries=3))

@@ -212,7 +212,7 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
     policy = make()
     images, proprio = observations()
     before = policy.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 7))
-    policy.add_sigma_net(sigma_max=0.3, noisy_dims=(0, 1, 2, 3, 4, 5))
+    policy.add_sigma_net(sigma_max=0.3)
     torch.nn.init.normal_(policy.sigma_net.net.dit.out.weight)
     policy.save(tmp_path / "p.safetensors")
     loaded = VLAPolicy.load(tmp_path / "p.safetensors")
@@ -225,29 +225,48 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
     chain = sample_chain(loaded.head, loaded.sigma_net, cond, generator=torch.Generator().manual_seed(0))
     score = chain_log_prob(loaded.head, loaded.sigma_net, chain.x, cond)
     torch.testing.assert_close(score.log_prob, chain.log_prob, atol=1e-5, rtol=1e-5)
-    assert not chain.log_prob[..., 6].any() and loaded.normalizer.decode_actions(chain.x[:, -1]).shape == (6, 8, 7)
+    assert loaded.normalizer.decode_actions(chain.x[:, -1]).shape == (6, 8, 7)
+
+
+def test_a_sigma_net_of_other_settings_is_refused():
+    policy = make()
+    net = policy.add_sigma_net(sigma_max=0.3)
+    assert policy.add_sigma_net(sigma_max=0.3) is net  # the same again: kept
+    with pytest.raises(ValueError, match=r"other noise: it has sigma_max 0.3, asked 0.2"):
+        policy.add_sigma_net()
+
+
+def test_a_group_of_chains_by_the_random_numbers_of_the_whole_batch():
+    policy = make()
+    policy.add_sigma_net()
+    images, proprio = observations()
+    context = policy.encode(policy.preprocess(images), TEXTS).detach()
+
+    def sample(rows, part):
+        source = torch.Generator().manual_seed(0)
+        return policy.sample_group(context[rows], torch.from_numpy(proprio[rows]), 3, source, part=part)
+
+    whole = sample(slice(0, 2), (0, 1))
+    assert whole.x.shape == (6, 11, 8, 7) and len({tuple(x[0, 0].tolist()) for x in whole.x}) == 6
+    for rank in range(2):  # start-major: a process's starts come with their whole groups
+        own = sample(slice(rank, rank + 1), (rank, 2))
+        torch.testing.assert_close(own.x, whole.x[3 * rank : 3 * rank + 3], atol=1e-5, rtol=1e-5)
 
 
 def test_stochastic_policy_acts_with_given_noise(tmp_path):
     images, proprio = observations()
-    x0, steps = torch.zeros(2, 8, 7), torch.randn(2, 3, 8, 7, generator=torch.Generator().manual_seed(0))
+    x0, steps = torch.zeros(2, 8, 7), torch.randn(2, 10, 8, 7, generator=torch.Generator().manual_seed(0))
+    policy = make()
     with pytest.raises(ValueError, match="the policy has no sigma net, so it has no noise; fine-tune it"):
-        make().act(images, TEXTS, proprio, noise=x0, step_noise=steps)
-    for kind in ("sigma_net", "flow_sde"):
-        policy = make()
-        plain = policy.act(images, TEXTS, proprio, noise=x0)
-        policy.make_stochastic(kind, noisy_steps=(1, 2, 3), noisy_dims=(0, 1))
-        policy.make_stochastic(kind, noisy_steps=(1, 2, 3))  # the same again: nothing happens
-        policy.save(tmp_path / f"{kind}.safetensors")
-        loaded = VLAPolicy.load(tmp_path / f"{kind}.safetensors")
-        assert (loaded.sigma_net is None) == (kind == "flow_sde") and loaded.cfg == policy.cfg
-        assert torch.equal(loaded.act(images, TEXTS, proprio, noise=x0), plain)
-        noisy = loaded.act(images, TEXTS, proprio, noise=x0, step_noise=steps)
-        assert (noisy - plain).abs().max() > 0.01
-        still = loaded.act(images, TEXTS, proprio, noise=x0, step_noise=0 * steps)
-        assert torch.allclose(still, plain, atol=1e-5) == (kind == "sigma_net")  # flow_sde's drift pulls to the mean
-        with pytest.raises(ValueError, match=r"other noise: it has noisy_steps \(1, 2, 3\), asked None"):
-            policy.make_stochastic(kind, noisy_steps=None)
+        policy.act(images, TEXTS, proprio, noise=x0, step_noise=steps)
+    plain = policy.act(images, TEXTS, proprio, noise=x0)
+    policy.add_sigma_net()
+    policy.save(tmp_path / "policy.safetensors")
+    loaded = VLAPolicy.load(tmp_path / "policy.safetensors")
+    assert torch.equal(loaded.act(images, TEXTS, proprio, noise=x0), plain)
+    assert (loaded.act(images, TEXTS, proprio, noise=x0, step_noise=steps) - plain).abs().max() > 0.01
+    still = loaded.act(images, TEXTS, proprio, noise=x0, step_noise=0 * steps)
+    torch.testing.assert_close(still, plain, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

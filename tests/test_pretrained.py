@@ -263,7 +263,7 @@ def test_folders_without_readable_weights(tokenizer, tmp_path):
         content = file.read_bytes()
         for damaged in (content[:-1000], content[:100], b"version https://git-lfs.github.com/spec/v1\noid sha256:0"):
             file.write_bytes(damaged)
-            with pytest.raises(ValueError, match=rf"weights.{kind} \({len(damaged):,} bytes\) is no readable file"):
+            with pytest.raises(ValueError, match=rf"weights.{kind} \({len(damaged):,} bytes\) is not a readable file"):
                 read_weights(file.parent)
         folder = write(tmp_path / f"sharded_{kind}", tokenizer.state_dict(), kind=f"sharded {kind}")
         (folder / f"weights-00002-of-00002.{kind}").unlink()
@@ -276,7 +276,7 @@ def test_folders_without_readable_weights(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="tensor.pt holds Tensor, expected tensors by name"):
         read_weights(tmp_path / "tensor.pt")
     torch.save({"path": tmp_path}, tmp_path / "code.pt")  # an object that unpickling would have to build
-    with pytest.raises(ValueError, match="code.pt .*is no readable file of tensors .*Weights only"):
+    with pytest.raises(ValueError, match="code.pt .*is not a readable file of tensors .*Weights only"):
         read_weights(tmp_path / "code.pt")
 
 
@@ -285,7 +285,7 @@ def test_configs_of_something_else(tmp_path):
         tokenizer_config(LLAMA_JSON)
     with pytest.raises(ValueError, match="not that of a public world model: it lacks hidden_size, .*act_fn"):
         transformer_config(TOKENIZER_JSON)
-    with pytest.raises(ValueError, match="ours does not compute: context_length=2, expected 1; vq_fsq_levels=14, exp"):
+    with pytest.raises(ValueError, match="unsupported tokenizer: context_length=2, expected 1; vq_fsq_levels=14, exp"):
         tokenizer_config(TOKENIZER_JSON | {"vq_fsq_levels": 14, "context_length": 2})
     for key, value in (
         ("model_type", "qwen2"),
@@ -293,7 +293,7 @@ def test_configs_of_something_else(tmp_path):
         ("rope_scaling", {"type": "linear"}),
         ("rope_parameters", {"rope_theta": 500.0, "rope_type": "llama3"}),
     ):
-        with pytest.raises(ValueError, match="describes a world model that ours does not compute"):
+        with pytest.raises(ValueError, match="describes an unsupported world model"):
             transformer_config(LLAMA_JSON | {key: value})
     (tmp_path / "config.json").write_text('{"hidden_size": ')
     with pytest.raises(ValueError, match=r"config.json is not readable JSON .*download it again"):

@@ -230,7 +230,7 @@ def test_text_tokenizers_that_do_not_fit(policy, monkeypatch):
     with pytest.raises(ValueError, match="bytes_per_token: got 4, expected 1 with a text tokenizer's file"):
         VLAPolicy(replace(policy.cfg, vlm=replace(policy.cfg.vlm, bytes_per_token=4)))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r'read text through `tokenizers`: pip install "vlarft\[public\]"'):
+    with pytest.raises(ImportError, match=r'read text through `tokenizers`: pip install -e "\.\[public\]"'):
         vlm.fill_text(content.encode())
     assert ByteTokenizer.description == "bytes, 259 tokens"  # needs no package
 

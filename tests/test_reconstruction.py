@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from vlarft.tokenizer import PRESETS, FrameTokenizer, Reconstruction
-from vlarft.tokenizer_loss import adversarial_balance, last_layer_gradient, reconstruction_loss
+from vlarft.tokenizer_loss import Weighting, adversarial_balance, last_layer_gradient, reconstruction_loss
 
 
 def test_reconstruction_loss_by_hand():
@@ -21,22 +21,24 @@ def test_reconstruction_loss_by_hand():
     assert_close(parts["future_error"], torch.tensor(1.5 / 4))
     assert_close(loss, torch.tensor(0.25 + 1.5 / 4))
     # The moving pixel has weight 3: (3 * 1 + 0.5) / 4.
-    _, parts = reconstruction_loss(out, context, frames, moving_weight=3.0)
+    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(moving=3.0))
     assert_close(parts["future_error"], torch.tensor(3.5 / 4))
     # Squares of weight 2: (1 + 2 + 0.5 + 2 * 0.25) / 4.
-    _, parts = reconstruction_loss(out, context, frames, square_weight=2.0)
+    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(square=2.0))
     assert_close(parts["future_error"], torch.tensor(1.0))
-    # Against a white usual frame the three black pixels are unusual, and all four of the context.
-    _, parts = reconstruction_loss(out, context, frames, usual_frame=torch.ones(1, 2, 2), unusual_weight=2.0)
+    # Against a white median frame the three black pixels are unusual, and all four of the context.
+    _, parts = reconstruction_loss(
+        out, context, frames, median_frame=torch.ones(1, 2, 2), weighting=Weighting(unusual=2.0)
+    )
     assert_close(parts["future_error"], torch.tensor((1 + 2 * 0.5) / 4))
     # Half resolution: one pixel of target 0.25 and decoded 0.125, averaged with the full resolution.
-    _, parts = reconstruction_loss(out, context, frames, pyramid=2)
+    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(pyramid=2))
     assert_close(parts["future_error"], torch.tensor((1.5 / 4 + 0.125) / 2))
     # Four tokens of one pixel each, codes of square 0.25; the one that moves does not count.
     out.future_codes[0, 0, 0] = 9.0
-    _, parts = reconstruction_loss(out, context, frames, still_weight=0.1)
+    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(still=0.1))
     assert_close(parts["still_code"], torch.tensor(0.25 * 3 / 4))
-    constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1), perceptual_weight=0.5)
+    constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1) / 2)
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
 
 
@@ -45,7 +47,7 @@ def test_last_layer_gradient_against_autograd():
     model = FrameTokenizer(PRESETS["smoke"])
     frames = torch.rand(2, 3, 3, 64, 64)
     out = model(frames[:, 0], frames)
-    loss = reconstruction_loss(out, frames[:, 0], frames, pyramid=2)[0]
+    loss = reconstruction_loss(out, frames[:, 0], frames, weighting=Weighting(pyramid=2))[0]
     (want,) = torch.autograd.grad(loss, model.cond_decoder.conv_out.weight, retain_graph=True)
     assert_close(last_layer_gradient(loss, out), want, atol=1e-7, rtol=1e-4)
     loss.backward()  # the graph is still there

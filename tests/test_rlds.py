@@ -157,7 +157,7 @@ def test_missing_parts_are_named(tmp_path):
         load_episodes(tmp_path)
     for key, value, text in (
         ("steps/action", None, r"record 0 has no numbers in steps/action; it has episode_metadata/file_path"),
-        ("steps/action", [0.5] * 83, r"steps/action has 83 numbers, no whole multiple of the 12 images"),
+        ("steps/action", [0.5] * 83, r"steps/action has 83 numbers, not a multiple of the 12 images"),
         ("steps/action", [0.5] * 83 + [float("nan")], r"steps/action has nan at row 11, column 6"),
         ("steps/language_instruction", [b"a", b"b"], r"language_instruction must be one text, got \['a', 'b'\]"),
         (
@@ -177,7 +177,7 @@ def test_becomes_a_lerobot_set(tmp_path):
     written = [content(i) for i in range(2)]
     make(tmp_path / "rlds", written)
     arguments = [str(tmp_path / "rlds"), str(tmp_path / "set"), "--format", "lerobot", "--images", "png"]
-    with pytest.raises(ValueError, match=r"does not say how many steps a second it has: give --fps \(LIBERO: 20\)"):
+    with pytest.raises(ValueError, match=r"does not state its control steps per second: give --fps \(LIBERO: 20\)"):
         convert(arguments)
     convert([*arguments, "--fps", "20"])
     for one, two in zip(load_episodes(tmp_path / "rlds"), load_episodes(tmp_path / "set"), strict=True):

@@ -85,4 +85,4 @@ def test_batches_are_those_of_the_scripts(load_benchmark):
         expected = [module.PRESETS[preset].batch_size for module in scripts]
         assert batches == [*expected, train_rft.PRESETS[preset].starts]
     sft = {name: train_sft.PRESETS[name] for name in ("paper", "small")}
-    assert [(c.draws, c.lora_rank) for c in sft.values()] == [(1, 64), (4, None)]
+    assert [(c.noise_samples, c.lora_rank) for c in sft.values()] == [(1, 64), (4, None)]

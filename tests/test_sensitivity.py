@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from simulator_reward import SimulatorReward
 
+from vlarft.data import Batch
 from vlarft.data.episodes import load_episodes
 from vlarft.metrics import perceptual
 from vlarft.sensitivity import Perturbations, agreement, half_range, perturb, rewards
-from vlarft.sim.replay import SimulatorReward, TabletopOutcomes
+from vlarft.sim.replay import TabletopOutcomes
 
 
 def test_half_range_is_that_of_the_experts(demos):
@@ -69,11 +71,12 @@ def test_true_outcome_of_the_simulator(demos):
     outcomes = TabletopOutcomes()
     outcome = outcomes.play(episode, 1, chunks)
     assert torch.equal(outcomes.state_error(episode, 1, chunks), outcome.state_error)
-    starts = torch.tensor([[0, 1], [0, 2]])
     rows = torch.from_numpy(chunks)[None].expand(2, -1, -1, -1)
-    reward = SimulatorReward([episode], outcomes)(starts, rows[:, 1:], rows[:, 0])
+    none = torch.empty(2, 0)
+    batch = Batch(none, none, rows[:, 0], none, ["push"] * 2, none, none, index=torch.tensor([[0, 1], [0, 2]]))
+    reward = SimulatorReward([episode], outcomes)(batch, rows[:, 1:])
     assert torch.allclose(reward, -outcome.state_error[1:].float().expand(2, -1, -1))
-    assert outcome.frames.shape == (3, 2, 3, 32, 32) and list(outcomes.environments) == [("tabletop_object", 0)]
+    assert outcome.frames.shape == (3, 2, 3, 32, 32) and len(outcomes.environments) == 1
     assert outcome.state_error[0].abs().max() == 0
     assert 0.0001 < outcome.state_error[1, 0] < outcome.state_error[1, 1] < outcome.state_error[2, 1] < 0.2
     env.step(chunks[2, 0])

@@ -42,10 +42,10 @@ def test_whole_step_against_the_baselines(load_benchmark, transformers, tmp_path
     assert set(report["times_faster"]) == {"ours", "ours, bfloat16"}
     assert set(report["times_faster"]["ours"]) == {"straightforward", "as released", "as released, bfloat16"}
     versions = benchmark.rft_versions
-    whole = versions.verified_reward
-    wrong = lambda *args, **kwargs: whole(*args, **kwargs)._replace(reward=torch.zeros(6, 1))  # noqa: E731
+    whole = versions.Workload.straightforward
+    wrong = lambda work: whole(work)._replace(reward=torch.zeros(6, 1, 8))  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="rewards of ours and of straightforward"):
-        patch.setattr(versions, "verified_reward", wrong)
+        patch.setattr(versions.Workload, "straightforward", wrong)
         benchmark.main(cfg)
     monkeypatch.setattr(versions, "image_reward", lambda frames, *args, **kwargs: torch.zeros(frames.shape[:3]))
     with pytest.raises(RuntimeError, match="ours and as released agree on 0.000 of the rewards"):

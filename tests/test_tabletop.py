@@ -29,13 +29,13 @@ def action(**axes):
 
 def episode_digest(suite, task, seed):
     """Hash of states, proprio and images of a noisy episode of 20 steps."""
-    env = make_env(suite, task, 32, wrist=True)
+    env = make_env(suite, task, 32, cameras=("agentview", "eye_in_hand"))
     env.reset(seed=seed)
     expert = Expert(env, seed=seed, action_noise=0.5, gripper_flips=0.2)
     digest = hashlib.sha256()
     for _ in range(20):
         obs = env.observe()
-        for part in (env.get_state(), obs["agentview"], obs["wrist"], obs["proprio"]):
+        for part in (env.get_state(), obs["agentview"], obs["eye_in_hand"], obs["proprio"]):
             digest.update(part.tobytes())
         env.step(expert.act().executed)
     return digest.hexdigest()
@@ -71,9 +71,9 @@ def test_observation_interface(env):
     assert obs["instruction"] == "pick up the red block and place it in the bin"
     np.testing.assert_allclose(obs["proprio"][:3], env.hand_position, atol=1e-6)
     np.testing.assert_allclose(obs["proprio"][3:], [0, 0, 0, 0.04, -0.04], atol=1e-3)
-    wide = make_env("tabletop_object", 0, (24, 40), wrist=True)
+    wide = make_env("tabletop_object", 0, (24, 40), cameras=("agentview", "eye_in_hand"))
     wide.reset(seed=0)
-    assert wide.observe()["agentview"].shape == wide.observe()["wrist"].shape == (24, 40, 3)
+    assert wide.observe()["agentview"].shape == wide.observe()["eye_in_hand"].shape == (24, 40, 3)
 
 
 def test_every_block_is_five_pixels_wide_and_of_its_colour(env):
@@ -316,7 +316,7 @@ def test_import_needs_no_mujoco_and_making_an_env_says_how_to_get_it():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert 'pip install "vlarft[sim]"' in run.stdout
+    assert 'pip install -e ".[sim]"' in run.stdout
 
 
 def test_an_old_mujoco_is_refused(monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 from vlarft.run import checkpoint, distributed
 from vlarft.run.checkpoint import load_train_state, read_header
 from vlarft.run.ema import EMA
+from vlarft.run.log import RunLog
 from vlarft.run.train_state import TrainState
 
 
@@ -162,6 +163,26 @@ def test_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
     assert load_train_state(tmp_path / "train_state.pt")["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "train_state.pt"]
     train(tmp_path, 1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "asynchronous"])
+def test_copies_of_the_model_are_kept(tmp_path, asynchronous):
+    net = Net()
+    state = TrainState(tmp_path, {"net": net}, asynchronous, keep_interval=2)
+    saved = []
+    for step in range(1, 6):
+        with torch.no_grad():
+            net.blocks[0].weight.fill_(step)
+        if state.due(step, 3):
+            state.save({"step": step}, net, NetConfig(), {"step": step})
+            saved.append(step)
+    state.finish(RunLog(tmp_path, 5, "test"))
+    assert saved == [2, 3, 4]
+    names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert names == ["model.safetensors", "model_000002.safetensors", "model_000004.safetensors"]
+    for step in (2, 4):
+        path = tmp_path / f"model_{step:06d}.safetensors"
+        assert (load_file(path)["blocks.0.weight"] == step).all() and read_header(path).extra == {"step": step}
 
 
 def limit_file_size(size: int) -> None:

@@ -16,9 +16,10 @@ from vlarft.run.checkpoint import load_train_state, read_header
 from vlarft.run.config import parse
 from vlarft.tokenizer import FrameTokenizer
 
-SMOKE = replace(PRESETS["smoke"], steps=6, save_every=2, validate_every=3, log_every=1, validation_fraction=0.2)
-AUGMENT = Augmentation(brightness=0.1, contrast=0.1, saturation=0.1)
-GAN = replace(SMOKE, gan_start=2, augment=AUGMENT, unusual_weight=1.0, context_lookback=5)
+SMOKE = replace(
+    PRESETS["smoke"], steps=6, save_interval=2, validation_interval=3, log_interval=1, validation_fraction=0.2
+)
+GAN = replace(SMOKE, gan_start=2, augment="full", weighting="uniform", context_lookback=5)
 
 
 def run(demos, out_dir, base=SMOKE, **changes) -> dict:
@@ -40,14 +41,14 @@ def networks(out_dir) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_trains_and_writes_its_files(demos, tmp_path):
-    metrics = run(demos, tmp_path / "run", steps=30, validate_every=30, save_every=30)
+    metrics = run(demos, tmp_path / "run", steps=30, validation_interval=30, save_interval=30)
     found = losses(tmp_path / "run")
     assert len(found) == 30 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
     assert metrics["val_psnr_future"] > 8 and metrics["val_psnr_moving_copy"] < 20
     extra = read_header(tmp_path / "run" / "model.safetensors").extra
     train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
     assert extra["held_out_episodes"] == [e.name for e in held_out] and len(extra["train_episodes"]) == len(train) == 5
-    assert FrameTokenizer.load(tmp_path / "run" / "model.safetensors").cfg == SMOKE.model
+    assert FrameTokenizer.load(tmp_path / "run" / "model.safetensors").cfg == SMOKE.network()
     from PIL import Image
 
     picture = np.asarray(Image.open(tmp_path / "run" / "reconstructions.png"))
@@ -88,7 +89,7 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
     "changes", [{"accumulate": 4}, {"checkpoint_activations": True}], ids=["accumulated", "recomputed"]
 )
 def test_how_a_step_is_computed_does_not_change_it(demos, tmp_path, changes):
-    steps = {"steps": 4, "save_every": 4, "validate_every": 4}
+    steps = {"steps": 4, "save_interval": 4, "validation_interval": 4}
     run(demos, tmp_path / "one", GAN, **steps)
     run(demos, tmp_path / "two", GAN, **steps, **changes)
     logs = log_of(tmp_path / "one"), log_of(tmp_path / "two")
@@ -103,29 +104,26 @@ def test_how_a_step_is_computed_does_not_change_it(demos, tmp_path, changes):
 def test_adversarial_term_steps_both_networks(demos, tmp_path):
     logs = {}
     for name, weight in (("with", 0.1), ("without", 0.0)):
-        changes = {"steps": 5, "gan_start": 1, "gan_weight": weight, "save_every": 5, "validate_every": 5}
-        run(demos, tmp_path / name, GAN, **changes)
+        changes = {"steps": 5, "gan_start": 1, "gan_weight": weight, "save_interval": 5, "validation_interval": 5}
+        run(demos, tmp_path / name, replace(GAN, augment="none", weighting="small_objects"), **changes)
         logs[name] = log_of(tmp_path / name)
     rows = logs["with"]
     assert "balance" not in rows[0] and rows[1]["balance"] == 0 < rows[2]["balance"]  # known one step later
     for row in rows[1:]:
-        pixels = row["context_error"] + row["future_error"] + SMOKE.still_weight * row["still_code"]
+        pixels = row["context_error"] + row["future_error"] + 0.6 * row["still_code"]
         assert row["loss"] == pytest.approx(pixels + 0.1 * row["balance"] * row["adversarial"], rel=1e-5)
         # before and after the tokenizer's step the discriminator sees the same decoded frames
         assert row["logit_decoded"] == pytest.approx(-row["adversarial"], abs=1e-5)
     assert rows[2]["hinge"] != rows[1]["hinge"] and losses(tmp_path / "with")[:2] == losses(tmp_path / "without")[:2]
     one, two = networks(tmp_path / "with"), networks(tmp_path / "without")
     assert not torch.equal(one["tokenizer.cond_decoder.conv_out.weight"], two["tokenizer.cond_decoder.conv_out.weight"])
-    fixed = {"gan_balance": "fixed", "steps": 3, "gan_start": 1, "validate_every": 3}
-    run(demos, tmp_path / "fixed", GAN, **fixed)
-    assert [row["balance"] for row in log_of(tmp_path / "fixed")[1:]] == [1, 1]
 
 
 def test_a_segment_is_augmented_as_one(demos):
     sampler = WindowSampler(load_episodes(demos), 9, 9)
     cfg = replace(GAN, batch_size=4, future_frames=9, context_lookback=0)
     context, frames = train_batch(cfg, sampler, 3, (0, 1), torch.device("cpu"))
-    plain = train_batch(replace(cfg, augment=OFF), sampler, 3, (0, 1), torch.device("cpu"))
+    plain = train_batch(replace(cfg, augment="none"), sampler, 3, (0, 1), torch.device("cpu"))
     assert torch.equal(plain[0], plain[1][:, 0])  # the context frame is the segment's first, and stays it
     torch.testing.assert_close(context, frames[:, 0])
     corner = frames[:, :, :, 0, 0]  # background, (B, L, C)
@@ -134,8 +132,9 @@ def test_a_segment_is_augmented_as_one(demos):
     for whole, column in zip((context, frames), zip(*halves)):
         assert torch.equal(torch.cat(column), whole)
     assert not torch.equal(train_batch(cfg, sampler, 4, (0, 1), torch.device("cpu"))[0], context)
-    assert PRESETS["paper"].gan_start == 10_000 and PRESETS["paper"].augment == AUGMENT
-    assert all(PRESETS[name].gan_start is None and PRESETS[name].augment == OFF for name in ("tiny", "smoke"))
+    assert PRESETS["paper"].gan_start == 10_000 and PRESETS["paper"].augment == "full"
+    assert train_tokenizer.AUGMENTATIONS["full"] == Augmentation(brightness=0.1, contrast=0.1, saturation=0.1)
+    assert all(PRESETS[name].gan_start is None and PRESETS[name].augment == "none" for name in ("tiny", "smoke"))
 
 
 def test_crops_keep_a_share_of_the_area():
@@ -149,29 +148,29 @@ def test_crops_keep_a_share_of_the_area():
 
 
 def test_perceptual_term_is_added(demos, tmp_path):
-    run(demos, tmp_path, steps=1, perceptual="ssim", still_weight=0.0)
+    run(demos, tmp_path, steps=1, perceptual="ssim")
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert entry["loss"] == pytest.approx(
-        entry["context_error"] + entry["future_error"] + entry["perceptual"], rel=1e-5
-    )
+    pixels = entry["context_error"] + entry["future_error"] + 0.6 * entry["still_code"]
+    assert entry["loss"] == pytest.approx(pixels + entry["perceptual"], rel=1e-5) and entry["still_code"] > 0
 
 
 def test_the_clock_ends_a_run(demos, tmp_path):
-    run(demos, tmp_path, steps=10_000, max_minutes=0.02, validate_every=10_000, save_every=10_000)
+    run(demos, tmp_path, steps=10_000, max_minutes=0.02, validation_interval=10_000, save_interval=10_000)
     assert 1 <= len(losses(tmp_path)) < 1000 and (tmp_path / "model.safetensors").is_file()
 
 
-def test_errors(demos, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"images of 64x64, the tokenizer is for 32x32: give --model.image-size 64 64"):
-        run(demos, tmp_path / "a", model=replace(SMOKE.model, image_size=(32, 32)))
+def test_errors(demos, tmp_path, capsys, monkeypatch):
+    with pytest.raises(ValueError, match=r"images of 64x64, the tokenizer is for 32x32: give --image-size 64 64"):
+        run(demos, tmp_path / "a", image_size=(32, 32))
     with pytest.raises(ValueError, match="future_frames=10 exceeds segment=9"):
         run(demos, tmp_path / "b", future_frames=10)
     with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
         run(demos, tmp_path / "b", accumulate=3)
-    with pytest.raises(ValueError, match=r"unusual_weight=6.0 compares .* give --unusual-weight 1"):
-        run(demos, tmp_path / "b", augment=AUGMENT)
+    with pytest.raises(ValueError, match=r"small_objects compares .* give --weighting uniform or --augment none"):
+        run(demos, tmp_path / "b", augment="full")
     with pytest.raises(ValueError, match="images of 64x64 are too small for a discriminator of 6 convolutions"):
-        run(demos, tmp_path / "b", gan_start=0, discriminator=PRESETS["paper"].discriminator)
+        monkeypatch.setitem(train_tokenizer.DISCRIMINATORS, "smoke", train_tokenizer.DISCRIMINATORS["paper"])
+        run(demos, tmp_path / "b", gan_start=0)
     assert not (tmp_path / "b").exists()
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         run(tmp_path / "nowhere", tmp_path / "c")
@@ -179,5 +178,5 @@ def test_errors(demos, tmp_path, capsys):
     with pytest.raises(ValueError, match="lr: 0.002 against 0.1"):
         run(demos, tmp_path / "d", steps=1, lr=0.1)
     with pytest.raises(SystemExit) as stop:
-        parse(Config, PRESETS, ["--preset", "smoke", "--model.image-size", "60", "64"])
+        parse(Config, PRESETS, ["--preset", "smoke", "--image-size", "60", "64"])
     assert stop.value.code == 2 and "image_size 60x64 cannot be tokenized" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from vlarft.run.checkpoint import save_model
 from vlarft.token_sampling import Sampling, restrict
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import TokenizerConfig
-from vlarft.world_model import PRESETS, TokenLayout, WorldModel, WorldModelConfig
+from vlarft.world_model import PRESETS, WorldModel, WorldModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = TokenizerConfig(
@@ -71,11 +71,11 @@ def test_paper_preset_size_and_layout():
 
 
 def test_layout_matches_the_published_sequence():
-    golden, layout = load_file(GOLDEN / "world_model_sequence.safetensors"), TokenLayout(PRESETS["paper"])
+    golden, layout = load_file(GOLDEN / "world_model_sequence.safetensors"), PRESETS["paper"].layout
     bins = golden["action_ids"].long()[:, :8] - layout.action_offset
     ids = layout.sequence(golden["ctx_tokens"][:, 0].long(), golden["dyn_tokens"].long(), bins)
     assert torch.equal(ids, golden["input_ids"].long()[:, :1656])  # which ends with one more copy of the last action
-    release = TokenLayout(replace(PRESETS["paper"], loss_on_actions=True))
+    release = replace(PRESETS["paper"], loss_on_actions=True).layout
     labelled = (golden["labels"][0, :1656] != -100).nonzero()[:, 0]
     assert torch.equal(release.target_positions(8), labelled)
     frames = labelled[golden["input_ids"][0, labelled] < layout.num_future_codes]
@@ -83,9 +83,8 @@ def test_layout_matches_the_published_sequence():
 
 
 def test_layout_by_hand():
-    layout = TokenLayout(
-        SMALL
-    )  # 9 future codes, 15 context codes, 8 bins; 16 context tokens, 4 per frame, 2 per action
+    # 9 future codes, 15 context codes, 8 bins; 16 context tokens, 4 per frame, 2 per action
+    layout = SMALL.layout
     assert (layout.context_offset, layout.action_offset, layout.vocab_size) == (9, 24, 34)
     future = torch.arange(8).reshape(1, 2, 4)
     ids = layout.sequence(torch.zeros(1, 16, dtype=torch.long), future, torch.tensor([[[0, 7]]]))
@@ -238,13 +237,13 @@ def test_imagination_in_bfloat16(options):
 
 def test_cached_logits_equal_the_full_forward(monkeypatch):
     model, seen = make(), []
-    draw = Sampling.draw
+    sample = Sampling.sample
 
     def record(self, logits, group_size, generator):
         seen.append(logits)
-        return draw(self, logits, group_size, generator)
+        return sample(self, logits, group_size, generator)
 
-    monkeypatch.setattr(Sampling, "draw", record)
+    monkeypatch.setattr(Sampling, "sample", record)
     start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 3, 2) * 2 - 1
     rollout = model.rollout(start, actions, temperature=2.0, top_p=1.0, generator=torch.Generator().manual_seed(0))
     cached = torch.stack(seen, dim=1).unflatten(1, (3, 4)).unflatten(0, (2, 2))  # (S, G, T, Nf, V)
@@ -254,26 +253,24 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
         assert_close(cached[:, g], want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("history", ["frames", "start"])
-def test_divergence_is_that_of_the_full_forwards_distributions(monkeypatch, history):
+def test_divergence_is_that_of_the_full_forwards_distributions(monkeypatch):
     model = make()
     frames, actions, reference = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1, torch.rand(2, 3, 2) - 0.5
     actions[1, 2] = reference[1]
     context, future = model.tokenize(frames)
-    seen = future[:, :1].expand_as(future) if history == "start" else future
 
     def probabilities(chunk):  # (2, T, Nf, V)
-        return full_logits(model, context, seen, chunk).double().softmax(-1)
+        return full_logits(model, context, future, chunk).double().softmax(-1)
 
     theirs = probabilities(reference)
     ours = torch.stack([probabilities(actions[:, g]) for g in range(3)], 1)
     want = (theirs[:, None] * (theirs[:, None] / ours).log()).sum((-1, -2))
-    found = model.divergence(frames, actions, reference, history)
+    found = model.divergence(frames, actions, reference)
     assert found.shape == (2, 3, 3) and want[0].min() > 1e-4
     assert_close(found.double(), want, atol=1e-5, rtol=1e-3)
     assert found[1, 2].abs().max() < 1e-6 < found[1, 0].min()
     monkeypatch.setattr("vlarft.world_model.rows_at_once", lambda bytes_per_row, device: 1)
-    assert_close(model.divergence(frames, actions, reference, history), found)
+    assert_close(model.divergence(frames, actions, reference), found)
 
 
 def test_prefix_is_computed_once_per_start(monkeypatch):
@@ -362,10 +359,10 @@ def test_restrict_by_hand():
 
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20000, 3)
-    got = Sampling(top_p=1.0).draw(logits, 1, torch.Generator().manual_seed(0))
+    got = Sampling(top_p=1.0).sample(logits, 1, torch.Generator().manual_seed(0))
     share = torch.bincount(got, minlength=3) / len(got)
     assert_close(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.015, rtol=0)
-    shared = Sampling(top_p=1.0, common_random_numbers=True).draw(logits, 4, torch.Generator().manual_seed(0))
+    shared = Sampling(top_p=1.0, common_random_numbers=True).sample(logits, 4, torch.Generator().manual_seed(0))
     assert (shared.unflatten(0, (-1, 4)) == shared[::4, None]).all()
 
 

@@ -109,7 +109,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
     image = np.asarray(load_episodes(demos, "front")[0].images[3])
     actions = policy.act({"front": image, "proprio": np.zeros(JOINTS), "instruction": "fold the towel"})
     assert actions.shape == (8, JOINTS) and set(actions[:, 5].tolist()) <= {-1.0, 1.0}
-    assert policy.cfg.flow.noisy_dims == tuple(range(JOINTS))
+    assert policy.cfg.flow.action_dim == JOINTS
     assert policy.cfg.cameras == ("front",) and policy.cfg.flow.proprio_dim == JOINTS
 
 

@@ -1,4 +1,4 @@
-"""Actions as tokens: uniform bins over a stored range, one per dimension.
+"""Action tokens: uniform bins over a stored range for each action dimension.
 
 Shapes: A action dim.
 """
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class ActionBins(nn.Module):
-    """Uniform bins per action dimension over stored ranges, in raw environment units.
+    """Discretise raw environment actions into uniform bins over one stored range per dimension.
 
     bin = clip(floor(num_bins * clip((a - low) / (high - low + 1e-8), 0, 1)), 0, num_bins - 1)
 
     Args:
-        action_dim: action dimensions A.
+        action_dim: A.
         num_bins: bins per dimension.
     """
 
@@ -26,7 +26,11 @@ class ActionBins(nn.Module):
         self.register_buffer("high", torch.ones(action_dim))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Store the range (A,) of each dimension; a dimension that never moves gets one of width 2 around its value."""
+        """Store the raw range of each dimension, low and high (A,); a constant one gets width 2 around its value.
+
+        Raises:
+            ValueError: other shapes, numbers that are not finite, or low above high.
+        """
         low, high = torch.as_tensor(low).float(), torch.as_tensor(high).float()
         if low.shape != self.low.shape or high.shape != self.high.shape:
             raise ValueError(f"expected {len(self.low)} action ranges, got {tuple(low.shape)} and {tuple(high.shape)}")
@@ -37,22 +41,26 @@ class ActionBins(nn.Module):
         self.high.copy_(torch.where(still, high + 1, high))
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Raw actions (..., A) -> bins (..., A) int64; values outside the ranges fall into the outermost bins."""
+        """Encode raw actions (..., A) as bins (..., A) int64; values outside the ranges fall into the outermost bins.
+
+        Raises:
+            ValueError: another action dim.
+        """
         if actions.shape[-1] != len(self.low):
             raise ValueError(f"expected actions of dimension {len(self.low)}, got shape {tuple(actions.shape)}")
         share = ((actions.float() - self.low) / (self.high - self.low + 1e-8)).clamp(0, 1)
-        return (share * self.num_bins).floor().clamp(0, self.num_bins - 1).long()
+        return (share * self.num_bins).floor().clamp(0, self.num_bins - 1).long()  # share 1 floors to num_bins
 
     def decode(self, bins: Tensor) -> Tensor:
-        """Bins (..., A) -> raw actions at the bins' centres, float32."""
+        """Decode bins (..., A) to raw actions (..., A) at the bins' centres, float32."""
         return self.low + (bins + 0.5) / self.num_bins * (self.high - self.low)
 
     def outside(self, actions: Tensor) -> Tensor:
-        """Share of action values outside the ranges by more than rounding, a scalar."""
+        """Return the share of the values of raw actions (..., A) outside the ranges by more than rounding, a scalar."""
         return self._beyond(actions).float().mean()
 
     def warn_outside(self, actions: Tensor) -> None:
-        """Say once that actions to be imagined lie outside the ranges, with their number and dimensions."""
+        """Warn, once per object, if values of raw actions (..., A) lie outside the ranges."""
         if self.warned:
             return
         beyond = self._beyond(actions)
@@ -67,6 +75,7 @@ class ActionBins(nn.Module):
             )
 
     def _beyond(self, actions: Tensor) -> Tensor:
-        """(..., A) bool; nan counts as outside."""
+        """Mark the values of raw actions (..., A) outside the ranges: (..., A) bool."""
         slack = 1e-4 * (self.high - self.low)
+        # negated, so that nan, for which every comparison is false, counts as outside
         return ~((actions >= self.low - slack) & (actions <= self.high + slack))

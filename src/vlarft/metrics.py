@@ -1,10 +1,9 @@
-"""Measures of images, rankings and success rates.
+"""Image metrics: MSE, PSNR, SSIM and perceptual distances.
 
 Images are float in [0, 1], (..., C, H, W), compared in float32; the leading axes are kept in the result.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlarft.run.optional import optional
+
 LPIPS_BACKBONE = "vgg16-397923af.pth"
 
 
 def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per image.
+    """Compute the mean squared error per image.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
-        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without any counts as nan.
+        mask: (..., 1, H, W) bool, the pixels that count; None = all. An image without any gives nan.
 
     Returns:
         (...) float32.
@@ -28,29 +29,29 @@ def mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     error = (pred.float() - target.float()).square()
     if mask is None:
         return error.mean(dim=(-3, -2, -1))
-    mask = mask.expand(error.shape).float()
+    mask = mask.expand(error.shape).float()  # over the channels too, so that the sum counts each of them
     return (error * mask).sum(dim=(-3, -2, -1)) / mask.sum(dim=(-3, -2, -1))
 
 
 def psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
+    """Compute the peak signal-to-noise ratio per image [dB], range 1; inf for equal images. Arguments as in `mse`."""
     return -10 * mse(pred, target, mask).log10()
 
 
 def pooled_psnr(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> float:
-    """PSNR [dB] of the mean squared error over all pixels (of `mask`) of all images together.
+    """Compute the PSNR [dB] of the mean squared error over all pixels (of `mask`) of all images together.
 
     Unlike the mean of per-image values, it is finite when single images are perfect or have no pixel in the mask.
     Arguments as in `mse`; nan when no pixel counts.
     """
     error = (pred.float() - target.float()).square()
     mask = torch.ones_like(error) if mask is None else mask.expand(error.shape).float()
-    share = float((error * mask).double().sum() / mask.double().sum())
-    return -10 * math.log10(share) if share > 0 else math.inf if share == 0 else math.nan
+    mean = float((error * mask).double().sum() / mask.double().sum())  # nan for an empty mask
+    return -10 * math.log10(mean) if mean > 0 else math.inf if mean == 0 else math.nan
 
 
 def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) -> Tensor:
-    """Pixels that differ from the context frame.
+    """Mark the pixels that differ from the context frame.
 
     Args:
         frames: (..., C, H, W), true frames.
@@ -64,7 +65,7 @@ def moving_mask(frames: Tensor, context_frame: Tensor, threshold: float = 0.04) 
 
 
 class Windows(NamedTuple):
-    """What SSIM needs of images alone: themselves (N, C, H, W), and the mean and variance of their windows."""
+    """The part of SSIM that depends on one image alone: images (N, C, H, W), and mean and variance of their windows."""
 
     image: Tensor
     mean: Tensor  # (N, C, H - window + 1, W - window + 1)
@@ -72,21 +73,21 @@ class Windows(NamedTuple):
 
 
 def _blur(x: Tensor, window: int, sigma: float) -> Tensor:
-    """(..., H, W) -> (..., H - window + 1, W - window + 1), Gaussian means of the windows inside."""
+    """Average the windows inside the image, Gaussian weights: (..., H, W) -> (..., H - window + 1, W - window + 1)."""
     height, width = (_gaussian_means(length, window, sigma, x.device) for length in x.shape[-2:])
-    return height @ (x @ width.T)
+    return height @ (x @ width.T)  # a Gaussian is separable: along W, then along H
 
 
 def _gaussian_means(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
-    """Matrix (length - window + 1, length) of the means along a line: faster than convolutions of single channels."""
+    """Build the matrix (length - window + 1, length) that averages along an axis: faster than a convolution."""
     starts = torch.arange(length - window + 1, device=device)[:, None]
-    offsets = torch.arange(length, device=device) - starts - (window - 1) / 2
+    offsets = torch.arange(length, device=device) - starts - (window - 1) / 2  # pixels from each window's centre
     weights = torch.exp(-offsets.square() / (2 * sigma**2)) * (offsets.abs() <= (window - 1) / 2)
     return weights / weights.sum(1, keepdim=True)
 
 
 def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Windows:
-    """The part of `ssim` that depends on one of the images (..., C, H, W), in [0, 1], leading axes flattened.
+    """Compute the part of `ssim` that depends on one image alone, for images (..., C, H, W) in [0, 1], N in all.
 
     Raises:
         ValueError: images smaller than the window.
@@ -96,22 +97,22 @@ def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Window
         raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
     images = images.float().flatten(0, -4)
     mean = _blur(images, window, sigma)
-    return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)
+    return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)  # variance: E[x^2] - E[x]^2
 
 
 def ssim_to(pred: Tensor, target: Windows, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """`ssim` of pred (..., C, H, W) to the images of `target`, N of them; each serves a run of consecutive images."""
+    """Compute `ssim` of pred (..., C, H, W), N runs of R consecutive images, to N targets, one per run."""
     x = Windows(*(part.unflatten(0, (len(target.image), -1)) for part in ssim_windows(pred, window, sigma)))
-    y = Windows(*(part[:, None] for part in target))  # (N, 1, C, ...)
+    y = Windows(*(part[:, None] for part in target))  # x: (N, R, C, ...), y: (N, 1, C, ...)
     covariance = _blur(x.image * y.image, window, sigma) - x.mean * y.mean
-    c1, c2 = 0.01**2, 0.03**2
+    c1, c2 = 0.01**2, 0.03**2  # the usual constants, for range 1
     value = (2 * x.mean * y.mean + c1) * (2 * covariance + c2)
     value = value / ((x.mean**2 + y.mean**2 + c1) * (x.variance + y.variance + c2))  # (N, R, C, H', W')
     return value.mean(dim=(-3, -2, -1)).reshape(pred.shape[:-3])
 
 
 def ssim(pred: Tensor, target: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity per image, range 1, Gaussian window, mean over channels and over windows inside the image.
+    """Compute the structural similarity per image: range 1, Gaussian window, mean over channels and inner windows.
 
     Args:
         pred, target: (..., C, H, W) in [0, 1].
@@ -150,63 +151,66 @@ class PerceptualDistance(nn.Module):
             self.lpips = _load_lpips(weights)
 
     def bytes_per_image(self, image: Tensor) -> int:
-        """Temporary results of a comparison with an image (..., C, H, W), roughly: those at its full resolution."""
-        maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG-16 has 64 channels there
+        """Estimate the bytes that comparing one image (..., C, H, W) takes, by its maps at full resolution."""
+        maps = 6 * 64 if self.name == "lpips" else 16 * image.shape[-3]  # VGG16 has 64 channels there
         return maps * image.shape[-2] * image.shape[-1] * 4
 
     def features(self, target: Tensor) -> Windows | list[Tensor] | None:
-        """What a comparison with `target` (..., C, H, W) needs, leading axes flattened."""
+        """Compute once what comparisons with `target` (..., C, H, W) need; its leading axes are flattened.
+
+        Returns:
+            The windows of "ssim", the unit-length features of each VGG16 stage of "lpips", or None.
+        """
         if self.name == "none":
             return None
         if self.name == "ssim":
             return ssim_windows(target)
-        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)
+        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)  # LPIPS takes [-1, 1]
         layers = self.lpips.net(images.to(next(self.lpips.net.parameters()).dtype))
-        return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]
+        return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]  # (N, channels, h, w) each
 
     def distance_to(self, pred: Tensor, features: Windows | list[Tensor] | None) -> Tensor:
-        """Distance of pred (..., C, H, W) to the images behind `features`, which may have fewer rows if they repeat.
+        """Compute the distance of pred (..., C, H, W) to the images that `features` were computed from: (...) float32.
 
-        Each run of consecutive images of `pred` is compared with one of the target's, in order.
+        These may be fewer: `pred` is then cut into as many runs of consecutive images, each compared with one of them.
         """
         if self.name == "none":
             return pred.new_zeros(pred.shape[:-3], dtype=torch.float32)
         if self.name == "ssim":
             return (1 - ssim_to(pred, features)) / 2
         total = pred.new_zeros(pred.shape[:-3].numel(), dtype=torch.float32)
-        ours = self.features(pred)
-        for head, mine, theirs in zip(self.lpips.lins, ours, features, strict=True):
-            theirs = theirs.repeat_interleave(mine.shape[0] // theirs.shape[0], 0)
-            total = total + head((mine - theirs).square()).mean(dim=(1, 2, 3))
+        for head, x, y in zip(self.lpips.lins, self.features(pred), features, strict=True):
+            y = y.repeat_interleave(x.shape[0] // y.shape[0], 0)  # the run of images that share a target
+            total = total + head((x - y).square()).mean(dim=(1, 2, 3))  # head: weighted sum over channels
         return total.reshape(pred.shape[:-3])
 
     def to_bfloat16(self) -> "PerceptualDistance":
-        """Cast the backbone, where there is one, in place; distances are taken in float32."""
+        """Cast the backbone, if there is one, to bfloat16 in place; distances are still computed in float32."""
         if self.name == "lpips":
             self.lpips.net.to(torch.bfloat16, memory_format=torch.channels_last)
         return self
 
     def compile_network(self) -> None:
-        """`torch.compile` the backbone, where there is one."""
+        """`torch.compile` the backbone, if there is one."""
         if self.name == "lpips":
             self.lpips.net.compile()
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """pred, target: (..., C, H, W) in [0, 1] -> (...) float32."""
+        """Compute the distance per image, pred and target (..., C, H, W) in [0, 1] -> (...) float32."""
         return self.distance_to(pred, self.features(target))
 
 
 def perceptual(name: Literal["lpips", "ssim", "none"], weights: str | Path | None = None) -> PerceptualDistance:
-    """The perceptual distance of that name, frozen.
+    """Build the named perceptual distance, frozen and in eval mode.
 
     Args:
         name: "lpips", "ssim" or "none".
         weights: file of the VGG16 backbone for lpips; None = torchvision's cache.
 
     Raises:
-        FileNotFoundError: the backbone's weights are not to be had. Random ones are never used.
+        FileNotFoundError: no file with the backbone's weights. Random ones are never used.
         ImportError: lpips is not installed.
-        ValueError: another name.
+        ValueError: another name, or weights for a distance that has none.
     """
     return PerceptualDistance(name, weights).eval().requires_grad_(False)
 
@@ -219,11 +223,9 @@ def _load_lpips(weights: str | Path | None) -> nn.Module:
             f"https://download.pytorch.org/models/{LPIPS_BACKBONE} to that place, give its path as "
             "--perceptual-weights, or choose --perceptual ssim or --perceptual none, which need no weights"
         )
-    try:
+    with optional("the perceptual distance lpips needs lpips", "lpips"):
         import lpips
-    except ImportError as error:
-        raise ImportError('the perceptual distance lpips needs: pip install "vlarft[lpips]"') from error
-    # pnet_rand only keeps the package from fetching the backbone itself: every weight is loaded below, strictly.
+    # pnet_rand only keeps the package from downloading the backbone: every weight of it is loaded below, strictly
     model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     stored = torch.load(path, map_location="cpu", weights_only=True)
     wanted = model.net.state_dict()
@@ -232,118 +234,3 @@ def _load_lpips(weights: str | Path | None) -> nn.Module:
         raise ValueError(f"{path} is not torchvision's VGG16: it lacks {', '.join(missing[:5])}")
     model.net.load_state_dict({key: stored[name] for key, name in renamed.items()})
     return model
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 along the last axis, ties sharing their mean rank; float64."""
-    values = values.double()
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return below + (equal - 1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last axis: (..., n) twice -> (...) float64; nan for a constant input."""
-    x, y = ranks(a), ranks(b)
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
-
-
-def pair_order(a: Tensor, b: Tensor) -> Tensor:
-    """Share of pairs along the last axis that a and b put in the same order; 0.5 is chance.
-
-    Pairs that tie in `b` do not count, those that tie in `a` alone count half.
-
-    Args:
-        a, b: (..., n).
-
-    Returns:
-        (...) float64; nan where every pair ties in `b`.
-    """
-    i, j = torch.triu_indices(a.shape[-1], a.shape[-1], offset=1, device=a.device)
-    sign_a = (a[..., i] - a[..., j]).double().sign()
-    sign_b = (b[..., i] - b[..., j]).double().sign()
-    counts = sign_b != 0
-    return ((sign_a * sign_b + 1) / 2 * counts).sum(-1) / counts.sum(-1)
-
-
-class RankAgreement(NamedTuple):
-    """Mean over rows of Spearman's rank correlation, its standard error, and the share of pairs in the right order."""
-
-    spearman: float
-    standard_error: float
-    pair_order: float
-
-
-def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
-    """How well a score (S, n), higher = better, orders the columns of each row by their error (S, n).
-
-    A row whose score is constant counts as no correlation: it orders nothing. Rows whose error is constant do not
-    count; nan where no row counts.
-    """
-    decided = error.amax(-1) > error.amin(-1)  # (S,)
-    score, error = score[decided], error[decided]
-    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)
-    standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
-    return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
-
-
-class Interval(NamedTuple):
-    """A value with its lower and upper bound."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
-    """Share of successes with the Wilson score interval; z = 1.96 for 95 %.
-
-    Raises:
-        ValueError: no trials, or successes outside 0..trials.
-    """
-    if trials <= 0 or not 0 <= successes <= trials:
-        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
-    share = successes / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-class PairedDifference(NamedTuple):
-    """Difference of two success rates on the same starts: interval of 95 %, exact McNemar p (two-sided)."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    only_first: int
-    only_second: int
-
-
-def paired_difference(first: Sequence[bool], second: Sequence[bool], z: float = 1.959964) -> PairedDifference:
-    """Success rate of `second` minus that of `first`, episode by episode on the same starts.
-
-    The interval is that of Agresti and Min: Wald on the discordant pairs after adding half a pair to each of the four
-    cells of the table; the p-value is the exact binomial test of McNemar.
-
-    Args:
-        first, second: outcomes in the same order of starts.
-        z: 1.96 for 95 %.
-
-    Raises:
-        ValueError: different lengths, or none.
-    """
-    if len(first) != len(second) or not len(first):
-        raise ValueError(f"paired outcomes must be of one length > 0, got {len(first)} and {len(second)}")
-    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
-    n, b, c = len(pairs) + 2, only_first + 0.5, only_second + 0.5
-    centre = (c - b) / n
-    half = z * math.sqrt(b + c - (c - b) ** 2 / n) / n
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1)) / 2**discordant
-    difference = (only_second - only_first) / len(pairs)
-    return PairedDifference(
-        difference, max(-1.0, centre - half), min(1.0, centre + half), min(1.0, 2 * tail), only_first, only_second
-    )

@@ -1,7 +1,6 @@
-"""Actions and proprioception between the units of the environment and those of the policy.
+"""Conversion of actions and proprioception between the environment's units and the policy's.
 
-The one place that owns this conversion: the policy thinks in normalised actions, the environment and the world model
-take raw ones.
+Only this module converts: the policy computes in normalised actions, the environment and the world model take raw ones.
 
 Shapes: A action dim (7), P proprio dim (8).
 """
@@ -15,13 +14,12 @@ GripperEncoding = Literal["zero_one_open", "identity"]
 
 
 class Normalizer(nn.Module):
-    """Quantile normalisation; its numbers are buffers, so they are saved with the policy and loaded with it.
+    """Quantile normalisation. The quantiles are buffers, so that they are saved and loaded with the policy.
 
-    Motion dimensions (all but the last) map the 1 % and 99 % quantiles of the training actions to [-1, 1] and clip. The
-    gripper is not scaled:
-    "zero_one_open" (OpenVLA's convention) maps the environment's -1 open / +1 close to 1 open / 0 close; "identity"
-    keeps -1 / +1. Proprio maps its quantiles to [-1, 1], clipped.
-    A constant dimension (quantiles closer than 1e-6) maps to 0 and decodes to its constant.
+    Motion, all action dimensions but the last, maps the 1 % and 99 % quantiles of the training actions to [-1, 1] and
+    clips; proprio likewise. The gripper is not scaled: "zero_one_open" (OpenVLA's convention) maps the environment's
+    -1 open / +1 close to 1 open / 0 close; "identity" keeps -1 / +1. A constant dimension (quantiles closer than 1e-6)
+    maps to 0 and decodes to its constant.
 
     Args:
         action_dim: A, gripper last.
@@ -39,7 +37,7 @@ class Normalizer(nn.Module):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def fit(self, actions: Tensor, proprio: Tensor) -> "Normalizer":
-        """Take the 1 % and 99 % quantiles of a training split.
+        """Fit the 1 % and 99 % quantiles to a training split; return the normaliser itself.
 
         Args:
             actions: (N, A) raw environment actions, gripper -1 open / +1 close.
@@ -65,9 +63,9 @@ class Normalizer(nn.Module):
             )
         levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
         for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
-            # sorted by hand: torch.quantile refuses more than 16M values
+            # sort and interpolate here: torch.quantile refuses more than 16M values
             ordered = values.double().sort(0).values  # (N, D)
-            position = levels * (len(ordered) - 1)
+            position = levels * (len(ordered) - 1)  # (2,), fractional rows of the two quantiles
             lower, weight = position.floor().long(), (position % 1)[:, None]
             upper = (lower + 1).clamp(max=len(ordered) - 1)
             low, high = ordered[lower] * (1 - weight) + ordered[upper] * weight  # (D,), (D,)
@@ -77,7 +75,7 @@ class Normalizer(nn.Module):
         return self
 
     def set_quantiles(self, action_low: Tensor, action_high: Tensor, proprio_low: Tensor, proprio_high: Tensor) -> None:
-        """Take over the 1 % and 99 % quantiles of a data set, in raw units.
+        """Set the 1 % and 99 % quantiles from stored statistics of a data set, in raw units.
 
         Args:
             action_low, action_high: (A - 1,), without the gripper.
@@ -87,11 +85,11 @@ class Normalizer(nn.Module):
             ValueError: other widths (the statistics of another robot), numbers that are not finite, or low above high.
         """
         for name, low, high in (("action", action_low, action_high), ("proprio", proprio_low, proprio_high)):
-            own = getattr(self, f"{name}_low")
-            if low.shape != own.shape or high.shape != own.shape:
+            expected = getattr(self, f"{name}_low").shape
+            if low.shape != expected or high.shape != expected:
                 raise ValueError(
                     f"{name} statistics of shape {tuple(low.shape)} and {tuple(high.shape)}, expected "
-                    f"{tuple(own.shape)}: they are of another robot"
+                    f"{tuple(expected)}: they belong to another robot"
                 )
             if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low <= high).all()):
                 raise ValueError(f"{name} statistics must be finite, low <= high; got {low.tolist()}, {high.tolist()}")
@@ -102,34 +100,35 @@ class Normalizer(nn.Module):
         self.fitted.fill_(True)
 
     def check(self, actions: Tensor, proprio: Tensor) -> None:
-        """Compare the statistics with demonstrations, raw.
+        """Check that the quantiles fit these demonstrations.
 
         Args:
-            actions: (N, A).
-            proprio: (N, P).
+            actions: (N, A), raw.
+            proprio: (N, P), raw.
 
         Raises:
-            ValueError: other widths, or a dimension that is out of the quantiles' range more often than not.
+            ValueError: other widths, or a dimension with more than half of its values outside the quantiles' range.
         """
         width = len(self.action_low) + 1, len(self.proprio_low)
         if (actions.shape[1], proprio.shape[1]) != width:
             raise ValueError(
                 f"the demonstrations have {actions.shape[1]} action and {proprio.shape[1]} proprio dimensions, the "
-                f"policy {width[0]} and {width[1]}: they are of another robot"
+                f"policy {width[0]} and {width[1]}: they belong to another robot"
             )
         for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
             low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            # (D,), share of values outside; a constant dimension, outside by any rounding, is not counted
             out = ((values < low) | (values > high)).float().mean(0) * (high - low >= 1e-6)
             worst = int(out.argmax())
             if out[worst] > 0.5:
                 raise ValueError(
-                    f"the policy's statistics are of another robot or other units: {out[worst]:.0%} of {name} {worst} "
-                    f"lie outside [{low[worst]:.3g}, {high[worst]:.3g}], its 1 % and 99 % quantiles; fit them anew "
-                    "(train_sft.py --refit-statistics) if that is meant"
+                    f"the policy's statistics come from another robot or other units: {out[worst]:.0%} of {name} "
+                    f"{worst} lie outside [{low[worst]:.3g}, {high[worst]:.3g}], its 1 % and 99 % quantiles; fit them "
+                    "anew (train_sft.py --refit-statistics) if the change is intended"
                 )
 
     def encode_actions(self, actions: Tensor) -> Tensor:
-        """Raw environment actions (..., A) to normalised ones (..., A), float32."""
+        """Normalise raw environment actions (..., A), float32."""
         motion = _to_unit(actions[..., :-1].float(), self.action_low, self.action_high)
         gripper = actions[..., -1:].float()
         if self.gripper == "zero_one_open":
@@ -137,16 +136,14 @@ class Normalizer(nn.Module):
         return torch.cat([motion, gripper], -1)
 
     def decode_actions(self, actions: Tensor) -> Tensor:
-        """Normalised actions (..., A) to raw ones: motion clipped to the quantile range, gripper -1 or +1 by its sign
-        (its half, with "zero_one_open").
-        """
+        """Convert normalised actions (..., A) to raw ones, float32: motion clipped to its range, gripper -1 or +1."""
         motion = _from_unit(actions[..., :-1].float().clamp(-1, 1), self.action_low, self.action_high)
         gripper = actions[..., -1:].float()
-        closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0
+        closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0  # 0 is closed in the former
         return torch.cat([motion, torch.where(closed, 1.0, -1.0)], -1)
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """Raw proprio (..., P) to [-1, 1], clipped, float32.
+        """Normalise raw proprio (..., P) to [-1, 1], clipped, float32.
 
         Raises:
             ValueError: another width than P, or NaN.
@@ -160,6 +157,7 @@ class Normalizer(nn.Module):
 
 def _to_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     span = high - low
+    # the clamp of the span keeps values and gradients finite in the branch that `where` discards
     unit = (2 * (values - low) / span.clamp(min=1e-6) - 1).clamp(-1, 1)
     return torch.where(span < 1e-6, torch.zeros_like(unit), unit)
 

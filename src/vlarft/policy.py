@@ -1,12 +1,13 @@
-"""The policy: camera images, instruction and proprio -> a chunk of actions, normalised inside, raw outside.
+"""The policy: camera images, instruction and proprio -> an action chunk. Actions are normalised inside, raw outside.
 
-    context z = vlm(images, instruction)            Eq. (1)
+    context z = vlm(images, instruction)             Eq. (1)
     actions   = flow head from noise, given z and s  Sec. 3.3; deterministic (`act`) or as a chain (`flow.sample_chain`)
 
 The normaliser is part of the model and of its checkpoint. The sigma net exists once reinforcement fine-tuning has added
 it; evaluation does not use it.
 
-Shapes: B batch, V cameras, T chunk steps, A action dim, N context tokens, D context width.
+Shapes: B batch, V cameras, (S, S) image size, T chunk steps, A action dim, P proprio dim, N context tokens, D context
+width; S starts where a group of G chains belongs to each.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.flow import matching_loss, regression_loss, sample_chain, sample_ode
-from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, Noise, SigmaNet, column_major
+from vlarft.flow import Chain, Transition, matching_loss, regression_loss, sample_chain, sample_ode, transition
+from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet, column_major
 from vlarft.nets.dit import DiTConfig
 from vlarft.nets.transformer import TransformerConfig
 from vlarft.nets.vit import ConvEncoderConfig
@@ -40,11 +41,12 @@ class PolicyConfig:
 
     vlm: VLMConfig = field(default_factory=VLMConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    cameras: tuple[str, ...] = ("agentview",)  # an observation's images, in the order of the vision tokens
+    cameras: tuple[str, ...] = ("agentview",)  # names of an observation's images, in the order of their tokens
     gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes the last action dim
-    crop_area: float = 1.0  # central share of the image area that is looked at; 0.9 after training with random crops
-    key_head_dim: int | None = None  # inner width of the auxiliary key-position head; None: no such head
-    key_token: bool = False  # append the predicted key position to the context; needs the key head
+    crop_area: float = 1.0  # share of the image area that the central crop keeps; 0.9 if trained with random crops
+    # hidden width of the auxiliary head that predicts the hand position at the next gripper event; None: no such head
+    key_head_dim: int | None = None
+    key_token: bool = False  # append that position to the context; needs the head
     has_sigma_net: bool = False  # True in checkpoints of reinforcement fine-tuning
 
 
@@ -122,7 +124,7 @@ PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "tiny": TINY, "
 
 
 class Inputs(NamedTuple):
-    """A batch of observations: images (B, V, 3, S, S) of `preprocess`, B instructions, raw proprio (B, P)."""
+    """A batch of observations: images (B, V, 3, S, S) from `preprocess`, B instructions, raw proprio (B, P)."""
 
     images: torch.Tensor
     instructions: list[str]
@@ -135,8 +137,8 @@ class VLAPolicy(nn.Module):
     Args:
         cfg: sizes.
     Raises:
-        ValueError: the flow head expects another context width than the language model has, or the number of cameras
-            that are named is not the language model's.
+        ValueError: `flow.context_dim` is not the language model's width, `cameras` does not name `vlm.num_cameras`
+            cameras, or a key token without its head.
     """
 
     def __init__(self, cfg: PolicyConfig) -> None:
@@ -166,82 +168,65 @@ class VLAPolicy(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> VLAPolicy:
-        """Read a policy from its checkpoint, in eval mode; errors as `checkpoint.load_model`."""
+        """Load a policy from its checkpoint, in eval mode; errors as in `checkpoint.load_model`."""
         return load_model(path, cls, PolicyConfig, device)[0]
 
     def save(self, path: str | Path, extra: dict | None = None, state_dict: dict | None = None) -> None:
-        """Write the policy, as `checkpoint.save_model`."""
+        """Write the policy to a checkpoint; arguments as in `checkpoint.save_model`."""
         save_model(path, self, self.cfg, extra, state_dict)
 
     def for_playing(self, compile: bool = False) -> VLAPolicy:
-        """Ready for `act`, not for training: eval mode, no gradients, `flow.column_major`. Returns itself.
+        """Prepare the policy for `act`, not for training, in place: eval mode, no gradients, `column_major` weights.
 
         Args:
             compile: `torch.compile` the head's trunk; the first chunk of each batch size then takes a minute.
+        Returns:
+            The policy itself.
         """
         column_major(self.head)
         if compile:
             self.head.net.dit.compile()
         return self.eval().requires_grad_(False)
 
-    def add_sigma_net(self, **changes: object) -> SigmaNet:
-        """Create the sigma net (a fresh one, whatever there was) and note it in the configuration.
+    def add_sigma_net(self, sigma_min: float = 0.08, sigma_max: float = 0.2, uses_x: bool = False) -> SigmaNet:
+        """Create the sigma net of reinforcement fine-tuning, or keep one that has the same settings; return it.
 
         Args:
-            changes: fields of FlowConfig: sigma_min, sigma_max, sigma_init, sigma_uses_x, noisy_dims, noisy_steps.
+            sigma_min, sigma_max: bounds of a flow step's standard deviation, normalised action units.
+            uses_x: give the net x_k besides (z, s, k), as the public release does.
+        Raises:
+            ValueError: an earlier fine-tuning left a sigma net with other settings; the message has both.
         """
-        flow = replace(self.cfg.flow, noise="sigma_net", **changes)
+        flow, asked = self.cfg.flow, {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_uses_x": uses_x}
+        if self.sigma_net is not None:
+            other = [f"{k} {getattr(flow, k)!r}, asked {v!r}" for k, v in asked.items() if getattr(flow, k) != v]
+            if other:
+                raise ValueError(
+                    f"the policy was fine-tuned with other noise: it has {'; '.join(other)}. Give its values, or start "
+                    "from the policy of train_sft.py"
+                )
+            return self.sigma_net
+        flow = replace(flow, **asked)
         self.cfg = replace(self.cfg, flow=flow, has_sigma_net=True)
-        self.head.cfg = self.head.net.cfg = flow
+        self.head.cfg = self.head.net.cfg = flow  # configs are frozen: the copies that the head holds must follow
         self.sigma_net = SigmaNet(flow).to(next(self.head.parameters()).device)
         return self.sigma_net
 
-    def make_stochastic(self, noise: Noise, **changes: object) -> None:
-        """Give the policy the noise of reinforcement fine-tuning, and note it in the configuration.
-
-        A sigma net that is there already, of an earlier fine-tuning, is kept if it was made with the same settings.
-
-        Args:
-            noise: "sigma_net" (Eq. 5-7) or "flow_sde" (`flow.sde_step`), which needs no sigma net.
-            changes: fields of FlowConfig: those of `add_sigma_net`, and sde_noise.
-        Raises:
-            ValueError: the policy's own noise has other settings; both values are named.
-        """
-        flow = self.cfg.flow
-        stochastic = self.sigma_net is not None or flow.noise == "flow_sde"
-        if stochastic:
-            wanted = {"noise": noise, **changes}
-            if lines := [f"{k} {getattr(flow, k)!r}, asked {v!r}" for k, v in wanted.items() if getattr(flow, k) != v]:
-                raise ValueError(
-                    f"the policy was fine-tuned with other noise: it has {'; '.join(lines)}. Give its values, or start "
-                    "from the policy of train_sft.py"
-                )
-        elif noise == "sigma_net":
-            self.add_sigma_net(**changes)
-        else:
-            flow = replace(flow, noise=noise, **changes)
-            self.cfg = replace(self.cfg, flow=flow)
-            self.head.cfg = self.head.net.cfg = flow
-
-    @property
-    def vlm_trains(self) -> bool:
-        """Whether gradients reach the vision-language model."""
-        return any(p.requires_grad for p in self.vlm.parameters())
-
     def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
-        """Images as a camera or a batch gives them, to what the vision encoder takes.
+        """Convert images of cameras or of a training batch to the vision encoder's input.
 
         Args:
             images: uint8 (B, H, W, 3) or (B, V, H, W, 3); or floats in [0, 1], (B, 3, H, W) or (B, V, 3, H, W).
-            crop: False for images that a random crop has cut already.
+            crop: False for images that training has cropped at random already.
         Returns:
-            (B, V, 3, S, S) float32 in [0, 1]: central crop of `crop_area`, then `resize`, which is Pillow's.
+            (B, V, 3, S, S) float32 in [0, 1], cropped to the central `crop_area`, then resized as in `resize`.
         Raises:
             ValueError: another dtype or layout, or floats outside [0, 1].
         """
         images = torch.as_tensor(images)
         shape, dtype = tuple(images.shape), images.dtype
         if dtype == torch.uint8 and images.ndim in (4, 5) and shape[-1] == 3:
+            # move before the conversion: uint8 is a quarter of the bytes
             images = images.to(self.head.net.positions.device).movedim(-1, -3).float() / 255
         elif dtype.is_floating_point and images.ndim in (4, 5) and shape[-3] == 3:
             images = images.to(self.head.net.positions.device).float()
@@ -263,31 +248,81 @@ class VLAPolicy(nn.Module):
         return rearrange(flat, "(b v) c h w -> b v c h w", b=len(images))
 
     def encode(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
-        """Context of Eq. (1): images (B, V, 3, S, S) of `preprocess`, B instructions -> (B, N, D)."""
+        """Compute the context of Eq. (1): images (B, V, 3, S, S) from `preprocess`, B instructions -> (B, N, D)."""
         out = self.vlm(images, instructions)
         return self.append_key(out.context, self.predict_key(out.vision))
 
     def predict_key(self, vision: torch.Tensor) -> torch.Tensor | None:
-        """Vision tokens (B, P, Dv) -> predicted key position (B, 3), normalised, float32; None without a key head."""
+        """Predict the key position (B, 3), normalised, float32, from the vision tokens; None without a key head."""
         return None if self.key_head is None else self.key_head(vision.flatten(1)).float()
 
     def append_key(self, context: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
-        """The context (B, N, D) and, where there is a key token, the predicted key position (B, 3) as one more."""
+        """Append the predicted key position (B, 3) to the context (B, N, D) as one more token, if so configured."""
         if self.key_embed is None:
             return context
-        # the head also reads the mean over tokens: N times one token is a share of order one
+        # the head also reads the mean over these N + 1 tokens: the factor keeps the key's part of it of order one
         token = self.key_embed(key)[:, None] * (context.shape[1] + 1)  # (B, 1, D)
         return torch.cat([context, token.to(context.dtype)], dim=1)
 
     def condition(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
-        """What a chunk's flow steps share, for sampling and scoring alike.
+        """Compute what all flow steps of a chunk share, for sampling and for scoring.
 
         Args:
-            context: (S, N, D) of `encode`; may come from a frozen encoder, computed once per start.
-            proprio: (S, 8), raw.
+            context: (S, N, D) from `encode`; of a frozen encoder, it can be computed once per start.
+            proprio: (S, P), raw.
         """
         proprio = self.normalizer.encode_proprio(proprio)
         return self.head.prepare(context, proprio, sigma_net=self.sigma_net)
+
+    @torch.no_grad()
+    def encode_frames(
+        self, frames: torch.Tensor, instructions: list[str], *, bf16: bool = False, at_once: int | None = None
+    ) -> torch.Tensor:
+        """Compute the context of Eq. (1) from camera frames without gradient, for a frozen vision-language model.
+
+        Args:
+            frames: (B, C, H, W) in [0, 1].
+            instructions: B strings.
+            bf16: autocast to bfloat16.
+            at_once: frames per forward pass, to bound memory; None = all.
+        Returns:
+            (B, N, D) float32.
+        """
+        step, parts = at_once or len(frames), []
+        for i in range(0, len(frames), step):
+            with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16):
+                parts.append(self.encode(self.preprocess(frames[i : i + step]), instructions[i : i + step]))
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def sample_group(
+        self,
+        context: torch.Tensor,
+        proprio: torch.Tensor,
+        group: int,
+        generator: torch.Generator,
+        *,
+        part: tuple[int, int] = (0, 1),
+        step: Transition = transition,
+    ) -> Chain:
+        """Sample `group` chains for each of S starts, Eqs. (5) to (8): lines 6 to 10 of Algorithm 1.
+
+        Args:
+            context: (S, N, D) from `encode`.
+            proprio: (S, P), raw.
+            group: G.
+            generator: source of x_0 and of the steps' noise.
+            part: (index, count): these starts are one of `count` equal shares of a larger batch. The noise of the whole
+                batch is sampled and this share of it used, so that a run does not depend on the number of processes.
+            step: see `flow.sample_chain`.
+        Returns:
+            The chain, S * G rows, start-major.
+        """
+        flow, cond = self.cfg.flow, self.condition(context, proprio).repeat(group)
+        # 1 + K: x_0 and the noise of the K steps, row by row, so that a share is a slice of rows
+        shape = (cond.num_rows * part[1], 1 + flow.num_steps, flow.chunk, flow.action_dim)
+        noise = torch.randn(shape, generator=generator, device=context.device).chunk(part[1])[part[0]]
+        return sample_chain(self.head, self.sigma_net, cond, noise=noise[:, 0], step_noise=noise[:, 1:], step=step)
 
     def forward(
         self,
@@ -304,29 +339,30 @@ class VLAPolicy(nn.Module):
         objective: SupervisedObjective = "matching",
         key_weight: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of supervised fine-tuning: Eq. (4), or a regression, plus key_weight times the auxiliary loss.
+        """Compute the loss of supervised fine-tuning: Eq. (4) or a regression, plus key_weight * the auxiliary loss.
 
         The auxiliary loss regresses the hand position at the demonstration's next gripper event from the vision
         tokens (smooth L1 in normalised units, quadratic below 0.1, averaged over B and the three axes).
 
         Args:
-            images: (B, V, 3, S, S) of `preprocess`.
+            images: (B, V, 3, S, S) from `preprocess`.
             instructions: B strings.
-            proprio: (B, 8), raw.
-            actions: (F, T, A), raw, F <= B: further rows serve the auxiliary loss alone, which costs no language model.
+            proprio: (B, P), raw.
+            actions: (F, T, A), raw, of the first F <= B rows. The other rows only enter the auxiliary loss, which does
+                not run the language model.
             key_position: (B, 3) [m]; needed when key_weight > 0.
             generator, alpha, beta, draws: see `flow.matching_loss`.
-            objective: `flow.matching_loss`, or `flow.regression_loss` with so many draws.
+            objective: "matching" is `flow.matching_loss`, "regression" `flow.regression_loss`.
             key_weight: weight of the auxiliary loss.
         Returns:
-            The scalar loss and metrics: flow_mse (chunk_l1 of a regression) and, with the auxiliary loss, key_loss.
+            The scalar loss and metrics: flow_mse (chunk_l1 for a regression) and, with the auxiliary loss, key_loss.
         Raises:
-            ValueError: an auxiliary loss without its head.
+            ValueError: key_weight without a key head.
         """
-        rows = len(actions)
-        vision = self.vlm.encode_images(images, instructions)
-        key = self.predict_key(vision)
-        context = self.vlm.contextualize(vision[:rows], instructions[:rows])
+        rows = len(actions)  # F
+        vision = self.vlm.encode_images(images, instructions)  # (B, V * tokens, Dv)
+        key = self.predict_key(vision)  # (B, 3)
+        context = self.vlm.contextualize(vision[:rows], instructions[:rows])  # (F, N, D)
         context = self.append_key(context, None if key is None else key[:rows])
         state = self.normalizer.encode_proprio(proprio)
         flow = self.head, self.normalizer.encode_actions(actions), self.head.prepare(context, state[:rows])
@@ -337,7 +373,7 @@ class VLAPolicy(nn.Module):
         if key_weight:
             if key is None:
                 raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
-            # the key position is a hand position: the first three of the proprio, and normalised like them
+            # a hand position is the first three numbers of the proprio: pad it to P to normalise it like them
             target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - 3)))[:, :3]
             key_loss = F.smooth_l1_loss(key, target, beta=0.1)
             loss = loss + key_weight * key_loss
@@ -345,13 +381,13 @@ class VLAPolicy(nn.Module):
         return loss, metrics
 
     def observe(self, observations: Sequence[Mapping[str, Any]]) -> Inputs:
-        """Observations as a simulator or a robot gives them, as one batch.
+        """Batch the observations of a simulator or a robot.
 
         Args:
             observations: B mappings with an image per camera of the configuration, (H, W, 3) uint8, upright, of any
                 resolution; "proprio" (P,), raw; "instruction". Other entries are ignored.
         Raises:
-            ValueError: no observation; one that lacks an entry or holds something else than is said above.
+            ValueError: no observation; one that lacks an entry, or has one of another type or shape.
         """
         if not observations:
             raise ValueError("act: no observation")
@@ -378,9 +414,9 @@ class VLAPolicy(nn.Module):
         columns = []
         for camera in self.cfg.cameras:
             images = [obs[camera] for obs in observations]
-            # torch takes no negative strides, which an image that was turned has
+            # copy: a flipped image has negative strides, which torch refuses
             images = [torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x for x in images]
-            alike = len({image.shape for image in images}) == 1
+            alike = len({image.shape for image in images}) == 1  # then they are preprocessed together
             batches = [torch.stack(images)] if alike else [image[None] for image in images]
             columns.append(torch.cat([self.preprocess(batch) for batch in batches]))
         images = torch.cat(columns, dim=1)  # (B, V, 3, S, S)
@@ -399,24 +435,24 @@ class VLAPolicy(nn.Module):
         num_steps: int = 10,
         step_noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Action chunks for the environment: the deterministic flow from noise; the sigma net is not used.
+        """Compute action chunks for the environment: the deterministic flow from noise; the sigma net is not used.
 
-        `step_noise` plays the stochastic policy of reinforcement fine-tuning instead, to look at it.
+        With `step_noise`, sample the stochastic policy of reinforcement fine-tuning instead, for inspection.
 
         Args:
             obs: an observation or a list of B of them, see `observe`; or images, see `preprocess`, with the next two.
             instructions: B strings, given with images.
-            proprio: (B, 8), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]; given with images.
-            noise: (B, T, A), the start x_0; drawn from `generator` (on the policy's device) when absent.
-            generator: see above.
-            num_steps: Euler steps, of the deterministic flow.
-            step_noise: (B, M, T, A), N(0, 1) of the M noisy flow steps, see `flow.sample_chain`; None = deterministic.
+            proprio: (B, P), raw: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]; given with images.
+            noise: (B, T, A), x_0; None = sample it.
+            generator: source of x_0, on the policy's device.
+            num_steps: Euler steps of the deterministic flow.
+            step_noise: (B, K, T, A), standard normal noise of the K steps, see `flow.sample_chain`; None = use the ODE.
         Returns:
-            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. One
-            observation that is no list: (T, A), of noise (T, A).
+            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. For a single
+            observation outside a list: (T, A), from noise (T, A).
         Raises:
             ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images,
-                images without instructions and proprio, step noise for a policy that was never fine-tuned.
+                images without instructions and proprio, step noise for a policy without sigma net.
         """
         if not self.normalizer.fitted:
             raise ValueError("the policy's normaliser was never fitted; train the policy, or load a trained checkpoint")
@@ -442,12 +478,12 @@ class VLAPolicy(nn.Module):
             raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {shape}")
         context = self.encode(images, instructions)
         if step_noise is not None:
-            if self.sigma_net is None and self.cfg.flow.noise == "sigma_net":
+            if self.sigma_net is None:
                 raise ValueError(
                     "the policy has no sigma net, so it has no noise; fine-tune it with train_rft.py first"
                 )
-            cond, draws = self.condition(context, proprio), step_noise.to(images.device)
-            chain = sample_chain(self.head, self.sigma_net, cond, noise=noise.to(images.device), step_noise=draws)
+            cond, noise = self.condition(context, proprio), noise.to(images.device)
+            chain = sample_chain(self.head, self.sigma_net, cond, noise=noise, step_noise=step_noise.to(images.device))
             return self.normalizer.decode_actions(chain.x[:, -1])
         cond = self.head.prepare(context, self.normalizer.encode_proprio(proprio))
         return self.normalizer.decode_actions(
@@ -456,10 +492,10 @@ class VLAPolicy(nn.Module):
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bicubic resize with antialiasing to size x size, as Pillow does it to 8-bit images, which the public code uses:
-    each row, then each column, and both results rounded to 8 bits. (B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [0, 1].
+    """Resize images (B, 3, H, W) in [0, 1] to (B, 3, S, S), S = size, as Pillow resizes 8-bit images (the public code):
+    antialiased bicubic, first along rows, then along columns, each result rounded to 8 bits.
     """
-    for shape in ((images.shape[-2], size), (size, size)):
+    for shape in ((images.shape[-2], size), (size, size)):  # W, then H
         if shape != tuple(images.shape[-2:]):
             images = F.interpolate(images, shape, mode="bicubic", antialias=True)
             images = images.mul(255).round().clamp(0, 255) / 255
@@ -467,7 +503,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def center_crop(images: torch.Tensor, area: float) -> torch.Tensor:
-    """The central `area` share of (..., H, W), same aspect; 1.0 leaves the images as they are."""
+    """Crop images (..., H, W) to the central share `area` of their area, at the same aspect ratio; 1.0 keeps all."""
     if area >= 1:
         return images
     height, width = (round(n * area**0.5) for n in images.shape[-2:])

@@ -1,16 +1,16 @@
-"""Action sensitivity of a world model: does it order perturbed action chunks as their true outcomes do?
+"""Action sensitivity of a world model: do its rewards rank perturbed action chunks by their true error?
 
-Not in the paper. R3 is worth as much as the world model's answer to small changes of the actions: here each start's
-recorded chunk is perturbed, all chunks are imagined, and the rewards R3 (imagined against imagined) and R2 (imagined
-against recorded frames) are compared with the action error, and where a simulator is at hand with what the chunks
-really do.
+Not in the paper. R3 is only as good as the world model's response to small changes of the actions. This module perturbs
+each start's recorded chunk, imagines all chunks, and compares the rewards R3 (imagined against imagined frames) and R2
+(imagined against recorded frames) with the action error and, given a simulator, with the chunks' true outcomes.
 
-Shapes: S starts, P perturbed chunks a start, T chunk steps, A action dim, (C, H, W) frame.
+Shapes: S starts, P perturbed chunks per start, T chunk steps, A action dim, (C, H, W) frame.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,19 +18,37 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode
 from vlarft.data.windows import Batch
-from vlarft.metrics import PerceptualDistance, rank_agreement
+from vlarft.metrics import PerceptualDistance
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
 from vlarft.run.config import opt
 from vlarft.run.random import generator
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.statistics import rank_agreement
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel
 
 
+class TrueOutcome(NamedTuple):
+    """Outcome of P action chunks in the simulator.
+
+    frames: (P, T, C, H, W) float32 in [0, 1]
+    state_error: (P, T) float64, distances of hand, fingers and objects from those of the first chunk, summed [m]
+    """
+
+    frames: Tensor
+    state_error: Tensor
+
+
+class Outcomes(Protocol):
+    """A simulator that plays chunks from recorded states, such as `vlarft.sim.replay.TabletopOutcomes`."""
+
+    def play(self, episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
+        """Play raw chunks (P, T, A), each from the state that the episode recorded at step `start`."""
+
+
 @dataclass(frozen=True)
 class Perturbations:
-    """What is done to a recorded chunk."""
+    """How recorded chunks are perturbed."""
 
     noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise sizes, standard deviation in normalised action units")
     draws: int = opt(6, "perturbed chunks per noise size and start")
@@ -38,9 +56,9 @@ class Perturbations:
 
 
 def half_range(episodes: Sequence[Episode]) -> Tensor:
-    """(A,) raw units per normalised one: half of what a policy's normaliser takes for the range of each action.
+    """Compute the raw units per normalised one, (A,): half of each action's range in a policy's normaliser.
 
-    Of the successful expert episodes where there are any; 1 for the gripper, which is not scaled.
+    It is fitted to the successful expert episodes, or to all if there are none; 1 for the gripper, which is not scaled.
     """
     expert = [e for e in episodes if e.success and e.kind == "expert"] or episodes
     actions, proprio = (np.concatenate([getattr(e, name) for e in expert]) for name in ("actions", "proprio"))
@@ -51,17 +69,17 @@ def half_range(episodes: Sequence[Episode]) -> Tensor:
 def perturb(
     actions: Tensor, how: Perturbations, low: Tensor, high: Tensor, unit: Tensor, draws: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    """Chunks around recorded ones.
+    """Perturb recorded chunks, by noise on the motion or by flips of the gripper command.
 
-    Noise is in normalised units, as a policy's exploration is: a dimension that the demonstrations hardly use gets
-    hardly any. It leaves the gripper command (the last dimension) alone, and stays inside the recorded ranges.
+    Noise has its size in normalised units, as a policy's exploration has: a dimension that the demonstrations hardly
+    use gets hardly any. The gripper command, the last dimension, gets none; all chunks stay inside the recorded ranges.
 
     Args:
         actions: (S, T, A) raw.
         how: sizes and numbers.
         low, high: (A,) raw ranges.
         unit: (A,) raw units per normalised one.
-        draws: of the noise.
+        draws: source of the random numbers.
 
     Returns:
         (S, 1 + P, T, A), the recorded chunk first; and P labels.
@@ -78,27 +96,28 @@ def perturb(
         since = torch.randint(steps, (starts, 1), generator=draws)
         flipped = torch.arange(steps) >= since  # (S, T)
         chunk = actions.clone()
-        chunk[..., -1] = torch.where(flipped, low[-1] + high[-1] - chunk[..., -1], chunk[..., -1])
+        mirrored = low[-1] + high[-1] - chunk[..., -1]  # open for close, and close for open
+        chunk[..., -1] = torch.where(flipped, mirrored, chunk[..., -1])
         chunks.append(chunk)
         labels.append("gripper flip")
     return torch.stack(chunks, dim=1), labels
 
 
 def rewards(frames: Tensor, reference: Tensor, distance: PerceptualDistance) -> Tensor:
-    """Eq. (11) without its policy: (S, P, T, C, H, W) against (S, T, C, H, W) -> (S, P), summed over frames."""
-    return image_reward(frames, reference, perceptual=distance).sum(-1).double().cpu()
+    """Compute Eq. (11), frames (S, P, T, C, H, W) against (S, T, C, H, W): (S, P) float64, summed over frames."""
+    return image_reward(frames, reference, distance).sum(-1).double().cpu()
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: FrameTokenizer, frames: Tensor, context_frame: Tensor) -> Tensor:
-    """Frames (P, T, C, H, W) of one start's P futures through the tokenizer, relative to (C, H, W); same shape."""
+    """Encode and decode P futures of one start (P, T, C, H, W), given its context frame (C, H, W); same shape."""
     context = tokenizer.encode_context(context_frame[None])
     tokens = tokenizer.encode_future(frames.flatten(0, 1)[None], context)  # (1, P * T, Nf)
     return tokenizer.decode(tokens, context)[0].unflatten(0, frames.shape[:2])
 
 
 def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
-    """Rank agreement of a score with an error, both (S, P): over all chunks, and within each label of three or more."""
+    """Measure how a score ranks the error, both (S, P), over all chunks and within each label of three or more."""
     groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
     return {g: rank_agreement(score[:, c], error[:, c])._asdict() for g, c in groups.items() if len(c) >= 3}
 
@@ -111,30 +130,31 @@ def evaluate_sensitivity(
     distance: PerceptualDistance,
     *,
     autocast: AbstractContextManager,
-    outcomes: TabletopOutcomes | None = None,
+    outcomes: Outcomes | None = None,
     batch_size: int = 16,
     temperature: float = 1.0,
     top_p: float = 0.8,
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Rank agreement of the rewards with the action error, and with the true outcome where `outcomes` plays it.
+    """Measure how well rewards rank chunks by their action error and, if `outcomes` is given, by their true outcome.
 
     Args:
-        model: whose R2 and R3 are judged, with greedy imagination, common random numbers and independent draws.
+        model: R2 and R3 are computed in it, with greedy, common-random-number and independently sampled imagination.
         batch: S starts of `episodes`, with the recorded frames and actions.
-        episodes: that `batch.index` numbers.
+        episodes: the episodes that `batch.index` numbers.
         how: the perturbations.
         distance: perceptual term of the rewards.
-        autocast: around the model's forwards.
+        autocast: context for the model's forwards.
         outcomes: simulator, or None.
-        batch_size: starts imagined at once.
-        temperature, top_p: of the sampled imaginations.
-        seed: of perturbations and draws.
+        batch_size: starts imagined at a time.
+        temperature, top_p: settings of the sampled imaginations.
+        seed: seed of perturbations and imaginations.
 
     Returns:
-        [truth][score][label] -> spearman and pair_order, each within a start, mean over starts. Truths: "action" (L1),
-        "true frames" (the reward with the simulator's frames), "true state" [m]; these also score each other.
-        "decoded frames" are the simulator's frames through the tokenizer: what R3 would be with a perfect transformer.
+        [error][score][label] -> spearman, standard_error and pair_order, within starts and averaged over them. Errors:
+        "action" (L1), "true frames" (the negative reward on the simulator's frames), "true state" [m]. Scores: R2 and
+        R3 of each imagination; "true frames" and "action L1", errors as scores; "decoded frames", the simulator's
+        frames after the tokenizer, which is R3 with a perfect transformer.
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
@@ -158,7 +178,7 @@ def evaluate_sensitivity(
                     generator=generator(device, "imagination", seed, i),
                     **options,
                 )
-            members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]
+            members, reference = rollout.frames[:, 1:], rollout.frames[:, 0]  # the recorded chunk is the first
             scores.setdefault(f"R3 {name}", []).append(rewards(members, reference, distance))
             scores.setdefault(f"R2 {name}", []).append(rewards(members, frames[:, 1:], distance))
         if outcomes is not None:

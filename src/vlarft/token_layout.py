@@ -1,20 +1,18 @@
-"""Ids and positions of the world model's sequence: the loss, the rollout and the tests all read them here.
+"""Ids and positions of the world model's sequence, in one place for the loss, the rollout and the tests.
 
     ctx(f0) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
+
+Here ctx(f0) are the context tokens of frame 0, dyn(f) the tokens of frame f relative to it, a an action's tokens.
 
 Shapes: S starts, B rows, T actions, A action dim, Nc context tokens, Nf tokens of a frame, N tokens.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vlarft.world_model import WorldModelConfig
+from vlarft.nets.frame_networks import TokenizerConfig
 
 
 class TokenLayout:
@@ -24,38 +22,43 @@ class TokenLayout:
     two never occur in a sequence; they keep the vocabulary of the public checkpoints.
 
     Args:
-        cfg: sizes.
+        tokenizer: sizes of the frame tokenizer.
+        action_dim: tokens A of an action, one per dimension.
+        action_bins: bins per dimension.
+        loss_on_actions: whether the loss also predicts the action tokens.
     """
 
-    def __init__(self, cfg: WorldModelConfig) -> None:
-        self.num_future_codes = math.prod(cfg.tokenizer.future_levels)
-        self.num_context_codes = math.prod(cfg.tokenizer.context_levels)
+    def __init__(
+        self, tokenizer: TokenizerConfig, action_dim: int, action_bins: int, loss_on_actions: bool = False
+    ) -> None:
+        self.num_future_codes = math.prod(tokenizer.future_levels)
+        self.num_context_codes = math.prod(tokenizer.context_levels)
         self.context_offset = self.num_future_codes
         self.action_offset = self.context_offset + self.num_context_codes
-        self.bos = self.action_offset + cfg.action_bins
+        self.bos = self.action_offset + action_bins
         self.eos = self.bos + 1
         self.vocab_size = self.eos + 1
-        self.context_length = cfg.tokenizer.num_context_tokens
-        self.frame_length = cfg.tokenizer.num_future_tokens
-        self.action_length = cfg.action_dim
+        self.context_length = tokenizer.num_context_tokens
+        self.frame_length = tokenizer.num_future_tokens
+        self.action_length = action_dim
         self.step_length = self.frame_length + self.action_length
         self.prefix_length = self.context_length + self.frame_length  # what all members of a group share
-        self.loss_on_actions = cfg.loss_on_actions
+        self.loss_on_actions = loss_on_actions
 
     def length(self, num_actions: int) -> int:
-        """Tokens N of a sequence of `num_actions` actions and one frame more."""
+        """Count the tokens N of a sequence of `num_actions` actions and one frame more."""
         return self.prefix_length + num_actions * self.step_length
 
     def prefix(self, context_tokens: Tensor, first_tokens: Tensor) -> Tensor:
-        """ctx | dyn(f0): (S, Nc) and (S, Nf) -> ids (S, Nc + Nf)."""
+        """Build the ids of ctx | dyn(f0): (S, Nc) and (S, Nf) -> (S, Nc + Nf)."""
         return torch.cat([context_tokens + self.context_offset, first_tokens], dim=1)
 
     def action_ids(self, bins: Tensor) -> Tensor:
-        """Action bins -> ids, of any shape."""
+        """Convert action bins of any shape to ids."""
         return bins + self.action_offset
 
     def sequence(self, context_tokens: Tensor, future_tokens: Tensor, bins: Tensor) -> Tensor:
-        """The whole sequence.
+        """Build the ids of the whole sequence.
 
         Args:
             context_tokens: (B, Nc).
@@ -65,27 +68,29 @@ class TokenLayout:
         Returns:
             (B, N) ids.
         """
+        # action t and then frame t + 1: this pair is the sequence's repeating unit
         steps = torch.cat([self.action_ids(bins), future_tokens[:, 1:]], dim=2).flatten(1)  # (B, T * (A + Nf))
         return torch.cat([self.prefix(context_tokens, future_tokens[:, 0]), steps], dim=1)
 
     @property
     def num_slots(self) -> int:
-        """Different places that a token can have: in the context frame, in a frame, in an action."""
+        """Number of slots: Nc places in the context frame, Nf in a frame and A in an action."""
         return self.context_length + self.step_length
 
     def slots(self, positions: Tensor) -> Tensor:
-        """The place of each position, of any shape: 0..Nc - 1 in the context, then Nf of a frame and A of an action."""
+        """Map positions of any shape to slots: 0..Nc-1 in the context frame, then Nf of a frame and A of an action."""
+        # after the context, frame and action alternate with period Nf + A
         inside = (positions - self.context_length) % self.step_length + self.context_length
         return torch.where(positions < self.context_length, positions, inside)
 
     def frame_positions(self, num_actions: int) -> Tensor:
-        """(T, Nf) positions of the tokens of frames 1..T."""
-        start = self.prefix_length + self.action_length
+        """Return the positions (T, Nf) of the tokens of frames 1..T."""
+        start = self.prefix_length + self.action_length  # of frame 1, after the first action
         frames = start + self.step_length * torch.arange(num_actions)[:, None]
         return frames + torch.arange(self.frame_length)
 
     def target_positions(self, num_actions: int) -> Tensor:
-        """Positions that the loss predicts: the tokens of frames >= 1; with `loss_on_actions`, all after dyn(f0)."""
+        """Return the positions that the loss predicts: frames 1..T or, with `loss_on_actions`, all after dyn(f0)."""
         if self.loss_on_actions:
             return torch.arange(self.prefix_length, self.length(num_actions))
         return self.frame_positions(num_actions).flatten()

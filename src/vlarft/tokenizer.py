@@ -1,7 +1,7 @@
 """Frame tokenizer: a context-conditioned autoencoder with finite scalar quantisation (FSQ).
 
 One context frame becomes a fine grid of tokens. A future frame is encoded relative to the context, by cross-attention
-into the context's features, and becomes a coarse grid of a few tokens: what stands still is in the context already.
+to the context's features, and becomes a coarse grid of a few tokens: what does not move is in the context already.
 
     context  -> encoder ------> quant_conv ----> FSQ -> tokens -> post_quant_conv ----> decoder ------> context frame
                    | features                                                              | features
@@ -16,7 +16,6 @@ Nc = h * w context tokens, Nf tokens of one future frame, d = len(levels) scalar
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,85 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vlarft.nets.frame_networks import Encoder, FrameDecoder
+from vlarft.nets.frame_networks import Encoder, FrameDecoder, TokenizerConfig
 from vlarft.run.checkpoint import load_model
 from vlarft.run.memory import rows_at_once
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Sizes of the tokenizer; the defaults are the paper's (128,792,656 parameters).
-
-    Args:
-        image_size: height and width in pixels, multiples of stem * 2 ** (stages - 1) * future_patch.
-        channels: image channels.
-        stem: side of the pixel blocks folded into channels before the first convolution (1 = none). A stem of 4 makes
-            a small image 16 times cheaper to convolve.
-        block_channels: channels of the stages; all but the last halve the resolution.
-        res_blocks: residual blocks per encoder stage; decoder stages have one more.
-        mid_res_blocks: residual blocks in the middle, at the latent grid.
-        latent_channels: channels of the latent grid before quantisation.
-        future_patch: side of the latent patches that make one future token.
-        context_levels: FSQ levels of context tokens, odd.
-        future_levels: FSQ levels of future tokens, odd.
-        norm_groups: groups of every GroupNorm; must divide all block channels.
-        num_heads: heads of the cross-attention.
-        dropout: dropout of the cross-attention's weights, in training.
-        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly all scalars round
-            to zero at first and tell the decoders nothing; about 6 starts with all levels in use.
-        local_init: start the cross-attention looking at its own place in the context. Off in the paper (positions start
-            at zero); it saves a short training the steps in which it finds out where things are.
-    """
-
-    image_size: tuple[int, int] = (256, 256)
-    channels: int = 3
-    stem: int = 1
-    block_channels: tuple[int, ...] = (128, 256, 256, 512)
-    res_blocks: int = 2
-    mid_res_blocks: int = 2
-    latent_channels: int = 64
-    future_patch: int = 4
-    context_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
-    future_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
-    norm_groups: int = 32
-    num_heads: int = 4
-    dropout: float = 0.1
-    quant_gain: float = 1.0
-    local_init: bool = False
-
-    def __post_init__(self) -> None:
-        multiple = self.downsampling * self.future_patch
-        if any(side <= 0 or side % multiple for side in self.image_size):
-            raise ValueError(
-                f"image_size {self.image_size[0]}x{self.image_size[1]} cannot be tokenized: height and width must be "
-                f"multiples of {multiple} (stem {self.stem} x downsampling {2 ** (len(self.block_channels) - 1)} x "
-                f"future_patch {self.future_patch}); choose another image size or change one of these"
-            )
-        for name in ("context_levels", "future_levels"):
-            if any(level < 3 or level % 2 == 0 for level in getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: every FSQ level must be odd and at least 3")
-        if any(c % self.norm_groups for c in self.block_channels):
-            raise ValueError(f"norm_groups={self.norm_groups} must divide each of block_channels={self.block_channels}")
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent cell, along one side."""
-        return self.stem * 2 ** (len(self.block_channels) - 1)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Latent grid (h, w)."""
-        return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Nc of a context frame."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_future_tokens(self) -> int:
-        """Tokens Nf of a future frame."""
-        return self.num_context_tokens // self.future_patch**2
 
 
 class FSQ(nn.Module):
@@ -123,32 +46,32 @@ class FSQ(nn.Module):
         self.register_buffer("basis", torch.tensor(basis, dtype=torch.float32), persistent=False)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Squash z (..., d) to +-(L - 1) / 2, a little beyond so that the outermost level is reached. Float32."""
+        """Squash z (..., d) to +-(L - 1) / 2, widened by 0.1 % as in the public code; float32."""
         return torch.tanh(z.float()) * ((self.levels - 1) * (1 + 1e-3) / 2)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise z (..., d): codes (..., d) in [-1, 1] with a straight-through gradient, and indices (...) int64."""
         bounded = self.bound(z)
-        rounded = bounded + (bounded.round() - bounded).detach()
+        rounded = bounded + (bounded.round() - bounded).detach()  # value of round, gradient of the identity
         half = torch.div(self.levels, 2, rounding_mode="floor")
-        indices = ((rounded.detach() + half) * self.basis).sum(dim=-1).round().long()
+        indices = ((rounded.detach() + half) * self.basis).sum(dim=-1).round().long()  # `long` would truncate
         return rounded / half, indices
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices (...) -> codes (..., d) in [-1, 1], float32."""
+        """Convert indices (...) to codes (..., d) in [-1, 1], float32."""
         half = torch.div(self.levels, 2, rounding_mode="floor")
         return (self.digits(indices) - half) / half
 
     def digits(self, indices: Tensor) -> Tensor:
-        """Indices (...) -> level of each scalar (..., d) int64, from 0."""
+        """Split indices (...) into the level of each scalar (..., d) int64, from 0."""
         return torch.div(indices[..., None], self.basis.long(), rounding_mode="floor") % self.levels.long()
 
 
 class Context(NamedTuple):
-    """What a start's context frame contributes, computed once.
+    """Everything computed from a start's context frame, once for any number of futures.
 
     tokens: (S, Nc) int64.
-    features: (S, D, h, w), the decoder's features after its middle block: the context frame is decoded from them.
+    features: (S, D, h, w), the decoder's features after its mid block: the context frame is decoded from them.
     decoder_kv: keys and values of cond_decoder's cross-attention, one pair per block, each (S, heads, Nc, E).
     encoder_kv: the same for cond_encoder; None when the context was rebuilt from tokens.
     """
@@ -160,10 +83,10 @@ class Context(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """A training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; the tokens of both.
+    """Output of a training pass: context_frame (S, C, H, W) and frames (S, L, C, H, W), not clipped; tokens of both.
 
-    future_codes: (S, L, Nf, d), what the future's quantiser rounds, in [-1, 1].
-    last_features: (S * L, D, H / stem, W / stem), what the last convolution of cond_decoder sees.
+    future_codes: (S, L, Nf, d), the future's scalars before rounding, squashed to [-1, 1].
+    last_features: (S * L, D, H / stem, W / stem), input of cond_decoder's last convolution.
     """
 
     context_frame: Tensor
@@ -175,14 +98,17 @@ class Reconstruction(NamedTuple):
 
 
 def distinct_frames(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (S, L, Nf) -> the different frames of each start (S, M, Nf), filled up with zeros to the most of any, and
-    which of them each frame is, (S, L); or the tokens and None, where all frames of a start differ.
+    """Find the distinct frames of each start among its tokens (S, L, Nf), so that each is decoded once.
+
+    Returns:
+        The distinct frames (S, M, Nf), zero-padded to the largest number M of any start, and the index of each frame
+        among them (S, L); or the tokens and None if some start has no repeated frame, since nothing is saved then.
     """
-    found = [torch.unique(rows, dim=0, return_inverse=True) for rows in tokens]
-    distinct = pad_sequence([rows for rows, _ in found], batch_first=True)
+    per_start = [torch.unique(rows, dim=0, return_inverse=True) for rows in tokens]
+    distinct = pad_sequence([rows for rows, _ in per_start], batch_first=True)  # (S, M, Nf)
     if distinct.shape[1] == tokens.shape[1]:
         return tokens, None
-    return distinct, torch.stack([where for _, where in found])
+    return distinct, torch.stack([index for _, index in per_start])
 
 
 class FrameTokenizer(nn.Module):
@@ -208,7 +134,7 @@ class FrameTokenizer(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FrameTokenizer":
-        """The tokenizer of a `model.safetensors`, in eval mode."""
+        """Load a tokenizer from its `model.safetensors`, in eval mode; errors as in `checkpoint.load_model`."""
         return load_model(path, cls, TokenizerConfig, device)[0]
 
     def encode_context(self, frame: Tensor) -> Context:
@@ -218,7 +144,10 @@ class FrameTokenizer(nn.Module):
             frame: (S, C, H, W) in [0, 1].
 
         Returns:
-            The context, from which any number of future frames can be encoded and decoded.
+            The context, relative to which any number of future frames can be encoded and decoded.
+
+        Raises:
+            ValueError: frames of another shape or type, or values outside [0, 1].
         """
         self._check(frame, 4)
         latent, features = self.encoder(frame, None)  # (S, D, h, w), features for the cross-attention
@@ -233,16 +162,21 @@ class FrameTokenizer(nn.Module):
         return self._context(tokens, codes, None)
 
     def _context(self, tokens: Tensor, codes: Tensor, encoder_kv: list | None) -> Context:
+        # from the codes, not from the encoder's features: a context rebuilt from tokens decodes the same frames
         features = self.decoder.middle(self.post_quant_conv(codes.permute(0, 3, 1, 2)))  # (S, D, h, w)
         decoder_kv = [block.keys_values(features) for block in self.cond_decoder.cross_att_blocks]
         return Context(tokens, features, decoder_kv, encoder_kv)
 
     def encode_future(self, frames: Tensor, context: Context) -> Tensor:
-        """Tokenize frames relative to their start's context: (S, L, C, H, W) in [0, 1] -> (S, L, Nf) int64."""
+        """Tokenize frames relative to their start's context: (S, L, C, H, W) in [0, 1] -> (S, L, Nf) int64.
+
+        Raises:
+            ValueError: a context rebuilt from tokens, or as in `encode_context`.
+        """
         return self.future_fsq(self._future_scalars(frames, context))[1].unflatten(0, frames.shape[:2])
 
     def _future_scalars(self, frames: Tensor, context: Context) -> Tensor:
-        """What the quantiser rounds: (S * L, Nf, d)."""
+        """Compute the scalars that the future's quantiser rounds: (S * L, Nf, d)."""
         self._check(frames, 5)
         if context.encoder_kv is None:
             raise ValueError("this context was rebuilt from tokens: encoding needs one from encode_context(frame)")
@@ -252,24 +186,25 @@ class FrameTokenizer(nn.Module):
         return self.quant_linear(patches)
 
     def decode(self, tokens: Tensor, context: Context, frames_at_once: int | None = None) -> Tensor:
-        """Future frames from tokens; frames of a start with the same tokens, as of chunks alike, are decoded once.
+        """Decode future frames from tokens. Equal frames of a start, frequent among similar chunks, are decoded once.
 
         Args:
             tokens: (S, L, Nf), or (S, G, L, Nf) for G rollouts of each start.
-            context: of the S starts.
-            frames_at_once: bounds the memory; None = what `memory.rows_at_once` finds. No effect on the frames.
+            context: context of the S starts.
+            frames_at_once: frames decoded at a time, to bound memory; None = by `memory.rows_at_once`.
 
         Returns:
             (S, L, C, H, W) or (S, G, L, C, H, W), clipped to [0, 1], float32.
         """
         weight = self.post_quant_linear.weight
         if frames_at_once is None:
+            # about eight maps of the widest resolution live at a time
             pixels = self.cfg.image_size[0] * self.cfg.image_size[1] // self.cfg.stem**2
             frames_at_once = rows_at_once(
                 8 * self.cfg.block_channels[0] * pixels * weight.element_size(), weight.device
             )
         flat = tokens.flatten(1, -2)  # (S, [G *] L, Nf)
-        starts = max(1, frames_at_once // flat.shape[1])
+        starts = max(1, frames_at_once // flat.shape[1])  # starts at a time; a single start may be split below
         parts = []
         for i in range(0, len(flat), starts):
             of_starts = slice(i, i + starts)
@@ -279,17 +214,18 @@ class FrameTokenizer(nn.Module):
             images = [self._decode_future(self.future_fsq.decode(part).flatten(0, 1), pairs)[0] for part in split]
             images = [image.float().clamp(0, 1).unflatten(0, part.shape[:2]) for image, part in zip(images, split)]
             images = torch.cat(images, dim=1)  # (n, M, C, H, W)
-            parts.append(images if where is None else torch.stack([own[i] for own, i in zip(images, where)]))
+            parts.append(images if where is None else torch.stack([frames[i] for frames, i in zip(images, where)]))
         return torch.cat(parts).unflatten(1, tokens.shape[1:-1])
 
     def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Decode codes (S * L, Nf, d) with the S starts' keys and values; returns as `FrameDecoder.image`."""
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
         patches = self.post_quant_linear(codes.to(self.post_quant_linear.weight.dtype))  # (S * L, Nf, p * p * D)
-        latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)
+        latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)  # (S * L, D, h, w)
         return self.cond_decoder(latent, keys_values)
 
     def decode_context(self, context: Context) -> Tensor:
-        """The context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
+        """Decode the context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
         return self.decoder.image(context.features)[0].float().clamp(0, 1)
 
     def forward(self, context_frame: Tensor, frames: Tensor) -> Reconstruction:
@@ -320,7 +256,7 @@ class FrameTokenizer(nn.Module):
             got = f"{type(frames).__name__} of {frames.dtype}"
             raise ValueError(f"expected a float tensor in [0, 1], got {got}; divide uint8 images by 255")
         low, high = torch.stack(frames.detach().aminmax()).tolist()  # one pass, one copy from the GPU
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # nan too; a resize may overshoot by rounding
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also true for nan; a resize may overshoot by rounding
             raise ValueError(
                 f"expected frames in [0, 1], got values from {low:.3g} to {high:.3g}; divide images of 0..255 by 255, "
                 "map images of -1..1 by (x + 1) / 2"

@@ -1,11 +1,11 @@
-"""What a tokenizer's reconstruction of a segment costs: pixels, a perceptual distance, still patches; and how much an
-adversarial term may weigh beside that.
+"""Reconstruction loss: pixel, perceptual and static-patch terms; and the weight of an adversarial term beside it.
 
 Shapes: S starts, L frames, C image channels, H, W image size; Nf tokens of one future frame, d scalars per code.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,36 @@ from torch import Tensor
 from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.tokenizer import Reconstruction
 
+THRESHOLD = 0.04  # pixels differ when a channel differs by more than this
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights of the loss terms and of a frame's pixels; the defaults are plain L1, as in the paper.
+
+    Args:
+        square: weight of the squared error, added to L1.
+        moving: weight of future pixels that differ from the context frame; the others have 1.
+        unusual: weight of pixels, of context and future frames, that differ from the median frame of the data.
+        pyramid: number of scales of the error, each half the one before; 1 = full resolution only.
+        still: weight of the squared codes of patches without a moving pixel. It makes the code 0 mean "as in the
+            context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
+    """
+
+    square: float = 0.0
+    moving: float = 1.0
+    unusual: float = 1.0
+    pyramid: int = 1
+    still: float = 0.0
+
+
+# L1 is minimised by the median. Where a small object may be anywhere, each pixel's median is background, and minutes of
+# training learn the table and never the blocks. Squared errors, coarse scales and pixel weights make them count.
+WEIGHTINGS = {
+    "uniform": Weighting(),
+    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, pyramid=3, still=0.6),
+}
+
 
 def reconstruction_loss(
     reconstruction: Reconstruction,
@@ -21,77 +51,61 @@ def reconstruction_loss(
     frames: Tensor,
     *,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    perceptual_weight: float = 1.0,
-    square_weight: float = 0.0,
-    moving_weight: float = 1.0,
-    usual_frame: Tensor | None = None,
-    unusual_weight: float = 1.0,
-    threshold: float = 0.04,
-    pyramid: int = 1,
-    still_weight: float = 0.0,
+    weighting: Weighting = WEIGHTINGS["uniform"],
+    median_frame: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
+    """Compute L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
 
-    Weights multiply a pixel's term and are not divided out again, so that a batch may be split over processes.
-
-    The arguments from `square_weight` on are for short trainings: plain L1 seeks the median, and the median of a small
-    object that may be anywhere is the background.
+    Pixel weights are not normalised to mean 1, so that splitting a batch over processes does not change the loss.
 
     Args:
-        reconstruction: of `forward`.
+        reconstruction: what the tokenizer's `forward` returned.
         context_frame: (S, C, H, W) in [0, 1].
         frames: (S, L, C, H, W) in [0, 1].
-        perceptual: distance of `metrics.perceptual`, or None.
-        perceptual_weight: its weight beside L1.
-        square_weight: weight of the squared error beside L1.
-        moving_weight: weight of the future pixels that differ from the context frame; those at rest have 1.
-        usual_frame: (C, H, W), what the data set shows mostly, or None.
-        unusual_weight: weight of the pixels that differ from it, in context and future frames.
-        threshold: pixels differ when a channel differs by more than this.
-        pyramid: scales of L1 and squared error, each half the one before; 1 = full resolution only.
-        still_weight: weight of the squared codes of patches without a moving pixel. It makes the middle code mean "as
-            in the context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
+        perceptual: distance from `metrics.perceptual`, added with weight 1 (public recipe), or None.
+        weighting: weights of terms and pixels.
+        median_frame: (C, H, W), the median of the data; needed where `weighting.unusual` is not 1.
 
     Returns:
         The scalar loss, and its parts.
     """
     decoded_context, decoded = reconstruction.context_frame.float(), reconstruction.frames.float()
     context_weight, weight = torch.ones_like(context_frame[:, :1]), torch.ones_like(frames[:, :, :1])
-    if usual_frame is not None:
-        context_weight = 1 + (unusual_weight - 1) * _differs(context_frame, usual_frame, threshold)  # (S, 1, H, W)
-        weight = 1 + (unusual_weight - 1) * _differs(frames, usual_frame, threshold)  # (S, L, 1, H, W)
-    moving = _differs(frames, context_frame[:, None], threshold)  # (S, L, 1, H, W)
-    weight = torch.maximum(weight, 1 + (moving_weight - 1) * moving)
-    context_error = _weighted_error(decoded_context, context_frame, context_weight, square_weight, pyramid)
-    flat = (x.flatten(0, 1) for x in (decoded, frames, weight))
-    future_error = _weighted_error(*flat, square_weight, pyramid)
+    if weighting.unusual != 1:
+        context_weight = 1 + (weighting.unusual - 1) * _differs(context_frame, median_frame)  # (S, 1, H, W)
+        weight = 1 + (weighting.unusual - 1) * _differs(frames, median_frame)  # (S, L, 1, H, W)
+    moving = _differs(frames, context_frame[:, None])  # (S, L, 1, H, W)
+    weight = torch.maximum(weight, 1 + (weighting.moving - 1) * moving)  # the larger one, where a pixel is both
+    context_error = _weighted_error(decoded_context, context_frame, context_weight, weighting)
+    flat = (x.flatten(0, 1) for x in (decoded, frames, weight))  # (S * L, ., H, W)
+    future_error = _weighted_error(*flat, weighting)
     loss = context_error + future_error
     metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
-    if still_weight > 0:
-        codes = reconstruction.future_codes
+    if weighting.still > 0:
+        codes = reconstruction.future_codes  # (S, L, Nf, d)
         side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
         still = 1 - F.max_pool2d(moving.flatten(0, 1), side).flatten(1)  # (S * L, Nf)
         still_code = (codes.flatten(0, 1).square().mean(dim=-1) * still).mean()
-        loss = loss + still_weight * still_code
+        loss = loss + weighting.still * still_code
         metrics["still_code"] = still_code.detach()
-    if perceptual is not None and perceptual_weight > 0:
+    if perceptual is not None:
         distance = perceptual(decoded_context, context_frame).mean() + perceptual(decoded, frames).mean()
-        loss = loss + perceptual_weight * distance
+        loss = loss + distance
         metrics["perceptual"] = distance.detach()
     return loss, metrics
 
 
 def reconstruction_psnr(
-    decoded_context: Tensor, decoded: Tensor, context_frame: Tensor, frames: Tensor, usual_frame: Tensor
+    decoded_context: Tensor, decoded: Tensor, context_frame: Tensor, frames: Tensor, median_frame: Tensor
 ) -> dict[str, float]:
-    """PSNR [dB] over all pixels, on unusual pixels, on moving pixels, and there when the context frame is copied.
+    """Compute PSNRs [dB]: over all, unusual and moving pixels, and the last if the context frame is copied (baseline).
 
     Args:
         decoded_context, context_frame: (S, C, H, W) in [0, 1].
         decoded, frames: (S, L, C, H, W) in [0, 1].
-        usual_frame: (C, H, W), what the data set shows mostly.
+        median_frame: (C, H, W), the median of the data.
     """
-    moving, unusual = moving_mask(frames, context_frame[:, None]), moving_mask(context_frame, usual_frame)
+    moving, unusual = moving_mask(frames, context_frame[:, None]), moving_mask(context_frame, median_frame)
     return {
         "val_psnr_context": pooled_psnr(decoded_context, context_frame),
         "val_psnr_context_unusual": pooled_psnr(decoded_context, context_frame, unusual),
@@ -102,43 +116,44 @@ def reconstruction_psnr(
 
 
 def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
-    """Gradient of a loss on the decoded future frames with respect to the weights of the convolution that makes them.
+    """Compute the gradient of a loss on the decoded future frames for the weights of the decoder's last convolution.
 
-    It is computed from that layer's input and output: the weights themselves may be sharded. The graph is kept.
+    It is computed from that layer's input and output, since the weights may be sharded. The graph is kept.
 
     Args:
         loss: scalar, computed from `reconstruction.frames`.
-        reconstruction: of `forward`.
+        reconstruction: what the tokenizer's `forward` returned.
 
     Returns:
         (outputs, inputs, 3, 3) float32, not averaged over processes.
     """
     (gradient,) = torch.autograd.grad(loss, reconstruction.frames, retain_graph=True)  # (S, L, C, H, W)
     inputs = reconstruction.last_features.detach()  # (S * L, D, H / stem, W / stem)
+    # the gradient of the convolution's output: undo the pixel shuffle that follows it
     outputs = F.pixel_unshuffle(gradient.flatten(0, 1), gradient.shape[-1] // inputs.shape[-1]).to(inputs.dtype)
     return torch.nn.grad.conv2d_weight(inputs, (outputs.shape[1], inputs.shape[1], 3, 3), outputs, padding=1).float()
 
 
 def adversarial_balance(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> float:
-    """Factor that makes the adversarial term pull the last layer as hard as the reconstruction does, at most 1e4.
+    """Compute the factor that gives the adversarial term as large a gradient as the reconstruction, at most 1e4.
 
-    This is the adaptive weight of VQGAN (Esser et al., 2021): the ratio of the norms of both gradients.
+    This is the adaptive weight of VQGAN (Esser et al., 2021): the ratio of the gradients' norms at the last layer.
     """
     return float((reconstruction_gradient.norm() / adversarial_gradient.norm().clamp_min(1e-8)).clamp_max(1e4))
 
 
-def _differs(frames: Tensor, reference: Tensor, threshold: float) -> Tensor:
-    """1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
-    return ((frames - reference).abs().amax(dim=-3, keepdim=True) > threshold).float()
+def _differs(frames: Tensor, reference: Tensor) -> Tensor:
+    """Return 1 where frames (..., C, H, W) differ from the reference, 0 elsewhere: (..., 1, H, W)."""
+    return ((frames - reference).abs().amax(dim=-3, keepdim=True) > THRESHOLD).float()
 
 
-def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, square_weight: float, scales: int) -> Tensor:
-    """Mean of weight * (|e| + square_weight * e^2) of (B, C, H, W), averaged over scales of average-pooled images."""
+def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, weighting: Weighting) -> Tensor:
+    """Compute the mean of weight * (|e| + square * e^2) of images (B, C, H, W), averaged over the pyramid's scales."""
     total = decoded.new_zeros(())
-    for scale in range(scales):
+    for scale in range(weighting.pyramid):
         if scale:
             decoded, target, weight = (F.avg_pool2d(x, 2) for x in (decoded, target, weight))
         error = decoded - target
-        error = error.abs() if square_weight == 0 else error.abs() + square_weight * error.square()
+        error = error.abs() if weighting.square == 0 else error.abs() + weighting.square * error.square()
         total = total + (error * weight).mean()
-    return total / scales
+    return total / weighting.pyramid

@@ -1,21 +1,22 @@
 """World model: an autoregressive transformer over frame tokens and action bins (Sec. 3.2).
 
-A sequence is the context frame, then frames and actions in turn; `TokenLayout` alone knows ids and positions:
+A sequence is the context frame, then frames and actions in turn; `TokenLayout` defines all ids and positions:
 
     ctx(f0) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
 
 Training maximises the likelihood of the tokens of frames >= 1, Eq. (3). A rollout, Eq. (2) and (10), runs ctx(f0) and
 dyn(f0) through the transformer once per start; the G action chunks of a start share that part of the KV cache.
 
-Actions are raw environment actions everywhere in this file; the model owns their ranges and bins.
+Actions are raw environment actions everywhere in this file; their ranges and bins are part of the model.
 
 Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T actions, L = T + 1 frames, A action dim,
 Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.action_bins import ActionBins
-from vlarft.nets.kv_cache import Cache, KVCache
+from vlarft.nets.kv_cache import Cache, KVCache, StaticKVCache
+from vlarft.nets.static_decoding import StaticDecoding
 from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.run.checkpoint import load_model
 from vlarft.run.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
-from vlarft.token_sampling import Sampling, StaticDecoding
+from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import PRESETS as TOKENIZERS
 from vlarft.tokenizer import Context, FrameTokenizer, TokenizerConfig
-
-History = Literal["frames", "start"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class WorldModelConfig:
     """Sizes of the world model; the defaults are the paper's (127,101,696 parameters without the tokenizer).
 
     Args:
-        tokenizer: of the frozen tokenizer inside.
-        transformer: of the decoder.
+        tokenizer: sizes of the frozen tokenizer.
+        transformer: sizes of the decoder.
         chunk: actions T of a segment.
         action_dim: action dimensions A, one token each.
         action_bins: bins per dimension; all dimensions share their ids.
         loss_on_actions: also predict the action tokens, as the public release does; the paper's Eq. (3) does not.
         future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
             in the paper; it makes the head of a small model cheap. Excludes `loss_on_actions`.
-        slot_embedding: add a learned vector for a token's place in its frame or action to its embedding. The paper has
-            rotary positions only, from which a short training must first find out what each place means.
+        slot_embedding: add to a token's embedding a learned vector for its place in the frame or action. The paper has
+            rotary positions only, from which a short training is slow to learn what each place means.
         factored_tokens: add to each token's row, in the embedding and in the head, a learned linear function of what
-            the token stands for: the digits of an FSQ code, the value of an action bin. What is learnt from one token
-            then serves its neighbours. Off in the paper; made for short trainings.
+            the token stands for: the digits of an FSQ code, the value of an action bin. What is learned for one token
+            then carries over to similar ones. Off in the paper; made for short trainings.
     """
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -69,23 +69,28 @@ class WorldModelConfig:
         if self.future_codes_only and self.loss_on_actions:
             raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
+    @property
+    def layout(self) -> TokenLayout:
+        """Ids and positions of a segment's tokens."""
+        return TokenLayout(self.tokenizer, self.action_dim, self.action_bins, self.loss_on_actions)
+
 
 class Rollout(NamedTuple):
-    """Imagined futures: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1], of frames 1..T."""
+    """Imagined frames 1..T: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1]."""
 
     tokens: Tensor
     frames: Tensor
 
 
 class Tables(NamedTuple):
-    """Rows of all token ids: for the embedding (vocabulary, D), and for the head (vocabulary, D)."""
+    """Weights of the embedding and of the head, one row per token id, (vocabulary, D) each."""
 
     embedding: Tensor
     head: Tensor
 
 
 class ClosedLoop(NamedTuple):
-    """Where frame-by-frame imagination stands; `pending` (S, n) are ids that the cache does not hold yet."""
+    """State of frame-by-frame imagination; `pending` (S, n) are ids that the cache does not hold yet."""
 
     context: Context
     tables: Tables
@@ -97,11 +102,15 @@ class ClosedLoop(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Frozen tokenizer, action bins, embedding, decoder and head."""
+    """Frozen tokenizer, action bins, embedding, decoder and head.
+
+    Raises:
+        ValueError: a segment has more tokens than the transformer has positions.
+    """
 
     def __init__(self, cfg: WorldModelConfig) -> None:
         super().__init__()
-        self.cfg, self.layout = cfg, TokenLayout(cfg)
+        self.cfg, self.layout = cfg, cfg.layout
         if self.layout.length(cfg.chunk) > cfg.transformer.max_positions:
             raise ValueError(
                 f"a segment of {cfg.chunk} actions has {self.layout.length(cfg.chunk)} tokens, more than "
@@ -131,11 +140,11 @@ class WorldModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "WorldModel":
-        """The world model of a `model.safetensors`, its tokenizer included, in eval mode."""
+        """Load a world model, its tokenizer included, from its `model.safetensors`, in eval mode."""
         return load_model(path, cls, WorldModelConfig, device)[0]
 
     def to_bfloat16(self) -> "WorldModel":
-        """Cast what imagines to bfloat16, in place: transformer, embeddings, head and the pixel decoder.
+        """Cast the networks of a rollout to bfloat16, in place: transformer, embeddings, head and the pixel decoder.
 
         The networks that tokenise the starts stay in float32: they run once per start, and their tokens stay the same.
         """
@@ -147,7 +156,7 @@ class WorldModel(nn.Module):
         return self
 
     def _token_values(self) -> Tensor:
-        """What each id stands for, (vocabulary, F): its FSQ digits one-hot, or its action value and waves of it."""
+        """Describe what ids stand for, (vocabulary, F): one-hot FSQ digits, or an action value and its sinusoids."""
         blocks = []
         for fsq in (self.tokenizer.future_fsq, self.tokenizer.context_fsq):  # in the order of their ids
             blocks.append(
@@ -156,11 +165,11 @@ class WorldModel(nn.Module):
         value = torch.linspace(-1, 1, self.cfg.action_bins)[:, None]
         phases = value * torch.tensor([1.0, 2.0, 4.0, 8.0]) * torch.pi / 2
         blocks.append(torch.cat([2 * value, phases.sin(), phases.cos()], dim=1))
-        values = torch.block_diag(*blocks)
-        return F.pad(values, (0, 0, 0, self.layout.vocab_size - len(values)))  # BOS and EOS stand for nothing
+        values = torch.block_diag(*blocks)  # each kind of token has its own columns
+        return F.pad(values, (0, 0, 0, self.layout.vocab_size - len(values)))  # zero rows for BOS and EOS
 
     def tables(self) -> Tables:
-        """The rows that `embed` and the head use; compute them once for a whole rollout."""
+        """Compute the rows that `embed` and the head use; once is enough for a whole rollout."""
         embedding, head = self.embed_tokens.weight, self.lm_head.weight
         if self.cfg.factored_tokens:
             embedding, head = (
@@ -170,7 +179,7 @@ class WorldModel(nn.Module):
         return Tables(embedding, head)
 
     def embed(self, ids: Tensor, tables: Tables, positions: Tensor | None = None) -> Tensor:
-        """Embeddings (B, N, D) of ids (B, N) that stand at `positions` (N,), by default at 0 and after it."""
+        """Embed ids (B, N) that stand at `positions` (N,), by default 0..N-1: (B, N, D)."""
         x = F.embedding(ids, tables.embedding)
         if self.cfg.slot_embedding:
             positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
@@ -178,21 +187,21 @@ class WorldModel(nn.Module):
         return x
 
     def next_logits(self, ids: Tensor, tables: Tables, cache: Cache) -> Tensor:
-        """Feed ids (B, N) to the decoder: logits (B, V) float32 of the future-frame token that follows them."""
+        """Feed ids (B, N) to the decoder; return the logits (B, V) float32 of the frame token that follows them."""
         positions = cache.positions(ids.shape[1], ids.device)
         hidden = self.decoder(self.embed(ids, tables, positions), cache)[:, -1]  # (B, D)
-        # a frame is made of future codes only
+        # a frame consists of future codes only, which have the first ids
         return F.linear(hidden, tables.head[: self.layout.num_future_codes]).float()
 
     def train(self, mode: bool = True) -> "WorldModel":
-        """Training mode for all but the tokenizer, which stays frozen in eval mode."""
+        """Set training mode for all but the tokenizer, which is frozen and stays in eval mode."""
         super().train(mode)
         self.tokenizer.eval()
         return self
 
     @torch.no_grad()
     def tokenize(self, frames: Tensor, context_frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens of segments, in one batched pass.
+        """Tokenize segments in one batched pass.
 
         Args:
             frames: (B, L, C, H, W) in [0, 1].
@@ -207,7 +216,7 @@ class WorldModel(nn.Module):
     def loss(
         self, frames: Tensor, actions: Tensor, context_frame: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next-token loss of segments, Eq. (3).
+        """Compute the next-token loss of segments, Eq. (3).
 
         Args:
             frames: (B, T + 1, C, H, W) in [0, 1].
@@ -222,31 +231,32 @@ class WorldModel(nn.Module):
     def token_loss(
         self, context_tokens: Tensor, future_tokens: Tensor, actions: Tensor, stale: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, a mean over all predicted tokens.
+        """Compute Eq. (3) from tokens: cross-entropy, a mean over all predicted tokens.
 
         Args:
             context_tokens: (B, Nc).
             future_tokens: (B, T + 1, Nf).
             actions: (B, T, A) raw.
-            stale: (B, T + 1) bool, the frames that the model sees as if nothing had moved since frame 0 (never as
-                targets); None = none. Where a step moves little, copying the last frame is nearly right, and training
-                looks at the actions late; with stale frames it has to add them up.
+            stale: (B, T + 1) bool, frames whose tokens are replaced by those of frame 0 in the input, not in the
+                targets; None = none. Where a step moves little, copying the last frame is nearly right, and training
+                learns to use the actions late; with stale frames the model has to add their motion up.
 
         Returns:
-            The scalar loss in nats, float32, and `accuracy` (teacher-forced, of frame tokens), `accuracy_changed`
-            (of those that differ from the same token of the frame before) and `outside` (share of action values
-            beyond the stored ranges).
+            The scalar loss in nats, float32, and metrics: `accuracy` (teacher-forced, of frame tokens),
+            `accuracy_changed` (of those that differ from the same token of the frame before) and `outside` (share of
+            action values beyond the stored ranges).
         """
         num_actions = actions.shape[1]
         bins = self.action_bins.encode(actions)
         ids = self.layout.sequence(context_tokens, future_tokens, bins)  # (B, N)
-        seen = ids
+        inputs = ids
         if stale is not None:
             frames = torch.where(stale[..., None], future_tokens[:, :1], future_tokens)
-            seen = self.layout.sequence(context_tokens, frames, bins)
+            inputs = self.layout.sequence(context_tokens, frames, bins)
         targets = self.layout.target_positions(num_actions).to(ids.device)
         tables = self.tables()
-        hidden = self.decoder(self.embed(seen[:, :-1], tables))[:, targets - 1]  # (B, targets, D)
+        # the token at position n is predicted at n - 1; the head runs at the targets only
+        hidden = self.decoder(self.embed(inputs[:, :-1], tables))[:, targets - 1]  # (B, targets, D)
         head = tables.head[: self.layout.num_future_codes if self.cfg.future_codes_only else None]
         logits = F.linear(hidden, head).float()  # (B, targets, V or whole vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, targets].flatten())
@@ -254,7 +264,7 @@ class WorldModel(nn.Module):
             is_frame = torch.isin(targets, self.layout.frame_positions(num_actions).to(ids.device))
             right = (logits[:, is_frame].argmax(-1) == ids[:, targets[is_frame]]).float()  # (B, T * Nf)
             changed = (future_tokens[:, 1:] != future_tokens[:, :-1]).flatten(1).float()
-            accuracy_changed = (right * changed).sum() / changed.sum().clamp_min(1)
+            accuracy_changed = (right * changed).sum() / changed.sum().clamp_min(1)  # 0 if nothing changed
         metrics = {
             "accuracy": right.mean(),
             "accuracy_changed": accuracy_changed,
@@ -284,12 +294,12 @@ class WorldModel(nn.Module):
             context_frame: (S, C, H, W) in [0, 1].
             actions: (S, G, T, A) raw environment actions.
             greedy, temperature, top_p, top_k, common_random_numbers: see `Sampling`.
-            generator: source of the draws; the same seed gives the same rollout and, with common random numbers, the
-                same draws for any G.
-            first_frame: (S, C, H, W), frame 0 where it is not the context frame itself.
+            generator: source of the random numbers; the same seed gives the same rollout and, with common random
+                numbers, the same numbers for any G.
+            first_frame: (S, C, H, W), frame 0 if it is not the context frame.
             part: see `Sampling`.
-            shared_by: with common random numbers, so many consecutive starts share their draws, too: members of one
-                group that no longer see the same frame.
+            shared_by: with common random numbers, this many consecutive starts share them as well. For members of a
+                group that no longer see the same frame, and are therefore passed as starts.
 
         Returns:
             Tokens and frames of steps 1..T.
@@ -312,13 +322,13 @@ class WorldModel(nn.Module):
         shared_by: int = 1,
         static: bool | None = None,
     ) -> tuple[Tensor, Context]:
-        """`rollout` before its frames are decoded: tokens (S, G, T, Nf), and the starts' context to decode them with.
+        """Sample the tokens of a rollout: (S, G, T, Nf), and the starts' context with which to decode them.
 
         Arguments and errors as in `rollout`.
 
         Args:
             static: decode with `StaticDecoding`, which keeps its memory and its CUDA graphs for the next rollout of the
-                same sizes; the parameters must not move. None = for a frozen model on a GPU.
+                same sizes; the parameters must stay at their addresses. None = for a frozen model on a GPU.
         """
         if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
             raise ValueError(
@@ -334,45 +344,58 @@ class WorldModel(nn.Module):
         if static is None:
             static = ids.is_cuda and not any(p.requires_grad for p in self.parameters())
         if static:
-            tokens = self._static(prefilled, group_size, num_actions, sampling, shared_by).run(
-                prefilled, tables, ids, generator
-            )
+            decoding = self._static(prefilled, group_size, num_actions, sampling, shared_by)
+            shape, device = decoding.noise.shape, ids.device
+            noise = None if sampling.greedy else lambda: sampling.noise(*shape, generator, device)
+            tokens = decoding.run(prefilled, tables, ids, noise)
             return rearrange(tokens, "(s g) t n -> s g t n", g=group_size), context
         step_length = self.layout.step_length
-        cache = prefilled.expand(group_size, num_actions * step_length, block=step_length)
+        cache = prefilled.expand(group_size, num_actions * step_length, block=step_length)  # S -> B rows
         pending = ids[:, 0]  # (B, A): ids that the cache does not hold yet
         frames = []
         for step in range(num_actions):
             tokens = self._sample_frame(cache, pending, tables, sampling, group_size * shared_by, generator)  # (B, Nf)
             frames.append(tokens)
             if step + 1 < num_actions:
+                # the frame's last token was sampled but not fed: it goes in with the next action
                 pending = torch.cat([tokens[:, -1:], ids[:, step + 1]], dim=1)
         return rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size), context
 
-    def _static(self, prefilled: KVCache, *sizes: object) -> StaticDecoding:
-        """The decoding of the last rollout if its sizes were the same, else a new one in its place."""
+    def _next_token(
+        self, sampling: Sampling, ids: Tensor, tables: Tables, cache: StaticKVCache, noise: Tensor
+    ) -> Tensor:
+        """Feed ids (B, N) to the decoder and choose the tokens (B,) that follow them."""
+        return sampling.pick(self.next_logits(ids, tables, cache), noise)
+
+    def _static(
+        self, prefilled: KVCache, group_size: int, num_actions: int, sampling: Sampling, shared_by: int
+    ) -> StaticDecoding:
+        """Return the decoding of the last rollout if sizes and settings are the same, else replace it by a new one."""
         like = prefilled.own[0][0]
-        key = (like.shape, like.dtype, like.device, *sizes)
+        key = (like.shape, like.dtype, like.device, group_size, num_actions, sampling, shared_by)
         if self._static_decoding is None or self._static_decoding[0] != key:
-            self._static_decoding = None  # its memory is free before the new one takes its own
-            self._static_decoding = key, StaticDecoding(self, prefilled, *sizes)
+            self._static_decoding = None  # frees its memory before the new one allocates
+            layout = self.layout
+            cache = StaticKVCache(prefilled, group_size, num_actions * layout.step_length)
+            noise_shape = sampling.noise_rows(cache.batch_size, group_size * shared_by), layout.num_future_codes
+            next_token = functools.partial(self._next_token, sampling)
+            lengths = layout.frame_length, layout.action_length
+            self._static_decoding = key, StaticDecoding(next_token, cache, *lengths, noise_shape)
         return self._static_decoding[1]
 
     @torch.no_grad()
-    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor, history: History = "frames") -> Tensor:
-        """How much each of G action chunks changes what the model expects to see, against the reference actions.
+    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor) -> Tensor:
+        """Measure how much each of G action chunks changes the model's predictions, compared with reference actions.
 
-        The Kullback-Leibler divergence of the next token, from its distribution under the reference actions, summed
-        over the tokens of a frame. Every token follows the demonstration's own (teacher forcing), as in training: one
-        pass, nothing is sampled or decoded. It is 0 at the reference actions and smooth around them, where an imagined
-        frame changes by whole tokens.
+        The Kullback-Leibler divergence KL(reference || chunk) of the next-token distributions, summed over the tokens
+        of a frame. The preceding tokens are always the demonstration's (teacher forcing, as in training), so one pass
+        suffices: nothing is sampled or decoded. The divergence is 0 at the reference actions and smooth around them,
+        whereas an imagined frame changes by whole tokens.
 
         Args:
             frames: (S, T + 1, C, H, W) in [0, 1] of the demonstrations; the first is the start of all chunks.
             actions: (S, G, T, A) raw environment actions.
             reference: (S, T, A) raw.
-            history: what earlier frames the model sees: the demonstrations', so that each frame tells of its own
-                action; or the start in place of all ("stale frames" of `token_loss`), so that actions add up.
 
         Returns:
             (S, G, T) float32 [nats].
@@ -382,18 +405,18 @@ class WorldModel(nn.Module):
         tables = self.tables()
         head = tables.head[: self.layout.num_future_codes]
         before = self.layout.frame_positions(num_actions).flatten() - 1  # where the frames' tokens are predicted
+        # temporaries of one member: about eight activations per token, and the logits
         values = 8 * self.cfg.transformer.width * self.layout.length(num_actions) + 4 * len(before) * len(head)
         at_once = rows_at_once(4 * values * members, frames.device)  # starts
         parts = []
-        for own, chunks, dataset in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
-            context, tokens = self.tokenize(own)  # (n, Nc), (n, T + 1, Nf)
-            seen = tokens[:, :1].expand_as(tokens) if history == "start" else tokens
-            bins = self.action_bins.encode(torch.cat([dataset[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
-            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, seen)), bins)
-            hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]
+        for segment, chunks, base in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
+            context, tokens = self.tokenize(segment)  # (n, Nc), (n, T + 1, Nf)
+            bins = self.action_bins.encode(torch.cat([base[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
+            ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, tokens)), bins)
+            hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]  # (n * (1 + G), T * Nf, D)
             log_prob = F.linear(hidden, head).float().log_softmax(-1).unflatten(0, (-1, members))
-            ours, theirs = log_prob[:, 1:], log_prob[:, :1]  # (n, G or 1, T * Nf, V)
-            parts.append((theirs.exp() * (theirs - ours)).sum(-1).unflatten(-1, (num_actions, -1)).sum(-1))
+            q, p = log_prob[:, 1:], log_prob[:, :1]  # chunks (n, G, T * Nf, V), reference (n, 1, T * Nf, V)
+            parts.append((p.exp() * (p - q)).sum(-1).unflatten(-1, (num_actions, -1)).sum(-1))  # (n, G, T)
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -405,7 +428,7 @@ class WorldModel(nn.Module):
         Args:
             context_frame: (S, C, H, W) in [0, 1].
             sampling: None = greedy.
-            generator: source of the draws.
+            generator: source of the random numbers.
         """
         tables = self.tables()
         context, prefilled = self._prefill(context_frame, None, tables)
@@ -443,7 +466,7 @@ class WorldModel(nn.Module):
         return frame
 
     def _prefill(self, context_frame: Tensor, first_frame: Tensor | None, tables: Tables) -> tuple[Context, KVCache]:
-        """Run ctx | dyn(f0) of each start through the decoder once."""
+        """Run ctx | dyn(f0) of each start through the decoder once; return the context and the filled cache."""
         context = self.tokenizer.encode_context(context_frame)
         first = context_frame if first_frame is None else first_frame
         first_tokens = self.tokenizer.encode_future(first[:, None], context)[:, 0]
@@ -460,11 +483,11 @@ class WorldModel(nn.Module):
         group_size: int,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Feed pending ids (B, n), then draw the Nf tokens of one frame; the last one is left for the next call."""
+        """Feed pending ids (B, n) and sample the Nf tokens of one frame; the last one must be fed by the next call."""
         tokens = []
         for _ in range(self.layout.frame_length):
             logits = self.next_logits(pending, tables, cache)
-            pending = sampling.draw(logits, group_size, generator)[:, None]  # (B, 1)
+            pending = sampling.sample(logits, group_size, generator)[:, None]  # (B, 1)
             tokens.append(pending)
         return torch.cat(tokens, dim=1)
 

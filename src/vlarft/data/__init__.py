@@ -1,4 +1,4 @@
-"""Demonstrations: formats on disk (`hdf5`, `lerobot`, `rlds`), their episodes and split (`episodes`), `windows`."""
+"""Demonstrations: file formats (`hdf5`, `lerobot`, `rlds`), episodes and their split, and training `windows`."""
 
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import load_episodes, split_episodes

@@ -1,6 +1,6 @@
-"""Image augmentation, batched, on the images' device: one draw per observation of a policy or segment of a tokenizer.
+"""Image augmentation of whole batches, on the images' device.
 
-Shapes: B batch, V images that share a draw (cameras of an observation, frames of a segment), H W pixels.
+Shapes: B batch, V images of one row (the cameras of an observation, or the frames of a segment), H W pixels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vlarft.run.config import opt
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges; the defaults are those of the public release for policies."""
+    """Ranges of the random changes; the defaults are the public release's for policies."""
 
-    crop: bool = opt(True, "crop at a random place, where the crop area is below 1")
-    brightness: float = opt(0.2, "factor 1 +- this")
-    contrast: float = opt(0.2, "factor 1 +- this, about the image's mean")
-    saturation: float = opt(0.2, "factor 1 +- this, about grey")
-    hue: float = opt(0.05, "+- this share of a turn about the grey axis")
-    pixel_noise: float = opt(0.0, "standard deviation of noise on each value, in [0, 1] units")
+    crop: bool = opt(True, "crop at a random position if the crop area is below 1")
+    brightness: float = opt(0.2, "scale by a factor in 1 +- this")
+    contrast: float = opt(0.2, "scale about the image's mean by a factor in 1 +- this")
+    saturation: float = opt(0.2, "scale about grey by a factor in 1 +- this")
+    hue: float = opt(0.05, "rotate about the grey axis by up to +- this share of a turn")
+    pixel_noise: float = opt(0.0, "standard deviation of Gaussian noise on each value in [0, 1]")
 
 
 OFF = Augmentation(crop=False, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
@@ -38,16 +38,16 @@ def augment(
     generator: torch.Generator,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Crop, colour and noise; the V images of a row share the draw (of noise, only its strength).
+    """Crop, recolour and add noise; the V images of a row share crop and colours, their noise is independent.
 
     Args:
         images: (B, V, 3, H, W), floats in [0, 1].
-        cfg: ranges.
-        crop_area: share of the image area that a crop keeps, resized back to (H, W), or the range from which that share
-            is drawn; 1 keeps all.
+        cfg: ranges of the changes.
+        crop_area: share of the image area that a crop keeps before it is resized to (H, W), or the range (low, high) to
+            sample it from; 1 keeps the whole image.
         generator: on the images' device.
-        part: (number, count): the images are this share of a batch, for all of which is drawn, so that the result does
-            not depend on the number of processes or micro-batches.
+        part: (index, count): `images` is this share of a larger batch. Random numbers are sampled for all of it, so the
+            result does not depend on the number of processes or micro-batches.
 
     Returns:
         (B, V, 3, H, W) in [0, 1].
@@ -55,9 +55,9 @@ def augment(
     batch, views = images.shape[:2]
     rows = slice(part[0] * batch, (part[0] + 1) * batch)
 
-    def uniform(spread: float | Tensor, *shape: int) -> Tensor:
+    def uniform(half_width: float | Tensor, *shape: int) -> Tensor:
         u = torch.rand(batch * part[1], *shape, generator=generator, device=images.device)[rows]
-        return spread * (2 * u - 1)
+        return half_width * (2 * u - 1)
 
     smallest, largest = crop_area if isinstance(crop_area, tuple) else (crop_area, crop_area)
     if cfg.crop and smallest < 1:
@@ -66,6 +66,7 @@ def augment(
             area = area + uniform((largest - smallest) / 2, 1, 1)  # (B, 1, 1)
         size = area.sqrt()
         scale = (size * torch.eye(2, device=images.device)).expand(batch, 2, 2)
+        # a crop of side `size` in [-1, 1] coordinates stays inside if its centre moves by at most 1 - size
         theta = torch.cat([scale, uniform(1 - size, 2, 1)], dim=-1).repeat_interleave(views, dim=0)  # (B * V, 2, 3)
         flat = images.flatten(0, 1)
         grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
@@ -79,12 +80,12 @@ def augment(
         grey = images.mean(dim=-3, keepdim=True)
         images = grey + (images - grey) * (1 + uniform(cfg.saturation, 1, 1, 1, 1))
     if cfg.hue:
-        # a rotation about the axis g = (1, 1, 1) / sqrt 3: the grey part stays, the rest turns in the plane across it
+        # rotate about the axis g = (1, 1, 1) / sqrt 3: grey stays, the rest turns in the plane orthogonal to g
         angle = uniform(2 * math.pi * cfg.hue, 1, 1, 1, 1)
         grey = images.mean(dim=-3, keepdim=True)
         r, g, b = images.split(1, dim=-3)
-        across = torch.cat([b - g, r - b, g - r], dim=-3) / 3**0.5  # g x colour
-        images = grey + (images - grey) * angle.cos() + across * angle.sin()
+        cross = torch.cat([b - g, r - b, g - r], dim=-3) / 3**0.5  # g x colour
+        images = grey + (images - grey) * angle.cos() + cross * angle.sin()
     if cfg.pixel_noise:
         whole = (batch * part[1], *images.shape[1:])
         images = images + cfg.pixel_noise * torch.randn(whole, generator=generator, device=images.device)[rows]

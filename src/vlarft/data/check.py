@@ -1,12 +1,12 @@
-"""What is in a folder of demonstrations, and what would break training on it.
+"""Report what a folder of demonstrations holds and what would break training on it.
 
     python -m vlarft.data.check PATH [--picture check.png] [--json check.json]
 
 Reads any format that `load_episodes` reads. Prints episodes, frames, fps, cameras, instructions, ranges of actions and
-proprioception, units, gripper, no-ops and image orientation, then warnings and errors; writes three sample frames of
-every camera. Exits with 1 where training would refuse the data, and with 0 otherwise, warnings or not.
+proprioception, units, gripper, no-ops and image orientation, then warnings and errors. Writes a picture with three
+frames of every camera. Exits with 1 if training would refuse the data, otherwise with 0, even if there are warnings.
 
-Hints are statistics, not proofs: look at the picture.
+Warnings come from statistics and may be wrong: check them against the picture.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Frames
 from vlarft.data.video import VideoFrames, scan
-from vlarft.pictures import grid, save_png
+from vlarft.run.pictures import grid, save_png
 
-WINDOW = 9  # frames of a window of the world model
-FEW = 10  # episodes
+WINDOW = 9  # frames of a training window
+FEW = 10  # fewer episodes are warned about
 
 
 @dataclass
 class Report:
-    """facts: JSON-safe; warnings: what may spoil training; errors: what stops it."""
+    """facts: JSON-safe; warnings: what may spoil training; errors: what prevents it."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Report:
 
 
 def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Episode]]:
-    """Look at everything but most of the pixels.
+    """Check a data set; only a sample of its images is decoded.
 
     Args:
-        path: demonstrations.
-        camera: the one that training will use, whose absence is then an error; None looks at all that are there.
+        path: folder or file of demonstrations.
+        camera: camera that training will use: an error if it is missing. All cameras are checked in any case.
 
     Returns:
         The report, and the episodes that could be read.
@@ -74,7 +74,7 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
 
 
 def _contents(report: Report, episodes: Sequence[Episode]) -> None:
-    """Episodes, lengths, cameras, instructions."""
+    """Report episodes, lengths, cameras and instructions."""
     lengths, instructions = np.array([len(e) for e in episodes]), Counter(e.instruction for e in episodes)
     sizes: dict[str, set[tuple[int, int]]] = {}
     for e in episodes:
@@ -93,17 +93,17 @@ def _contents(report: Report, episodes: Sequence[Episode]) -> None:
     }
     warn = report.warnings.append
     if len(episodes) < FEW:
-        warn(f"{len(episodes)} episodes: a held-out part needs 2 at least, training far more")
+        warn(f"{len(episodes)} episodes: a held-out split needs at least 2, training far more")
     if short := [e for e in episodes if len(e) < WINDOW]:
         warn(f"{len(short)} episodes are shorter than a window of {WINDOW} frames and are left out: {short[0].name}")
     if len(long := [e for e in episodes if len(e) > 4 * np.median(lengths)]):
-        warn(f"{len(long)} episodes are more than 4 times as long as the median, first {long[0].name}: pauses in them?")
+        warn(f"{len(long)} episodes are more than 4 times as long as the median, first {long[0].name}: do they pause?")
     if not fps:
-        warn("the files do not say how many steps a second they have")
-    for name, found in sizes.items():
-        if len(found) > 1:
-            report.errors.append(f"camera {name} has images of several sizes: {sorted(found)}; convert with --size")
-        elif (size := next(iter(found)))[0] != size[1]:
+        warn("the files do not state their control steps per second")
+    for name, shapes in sizes.items():
+        if len(shapes) > 1:
+            report.errors.append(f"camera {name} has images of several sizes: {sorted(shapes)}; convert with --size")
+        elif (size := next(iter(shapes)))[0] != size[1]:
             warn(
                 f"camera {name} is {size[0]} x {size[1]}; the models take squares: convert with --size (--centre-crop)"
             )
@@ -113,11 +113,11 @@ def _contents(report: Report, episodes: Sequence[Episode]) -> None:
     for text in instructions:
         other = plain.setdefault(" ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()), text)
         if other != text:
-            warn(f"instructions {other!r} and {text!r} differ in spelling alone; are they one task?")
+            warn(f"instructions {other!r} and {text!r} differ only in spelling; are they one task?")
 
 
 def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
-    """Statistics of actions and proprio, and columns that carry nothing."""
+    """Report statistics of actions and proprio; warn of columns that carry no information."""
     for name, values in (("actions", _joined(episodes, "intended")), ("proprio", _joined(episodes, "proprio"))):
         low, high = values.min(0), values.max(0)
         q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
@@ -134,11 +134,11 @@ def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
                 report.warnings.append(f"actions {stuck} are at their limits in over 20 % of the steps: clipped?")
             outlier = [i for i in motion if high[i] - low[i] > 20 * (q99[i] - q01[i]) > 0]
             if outlier:
-                report.warnings.append(f"actions {outlier} have outliers, 20 times their usual range: glitches?")
+                report.warnings.append(f"actions {outlier} have outliers, over 20 times their usual range: glitches?")
 
 
 def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
-    """Values, and whether the fingers close when +1 is commanded."""
+    """Report gripper commands; warn if the fingers open when +1 (close) is commanded."""
     gripper = _joined(episodes, "intended")[:, -1]
     values = np.unique(gripper.round(4))
     facts = report.facts["gripper"] = {
@@ -151,7 +151,7 @@ def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
         return
     if any(e.proprio.shape[1] != 8 for e in episodes):
         return
-    steady = 5  # steps that fingers need
+    steady = 5  # steps after which the fingers have followed a command
     width, closed = [], []
     for e in episodes:
         command = e.actions[:, -1] > 0
@@ -160,9 +160,9 @@ def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
         closed.append(command[settled])
     width, closed = np.concatenate(width), np.concatenate(closed)
     if min(closed.sum(), (~closed).sum()) >= 50:
-        apart = {"open": float(width[~closed].mean()), "closed": float(width[closed].mean())}
-        facts["mean finger opening (proprio 6, 7) with the command"] = {k: float(f"{v:.4g}") for k, v in apart.items()}
-        if apart["closed"] > 1.05 * apart["open"]:
+        means = {"open": float(width[~closed].mean()), "closed": float(width[closed].mean())}
+        facts["mean finger opening (proprio 6, 7) with the command"] = {k: float(f"{v:.4g}") for k, v in means.items()}
+        if means["closed"] > 1.05 * means["open"]:
             report.warnings.append(
                 "the fingers are further apart when the gripper command is positive: the sign looks inverted; "
                 "convert with --gripper 1 -1"
@@ -170,7 +170,7 @@ def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
 
 
 def _motion(report: Report, episodes: Sequence[Episode]) -> None:
-    """No-ops, what a unit of action does, its delay, and whether actions are positions."""
+    """Report no-ops, the effect and delay of a unit of action, and whether actions are target positions."""
     idle = [no_ops(e) for e in episodes]
     share = np.concatenate(idle).mean()
     report.facts["no-ops"] = f"{int(sum(i.sum() for i in idle))} ({share:.1%} of the steps)"
@@ -193,15 +193,12 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
         best = max(lags, key=lambda lag: abs(lags[lag][0]))
         r, slope = lags[best]
         if abs(r) > max(0.3, 5 / len(action) ** 0.5):
-            report.facts["units"][f"action {i}"] = (
-                f"moves proprio {i} by {slope:.3g} a step and unit (r {r:.2f}, {best} late)"
-            )
+            effect = f"moves proprio {i} by {slope:.3g} per unit and step (r {r:.2f}, delay {best} steps)"
+            report.facts["units"][f"action {i}"] = effect
         if i < 3 and abs(r) > 0.5 and best < 0 and abs(r) > abs(lags[0][0]) + 0.1 and not positions:
-            report.warnings.append(
-                f"proprio {i} moves {-best} steps before action {i} says so: shifted against each other?"
-            )
+            report.warnings.append(f"proprio {i} moves {-best} steps before action {i}: are the two columns shifted?")
         if i < 3 and r < -0.5 and not positions:
-            report.warnings.append(f"proprio {i} moves against action {i} (r {r:.2f}): other axes, or another sign")
+            report.warnings.append(f"proprio {i} moves against action {i} (r {r:.2f}): other axes or sign?")
     if positions and not episodes[0].absolute:
         report.warnings.append(
             f"actions {positions} are close to proprio {positions}: target positions rather than motions? If so, "
@@ -211,17 +208,17 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
 
 
 def _follows(episodes: Sequence[Episode], dim: int, lag: int) -> bool:
-    """Whether proprio is, `lag` steps later, close to the action, as it is to a target position."""
+    """Return whether proprio, `lag` steps later, is close to the action: then actions are target positions."""
     action = np.concatenate([e.actions[: len(e) - lag, dim] for e in episodes])
     place = np.concatenate([e.proprio[lag:, dim] for e in episodes])
     return _correlation(action, place) > 0.95 and np.abs(action - place).mean() < 0.5 * place.std()
 
 
 def _lagged(episodes: Sequence[Episode], dim: int, lag: int) -> tuple[float, float]:
-    """Correlation, and slope, of the motion from step t + lag to the next with the action of step t."""
+    """Return correlation and regression slope of proprio's motion at step t + lag on the action at step t."""
     action, motion = [], []
     for e in episodes:
-        step = np.diff(e.proprio[:, dim])  # step[t]: what action t did, without delay
+        step = np.diff(e.proprio[:, dim])  # step[t]: the effect of action t, if there is no delay
         lo, hi = max(0, -lag), min(len(step), len(step) - lag)
         action.append(e.actions[lo:hi, dim])
         motion.append(step[lo + lag : hi + lag])
@@ -237,7 +234,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _images(report: Report, episodes: Sequence[Episode]) -> None:
-    """Which way is up, frames that are black or stand still, keyframes of videos; from a sample."""
+    """Report which way is up; warn of black or frozen frames and of videos with few keyframes. Decodes a sample."""
     picked = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(12, len(episodes))).round().astype(int)]
     report.facts["orientation"] = {}
     for name in picked[0].cameras:
@@ -251,7 +248,7 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
                 seen, black = seen + 1, black + (one.max() < 16)
                 commanded = np.abs(e.actions[t : t + gap, :-1]).max() > 1e-3
                 frozen += bool(commanded and (one == two).all())
-                moving = np.abs(two - one).max(-1) > 24
+                moving = np.abs(two - one).max(-1) > 24  # what moves is mostly the hand: higher up, in a lower row
                 if moving.sum() > 0.0005 * moving.size and e.proprio.shape[1] >= 3:
                     rows.append(np.flatnonzero(moving.any(1)).mean() / moving.shape[0])
                     hands.append(e.proprio[t, :3])
@@ -284,12 +281,13 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
 
 
 def _partial_correlation(rows: np.ndarray, hands: np.ndarray) -> float | None:
-    """Of rows (N,) with the third column of hands (N, 3), given the other two: a camera that looks down at an angle
-    sees what is nearer lower. None where one of them does not vary.
+    """Correlate rows (N,) with the height hands[:, 2], controlling for hands[:, :2] (N, 2); None without variation.
+
+    A camera that looks down at an angle sees nearer objects in lower rows, whatever their height.
     """
     given = np.concatenate([np.ones((len(rows), 1)), hands[:, :2]], 1)
-    left = [v - given @ np.linalg.lstsq(given, v, rcond=None)[0] for v in (rows, hands[:, 2])]
-    return None if min(v.std() for v in left) < 1e-6 else _correlation(*left)
+    residuals = [v - given @ np.linalg.lstsq(given, v, rcond=None)[0] for v in (rows, hands[:, 2])]
+    return None if min(v.std() for v in residuals) < 1e-6 else _correlation(*residuals)
 
 
 def _joined(episodes: Sequence[Episode], name: str) -> np.ndarray:
@@ -297,10 +295,10 @@ def _joined(episodes: Sequence[Episode], name: str) -> np.ndarray:
 
 
 def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
-    """Three frames a camera: the start of the first episode, the middle of the middle one, the end of the last.
+    """Show three frames per camera: the start of the first episode, the middle of another, the end of the last.
 
     Returns:
-        uint8 (height, width, 3); a row for every camera, with its name.
+        uint8 (height, width, 3), one row per camera, with its name.
     """
     places = (episodes[0], 0.0), (episodes[len(episodes) // 2], 0.5), (episodes[-1], 1.0)
     rows, names = [], [n for n in episodes[0].cameras if all(n in e.cameras for e, _ in places)]
@@ -317,7 +315,7 @@ def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def render(report: Report) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = []
     for key, value in report.facts.items():
         if key in ("actions", "proprio"):
@@ -331,19 +329,19 @@ def render(report: Report) -> str:
             lines.append(f"{key}: {value}")
     lines += [f"warning: {text}" for text in report.warnings] + [f"ERROR: {text}" for text in report.errors]
     if not report.warnings and not report.errors:
-        lines.append("nothing to complain about")
+        lines.append("no warnings")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns the exit status."""
+    """Run the command line and return the exit status: 1 if there are errors, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m vlarft.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", help="demonstrations")
-    parser.add_argument("--camera", help="the one that training will use")
+    parser.add_argument("path", help="folder or file of demonstrations")
+    parser.add_argument("--camera", help="camera that training will use")
     parser.add_argument("--picture", type=Path, default=Path("data_check.png"), help="PNG of sample frames to write")
-    parser.add_argument("--json", type=Path, help="file for the report as JSON")
+    parser.add_argument("--json", type=Path, help="JSON file of the report to write")
     args = parser.parse_args(argv)
     report, episodes = check(args.path, args.camera)
     if episodes:

@@ -1,7 +1,6 @@
-"""Image conventions: which camera, which way up, which order of channels. Recorded by training, compared by RFT.
+"""Image conventions (camera, orientation, channel order): recorded by training, compared before RFT. Not in the paper.
 
-A world model that was trained on images turned upside down imagines such frames for upright ones without complaint, and
-its rewards mean nothing. Not in the paper.
+A world model trained on upside-down images accepts upright ones without an error, and its rewards then mean nothing.
 
 Shapes: T steps, H, W pixels.
 """
@@ -13,7 +12,7 @@ import numpy as np
 
 from vlarft.data.episode import Episode
 
-SIZE, FRAMES = 8, 64  # side of the mean frame, frames that are averaged
+SIZE, FRAMES = 8, 64  # side of the mean frame [px], number of frames averaged
 VIEWS = {
     "turned by 180 degrees": lambda x: x[::-1, ::-1],
     "upside down": lambda x: x[::-1],
@@ -24,14 +23,14 @@ VIEWS = {
 
 
 def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]:
-    """What a checkpoint remembers of its images.
+    """Describe the training images, for the checkpoint.
 
     Args:
-        episodes: that it trains on.
-        camera: that they were read from.
+        episodes: training episodes.
+        camera: camera that their images come from.
 
     Returns:
-        `camera`, and `mean_frame`: the mean of some frames, 8 x 8 x 3, in [0, 1], as nested lists.
+        `camera`, and `mean_frame`: the mean of 64 frames shrunk to 8 x 8 x 3, in [0, 1], as nested lists.
     """
     frames = []
     for i in np.linspace(0, len(episodes) - 1, FRAMES).round().astype(int):
@@ -43,17 +42,17 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
 
 
 def check_same_images(ours: dict[str, Any], our_name: str, theirs: dict[str, Any], their_name: str) -> None:
-    """Refuse two sets of images of different conventions.
+    """Check that two models were trained on images of one convention.
 
-    Another view of theirs is taken to be meant where it is at least twice as near to ours as theirs is as it stands. A
-    record without these entries (public weights) is not compared.
+    They were not if flipping, turning or swapping the channels of the second mean frame brings it at least twice as
+    close to the first. A record without these entries (public weights) is not compared.
 
     Args:
         ours, theirs: records of `image_convention`.
-        our_name, their_name: for the message.
+        our_name, their_name: names of the two models, for the message.
 
     Raises:
-        ValueError: another camera, another way up or another order of channels.
+        ValueError: camera, orientation or channel order differ.
     """
     names = ours.get("camera"), theirs.get("camera")
     if None not in names and names[0] != names[1]:
@@ -64,11 +63,11 @@ def check_same_images(ours: dict[str, Any], our_name: str, theirs: dict[str, Any
     if not (ours.get("mean_frame") and theirs.get("mean_frame")):
         return
     a, b = np.array(ours["mean_frame"]), np.array(theirs["mean_frame"])
-    as_it_stands = np.abs(a - b).mean()
+    unchanged = np.abs(a - b).mean()
     distances = {name: np.abs(a - view(b)).mean() for name, view in VIEWS.items()}
     nearest = min(distances, key=distances.get)
-    if as_it_stands > 0.02 and distances[nearest] < as_it_stands / 2:
+    if unchanged > 0.02 and distances[nearest] < unchanged / 2:
         raise ValueError(
             f"image conventions differ: the images of {their_name} look like those of {our_name} {nearest} (mean "
-            f"difference {distances[nearest]:.3f}, as they stand {as_it_stands:.3f}); train both on the same files"
+            f"difference {distances[nearest]:.3f}, as they stand {unchanged:.3f}); train both on the same files"
         )

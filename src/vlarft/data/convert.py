@@ -1,13 +1,13 @@
-"""Demonstrations from one format to another, and into the units and sizes that training expects.
+"""Convert demonstrations to another format, and to the units and image sizes that training expects.
 
     python -m vlarft.data.convert demos demos_lerobot --format lerobot                    HDF5 -> LeRobot v3.0, mp4
     python -m vlarft.data.convert libero_goal_no_noops libero_goal --format hdf5          RLDS -> HDF5
     python -m vlarft.data.convert my_robot ready --format lerobot --images png --size 256 256 --gripper 100 0
-    python -m vlarft.data.convert played attempts --format lerobot --kind policy          for the world model alone
+    python -m vlarft.data.convert played attempts --format lerobot --kind policy          for world models only
 
-SRC is anything that `load_episodes` reads; DST appears when it is complete. All cameras go along, and so do failed and
-noisy attempts with their marks. LeRobot data sets keep no simulator states; HDF5 takes robots of 7 action and 8 proprio
-dimensions alone, one file per instruction. Episodes get new names, so a split does not carry over: convert first.
+SRC is anything that `load_episodes` reads; DST appears once it is complete. All cameras are kept, and so are failed and
+noisy attempts, with their labels. LeRobot data sets keep no simulator states. HDF5 is for robots with 7 action and 8
+proprio dimensions; it gets one file per instruction. Episodes get new names, which changes splits: convert first.
 """
 
 import argparse
@@ -30,12 +30,15 @@ from vlarft.data.lerobot_writer import write_lerobot
 
 
 def resize(images: np.ndarray, size: tuple[int, int], centre_crop: bool) -> np.ndarray:
-    """(T, H, W, 3) uint8 at another size, bicubic with antialiasing.
+    """Resize images with antialiased bicubic interpolation.
 
     Args:
-        images: any size.
+        images: (T, H, W, 3) uint8.
         size: height and width of the result [px].
-        centre_crop: first cut the middle out, as large as it goes with the proportions of `size`; else they may change.
+        centre_crop: first crop to the aspect ratio of `size`, around the centre; otherwise the ratio may change.
+
+    Returns:
+        (T, *size, 3) uint8.
     """
     height, width = images.shape[1:3]
     if centre_crop:
@@ -61,21 +64,20 @@ def change(
     absolute: bool | None = None,
     kind: str | None = None,
 ) -> Episode:
-    """An episode in other units; its images in memory where they change.
+    """Return the episode in other units or image sizes; images that change are loaded into memory.
 
     Args:
         episode: as read.
-        gripper: values of the last action dimension that mean open and closed; they become -1 and +1, and what lies
-            beyond them is clipped.
+        gripper: values of the last action dimension that mean open and closed; mapped to -1 and +1 and clipped.
         size: height and width of all images [px].
         centre_crop: see `resize`.
         turn: turn all images by 180 degrees.
         drop_no_ops: leave out steps that neither move nor change the gripper.
-        absolute: mark actions as target positions (True) or motions (False).
-        kind: mark whose episode it is; "noisy" and "policy" serve a world model, never a policy.
+        absolute: label actions as target positions (True) or motions (False).
+        kind: label of the episode; "noisy" and "policy" train world models, never policies.
 
     Raises:
-        ValueError: nothing but no-ops.
+        ValueError: all steps are no-ops.
     """
     if absolute is not None:
         episode = replace(episode, absolute=absolute)
@@ -89,8 +91,8 @@ def change(
             return out
 
         actions = mapped(episode.actions)
-        own = episode.intended is not episode.actions
-        episode = replace(episode, actions=actions, intended=mapped(episode.intended) if own else actions)
+        intended = actions if episode.intended is episode.actions else mapped(episode.intended)
+        episode = replace(episode, actions=actions, intended=intended)
     cameras = dict(episode.cameras)
     if turn or size:
         for name, images in cameras.items():
@@ -101,7 +103,7 @@ def change(
     if drop_no_ops:
         kept = ~no_ops(episode)
         if not kept.any():
-            raise ValueError(f"{episode.name} consists of no-ops; remove it")
+            raise ValueError(f"{episode.name} has only no-ops; remove it")
         cameras = {name: np.asarray(images)[kept] for name, images in cameras.items()}
         same = episode.intended is episode.actions
         columns = {name: column if column is None else column[kept] for name, column in columns.items()}
@@ -112,22 +114,22 @@ def change(
 
 
 def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
-    """Write LIBERO's layout, <root>/<instruction>_demo.hdf5; the folder appears when it is complete.
+    """Write LIBERO's layout, <root>/<instruction>_demo.hdf5; the folder appears once it is complete.
 
     Args:
-        root: folder to make.
-        episodes: 7 action and 8 proprio dimensions, motions; taken one at a time.
-        fps: control steps a second.
+        root: folder to create.
+        episodes: 7 action and 8 proprio dimensions, actions that are motions; consumed one at a time.
+        fps: control steps per second.
 
     Returns:
         The number of episodes.
 
     Raises:
-        FileExistsError: `root` is there already.
-        ValueError: another robot, or absolute actions, which the layout does not have.
+        FileExistsError: `root` exists.
+        ValueError: other dimensions, or absolute actions, which the layout cannot store.
     """
     if root.exists():
-        raise FileExistsError(f"{root} is there already; remove it, or give another folder")
+        raise FileExistsError(f"{root} exists; remove it, or give another folder")
     tmp = root.with_name(root.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -173,33 +175,34 @@ def _libero_name(camera: str) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring.
+    """Run the command line; see the module's docstring.
 
     Raises:
-        FileExistsError: DST exists; ValueError: fps unknown; and the errors of reading and writing.
+        FileExistsError: DST exists.
+        FileNotFoundError, ValueError: no demonstrations, unknown fps, and the errors of reading and writing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vlarft.data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("src", type=Path, help="demonstrations of any format that is read")
-    add("dst", type=Path, help="folder to make")
+    add("src", type=Path, help="folder or file of demonstrations, any format")
+    add("dst", type=Path, help="folder to create")
     add("--format", choices=("lerobot", "hdf5"), required=True, help="LeRobotDataset v3.0, or LIBERO's HDF5")
-    add("--camera", nargs="+", help="cameras to take along; default all")
-    add("--images", choices=("video", "png"), default="video", help="of a LeRobot set: mp4, or PNG without loss")
-    add("--codec", choices=("h264", "av1"), default="h264", help="of the videos")
-    add("--crf", type=int, default=18, help="quality of the videos; lower is better and larger")
-    add("--fps", type=float, help="where SRC does not say (RLDS; LIBERO's is 20)")
+    add("--camera", nargs="+", help="cameras to keep; default all")
+    add("--images", choices=("video", "png"), default="video", help="images of a LeRobot set: mp4, or lossless PNG")
+    add("--codec", choices=("h264", "av1"), default="h264", help="video codec")
+    add("--crf", type=int, default=18, help="video quality; lower is better and larger")
+    add("--fps", type=float, help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="resize all images [px]")
-    add("--centre-crop", action="store_true", help="before --size, cut out the middle in its proportions")
+    add("--centre-crop", action="store_true", help="before --size, crop the centre to its aspect ratio")
     add("--turn", action="store_true", help="turn all images by 180 degrees")
     add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
-    add("--absolute", action=argparse.BooleanOptionalAction, help="actions are target positions (or motions)")
-    add("--kind", choices=("expert", "noisy", "policy"), help="mark all episodes; a policy learns from experts alone")
+    add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
+    add("--kind", choices=("expert", "noisy", "policy"), help="label all episodes; policies learn from expert only")
     args = parser.parse_args(argv)
     if args.centre_crop and not args.size:
-        parser.error("--centre-crop goes with --size")
+        parser.error("--centre-crop needs --size")
     if args.gripper and args.gripper[0] == args.gripper[1]:
         parser.error(f"--gripper: open and closed are both {args.gripper[0]:g}")
     changes = {
@@ -212,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
         "kind": args.kind,
     }
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
-    # the first camera of any name will do: all are in Episode.cameras
+    # which camera is read as Episode.images does not matter: all are in Episode.cameras
     camera = args.camera[0] if args.camera else None
     source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, cache_bytes=0)
     first = next(source, None)
@@ -220,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
         raise FileNotFoundError(f"{args.src} has no demonstrations")
     fps = args.fps or first.fps
     if fps is None:
-        raise ValueError(f"{args.src} does not say how many steps a second it has: give --fps (LIBERO: 20)")
+        raise ValueError(f"{args.src} does not state its control steps per second: give --fps (LIBERO: 20)")
 
     def changed() -> Iterator[Episode]:
         yield from (one(episode) for episode in [first])
@@ -228,7 +231,7 @@ def main(argv: Sequence[str]) -> None:
 
     def one(episode: Episode) -> Episode:
         if args.fps is None and episode.fps not in (None, fps):
-            raise ValueError(f"{episode.name} has {episode.fps:g} fps, {first.name} {fps:g}: convert them apart")
+            raise ValueError(f"{episode.name} has {episode.fps:g} fps, {first.name} {fps:g}: convert them separately")
         if args.camera:
             names = [pick_camera(episode.cameras, name, episode.name) for name in args.camera]
             episode = replace(episode, cameras={name: episode.cameras[name] for name in names})

@@ -1,6 +1,6 @@
-"""One demonstration, whatever file it comes from.
+"""One demonstration, independent of its file format.
 
-Shapes: T steps, H and W pixels, A action dim, P proprio dim.
+Shapes: T steps, H and W pixels, A action dim, P proprio dim, S simulator state dim.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from vlarft.data.frames import Frames
 
 Images = np.ndarray | Frames  # uint8 (T, H, W, 3)
 
-# the same camera by the names of LIBERO's HDF5 files, of LeRobot's copies of LIBERO, and of RLDS
+# LIBERO's cameras: their names in its HDF5 files -> their names in LeRobot and RLDS copies of LIBERO
 CAMERAS = {"agentview": ("image",), "eye_in_hand": ("image2", "wrist_image")}
 
 
@@ -20,15 +20,16 @@ CAMERAS = {"agentview": ("image",), "eye_in_hand": ("image2", "wrist_image")}
 class Episode:
     """One demonstration.
 
-    images: (T, H, W, 3) uint8, upright, frame t seen before action t; an array, or `Frames` that are decoded on access
+    images: (T, H, W, 3) uint8, upright, frame t observed before action t; an array, or `Frames` decoded on access
     proprio: (T, P) float32; in LIBERO P = 8: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]
-    actions: (T, A) float32, executed raw environment actions, gripper last, -1 open and +1 close; what the world model
-        learns from; in LIBERO A = 7
-    intended: (T, A) float32, what the demonstrator wanted before noise; what the policy imitates
-    states: (T, S) float64 simulator states, or None where the file has none
-    name: suite/file/demo or data set/episode, unique in a data set: the split is stored by it
-    cameras: all cameras' images by name; `images` is one of them
-    fps: control steps a second, or None where the file does not say
+    actions: (T, A) float32, raw environment actions as executed, gripper last, -1 open and +1 close; the world model
+        learns from them; in LIBERO A = 7
+    intended: (T, A) float32, the demonstrator's actions before noise was added; the policy imitates them
+    kind: who acted: "expert", "noisy" (an expert with strong noise) or "policy"
+    states: (T, S) float64 simulator states, or None if the file has none
+    name: suite/file/demo or data set/episode, unique in a data set; splits are stored by name
+    cameras: images of all cameras by name; `images` is one of them
+    fps: control steps per second, or None if the file does not state them
     absolute: actions are target positions, so that holding still repeats the last one; False: they are motions
     """
 
@@ -51,12 +52,15 @@ class Episode:
 
 
 def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
-    """The key of `cameras` that `name` means: itself, or another format's name of the same camera (`CAMERAS`).
+    """Return the key of `cameras` that `name` refers to: itself, or another format's name of the camera (`CAMERAS`).
 
-    None is the first, for those who look at all of them.
+    Args:
+        cameras: any values by camera name.
+        name: camera; None picks the first.
+        where: file, for errors.
 
     Raises:
-        ValueError: there is none, naming those there are.
+        ValueError: no such camera; the message lists those there are.
     """
     same = next((group for group in ((k, *v) for k, v in CAMERAS.items()) if name in group), ())
     for candidate in (name, *same) if name is not None else tuple(cameras)[:1]:
@@ -68,12 +72,12 @@ def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> 
 
 
 def check_numbers(values: np.ndarray, where: str, width: int | None = None) -> np.ndarray:
-    """(T, D) as float32.
+    """Return values (T, D) as float32.
 
     Args:
         values: one row per step.
         where: file and field, for errors.
-        width: D, if it must be this.
+        width: the D to expect; None accepts any.
 
     Raises:
         ValueError: another shape, NaN or infinite values.
@@ -88,10 +92,10 @@ def check_numbers(values: np.ndarray, where: str, width: int | None = None) -> n
 
 
 def check_lengths(where: str, **columns: object) -> None:
-    """All columns have as many rows as each other.
+    """Check that all columns have the same number of rows.
 
     Raises:
-        ValueError: they do not; the message gives every length.
+        ValueError: they differ; the message gives every length.
     """
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1:
@@ -99,9 +103,14 @@ def check_lengths(where: str, **columns: object) -> None:
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
-    """(T,) bool: steps whose intended action neither moves nor changes the gripper (the rule of the public pipelines).
+    """Find steps whose intended action neither moves nor changes the gripper, by the rule of the public pipelines.
 
-    Absolute targets do not move where they repeat the one before.
+    Args:
+        episode: T steps.
+        threshold: largest motion of a no-op, in action units; of target positions, the change since the step before.
+
+    Returns:
+        (T,) bool.
     """
     motion, gripper = episode.intended[:, :-1], episode.intended[:, -1]
     if episode.absolute:

@@ -1,4 +1,4 @@
-"""Demonstrations of any format that is read here, and their split into training and validation."""
+"""Read demonstrations of any format, and split them into training and validation episodes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,20 +12,20 @@ from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
 from vlarft.data.rlds import check_shards, read_rlds
 
-CACHE_BYTES = 1 << 30  # of decoded frames; a set that is smaller is decoded once
+CACHE_BYTES = 1 << 30  # decoded frames kept in memory; a smaller data set is decoded only once
 
 
 def demo_files(path: str | Path) -> tuple[str, list[Path]]:
-    """The format of the demonstrations at `path`, and where they lie.
+    """Return the format of the demonstrations at `path`, and their files.
 
     Args:
         path: a folder, searched at any depth, or one HDF5 or TFRecord file.
 
     Returns:
-        "hdf5" and files, "rlds" and TFRecord files, or "lerobot" and folders that hold meta/info.json; sorted.
+        "hdf5" and files, "rlds" and TFRecord files, or "lerobot" and folders that contain meta/info.json; sorted.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no such path, or no demonstrations.
         ValueError: several formats in one folder.
     """
     path = Path(path)
@@ -35,21 +35,21 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
         raise FileNotFoundError(
             f"demonstrations: {path} does not exist; make some with: python collect_demos.py --out-dir {path}"
         )
-    found = {
+    formats = {
         "lerobot": [p.parent.parent for p in path.rglob("meta/info.json")],
         "hdf5": [*path.rglob("*.hdf5"), *path.rglob("*.h5")],
         "rlds": [p for p in path.rglob("*.tfrecord*") if p.is_file()],
     }
-    found = {kind: sorted(places) for kind, places in found.items() if places}
-    if not found:
+    formats = {kind: sorted(places) for kind, places in formats.items() if places}
+    if not formats:
         raise FileNotFoundError(
             f"demonstrations: {path} has no *.hdf5 files, no meta/info.json (LeRobot) and no *.tfrecord* files (RLDS); "
             f"make some with: python collect_demos.py --out-dir {path}"
         )
-    if len(found) > 1:
-        examples = "; ".join(f"{kind}: {places[0]}" for kind, places in found.items())
+    if len(formats) > 1:
+        examples = "; ".join(f"{kind}: {places[0]}" for kind, places in formats.items())
         raise ValueError(f"{path} has demonstrations of several formats ({examples}): give the folder of one of them")
-    return next(iter(found.items()))
+    return next(iter(formats.items()))
 
 
 def read_episodes(
@@ -60,12 +60,11 @@ def read_episodes(
     with_states: bool = False,
     cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[Episode]:
-    """The episodes at `path`, one after the other, each checked by itself; see `load_episodes`.
+    """Yield the episodes at `path`, each checked on its own; arguments and errors are those of `load_episodes`.
 
     Args:
-        path, with_states, cache_bytes: see there.
-        camera: see there; None takes the first.
-        keep: (name, success, kind) -> whether an episode is wanted.
+        camera: None picks the first.
+        keep: (name, success, kind) -> whether to read an episode.
     """
     kind, places = demo_files(path)
     if with_states and kind != "hdf5":
@@ -91,20 +90,20 @@ def load_episodes(
     names: Sequence[str] | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> list[Episode]:
-    """Read demonstrations; their images stay on disk until they are looked at.
+    """Read demonstrations; their images stay on disk until they are accessed.
 
-    The format is recognised: LIBERO's HDF5, original and ours; LeRobotDataset v3.0, v2.1 and v2.0; RLDS TFRecords.
-    Images are upright, that is, LIBERO's turned by 180 degrees, as public policies see them; actions are raw, their
-    last dimension the gripper, -1 open and +1 close.
+    The format is detected: LIBERO's HDF5, original or written here; LeRobotDataset v3.0, v2.1 and v2.0; RLDS TFRecords.
+    Images are returned upright: LIBERO's are turned by 180 degrees, as public policies see them. Actions are raw, the
+    gripper last, -1 open and +1 close.
 
     Args:
         path: a folder (searched at any depth) or one file.
-        camera: whose images become `Episode.images`; "agentview" and "eye_in_hand" also mean the other formats' names
-            of LIBERO's two cameras.
-        successes_only: leave out attempts marked as failed or noisy; they serve a world model, never a policy.
-        with_states: also read the simulator states (evaluation of world models against true outcomes); HDF5 only.
-        names: only the episodes of these names, in this order.
-        cache_bytes: decoded frames kept in memory, over all episodes; as long as there is room, none is decoded twice.
+        camera: its images become `Episode.images`; "agentview" and "eye_in_hand" also match the names that other
+            formats give to LIBERO's two cameras.
+        successes_only: read successful experts only; other attempts train world models, never policies.
+        with_states: also read simulator states, to evaluate world models against true outcomes; HDF5 only.
+        names: read only the episodes of these names, in this order.
+        cache_bytes: decoded frames kept in memory, over all episodes; while there is room, none is decoded twice.
 
     Returns:
         Episodes in order of file and demonstration number.
@@ -136,7 +135,7 @@ def load_episodes(
 
 
 def same_robot(episodes: Sequence[Episode]) -> list[str]:
-    """How the episodes of a data set differ where they must not: fps, and the width of actions and proprio."""
+    """Return a message for each of fps, dimensions and kind of actions in which the episodes differ."""
     problems = []
     for what, fix, value in (
         ("fps", "resample them, or train on one kind", lambda e: e.fps),
@@ -155,7 +154,7 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
 
 
 def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
-    """Whether the last action dimension is what it must be: from -1, open, to +1, closed."""
+    """Return a message if the last action dimension is not a gripper command from -1 (open) to +1 (closed)."""
     low, high = (np.array([getattr(e.actions[:, -1], f)() for e in episodes]) for f in ("min", "max"))
     fix = (
         "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
@@ -172,16 +171,19 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
 def split_episodes(
     episodes: Sequence[Episode], validation_fraction: float, seed: int
 ) -> tuple[list[Episode], list[Episode]]:
-    """Split by episode, with at least one in each part; the same for the same names and seed, whatever their order.
+    """Split by episode, at least one in each part. The split depends on names and seed, not on the episodes' order.
 
-    Successful demonstrations, other attempts, and those of a policy are split apart: a policy, which sees the first
-    alone, and a world model that sees all of the same files hold out the same demonstrations, if fraction and seed are
-    the same; and attempts of a policy that are added later leave the split of the others as it was.
+    Successful experts, other attempts, and attempts of a policy are split separately. A policy, which sees only the
+    first, and a world model that sees all files thus hold out the same demonstrations, given equal fraction and seed;
+    and attempts of a policy that are added later do not change the split of the others.
 
     Args:
-        episodes: all of a data set.
-        validation_fraction: share of the validation part; 1/50 in the paper (Sec. 4.2).
-        seed: of the shuffle.
+        episodes: all episodes of a data set.
+        validation_fraction: share of validation episodes; 1/50 in the paper (Sec. 4.2).
+        seed: seed of the shuffle.
+
+    Returns:
+        Training and validation episodes.
 
     Raises:
         ValueError: fewer than two episodes, or a fraction outside (0, 1).
@@ -202,6 +204,6 @@ def split_episodes(
         if not validation and len(ordered) > 1:
             count = min(max(1, count), len(ordered) - 1)
         train, validation = train + ordered[count:], validation + ordered[:count]
-    if not (train and validation):  # one demonstration, one other attempt
+    if not (train and validation):  # for example one demonstration and one other attempt
         train, validation = (train + validation)[1:], (train + validation)[:1]
     return train, validation

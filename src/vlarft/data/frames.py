@@ -1,10 +1,10 @@
-"""Images of an episode that stay on disk, compressed, until they are looked at.
+"""Images of an episode that stay on disk, compressed, until they are accessed.
 
-`Frames` indexes like a uint8 array (T, H, W, 3). What has been decoded is kept, for as long as the `Budget` that a
-data set shares has room: a small set is decoded once, a large one window by window.
+`Frames` is indexed like a uint8 array (T, H, W, 3). Decoded frames are kept while the `Budget` of their data set has
+room: a small data set is decoded once, a large one window by window.
 
-A source has one method, `read(lo, hi) -> (first, images)`: frames lo .. hi - 1 and whatever had to be decoded with
-them, images[0] being frame `first` <= lo.
+A source has one method, `read(lo, hi) -> (first, images)`. It returns frames lo .. hi - 1 together with frames that had
+to be decoded before or after them; images[0] is frame `first` <= lo.
 """
 
 import io
@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlarft.run.optional import optional
+
 
 class Source(Protocol):
-    """Where frames come from."""
+    """Decoder of frames from a file."""
 
     def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
-        """(first, uint8 (N, H, W, 3)), which holds frames lo .. hi - 1."""
+        """Return (first, uint8 (N, H, W, 3)), which contains frames lo .. hi - 1."""
         ...
 
 
@@ -32,7 +34,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:
-        """Reserve `size` bytes, if they are left."""
+        """Reserve `size` bytes if they are left; return whether they were."""
         with self._lock:
             if self.used + size > self.limit:
                 return False
@@ -41,12 +43,12 @@ class Budget:
 
 
 class Frames:
-    """Frames of an episode, decoded on access; an integer or a slice gives an array, as anything else that numpy knows.
+    """Frames of an episode, decoded on access; any index that numpy accepts returns an array.
 
     Args:
         source: see above.
         shape: (T, H, W, 3).
-        budget: decoded frames that may be kept.
+        budget: limit on the decoded frames that are kept.
         where: file and field, for errors.
     """
 
@@ -86,7 +88,7 @@ class Frames:
             raise ValueError(
                 f"{self.where}: {len(images)} frames of {images.shape[1]} x {images.shape[2]} from frame {first} on, "
                 f"expected up to frame {hi - 1} of {self.shape[1]} x {self.shape[2]}; the file is damaged, or its "
-                "metadata is of another one"
+                "metadata belongs to another file"
             )
         for t, image in enumerate(images, first):
             if t not in self._kept and self.budget.take(image.nbytes):
@@ -95,29 +97,23 @@ class Frames:
 
 
 def import_pillow() -> Any:
-    """The module PIL.Image.
-
-    Raises:
-        ImportError: pillow is missing; the message says which extra brings it.
-    """
-    try:
+    """Import PIL.Image; an ImportError says what installs it."""
+    with optional("reading PNG and JPEG images needs pillow", "formats"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError('reading PNG and JPEG images needs pillow: pip install "vlarft[formats]"') from error
     return Image
 
 
 def map_file(path: Path) -> np.ndarray:
-    """A file's bytes, (N,) uint8, mapped into memory: read when they are looked at, and shared between processes."""
-    # a plain array: np.memmap's own class makes every slice slower
+    """Map a file into memory as (N,) uint8: bytes are read on access and shared between processes."""
+    # returned as a plain array: slices of the class np.memmap are slower
     return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 def decode_image(blob: Any, where: str) -> np.ndarray:
-    """A PNG, JPEG or other picture file as uint8 (H, W, 3).
+    """Decode the content of an image file (PNG, JPEG, ...) to uint8 (H, W, 3).
 
     Raises:
-        ValueError: no picture, or a damaged one.
+        ValueError: not an image, or damaged.
     """
     try:
         with import_pillow().open(io.BytesIO(blob)) as picture:
@@ -127,10 +123,10 @@ def decode_image(blob: Any, where: str) -> np.ndarray:
 
 
 class EncodedImages:
-    """A source of one picture file (PNG, JPEG) per frame.
+    """Source with one image file (PNG, JPEG) per frame.
 
     Args:
-        blobs: (lo, hi) -> the contents of frames lo .. hi - 1.
+        blobs: (lo, hi) -> the files' contents for frames lo .. hi - 1.
         where: file and field, for errors.
     """
 

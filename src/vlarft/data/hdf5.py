@@ -1,4 +1,4 @@
-"""LIBERO's HDF5 layout, written and read.
+"""LIBERO's HDF5 layout: write files, and open them for `hdf5_reader`.
 
 One file per task, `<suite>/<task>_demo.hdf5`:
 
@@ -9,9 +9,9 @@ One file per task, `<suite>/<task>_demo.hdf5`:
       obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)
       joint_states (T, J)
 
-`actions` are the executed ones; `intended_actions`, ours, are what the demonstrator wanted before noise was added.
-`image_convention` is "upright" in our files; where the attribute is
-missing, the images are LIBERO's own, upside down, and the reader turns them by 180 degrees as the public pipelines do.
+`actions` are those executed; `intended_actions`, an addition to the layout, are the demonstrator's before noise was
+added. `image_convention` is "upright" in files written here. Without it, images are as LIBERO stores them, upside down,
+and the reader turns them by 180 degrees, as the public pipelines do.
 """
 
 import json
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarft.run.optional import optional
+
 if TYPE_CHECKING:
     import h5py
 
@@ -29,15 +31,9 @@ DEMO = re.compile(r"demo_(\d+)$")
 
 
 def import_h5py() -> Any:
-    """The h5py module.
-
-    Raises:
-        ImportError: h5py is missing; the message says which extra brings it.
-    """
-    try:
+    """Import h5py; an ImportError says what installs it."""
+    with optional("reading and writing demonstrations needs h5py", "data"):
         import h5py
-    except ImportError as error:
-        raise ImportError('reading and writing demonstrations needs h5py: pip install "vlarft[data]"') from error
     return h5py
 
 
@@ -50,14 +46,14 @@ def write_task_attrs(
     upright: bool = True,
     bddl_file_name: str = "",
 ) -> None:
-    """Attributes of the file's `data` group; `num_demos` and `total` are kept current by `write_demo`.
+    """Write the attributes of a file's `data` group; `write_demo` keeps `num_demos` and `total` current.
 
     Args:
         data: the group "data" of an open file.
-        instruction: what the robot is told, for every demonstration of the file.
+        instruction: the task's instruction, the same for all demonstrations of the file.
         env_args: JSON-safe description of the environment (suite, task, image size, ...).
-        control_freq: control steps a second.
-        upright: False where images are stored as LIBERO stores its own, turned by 180 degrees.
+        control_freq: control steps per second.
+        upright: False if images are stored as LIBERO stores them, turned by 180 degrees.
         bddl_file_name: LIBERO's file of the task, <suite>/<task>.bddl.
     """
     data.attrs["bddl_file_name"] = bddl_file_name
@@ -84,16 +80,16 @@ def write_demo(
     success: bool = True,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append one demonstration as `data/demo_<index>`.
+    """Write one demonstration as `data/demo_<index>`.
 
     Args:
         data: the group "data" of an open file.
         index: number of the demonstration in the file.
-        images: camera name (agentview, eye_in_hand) -> (T, H, W, 3) uint8, as `write_task_attrs` declared them.
-        actions: (T, 7) executed raw environment actions.
-        intended_actions: (T, 7) the demonstrator's actions before noise.
+        images: camera name (agentview, eye_in_hand) -> (T, H, W, 3) uint8, oriented as `write_task_attrs` says.
+        actions: (T, 7) raw environment actions as executed.
+        intended_actions: (T, 7) the demonstrator's actions before noise was added.
         proprio: (T, 8) position 3 [m], axis-angle 3 [rad], finger positions 2 [m], before each action.
-        states: (T, S) simulator state before each action; the first row becomes `init_state`. None: there are none.
+        states: (T, S) simulator state before each action; the first row becomes `init_state`. None writes none.
         joint_states: (T, J) joint positions; zeros of width 7 when the robot has no arm.
         success: whether the last step fulfils the task; sets the last reward and done.
         attrs: further attributes (seed, kind, ...).
@@ -111,7 +107,7 @@ def write_demo(
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
             raise ValueError(f"images of {name} must be uint8 (T, H, W, 3), got {array.dtype} {array.shape}")
     name = f"demo_{index}"
-    if name in data:  # left by a writer that was stopped half way
+    if name in data:  # left by an interrupted writer
         del data[name]
     demo = data.create_group(name)
     rewards = np.zeros(steps, np.uint8)
@@ -149,9 +145,9 @@ def write_demo(
 
 
 def demo_names(data: "h5py.Group") -> list[str]:
-    """Names of the complete demonstrations of a file, in numeric order (demo_2 before demo_10)."""
-    found = [k for k in data if DEMO.match(k) and "num_samples" in data[k].attrs]
-    return sorted(found, key=lambda k: int(DEMO.match(k).group(1)))
+    """Return the names of a file's complete demonstrations in numeric order (demo_2 before demo_10)."""
+    complete = [k for k in data if DEMO.match(k) and "num_samples" in data[k].attrs]
+    return sorted(complete, key=lambda k: int(DEMO.match(k).group(1)))
 
 
 def open_demo_file(path: str | Path) -> "h5py.File":
@@ -168,7 +164,7 @@ def open_demo_file(path: str | Path) -> "h5py.File":
         file = import_h5py().File(path, "r")
     except OSError as error:
         raise ValueError(
-            f"{path} is not a readable HDF5 file ({error}); it is truncated or of another format: "
+            f"{path} is not a readable HDF5 file ({error}); it is truncated or has another format: "
             "remove it and collect or copy it again"
         ) from error
     if "data" not in file:
@@ -181,7 +177,7 @@ def open_demo_file(path: str | Path) -> "h5py.File":
 
 
 def _quaternion(axis_angle: np.ndarray) -> np.ndarray:
-    """(T, 3) axis-angle [rad] -> (T, 4) quaternion x, y, z, w."""
+    """Convert axis-angle (T, 3) [rad] to quaternions (T, 4), x, y, z, w."""
     angle = np.linalg.norm(axis_angle, axis=1, keepdims=True)
     scale = np.where(angle < 1e-8, 0.5, np.sin(angle / 2) / np.maximum(angle, 1e-8))
     return np.concatenate([axis_angle * scale, np.cos(angle / 2)], 1)

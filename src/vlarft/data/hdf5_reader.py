@@ -1,7 +1,7 @@
-"""Episodes of LIBERO's HDF5 layout (`hdf5.py`): the original files and ours.
+"""Read episodes from LIBERO's HDF5 layout (`hdf5.py`), original files and those written here.
 
-Images stay in the file: uncompressed ones (the original files) are mapped into memory, gzip chunks (ours) are found
-once and inflated without HDF5's lock when they are looked at, anything else is read through h5py.
+Images stay in the file. Uncompressed ones (original files) are mapped into memory. Gzip chunks (files written here) are
+located once and inflated on access, without HDF5's global lock. Anything else is read through h5py.
 """
 
 import functools
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 def read_hdf5(
     path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
 ) -> Iterator[Episode]:
-    """The demonstrations of one file.
+    """Yield the demonstrations of one file.
 
     Args:
         path: the file.
-        camera: name of the images, `obs/<camera>_rgb`.
-        budget: decoded frames that may be kept.
-        keep: (name, success, kind) -> whether the demonstration is wanted.
+        camera: camera of `Episode.images`, stored as `obs/<camera>_rgb`; None picks the first.
+        budget: limit on the decoded frames that are kept.
+        keep: (name, success, kind) -> whether to read a demonstration.
         with_states: also read the simulator states.
 
     Raises:
@@ -80,7 +80,7 @@ def read_hdf5(
 def _images(
     dataset: "h5py.Dataset", where: str, content: np.ndarray, turned: bool, budget: Budget, path: Path
 ) -> Images:
-    """The images of one camera, upright: a view of the file, or frames that are decoded on access."""
+    """Return the images of one camera, upright: a view of the file, or frames decoded on access."""
     shape = dataset.shape
     if len(shape) != 4 or shape[-1] != 3 or dataset.dtype != np.uint8:
         raise ValueError(f"{where} must be uint8 (T, H, W, 3), got {dataset.dtype} {shape}")
@@ -101,16 +101,16 @@ def _filters(dataset: "h5py.Dataset") -> list[str]:
 
 
 class _Chunks:
-    """Whole frames in chunks, deflated or plain."""
+    """Source for chunks of whole frames, deflated or not."""
 
     def __init__(self, dataset: "h5py.Dataset", content: np.ndarray, turned: bool, where: str) -> None:
         self.content, self.turned, self.where = content, turned, where
         self.shape, self.rows = dataset.shape[1:], dataset.chunks[0]
-        self.places: dict[int, tuple[int, int, bool]] = {}  # chunk -> offset, bytes, plain
+        self.places: dict[int, tuple[int, int, bool]] = {}  # chunk -> offset, bytes, uncompressed
         deflated = bool(_filters(dataset))
 
         def note(chunk) -> None:
-            plain = not deflated or bool(chunk.filter_mask)
+            plain = not deflated or bool(chunk.filter_mask)  # the mask says that the filter was skipped
             self.places[chunk.chunk_offset[0] // self.rows] = (chunk.byte_offset, chunk.size, plain)
 
         dataset.id.chunk_iter(note)
@@ -137,7 +137,7 @@ def _open(path: Path, process: int) -> "h5py.File":
 
 
 class _Slices:
-    """Any other storage, through h5py."""
+    """Source for any other storage, through h5py."""
 
     def __init__(self, path: Path, key: str, turned: bool, rows: int) -> None:
         self.path, self.key, self.turned, self.rows = path, key, turned, rows

@@ -1,12 +1,12 @@
-"""Episodes of LeRobotDataset v3.0, v2.1 and v2.0: parquet with mp4 files or PNG images; without lerobot.
+"""Read episodes of LeRobotDataset v3.0, v2.1 and v2.0 (parquet with mp4 files or PNG images), without lerobot.
 
     meta/info.json      codebase_version, fps, features {key: dtype, shape}, data_path, video_path
     v3.0                meta/episodes/**.parquet, meta/tasks.parquet; several episodes in a data or video file
     v2.x                meta/episodes.jsonl, meta/tasks.jsonl; one data file and one video per camera and episode
 
-Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. Extra
-features and fields that our writer adds (`lerobot_writer.py`): frame feature `intended_action`, episode columns
-`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json; other programs ignore them.
+Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. The writer
+(`lerobot_writer.py`) adds what other programs ignore: the frame feature `intended_action`, the episode columns
+`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json.
 """
 
 import functools
@@ -21,43 +21,36 @@ import numpy as np
 from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
 from vlarft.data.frames import Budget, EncodedImages, Frames
 from vlarft.data.video import VideoFrames, probe, stamp
+from vlarft.run.optional import optional
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 ACTION, STATE = ("action", "actions"), ("observation.state", "state")
 
 
 def import_parquet() -> Any:
-    """The module pyarrow.parquet.
-
-    Raises:
-        ImportError: pyarrow is missing; the message says which extra brings it.
-    """
-    try:
+    """Import pyarrow.parquet; an ImportError says what installs it."""
+    with optional("reading and writing LeRobot data sets needs pyarrow", "formats"):
         import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError(
-            'reading and writing LeRobot data sets needs pyarrow: pip install "vlarft[formats]"'
-        ) from error
     return parquet
 
 
 def open_parquet(path: Path) -> Any:
-    """A parquet file, memory-mapped.
+    """Open a parquet file, memory-mapped.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or of another format.
+        ValueError: truncated, or not parquet.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
     try:
         return import_parquet().ParquetFile(path, memory_map=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({error}); it is truncated: copy it again") from error
+        raise ValueError(f"{path} is not a readable parquet file ({error}); it is truncated: copy it again") from error
 
 
 class _Entry(NamedTuple):
-    """What meta/ says of an episode: videos are camera key -> (file, the episode's start in it [s])."""
+    """Metadata of an episode; videos: camera key -> (file, the episode's start in it [s])."""
 
     index: int
     length: int
@@ -69,16 +62,16 @@ class _Entry(NamedTuple):
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """meta/info.json.
+    """Read meta/info.json of the data set at `root`.
 
     Raises:
-        ValueError: no JSON, a field is missing, or a version that cannot be read.
+        ValueError: not JSON, a missing field, or an unsupported version.
     """
     path = root / "meta" / "info.json"
     try:
         info = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+        raise ValueError(f"{path} is not JSON ({error})") from error
     for key in ("codebase_version", "fps", "features", "data_path"):
         if key not in info:
             raise ValueError(f"{path} has no field {key!r}; it has {', '.join(sorted(info))}")
@@ -93,13 +86,13 @@ def read_info(root: Path) -> dict[str, Any]:
 def read_lerobot(
     root: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
 ) -> Iterator[Episode]:
-    """The episodes of one data set.
+    """Yield the episodes of one data set.
 
     Args:
-        root: the folder that holds meta/, data/ and videos/.
-        camera: a camera's feature key, or its last part.
-        budget: decoded frames that may be kept.
-        keep: (name, success, kind) -> whether the episode is wanted.
+        root: folder that contains meta/, data/ and videos/.
+        camera: camera of `Episode.images`: its feature key, or the key's last part; None picks the first.
+        budget: limit on the decoded frames that are kept.
+        keep: (name, success, kind) -> whether to read an episode.
 
     Raises:
         FileNotFoundError: a file that meta/ names is missing.
@@ -142,7 +135,7 @@ def read_lerobot(
 
 
 def _cameras(features: dict) -> dict[str, str]:
-    """Name -> feature key of the colour cameras; the name is the key's last part where that is unique."""
+    """Return name -> feature key of the colour cameras; the name is the key's last part if that is unique."""
     keys = [k for k, f in features.items() if f["dtype"] in ("video", "image") and not _depth(f)]
     short = [k.rpartition(".")[2] for k in keys]
     return {name if short.count(name) == 1 else key: key for name, key in zip(short, keys)}
@@ -161,7 +154,7 @@ def _feature(features: dict, names: tuple[str, ...], where: Path) -> str:
 
 
 def _entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[_Entry], dict[int, str]]:
-    """The episodes by their number, and the tasks."""
+    """Return the episodes in the order of their numbers, and task_index -> instruction."""
     meta, new = root / "meta", info["codebase_version"] == "v3.0"
     if video_keys and not info.get("video_path"):
         raise ValueError(f"{meta / 'info.json'} has video features ({', '.join(video_keys)}) and no video_path")
@@ -195,7 +188,9 @@ def _entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[_Entry
                 _Entry(index, length, words, data, videos, row.get("success", True), row.get("kind") or "expert")
             )
     table = open_parquet(meta / "tasks.parquet").read()
-    text = [n for n in table.column_names if n != "task_index"]  # pandas' index, which may have no name
+    text = [
+        n for n in table.column_names if n != "task_index"
+    ]  # the index of a pandas table, whose name may be missing
     if "task_index" not in table.column_names or len(text) != 1:
         raise ValueError(f"{meta / 'tasks.parquet'} must have task_index and one text, got {table.column_names}")
     tasks = dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
@@ -213,7 +208,7 @@ def _json_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no list of JSON lines ({error})") from error
+        raise ValueError(f"{path} does not consist of JSON lines ({error})") from error
 
 
 SCALARS = ("episode_index", "frame_index", "timestamp", "task_index")
@@ -221,7 +216,7 @@ SCALARS = ("episode_index", "frame_index", "timestamp", "task_index")
 
 @functools.lru_cache(maxsize=2)  # consecutive episodes share a file
 def _columns(path: Path, written: int, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The numeric columns of a data file: (N,) indices and times, (N, D) features."""
+    """Read numeric columns of a data file `written` at a time (the cache's key): (N,) SCALARS, (N, D) features."""
     file = open_parquet(path)
     names = file.schema_arrow.names
     if missing := [n for n in (*wanted, "episode_index") if n not in names]:
@@ -232,7 +227,7 @@ def _columns(path: Path, written: int, wanted: tuple[str, ...]) -> dict[str, np.
 
 
 def _matrix(column: Any, where: str) -> np.ndarray:
-    """An arrow array of N lists of D numbers -> (N, D); of N numbers -> (N, 1)."""
+    """Convert an arrow array of N lists of D numbers to (N, D), of N numbers to (N, 1)."""
     from pyarrow import compute, types
 
     if column.null_count:
@@ -241,7 +236,7 @@ def _matrix(column: Any, where: str) -> np.ndarray:
     if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         widths = sorted(compute.list_value_length(column).unique().to_pylist())
         if len(widths) > 1:
-            raise ValueError(f"{where} has rows of {widths} numbers; expected as many in each")
+            raise ValueError(f"{where} has rows of {widths} numbers; expected the same number in each")
         values, width = column.flatten(), widths[0] if widths else 1
     if not (types.is_integer(values.type) or types.is_floating(values.type)):
         raise ValueError(f"{where} holds {column.type}, expected numbers or lists of them")
@@ -249,13 +244,13 @@ def _matrix(column: Any, where: str) -> np.ndarray:
 
 
 def _rows(table: dict[str, np.ndarray], entry: _Entry, fps: float, where: str) -> tuple[int, slice]:
-    """First row of an episode in its data file, and all of them."""
-    found = np.flatnonzero(table["episode_index"] == entry.index)
-    if len(found) != entry.length or not len(found) or found[-1] - found[0] + 1 != len(found):
+    """Return an episode's first row in its data file, and the slice of its rows, after checking their times."""
+    indices = np.flatnonzero(table["episode_index"] == entry.index)
+    if len(indices) != entry.length or not len(indices) or indices[-1] - indices[0] + 1 != len(indices):
         raise ValueError(
-            f"{where} has {len(found)} rows, the metadata say {entry.length} in a row; truncated or mixed up"
+            f"{where} has {len(indices)} rows, the metadata say {entry.length} in a row; truncated or mixed up"
         )
-    rows = slice(int(found[0]), int(found[-1]) + 1)
+    rows = slice(int(indices[0]), int(indices[-1]) + 1)
     grid = np.arange(entry.length)
     for name, expected, tolerance in (("frame_index", grid, 0.5), ("timestamp", grid / fps, 0.25 / fps)):
         off = np.abs(table[name][rows] - expected) if name in table else np.zeros(1)
@@ -269,10 +264,10 @@ def _rows(table: dict[str, np.ndarray], entry: _Entry, fps: float, where: str) -
 
 
 def _instruction(table: dict, rows: slice, tasks: dict[int, str], entry: _Entry, where: str) -> str:
-    found = set(table["task_index"][rows].tolist()) if "task_index" in table else set()
-    if len(found) > 1:
-        raise ValueError(f"{where} has {len(found)} task_index values; split it into episodes of one instruction each")
-    text = tasks.get(found.pop(), "") if found else entry.tasks[0] if entry.tasks else ""
+    numbers = set(table["task_index"][rows].tolist()) if "task_index" in table else set()
+    if len(numbers) > 1:
+        raise ValueError(f"{where} has {len(numbers)} task_index values; split it into episodes of one task each")
+    text = tasks.get(numbers.pop(), "") if numbers else entry.tasks[0] if entry.tasks else ""
     if not str(text).strip():
         raise ValueError(f"{where} has no instruction: meta/tasks has no text for its task_index")
     return str(text).strip()
@@ -307,19 +302,19 @@ def _images(
 
 @functools.lru_cache(maxsize=64)
 def _group_starts(path: Path, written: int) -> np.ndarray:
-    """First rows of a parquet file's row groups, and the number of all rows."""
+    """Return the first row of each row group of a parquet file, then the number of rows."""
     metadata = open_parquet(path).metadata
     return np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
 
 @functools.lru_cache(maxsize=4)
 def _group(path: Path, written: int, key: str, number: int) -> Any:
-    """A row group's column of encoded images."""
+    """Read one row group's column of encoded images."""
     return open_parquet(path).read_row_group(number, columns=[key])[key].combine_chunks()
 
 
 def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) -> list[bytes]:
-    """Contents of the picture files of rows first + lo .. first + hi - 1: in the column, or named there."""
+    """Return the image files of rows first + lo .. first + hi - 1: stored in the column, or named by it."""
     starts, out = _group_starts(path, stamp(path)), []
     lo, hi = first + lo, first + hi
     for number in range(np.searchsorted(starts, lo, "right") - 1, np.searchsorted(starts, hi, "left")):

@@ -1,7 +1,7 @@
-"""Episodes as a LeRobotDataset v3.0: parquet tables, with one mp4 per camera and ~200 MB, or PNG images in the tables.
+"""Write a LeRobotDataset v3.0: parquet tables, and per camera mp4 files of ~200 MB, or PNG images in the tables.
 
 Layout and keys: see `lerobot.py`. LIBERO's cameras get the keys of its LeRobot copies (agentview: image, eye_in_hand:
-image2). Videos have a keyframe at every second frame, as LeRobot's own, so that any window is a short decode.
+image2). Every second video frame is a keyframe, as in LeRobot's files, so that any window decodes quickly.
 """
 
 import io
@@ -26,7 +26,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 INDICES = {"timestamp": "float32", **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")}
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 ENCODERS = {"h264": ("libx264", {"bf": "0"}), "av1": ("libsvtav1", {"preset": "8"})}
-IMAGE_ROWS = 16  # rows of a row group with images: the least that a window reads
+IMAGE_ROWS = 16  # rows of a row group with images, the smallest unit that is read
 
 Codec = Literal["h264", "av1"]
 
@@ -41,27 +41,27 @@ def write_lerobot(
     crf: int = 18,
     robot_type: str | None = None,
 ) -> int:
-    """Write a data set; it appears at `root` when it is complete.
+    """Write a data set; it appears at `root` once it is complete.
 
     Args:
-        root: folder to make.
-        episodes: all of one robot, with all their cameras in `Episode.cameras`; taken one at a time.
-        fps: frames a second.
-        images: mp4 files, which lose a little, or PNG images, which lose nothing.
-        codec: of the videos.
-        crf: quality of the videos; lower is better and larger.
-        robot_type: a name for info.json.
+        root: folder to create.
+        episodes: episodes of one robot, their cameras in `Episode.cameras`; consumed one at a time.
+        fps: frames per second.
+        images: mp4 files (slightly lossy) or PNG images (lossless).
+        codec: video codec.
+        crf: video quality; lower is better and larger.
+        robot_type: name of the robot for info.json.
 
     Returns:
         The number of episodes.
 
     Raises:
-        FileExistsError: `root` is there already.
+        FileExistsError: `root` exists.
         ValueError: no episodes, episodes of different robots or cameras, or images of odd size for a video.
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} is there already; remove it, or give another folder")
+        raise FileExistsError(f"{root} exists; remove it, or give another folder")
     tmp = root.with_name(root.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     writer = None
@@ -77,13 +77,13 @@ def write_lerobot(
 
 
 def camera_key(name: str) -> str:
-    """The feature key of a camera."""
+    """Return the LeRobot feature key of a camera."""
     key = {"agentview": "image", "eye_in_hand": "image2"}.get(name, name)
     return f"observation.images.{'image2' if key in CAMERAS['eye_in_hand'] else key}"
 
 
 class _Place:
-    """Numbers of the chunk and the file that is being written, and bytes in it."""
+    """Chunk and file number of the file being written, and its bytes so far."""
 
     def __init__(self) -> None:
         self.chunk = self.file = self.bytes = 0
@@ -98,14 +98,14 @@ class _Place:
 
 
 class _Video:
-    """The mp4 files of a camera, one episode after the other."""
+    """Writer of one camera's mp4 files, episode after episode."""
 
     def __init__(self, root: Path, key: str, fps: float, codec: Codec, crf: int) -> None:
         self.root, self.key, self.fps, self.codec, self.crf = root, key, fps, codec, crf
         self.place, self.frames, self.container, self.stream = _Place(), 0, None, None
 
     def add(self, images: np.ndarray) -> dict[str, Any]:
-        """Append (T, H, W, 3) uint8; returns the episode's columns."""
+        """Append (T, H, W, 3) uint8; return the episode's metadata columns."""
         if self.container is not None and self.place.bytes > VIDEO_BYTES:
             self.close()
             self.place.next()
@@ -146,9 +146,7 @@ class _Writer:
         self.root, self.fps, self.images, self.codec = root, fps, images, codec
         self.shapes = _shapes(first)
         if not self._cameras:
-            raise ValueError(
-                f"{first.name} has no images in Episode.cameras; a data set without cameras is of no use here"
-            )
+            raise ValueError(f"{first.name} has no images in Episode.cameras; expected those of one camera at least")
         self.absolute, self.has_intended = first.absolute, first.intended is not first.actions
         if images == "video":
             for key, shape in self.shapes.items():
@@ -217,7 +215,7 @@ class _Writer:
         self.total += steps
 
     def _rows(self, values: dict, indices: dict, pictures: dict) -> dict[str, int]:
-        """Append an episode's rows to the data file; returns where that is."""
+        """Append an episode's rows to the data file; return its chunk and file number."""
         import pyarrow as pa
 
         arrays: dict[str, Any] = {
@@ -251,11 +249,8 @@ class _Writer:
         path.parent.mkdir(parents=True)
         parquet.write_table(pa.Table.from_pylist([{**entry, **place} for entry in self.entries]), path)
         tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
-        index = {
-            "index_columns": ["task"],
-            "column_indexes": [],
-            "pandas_version": "2.2.0",
-        }  # so that pandas indexes by it
+        # pandas metadata: makes pandas read the instructions as the table's index, as lerobot expects
+        index = {"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.2.0"}
         index["columns"] = [
             {"name": n, "field_name": n, "pandas_type": p, "numpy_type": t, "metadata": None}
             for n, p, t in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
@@ -303,7 +298,7 @@ def _image_type() -> Any:
 
 
 def _shapes(episode: Episode) -> dict[str, tuple[int, ...]]:
-    """Feature key -> shape of one frame's value."""
+    """Return feature key -> shape of one frame's value."""
     shapes = {"observation.state": episode.proprio.shape[1:], "action": episode.actions.shape[1:]}
     return {**shapes, **{camera_key(name): tuple(images.shape[1:]) for name, images in episode.cameras.items()}}
 
@@ -315,7 +310,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _stats(values: np.ndarray) -> dict[str, list]:
-    """LeRobot's statistics of (N, D)."""
+    """Compute LeRobot's statistics of values (N, D)."""
     quantiles = np.quantile(values, QUANTILES, axis=0)
     out = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, dtype=np.float64)}
     out |= {"std": values.std(0, dtype=np.float64), "count": np.array([len(values)])}
@@ -324,14 +319,14 @@ def _stats(values: np.ndarray) -> dict[str, list]:
 
 
 def _histogram(images: np.ndarray) -> np.ndarray:
-    """(3, 256) counts of a sample of the pixels of (T, H, W, 3)."""
+    """Count the values of a sample of the pixels of (T, H, W, 3): (3, 256)."""
     step = max(1, len(images) // 50)
     pixels = images[::step, ::4, ::4].reshape(-1, 3)
     return np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(3)])
 
 
 def _image_stats(counts: np.ndarray) -> dict[str, list]:
-    """LeRobot's statistics of images in [0, 1], (3, 1, 1) each."""
+    """Compute LeRobot's statistics of images in [0, 1], (3, 1, 1) each, from counts (3, 256)."""
     levels, total = np.arange(256) / 255, counts.sum(1, keepdims=True)
     mean = (counts * levels).sum(1, keepdims=True) / total
     share = counts.cumsum(1) / total

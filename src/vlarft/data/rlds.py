@@ -1,8 +1,8 @@
-"""Episodes of RLDS data sets in TFRecord files, as `modified_libero_rlds` is published: one tf.train.Example each.
+"""Read episodes of RLDS data sets from TFRecord files, in the layout of the public `modified_libero_rlds`.
 
-Features, as flat lists over the steps: steps/action (7 floats a step), steps/observation/state (8),
-steps/language_instruction, steps/observation/<camera>: JPEG or PNG files, already turned as public policies see them.
-Actions have LIBERO's gripper, -1 open and +1 close. Checksums are verified once, when the file is opened.
+An episode is one tf.train.Example. Its features are flat lists over the steps: steps/action (7 floats per step),
+steps/observation/state (8), steps/language_instruction, and steps/observation/<camera>: JPEG or PNG files, already
+turned as public policies see them. The gripper is LIBERO's, -1 open and +1 close. Checksums are verified on opening.
 """
 
 import re
@@ -20,10 +20,10 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG")
 
 
 def check_shards(files: list[Path]) -> None:
-    """All shards that a file's name counts are there.
+    """Check that every data set has all the shards that its file names count (-00001-of-00016).
 
     Raises:
-        ValueError: some are missing; the message names the first.
+        ValueError: a shard is missing; the message names the first.
     """
     for path in files:
         if match := SHARD.match(path.name):
@@ -36,18 +36,18 @@ def check_shards(files: list[Path]) -> None:
 def read_rlds(
     path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
 ) -> Iterator[Episode]:
-    """The episodes of one TFRecord file.
+    """Yield the episodes of one TFRecord file.
 
     Args:
         path: the file.
-        camera: name of an image feature, without steps/observation/.
-        budget: decoded frames that may be kept.
-        keep: (name, success, kind) -> whether the episode is wanted.
+        camera: image feature of `Episode.images`, without steps/observation/; None picks the first.
+        budget: limit on the decoded frames that are kept.
+        keep: (name, success, kind) -> whether to read an episode.
 
     Raises:
         ValueError: truncated or damaged file, missing camera or feature, NaN, lengths that differ.
     """
-    # libero_spatial_no_noops/1.0.0/<file>: the version says nothing
+    # episodes are named after the data set, not its version: libero_spatial_no_noops/1.0.0/<file>
     folder = path.parent.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name) else path.parent
     for number, (content, at) in enumerate(read_records(path)):
         name, where = f"{folder.name}/{path.name}/episode_{number}", f"{path}: record {number}"
@@ -98,7 +98,7 @@ def _numbers(features: dict[str, Feature], key: str, steps: int, where: str) -> 
     if not isinstance(values, np.ndarray) or not values.size:
         raise ValueError(f"{where} has no numbers in {key}; it has {', '.join(sorted(features))}")
     if len(values) % steps:
-        raise ValueError(f"{where}/{key} has {len(values)} numbers, no whole multiple of the {steps} images")
+        raise ValueError(f"{where}/{key} has {len(values)} numbers, not a multiple of the {steps} images")
     return check_numbers(values.reshape(steps, -1), f"{where}/{key}")
 
 
@@ -106,7 +106,7 @@ def _instruction(content: np.ndarray, features: dict[str, Feature], where: str) 
     texts = features.get("steps/language_instruction")
     if not isinstance(texts, Blobs) or not len(texts.offsets):
         raise ValueError(f"{where} has no steps/language_instruction; it has {', '.join(sorted(features))}")
-    found = {content[o : o + n].tobytes().decode() for o, n in zip(texts.offsets.tolist(), texts.sizes.tolist())}
-    if len(found) != 1 or not next(iter(found)).strip():
-        raise ValueError(f"{where}/steps/language_instruction must be one text, got {sorted(found)[:3]}")
-    return found.pop().strip()
+    unique = {content[o : o + n].tobytes().decode() for o, n in zip(texts.offsets.tolist(), texts.sizes.tolist())}
+    if len(unique) != 1 or not next(iter(unique)).strip():
+        raise ValueError(f"{where}/steps/language_instruction must be one text, got {sorted(unique)[:3]}")
+    return unique.pop().strip()

@@ -1,4 +1,4 @@
-"""TFRecord files and the tf.train.Example messages in them, without TensorFlow.
+"""Read TFRecord files and the tf.train.Example messages in them, without TensorFlow.
 
 A record is: length (uint64, little endian), masked CRC-32C of those 8 bytes (uint32), the data, masked CRC-32C of the
 data (uint32). An Example is protobuf: Example{1: Features{1: map of string to Feature{1: BytesList, 2: FloatList,
@@ -15,11 +15,11 @@ import numpy as np
 from vlarft.data.frames import map_file
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed
-LANE = 4096  # bytes that one lane of the vectorised checksum takes
+LANE = 4096  # bytes per lane of the vectorised checksum
 
 
 class Blobs(NamedTuple):
-    """Byte strings in a file: where each begins, and how long it is."""
+    """Byte strings in a file: the first byte and the length of each."""
 
     offsets: np.ndarray
     sizes: np.ndarray
@@ -30,7 +30,7 @@ Feature = Blobs | np.ndarray  # bytes, float32 or int64
 
 @functools.cache
 def _table() -> np.ndarray:
-    """(65536,) uint32: what two bytes shifted through the register turn into."""
+    """Return (65536,) uint32: what each value of a register's low 16 bits becomes when these are shifted out."""
     register = np.arange(1 << 16, dtype=np.uint32)
     for _ in range(16):
         register = (register >> 1) ^ np.where(register & 1, np.uint32(POLYNOMIAL), np.uint32(0))
@@ -39,7 +39,7 @@ def _table() -> np.ndarray:
 
 @functools.cache
 def _zeros(doublings: int) -> np.ndarray:
-    """(32,) uint32: where LANE * 2 ** doublings zero bytes take each bit of the register; the shift is linear."""
+    """Return (32,) uint32: what LANE * 2 ** doublings zero bytes turn each bit of the register into."""
     if doublings:
         half = _zeros(doublings - 1)
         return _shift(half, half)
@@ -50,6 +50,7 @@ def _zeros(doublings: int) -> np.ndarray:
 
 
 def _shift(operator: np.ndarray, registers: np.ndarray) -> np.ndarray:
+    """Apply `_zeros` to registers (N,): shifting is linear over XOR, so the result is the XOR over their set bits."""
     out = np.zeros_like(registers)
     for bit in range(32):
         out ^= np.where((registers >> np.uint32(bit)) & 1, operator[bit], np.uint32(0))
@@ -57,11 +58,11 @@ def _shift(operator: np.ndarray, registers: np.ndarray) -> np.ndarray:
 
 
 def crc32c(data: np.ndarray) -> int:
-    """CRC-32C of (N,) uint8.
+    """Compute the CRC-32C of (N,) uint8.
 
-    The data is cut into lanes that are computed side by side; neighbours are then joined pairwise, the left one shifted
-    by as many zero bytes as the right one is long. Zeros in front change nothing, so the first lane is padded there;
-    the initial register of ones is the same as inverting the first four bytes.
+    The data is cut into lanes that are processed in parallel. Neighbours are then merged pairwise: the left register,
+    shifted by as many zero bytes as the right lane is long, XOR the right one. A zero register ignores leading zeros,
+    so the first lane is padded in front. Starting from ones is the same as inverting the first four bytes.
     """
     if len(data) < 4:
         register = 0xFFFFFFFF
@@ -88,16 +89,16 @@ def crc32c(data: np.ndarray) -> int:
 
 
 def masked_crc(data: np.ndarray) -> int:
-    """The checksum as TFRecord files store it: rotated right by 15 bits, plus a constant."""
+    """Compute the checksum as TFRecord files store it: rotated right by 15 bits, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_records(path: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """The records of a file, each as (the file's mapped bytes up to the record's end, offset of the record in them).
+    """Yield the records of a file as (the file's mapped bytes up to the record's end, offset of the record in them).
 
     Raises:
-        ValueError: a truncated file, or a checksum that is wrong.
+        ValueError: truncated file, or a wrong checksum.
     """
     content, at, number = map_file(path), 0, 0
     while at < len(content):
@@ -107,7 +108,7 @@ def read_records(path: Path) -> Iterator[tuple[np.ndarray, int]]:
         length = int(head[:8].view("<u8")[0])
         if masked_crc(head[:8]) != int(head[8:].view("<u4")[0]):
             raise ValueError(
-                f"{path}: the length of record {number} has a wrong checksum; the file is damaged, or no TFRecord file"
+                f"{path}: the length of record {number} has a wrong checksum; the file is damaged or not TFRecord"
             )
         end = at + 12 + length
         if end + 4 > len(content):
@@ -121,14 +122,14 @@ def read_records(path: Path) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def parse_example(content: np.ndarray, at: int) -> dict[str, Feature]:
-    """The features of a tf.train.Example that lies in content[at:].
+    """Parse the tf.train.Example content[at:] into name -> feature.
 
     Args:
-        content: (N,) uint8; offsets of byte strings are positions in it.
+        content: (N,) uint8; the offsets of byte strings are positions in it.
         at: first byte of the message.
 
     Raises:
-        ValueError: no such message.
+        ValueError: not such a message.
     """
     out: dict[str, Feature] = {}
     try:
@@ -170,7 +171,7 @@ def _varint(content: np.ndarray, at: int) -> tuple[int, int]:
 
 
 def _fields(content: np.ndarray, at: int, end: int, wanted: set[int]) -> Iterator[tuple[int, int, int]]:
-    """(field number, first byte, end) of the wanted fields of a message; of a scalar, the bytes of its value."""
+    """Yield (field number, first byte, end) of the value of each wanted field of a message."""
     while at < end:
         tag, at = _varint(content, at)
         number, wire = tag >> 3, tag & 7

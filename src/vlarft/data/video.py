@@ -1,7 +1,7 @@
-"""Frames of a video file at given times: seek to the keyframe before, decode from there, or go on where the last read
-ended.
+"""Decode the frames of a video file at given times, with PyAV.
 
-Needs PyAV. Every thread has decoders of its own; a file is scanned once for the times of its frames.
+A read seeks to the keyframe before its first frame, or continues where the last read ended. Each thread has its
+decoders. A file is scanned once for the times of its frames.
 """
 
 import functools
@@ -13,20 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlarft.data.frames import Budget
+from vlarft.run.optional import optional
 
 OPEN_DECODERS = 8  # per thread
 
 
 def import_av() -> Any:
-    """The av module.
-
-    Raises:
-        ImportError: PyAV is missing; the message says which extra brings it.
-    """
-    try:
+    """Import PyAV; an ImportError says what installs it."""
+    with optional("reading and writing videos needs PyAV", "formats"):
         import av
-    except ImportError as error:
-        raise ImportError('reading and writing videos needs PyAV: pip install "vlarft[formats]"') from error
     return av
 
 
@@ -36,7 +31,7 @@ def _open(path: Path) -> Any:
     try:
         container = import_av().open(str(path))
     except import_av().FFmpegError as error:
-        raise ValueError(f"{path} is no readable video ({error}); it is truncated or of another format") from error
+        raise ValueError(f"{path} is not a readable video ({error}); it is truncated or has another format") from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"{path} has no video stream")
@@ -44,7 +39,7 @@ def _open(path: Path) -> Any:
 
 
 class Stream(NamedTuple):
-    """What a video's header says: frames per second, height and width [px], and where it ends [s]."""
+    """Header of a video: frames per second, (height, width) [px], and the time of its end [s]."""
 
     fps: float
     size: tuple[int, int]
@@ -52,16 +47,16 @@ class Stream(NamedTuple):
 
 
 def stamp(path: Path) -> int:
-    """When a file was written, 0 where there is none: what has been read of a file is remembered for that state."""
+    """Return a file's time of modification [ns], 0 if there is none: a cache key that forgets rewritten files."""
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def probe(path: Path) -> Stream:
-    """The header of a video file.
+    """Read the header of a video file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or no video.
+        ValueError: truncated, or not a video.
     """
     return _probe(path, stamp(path))
 
@@ -75,11 +70,11 @@ def _probe(path: Path, written: int) -> Stream:
 
 
 class Index(NamedTuple):
-    """All frames of a video in order of their time.
+    """All frames of a video in order of time.
 
-    pts: (N,) int64, in the stream's time base
+    pts: (N,) int64, presentation times in the stream's time base
     times: (N,) float64 [s]
-    keys: (K,) int64, numbers of the frames at which decoding can start
+    keys: (K,) int64, numbers of the keyframes, at which decoding can start
     """
 
     pts: np.ndarray
@@ -88,7 +83,7 @@ class Index(NamedTuple):
 
 
 def scan(path: Path) -> Index:
-    """The times and keyframes of a video file, from its packets; nothing is decoded.
+    """Read the times and keyframes of a video file from its packets, without decoding.
 
     Raises:
         FileNotFoundError, ValueError: as `probe`; or a video without frames.
@@ -111,24 +106,24 @@ def _scan(path: Path, written: int) -> Index:
 
 
 class _Decoder:
+    """An open video file and the place where its last read ended."""
+
     def __init__(self, path: Path) -> None:
         self.path, self.index = path, scan(path)
         self.container = _open(path)
         self.stream = self.container.streams.video[0]
-        self.stream.codec_context.thread_count = 1  # windows are short: frame threads would start and stop all the time
-        self.frames, self.next = None, -1  # decoded frames to come, and the number of the first of them
+        self.stream.codec_context.thread_count = 1  # windows are short: starting frame threads would cost more
+        self.frames, self.next = None, -1  # iterator over decoded frames, number of the first
 
     def read(self, lo: int, hi: int, earliest: int) -> tuple[int, np.ndarray]:
-        """Frames lo .. hi - 1; those that are decoded before them also, from `earliest` on."""
+        """Decode frames lo .. hi - 1; also return those from `earliest` on that are decoded on the way."""
         keys = self.index.keys
         start = int(keys[max(0, np.searchsorted(keys, lo, "right") - 1)]) if len(keys) else 0
         if self.frames is None or not start <= self.next <= lo:
             self._seek(start)
         images = self._decode(lo, hi, earliest)
-        if (
-            not images or images[0][0] > lo or images[-1][0] < hi - 1
-        ):  # a keyframe from which the rest cannot be decoded
-            self._seek(0)
+        if not images or images[0][0] > lo or images[-1][0] < hi - 1:
+            self._seek(0)  # some frames cannot be decoded from that keyframe: start from the first
             images = self._decode(lo, hi, earliest)
         numbers = [n for n, _ in images]
         if numbers != list(range(numbers[0] if numbers else lo, hi)) or (numbers and numbers[0] > lo):
@@ -159,7 +154,7 @@ class _Decoder:
 
 
 class _Decoders(threading.local):
-    """The decoders of a thread, the least recently used of which are closed."""
+    """The decoders of a thread; the least recently used ones are closed."""
 
     def __init__(self) -> None:
         self.open: OrderedDict[tuple[Path, int], _Decoder] = OrderedDict()
@@ -178,13 +173,13 @@ _decoders = _Decoders()
 
 
 class VideoFrames:
-    """A source of frames of a part of a video.
+    """Source of the frames of a part of a video.
 
     Args:
         path: the file.
-        times: (T,) [s], one frame each.
-        tolerance: how far a frame may be from its time [s].
-        budget: while it has room, frames on the way from a keyframe are converted, too.
+        times: (T,) times of the frames [s].
+        tolerance: largest distance of a frame from its time [s].
+        budget: while it has room, frames decoded on the way from a keyframe are returned as well.
         where: file and field, for errors.
     """
 
@@ -193,17 +188,17 @@ class VideoFrames:
 
     @functools.cached_property
     def first(self) -> int:
-        """Number of the first frame in the file.
+        """Number in the file of the part's first frame.
 
         Raises:
             ValueError: the file's frames are not at `times`.
         """
-        there = scan(self.path).times
-        first = int(np.abs(there - self.times[0]).argmin())
-        part = there[first : first + len(self.times)]
+        stored = scan(self.path).times
+        first = int(np.abs(stored - self.times[0]).argmin())
+        part = stored[first : first + len(self.times)]
         if len(part) < len(self.times):
             raise ValueError(
-                f"{self.where}: the video ends at {there[-1]:.3f} s, the episode at {self.times[-1]:.3f} s; "
+                f"{self.where}: the video ends at {stored[-1]:.3f} s, the episode at {self.times[-1]:.3f} s; "
                 "it is truncated, or its frames are not at the data's fps"
             )
         off = np.abs(part - self.times)

@@ -1,6 +1,6 @@
 """Training windows: a segment of frames, the actions between them, the instruction.
 
-Shapes: B batch, L frames, T chunk steps, C H W pixels.
+Shapes: B batch, L frames, T chunk steps, A action dim, P proprio dim, C H W pixels.
 """
 
 import os
@@ -23,12 +23,11 @@ class Batch(NamedTuple):
     """A batch of windows that start at frame t of their episodes.
 
     frames: (B, L, C, H, W) float32 in [0, 1], frames t .. t+L-1
-    actions: (B, T, A) executed raw actions t .. t+T-1
-    intended: (B, T, A) intended raw actions
+    actions: (B, T, A) raw actions t .. t+T-1 as executed
+    intended: (B, T, A) raw actions before the demonstrator's noise was added
     proprio: (B, P) raw, at t
     instructions: B strings
-    context_frame: (B, C, H, W), the frame that the tokenizer conditions on: frame t, or an earlier one
-        (`context_lookback`)
+    context_frame: (B, C, H, W), the tokenizer's context: frame t, or an earlier one (`context_lookback`)
     key_position: (B, 3) hand position [m] at the next change of the intended gripper command, or at the end of the
         episode
     index: (B, 2) episode number and t
@@ -43,24 +42,31 @@ class Batch(NamedTuple):
     key_position: Tensor
     index: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors to a device."""
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+
+    def rows(self, rows: slice) -> "Batch":
+        """Select some of the windows."""
+        return Batch(*(v[rows] for v in self))
+
 
 class WindowSampler:
-    """Draws windows uniformly over all starts of all episodes.
+    """Sampler of windows, uniform over all possible starts in all episodes.
 
-    A batch is a pure function of its seed, so a resumed run sees the batches that it would have seen.
+    A batch is a pure function of its seed, so a resumed run sees the same batches as an uninterrupted one.
 
     Args:
-        episodes: one split.
-        num_frames: L. Windows with L > 1 start where L frames follow; with L = 1 at every frame. Shorter episodes are
-            left out, with a warning that names one.
-        chunk: T. Actions beyond an episode's end are padded: no motion, gripper held.
-        context_lookback: the context frame is drawn from this many frames before the segment (15 in RLVR-World); 0
-            takes the segment's first frame.
-        num_workers: threads that decode images which are not in memory, those of the next batch while this one is used;
-            0 decodes in the caller; None takes half of the machine's cores, four at most. The batches are the same.
+        episodes: episodes of one split.
+        num_frames: L. Windows lie within their episode; shorter episodes are left out, with a warning that names one.
+        chunk: T. Actions beyond the episode's end are padded: no motion and the gripper held, or the last target.
+        context_lookback: the context frame is sampled from up to this many frames before the segment (RLVR-World: 15);
+            0: it is the segment's first frame.
+        num_workers: threads that decode images from disk and prefetch the next batch; 0 decodes in the caller, None
+            uses half of the machine's cores, at most four. The batches do not depend on it.
 
     Raises:
-        ValueError: no episodes, none that is long enough, or episodes that differ in image size.
+        ValueError: no episodes, no episode that is long enough, or episodes that differ in image size.
     """
 
     def __init__(
@@ -95,41 +101,41 @@ class WindowSampler:
             num_workers = min(4, max(1, (os.cpu_count() or 1) // 2))
         self.num_workers = num_workers if any(isinstance(e.images, Frames) for e in episodes) else 0
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: dict[tuple, list[Future]] = {}  # batches that are being decoded, by the arguments of `batch`
+        self._ahead: dict[tuple, list[Future]] = {}  # prefetched batches, by the arguments of `batch`
         self.key_positions = [_key_positions(e) for e in self.episodes]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def batch(self, batch_size: int, *seed: int, part: tuple[int, int] = (0, 1)) -> Batch:
-        """A random batch that depends on `seed` alone, by convention (seed, step).
+        """Sample a batch that depends on `seed` alone, by convention (seed, step).
 
         Args:
-            batch_size: of all processes together.
-            seed: integers.
-            part: (number, count): a contiguous share of the same global batch, so that a run does not depend on the
-                number of processes or micro-batches.
+            batch_size: windows over all processes.
+            seed: integers. Worker threads prefetch the next batch, that of the last integer plus 1.
+            part: (index, count): return this contiguous share of the batch, so that a run does not depend on the number
+                of processes or micro-batches.
         """
-        starts, lookback = self._draw(batch_size, seed, part)
+        starts, lookback = self._sample(batch_size, seed, part)
         if not self.num_workers:
             return self.windows(starts, lookback)
         key = (batch_size, seed, part)
         waiting = self._ahead.pop(key, None) or self._decode(starts, lookback)
-        while len(self._ahead) >= max(2, part[1]):  # guesses that nobody came for
+        while len(self._ahead) >= max(2, part[1]):  # prefetched, but never requested
             for future in self._ahead.pop(next(iter(self._ahead))):
                 future.cancel()
         following = (batch_size, (*seed[:-1], seed[-1] + 1), part) if seed else None
         if following and following not in self._ahead:
-            self._ahead[following] = self._decode(*self._draw(*following))
+            self._ahead[following] = self._decode(*self._sample(*following))
         return self._collate(starts, [images for future in waiting for images in future.result()])
 
     def names(self, batch_size: int, *seed: int) -> list[str]:
-        """Names of the episodes in `batch(batch_size, *seed)`, each once, in the order of its rows."""
-        starts, _ = self._draw(batch_size, seed, (0, 1))
+        """Return the names of the episodes in `batch(batch_size, *seed)`, each once, in the order of its rows."""
+        starts, _ = self._sample(batch_size, seed, (0, 1))
         return list(dict.fromkeys(self.episodes[i].name for i, _ in starts))
 
-    def _draw(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Starts (B, 2) and lookbacks (B,) of a share of a batch."""
+    def _sample(self, batch_size: int, seed: tuple[int, ...], part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Sample starts (B, 2) and lookbacks (B,) in [0, 1) of a share of a batch."""
         rng = numpy_generator("windows", *seed)
         picks, lookback = rng.integers(len(self.starts), size=batch_size), rng.random(batch_size)
         share = batch_size // part[1]
@@ -139,32 +145,32 @@ class WindowSampler:
     def _decode(self, starts: np.ndarray, lookback: np.ndarray) -> list[Future]:
         self._pool = self._pool or ThreadPoolExecutor(self.num_workers, "windows")
         shares = np.array_split(np.arange(len(starts)), self.num_workers)
-        return [self._pool.submit(self._look_at, starts[rows], lookback[rows]) for rows in shares if len(rows)]
+        return [self._pool.submit(self._read, starts[rows], lookback[rows]) for rows in shares if len(rows)]
 
     def spread(self, count: int) -> Batch:
-        """`count` windows spread evenly over all starts: the same for every call, for validation."""
+        """Return `count` evenly spaced windows, the same at every call, for validation."""
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
         return self.windows(self.starts[picks], numpy_generator("context frames").random(len(picks)))
 
     def median_frame(self, count: int = 256) -> Tensor:
-        """(C, H, W), the median over `count` frames spread evenly over the data: what is always there."""
+        """Return (C, H, W), the median of `count` evenly spaced frames: the static background."""
         return self.spread(count).context_frame.median(dim=0).values
 
     def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
-        """The windows at `starts`.
+        """Return the windows at `starts`.
 
         Args:
-            starts: (B, 2), rows of episode number and first frame.
-            lookback: (B,) in [0, 1), which of the earlier frames is the context frame; None = frame t.
+            starts: (B, 2), rows of episode number and first frame t.
+            lookback: (B,) in [0, 1), position of the context frame among the earlier frames; None = frame t.
         """
-        return self._collate(starts, self._look_at(starts, lookback))
+        return self._collate(starts, self._read(starts, lookback))
 
-    def _look_at(self, starts: np.ndarray, lookback: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _read(self, starts: np.ndarray, lookback: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
         backs = [None] * len(starts) if lookback is None else lookback
-        return [self._look(int(i), int(t), back) for (i, t), back in zip(starts, backs)]
+        return [self._read_window(int(i), int(t), back) for (i, t), back in zip(starts, backs)]
 
-    def _look(self, i: int, t: int, lookback: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """The frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
+    def _read_window(self, i: int, t: int, lookback: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Read the frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
         images, back = self.episodes[i].images, min(t, self.context_lookback)
         frames = images[t : t + self.num_frames]
         return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
@@ -191,13 +197,13 @@ class WindowSampler:
 
 
 def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
-    """`count` frames of each segment, in order.
+    """Pick `count` random frames of each segment, in order of time.
 
     Args:
-        batch: this share's segments, L frames each.
+        batch: segments of this share, L frames each.
         count: frames to keep.
-        batch_size: segments of all shares: drawn for them together, so that the picks do not depend on their number.
-        part: (number, count) of the share.
+        batch_size: segments of all shares; picks are sampled for all of them, so they do not depend on the shares.
+        part: (index, count) of this share.
         seed: integers.
 
     Returns:
@@ -212,12 +218,12 @@ def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int]
 
 
 def _to_float(images: np.ndarray) -> Tensor:
-    """uint8 (..., H, W, C) -> float32 (..., C, H, W) in [0, 1]."""
+    """Convert uint8 (..., H, W, C) to float32 (..., C, H, W) in [0, 1]."""
     return rearrange(torch.from_numpy(images), "... h w c -> ... c h w").float() / 255
 
 
 def _padded(actions: np.ndarray, start: int, chunk: int, absolute: bool) -> np.ndarray:
-    """(chunk, A) actions from `start`, padded beyond the end: the last target, or no motion and the gripper held."""
+    """Return (chunk, A) actions from `start`, padded with the last target, or with no motion and the gripper held."""
     rows = actions[start : start + chunk]
     if len(rows) == chunk:
         return rows
@@ -228,9 +234,9 @@ def _padded(actions: np.ndarray, start: int, chunk: int, absolute: bool) -> np.n
 
 
 def _key_positions(episode: Episode) -> np.ndarray:
-    """(T, 3) hand position at the next change of the intended gripper command after each step, else the last one.
+    """Return (T, 3), per step the hand position at the next change of the intended gripper command, or at the end.
 
-    The first three proprio dimensions are taken for it, whatever the robot's are.
+    The first three proprio dimensions are taken as the hand position, for any robot.
     """
     closed = episode.intended[:, -1] > 0
     out = np.empty((len(episode), min(3, episode.proprio.shape[1])), np.float32)

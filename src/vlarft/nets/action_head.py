@@ -1,14 +1,13 @@
-"""The networks of the flow-matching action head: velocity net, sigma net, and what both make of a chunk's context.
+"""The networks of the flow-matching action head: velocity net, sigma net, and the condition of a chunk's context.
 
-Shapes: S contexts, B rows (B = S * R: R group members, tau draws or flow steps of each context, context-major),
-T chunk steps, A action dim, K flow steps (M of them noisy), N context tokens, D width.
+Shapes: S contexts, B = S * R rows, context-major (the R rows of a context are group members, samples of tau or flow
+steps), T chunk steps, A action dim, K flow steps, N context tokens, E embed_dim, D width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -17,15 +16,13 @@ from einops import rearrange
 
 from vlarft.nets.dit import DiT, DiTConfig, KeyValue, TimeEmbedding, sincos_positions
 
-Noise = Literal["sigma_net", "flow_sde"]
-
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes of the action head and the sigma net, and the noise of the chain; the defaults are the paper's.
+    """Sizes of the action head and the sigma net; the defaults are the paper's.
 
     Raises:
-        ValueError: bounds out of order, or noisy dims or steps that do not exist.
+        ValueError: bounds out of order.
     """
 
     chunk: int = 8  # T
@@ -38,11 +35,6 @@ class FlowConfig:
     sigma_min: float = 0.08  # standard deviation of a step, in normalised action units
     sigma_max: float = 0.2
     sigma_uses_x: bool = False  # give the sigma net x_k besides (z, s, k); the public weights need it
-    noisy_dims: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)  # dims that the chain perturbs and the log-prob counts
-    noisy_steps: tuple[int, ...] | None = None  # flow steps that do, the others follow the ODE; None: all K
-    noise: Noise = "sigma_net"  # of the chain: learnt and added (the paper's), or a fixed schedule that keeps marginals
-    sigma_init: float | None = None  # sigma of the untrained net; None: the geometric mean of its bounds
-    sde_noise: float = 0.7  # strength of flow_sde's schedule (Flow-GRPO)
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min <= self.sigma_max:
@@ -50,30 +42,15 @@ class FlowConfig:
                 f"FlowConfig: sigma_min {self.sigma_min} and sigma_max {self.sigma_max}; "
                 "expected 0 < sigma_min <= sigma_max"
             )
-        if self.sigma_init is not None and not self.sigma_min < self.sigma_init < self.sigma_max:
-            raise ValueError(
-                f"FlowConfig.sigma_init {self.sigma_init}: expected between sigma_min {self.sigma_min} and sigma_max "
-                f"{self.sigma_max}, which a tanh reaches only in the limit"
-            )
-        if not self.sde_noise > 0:
-            raise ValueError(f"FlowConfig.sde_noise must be positive, got {self.sde_noise}")
-        for name, count in (("noisy_dims", self.action_dim), ("noisy_steps", self.num_steps)):
-            chosen = getattr(self, name)
-            if chosen is not None and (not chosen or any(not 0 <= i < count for i in chosen)):
-                raise ValueError(f"FlowConfig.{name} {chosen}: expected one or more {name[6:]} in 0..{count - 1}")
-
-    @property
-    def scored_steps(self) -> tuple[int, ...]:
-        """The M flow steps with noise, in order; the others have no density."""
-        return tuple(range(self.num_steps)) if self.noisy_steps is None else tuple(sorted(set(self.noisy_steps)))
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Everything a chunk's S contexts contribute, computed once.
+    """Everything that a net computes from S contexts and proprio alone, once for all flow steps.
 
-    kv: keys and values per block; base: (S, D), proprio embedding + context mean; repeats: rows per context;
-    sigma: the sigma net's own, where there is one; modulations: of `at_steps`, (K, S, 6 D) per block.
+    kv: keys and values per block; base: (S, D), proprio embedding + context mean; repeats: rows R per context;
+    sigma: the sigma net's condition, if there is one; modulations: made by `at_steps`, (K, S, 6 D) per block and
+    (K, S, 2 D) for the output.
     """
 
     kv: dict[int, KeyValue]
@@ -88,12 +65,12 @@ class Condition:
         return len(self.base) * self.repeats
 
     def repeat(self, times: int) -> Condition:
-        """The same contexts with `times` as many rows each (row = context * repeats + member); nothing is copied."""
+        """Give each context `times` as many rows (row = context * repeats + member); nothing is copied."""
         return replace(self, repeats=self.repeats * times, sigma=self.sigma and self.sigma.repeat(times))
 
 
 class ChunkNet(nn.Module):
-    """Noisy chunk, time, proprio and context -> one vector per chunk step. Velocity and sigma nets are both this.
+    """Noisy chunk, time, proprio and context -> one number per action scalar: a velocity, or the input to a log sigma.
 
     Args:
         cfg: sizes.
@@ -116,16 +93,18 @@ class ChunkNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings of order one, so that adaLN, which starts at zero, has something to modulate by at once."""
+        """Start with embeddings of order one: adaLN's layers start at zero and learn in proportion to them."""
+        # cos^2 + sin^2 = 1: the squares of the time features sum to half their number
         gelu_input, tau_features = {"action_fc2", "proprio_fc2"}, self.time.num_features / 2
         for name, layer in self.named_children():
             if isinstance(layer, nn.Linear):
+                # 1.6 makes up for the GELU (below: the SiLU) in front of the layer, which shrinks its input
                 nn.init.normal_(layer.weight, std=(1.6 if name in gelu_input else 1.0) / layer.in_features**0.5)
         nn.init.normal_(self.time.fc1.weight, std=tau_features**-0.5)
         nn.init.normal_(self.time.fc2.weight, std=1.6 / self.time.fc2.in_features**0.5)
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
-        """context: (S, N, context_dim), proprio: (S, proprio_dim) normalised -> the condition of S contexts.
+        """Compute the condition of S contexts: context (S, N, context_dim), proprio (S, proprio_dim) normalised.
 
         Raises:
             ValueError: other widths, or unequal numbers of contexts and proprio rows.
@@ -143,38 +122,41 @@ class ChunkNet(nn.Module):
         return Condition(self.dit.prepare(context), state + context.mean(dim=1))
 
     def at_steps(self, cond: Condition, num_steps: int) -> Condition:
-        """The condition with the modulations of tau = k / num_steps for all k: one product for all rows and steps."""
+        """Add to the condition the modulations of tau = k / num_steps for all k, in one product for all S contexts."""
         tau = torch.arange(num_steps, device=cond.base.device) / num_steps  # (K,)
-        return replace(cond, modulations=self.dit.modulations(self.time(tau)[:, None] + cond.base))  # (K, S, D) inside
+        return replace(cond, modulations=self.dit.modulations(self.time(tau)[:, None] + cond.base))  # of (K, S, D)
 
     def forward(
         self, x: torch.Tensor | None, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run the net.
+        """Compute one output per scalar of the chunk.
 
         Args:
             x: (B, T, A), or None where the net does not take it.
             tau: (B,).
-            cond: of S contexts with B = S * R.
-            k: (B,), the steps that tau stands for, where `cond` is of `at_steps`.
+            cond: condition of S contexts, B a multiple of S.
+            k: (B,), the flow steps of tau; read only if `cond` has the modulations of `at_steps`.
 
         Returns:
-            (B, T, A).
+            (B, T, A), float32 or the autocast type.
+
+        Raises:
+            ValueError: B is not a multiple of S.
         """
         rows, contexts = len(tau), len(cond.base)
         if rows % contexts:
             raise ValueError(f"{rows} rows do not divide among {contexts} contexts; pass a multiple, context-major")
-        tokens = self.positions
+        tokens = self.positions  # (1, T, D)
         if self.takes_x:
-            features = self.action_fc2(F.gelu(self.action_fc1(x[..., None])))  # (B, T, A, E)
-            tokens = tokens + self.action_out(rearrange(features, "b t a e -> b t (a e)"))
+            features = self.action_fc2(F.gelu(self.action_fc1(x[..., None])))  # (B, T, A, E), scalar by scalar
+            tokens = tokens + self.action_out(rearrange(features, "b t a e -> b t (a e)"))  # (B, T, D)
         else:
             tokens = tokens.expand(rows, -1, -1)
-        own = torch.arange(rows, device=tau.device) // (rows // contexts)  # (B,), each row's context
+        context = torch.arange(rows, device=tau.device) // (rows // contexts)  # (B,), each row's context
         if cond.modulations is None or k is None:
-            modulations = self.dit.modulations(self.time(tau) + cond.base[own])  # (B, 6 D) each
+            modulations = self.dit.modulations(self.time(tau) + cond.base[context])  # (B, 6 D) each
         else:
-            modulations = [value[k, own] for value in cond.modulations]
+            modulations = [value[k, context] for value in cond.modulations]  # (K, S, 6 D) -> (B, 6 D)
         return self.dit(tokens, modulations, cond.kv)
 
 
@@ -187,57 +169,51 @@ class FlowHead(nn.Module):
         self.net = ChunkNet(cfg)
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor, sigma_net: SigmaNet | None = None) -> Condition:
-        """What all flow steps of a chunk share, computed once.
+        """Compute what all flow steps of a chunk share.
 
         Args:
             context: (S, N, context_dim), Eq. (1).
             proprio: (S, proprio_dim), normalised.
-            sigma_net: give it when the chain will be sampled or scored.
+            sigma_net: needed to sample or score stochastic chains.
         """
         cond = self.net.prepare(context, proprio)
         return cond if sigma_net is None else replace(cond, sigma=sigma_net.prepare(context, proprio))
 
     def at_steps(self, cond: Condition, num_steps: int) -> Condition:
-        """`cond` made ready for the times k / num_steps; every step that is given k then costs a third less."""
+        """Precompute the modulations of the times k / num_steps; a step that is given k then costs a third less."""
         return self.net.at_steps(cond, num_steps)
 
     def velocity(
         self, x: torch.Tensor, tau: torch.Tensor, cond: Condition, k: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x: (B, T, A) at time tau (B,), B a multiple of the condition's contexts -> velocity (B, T, A), float32."""
+        """Compute the velocity (B, T, A), float32, of x (B, T, A) at tau (B,); arguments as in `ChunkNet.forward`."""
         return self.net(x, tau, cond, k).float()
 
 
 class SigmaNet(nn.Module):
-    """Standard deviations of the chain's steps, bounded to [sigma_min, sigma_max]; mirrors the velocity net.
+    """Standard deviations of the flow steps, in [sigma_min, sigma_max]; the same architecture as the velocity net.
 
-    The output layer's weights are zero-initialised: sigma starts at `sigma_init`, by default the geometric mean of its
-    bounds, sqrt(0.08 * 0.2) = 0.1265, where the output's bias is zero, too.
+    The output layer is zero-initialised: sigma starts at the geometric mean of its bounds, sqrt(0.08 * 0.2) = 0.1265.
     """
 
     def __init__(self, cfg: FlowConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
-        if cfg.sigma_init is not None:
-            low, high = math.log(cfg.sigma_min), math.log(cfg.sigma_max)
-            nn.init.constant_(
-                self.net.dit.out.bias, math.atanh((2 * math.log(cfg.sigma_init) - low - high) / (high - low))
-            )
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
-        """As `FlowHead.prepare`, with this net's own projections."""
+        """Compute this net's condition, as `FlowHead.prepare` does."""
         return self.net.prepare(context, proprio)
 
     def at_steps(self, cond: Condition) -> Condition:
-        """As `FlowHead.at_steps`, for this net's part of a condition."""
+        """Precompute this net's modulations of all K times, as `FlowHead.at_steps` does."""
         return self.net.at_steps(cond, self.cfg.num_steps)
 
     def log_sigma(self, cond: Condition, k: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-        """log sigma_k of (z, s, k) and, when configured, x_k.
+        """Compute log sigma_k from (z, s, k) and, with `sigma_uses_x`, x_k.
 
         Args:
-            cond: of `prepare`, S contexts.
+            cond: condition of S contexts, from `prepare`.
             k: (B,) flow steps, 0..K-1.
             x: (B, T, A), read only with `sigma_uses_x`.
         Returns:
@@ -245,11 +221,11 @@ class SigmaNet(nn.Module):
         """
         low, high = math.log(self.cfg.sigma_min), math.log(self.cfg.sigma_max)
         out = self.net(x, k.float() / self.cfg.num_steps, cond, k).float()
-        return (low + high) / 2 + (high - low) / 2 * torch.tanh(out)
+        return (low + high) / 2 + (high - low) / 2 * torch.tanh(out)  # out = 0: the geometric mean of the bounds
 
 
 def column_major(module: nn.Module) -> None:
-    """Lay the linear layers' weights that are on a CPU column by column in memory, in place; values and shapes stay.
+    """Store the weights of linear layers that are on a CPU in column-major order, in place; values and shapes stay.
 
     A CPU multiplies the few rows of a single chunk by such weights a quarter faster. Not for training under FSDP, which
     takes contiguous parameters only.

@@ -1,7 +1,7 @@
 """Discriminator of image patches for the tokenizer's adversarial loss: hinge loss and gradient penalty.
 
-It tells true frames from decoded ones, a logit for each patch; the tokenizer is paid for raising the logits of what it
-decodes. Everything here runs in float32: the penalty differentiates a gradient.
+It tells true frames from decoded ones by a logit for each patch; the tokenizer is trained to raise the logits of the
+frames that it decodes. Everything here runs in float32: the penalty differentiates a gradient.
 
 Shapes: B frames, C image channels, H, W image size; h, w grid of logits.
 """
@@ -18,8 +18,8 @@ class DiscriminatorConfig:
     """Sizes of the discriminator; the defaults are those of the public recipe.
 
     Args:
-        channels: of the convolutions, each of which halves the resolution.
-        slope: of the leaky ReLUs below zero.
+        channels: output channels of the convolutions, each of which halves the resolution.
+        slope: slope of the leaky ReLUs below zero.
     """
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512, 512)
@@ -27,9 +27,9 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Spectrally normalised convolutions with instance normalisation (but after the first), and a 1x1 map to logits.
+    """Spectrally normalised convolutions with instance normalisation (not after the first), and a 1x1 map to logits.
 
-    Every loss that a training needs is a method, so that sharded parameters are whole wherever gradients are taken.
+    Every loss is a method, so that sharded parameters can be gathered for it wherever gradients are taken.
 
     Args:
         cfg: sizes.
@@ -37,7 +37,7 @@ class Discriminator(nn.Module):
         image_size: (H, W).
 
     Raises:
-        ValueError: images so small that no grid is left to normalise.
+        ValueError: images too small to leave a grid of at least two positions a side, as instance norm needs.
     """
 
     def __init__(self, cfg: DiscriminatorConfig, image_channels: int, image_size: tuple[int, int]) -> None:
@@ -51,17 +51,18 @@ class Discriminator(nn.Module):
         self.slope = cfg.slope
         dims = (image_channels, *cfg.channels)
         self.convs = nn.ModuleList(
-            SpectralConv2d(dims[i], dims[i + 1], 3, stride=2, padding=1, bias=i == 0)  # others: normalised away
+            # instance norm removes the bias of all but the first
+            SpectralConv2d(dims[i], dims[i + 1], 3, stride=2, padding=1, bias=i == 0)
             for i in range(len(cfg.channels))
         )
         self.to_logit = nn.Conv2d(dims[-1], 1, 1)
 
     def forward(self, images: Tensor, frozen: bool = False) -> Tensor:
-        """Logits of patches, high where an image looks true.
+        """Compute the logits of patches, high where an image looks true.
 
         Args:
             images: (B, C, H, W) in [0, 1].
-            frozen: no gradient to the weights.
+            frozen: give the weights no gradient.
 
         Returns:
             (B, 1, h, w) float32.
@@ -70,16 +71,16 @@ class Discriminator(nn.Module):
             x = images.to(self.to_logit.weight.dtype)
             for i, conv in enumerate(self.convs):
                 x = conv(x, frozen)
-                x = F.leaky_relu(F.instance_norm(x) if i else x, self.slope)
+                x = F.leaky_relu(F.instance_norm(x) if i else x, self.slope)  # (B, D, H / 2^(i + 1), W / 2^(i + 1))
             weight, bias = self.to_logit.weight, self.to_logit.bias
             return F.conv2d(x, weight.detach(), bias.detach()) if frozen else F.conv2d(x, weight, bias)
 
     def generator_loss(self, decoded: Tensor) -> Tensor:
-        """What the tokenizer minimises: minus the mean logit of frames (B, C, H, W), which alone get a gradient."""
+        """Compute the tokenizer's loss: minus the mean logit of decoded frames (B, C, H, W), which get the gradient."""
         return -self(decoded, frozen=True).mean()
 
     def loss(self, true: Tensor, decoded: Tensor, penalty: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the discriminator minimises: the hinge loss and the gradient penalty on true frames.
+        """Compute the discriminator's loss: the hinge loss, and the gradient penalty on true frames.
 
         Args:
             true: (B, C, H, W) in [0, 1].
@@ -89,7 +90,7 @@ class Discriminator(nn.Module):
         Returns:
             The scalar loss, and its parts with the mean logits of both.
         """
-        true = true.detach().requires_grad_()
+        true = true.detach().requires_grad_()  # the penalty needs the gradient with respect to the image
         true_logits, decoded_logits = self(true), self(decoded.detach())
         hinge, slope = hinge_loss(true_logits, decoded_logits), gradient_penalty(true_logits, true)
         metrics = {
@@ -102,7 +103,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Let the spectral norms follow the weights: once after every optimizer step."""
+        """Update the spectral norms to the weights; to be called once after every optimizer step."""
         for conv in self.convs:
             conv.power_iteration()
 
@@ -110,8 +111,8 @@ class Discriminator(nn.Module):
 class SpectralConv2d(nn.Conv2d):
     """Convolution whose weight, as a matrix (outputs, inputs * kernel), is divided by its largest singular value.
 
-    The singular vectors move in `power_iteration` alone and not in a forward: how often a step calls the network must
-    not change what it computes.
+    Only `power_iteration` updates the singular vectors, never a forward: how often a step calls the network must not
+    change what it computes.
     """
 
     def __init__(self, *sizes: int, **options: int) -> None:
@@ -124,7 +125,7 @@ class SpectralConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        """One step of both singular vectors towards the largest singular value."""
+        """Move both singular vectors one step towards those of the largest singular value."""
         matrix = self.weight.flatten(1)
         self.right.copy_(F.normalize(self.left @ matrix, dim=0))
         self.left.copy_(F.normalize(matrix @ self.right, dim=0))
@@ -134,17 +135,17 @@ class SpectralConv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias
         if frozen:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        norm = self.left @ weight.flatten(1) @ self.right
+        norm = self.left @ weight.flatten(1) @ self.right  # scalar; differentiable in the weight, vectors constant
         return F.conv2d(x, weight / norm, bias, self.stride, self.padding)
 
 
 def hinge_loss(true_logits: Tensor, decoded_logits: Tensor) -> Tensor:
-    """max(0, 1 - logit) of true patches + max(0, 1 + logit) of decoded ones, each a mean over all patches."""
+    """Compute max(0, 1 - logit) of true patches + max(0, 1 + logit) of decoded ones, each a mean over all patches."""
     return F.relu(1 - true_logits).mean() + F.relu(1 + decoded_logits).mean()
 
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """How far the slope of the discriminator is from 1: mean over images of (|d sum of logits / d image| - 1)^2.
+    """Compute how far the slope of the discriminator is from 1: mean over images of (|d sum(logits) / d image| - 1)^2.
 
     Args:
         logits: (B, 1, h, w), computed from `images`.
@@ -153,5 +154,6 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     Returns:
         Scalar, differentiable in whatever the logits depend on.
     """
+    # an image's logits depend on it alone, so one gradient of the batch's sum holds each image's
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()

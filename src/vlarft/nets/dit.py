@@ -1,11 +1,11 @@
 """Diffusion transformer over the tokens of one action chunk, conditioned by adaLN-Zero and by cross-attention.
 
-The context enters in two ways: its mean is part of the modulation vector, and some blocks attend to its tokens. Keys
-and values of these blocks depend on the context alone, so `prepare` computes them once for all flow steps. What adaLN
-makes of the modulation vector depends on context and time alone, so `modulations` may compute it once for all rows and
-steps; a third of the trunk's weights are there.
+The context enters in two ways: its mean is part of the vector that adaLN takes, and some blocks attend to its tokens.
+Keys and values of these blocks depend on the context alone, so `prepare` computes them once for all flow steps. The
+shifts, scales and gates of adaLN depend on context, proprio and time alone, so `modulations` may compute them once for
+all rows and steps; a third of the trunk's weights belong to them.
 
-Shapes: S contexts, R rows per context (B = S * R), T chunk steps, N context tokens, D width.
+Shapes: S contexts, R rows per context (B = S * R), T chunk steps, N context tokens, D width, d head width.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ContextKeyValue(nn.Module):
         self.k, self.v = nn.Linear(cfg.width, cfg.width), nn.Linear(cfg.width, cfg.width)
 
     def forward(self, context: torch.Tensor) -> KeyValue:
-        """context: (S, N, D) -> keys and values, (S, heads, N, d) each."""
+        """Project the context (S, N, D) to keys and values, (S, heads, N, d) each."""
         context = self.norm(context)
         k, v = (rearrange(f(context), "s n (h d) -> s h n d", h=self.num_heads) for f in (self.k, self.v))
         return k, v
@@ -63,7 +63,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, kv: KeyValue) -> torch.Tensor:
         """x: (S * R, T, D), each run of R rows reads one context -> (S * R, T, D)."""
-        k, v = kv
+        k, v = kv  # (S, heads, N, d) each
+        # the R rows of a context form one long query, so that its keys and values are read in place
         q = rearrange(self.q(self.norm(x)), "(s r) t (h d) -> s h (r t) d", s=len(k), h=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v)
         out = rearrange(out, "s h (r t) d -> (s r) t (h d)", t=x.shape[1])
@@ -118,7 +119,7 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier weights, zero biases; adaLN-Zero: modulations and the output layer start at zero."""
+        """Initialise: Xavier weights, zero biases; adaLN-Zero: modulations and the output layer start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,24 +128,24 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
 
     def prepare(self, context: torch.Tensor) -> dict[int, KeyValue]:
-        """Keys and values of every cross-attention by its block's index, from the projected context (S, N, D)."""
+        """Compute each cross-attention's keys and values, by block index, from the projected context (S, N, D)."""
         return {int(i): project(context) for i, project in self.context_kv.items()}
 
     def modulations(self, c: torch.Tensor) -> list[torch.Tensor]:
-        """Condition c (..., D) -> shifts, scales and gates of each block (..., 6 D), and of the output (..., 2 D)."""
+        """Map c (..., D) to shifts, scales and gates of each block (..., 6 D), then those of the output (..., 2 D)."""
         c = F.silu(c)
         return [layer(c) for layer in (*(block.modulation for block in self.blocks), self.modulation)]
 
     def forward(self, x: torch.Tensor, modulations: list[torch.Tensor], kv: dict[int, KeyValue]) -> torch.Tensor:
         """x: (S * R, T, D) tokens, modulations: of S * R rows, kv: of S contexts -> (S * R, T, out_dim)."""
-        for i, (block, modulation) in enumerate(zip(self.blocks, modulations)):
+        for i, (block, modulation) in enumerate(zip(self.blocks, modulations)):  # leaves the last one, the output's
             x = block(x, modulation, kv.get(i))
-        shift, scale = modulations[-1][:, None].chunk(2, dim=-1)
+        shift, scale = modulations[-1][:, None].chunk(2, dim=-1)  # (B, 1, D) each
         return self.out(modulate(self.norm(x), shift, scale))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift, so that a modulation of zero changes nothing."""
     return x * (1 + scale) + shift
 
 
@@ -166,7 +167,7 @@ class TimeEmbedding(nn.Module):
 
 
 def time_features(tau: torch.Tensor, num_features: int, max_period: float = 1e4) -> torch.Tensor:
-    """(B,) -> (B, num_features): cosines, then sines, of tau * max_period ** (-i / half); tau is not rescaled."""
+    """Compute cosines, then sines, of tau * max_period ** (-i / half): (B,) -> (B, num_features)."""
     half = num_features // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=tau.device, dtype=torch.float32) / half)
     angles = tau.float()[:, None] * frequencies
@@ -174,7 +175,7 @@ def time_features(tau: torch.Tensor, num_features: int, max_period: float = 1e4)
 
 
 def sincos_positions(num_positions: int, width: int) -> torch.Tensor:
-    """Fixed positions (1, T, D): sines, then cosines, of t * 10000 ** (-i / half)."""
+    """Compute fixed position embeddings (1, T, D): sines, then cosines, of t * 10000 ** (-i / half)."""
     half = width // 2
     frequencies = 1e4 ** -(torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies

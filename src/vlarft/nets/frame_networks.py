@@ -2,24 +2,96 @@
 
 Parameter names are those of the public checkpoints.
 
-Shapes: B images, C channels, h, w grid; D channels of a feature map; N = h * w positions.
+Shapes: B images, C channels, h, w grid; D channels of a feature map; N = h * w positions; S starts with L frames each;
+Nc context tokens, E head width.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from vlarft.tokenizer import TokenizerConfig
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the tokenizer; the defaults are the paper's (128,792,656 parameters).
+
+    Args:
+        image_size: height and width in pixels, multiples of stem * 2 ** (stages - 1) * future_patch.
+        channels: image channels.
+        stem: side of the pixel blocks folded into channels before the first convolution (1 = none). A stem of 4 makes
+            a small image 16 times cheaper to convolve.
+        block_channels: channels of the stages; all but the last halve the resolution.
+        res_blocks: residual blocks per encoder stage; decoder stages have one more.
+        mid_res_blocks: residual blocks of the mid block, at the latent grid.
+        latent_channels: channels of the latent grid before quantisation.
+        future_patch: side of the latent patches that make one future token.
+        context_levels: FSQ levels of context tokens, odd.
+        future_levels: FSQ levels of future tokens, odd.
+        norm_groups: groups of every GroupNorm; must divide all block channels.
+        num_heads: heads of the cross-attention.
+        dropout: dropout of the cross-attention's weights, in training.
+        quant_gain: factor on the initial weights in front of the quantisers. At 1 (the paper) nearly all scalars round
+            to zero at first and tell the decoders nothing; about 6 starts with all levels in use.
+        local_init: let each position of the cross-attention attend to the same position of the context at first. Off in
+            the paper (position embeddings start at zero); a short training need not learn the correspondence then.
+    """
+
+    image_size: tuple[int, int] = (256, 256)
+    channels: int = 3
+    stem: int = 1
+    block_channels: tuple[int, ...] = (128, 256, 256, 512)
+    res_blocks: int = 2
+    mid_res_blocks: int = 2
+    latent_channels: int = 64
+    future_patch: int = 4
+    context_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+    future_levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+    norm_groups: int = 32
+    num_heads: int = 4
+    dropout: float = 0.1
+    quant_gain: float = 1.0
+    local_init: bool = False
+
+    def __post_init__(self) -> None:
+        multiple = self.downsampling * self.future_patch
+        if any(side <= 0 or side % multiple for side in self.image_size):
+            raise ValueError(
+                f"image_size {self.image_size[0]}x{self.image_size[1]} cannot be tokenized: height and width must be "
+                f"multiples of {multiple} (stem {self.stem} x downsampling {2 ** (len(self.block_channels) - 1)} x "
+                f"future_patch {self.future_patch}); choose another image size or change one of these"
+            )
+        for name in ("context_levels", "future_levels"):
+            if any(level < 3 or level % 2 == 0 for level in getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: every FSQ level must be odd and at least 3")
+        if any(c % self.norm_groups for c in self.block_channels):
+            raise ValueError(f"norm_groups={self.norm_groups} must divide each of block_channels={self.block_channels}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell, along one side."""
+        return self.stem * 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent grid (h, w)."""
+        return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Nc of a context frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_future_tokens(self) -> int:
+        """Tokens Nf of a future frame."""
+        return self.num_context_tokens // self.future_patch**2
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm`, in float32 where a CPU's bfloat16 kernel is slow: few channels a group, small maps."""
+    """`torch.nn.GroupNorm`, but in float32 where the bfloat16 kernel of CPUs is slow: small groups on small maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, D, h, w) -> the same shape and type."""
@@ -90,13 +162,13 @@ class CrossAttention(nn.Module):
         self.kv_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
         self.q_pos_emb = nn.Parameter(torch.zeros(num_tokens, dim))
         if cfg.local_init:
-            with torch.no_grad():  # equal positions under equal projections: the score peaks at the query's own place
+            with torch.no_grad():  # equal embeddings under equal projections: scores peak where q and k positions agree
                 self.kv_pos_emb.normal_(std=1.5)
                 self.q_pos_emb.copy_(self.kv_pos_emb)
                 self.att.in_proj_weight[dim : 2 * dim] = self.att.in_proj_weight[:dim]
 
     def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Context features (S, D, h, w) -> keys and values, each (S, heads, Nc, E)."""
+        """Project context features (S, D, h, w) to keys and values, (S, heads, Nc, E) each."""
         features = features.to(self.kv_pos_emb.dtype)
         tokens = self.kv_norm(features).flatten(2).transpose(1, 2) + self.kv_pos_emb  # (S, Nc, D)
         dim = tokens.shape[-1]
@@ -105,16 +177,16 @@ class CrossAttention(nn.Module):
         return key, value
 
     def forward(self, z: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """z: (S * L, D, h, w), the L frames of a start together -> the same shape."""
+        """z: (S * L, D, h, w), the L frames of a start consecutive -> the same shape."""
         key, value = keys_values
         starts, dim = key.shape[0], z.shape[1]
         tokens = self.q_norm(z).flatten(2).transpose(1, 2) + self.q_pos_emb  # (S * L, N, D)
         query = F.linear(tokens, self.att.in_proj_weight[:dim], self.att.in_proj_bias[:dim])
-        # The L frames of a start are one long query, so that its keys and values are used in place.
+        # the L frames of a start form one long query, so that its keys and values are read in place
         query = rearrange(query, "(s l) n (f e) -> s f (l n) e", s=starts, f=self.num_heads)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), dropout_p=dropout)
-        out = rearrange(out, "s f (l n) e -> (s l) n (f e)", n=tokens.shape[1])
+        out = rearrange(out, "s f (l n) e -> (s l) n (f e)", n=tokens.shape[1])  # (S * L, N, D)
         return F.silu(z + self.att.out_proj(out).transpose(1, 2).unflatten(2, z.shape[2:]))
 
 
@@ -185,7 +257,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> latent grid. The conditional one looks at the context after each of the stages at the latent grid."""
+    """Image -> latent grid. The conditional encoder attends to the context after each stage at the latent grid."""
 
     def __init__(self, cfg: TokenizerConfig, conditional: bool) -> None:
         super().__init__()
@@ -196,7 +268,7 @@ class Encoder(nn.Module):
             Stage((dims[max(i - 1, 0)], dims[i]), cfg.res_blocks, cfg.norm_groups, "down" if i < last else None)
             for i in range(len(dims))
         )
-        self.cross_stages = [i for i in (last - 1, last) if i >= 0]
+        self.cross_stages = [i for i in (last - 1, last) if i >= 0]  # the last stage keeps the grid of the one before
         self.cross_att_blocks = nn.ModuleList(
             CrossAttention(dims[i], cfg.num_context_tokens, cfg) for i in self.cross_stages if conditional
         )
@@ -206,15 +278,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, keys_values: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Tensor]]:
         """x: (B, C, H, W) -> latent (B, D, h, w) and the features of the stages at the latent grid."""
-        x = F.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)  # (B, C stem^2, H/stem, ...)
         x = self.conv_in(x)
         features = []
         for i, stage in enumerate(self.down_blocks):
             x = stage(x)
             if i in self.cross_stages:
-                if keys_values is not None:
+                if keys_values is not None:  # len(features) counts the stages at the latent grid so far
                     x = self.cross_att_blocks[len(features)](x, keys_values[len(features)])
-                features.append(x)
+                features.append(x)  # (B, D, h, w)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)))), features
 
 
@@ -238,18 +310,18 @@ class FrameDecoder(nn.Module):
         self.conv_out = nn.Conv2d(dims[-1], cfg.channels * cfg.stem**2, 3, padding=1)
 
     def middle(self, latent: Tensor) -> Tensor:
-        """Latent (B, D, h, w) -> features (B, D', h, w)."""
+        """Map the latent (B, D, h, w) to features (B, D', h, w)."""
         return self.mid_block(self.conv_in(latent.contiguous(memory_format=torch.channels_last)))
 
     def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, D', h, w) -> image (B, C, H, W), not clipped, and what the last convolution made it from."""
+        """Decode features (B, D', h, w): image (B, C, H, W), not clipped, and the input of the last convolution."""
         for stage in self.up_blocks:
             x = stage(x)
         last = F.silu(self.conv_norm_out(x))
         return F.pixel_shuffle(self.conv_out(last), self.stem), last
 
     def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Latent (B, D, h, w) -> `image`, looking at the context after the middle."""
+        """Decode the latent (B, D, h, w), attending to the context between the halves; returns as `image`."""
         x = self.middle(latent)
         for block, pair in zip(self.cross_att_blocks, keys_values, strict=True):
             x = block(x, pair)

@@ -2,10 +2,11 @@
 
 `add_lora` turns linear layers into `LoRALinear` in place (same parameter names, plus `lora_a` and `lora_b`);
 `merge_lora` folds the product into W and turns them back, so an exported model has no trace of the adapters.
-`save_lora` and `load_lora` keep the adapters alone, a fraction of the model, in one file with their configuration.
+`save_lora` and `load_lora` store the adapters alone, a fraction of the model, in one file with their configuration.
 
-On every linear layer of the paper's vision-language model: 93,798,400 trainable parameters, 92,583,936 without SigLIP's
-attention pool. Neither the pool nor the encoders' last blocks take part in the features: 90,394,624 get a gradient.
+Adapters on every linear layer of the paper's vision-language model have 93,798,400 trainable parameters, 92,583,936
+without SigLIP's attention pool. 90,394,624 get a gradient: the pool and the encoders' last blocks are not in the
+features.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LoRALinear(nn.Linear):
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            device="meta",  # weight and bias are taken over from `linear` below
+            device="meta",  # no memory: weight and bias are those of `linear`, set below
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.weight.requires_grad_(False)
@@ -50,17 +51,17 @@ class LoRALinear(nn.Linear):
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_a = nn.Parameter(torch.empty(cfg.rank, linear.in_features, **like))
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, cfg.rank, **like))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear initialises its weight
         self.cfg = cfg
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        update = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        update = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)  # (..., rank) in between
         return F.linear(x, self.weight, self.bias) + self.cfg.alpha / self.cfg.rank * update
 
     def merged(self) -> nn.Linear:
-        """A plain layer with weight W + (alpha / rank) B A, computed in float32."""
+        """Return a plain layer with weight W + (alpha / rank) B A, computed in float32."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         update = low_rank_product(self.lora_a, self.lora_b, self.cfg)
         linear.weight = nn.Parameter((self.weight.detach().float() + update).to(self.weight.dtype))
@@ -87,16 +88,16 @@ def add_lora(module: nn.Module, cfg: LoRAConfig) -> int:
     if has_lora(module):
         raise ValueError("add_lora: the module already has adapters; merge_lora it first")
     module.requires_grad_(False)
-    found = _targets(module, cfg)
-    if not found:
+    layers = _targets(module, cfg)
+    if not layers:
         raise ValueError(f"LoRAConfig.targets {cfg.targets}: no linear layer has such a name; '' selects all")
-    for name, child in found:
+    for name, child in layers:
         _replace(module, name, LoRALinear(child, cfg))
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def merge_lora(module: nn.Module) -> int:
-    """Fold all adapters of `module` into their layers, in place; returns how many there were."""
+    """Fold all adapters of `module` into their layers, in place; return how many there were."""
     adapters = [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
     for name, child in adapters:
         _replace(module, name, child.merged())
@@ -104,12 +105,12 @@ def merge_lora(module: nn.Module) -> int:
 
 
 def has_lora(module: nn.Module) -> bool:
-    """True when `module` holds at least one adapter."""
+    """Return whether `module` holds at least one adapter."""
     return any(isinstance(child, LoRALinear) for child in module.modules())
 
 
 def lora_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters alone, by their names in `module.state_dict()`."""
+    """Return the tensors of the adapters alone, by their names in `module.state_dict()`."""
     return {k: v for k, v in module.state_dict().items() if k.endswith((".lora_a", ".lora_b"))}
 
 
@@ -117,17 +118,17 @@ def save_lora(path: str | Path, module: nn.Module) -> None:
     """Write the adapters of `module`, and their configuration, to one safetensors file.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the module has no adapters.
     """
     save_model(path, module, _config_of(module), state_dict=lora_state_dict(module))
 
 
 def load_lora(path: str | Path, module: nn.Module) -> None:
-    """Give `module` the adapters of a file; they are added, or replace the values of those that are there.
+    """Load adapters from a file: add them to `module`, or replace the values of those it has.
 
     Args:
-        path: of `save_lora`.
-        module: of the class and sizes that the adapters were trained on; its own weights stay.
+        path: file that `save_lora` wrote.
+        module: a module of the class and sizes that the adapters were trained on; its other weights stay.
 
     Raises:
         FileNotFoundError: no such file.
@@ -144,17 +145,17 @@ def load_lora(path: str | Path, module: nn.Module) -> None:
     for name, child in _targets(module, cfg):
         expected[f"{name}.lora_a"] = (cfg.rank, child.in_features)
         expected[f"{name}.lora_b"] = (child.out_features, cfg.rank)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if lines := differences(found, expected):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if lines := differences(shapes, expected):
         shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
         raise ValueError(f"{path} does not fit the module's linear layers: {shown}")
     if not has_lora(module):
         add_lora(module, cfg)
-    module.load_state_dict(tensors, strict=False)
+    module.load_state_dict(tensors, strict=False)  # the names were compared above; all other weights are missing
 
 
 def _targets(module: nn.Module, cfg: LoRAConfig) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that a configuration names, adapted or not."""
+    """List the linear layers that a configuration selects, adapted or not."""
     return [
         (name, child)
         for name, child in module.named_modules()
@@ -163,7 +164,7 @@ def _targets(module: nn.Module, cfg: LoRAConfig) -> list[tuple[str, nn.Linear]]:
 
 
 def _config_of(module: nn.Module) -> LoRAConfig:
-    """Configuration of the adapters of `module`, which are all made by one `add_lora`."""
+    """Return the configuration of the adapters of `module`, which are all made by one `add_lora`."""
     for child in module.modules():
         if isinstance(child, LoRALinear):
             return child.cfg
@@ -171,7 +172,7 @@ def _config_of(module: nn.Module) -> LoRAConfig:
 
 
 def merge_state_dict(state: dict[str, torch.Tensor], cfg: LoRAConfig) -> dict[str, torch.Tensor]:
-    """A state dict as it would be after `merge_lora`; the module itself, which may go on training, is not touched.
+    """Return a state dict as it would be after `merge_lora`; the module, which may go on training, does not change.
 
     Args:
         state: whole tensors, adapters included.
@@ -186,7 +187,7 @@ def merge_state_dict(state: dict[str, torch.Tensor], cfg: LoRAConfig) -> dict[st
 
 
 def low_rank_product(a: torch.Tensor, b: torch.Tensor, cfg: LoRAConfig) -> torch.Tensor:
-    """(alpha / rank) B A in float32; a: (rank, in), b: (out, rank) -> (out, in)."""
+    """Compute (alpha / rank) B A in float32; a: (rank, in), b: (out, rank) -> (out, in)."""
     return cfg.alpha / cfg.rank * (b.detach().float() @ a.detach().float())
 
 

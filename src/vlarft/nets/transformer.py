@@ -1,7 +1,7 @@
 """Decoder-only transformer in the LLaMA style: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One implementation for the world model and for the policy's language model (which adds biases on q, k, v and fewer
-key-value heads). There is no embedding and no output head inside: the owner embeds its tokens and reads the result.
+One implementation for the world model and for the policy's language model (which adds biases on q, k, v and has fewer
+key-value heads). Embedding and output head are not part of it: the models that use it have them.
 
 The names of the parameters follow `transformers` (`layers.0.self_attn.q_proj.weight`, ...), so public checkpoints need
 no renaming below the decoder.
@@ -65,7 +65,7 @@ class TransformerConfig:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of the rotary angles, half-split convention, float32.
+    """Compute cosine and signed sine of the rotary angles, half-split convention, float32.
 
     Args:
         positions: (N,) token positions.
@@ -84,6 +84,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + E/2) of x (B, N, H, E) by the tables' angles."""
     first, second = x.chunk(2, dim=-1)
+    # the sine carries the sign: (first cos - second sin, second cos + first sin)
     return x * cos.to(x.dtype) + torch.cat([second, first], dim=-1) * sin.to(x.dtype)
 
 
@@ -97,6 +98,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D) -> (..., D), in x's dtype."""
+        # rounded before the weight is applied, as `transformers` does it
         return self.weight.to(x.dtype) * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         if cache is not None:
             num_own = cache.own_columns(x.shape[1])
             key, value = cache.append(self.layer, key, value)  # (B, K, room, E)
-            key, value = key.to(query.dtype), value.to(query.dtype)
+            key, value = key.to(query.dtype), value.to(query.dtype)  # the cache keeps the type of its first tokens
         if cache is not None and cache.prefix is not None:
             prefix_key, prefix_value = cache.prefix[self.layer]  # (S, K, P, E) each
             out = grouped_attention(query, key, value, prefix_key, prefix_value, cache.group_size, mask, num_own)
@@ -130,7 +132,7 @@ class Attention(nn.Module):
             if cache is not None:
                 key, value = key[:, :, :num_own], value[:, :, :num_own]
             grouped = self.num_heads != self.num_kv_heads
-            causal = mask is None and query.shape[2] > 1
+            causal = mask is None and query.shape[2] > 1  # a single new token sees every key
             out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(rearrange(out, "b h n e -> b n (h e)"))
 
@@ -145,18 +147,18 @@ def grouped_attention(
     mask: Tensor | None,
     num_own: int,
 ) -> Tensor:
-    """Attention over a prefix shared by the G rows of a start, followed by each row's own tokens.
+    """Attend to a prefix shared by the G rows of a start, followed by each row's own tokens.
 
-    One softmax over both parts; the scores of the shared part are one matrix product per start with the G * N queries
-    side by side, so the prefix is read once per start and never copied.
+    One softmax runs over both parts. The scores of the shared part are one matrix product per start, with the G * N
+    queries side by side, so that the prefix is read once per start and never copied.
 
     Args:
         query: (S * G, H, N, E).
-        key, value: (S * G, K, room, E), the rows' own tokens, the new ones included.
+        key, value: (S * G, K, room, E), each row's tokens after the prefix, the new ones included.
         prefix_key, prefix_value: (S, K, P, E).
         group_size: G.
         mask: (S * G or 1, 1, N, P + M) True = attend, or None = attend to everything.
-        num_own: M, how many of the own tokens there are; the room after them holds zeros.
+        num_own: M, the number of tokens in `key` and `value`; the room after them holds zeros.
 
     Returns:
         (S * G, H, N, E).
@@ -165,6 +167,7 @@ def grouped_attention(
     sizes = {"g": group_size, "k": num_kv, "r": heads_per_kv}
     num_new, prefix_length = query.shape[2], prefix_key.shape[2]
     query = query * query.shape[-1] ** -0.5
+    # r query heads share a key-value head: they stand beside the group's rows and the new tokens as further queries
     by_start = rearrange(query, "(s g) (k r) n e -> s k (g r n) e", **sizes)
     shared = by_start @ prefix_key.to(query.dtype).transpose(-1, -2)  # (S, K, G * R * N, P)
     shared = rearrange(shared, "s k (g r n) p -> (s g) k (r n) p", n=num_new, **sizes)
@@ -174,11 +177,11 @@ def grouped_attention(
         scores = scores.masked_fill(~mask.repeat(1, 1, heads_per_kv, 1), -torch.inf)
     weights = scores.softmax(dim=-1)  # computed in float32 and rounded to the type of the scores
     shared, own = weights[..., :prefix_length], weights[..., prefix_length:]
-    own = F.pad(own, (0, value.shape[2] - num_own))  # whole room
+    own = F.pad(own, (0, value.shape[2] - num_own))  # weight 0 for unused room: slicing `value` would copy it
     by_start = rearrange(shared, "(s g) k (r n) p -> s k (g r n) p", n=num_new, **sizes)
     from_prefix = by_start @ prefix_value.to(query.dtype)  # (S, K, G * R * N, E)
     from_prefix = rearrange(from_prefix, "s k (g r n) e -> (s g) (k r) n e", n=num_new, **sizes)
-    return from_prefix + rearrange(own @ value, "b k (r n) e -> b (k r) n e", n=num_new)
+    return from_prefix + rearrange(own @ value, "b k (r n) e -> b (k r) n e", n=num_new)  # (S * G, H, N, E)
 
 
 class FeedForward(nn.Module):
@@ -222,7 +225,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of `init_std`, zero biases, unit norms."""
+        """Initialise: normal weights of standard deviation `init_std`, zero biases, unit norms."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.cfg.init_std)
@@ -262,6 +265,7 @@ class Decoder(nn.Module):
         positions = torch.arange(num_new, device=x.device) if cache is None else cache.positions(num_new, x.device)
         cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, 1, E)
         mask = None
+        # several new tokens after cached ones need a mask: SDPA's causal one counts queries from the first key
         if key_padding_mask is not None or isinstance(cache, StaticKVCache) or 1 < num_new < total:
             mask = attention_mask(positions, total, key_padding_mask)
         for layer in self.layers:
@@ -272,10 +276,10 @@ class Decoder(nn.Module):
 
 
 def attention_mask(positions: Tensor, total: int, key_padding_mask: Tensor | None) -> Tensor:
-    """Causal mask (B or 1, 1, N, total) for new tokens at `positions` (N,) among `total` keys.
+    """Build the causal mask (B or 1, 1, N, total) for new tokens at `positions` (N,) among `total` keys.
 
     It is not needed for a single token that sees every key, nor for a sequence from position 0 without padding, for
-    which the kernel has a causal mask of its own.
+    which the kernel has a built-in causal mask.
     """
     columns = torch.arange(total, device=positions.device)
     causal = columns <= positions[:, None]  # (N, total)

@@ -1,10 +1,10 @@
 """Vision encoders: images in, patch tokens out.
 
-One `ViT` is DINOv2 with registers and SigLIP by configuration; `ConvEncoder` stands behind the same interface
-(images -> (B, N, D) tokens) and learns from scratch in minutes on a CPU, which a ViT does not.
+One `ViT` is DINOv2 with registers or SigLIP, by its configuration; `ConvEncoder` has the same interface (images ->
+(B, N, D) tokens) and learns from scratch in minutes on a CPU, which a ViT does not.
 State-dict names of the ViT are timm's, so a timm checkpoint of the same size loads as it is.
 
-Shapes: B batch, C channels, H, W pixels, h, w feature map, N tokens, D width.
+Shapes: B batch, C channels, H, W pixels, h, w feature map, N tokens, D width, K keypoints.
 """
 
 from __future__ import annotations
@@ -173,28 +173,28 @@ class ViT(nn.Module):
         self.attn_pool = AttentionPool(cfg) if cfg.attention_pool else None
 
     def freeze_unread(self) -> None:
-        """Freeze the parts that take no part in the features, and so would never get a gradient."""
+        """Freeze the parameters that do not enter the features and so would never get a gradient."""
         for part in (*self.blocks[self.cfg.output_block + 1 :], self.norm, self.attn_pool):
             if part is not None:
                 part.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch tokens of block `output_block`.
+        """Compute the patch tokens after block `output_block`.
 
         Args:
             images: (B, 3, image_size, image_size), floats in [0, 1].
         Returns:
             (B, N, D); class and register tokens are removed.
         Raises:
-            ValueError: when the images have another size.
+            ValueError: images of another size.
         """
         cfg = self.cfg
         check_image_size(images, cfg.image_size)
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (cfg.mean, cfg.std))
-        # positions belong to patches only: they are added before the prefix tokens are put in front
-        x = self.patch_embed((images - mean) / std) + self.pos_embed
+        # only patches have positions: add them before class and register tokens are put in front
+        x = self.patch_embed((images - mean) / std) + self.pos_embed  # (B, N, D)
         prefix = [p.expand(len(x), -1, -1) for p in (self.cls_token, self.reg_token) if p is not None]
-        x = torch.cat([*prefix, x], dim=1)
+        x = torch.cat([*prefix, x], dim=1)  # (B, 1 + registers + N, D)
         for block in self.blocks[: cfg.output_block + 1]:
             x = block(x)
         return x[:, x.shape[1] - self.num_tokens :]
@@ -218,8 +218,8 @@ class ConvEncoderConfig:
     kernels: tuple[int, ...] = (7, 3)  # odd
     strides: tuple[int, ...] = (4, 1)
     num_keypoints: int = 16
-    attention_gain: float = 12.0  # on the initial weights of the keypoints' maps: flat softmaxes learn slowly
-    coordinate_gain: float = 8.0  # on a keypoint's (x, y) beside its features: without it positions are learned late
+    attention_gain: float = 12.0  # factor on the initial weights of the keypoints' maps: flat softmaxes learn slowly
+    coordinate_gain: float = 8.0  # factor on a keypoint's (x, y) beside its features: else positions are learned late
     width: int = 128  # of the tokens
     film_dim: int | None = None  # width of an instruction embedding that scales and shifts each layer; None: no FiLM
 
@@ -254,7 +254,7 @@ class ConvEncoder(nn.Module):
         self.slot = nn.Parameter(torch.randn(cfg.num_keypoints, cfg.width) * 0.02)
 
     def forward(self, images: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
-        """Keypoint tokens.
+        """Compute one token per keypoint.
 
         Args:
             images: (B, 3, image_size, image_size), floats in [0, 1].
@@ -262,7 +262,7 @@ class ConvEncoder(nn.Module):
         Returns:
             (B, num_keypoints, D).
         Raises:
-            ValueError: other image size; instruction embedding missing or not wanted.
+            ValueError: another image size; instruction embedding missing, or given without `film_dim`.
         """
         check_image_size(images, self.cfg.image_size)
         if (language is None) != (self.films is None):
@@ -277,14 +277,14 @@ class ConvEncoder(nn.Module):
                 scale, shift = self.films[i](language)[:, :, None, None].chunk(2, dim=1)  # (B, c, 1, 1) each
                 x = x * (1 + scale) + shift
             x = F.relu(x)
-        weights = self.attend(x).flatten(2).float().softmax(dim=-1).to(x.dtype)  # (B, K, h*w)
+        weights = self.attend(x).flatten(2).float().softmax(dim=-1).to(x.dtype)  # (B, K, h*w), over positions
         places = self.cfg.coordinate_gain * coordinates(x).expand(len(x), -1, -1, -1)
         values = torch.cat([places, x], dim=1).flatten(2)  # (B, 2 + c, h*w)
         return self.embed(weights @ values.transpose(1, 2)) + self.slot  # (B, K, D)
 
 
 def coordinates(images: torch.Tensor) -> torch.Tensor:
-    """(1, 2, H, W): x and y of every pixel's centre, in [-1, 1]."""
+    """Return x and y of every pixel's centre in [-1, 1], (1, 2, H, W), for images (..., H, W)."""
     height, width = images.shape[-2:]
     y, x = ((torch.arange(n, device=images.device, dtype=images.dtype) + 0.5) * 2 / n - 1 for n in (height, width))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]

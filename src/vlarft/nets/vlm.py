@@ -24,6 +24,7 @@ from einops import rearrange
 
 from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.nets.vit import DINOV2_LARGE, SIGLIP_SO400M, ConvEncoder, ConvEncoderConfig, ViT, ViTConfig
+from vlarft.run.optional import optional
 
 QWEN2_HALF_B = TransformerConfig(
     depth=24,
@@ -47,16 +48,16 @@ class VLMConfig:
     projector_dim: int = 8704  # inner width of the projector's first layer
     language: TransformerConfig = QWEN2_HALF_B
     vocabulary: int = 151936
-    bytes_per_token: int = 1  # bytes whose embeddings (one table each) are summed into a token; 4 shortens the text
-    text_file_bytes: int = 0  # size of the tokenizer file that the model carries; 0: byte tokens, no file
+    bytes_per_token: int = 1  # bytes whose embeddings are summed into one token, each place from its own table
+    text_file_bytes: int = 0  # size of the tokenizer file inside the model; 0: byte tokens, no file
     max_text_bytes: int = 256  # bytes, or BPE tokens of the whole prompt; longer instructions are refused
     num_queries: int = 64
-    query_init_std: float = 0.0  # the paper's queries start at zero; from scratch a small spread trains better
+    query_init_std: float = 0.0  # the paper's queries start at zero; from scratch, small random ones train better
     shift_context: bool = False  # read the hidden states one position early, as the public code and its weights do
 
 
 class VLMOutput(NamedTuple):
-    """What the vision-language model computes of one observation."""
+    """Context and vision tokens of a batch of observations."""
 
     context: torch.Tensor  # (B, P + Q, D)
     vision: torch.Tensor  # (B, P, Dv), the encoders' tokens before the projector
@@ -71,7 +72,7 @@ class ByteTokenizer:
     description = "bytes, 259 tokens"
 
     def encode(self, instruction: str) -> list[int]:
-        """Token ids of an instruction, lower-cased and stripped.
+        """Encode an instruction, lower-cased and stripped, as token ids.
 
         Raises:
             ValueError: empty instruction.
@@ -87,11 +88,11 @@ PROMPT = (
 
 
 class BPETokenizer(nn.Module):
-    """Qwen's prompt around the instruction, byte-level BPE. The tokenizer's file is a buffer, so it is saved with the
-    weights and loaded with them.
+    """Byte-level BPE of Qwen's prompt with the instruction. The tokenizer's file is a buffer, so that it is saved and
+    loaded with the weights.
 
     Args:
-        num_bytes: size of the file, of tokenizer.json's kind.
+        num_bytes: size of the file, a tokenizer.json.
     """
 
     unit = "tokens with the prompt"
@@ -99,11 +100,11 @@ class BPETokenizer(nn.Module):
     def __init__(self, num_bytes: int) -> None:
         super().__init__()
         self.register_buffer("file", torch.zeros(num_bytes, dtype=torch.uint8))
-        self.parsed: Any = None  # of the file, made when it is needed
+        self.parsed: Any = None  # the file as an object, parsed on first use and again after a load
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "parsed", None))
 
     def parse(self) -> Any:
-        """The file as a `tokenizers.Tokenizer`.
+        """Parse the file, once, as a `tokenizers.Tokenizer`.
 
         Raises:
             ImportError: the `tokenizers` package is missing.
@@ -139,7 +140,7 @@ class BPETokenizer(nn.Module):
         return f"byte-level BPE in Qwen's prompt, {len(self.parse().get_vocab()):,} tokens"
 
     def encode(self, instruction: str) -> list[int]:
-        """Token ids of the prompt with an instruction, lower-cased and stripped.
+        """Encode the prompt with an instruction, lower-cased and stripped, as token ids.
 
         Raises:
             ValueError: empty instruction.
@@ -148,7 +149,7 @@ class BPETokenizer(nn.Module):
 
 
 def clean(instruction: str) -> str:
-    """An instruction stripped and lower-cased.
+    """Strip and lower-case an instruction.
 
     Raises:
         ValueError: it is empty.
@@ -159,20 +160,14 @@ def clean(instruction: str) -> str:
 
 
 def import_tokenizers() -> ModuleType:
-    """The `tokenizers` package, which only public weights need.
-
-    Raises:
-        ImportError: it is missing; the message says what installs it.
-    """
-    try:
+    """Import `tokenizers`, which only public weights need; an ImportError says what installs it."""
+    with optional("public weights read text through `tokenizers`", "public"):
         import tokenizers
-    except ImportError as error:
-        raise ImportError('public weights read text through `tokenizers`: pip install "vlarft[public]"') from error
     return tokenizers
 
 
 class Projector(nn.Module):
-    """Vision tokens into the language model's width: three layers, GELU between them."""
+    """Projection of vision tokens to the language model's width: three layers, GELU between them."""
 
     def __init__(self, vision_dim: int, hidden: int, width: int) -> None:
         super().__init__()
@@ -186,16 +181,17 @@ class Projector(nn.Module):
 
 
 class InstructionEncoder(nn.Module):
-    """Embeds an instruction for the first layers of the vision encoder (FiLM): a sum of learned rows.
+    """Embedding of an instruction for the layers of the vision encoder (FiLM): a sum of learned rows.
 
-    One row per word and one for the whole text, found by hashing. The text's own row starts ten times larger: two
-    instructions are far apart from the first step, while their words, of which all but one may be the same, share what
-    is learned. (To an encoder over bytes, long sentences that differ in "red" and "blue" start out nearly the same.)
-    A text never seen in training keeps its untrained row, so the policy is for the instructions it was trained on.
+    There is one row per word and one for the whole text, looked up by hash. The row of the whole text starts ten times
+    larger, so that two instructions are far apart from the first step; the words' rows share what is learned between
+    instructions that differ in one word. (An encoder over bytes would start with nearly equal embeddings for long
+    sentences that differ in "red" and "blue".) The row of a text never seen in training is untrained: the policy is for
+    the instructions that it was trained on.
 
     Args:
-        width: of the embedding.
-        num_rows: of each table; two texts share a row with probability 1 / num_rows.
+        width: width of the embedding.
+        num_rows: rows of each table; two texts share a row with probability 1 / num_rows.
     """
 
     def __init__(self, width: int, num_rows: int = 4096) -> None:
@@ -204,7 +200,7 @@ class InstructionEncoder(nn.Module):
         nn.init.normal_(self.words.weight, std=0.1)
 
     def forward(self, instructions: list[str]) -> torch.Tensor:
-        """B instructions, case and spacing ignored -> (B, width)."""
+        """Embed B instructions, case and spacing ignored: (B, width)."""
         rows = []
         for text in instructions:
             words = text.lower().split() or [""]  # an empty text is refused with the text tokens
@@ -214,6 +210,7 @@ class InstructionEncoder(nn.Module):
 
     def _row(self, text: str) -> torch.Tensor:
         weight = self.texts.weight
+        # crc32, because Python's hash of a string differs from process to process
         return torch.tensor(zlib.crc32(text.encode()) % len(weight), device=weight.device)
 
 
@@ -223,7 +220,8 @@ class VLM(nn.Module):
     Args:
         cfg: sizes.
     Raises:
-        ValueError: encoders with different numbers of tokens, or a vocabulary too small for byte tokens.
+        ValueError: encoders with different numbers of tokens, a vocabulary too small for byte tokens, or
+            `bytes_per_token` below 1 or, with a text tokenizer's file, above 1.
     """
 
     def __init__(self, cfg: VLMConfig) -> None:
@@ -255,7 +253,7 @@ class VLM(nn.Module):
         nn.init.normal_(self.action_queries.weight, std=cfg.query_init_std)
 
     def fill_text(self, content: bytes) -> None:
-        """Take over the content of a tokenizer.json, of the size that the configuration names.
+        """Set the text tokenizer to the content of a tokenizer.json, of the size that the configuration names.
 
         Raises:
             ValueError: another size, no tokenizer, or more tokens than the embedding has rows.
@@ -275,16 +273,16 @@ class VLM(nn.Module):
 
     @property
     def vits(self) -> list[ViT]:
-        """Its vision transformers."""
+        """The vision transformers among the encoders."""
         return [encoder for encoder in (self.vision, self.fused_vision) if isinstance(encoder, ViT)]
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its transformer blocks: what is sharded, and recomputed, one at a time."""
+        """All transformer blocks: the units of sharding and of activation recomputation."""
         return [*(block for vit in self.vits for block in vit.blocks), *self.language_model.layers]
 
     def forward(self, images: torch.Tensor, instructions: list[str]) -> VLMOutput:
-        """Context of a batch of observations, Eq. (1).
+        """Compute the context of a batch of observations, Eq. (1).
 
         Args:
             images: (B, V, 3, H, W), floats in [0, 1], of the encoder's size.
@@ -303,18 +301,23 @@ class VLM(nn.Module):
         return VLMOutput(self.contextualize(vision, instructions), vision)
 
     def contextualize(self, vision: torch.Tensor, instructions: list[str]) -> torch.Tensor:
-        """The language model's part of `forward`: vision tokens (B, P, Dv), B instructions -> context (B, P + Q, D)."""
+        """Run the language model's part of `forward`: vision (B, P, Dv), B instructions -> context (B, P + Q, D)."""
         text, lengths = self.embed_text(*self.tokenize(instructions, vision.device))  # (B, n, D), (B,)
         x = self.arrange(text, lengths, self.projector(vision))  # (B, n + P + Q, D)
         # the padding is on the right of a causal sequence, so nothing that is read below attends to it
         hidden = self.language_model(x)
+        # patches stand at 1..P, a row's queries after its text, at lengths + P..; shifted, both are read one early
         num_vision, first = self.num_vision_tokens, 0 if self.cfg.shift_context else 1
         at_query = (lengths + num_vision - 1 + first)[:, None] + torch.arange(self.cfg.num_queries, device=x.device)
         queries = hidden.gather(1, at_query[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, Q, D)
         return torch.cat([hidden[:, first : first + num_vision], queries], dim=1)
 
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded text tokens (B, n), n the longest of the batch, and their numbers (B,)."""
+        """Encode instructions as right-padded text tokens (B, n), n the longest of the batch, and their numbers (B,).
+
+        Raises:
+            ValueError: an empty or too long instruction.
+        """
         encoded = [self.tokenizer.encode(text) for text in instructions]
         for text, ids in zip(instructions, encoded, strict=True):
             if len(ids) > self.cfg.max_text_bytes:
@@ -327,15 +330,15 @@ class VLM(nn.Module):
         return torch.tensor(padded, device=device), torch.tensor([len(ids) for ids in encoded], device=device)
 
     def embed_text(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text tokens (B, m) and numbers (B,) -> text tokens (B, n, D) and numbers (B,), n = m / bytes_per_token."""
+        """Embed ids (B, m), lengths (B,) as text tokens (B, n, D), lengths (B,), with n = ceil(m / bytes_per_token)."""
         group = self.cfg.bytes_per_token
-        ids = F.pad(ids, (0, -ids.shape[1] % group), value=self.tokenizer.pad)
+        ids = F.pad(ids, (0, -ids.shape[1] % group), value=self.tokenizer.pad)  # to a multiple of the group
         ids = rearrange(ids, "b (n g) -> b n g", g=group)
         tables = torch.arange(group, device=ids.device) * self.cfg.vocabulary  # each place in a group has its own rows
         return self.embed_tokens(ids + tables).sum(dim=2), (lengths + group - 1) // group
 
     def encode_images(self, images: torch.Tensor, instructions: list[str]) -> torch.Tensor:
-        """Vision tokens of all cameras, (B, V, 3, H, W) -> (B, P, Dv)."""
+        """Encode the images of all cameras, (B, V, 3, H, W), as vision tokens (B, P, Dv)."""
         flat = rearrange(images, "b v c h w -> (b v) c h w")
         if self.instruction_encoder is None:
             tokens = self.vision(flat)  # (B * V, N, Dv)
@@ -346,15 +349,15 @@ class VLM(nn.Module):
             index = torch.tensor([distinct.index(text) for text in instructions], device=images.device)
             tokens = self.vision(flat, language[index].repeat_interleave(images.shape[1], dim=0))
         if self.fused_vision is not None:
-            tokens = torch.cat([tokens, self.fused_vision(flat)], dim=-1)
+            tokens = torch.cat([tokens, self.fused_vision(flat)], dim=-1)  # channels of both encoders, patch by patch
         return rearrange(tokens, "(b v) n d -> b (v n) d", v=images.shape[1])
 
     def arrange(self, text: torch.Tensor, lengths: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Put text, patches and queries in order.
+        """Put text, patches and queries in the order of the sequence.
 
         Args:
             text: (B, n, D), right-padded.
-            lengths: (B,) text tokens that are not padding.
+            lengths: (B,), numbers of text tokens without padding.
             patches: (B, P, D).
         Returns:
             (B, n + P + Q, D); each row's queries follow its last text token directly.
@@ -362,6 +365,7 @@ class VLM(nn.Module):
         text = F.pad(text, (0, 0, 0, self.cfg.num_queries))  # (B, n + Q, D)
         query = torch.arange(text.shape[1], device=text.device) - lengths[:, None]  # index of the query at each place
         is_query = (query >= 0) & (query < self.cfg.num_queries)
-        queries = self.action_queries(query.clamp(0, self.cfg.num_queries - 1))
+        queries = self.action_queries(query.clamp(0, self.cfg.num_queries - 1))  # (B, n + Q, D); clamped: unused
         text = torch.where(is_query[..., None], queries, text)
+        # the first text token comes before the patches
         return torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], dim=1)

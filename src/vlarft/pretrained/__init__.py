@@ -1,4 +1,4 @@
-"""Public checkpoints as ours: key maps of the tokenizer, world model and policy; `python -m vlarft.pretrained`."""
+"""Convert public checkpoints of tokenizer, world model and policy to this package: `python -m vlarft.pretrained`."""
 
 from vlarft.pretrained.files import read_weights
 from vlarft.pretrained.policy import (

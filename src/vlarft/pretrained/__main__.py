@@ -1,20 +1,20 @@
-"""Public checkpoints of the frame tokenizer, the world model and the policy, as ours.
+"""Convert public checkpoints of the frame tokenizer, the world model and the policy.
 
     python -m vlarft.pretrained tokenizer WorldModel-Tokenizer --out runs/public/tokenizer.safetensors
     python -m vlarft.pretrained world-model WorldModel-Libero-Spatial --out runs/public/world_model.safetensors \\
         --tokenizer runs/public/tokenizer.safetensors --action-ranges libero
     python -m vlarft.pretrained policy POLICY --out runs/public/policy.safetensors
 
-Reads the folder of a downloaded repository: its config.json (without one, the paper's sizes) and its weights, one
-safetensors file, safetensors with an index, or a .bin / .pt of tensors. Writes one file that `FrameTokenizer.load`,
-`WorldModel.load` or `VLAPolicy.load` reads, in float32.
+Reads the folder of a downloaded repository: its config.json (without one, the paper's sizes) and its weights: one
+safetensors file, safetensors with an index, or a .bin / .pt of tensors. Writes one float32 file that
+`FrameTokenizer.load`, `WorldModel.load` or `VLAPolicy.load` reads.
 
-Every tensor is accounted for: one that is missing, left over or of another shape is an error that names it.
+Every tensor must fit: one that is missing, left over or of another shape is an error that names it.
 
-The public world models saw raw environment actions, cut into bins over ranges that are not among the weights:
-`--action-ranges`. A policy's folder also holds the action head's three side files (without them the head is new, for
-`train_sft.py --init`), dataset_statistics.json, whose quantiles become the normaliser's, and the text tokenizer
-(tokenizer.json, or vocab.json and merges.txt); `--text` names another place for it.
+The public world models take raw environment actions, cut into bins. The ranges of the bins are not among the weights:
+give `--action-ranges`. A policy's folder also contains the action head's three side files (without them the head is
+untrained, for `train_sft.py --init`), dataset_statistics.json, whose quantiles the normaliser takes, and the text
+tokenizer (tokenizer.json, or vocab.json and merges.txt), unless `--text` names another place.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from vlarft.tokenizer import FrameTokenizer
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring.
+    """Run the command line; see the module's docstring.
 
     Raises:
         FileExistsError: `--out` exists; and the errors of the functions that convert.
@@ -42,20 +42,20 @@ def main(argv: Sequence[str]) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     commands = {kind: kinds.add_parser(kind, allow_abbrev=False) for kind in ("tokenizer", "world-model", "policy")}
     for command in commands.values():
-        command.add_argument("path", type=Path, metavar="FOLDER", help="downloaded repository, or its weight file")
+        command.add_argument("path", type=Path, metavar="FOLDER", help="downloaded repository, or its file of weights")
         command.add_argument("--out", type=Path, required=True, help="file to write, by convention *.safetensors")
     size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
-    commands["tokenizer"].add_argument("--image-size", **size, help="pixels, in place of config.json's resolution")
-    commands["tokenizer"].add_argument("--interpolate-positions", **size, help="resample the positions, of this grid")
+    commands["tokenizer"].add_argument("--image-size", **size, help="image size [px]; default: that of config.json")
+    commands["tokenizer"].add_argument("--interpolate-positions", **size, help="resample positions from this grid")
     commands["world-model"].add_argument(
-        "--tokenizer", required=True, help="converted tokenizer that it was trained on"
+        "--tokenizer", required=True, help="converted tokenizer that it was trained with"
     )
     commands["world-model"].add_argument(
-        "--action-ranges", help='"libero", or a .json / .pth file: [low, high] of each dimension, raw units'
+        "--action-ranges", help='"libero", or a .json / .pth file: [low, high] per dimension, in raw units'
     )
     commands["policy"].add_argument("--text", type=Path, help="tokenizer.json, or a folder with it or vocab and merges")
-    commands["policy"].add_argument("--statistics", help="entry of dataset_statistics.json, where it has several")
-    commands["policy"].add_argument("--step", type=int, help="of the head's side files, where there are several")
+    commands["policy"].add_argument("--statistics", help="entry of dataset_statistics.json, if it has several")
+    commands["policy"].add_argument("--step", type=int, help="step of the head's side files, if there are several")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists: remove it or choose another --out")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         sizes = (args.image_size, args.interpolate_positions)
         model = convert_tokenizer(args.path, *(tuple(size) if size else None for size in sizes))
     elif args.kind == "policy":
-        torch.manual_seed(0)  # of a new head
+        torch.manual_seed(0)  # for the weights of an untrained head
         model = convert_policy(args.path, text=args.text, dataset=args.statistics, step=args.step)
     elif args.action_ranges is None:
         parser.error("a world model's action ranges are not among its weights: give --action-ranges libero, or a file")

@@ -1,6 +1,6 @@
-"""Files of downloaded repositories: their weights, configurations and tables.
+"""Read files of downloaded repositories: weights, configurations and tables.
 
-Nothing in a file is executed: pickled ones are read with `weights_only`.
+Nothing in a file is executed: pickled files are read with `weights_only`.
 """
 
 import json
@@ -17,14 +17,14 @@ from vlarft.run.checkpoint import UNREADABLE, load_weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a downloaded repository.
+    """Read all tensors of a downloaded repository, by name.
 
     Args:
         path: its folder, or one file of weights.
 
     Raises:
         FileNotFoundError: no such path, no weights in the folder, or a shard of the index is missing.
-        ValueError: several files that could be meant, or one that is truncated or holds more than tensors.
+        ValueError: an ambiguous choice of files, or a file that is truncated or contains more than tensors.
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -38,24 +38,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that a folder means, shards of an index included; errors as `read_weights`."""
+    """Return a folder's one file of weights, or the shards that its index lists; errors as in `read_weights`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give the folder of a downloaded repository, or its weight file")
     for suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        found = sorted(folder.glob(f"*{suffix}.index.json")) or sorted(folder.glob(f"*{suffix}"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+        files = sorted(folder.glob(f"*{suffix}.index.json")) or sorted(folder.glob(f"*{suffix}"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
             raise ValueError(
                 f"{folder} holds several files of weights ({names}): give the one that is meant in place of the "
                 "folder; if they are shards, their .index.json is missing: download it too"
             )
-        if found and found[0].suffix == ".json":
-            shards = sorted({folder / name for name in read_json(found[0]).get("weight_map", {}).values()})
+        if files and files[0].suffix == ".json":
+            shards = sorted({folder / name for name in read_json(files[0]).get("weight_map", {}).values()})
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{found[0]} names {', '.join(missing)}, not in {folder}: download them too")
+                raise FileNotFoundError(f"{files[0]} names {', '.join(missing)}, not in {folder}: download them too")
             return shards
-        if found:
-            return found
+        if files:
+            return files
     names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
     raise FileNotFoundError(
         f"{folder} holds no weights (*.safetensors, *.bin, *.pt, *.pth) but {names}: download the repository with its "
@@ -71,7 +71,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_pickled(file: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors in plain containers; nothing in the file is executed."""
+    """Read a file of `torch.save`; a ValueError refuses any that has more than tensors in plain containers."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -81,13 +81,13 @@ def read_pickled(file: Path) -> Any:
 def _unreadable(file: Path, error: Any) -> str:
     size = file.stat().st_size
     return (
-        f"{file} ({size:,} bytes) is no readable file of tensors ({error}): it is truncated, a git-lfs pointer or of "
-        "another format; download it again"
+        f"{file} ({size:,} bytes) is not a readable file of tensors ({error}): it is truncated, a git-lfs pointer "
+        "or has another format; download it again"
     )
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         ValueError: not JSON.
@@ -99,7 +99,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The repository's config.json, None without one; and how messages name the repository."""
+    """Return the repository's config.json, or None without one, and the repository's name for messages."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if file.is_file():
         return read_json(file), str(path)
@@ -114,15 +114,15 @@ def check_config(public: Mapping[str, Any], what: str, needed: Sequence[str], fi
             f"{', '.join(list(public)[:8])}"
         )
     if other := [f"{k}={public[k]!r}, expected {v!r}" for k, v in fixed.items() if public.get(k, v) != v]:
-        raise ValueError(f"config.json describes a {what} that ours does not compute: {'; '.join(other)}")
+        raise ValueError(f"config.json describes an unsupported {what}: {'; '.join(other)}")
 
 
 def load_public(model: nn.Module, tensors: dict[str, Tensor], what: str, where: str) -> None:
-    """`load_weights` that tells another model from a damaged one."""
-    own = model.state_dict()
-    if not own.keys() & tensors.keys():
+    """Load weights as `load_weights` does; if no name matches, the error says that the file is another model's."""
+    expected = model.state_dict()
+    if not expected.keys() & tensors.keys():
         raise ValueError(
             f"{where} holds no {what}: of its {len(tensors)} tensors ({', '.join(list(tensors)[:3])}, ...) none has a "
-            f"name of the layout ({', '.join(list(own)[:3])}, ...)"
+            f"name of the layout ({', '.join(list(expected)[:3])}, ...)"
         )
     load_weights(model, tensors, where)

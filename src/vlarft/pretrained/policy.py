@@ -1,15 +1,15 @@
-"""Public policies as ours: the vision-language model in two layouts, the action head's side files, the statistics.
+"""Convert public policies: the vision-language model in two layouts, the action head's side files, the statistics.
 
-    merged Hugging Face layout    `PrismaticForActionPrediction` below is the map
-    native Prismatic .pt          {"model": {"vision_backbone", "projector", "llm_backbone"}}, renamed to the former
+    merged Hugging Face layout    `PrismaticForActionPrediction` below maps the names
+    native Prismatic .pt          {"model": {"vision_backbone", "projector", "llm_backbone"}}, renamed to merged names
     side files                    `FlowMatchingActionHead` and two projectors; `module.` prefixes are dropped
 
-Left out on purpose: the language model's output head, tied to its embedding and not read by a policy; the
-cross-attentions of the blocks that have none (1, 3, 5), which the public code builds and does not call.
+Left out on purpose: the language model's output head, which is tied to its embedding and not used by a policy; and the
+cross-attentions of blocks 1, 3 and 5, which the public code builds but never calls.
 
-Three conventions differ. The public head predicts noise - actions, ours actions - noise: the final layer is negated.
-The public code reads the context one position early, and its queries and head were trained so: `shift_context` is set
-where the file holds them. Its sigma net also takes x_k: `sigma_uses_x` is set for the one to come.
+Three conventions differ. The public head predicts noise - actions, this code actions - noise: the last layer is
+negated. The public code reads the context one position early, and its queries and head were trained that way:
+`shift_context` is set if the file contains them. Its sigma net also takes x_k: `sigma_uses_x` is set for later RFT.
 """
 
 import re
@@ -31,7 +31,7 @@ from vlarft.pretrained.text import read_text_tokenizer
 from vlarft.run.config import differences
 
 OUTPUT_HEAD = "language_model.lm_head.weight"
-# native names and ours, which are those of the merged layout
+# prefixes of the native layout -> prefixes of the merged layout
 NATIVE = {
     "vision_backbone.dino_featurizer.": "vision_backbone.featurizer.",
     "vision_backbone.siglip_featurizer.": "vision_backbone.fused_featurizer.",
@@ -44,7 +44,7 @@ HEAD_PARTS = ("action_head", "proprio_projector", "noisy_action_projector")
 
 
 class Statistics(NamedTuple):
-    """1 % and 99 % quantiles of the training data: of the actions without the gripper (A - 1,), of the proprio (P,)."""
+    """1 % and 99 % quantiles of the training data: actions without the gripper (A - 1,), proprio (P,)."""
 
     action_low: Tensor
     action_high: Tensor
@@ -65,7 +65,7 @@ class PrismaticForActionPrediction(nn.Module):
 
 
 class FlowMatchingActionHead(nn.Module):
-    """The velocity net without its two projectors, under its public names; the parameters are shared."""
+    """The velocity net without its two projectors, under its public names; the parameters are shared, not copied."""
 
     def __init__(self, net: ChunkNet) -> None:
         super().__init__()
@@ -80,25 +80,25 @@ class FlowMatchingActionHead(nn.Module):
 
     @staticmethod
     def _block(net: ChunkNet, index: int) -> nn.ModuleDict:
-        ours = net.dit.blocks[index]
-        modulation = nn.ModuleDict({"1": ours.modulation})
-        block = nn.ModuleDict({"attn_temporal": ours.attn, "mlp": ours.mlp, "adaLN_modulation": modulation})
-        if ours.cross_attn is not None:
+        source = net.dit.blocks[index]
+        modulation = nn.ModuleDict({"1": source.modulation})
+        block = nn.ModuleDict({"attn_temporal": source.attn, "mlp": source.mlp, "adaLN_modulation": modulation})
+        if source.cross_attn is not None:
             kv, cross = net.dit.context_kv[str(index)], nn.Module()
-            cross.gamma_v = ours.cross_attn.gamma
-            cross.layer_norm_v, cross.layer_norm_l = ours.cross_attn.norm, kv.norm
-            projections = {"v_proj": ours.cross_attn.q, "l_proj": kv.k, "values_l_proj": kv.v}
-            cross.attn = nn.ModuleDict({**projections, "out_v_proj": ours.cross_attn.out})
+            cross.gamma_v = source.cross_attn.gamma
+            cross.layer_norm_v, cross.layer_norm_l = source.cross_attn.norm, kv.norm
+            projections = {"v_proj": source.cross_attn.q, "l_proj": kv.k, "values_l_proj": kv.v}
+            cross.attn = nn.ModuleDict({**projections, "out_v_proj": source.cross_attn.out})
             block["cross_attn"] = cross
         return block
 
 
 def public_policy_config(shift_context: bool, text_bytes: int) -> PolicyConfig:
-    """Sizes and switches of the public policies.
+    """Return the sizes and options of the public policies.
 
     Args:
         shift_context: read the context one position early.
-        text_bytes: size of the text tokenizer's file.
+        text_bytes: size of the text tokenizer's file [bytes].
     """
     paper = POLICIES["paper"]
     vlm = replace(paper.vlm, shift_context=shift_context, text_file_bytes=text_bytes)
@@ -112,18 +112,18 @@ def policy_from_public(
     statistics: Statistics | None = None,
     where: str = "the state dict",
 ) -> VLAPolicy:
-    """A policy with public weights, at the sizes of preset paper.
+    """Build a policy with public weights, at the sizes of preset paper.
 
     Args:
-        tensors: of the vision-language model, merged or native names, of any floating type.
-        head: tensors of the three side files by part (`HEAD_PARTS`); None: a new head.
-        text: the text tokenizer's file, of `read_text_tokenizer`.
-        statistics: for the normaliser; None leaves it to the data of the coming training.
+        tensors: the vision-language model's, by merged or native names, of any floating type.
+        head: tensors of the three side files by part (`HEAD_PARTS`); None leaves the head untrained.
+        text: content of the text tokenizer's file, see `read_text_tokenizer`.
+        statistics: for the normaliser; None leaves it to be fitted by training.
         where: source of the tensors, for messages.
 
     Returns:
-        The policy, in eval mode, float32. Queries that the file lacks (native layout) are zero, as at the start of the
-        paper's fine-tuning.
+        The policy, in eval mode, float32. Action queries that the file lacks (native layout) are zero, as at the start
+        of the paper's fine-tuning.
 
     Raises:
         ValueError: tensors missing, left over or misshapen; a head without statistics; vision encoders left out.
@@ -139,7 +139,7 @@ def policy_from_public(
             f"{where} has no vision_backbone among {', '.join(list(tensors)[:3])}, ...: if the encoders were frozen and"
             " left out, give a merged repository, or a file with all parts"
         )
-    # queries and head of the public code were trained on a context that is read one position early
+    # the public queries and head were trained on a context that is read one position early
     trained = head is not None or "action_queries.weight" in tensors
     policy = VLAPolicy(public_policy_config(shift_context=trained, text_bytes=len(text)))
     tensors.setdefault("action_queries.weight", torch.zeros_like(policy.vlm.action_queries.weight))
@@ -153,12 +153,12 @@ def policy_from_public(
 
 
 def to_merged_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of either layout by the names of `PrismaticForActionPrediction`, without the tied output head."""
+    """Rename tensors of either layout to `PrismaticForActionPrediction`'s names; drop the tied output head."""
     renamed = {}
     for name, tensor in tensors.items():
-        for theirs, ours in NATIVE.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
+        for native, merged in NATIVE.items():
+            if name.startswith(native):
+                name = merged + name.removeprefix(native)
                 break
         if name.startswith("vision_backbone.") and name.endswith(".scale_factor"):
             name = name.removesuffix("scale_factor") + "gamma"
@@ -168,10 +168,10 @@ def to_merged_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_head(net: ChunkNet, head: Mapping[str, Mapping[str, Tensor]], where: str = "the side files") -> None:
-    """Load the three side files into a velocity net and turn the sign of its output.
+    """Load the three side files into a velocity net and negate its output.
 
     Args:
-        net: of the policy's flow head, changed in place.
+        net: velocity net of the policy's flow head, changed in place.
         head: tensors by part (`HEAD_PARTS`), with or without the `module.` of data-parallel training.
         where: source of the tensors, for messages.
 
@@ -194,10 +194,10 @@ def load_head(net: ChunkNet, head: Mapping[str, Mapping[str, Tensor]], where: st
 
 
 def read_policy_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a policy's repository or file; those of a native .pt as `<part>.<name>`.
+    """Read the tensors of a policy's repository or file, those of a native .pt by names `<part>.<name>`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_weights`.
+        FileNotFoundError, ValueError: as in `read_weights`.
     """
     path = Path(path)
     if path.suffix in (".pt", ".pth") and path.is_file():
@@ -209,39 +209,39 @@ def read_policy_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_head(folder: Path, step: int | None = None) -> dict[str, dict[str, Tensor]] | None:
-    """The side files `<part>--<step>_checkpoint.pt` of a folder; None where there are none.
+    """Read the side files `<part>--<step>_checkpoint.pt` of a folder; return None if there are none.
 
     Raises:
-        FileNotFoundError: some of the three are missing, or all those of `step`.
-        ValueError: files of several steps and no `step`.
+        FileNotFoundError: one of the three is missing, or `step` has none.
+        ValueError: files of several steps, and `step` is None.
     """
-    found: dict[int, dict[str, Path]] = {}
+    by_step: dict[int, dict[str, Path]] = {}
     for file in sorted(folder.glob("*--*_checkpoint.pt")):
         part, _, rest = file.name.partition("--")
         number = rest.removesuffix("_checkpoint.pt")
         if part in HEAD_PARTS and number.isdecimal():
-            found.setdefault(int(number), {})[part] = file
-    if step is not None and step not in found:
-        raise FileNotFoundError(f"{folder} has no side files of step {step}; there are {sorted(found) or 'none'}")
-    if not found:
+            by_step.setdefault(int(number), {})[part] = file
+    if step is not None and step not in by_step:
+        raise FileNotFoundError(f"{folder} has no side files of step {step}; there are {sorted(by_step) or 'none'}")
+    if not by_step:
         return None
-    if step is None and len(found) > 1:
-        raise ValueError(f"{folder} has side files of the steps {sorted(found)}; choose one with --step")
-    step = next(iter(found)) if step is None else step
-    if missing := [f"{part}--{step}_checkpoint.pt" for part in HEAD_PARTS if part not in found[step]]:
+    if step is None and len(by_step) > 1:
+        raise ValueError(f"{folder} has side files of the steps {sorted(by_step)}; choose one with --step")
+    step = next(iter(by_step)) if step is None else step
+    if missing := [f"{part}--{step}_checkpoint.pt" for part in HEAD_PARTS if part not in by_step[step]]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the side files too")
-    return {part: read_weights(file) for part, file in found[step].items()}
+    return {part: read_weights(file) for part, file in by_step[step].items()}
 
 
 def read_statistics(path: str | Path, dataset: str | None = None) -> Statistics:
-    """Quantiles of one entry of a dataset_statistics.json.
+    """Read the quantiles of one entry of a dataset_statistics.json.
 
     Args:
         path: the file.
-        dataset: the entry; None where there is only one.
+        dataset: the entry; None if there is only one.
 
     Raises:
-        ValueError: no such entry, several and none named, or one without what the policy's normaliser needs.
+        ValueError: no such entry, several and none named, or quantiles missing or of other dimensions.
     """
     table = read_json(Path(path))
     if not isinstance(table, dict) or not table:
@@ -268,16 +268,16 @@ def read_statistics(path: str | Path, dataset: str | None = None) -> Statistics:
 def convert_policy(
     path: Path, text: Path | None = None, dataset: str | None = None, step: int | None = None
 ) -> VLAPolicy:
-    """The policy of a downloaded repository.
+    """Convert the policy of a downloaded repository.
 
     Args:
         path: its folder, or its file of weights (native .pt).
-        text: tokenizer.json, or a folder with it or with vocab.json and merges.txt; None: the repository's own.
-        dataset: entry of dataset_statistics.json, where it has several.
-        step: of the head's side files, where there are several.
+        text: tokenizer.json, or a folder with it or with vocab.json and merges.txt; None: the repository's folder.
+        dataset: entry of dataset_statistics.json, if it has several.
+        step: training step of the head's side files, if there are several.
 
     Raises:
-        FileNotFoundError, ValueError: as `policy_from_public` and the functions that read the files.
+        FileNotFoundError, ValueError: as in `policy_from_public` and the functions that read the files.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -294,12 +294,12 @@ def convert_policy(
 
 
 def check_language(public: Mapping[str, Any] | None, language: TransformerConfig) -> None:
-    """Compare what a config.json says of its language model, if anything, with ours.
+    """Check that a config.json, as far as it describes the language model, describes this one.
 
     Raises:
-        ValueError: it computes something else; the message lists the fields.
+        ValueError: fields differ; the message lists them.
     """
-    ours = {
+    expected = {
         "hidden_size": language.width,
         "intermediate_size": language.ffn_dim,
         "num_hidden_layers": language.depth,
@@ -312,5 +312,6 @@ def check_language(public: Mapping[str, Any] | None, language: TransformerConfig
         "use_sliding_window": False,
     }
     public = public or {}
-    if lines := differences({k: public[k] for k in ours if k in public}, {k: ours[k] for k in ours if k in public}):
+    stated = [k for k in expected if k in public]
+    if lines := differences({k: public[k] for k in stated}, {k: expected[k] for k in stated}):
         raise ValueError(f"config.json describes another language model than the paper's: {'; '.join(lines)}")

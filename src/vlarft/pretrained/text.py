@@ -1,11 +1,11 @@
-"""Text tokenizers of downloaded repositories, as the one file that travels with a policy."""
+"""Read text tokenizers of downloaded repositories as the one file that is stored with a policy."""
 
 import json
 from pathlib import Path
 
 from vlarft.nets.vlm import SPECIAL_TOKENS, import_tokenizers
 
-# How Qwen2 cuts text before its byte-pair merges: contractions, words, digits one by one, punctuation, line breaks.
+# Qwen2 splits text before the byte-pair merges: contractions, words, single digits, punctuation, line breaks, spaces.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -13,14 +13,14 @@ WORDS = (
 
 
 def read_text_tokenizer(path: str | Path) -> bytes:
-    """The content of a tokenizer.json: the file's own, or made from vocab.json and merges.txt.
+    """Return the content of a tokenizer.json, which is read, or made from vocab.json and merges.txt.
 
     Args:
         path: tokenizer.json, or a folder with it or with vocab.json and merges.txt.
 
     Raises:
         FileNotFoundError: none of these files.
-        ValueError: a file that is no tokenizer.
+        ValueError: vocab.json and merges.txt are not a byte-pair vocabulary.
         ImportError: the `tokenizers` package is missing.
     """
     path = Path(path)
@@ -37,7 +37,7 @@ def read_text_tokenizer(path: str | Path) -> bytes:
 
 
 def from_vocabulary(vocabulary: Path, merges: Path) -> bytes:
-    """A tokenizer.json of Qwen2's kind: byte-level BPE, and the three special tokens after the vocabulary."""
+    """Make a tokenizer.json like Qwen2's: byte-level BPE, and the three special tokens after the vocabulary."""
     tokenizers = import_tokenizers()
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Public frame tokenizers and world models as ours.
+"""Convert public frame tokenizers and world models.
 
-The weights need no switch: layout, rounding and rotary positions of ours are the public ones.
+Token layout, rounding and rotary positions are the same here as in the public code, so the weights are copied as is.
 
-    tokenizer     our names are the public ones; positions of another grid are resampled only when asked
-    world model   `LlamaForCausalLM` below is the map; what it leaves out on purpose is in `RECOMPUTED`
+    tokenizer     names are the public ones; positions of another grid are resampled only on request
+    world model   `LlamaForCausalLM` below maps the names; tensors that are left out on purpose are in `RECOMPUTED`
 
 Shapes: A action dim, N positions, D width.
 """
@@ -25,12 +25,12 @@ from vlarft.run.config import differences, to_dict
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.world_model import WorldModel, WorldModelConfig
 
-# Tensors of public world models that ours has no place for. Rotary frequencies follow from rope_theta and the head
-# width; old versions of transformers wrote them into every layer all the same.
+# Tensors of public world models that are not loaded. Rotary frequencies follow from rope_theta and the head width, but
+# old versions of transformers stored them in every layer.
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 # Low and high of each action dimension in the public world models of LIBERO, raw environment units: position (3),
-# rotation (3), gripper. The public code ships them as a file of their own.
+# rotation (3), gripper. The public code has them in a separate file.
 LIBERO_ACTION_RANGES = (
     (-0.9375, 0.9375),
     (-0.9375, 0.9375),
@@ -58,13 +58,13 @@ def tokenizer_from_public(
     interpolate_positions: tuple[int, int] | None = None,
     where: str = "the state dict",
 ) -> FrameTokenizer:
-    """A tokenizer with public weights.
+    """Build a tokenizer with public weights.
 
     Args:
         state_dict: the public tensors, of any floating type.
         config: sizes of the tokenizer.
-        interpolate_positions: the grid (h, w), in latent cells, that the file's position embeddings (N, D) belong to:
-            they are resampled bilinearly to the config's grid. None = they must be for the config's grid.
+        interpolate_positions: grid (h, w), in latent cells, of the stored position embeddings (N, D), which are then
+            resampled bilinearly to the config's grid. None: they must be for the config's grid.
         where: source of the tensors, for messages.
 
     Returns:
@@ -75,15 +75,15 @@ def tokenizer_from_public(
     """
     model = FrameTokenizer(config)
     tensors = dict(state_dict)
-    for name, own in model.state_dict().items():
-        if name.endswith("pos_emb") and name in tensors and tensors[name].shape[1:] == own.shape[1:]:
+    for name, value in model.state_dict().items():
+        if name.endswith("pos_emb") and name in tensors and tensors[name].shape[1:] == value.shape[1:]:
             tensors[name] = _fit_positions(tensors[name], config, interpolate_positions, f"{where}: {name}")
     load_public(model, tensors, "tokenizer", where)
     return model.eval()
 
 
 def _fit_positions(stored: Tensor, config: TokenizerConfig, grid: tuple[int, int] | None, name: str) -> Tensor:
-    """Positions (N, D) of a grid as positions of the config's grid."""
+    """Resample positions (N, D) of `grid` to the config's grid."""
     height, width = config.grid
     if grid is None and len(stored) != height * width:
         raise ValueError(
@@ -106,11 +106,11 @@ def world_model_from_public(
     action_ranges: Tensor,
     where: str = "the state dict",
 ) -> WorldModel:
-    """A world model with public weights.
+    """Build a world model with public weights.
 
     Args:
         state_dict: the public tensors, of any floating type.
-        config: sizes of the world model, the tokenizer's included.
+        config: sizes of the world model and its tokenizer.
         tokenizer: copied into the world model.
         action_ranges: (A, 2) low and high of each action dimension, raw environment units.
         where: source of the tensors, for messages.
@@ -119,8 +119,8 @@ def world_model_from_public(
         The world model, in eval mode, float32.
 
     Raises:
-        ValueError: tensors missing, left over or misshapen; a config of another tokenizer; a config with
-        parts that public weights lack; ranges of another shape, or not finite with low <= high.
+        ValueError: tensors missing, left over or misshapen; the config of another tokenizer, or with parts that public
+            weights lack; ranges of another shape, or not finite with low <= high.
     """
     if lines := differences(to_dict(config.tokenizer), to_dict(tokenizer.cfg)):
         raise ValueError(f"config.tokenizer is not the given tokenizer's: {'; '.join(lines)}; use tokenizer.cfg")
@@ -138,13 +138,13 @@ def world_model_from_public(
 
 
 def tokenizer_config(public: Mapping[str, Any]) -> TokenizerConfig:
-    """Sizes of a public tokenizer from its config.json.
+    """Return the sizes that a public tokenizer's config.json states.
 
     Raises:
-        ValueError: not the config of a tokenizer, or of one that computes something else.
+        ValueError: not a tokenizer's config, or it describes another computation.
     """
     needed = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "resolution")
-    # 12 is 2^12 codes and stands for the levels 7, 5, 5, 5, 5
+    # 12 means about 2^12 codes: FSQ levels 7, 5, 5, 5, 5 (4375 codes)
     fixed = {"act_fn": "silu", "norm_type": "group", "mid_block_add_attention": False, "context_length": 1}
     fixed |= {"in_channels": 3, "out_channels": 3, "vq_fsq_levels": 12, "dyn_fsq_levels": 12}
     check_config(public, "tokenizer", needed, fixed)
@@ -159,15 +159,15 @@ def tokenizer_config(public: Mapping[str, Any]) -> TokenizerConfig:
 
 
 def transformer_config(public: Mapping[str, Any]) -> TransformerConfig:
-    """Sizes of a public world model's decoder from its config.json.
+    """Return the sizes that a public world model's config.json states of its transformer.
 
     Raises:
-        ValueError: not the config of a LLaMA, or of one that computes something else.
+        ValueError: not a LLaMA's config, or it describes another computation.
     """
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
     fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     fixed |= {"tie_word_embeddings": False, "rope_scaling": None}
-    rope = public.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
+    rope = public.get("rope_parameters") or {}  # transformers 5 moved rope_theta and rope_scaling here
     check_config({**public, **rope}, "world model", needed, {**fixed, "rope_type": "default"})
     return TransformerConfig(
         depth=public["num_hidden_layers"],
@@ -183,14 +183,14 @@ def transformer_config(public: Mapping[str, Any]) -> TransformerConfig:
 
 
 def read_action_ranges(source: str) -> Tensor:
-    """Action ranges (A, 2): those of LIBERO for "libero", else of a file.
+    """Read action ranges (A, 2): low and high of each dimension.
 
     Args:
         source: "libero", a JSON file [[low, high], ...], or a .pt / .pth file that holds the table as one tensor.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no table of two numbers a dimension.
+        ValueError: the file does not hold two numbers per dimension.
     """
     if source == "libero":
         return torch.tensor(LIBERO_ACTION_RANGES)
@@ -210,7 +210,7 @@ def read_action_ranges(source: str) -> Tensor:
 def convert_tokenizer(
     path: Path, image_size: tuple[int, int] | None, interpolate_positions: tuple[int, int] | None
 ) -> FrameTokenizer:
-    """The tokenizer of a downloaded repository; see `tokenizer_from_public` for the errors."""
+    """Convert the tokenizer of a downloaded repository; arguments and errors as in `tokenizer_from_public`."""
     public, where = read_config(path)
     config = TokenizerConfig() if public is None else tokenizer_config(public)
     config = replace(config, image_size=image_size or config.image_size)
@@ -218,7 +218,7 @@ def convert_tokenizer(
 
 
 def convert_world_model(path: Path, tokenizer: FrameTokenizer, action_ranges: Tensor) -> WorldModel:
-    """The world model of a downloaded repository; see `world_model_from_public` for the errors."""
+    """Convert the world model of a downloaded repository; arguments and errors as in `world_model_from_public`."""
     public, where = read_config(path)
     transformer = TransformerConfig() if public is None else transformer_config(public)
     config = WorldModelConfig(tokenizer.cfg, transformer, action_dim=len(action_ranges))

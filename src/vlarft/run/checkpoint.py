@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: nothing is lost, nothing half written, nothing foreign taken for ours.
+"""Checkpoints and run folders: atomic writes; files of other programs are refused.
 
 A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file
 alone; training state (optimizer, step, ...) lies beside it, see train_state.py. Every file is written to `NAME.tmp` and
@@ -7,6 +7,9 @@ moved into place.
     out_dir/config.json        the script's configuration; a second run with another one is refused
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
     out_dir/train_state.pt     optimizer, step, ...; loaded with weights_only
+
+Wherever a checkpoint is named, its run folder serves as well. Files of older versions are read in today's names, see
+migration.py.
 """
 
 import json
@@ -23,8 +26,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vlarft.run import migration
 from vlarft.run.config import differences, from_dict, to_dict
 from vlarft.run.distributed import is_main
+
+# options that do not change what is trained, so that a run may be resumed with others
+FREE = (
+    "out_dir",
+    "accumulate",
+    "async_save",
+    "checkpoint_activations",
+    "frozen",
+    "keep_interval",
+    "log_interval",
+    "save_interval",
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -103,17 +119,25 @@ def save_model(
     write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The model file that a path names: the file itself, or `model.safetensors` in a run folder."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def read_header(path: str | Path) -> Header:
     """Class, config and extra of a model file, without reading its weights.
+
+    Args:
+        path: the file or its run folder.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, is no safetensors file, or was not written by `save_model`.
     """
-    path = Path(path)
+    path = checkpoint_file(path)
     if not path.is_file():
-        hint = f"; did you mean {path / 'model.safetensors'}?" if path.is_dir() else ""
-        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
+        raise FileNotFoundError(f"no checkpoint at {path}; give a run folder or its model.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -127,13 +151,14 @@ def read_header(path: str | Path) -> Header:
             f"{path} was not written by vlarft: its header has {sorted(metadata) or 'no metadata'}, "
             "expected class, config and extra"
         )
-    return Header(metadata["class"], json.loads(metadata["config"]), json.loads(metadata["extra"]))
+    config, extra = (json.loads(metadata[name]) for name in ("config", "extra"))
+    return Header(metadata["class"], config, migration.extra(extra))
 
 
 def load_model(
     path: str | Path, model_class: type[ModelT], config_class: type, device: str | torch.device = "cpu"
 ) -> tuple[ModelT, dict[str, Any]]:
-    """Build `model_class(config)` from a file of `save_model` and load its weights, all of them.
+    """Build `model_class(config)` from a file of `save_model`, or its run folder, and load its weights, all of them.
 
     Returns:
         The model, in eval mode, on `device`; and the file's `extra`.
@@ -143,10 +168,12 @@ def load_model(
         ValueError: a truncated or foreign file, another class, or tensors that are missing, unexpected or of another
         shape (each is named).
     """
+    path = checkpoint_file(path)
     header = read_header(path)
     if header.cls != model_class.__name__:
         raise ValueError(f"{path} holds a {header.cls}, expected a {model_class.__name__}")
-    model = model_class(from_dict(config_class, header.config, f"{path}: {config_class.__name__}"))
+    config = migration.model_config(header.cls, header.config, str(path))
+    model = model_class(from_dict(config_class, config, f"{path}: {config_class.__name__}"))
     load_weights(model, load_file(path), str(path))
     return model.to(device).eval(), header.extra
 
@@ -167,41 +194,60 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     model.load_state_dict(tensors)
 
 
-def open_run(out_dir: str | Path, config: Any, ignore: Sequence[str] = ()) -> Path | None:
+def open_run(
+    out_dir: str | Path, config: Any, ignore: Sequence[str] = (), older: migration.Migration | None = None
+) -> Path | None:
     """Create a run folder, or enter the one that an interrupted run of the same configuration left.
+
+    The same configuration means: the fields of `FREE` and `ignore` aside, equal values, where two paths to the same
+    place are equal.
 
     Args:
         out_dir: the folder.
         config: the script's dataclass.
-        ignore: fields that do not change the results (worker processes, ...) and may differ; so may out_dir itself.
+        ignore: further fields that do not change the results and may differ (worker processes, ...).
+        older: expresses the stored configuration of an older version in today's fields, from migration.py.
 
     Returns:
         The path of `train_state.pt` to resume from, or None when the run starts anew.
 
     Raises:
-        ValueError: the folder belongs to another configuration; the message lists the fields that differ.
+        ValueError: the folder belongs to another configuration (the message lists the fields that differ), or an older
+            version's run used an option that is gone.
     """
-    out_dir, ours = Path(out_dir), to_dict(config)
-    stored = out_dir / "config.json"
-    if stored.is_file():
+    out_dir, given = Path(out_dir), to_dict(config)
+    path = out_dir / "config.json"
+    if path.is_file():
         try:
-            theirs = json.loads(stored.read_text())
+            stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{stored} is not readable JSON ({error}); remove the folder or choose another --out-dir"
+                f"{path} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
-        theirs = {**_defaults(config), **theirs}  # of options that the stored run was made without
-        free = {"out_dir", *ignore}
-        if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (theirs, ours))):
+        stored = stored if older is None else older(stored, str(path))
+        stored = {**_defaults(config), **stored}  # an option that is newer than the run had its default
+        stored = {k: given[k] if k in given and _same(v, given[k]) else v for k, v in stored.items()}
+        free = {*FREE, *ignore}
+        if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (stored, given))):
             raise ValueError(
                 f"{out_dir} holds a run of another configuration: {'; '.join(lines)} (stored against given). "
                 "Choose another --out-dir, remove the folder, or give the stored values to resume."
             )
     elif is_main():
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(stored, ours)
+        write_json(path, given)
     state = out_dir / "train_state.pt"
     return state if state.is_file() else None
+
+
+def _same(stored: Any, given: Any) -> bool:
+    """Whether two values of a field are equal, or are paths to the same place; a run folder stands for its model."""
+    if isinstance(stored, list) and isinstance(given, list):
+        return len(stored) == len(given) and all(map(_same, stored, given))
+    if isinstance(stored, str) and isinstance(given, str):
+        places = (Path(value.removesuffix("/model.safetensors")).resolve() for value in (stored, given))
+        return stored == given or len(set(places)) == 1
+    return stored == given
 
 
 def _defaults(config: Any) -> dict[str, Any]:

@@ -45,15 +45,14 @@ class Clock:
         return share
 
 
-def rate_factor(step: int, share: float, warmup: int, decay: Decay, final: float = 0.0) -> float:
+def rate_factor(step: int, share: float, warmup: int, decay: Decay) -> float:
     """Factor on the peak learning rate: linear over `warmup` steps, then constant or half a cosine over the run.
 
     Args:
         step: 0-based.
-        share: of the run that is done, of `Clock.share`.
+        share: how much of the run is done, from `Clock.share`.
         warmup: steps.
-        decay: `cosine` ends at `final`.
-        final: factor at the end of the cosine.
+        decay: `cosine` ends at 0.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    return min(1.0, (step + 1) / max(warmup, 1)) * (1.0 if decay == "constant" else final + (1 - final) * cosine)
+    return min(1.0, (step + 1) / max(warmup, 1)) * (1.0 if decay == "constant" else cosine)

@@ -9,16 +9,16 @@ A script declares one flat frozen `Config`, whose fields carry their help, and a
 
     PRESETS = {"paper": Config(), "tiny": Config(lr=1e-3)}
     if __name__ == "__main__":
-        main(parse(Config, PRESETS, sys.argv[1:]))
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
 
 `--preset tiny` picks the instance and every other flag overrides one field. A field whose type is itself a frozen
-dataclass (a model's config) becomes dotted flags,
-`--model.width 64`.
+dataclass becomes dotted flags, `--perturb.flips 3`.
 """
 
 import argparse
 import dataclasses
 import functools
+import inspect
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -135,39 +135,51 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
 
 
-def parse(
-    config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Sequence[str], description: str = ""
-) -> ConfigT:
+def parse(config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Sequence[str], doc: str = "") -> ConfigT:
     """Build a config from the command line: `--preset NAME` picks the start, every other flag overrides one field.
 
     bool fields become --x / --no-x, Literal fields choices, `X | None` accepts "none", tuples take several values,
-    nested dataclasses dotted flags. The default preset is the
-    first of `presets`. Unknown flags, presets and choices exit with status 2 and name what is valid.
+    nested dataclasses dotted flags. Unknown flags, presets and choices exit with status 2 and name what is valid.
+
+    Args:
+        config_class: the script's dataclass.
+        presets: named instances of it; the first is the default.
+        argv: the command line without the script's name.
+        doc: the script's docstring, whose first paragraph `--help` shows.
     """
     default = next(iter(presets))
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(presets), default=default)
     # --preset is read from its own small parser, so that a missing required value elsewhere does not hide a misspelt
     # preset.
     if any(a == "--preset" or a.startswith("--preset=") for a in argv):
-        chosen = first.parse_known_args(argv)[0].preset
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", choices=list(presets), default=default)
+        base = presets[first.parse_known_args(argv)[0].preset]
     else:
-        chosen = default
-    base = presets[chosen]
-
-    def layout(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, max_help_position=34, width=120)
-
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=layout, usage="%(prog)s [--preset NAME] [options]"
-    )
-    parser.add_argument("--preset", choices=list(presets), default=default, help=f"named set of defaults [{default}]")
-    _add_flags(parser, base, "")
+        base = presets[default]
+    parser = command_line(base, presets, doc)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"}
     try:
         return _override(base, given, "")
     except ValueError as error:  # a config's own __post_init__ refused a value
         parser.error(str(error))
+
+
+def command_line(base: Any, presets: Mapping[str, Any], doc: str = "") -> argparse.ArgumentParser:
+    """The parser of `parse`, whose help shows the values of the preset `base`."""
+
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=34, width=120)
+
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(doc).partition("\n\n")[0],
+        allow_abbrev=False,
+        formatter_class=layout,
+        usage="%(prog)s [--preset NAME] [options]",
+    )
+    default = next(iter(presets))
+    parser.add_argument("--preset", choices=list(presets), default=default, help=f"named set of defaults [{default}]")
+    _add_flags(parser, base, "")
+    return parser
 
 
 def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: Any, prefix: str) -> None:
@@ -183,7 +195,7 @@ def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: 
         if dataclasses.is_dataclass(hint) or any(dataclasses.is_dataclass(a) for a in get_args(hint)):
             continue  # a part that this preset leaves out: chosen by the preset, not by flags
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        options["help"] = f"{f.metadata.get('help', '')} [{value}]".strip().replace("%", "%%")
+        options["help"] = f"{f.metadata.get('help', '')} [{_shown(value)}]".strip().replace("%", "%%")
         optional = get_origin(hint) in (Union, types.UnionType)
         inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
         if hint is bool:
@@ -205,6 +217,13 @@ def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: 
         else:
             kind = _type_name(inner).upper()
             parser.add_argument(flag, type=_reader(inner, optional), metavar=kind, **options)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _reader(hint: Any, optional: bool) -> Any:

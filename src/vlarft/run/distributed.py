@@ -67,6 +67,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def part() -> tuple[int, int]:
+    """This process's (number, count) of the equal shares of a batch."""
+    return rank(), world_size()
+
+
+def own_rows(values: Tensor) -> Tensor:
+    """This process's rows of a tensor that was made for the whole batch."""
+    return values.chunk(world_size())[rank()]
+
+
 def is_main() -> bool:
     """Whether this process writes logs and checkpoints."""
     return rank() == 0

@@ -15,8 +15,8 @@ class EMA:
     Args:
         parameters: those that train; the average starts as their copy.
         decay: of the average per step, in [0, 1).
-        from_scratch: the first weights are worth nothing, so while the run is young the decay is (step + 1) / (step +
-            10) where that is less. Otherwise they are part of the average as all others.
+        from_scratch: the initial weights are random, so that the decay ramps up as (step + 1) / (step + 10) until it is
+            `decay`. Without it they count as all later ones do.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float | None, from_scratch: bool = True) -> None:

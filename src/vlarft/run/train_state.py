@@ -1,9 +1,10 @@
 """The state of a run: what it needs to go on, saved by any number of processes and resumed by any other.
 
-    out_dir/model.safetensors      the model, whole, written by the first process
-    out_dir/train_state.pt         networks, optimizers, step, ...
-    out_dir/shards_a or shards_b   where several processes saved: the tensors of train_state.pt, each process's shards
-                                   in a file of its own (torch.distributed.checkpoint)
+    out_dir/model.safetensors          the model, whole, written by the first process
+    out_dir/model_000400.safetensors   with `keep_interval`: a copy of it as it was after 400 steps
+    out_dir/train_state.pt             networks, optimizers, step, ...
+    out_dir/shards_a or shards_b       where several processes saved: the tensors of train_state.pt, each process's
+                                       shards in a file of its own (torch.distributed.checkpoint)
 
 Several processes fill the folder that train_state.pt does not name, and then train_state.pt, which names it, is moved
 into place. So the file always stands for a whole state, whenever and wherever a kill or a full disk strikes. Processes
@@ -22,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import load_train_state, save_model, save_train_state
+from vlarft.run.checkpoint import load_train_state, save_model, save_train_state, write_atomic
 from vlarft.run.ema import EMA
+from vlarft.run.log import RunLog
 
 Part = nn.Module | torch.optim.Optimizer | EMA | Mapping[str, Any]  # a mapping: of parts
 
@@ -36,10 +38,17 @@ class TrainState:
         parts: what trains, by the names that it has in train_state.pt, sharded already where it is to be.
         asynchronous: `save` copies the state to the CPU and returns; a thread writes it while the run goes on. The copy
             takes as much memory as the state, in each process that of its shards.
+        keep_interval: steps between copies of the model that later saves leave alone; None keeps the last model only.
     """
 
-    def __init__(self, out_dir: str | Path, parts: Mapping[str, Part], asynchronous: bool = False) -> None:
-        self.out_dir, self.parts = Path(out_dir), dict(parts)
+    def __init__(
+        self,
+        out_dir: str | Path,
+        parts: Mapping[str, Part],
+        asynchronous: bool = False,
+        keep_interval: int | None = None,
+    ) -> None:
+        self.out_dir, self.parts, self.keep_interval = Path(out_dir), dict(parts), keep_interval
         self.writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self.pending: Future | None = None
         self.leaving = False  # told to stop
@@ -84,11 +93,16 @@ class TrainState:
         return tuple(state[name] for name in values)
 
     def due(self, step: int, every: int) -> bool:
-        """Whether to save after so many steps: every so many, and when the run was told to stop; a collective call."""
+        """Whether to save after `step` steps: at multiples of `every` and of `keep_interval`, and when the run was told
+        to stop; a collective call.
+        """
         self.leaving = preemption.requested()
         if self.pending and self.pending.done():
-            self.wait()  # of a failed write the run hears at the next step
-        return self.leaving or step % every == 0
+            self.wait()  # a failed write is raised at the next step, not at the end of the run
+        return self.leaving or step % every == 0 or self._keeps(step)
+
+    def _keeps(self, step: int) -> bool:
+        return self.keep_interval is not None and step % self.keep_interval == 0
 
     def save(
         self,
@@ -98,7 +112,7 @@ class TrainState:
         extra: dict[str, Any],
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write model.safetensors and the state; a collective call.
+        """Write model.safetensors, its copy where `keep_interval` asks for one, and the state; a collective call.
 
         The model comes first: it is never older than the state that the run goes on from.
 
@@ -133,14 +147,24 @@ class TrainState:
             raise SystemExit(preemption.EXIT_CODE)
 
     def wait(self) -> None:
-        """Wait for a write that is under way, and raise what it raised. Before the end of a run."""
+        """Wait for a write that is under way, and raise what it raised."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
+    def finish(self, log: RunLog) -> None:
+        """End a run: wait for its last write, close its log, leave the process group."""
+        self.wait()
+        log.close()
+        distributed.cleanup()
+
     def _write(self, state: dict, model: nn.Module, config: Any, extra: dict, weights: Mapping[str, Tensor]) -> None:
         if distributed.is_main():
-            save_model(self.out_dir / "model.safetensors", model, config, extra, weights)
+            path = self.out_dir / "model.safetensors"
+            save_model(path, model, config, extra, weights)
+            if self._keeps(state["step"]):
+                kept = self.out_dir / f"model_{state['step']:06d}.safetensors"
+                write_atomic(kept, lambda tmp: shutil.copyfile(path, tmp))
         folder = None
         if self.group is not None:
             folder = "shards_b" if self.shards == "shards_a" else "shards_a"

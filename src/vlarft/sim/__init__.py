@@ -1,16 +1,20 @@
-"""Simulators. Importing this needs numpy only; making an environment needs mujoco, those of LIBERO need LIBERO."""
+"""Simulators. Importing this needs numpy only; making an environment needs mujoco, one of LIBERO needs LIBERO."""
 
+from vlarft.sim.env import NUM_INITIAL_STATES, Env, StepResult
 from vlarft.sim.libero_tasks import LIBERO_SUITES
-from vlarft.sim.suites import NUM_INITIAL_STATES, SUITES, StepResult, make_env, task_index, task_names
+from vlarft.sim.suites import SIMULATORS, make_env, make_expert, simulator_of, task_index, task_names
 from vlarft.sim.tasks import TABLETOP_SUITES
 
 __all__ = [
     "LIBERO_SUITES",
     "NUM_INITIAL_STATES",
-    "SUITES",
+    "SIMULATORS",
     "TABLETOP_SUITES",
+    "Env",
     "StepResult",
     "make_env",
+    "make_expert",
+    "simulator_of",
     "task_index",
     "task_names",
 ]

@@ -1,10 +1,10 @@
-"""What LIBERO needs on this machine, tested one thing after the other.
+"""Check what LIBERO needs on this machine, one thing after the other.
 
     python -m vlarft.sim.check                              # packages, assets, one episode of each suite, images
     python -m vlarft.sim.check --suites libero_object       # one suite only
     python -m vlarft.sim.check --download-assets FOLDER     # LIBERO's own download, into FOLDER, then the tests
 
-Prints one line a test: what is missing comes with the command that brings it. Exits with 1 if anything is.
+Prints one line per check; for whatever is missing, the command that installs it. Exits with 1 if anything is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STEPS = 20  # control steps of the test episode
 
 
 def check_packages() -> str:
-    """Names and versions of the simulator's packages; imports them."""
+    """Import the simulator's packages; return their names and versions."""
     package_folder()
     import_libero()
     names = ("hf-libero", "robosuite", "bddl", "mujoco", "numpy", "torch")
@@ -35,13 +35,13 @@ def check_packages() -> str:
 
 
 def check_assets() -> str:
-    """Where meshes and textures come from."""
+    """Return where meshes and textures come from."""
     folder = assets_folder()
     return f"{folder} ({assets_label(folder)})"
 
 
 def check_episode(suite: str) -> str:
-    """Starts the suite's first task twice and plays some steps: the same both times?
+    """Play some steps of the suite's first task twice, and compare.
 
     Raises:
         RuntimeError: the two episodes differ.
@@ -65,7 +65,7 @@ def check_episode(suite: str) -> str:
 
 
 def check_rendering(suite: str) -> str:
-    """Renders one image, and says how long it took and with what."""
+    """Render an image; return the library and the time that it took."""
     backend = find_backend()
     env = make_env(suite, 0, 64)
     env.reset(init_state=0)
@@ -78,7 +78,7 @@ def check_rendering(suite: str) -> str:
 
 
 def download_assets(folder: str) -> None:
-    """LIBERO's own download of meshes and textures, into `folder`.
+    """Run LIBERO's own download of meshes and textures, into `folder`.
 
     Raises:
         ImportError: huggingface_hub is missing.
@@ -98,7 +98,7 @@ def download_assets(folder: str) -> None:
 
 
 def report(tests: Sequence[tuple[str, Callable[[], str]]]) -> bool:
-    """Runs named tests, prints a line for each, and says whether all passed."""
+    """Run named checks and print a line for each; return whether all passed."""
     good = True
     for name, test in tests:
         try:
@@ -110,7 +110,7 @@ def report(tests: Sequence[tuple[str, Callable[[], str]]]) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m vlarft.sim.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Evaluation episodes, several side by side: what eval_libero.py and a fine-tuning run's curves share.
+"""Evaluation episodes, several side by side, in any simulator of `vlarft.sim.suites`.
 
-The simulator is any of `vlarft.sim.suites`; what plays is a policy, chance, or a recording.
+What plays is an actor: a policy, chance, or a recording.
 
 Shapes: B episodes, T chunk steps, A action dim, M noisy flow steps.
 """
@@ -9,125 +9,92 @@ import functools
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.run import distributed
-from vlarft.run.config import opt
+from vlarft.policy import VLAPolicy
+from vlarft.sim.env import Env, Observation
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.suites import NUM_INITIAL_STATES, make_env
+from vlarft.sim.suites import make_env
 
 PlayNoise = Literal["sampled", "zero", "gripper", "stochastic"]
-
-
-@dataclass(frozen=True)
-class SuccessConfig:
-    """Success rate in the simulator while a policy trains."""
-
-    success_interval: int | None = opt(None, "steps between success rates in the simulator; none: never")
-    success_suite: str = opt("tabletop_object", "suite of those")
-    success_tasks: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "tasks of those")
-    success_episodes: int = opt(10, "episodes a task of those, the last ones of the evaluation states")
-
-
-def success_rate(cfg: SuccessConfig, policy: PolicyConfig, weights: dict[str, Tensor], seed: int) -> dict[str, float]:
-    """Success rate of the deterministic policy, played by the main process alone; all processes get it.
-
-    Args:
-        cfg: what is played.
-        policy, weights: the policy, whole and with adapters merged.
-        seed: of x_0.
-    """
-    wins = [0.0]
-    if distributed.is_main():
-        whole = VLAPolicy(policy).eval()
-        whole.load_state_dict(weights)
-        states = range(NUM_INITIAL_STATES - cfg.success_episodes, NUM_INITIAL_STATES)
-        played = []
-        for task in cfg.success_tasks:
-            actor = PolicyActor(whole, cfg.success_suite, task, seed=seed, noise="sampled", num_flow_steps=10)
-            size = whole.vlm.image_size
-            played.append(play_episodes(actor, cfg.success_suite, task, states, image_size=size))
-        wins = [float(record["success"]) for records in played for record in records]
-    return distributed.max_across_ranks({"success_rate": sum(wins) / len(wins)})
 
 
 def chunk_noise(
     noise: PlayNoise, shape: tuple[int, ...], seed: int, suite: str, task: int, state: int, chunk: int
 ) -> Tensor:
-    """Random numbers (`shape`) of one chunk of one episode: a pure function of the arguments; all 0 for "zero", all but
-    those of the last dimension, the gripper's, for "gripper".
+    """Return the random numbers (`shape`) of one chunk of one episode, a pure function of the arguments.
+
+    They are 0 for "zero", and for "gripper" in all dimensions but the last, the gripper's.
     """
     if noise == "zero":
         return torch.zeros(shape)
     key = f"{seed}/{suite}/{task}/{state}/{chunk}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(number))
     if noise == "gripper":
-        drawn[..., :-1] = 0
-    return drawn
+        numbers[..., :-1] = 0
+    return numbers
 
 
 class Actor(Protocol):
     """Whatever decides: a policy, chance, a recording."""
 
-    sees: bool  # False: its observations are None, and nothing is rendered
+    cameras: tuple[str, ...]  # the images it is shown; with none, its observations are None and nothing is rendered
 
-    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
-        """(B, T, A) raw actions of chunk number `chunk` of the episodes that began at these initial states."""
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation | None]) -> np.ndarray:
+        """Choose actions (B, T, A), raw.
+
+        Args:
+            states: B initial states, which name the episodes.
+            chunk: number of the chunk in its episode, from 0.
+            observations: B, of the present states.
+        """
+        ...
 
 
 class PolicyActor:
     """A policy on one task, with random numbers that are a function of (seed, suite, task, state, chunk) alone.
 
     Args:
-        policy: in eval mode.
-        suite, task: of the simulator.
-        seed: of the noise.
-        noise: x0 of the deterministic flow: "sampled", "zero", or "gripper", sampled for the gripper and 0 elsewhere;
-            or "stochastic", the policy that reinforcement fine-tuning samples, with the same x0 as "sampled".
+        policy: in eval mode; it is shown the cameras of its configuration.
+        suite, task: the task, for the random numbers.
+        seed: seed of the noise.
+        noise: x_0 of the deterministic flow: "sampled", "zero", or "gripper", sampled for the gripper and 0 elsewhere;
+            or "stochastic", the policy that reinforcement fine-tuning samples, with the same x_0 as "sampled".
         num_flow_steps: Euler steps of the deterministic flow.
     """
-
-    sees = True
 
     def __init__(
         self, policy: VLAPolicy, suite: str, task: int, *, seed: int, noise: PlayNoise, num_flow_steps: int
     ) -> None:
         self.policy, self.suite, self.task = policy, suite, task
+        self.cameras = policy.cfg.cameras
         self.seed, self.noise, self.num_flow_steps = seed, noise, num_flow_steps
 
     @torch.no_grad()
-    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[dict | None]) -> np.ndarray:
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation]) -> np.ndarray:
         flow = self.policy.cfg.flow
 
-        def draws(shape: tuple[int, ...], suite: str) -> Tensor:
+        def random_numbers(shape: tuple[int, ...], suite: str) -> Tensor:
             noise = [chunk_noise(self.noise, shape, self.seed, suite, self.task, state, chunk) for state in states]
-            return torch.stack(noise)
+            return torch.stack(noise)  # (B, *shape)
 
-        steps = None
+        noise, step_noise = random_numbers((flow.chunk, flow.action_dim), self.suite), None
         if self.noise == "stochastic":
-            steps = draws((len(flow.scored_steps), flow.chunk, flow.action_dim), f"{self.suite}/steps")
-        actions = self.policy.act(
-            np.stack([o["agentview"] for o in observations]),
-            [o["instruction"] for o in observations],
-            np.stack([o["proprio"] for o in observations]),
-            noise=draws((flow.chunk, flow.action_dim), self.suite),
-            step_noise=steps,
-            num_steps=self.num_flow_steps,
-        )
+            shape = flow.num_steps, flow.chunk, flow.action_dim  # (K, T, A)
+            step_noise = random_numbers(shape, f"{self.suite}/steps")
+        actions = self.policy.act(observations, noise=noise, step_noise=step_noise, num_steps=self.num_flow_steps)
         return actions.cpu().numpy()
 
 
 class RandomActor:
-    """Uniform actions, a function of (seed, suite, task, state, chunk): what success by chance is."""
+    """Uniform actions, a function of (seed, suite, task, state, chunk): the success rate of chance."""
 
-    sees = False
+    cameras = ()
 
     def __init__(self, suite: str, task: int, *, seed: int) -> None:
         self.suite, self.task, self.seed = suite, task, seed
@@ -139,14 +106,14 @@ class RandomActor:
 
 
 class ReplayActor:
-    """Recorded actions played open loop; after their end it holds still.
+    """Recorded actions, played open loop; after the last one it keeps still.
 
     Args:
         recorded: initial state -> (steps, A) raw actions.
         execute: actions of a chunk that `play_episodes` executes, so that none is left out.
     """
 
-    sees = False
+    cameras = ()
 
     def __init__(self, recorded: dict[int, np.ndarray], execute: int = 8) -> None:
         self.recorded, self.execute = recorded, execute
@@ -163,8 +130,8 @@ class ReplayActor:
 
 
 @functools.lru_cache(maxsize=1)  # one simulator a process: LIBERO's take seconds to make
-def _environment(suite: str, task: int, image_size: int, options: tuple):
-    return make_env(suite, task, image_size, **dict(options))
+def _environment(suite: str, task: int, image_size: int, cameras: tuple[str, ...], options: tuple) -> Env:
+    return make_env(suite, task, image_size, cameras=cameras, **dict(options))
 
 
 def play_episodes(
@@ -182,19 +149,22 @@ def play_episodes(
 
     Args:
         actor: what decides.
-        suite, task: of the simulator.
+        suite, task: the task.
         states: initial states.
         image_size: side of the rendered frames [px].
         execute: actions of a chunk that are executed before the next is planned.
-        perturb: of the starts.
-        options: of `make_env`.
+        perturb: perturbation of the starts.
+        options: further arguments of `make_env`.
 
     Returns:
         One record per episode: suite, task, init_state, success, steps, seconds, rejected_starts, actions (steps, A),
-        and what the environment says about its visuals, if it does.
+        and the environment's visuals where installations differ.
+
+    Raises:
+        ValueError: the simulator lacks a camera of the actor, see `suites.check_cameras`.
     """
     started = time.monotonic()
-    env = _environment(suite, task, image_size, tuple(options.items()))
+    env = _environment(suite, task, image_size, actor.cameras, tuple(options.items()))
     saved, rejected = [], []
     for state in states:
         env.reset(init_state=state, perturb=perturb)
@@ -204,12 +174,14 @@ def play_episodes(
     success = [False] * len(states)
     active, chunk = list(range(len(states))), 0
 
-    def look(i: int) -> dict:
+    def observation(i: int) -> Observation | None:
+        if not actor.cameras:
+            return None
         env.set_state(saved[i])
         return env.observe()
 
     while active:
-        observations = [look(i) if actor.sees else None for i in active]  # one frame a chunk is all that it sees
+        observations = [observation(i) for i in active]  # one per chunk
         actions = actor([states[i] for i in active], chunk, observations)
         ended = set()
         for i, row in zip(active, actions, strict=True):
@@ -225,7 +197,7 @@ def play_episodes(
         active = [i for i in active if i not in ended]
         chunk += 1
     seconds = (time.monotonic() - started) / len(states)
-    visuals = {"visuals": env.visuals} if hasattr(env, "visuals") else {}
+    visuals = {} if env.visuals is None else {"visuals": env.visuals}
     return [
         {
             "suite": suite,

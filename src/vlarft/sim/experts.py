@@ -1,101 +1,42 @@
-"""Scripted experts from privileged state.
+"""Tabletop's scripted expert, from privileged state.
 
-The expert keeps no phase: each action is a function of the present physics state (which goal is open, is the item
-between the fingers, how far to go), nearly everywhere smooth, so that noise and perturbations never leave it waiting
-for a trigger it missed.
+It keeps no phase: each action is a function of the present physics state (which goal is open, is the item between the
+fingers, how far to go), smooth nearly everywhere, so that noise and perturbations never leave it waiting for a trigger
+that it missed.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
+from vlarft.sim.demonstrator import CLOSE, OPEN, ScriptedExpert, ramp
 from vlarft.sim.scenes import KNOB_TURN, surface_of
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.tasks import Goal
 
-_OPEN, _CLOSE = -1.0, 1.0
 _HANDLE_WIDTH = 0.014  # of drawer handle and knob, metres
 
 
-class ExpertAction(NamedTuple):
-    executed: np.ndarray  # (7,) what to give to env.step
-    intended: np.ndarray  # (7,) the same without noise
-
-
-def keep_still() -> ExpertAction:
-    """No motion, gripper open; in both simulators."""
-    still = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, _OPEN])
-    return ExpertAction(still, still.copy())
-
-
-class ActionNoise:
-    """Noise on an expert's actions: AR(1), so that its effect on the path is larger than that of white noise.
-
-    Args:
-        seed: of the noise.
-        action_noise: standard deviation on the three translations, in action units; rotations get half of it.
-        gripper_flips: share of steps whose gripper command is reversed.
-        persistence: correlation of successive values.
-    """
-
-    def __init__(self, seed: int, action_noise: float, gripper_flips: float, persistence: float) -> None:
-        if action_noise < 0.0:
-            raise ValueError(f"action_noise must be >= 0, got {action_noise}")
-        if not 0.0 <= gripper_flips <= 1.0:
-            raise ValueError(f"gripper_flips must be in [0, 1], got {gripper_flips}")
-        if not 0.0 <= persistence < 1.0:
-            raise ValueError(f"persistence must be in [0, 1), got {persistence}")
-        self.action_noise, self.gripper_flips, self.persistence = action_noise, gripper_flips, persistence
-        self._rng = np.random.default_rng(seed)
-        self._noise = self._rng.standard_normal(6)
-
-    def add(self, intended: np.ndarray) -> ExpertAction:
-        """The action (7,) with the next noise value."""
-        fresh = math.sqrt(1.0 - self.persistence**2) * self._rng.standard_normal(6)
-        self._noise = self.persistence * self._noise + fresh
-        noise = self.action_noise * self._noise * np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
-        executed = intended.copy()
-        executed[:6] = np.clip(intended[:6] + noise, -1.0, 1.0)
-        if self._rng.random() < self.gripper_flips:
-            executed[6] = -intended[6]
-        return ExpertAction(executed, intended)
-
-
-class Expert:
+class Expert(ScriptedExpert):
     """Acts in one environment towards the first of its goals that does not hold yet.
 
     Args:
         env: the environment, reset before `act`.
         seed: seed of the action noise.
-        action_noise, gripper_flips, persistence: see `ActionNoise`.
         speed: largest translation in action units; 1 is 2 cm a step.
+        noise: settings of `ActionNoise`.
     """
 
-    def __init__(
-        self,
-        env: TabletopEnv,
-        seed: int = 0,
-        *,
-        action_noise: float = 0.0,
-        gripper_flips: float = 0.0,
-        speed: float = 0.5,
-        persistence: float = 0.5,
-    ) -> None:
-        if not 0.0 < speed <= 1.0:
-            raise ValueError(f"speed must be in (0, 1], got {speed}")
-        self.env = env
-        self.speed = speed
-        self._noise = ActionNoise(seed, action_noise, gripper_flips, persistence)
+    env: TabletopEnv
 
-    def act(self) -> ExpertAction:
-        """The action for the present state; after success it holds still with the gripper open."""
-        open_goals = [goal for goal in self.env.task.goals if not self.env.achieved(goal)]
-        if not open_goals:
-            return keep_still()
-        return self._noise.add(self._towards(open_goals[0]))
+    def __init__(self, env: TabletopEnv, seed: int = 0, *, speed: float = 0.5, **noise: float) -> None:
+        super().__init__(env, seed, speed, **noise)
+
+    def intend(self) -> np.ndarray:
+        """Return the action (7,) towards the first open goal."""
+        return self._towards(next(goal for goal in self.env.task.goals if not self.env.achieved(goal)))
 
     def _towards(self, goal: Goal) -> np.ndarray:
         if goal.kind == "open":
@@ -119,22 +60,22 @@ class Expert:
         holds = self._holds(item.width, position)
         if low and (np.all(over < 0.010) or (np.all(over < surface.reach) and not holds)):
             up = np.array([hand[0], hand[1], env.scene.travel_height])
-            return self._move(up, env.hand_angles[0], _OPEN, slow=ramp(width - item.width, 0.0, 0.015))
+            return self._move(up, env.hand_angles[0], OPEN, slow=ramp(width - item.width, 0.0, 0.015))
         if holds:
-            return self._travel(aim - position + hand, 0.0, _CLOSE, goal.item)
+            return self._travel(aim - position + hand, 0.0, CLOSE, goal.item)
         yaw = math.remainder(env.yaw(goal.item), math.pi) if item.elongated else 0.0
         return self._grasp(np.array([position[0], position[1], max(position[2], 0.014)]), yaw, goal.item)
 
     def _open_drawer(self) -> np.ndarray:
         handle = self.env.position("drawer")
         if self._holds(_HANDLE_WIDTH, handle):
-            return self._move(handle - np.array([0.0, 0.1, 0.0]), 0.0, _CLOSE)
+            return self._move(handle - np.array([0.0, 0.1, 0.0]), 0.0, CLOSE)
         return self._grasp(handle, 0.0)
 
     def _turn_knob(self) -> np.ndarray:
         knob, angle = self.env.position("knob") + np.array([0.0, 0.0, 0.004]), self.env.joint("knob")
         if self._holds(_HANDLE_WIDTH, knob):
-            return self._move(knob, min(angle + 0.25, KNOB_TURN + 0.1), _CLOSE)
+            return self._move(knob, min(angle + 0.25, KNOB_TURN + 0.1), CLOSE)
         return self._grasp(knob, angle)
 
     def _push(self, goal: Goal) -> np.ndarray:
@@ -145,11 +86,11 @@ class Expert:
         low = 0.014
         if abs(hand[0] - position[0]) < 0.02 and hand[1] < behind + 0.015 and hand[2] < low + 0.014:
             ahead = 0.1 * ramp(hand[2] - low, 0.010, 0.005)
-            return self._move(np.array([position[0], hand[1] + ahead, low]), 0.0, _CLOSE)
-        return self._travel(np.array([position[0], behind - 0.018, low]), 0.0, _CLOSE, goal.item)
+            return self._move(np.array([position[0], hand[1] + ahead, low]), 0.0, CLOSE)
+        return self._travel(np.array([position[0], behind - 0.018, low]), 0.0, CLOSE, goal.item)
 
     def _holds(self, width: float, position: np.ndarray) -> bool:
-        """A thing of this width at this position is in the closed fingers."""
+        """Return whether a thing of this width at this position is in the closed fingers."""
         env = self.env
         offset = np.abs(position - env.hand_position)
         between = offset[0] < 0.5 * width + 0.006 and offset[1] < 0.018 and offset[2] < 0.018
@@ -161,12 +102,12 @@ class Expert:
         # A hand that has begun to close keeps closing over a wider range, so that noise does not reopen it.
         tolerance = 0.010 if self.env.finger_width > 0.07 else 0.018
         near = np.linalg.norm(point[:2] - hand[:2]) < tolerance and abs(point[2] - hand[2]) < tolerance
-        return self._travel(point, yaw, _CLOSE if near else _OPEN, item)
+        return self._travel(point, yaw, CLOSE if near else OPEN, item)
 
     def _travel(self, point: np.ndarray, yaw: float, gripper: float, item: str = "") -> np.ndarray:
-        """Towards `point` through a funnel above it: sideways only at travelling height, down only nearly over it.
+        """Move towards `point` through a funnel above it: sideways only at travelling height, down only nearly over it.
 
-        Nor sideways while another item than `item`, one just put down say, is still between the fingers.
+        Do not move sideways while an item other than `item`, such as one just put down, is between the fingers.
         """
         env = self.env
         hand = env.hand_position
@@ -182,7 +123,7 @@ class Expert:
     def _move(
         self, point: np.ndarray, yaw: float, gripper: float, sideways: float = 1.0, slow: float = 1.0
     ) -> np.ndarray:
-        """Proportional control, limited in speed; the hand is kept upright at `yaw`."""
+        """Return the action of proportional control, limited in speed; the hand is kept upright at `yaw`."""
         env = self.env
         error = (point - env.hand_position) / env.config.position_scale
         error[:2] *= sideways
@@ -190,9 +131,3 @@ class Expert:
         turn = yaw - env.hand_angles[0], -env.hand_angles[1], -env.hand_angles[2]
         z, y, x = (float(np.clip(angle / env.config.rotation_scale, -0.6, 0.6)) for angle in turn)
         return np.array([*error, x, y, z, gripper])
-
-
-def ramp(value: float, low: float, high: float) -> float:
-    """Smooth step from 0 at `low` to 1 at `high`."""
-    t = min(max((value - low) / (high - low), 0.0), 1.0)
-    return t * t * (3.0 - 2.0 * t)

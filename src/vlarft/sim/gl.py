@@ -1,11 +1,11 @@
 """Images of a MuJoCo model by OpenGL without a screen: EGL (a GPU, or Mesa's software) or OSMesa.
 
-Robosuite's own renderer gives the same pixels; this one is made when the first image is asked for, so that physics
-runs on machines that cannot render, and its settings can be lowered.
+Robosuite's own renderer gives the same pixels; this one is made when the first image is rendered, so that physics runs
+on machines that cannot render, and its quality can be lowered.
 
-Without a GPU an image costs mostly its geometry, hardly its resolution: 256 px of LIBERO take 72 to 115 ms of a core,
-and 35 to 40 ms with both settings off (Mesa). Each setting changes pixels, see `RenderConfig`, so that a policy should
-be evaluated with the settings of its demonstrations. Shadows are no setting: LIBERO's lights cast none.
+Without a GPU the time of an image depends on its geometry and hardly on its resolution: 256 px of LIBERO take 72 to 115
+ms of a core, and 35 to 40 ms with both settings off (Mesa). Each setting changes pixels, see `RenderConfig`: evaluate a
+policy with the settings of its demonstrations. There is no setting for shadows: LIBERO's lights cast none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _open: weakref.WeakSet[GLRenderer] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class RenderConfig:
-    """What an image's quality costs. The defaults are LIBERO's.
+    """Quality of the images. The defaults are LIBERO's.
 
     Measured on first frames of libero_spatial, libero_object and libero_10 at 256 px, grey levels of 0..255:
     antialias off changes 3 % of the pixels, those on edges, by more than 8 levels (1.0, 0.7, 0.8 levels on average);
@@ -49,10 +49,10 @@ FULL, FAST = RenderConfig(), RenderConfig(antialias=False, reflections=False)
 
 
 def find_backend() -> Backend:
-    """The library that renders: what MUJOCO_GL names, else EGL if it is installed, else OSMesa.
+    """Return the library that renders: the one that MUJOCO_GL names, else EGL if it is installed, else OSMesa.
 
     Raises:
-        RuntimeError: none is installed, or MUJOCO_GL names another kind.
+        RuntimeError: none is installed, or MUJOCO_GL names something else.
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if wanted and wanted not in _LIBRARIES:
@@ -75,7 +75,7 @@ class GLRenderer:
         config: quality.
 
     Raises:
-        RuntimeError: no OpenGL library, or it gives no context.
+        RuntimeError: no OpenGL library, or one that gives no context.
     """
 
     def __init__(self, model: mujoco.MjModel, size: tuple[int, int], config: RenderConfig = FULL) -> None:
@@ -108,7 +108,7 @@ class GLRenderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
-        """(H, W, 3) uint8 of a camera, first row at the bottom, as OpenGL reads it and LIBERO stores it."""
+        """Render a camera: (H, W, 3) uint8, first row at the bottom, as OpenGL reads it and LIBERO stores it."""
         mj, (height, width) = self._mujoco, self.size
         self._gl.make_current()  # several renderers may live in one process
         self._camera.fixedcamid = self._model.camera(camera).id
@@ -120,7 +120,7 @@ class GLRenderer:
         return image
 
     def close(self) -> None:
-        """Frees the context; the renderer is of no use afterwards."""
+        """Free the context; the renderer cannot be used afterwards."""
         _open.discard(self)
         self._gl.make_current()
         self._context.free()

@@ -6,30 +6,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.demonstrator import CLOSE, OPEN
 from vlarft.sim.libero_geometry import Grasp, axis_rotation, downward, knob_grasps, rim_grasps, tilted
-from vlarft.sim.libero_motion import CLOSE, CLOSING_STEPS, OPEN, Motion, Plan
+from vlarft.sim.libero_motion import CLOSING_STEPS, Motion, Plan
+from vlarft.sim.libero_physics import LiberoPhysics
 
 _SLIDE, _HINGE = 2, 3  # MuJoCo's joint types
-_TILTS = (1.5, 1.3, 1.1, 0.9)  # of the palm at a drawer's handle, from looking down; the more level, the firmer
-_TURN = 1.1  # of the hand that turns a knob on, rad: on is at 0.5, and the fingers slip
+_TILTS = (1.5, 1.3, 1.1, 0.9)  # of the palm at a drawer's handle, from pointing down, rad; level ones hold firmest
+_TURN = 1.1  # of the hand that turns a knob on, rad: it is on at 0.5, but the fingers slip
 
 
 class Drawer(NamedTuple):
     body: str
     out: np.ndarray  # (3,) direction in which it opens
     opened: float  # how far, metres
-    bar: np.ndarray  # (3,) middle of its handle
+    bar: np.ndarray  # (3,) centre of its handle
     along: np.ndarray  # (3,) direction of the handle's bar
     thick: float  # half thickness of the bar, metres
 
 
-def drawer_of(env: LiberoEnv, region: str) -> Drawer | None:
-    """The drawer that a region is in, as it is now; None where the region is in none."""
-    joints = getattr(env.libero.object_sites_dict.get(region), "joints", None) or []
-    if len(joints) != 1 or env.model.joint(joints[0]).type[0] != _SLIDE:
+def drawer_of(physics: LiberoPhysics, region: str) -> Drawer | None:
+    """Return the drawer that a region is in, as it is now, or None."""
+    joints = getattr(physics.libero.object_sites_dict.get(region), "joints", None) or []
+    if len(joints) != 1 or physics.model.joint(joints[0]).type[0] != _SLIDE:
         return None
-    model, data = env.model, env.data
+    model, data = physics.model, physics.data
     joint = model.joint(joints[0])
     body = int(joint.bodyid[0])
     low, high = joint.range
@@ -48,22 +49,23 @@ def drawer_of(env: LiberoEnv, region: str) -> Drawer | None:
     )
 
 
-def has_knob(env: LiberoEnv, name: str) -> bool:
-    """Whether a fixture has one hinge and that turns about the vertical."""
-    joints = env.libero.get_object(name).joints if name in env.fixtures else []
-    if len(joints) != 1 or env.model.joint(joints[0]).type[0] != _HINGE:
+def has_knob(physics: LiberoPhysics, name: str) -> bool:
+    """Return whether a fixture has one hinge, about the vertical."""
+    joints = physics.libero.get_object(name).joints if name in physics.fixtures else []
+    if len(joints) != 1 or physics.model.joint(joints[0]).type[0] != _HINGE:
         return False
-    return abs(env.data.xaxis[env.model.joint(joints[0]).id][2]) > 0.9
+    return abs(physics.data.xaxis[physics.model.joint(joints[0]).id][2]) > 0.9
 
 
 def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.147) -> Plan:
-    """Pinches the handle's bar from the front and pulls until the drawer is `width` open."""
-    env = motion.env
-    drawer = drawer_of(env, region)
+    """Pinch the handle's bar from the front and pull until the drawer is `width` open."""
+    physics = motion.physics
+    drawer = drawer_of(physics, region)
     options = []
     for tilt in _TILTS:
         for offset in (0.0, 0.02, -0.02):
-            rotation = tilted(drawer.out, tilt, finger_axis=np.cross(drawer.along, -drawer.out), hand=env.hand_rotation)
+            across = np.cross(drawer.along, -drawer.out)
+            rotation = tilted(drawer.out, tilt, finger_axis=across, hand=physics.hand_rotation)
             point = drawer.bar + offset * drawer.along
             pulled = Grasp(point + (width - drawer.opened) * drawer.out, rotation)
             options.append([Grasp(point, rotation), Grasp(point + 0.09 * drawer.out, rotation), pulled])
@@ -73,15 +75,16 @@ def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.1
     yield from motion.go(point, rotation, OPEN, tolerance=0.006, steps=30)
     yield from motion.hold(rotation, CLOSE, CLOSING_STEPS)
     for _ in range(60):
-        now = drawer_of(env, region)
-        if now.opened >= width - 0.002 or np.linalg.norm(env.hand_position - now.bar) > 0.06:
+        now = drawer_of(physics, region)
+        if now.opened >= width - 0.002 or np.linalg.norm(physics.hand_position - now.bar) > 0.06:
             break
         line = point + (now.opened + 0.1 - drawer.opened) * drawer.out
         yield motion.action(line, rotation, CLOSE)
     yield from motion.let_go(rotation)
-    yield from motion.go(env.hand_position + 0.08 * drawer.out, rotation, OPEN, tolerance=0.02)
+    yield from motion.go(physics.hand_position + 0.08 * drawer.out, rotation, OPEN, tolerance=0.02)
     # upright again before anything else: the ways from a level hand to other poses pass the arm's limits
-    away, upright = env.hand_position + 0.03 * drawer.out + np.array([0.0, 0.0, 0.10]), downward(np.array([0.0, 1.0]))
+    away = physics.hand_position + 0.03 * drawer.out + np.array([0.0, 0.0, 0.10])
+    upright = downward(np.array([0.0, 1.0]))
     for _ in range(30):
         if motion.turn(upright) < 0.4:
             break
@@ -89,13 +92,13 @@ def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.1
 
 
 def close_drawer(motion: Motion, region: str, attempt: int) -> Plan:
-    """Pushes the handle with the closed fingers, past where the drawer is flush."""
-    env = motion.env
-    drawer = drawer_of(env, region)
+    """Push the handle with the closed fingers, past where the drawer is flush."""
+    physics = motion.physics
+    drawer = drawer_of(physics, region)
     options = []
     for tilt in _TILTS:
         for offset in (0.0, 0.02, -0.02):
-            rotation = tilted(drawer.out, tilt, finger_axis=drawer.along, hand=env.hand_rotation)
+            rotation = tilted(drawer.out, tilt, finger_axis=drawer.along, hand=physics.hand_rotation)
             point = drawer.bar + offset * drawer.along + (drawer.thick + 0.014) * drawer.out
             front = point + 0.03 * drawer.out
             pushed = Grasp(point - drawer.opened * drawer.out, rotation)
@@ -105,22 +108,22 @@ def close_drawer(motion: Motion, region: str, attempt: int) -> Plan:
     yield from motion.travel(front, rotation, CLOSE)
     yield from motion.go(front, rotation, CLOSE)
     for _ in range(70):
-        now = drawer_of(env, region)
-        if env.achieved(["close", region]):
+        now = drawer_of(physics, region)
+        if physics.achieved(["close", region]):
             break
         yield motion.action(point + (now.opened - drawer.opened - 0.1) * drawer.out, rotation, CLOSE)
-    yield from motion.go(env.hand_position + 0.08 * drawer.out, rotation, CLOSE, tolerance=0.02)
+    yield from motion.go(physics.hand_position + 0.08 * drawer.out, rotation, CLOSE, tolerance=0.02)
 
 
 def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
-    """Grasps the knob's ridge from above and turns it, in the sense that its range allows, until it is on."""
-    env = motion.env
-    joint = env.model.joint(env.libero.get_object(name).joints[0])
+    """Grasp the knob's ridge from above and turn it, in the direction that its range allows, until it is on."""
+    physics = motion.physics
+    joint = physics.model.joint(physics.libero.get_object(name).joints[0])
     low, high = joint.range
-    axis = env.data.xaxis[joint.id] * (1.0 if high > -low else -1.0)
-    points = motion.shapes.points(name, env.model.body(int(joint.bodyid[0])).name)
+    axis = physics.data.xaxis[joint.id] * (1.0 if high > -low else -1.0)
+    points = motion.shapes.points(name, physics.model.body(int(joint.bodyid[0])).name)
     options = []
-    for grasp in knob_grasps(points, env.data.xanchor[joint.id]):
+    for grasp in knob_grasps(points, physics.data.xanchor[joint.id]):
         turned = axis_rotation(axis, _TURN) @ grasp.rotation
         options.append([grasp, Grasp(grasp.point, turned)])
     (point, start), _ = motion.choose(options, attempt)
@@ -129,7 +132,7 @@ def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
     yield from motion.hold(start, CLOSE, CLOSING_STEPS)
     rotation = start
     for step in range(40):
-        if env.achieved(["turnon", name]):
+        if physics.achieved(["turnon", name]):
             break
         rotation = axis_rotation(axis, min(1.6 * _TURN, 0.08 * (step + 1))) @ start  # askew fingers turn it less
         yield motion.action(point, rotation, CLOSE)
@@ -137,9 +140,9 @@ def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
 
 
 def push(motion: Motion, name: str, xy: np.ndarray, attempt: int) -> Plan:
-    """Pinches the rim of a flat thing and drags it along the table to `xy` (2,)."""
-    env = motion.env
-    way = np.array([*(xy - env.position(name)[:2]), 0.0])
+    """Pinch the rim of a flat thing and drag it along the table to `xy` (2,)."""
+    physics = motion.physics
+    way = np.array([*(xy - physics.position(name)[:2]), 0.0])
     options = [
         [g, Grasp(g.point + 0.5 * way, g.rotation), Grasp(g.point + way, g.rotation)]
         for g in rim_grasps(motion.shapes, name)
@@ -148,10 +151,10 @@ def push(motion: Motion, name: str, xy: np.ndarray, attempt: int) -> Plan:
     yield from motion.travel(point, rotation, OPEN)
     yield from motion.go(point, rotation, OPEN, tolerance=0.006, steps=30)
     yield from motion.hold(rotation, CLOSE, CLOSING_STEPS)
-    level = env.hand_position[2] + 0.003
+    level = physics.hand_position[2] + 0.003
     for _ in range(80):
-        left = xy - env.position(name)[:2]
-        if np.linalg.norm(left) < 0.01 or np.linalg.norm(env.position(name) - env.hand_position) > 0.14:
+        left = xy - physics.position(name)[:2]
+        if np.linalg.norm(left) < 0.01 or np.linalg.norm(physics.position(name) - physics.hand_position) > 0.14:
             break
-        yield motion.action(np.array([*(env.hand_position[:2] + left), level]), rotation, CLOSE)
+        yield motion.action(np.array([*(physics.hand_position[:2] + left), level]), rotation, CLOSE)
     yield from motion.release(rotation)

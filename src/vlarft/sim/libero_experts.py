@@ -2,9 +2,9 @@
 libero_10.
 
 An expert goes through the goals of its task: drawers are opened and knobs turned first, then things are placed, then
-drawers closed. Placing is here, drawers, knobs and pushing are in libero_articulated.py. A plan is a generator of
-actions, each a function of the present state: approach, grasp, carry, let go, look whether it worked, and else try
-again another way. A door that has to be gone through, the microwave's, has no plan: its task is refused.
+drawers closed. Placing is here; drawers, knobs and pushing are in libero_articulated.py. A plan is a generator of
+actions, each a function of the present state: approach, grasp, carry, let go, check whether it worked, and if not try
+again another way. There is no plan to reach through a door, the microwave's: its task is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 
 import numpy as np
 
-from vlarft.sim.experts import ActionNoise, ExpertAction, keep_still, ramp
+from vlarft.sim.demonstrator import CLOSE, OPEN, NoPlanError, ScriptedExpert, ramp
 from vlarft.sim.libero_articulated import close_drawer, drawer_of, has_knob, open_drawer, push, turn_knob
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, room_above, top_grasps, way_out
-from vlarft.sim.libero_motion import CLOSE, CLOSING_STEPS, OPEN, Motion, Plan
+from vlarft.sim.libero_motion import CLOSING_STEPS, Motion, Plan
+from vlarft.sim.libero_physics import LiberoPhysics
 
 _BOWLS = ("akita_black_bowl",)
 _MUGS = ("porcelain_mug", "white_yellow_mug", "red_coffee_mug")
@@ -25,58 +26,40 @@ _ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1, "close": 2}
 _ATTEMPTS = 4
 
 
-class NoPlanError(ValueError):
-    """A goal that the expert has no plan for."""
-
-
-class LiberoExpert:
+class LiberoExpert(ScriptedExpert):
     """Acts in one environment towards its goals, one after the other.
 
     Args:
         env: the environment, reset before `act`.
-        seed: of the action noise.
-        action_noise, gripper_flips, persistence: as those of Tabletop's `Expert`.
+        seed: seed of the action noise.
         speed: largest translation in action units; 1 is about 1.2 cm a step.
+        noise: settings of `ActionNoise`.
 
     Raises:
-        ValueError: a speed outside (0, 1].
+        ValueError: a setting out of range.
         NoPlanError: a goal that there is no plan for.
     """
 
-    def __init__(
-        self,
-        env: LiberoEnv,
-        seed: int = 0,
-        *,
-        action_noise: float = 0.0,
-        gripper_flips: float = 0.0,
-        speed: float = 1.0,
-        persistence: float = 0.5,
-    ) -> None:
-        if not 0.0 < speed <= 1.0:
-            raise ValueError(f"speed must be in (0, 1], got {speed}")
-        if other := [goal for goal in env.goals if not _has_plan(env, goal)]:
+    def __init__(self, env: LiberoEnv, seed: int = 0, *, speed: float = 1.0, **noise: float) -> None:
+        super().__init__(env, seed, speed, **noise)
+        self.physics = env.physics
+        if other := [goal for goal in self.physics.goals if not _has_plan(self.physics, goal)]:
             raise NoPlanError(
-                f"{env.suite}/{env.task_name}: the expert has no plan for {' '.join(other[0])}; it places things "
-                "on and in others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
+                f"{self.physics.name}: the expert has no plan for {' '.join(other[0])}; it places things on and in "
+                "others, opens and closes drawers, turns knobs on and drags plates. Leave this task out"
             )
-        self.env = env
-        self._motion = Motion(env, speed)
-        self._noise = ActionNoise(seed, action_noise, gripper_flips, persistence)
+        self._motion = Motion(self.physics, speed)
         self._plan = self._solve()
 
-    def act(self) -> ExpertAction:
-        """The action for the present state; after success, or out of ideas, it holds still with the gripper open."""
-        if self.env.success():
-            return keep_still()
-        intended = next(self._plan, None)
-        return keep_still() if intended is None else self._noise.add(intended)
+    def intend(self) -> np.ndarray | None:
+        """Return the next action (7,) of the plan, or None after its last attempt."""
+        return next(self._plan, None)
 
     def _solve(self) -> Plan:
         yield from self._motion.wait()
         for attempt in range(_ATTEMPTS):
-            for goal in sorted(self.env.goals, key=lambda goal: _ORDER[goal[0]]):
-                if not self.env.achieved(goal):
+            for goal in sorted(self.physics.goals, key=lambda goal: _ORDER[goal[0]]):
+                if not self.physics.achieved(goal):
                     yield from self._reach(goal, attempt)
 
     def _reach(self, goal: list[str], attempt: int) -> Plan:
@@ -88,9 +71,9 @@ class LiberoExpert:
         elif kind == "turnon":
             yield from turn_knob(self._motion, name, attempt)
         elif name.startswith("plate"):
-            yield from push(self._motion, name, self.env.libero.sim.data.get_site_xpos(goal[2])[:2].copy(), attempt)
+            yield from push(self._motion, name, self.physics.libero.sim.data.get_site_xpos(goal[2])[:2].copy(), attempt)
         else:
-            drawer = drawer_of(self.env, goal[2])
+            drawer = drawer_of(self.physics, goal[2])
             if drawer is not None and drawer.opened < 0.14:
                 yield from open_drawer(self._motion, goal[2], attempt)
             yield from self._place(name, goal[2], attempt)
@@ -98,12 +81,12 @@ class LiberoExpert:
     # Placing
 
     def _place(self, name: str, target: str, attempt: int) -> Plan:
-        """Grasp, carry, let go; `attempt` passes over the grasps that were tried before."""
-        env, motion = self.env, self._motion
+        """Grasp, carry, let go; `attempt` grasps have been tried before and are passed over."""
+        physics, motion = self.physics, self._motion
         xy, height = self._landing(name, target)
-        in_drawer = drawer_of(env, target) is not None
+        in_drawer = drawer_of(physics, target) is not None
         up = np.array([0.0, 0.0, 0.09])
-        travel = np.array([*xy, height]) - env.position(name)
+        travel = np.array([*xy, height]) - physics.position(name)
         turn = self._landing_turn(name, target)
         options = []
         for point, rotation in self._grasps(name, target):
@@ -116,16 +99,16 @@ class LiberoExpert:
         yield from motion.travel(grasp.point, grasp.rotation, OPEN)
         yield from motion.go(grasp.point, grasp.rotation, OPEN, tolerance=0.006, steps=30)
         yield from motion.hold(grasp.rotation, CLOSE, CLOSING_STEPS)
-        before = env.position(name)[2]
+        before = physics.position(name)[2]
         if in_drawer:
             shift = way_out(motion.shapes.points(name), motion.shapes.others(name))
             if shift.any():
-                aside = env.hand_position + np.array([*shift, 0.02])
+                aside = physics.hand_position + np.array([*shift, 0.02])
                 yield from motion.go(aside, grasp.rotation, CLOSE, tolerance=0.015, steps=25)
-        lift = env.hand_position + np.array([0.0, 0.0, 0.06])
+        lift = physics.hand_position + np.array([0.0, 0.0, 0.06])
         yield from motion.go(lift, grasp.rotation, CLOSE, tolerance=0.02, steps=15)
         rotation = grasp.rotation
-        if env.position(name)[2] > before + 0.01:
+        if physics.position(name)[2] > before + 0.01:
             rotation = turn @ rotation
             yield from self._carry(name, target, rotation)
         yield from motion.release(rotation)
@@ -134,7 +117,7 @@ class LiberoExpert:
         if not name.startswith(_BOWLS + _MUGS):
             return top_grasps(self._motion.shapes, name) or top_grasps(self._motion.shapes, name, reach=0.010)
         grasps = rim_grasps(self._motion.shapes, name, handle=name.startswith(_MUGS))
-        if drawer_of(self.env, target) is None:
+        if drawer_of(self.physics, target) is None:
             return grasps
         # an open drawer may be over the thing: the hand can lean to the side, its fingers still along the radius and a
         # little higher, and take the other of the two turns that do the same, where the last joint has more room
@@ -150,15 +133,15 @@ class LiberoExpert:
         return sorted(grasps + leaning, key=lambda grasp: -min(0.02, room_above(grasp, over)))
 
     def _carry(self, name: str, target: str, rotation: np.ndarray) -> Plan:
-        """Over the target and down, the object held; where the hand goes follows from where the object is in it."""
-        env, motion = self.env, self._motion
+        """Carry the object over the target and down; the hand goes where the object in it has to be."""
+        physics, motion = self.physics, self._motion
         xy, height = self._landing(name, target)
-        grip = env.hand_rotation.T @ (env.position(name) - env.hand_position)
+        grip = physics.hand_rotation.T @ (physics.position(name) - physics.hand_position)
         for phase, steps in (("over", 80), ("down", 40)):
             for _ in range(steps):
-                hand, held = env.hand_position, motion.shapes.points(name)
+                hand, held = physics.hand_position, motion.shapes.points(name)
                 offset = self._centre(name, target) - hand
-                if np.linalg.norm(env.hand_rotation.T @ (env.position(name) - hand) - grip) > 0.04:
+                if np.linalg.norm(physics.hand_rotation.T @ (physics.position(name) - hand) - grip) > 0.04:
                     return  # lost on the way
                 bottom = held[:, 2].min() - hand[2]
                 point = np.array([xy[0] - offset[0], xy[1] - offset[1], height - bottom])
@@ -176,27 +159,27 @@ class LiberoExpert:
                     yield motion.action(point, rotation, CLOSE)
 
     def _centre(self, name: str, target: str) -> np.ndarray:
-        """(3,) the point of an object that goes over its landing place: its origin, or the middle of what is fitted."""
+        """Return the point (3,) of an object that goes over its landing place: its origin, or a fitted one's centre."""
         if not self._is_fitted(target):
-            return self.env.position(name)
+            return self.physics.position(name)
         points = self._motion.shapes.points(name)
         return 0.5 * (points.max(0) + points.min(0))
 
     def _landing(self, name: str, target: str) -> tuple[np.ndarray, float]:
-        """Where an object's centre goes, and its lowest point at release."""
-        env, shapes = self.env, self._motion.shapes
-        if target in env.objects:
-            return self._on_top(target, env.position(target)[:2], env.position(target)[2])
-        site = env.model.site(target).id
-        place, axes = env.data.site_xpos[site].copy(), env.data.site_xmat[site].reshape(3, 3)
-        base = getattr(env.libero.object_sites_dict.get(target), "parent_name", None) or ""
+        """Return where an object's centre goes (2,), and its lowest point at release [m]."""
+        physics, shapes = self.physics, self._motion.shapes
+        if target in physics.objects:
+            return self._on_top(target, physics.position(target)[:2], physics.position(target)[2])
+        site = physics.model.site(target).id
+        place, axes = physics.data.site_xpos[site].copy(), physics.data.site_xmat[site].reshape(3, 3)
+        base = getattr(physics.libero.object_sites_dict.get(target), "parent_name", None) or ""
         xy = place[:2] + self._slot(name, target)
         if base.startswith("basket"):
             return xy, shapes.points(base)[:, 2].max() - 0.04
         if base.startswith("wine_rack"):  # its shelf is a trough, in which the bottle's foot is pressed
             foot = place + 0.03 * axes[2]
             return foot[:2], foot[2] - 0.02
-        if (drawer := drawer_of(env, target)) is not None:
+        if (drawer := drawer_of(physics, target)) is not None:
             xy = xy + 0.012 * drawer.out[:2]  # away from the cabinet over it
             points = shapes.points(base, drawer.body)
             return xy, points[np.linalg.norm(points[:, :2] - xy, axis=1) < 0.04][:, 2].max() + 0.008
@@ -210,33 +193,33 @@ class LiberoExpert:
         return xy, (near[:, 2].max() if len(near) else otherwise) + 0.008
 
     def _is_fitted(self, target: str) -> bool:
-        """Whether a target is a compartment of a fixture that stands open upwards."""
-        site = self.env.libero.object_sites_dict.get(target)
-        inside = ["in", target] in [[goal[0], goal[-1]] for goal in self.env.goals]
-        return inside and getattr(site, "parent_name", None) in self.env.fixtures and not site.joints
+        """Return whether a target is a compartment of a fixture, open at the top."""
+        site = self.physics.libero.object_sites_dict.get(target)
+        inside = ["in", target] in [[goal[0], goal[-1]] for goal in self.physics.goals]
+        return inside and getattr(site, "parent_name", None) in self.physics.fixtures and not site.joints
 
     def _landing_turn(self, name: str, target: str) -> np.ndarray:
-        """(3, 3) rotation about the vertical that lays a thing's longer side along that of its compartment."""
+        """Return the rotation (3, 3) about the vertical that lays a thing's longer side along its compartment's."""
         if not self._is_fitted(target):
             return np.eye(3)
         points = self._motion.shapes.points(name)[:, :2]
         longer = np.linalg.svd(points - points.mean(0), full_matrices=False)[2][0]
-        site = self.env.model.site(target).id
-        extent = np.abs(self.env.data.site_xmat[site].reshape(3, 3)) @ self.env.model.site_size[site]
+        site = self.physics.model.site(target).id
+        extent = np.abs(self.physics.data.site_xmat[site].reshape(3, 3)) @ self.physics.model.site_size[site]
         wanted = 0.0 if extent[0] > extent[1] else 0.5 * math.pi
         angle = math.remainder(wanted - math.atan2(longer[1], longer[0]), math.pi)
         return axis_rotation(np.array([0.0, 0.0, 1.0]), angle)
 
     def _slot(self, name: str, target: str) -> np.ndarray:
-        """(2,) offset of an object's place where several go to one target: side by side."""
-        own = [goal[1] for goal in self.env.goals if len(goal) == 3 and goal[2] == target]
+        """Return the offset (2,) of an object's place where several go to one target: side by side."""
+        own = [goal[1] for goal in self.physics.goals if len(goal) == 3 and goal[2] == target]
         return np.array([(own.index(name) - 0.5 * (len(own) - 1)) * 0.08, 0.0])
 
 
-def _has_plan(env: LiberoEnv, goal: list[str]) -> bool:
+def _has_plan(physics: LiberoPhysics, goal: list[str]) -> bool:
     kind, *names = goal
     if kind in ("open", "close"):
-        return drawer_of(env, names[0]) is not None
+        return drawer_of(physics, names[0]) is not None
     if kind == "turnon":
-        return has_knob(env, names[0])
+        return has_knob(physics, names[0])
     return kind in ("on", "in")

@@ -1,4 +1,4 @@
-"""Where things of a LIBERO scene are, as points of their collision boxes, and where a parallel gripper fits.
+"""Where the things of a LIBERO scene are, as points of their collision boxes, and where a parallel gripper fits.
 
 Metres and radians in the world frame; z is up. A grasp is a position of the point between the finger tips and the
 rotation of the hand, whose x column the fingers move along and whose z column points out of the palm.
@@ -7,12 +7,11 @@ rotation of the hand, whose x column the fingers move along and whose z column p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.libero_physics import LiberoPhysics
 
 _REACH = 0.030  # how far the fingers reach below the top of what they hold
 _FINGER = 0.012  # half width of a finger, and its thickness
@@ -26,15 +25,15 @@ class Grasp(NamedTuple):
 
 
 class Shapes:
-    """Collision geometry of the named objects and fixtures of one environment, as points 1.5 cm apart or less."""
+    """Collision geometry of the objects and fixtures of a task, as points 1.5 cm apart or less."""
 
-    def __init__(self, env: LiberoEnv) -> None:
-        self.env = env
-        model = env.model
+    def __init__(self, physics: LiberoPhysics) -> None:
+        self.physics = physics
+        model = physics.model
         solid = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
         self._geom: dict[str, np.ndarray] = {}  # (N,) geom of each point
         self._local: dict[str, np.ndarray] = {}  # (N, 3) in the frame of its geom
-        for name, root in {**env.objects, **env.fixtures}.items():
+        for name, root in {**physics.objects, **physics.fixtures}.items():
             inside = np.zeros(model.nbody, bool)
             inside[root] = True
             for body in range(root + 1, model.nbody):  # parents come before their children
@@ -48,8 +47,8 @@ class Shapes:
         return name in self._geom
 
     def points(self, name: str, body: str | None = None) -> np.ndarray:
-        """(N, 3) points of the collision boxes, of one body of the thing or of all."""
-        model, data = self.env.model, self.env.data
+        """Return points (N, 3) of the collision boxes of one body of the thing, or of all its bodies."""
+        model, data = self.physics.model, self.physics.data
         geom, local = self._geom[name], self._local[name]
         if body is not None:
             own = model.geom_bodyid[geom] == model.body(body).id
@@ -57,7 +56,7 @@ class Shapes:
         return np.einsum("pij,pj->pi", data.geom_xmat[geom].reshape(-1, 3, 3), local) + data.geom_xpos[geom]
 
     def others(self, *names: str) -> np.ndarray:
-        """(N, 3) points of everything but these."""
+        """Return points (N, 3) of everything but these."""
         return np.concatenate([np.zeros((0, 3)), *(self.points(name) for name in self._geom if name not in names)])
 
 
@@ -68,7 +67,7 @@ def _lattice(size: np.ndarray, capsule: bool) -> np.ndarray:
 
 
 def downward(finger_axis: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation of a hand that looks down, its fingers along a horizontal axis (3,), turned the short way."""
+    """Return the rotation (3, 3) of a hand that points down, its fingers along a horizontal axis (3,)."""
     x = np.array([finger_axis[0], finger_axis[1], 0.0])
     x /= np.linalg.norm(x)
     if x[1] < 0.0:  # at rest the x column is +y; the fingers are alike, so never turn further than 90 degrees
@@ -78,20 +77,20 @@ def downward(finger_axis: np.ndarray) -> np.ndarray:
 
 
 def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
-    """(3, 3) rotation by `angle` [rad] about a unit vector (3,): Rodrigues' formula."""
+    """Return the rotation (3, 3) by `angle` [rad] about a unit vector (3,): Rodrigues' formula."""
     x, y, z = axis
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + math.sin(angle) * cross + (1.0 - math.cos(angle)) * cross @ cross
 
 
 def tilted(out: np.ndarray, tilt: float, *, finger_axis: np.ndarray, hand: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation of a hand that looks against `out`, for the front of a thing.
+    """Return the rotation (3, 3) of a hand that points against `out`, for the front of a thing.
 
     Args:
         out: (3,) horizontal unit vector out of the thing.
-        tilt: angle of the palm from looking down, rad; half pi looks straight against `out`.
-        finger_axis: (3,) along which the fingers move, made perpendicular to where the palm looks.
-        hand: (3, 3) present rotation: of the two ways to turn, the one nearer to it.
+        tilt: angle of the palm from pointing down, rad; half pi points straight against `out`.
+        finger_axis: (3,) along which the fingers move, made perpendicular to where the palm points.
+        hand: (3, 3) present rotation: of the two ways to turn, the nearer one is taken.
     """
     z = -math.sin(tilt) * out - math.cos(tilt) * np.array([0.0, 0.0, 1.0])
     x = finger_axis - (finger_axis @ z) * z
@@ -101,11 +100,10 @@ def tilted(out: np.ndarray, tilt: float, *, finger_axis: np.ndarray, hand: np.nd
 
 
 def top_grasps(shapes: Shapes, name: str, reach: float = _REACH) -> list[Grasp]:
-    """Grasps from above at the narrow sides of a thing, narrow and little turned ones first; none if it is too wide.
+    """Return grasps from above at the narrow sides of a thing, narrow and little turned ones first; none if too wide.
 
-    The fingers reach `reach` metres below its top: a little for the lid's knob of a pot that is too wide itself.
-
-    Whether the fingers have room is the caller's to find out.
+    The fingers reach `reach` metres below its top: a little for the lid's knob of a pot that is too wide itself. The
+    caller checks whether the fingers have room.
     """
     points = shapes.points(name)
     top, bottom = points[:, 2].max(), points[:, 2].min()
@@ -136,9 +134,9 @@ def top_grasps(shapes: Shapes, name: str, reach: float = _REACH) -> list[Grasp]:
 def rim_grasps(
     shapes: Shapes, name: str, depth: float = 0.028, angles: int = 16, *, handle: bool = False
 ) -> list[Grasp]:
-    """Grasps of a round thing's rim, one finger in and one out, little turned ones first.
+    """Return grasps of a round thing's rim, one finger in and one out, little turned ones first.
 
-    With a `handle` at its side, below the rim, the middle is that of the rim alone.
+    With a `handle` at its side, below the rim, the centre is that of the rim alone.
     """
     points = shapes.points(name)
     round_part = points[points[:, 2] > points[:, 2].max() - 0.012] if handle else points
@@ -163,7 +161,7 @@ def rim_grasps(
 
 
 def knob_grasps(points: np.ndarray, pivot: np.ndarray, depth: float = 0.010, angles: int = 36) -> list[Grasp]:
-    """Grasps of a knob's ridge from above, little turned and narrow ones first; none if it is too wide.
+    """Return grasps of a knob's ridge from above, little turned and narrow ones first; none if it is too wide.
 
     Args:
         points: (N, 3) of the knob.
@@ -186,7 +184,7 @@ def knob_grasps(points: np.ndarray, pivot: np.ndarray, depth: float = 0.010, ang
 
 
 def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.12) -> np.ndarray:
-    """(2,) shortest shift that takes a thing out from under others without touching them; zero if nothing is over it.
+    """Return the shortest shift (2,) that takes a thing out from under others without touching them; zero if free.
 
     Args:
         own: (N, 3) points of the thing.
@@ -208,7 +206,7 @@ def way_out(own: np.ndarray, others: np.ndarray, farthest: float = 0.12) -> np.n
 
 
 def room_above(grasp: Grasp, over: np.ndarray) -> float:
-    """Sideways distance, metres, that the open hand keeps on its way straight down; negative where it would touch.
+    """Return the sideways room [m] of the open hand on its way straight down; negative where it would touch.
 
     Args:
         grasp: where it goes.

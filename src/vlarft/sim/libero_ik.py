@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.libero_physics import LiberoPhysics
 
 _DAMPING = 0.05
 _ITERATIONS = 60
@@ -21,40 +20,38 @@ class Pose(NamedTuple):
 
 
 class Scratch:
-    """A second `MjData` of one environment, to try poses on."""
+    """A second `MjData` of the same physics, to try poses on."""
 
-    def __init__(self, env: LiberoEnv) -> None:
-        import mujoco
-
-        self._mujoco, self._env = mujoco, env
-        self._data = mujoco.MjData(env.model)
-        model = env.model
-        self._dofs = model.jnt_dofadr[model.dof_jntid[np.asarray(env.robot._ref_joint_vel_indexes)]]
+    def __init__(self, physics: LiberoPhysics) -> None:
+        self._mujoco, self._physics = physics.mujoco, physics
+        self._data = physics.mujoco.MjData(physics.model)
+        model = physics.model
+        self._dofs = model.jnt_dofadr[model.dof_jntid[np.asarray(physics.robot._ref_joint_vel_indexes)]]
         names = [model.body(b).name for b in range(model.nbody)]
         robot = np.array([name.startswith(("robot0", "gripper0", "mount0")) for name in names])
         self._robot_geom = robot[model.geom_bodyid]
 
     def solve(self, point: np.ndarray, rotation: np.ndarray) -> Pose:
-        """Damped least squares from the present arm pose.
+        """Solve by damped least squares, from the present arm pose.
 
         Args:
             point: (3,) where the point between the finger tips should be, metres.
             rotation: (3, 3) of the hand.
         """
-        mj, env, data = self._mujoco, self._env, self._data
-        mj.mj_copyData(data, env.model, env.data)
-        site, joints = env._grip_site, env._joints
-        low, high = env.model.jnt_range[env.model.dof_jntid[self._dofs]].T
-        jacobian = np.zeros((6, env.model.nv))
+        mj, physics, data = self._mujoco, self._physics, self._data
+        mj.mj_copyData(data, physics.model, physics.data)
+        site, joints = physics.grip_site, physics.joints
+        low, high = physics.model.jnt_range[physics.model.dof_jntid[self._dofs]].T
+        jacobian = np.zeros((6, physics.model.nv))
         for _ in range(_ITERATIONS):
-            mj.mj_kinematics(env.model, data)
-            mj.mj_comPos(env.model, data)
+            mj.mj_kinematics(physics.model, data)
+            mj.mj_comPos(physics.model, data)
             turn = rotation_vector(rotation @ data.site_xmat[site].reshape(3, 3).T)
             error = np.concatenate([point - data.site_xpos[site], turn])
             size = float(np.linalg.norm(error[:3]) + 0.1 * np.linalg.norm(turn))
             if size < 1e-4:
                 break
-            mj.mj_jacSite(env.model, data, jacobian[:3], jacobian[3:], site)
+            mj.mj_jacSite(physics.model, data, jacobian[:3], jacobian[3:], site)
             j = jacobian[:, self._dofs]
             step = j.T @ np.linalg.solve(j @ j.T + _DAMPING**2 * np.eye(6), error)
             step *= min(1.0, 0.3 / max(float(np.abs(step).max()), 1e-9))
@@ -63,14 +60,19 @@ class Scratch:
         return Pose(found, size, float(np.minimum(found - low, high - found).min()))
 
     def robot_depth(self, joints: np.ndarray, fingers: float = 0.04) -> float:
-        """How deep in other things the robot would be, its arm at `joints`, each finger open by `fingers` [m]."""
-        env, data = self._env, self._data
-        self._mujoco.mj_copyData(data, env.model, env.data)
-        data.qpos[env._joints] = joints
-        data.qpos[env._fingers] = fingers, -fingers
-        self._mujoco.mj_kinematics(env.model, data)
-        self._mujoco.mj_comPos(env.model, data)
-        self._mujoco.mj_collision(env.model, data)
+        """Return how deep in other things the robot would be [m].
+
+        Args:
+            joints: (7,) angles of the arm.
+            fingers: how far each finger is open [m].
+        """
+        physics, data = self._physics, self._data
+        self._mujoco.mj_copyData(data, physics.model, physics.data)
+        data.qpos[physics.joints] = joints
+        data.qpos[physics.fingers] = fingers, -fingers
+        self._mujoco.mj_kinematics(physics.model, data)
+        self._mujoco.mj_comPos(physics.model, data)
+        self._mujoco.mj_collision(physics.model, data)
         contact = data.contact
         if not len(contact.dist):
             return 0.0
@@ -79,7 +81,7 @@ class Scratch:
 
 
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
-    """(3,) axis times angle [rad] of a rotation matrix (3, 3)."""
+    """Return the axis times the angle [rad], (3,), of a rotation matrix (3, 3)."""
     cosine = np.clip((np.trace(rotation) - 1.0) / 2.0, -1.0, 1.0)
     angle = math.acos(cosine)
     axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])

@@ -1,8 +1,8 @@
-"""LIBERO found and imported without its side effects: no prompt, no file in the home folder, no log, no download.
+"""Find and import LIBERO without its side effects: no prompt, no file in the home folder, no log, no download.
 
 LIBERO's own import asks a question on the terminal and writes ~/.libero; robosuite's writes /tmp/robosuite.log and
-insists on EGL even where nothing is rendered. Here LIBERO gets a configuration of its own, in a temporary folder that
-goes with the process, and images come from `vlarft.sim.gl`.
+requires EGL even where nothing is rendered. Here LIBERO gets its configuration in a temporary folder that lasts as long
+as the process, and images come from `vlarft.sim.gl`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 ASSETS_VARIABLE = "LIBERO_ASSETS"
-INSTALL = 'pip install "vlarft[libero]" && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
+INSTALL = 'pip install -e ".[libero]" && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
 DOWNLOAD = "python -m vlarft.sim.check --download-assets FOLDER"
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 # The bowl of a set of assets that circulates for tests: 15 of its meshes and textures are plain stand-ins.
@@ -29,7 +29,7 @@ _config_folder: tempfile.TemporaryDirectory | None = None  # lives as long as th
 
 
 def package_folder() -> Path:
-    """Folder of LIBERO's package, which holds its task and initial-state files; imports nothing.
+    """Return the folder of LIBERO's package, which holds its task and initial-state files, without importing it.
 
     Raises:
         ImportError: LIBERO or robosuite is not installed; the message holds the line that installs them.
@@ -44,7 +44,7 @@ def package_folder() -> Path:
 
 
 def assets_folder() -> Path:
-    """Folder of meshes and textures: the environment variable LIBERO_ASSETS, else LIBERO's own.
+    """Return the folder of meshes and textures: the environment variable LIBERO_ASSETS, else LIBERO's own.
 
     Raises:
         FileNotFoundError: neither is there, or a part is missing.
@@ -63,7 +63,7 @@ def assets_folder() -> Path:
 
 @functools.cache
 def assets_label(folder: Path) -> str:
-    """What a report says about the visuals: "stand-in visuals" for a known set of replacements, else "own visuals"."""
+    """Return what reports call the visuals: "stand-in visuals" for a known set of replacements, else "own visuals"."""
     for name, digest in _STAND_IN.items():
         file = folder / name
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest().startswith(digest):
@@ -72,10 +72,10 @@ def assets_label(folder: Path) -> str:
 
 
 def import_libero(need_assets: bool = True) -> ModuleType:
-    """The module `libero.libero.envs.env_wrapper`, ready to make environments.
+    """Import the module `libero.libero.envs.env_wrapper`, ready to make environments.
 
     Args:
-        need_assets: False where LIBERO is only asked to download them.
+        need_assets: False to import LIBERO only for its download of them.
 
     Raises:
         ImportError: LIBERO, robosuite or something they import is missing.

@@ -9,29 +9,28 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlarft.sim.experts import ramp
-from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.demonstrator import OPEN, ramp
 from vlarft.sim.libero_geometry import Grasp, Shapes
 from vlarft.sim.libero_ik import Scratch, rotation_vector
+from vlarft.sim.libero_physics import LiberoPhysics
 
-OPEN, CLOSE = -1.0, 1.0
 CLOSING_STEPS = 9  # the gripper's ramp takes 8
 
 Plan = Iterator[np.ndarray]
 
 
 class Motion:
-    """The hand of one environment.
+    """The hand of one task.
 
     Args:
-        env: the environment.
+        physics: the physics of the task.
         speed: largest translation in action units; 1 is about 1.2 cm a step.
     """
 
-    def __init__(self, env: LiberoEnv, speed: float) -> None:
-        self.env, self.speed = env, speed
-        self.shapes = Shapes(env)
-        self._scratch = Scratch(env)
+    def __init__(self, physics: LiberoPhysics, speed: float) -> None:
+        self.physics, self.speed = physics, speed
+        self.shapes = Shapes(physics)
+        self._scratch = Scratch(physics)
 
     def choose(
         self,
@@ -42,14 +41,14 @@ class Motion:
         fingers: float = 0.04,
         room: bool = False,
     ) -> list[Grasp]:
-        """The first option whose poses the arm reaches, and where it touches nothing; or a later one.
+        """Return the first option whose poses the arm reaches and where it touches nothing, or a later one.
 
         Args:
             options: each a list of poses, the first that of the grasp; best option first.
-            skip: good options to pass over, those tried before.
-            clear: of how many of the poses, from the first, the robot must touch nothing.
+            skip: number of good options to pass over: those tried before.
+            clear: number of poses, from the first, at which the robot must touch nothing.
             fingers: how far each finger is open there, metres.
-            room: ask that the fingers, 2 cm open, touch nothing at the last pose either.
+            room: whether the fingers, 2 cm open, must touch nothing at the last pose either.
         """
         rated = []
         for rank, option in enumerate(options):
@@ -57,7 +56,7 @@ class Motion:
             depth = sum(self._scratch.robot_depth(pose.joints, fingers) for pose in poses[:clear])
             if room:
                 depth += self._scratch.robot_depth(poses[-1].joints, 0.02)
-            # the arm is stretched at -0.47 rad of its elbow; one that passes that point does not find back
+            # the arm is stretched at -0.47 rad of its elbow; the controller does not bring it back from there
             stretched = max(p.joints[3] for p in poses) + 0.9
             strain = sum(p.error for p in poses) + max(0.0, stretched)
             strain += max(0.0, 0.3 - min(p.margin for p in poses))  # the hand turns slowly near a limit, or not at all
@@ -69,20 +68,20 @@ class Motion:
         return list(options[min(rated)[1]])
 
     def wait(self, steps: int = 15) -> Plan:
-        """Stays while something falls: some initial states of libero_10 start with things in the air."""
-        env = self.env
-        first = env.model.body_dofadr[list(env.objects.values())]
+        """Wait while something falls: some initial states of libero_10 start with things in the air."""
+        physics = self.physics
+        first = physics.model.body_dofadr[list(physics.objects.values())]
         for _ in range(steps):
-            if (np.abs(env.data.qvel[first + 2]) < 0.1).all():  # the third of a free joint's six is upwards
+            if (np.abs(physics.data.qvel[first + 2]) < 0.1).all():  # the third of a free joint's six is upwards
                 break
-            yield from self.hold(env.hand_rotation, OPEN, 1)
+            yield from self.hold(physics.hand_rotation, OPEN, 1)
 
     def travel(self, point: np.ndarray, rotation: np.ndarray, gripper: float, height: float = 0.05) -> Plan:
-        """To a place `height` above `point`, over everything between."""
+        """Go to a place `height` above `point`, over everything between."""
         above = point + np.array([0.0, 0.0, height])
-        clear = self.clearance(self.env.hand_position, point, "") + 0.01
+        clear = self.clearance(self.physics.hand_position, point, "") + 0.01
         for _ in range(80):
-            hand = self.env.hand_position
+            hand = self.physics.hand_position
             apart = float(np.linalg.norm(above[:2] - hand[:2]))
             if apart < 0.012 and self.turn(rotation) < 0.12:
                 return
@@ -91,7 +90,7 @@ class Motion:
             yield self.action(aim, rotation, gripper, sideways=ramp(hand[2] - aim[2], -0.05, -0.02))
 
     def clearance(self, start: np.ndarray, end: np.ndarray, held: str) -> float:
-        """Height (z) over everything but `held` in a corridor between two points."""
+        """Return the height (z) over everything but `held` in a corridor between two points."""
         points = self.shapes.others(held)
         line = end[:2] - start[:2]
         share = np.clip((points[:, :2] - start[:2]) @ line / max(float(line @ line), 1e-9), 0.0, 1.0)
@@ -102,39 +101,39 @@ class Motion:
     def go(
         self, point: np.ndarray, rotation: np.ndarray, gripper: float, *, tolerance: float = 0.01, steps: int = 40
     ) -> Plan:
-        """Straight to a pose."""
+        """Go straight to a pose."""
         for _ in range(steps):
-            if np.linalg.norm(point - self.env.hand_position) < tolerance and self.turn(rotation) < 0.1:
+            if np.linalg.norm(point - self.physics.hand_position) < tolerance and self.turn(rotation) < 0.1:
                 return
             yield self.action(point, rotation, gripper)
 
     def hold(self, rotation: np.ndarray, gripper: float, steps: int) -> Plan:
-        """Stays, while the fingers move."""
-        point = self.env.hand_position
+        """Stay while the fingers move."""
+        point = self.physics.hand_position
         for _ in range(steps):
             yield self.action(point, rotation, gripper)
 
     def let_go(self, rotation: np.ndarray) -> Plan:
-        """Opens the fingers where they are."""
-        point, width = self.env.hand_position, self.env.finger_width
+        """Open the fingers where they are."""
+        point, width = self.physics.hand_position, self.physics.finger_width
         for step in range(14):
-            if self.env.finger_width > min(width + 0.03, 0.074) and step > 4:
+            if self.physics.finger_width > min(width + 0.03, 0.074) and step > 4:
                 break
             yield self.action(point, rotation, OPEN)
 
     def release(self, rotation: np.ndarray, height: float = 0.08) -> Plan:
-        """Opens the fingers where they are, then leaves upwards."""
+        """Open the fingers where they are, then leave upwards."""
         yield from self.let_go(rotation)
-        yield from self.go(self.env.hand_position + np.array([0.0, 0.0, height]), rotation, OPEN, tolerance=0.02)
+        yield from self.go(self.physics.hand_position + np.array([0.0, 0.0, height]), rotation, OPEN, tolerance=0.02)
 
     def turn(self, rotation: np.ndarray) -> float:
-        """Angle to a rotation of the hand."""
-        return float(np.linalg.norm(rotation_vector(rotation @ self.env.hand_rotation.T)))
+        """Return the angle to a rotation of the hand."""
+        return float(np.linalg.norm(rotation_vector(rotation @ self.physics.hand_rotation.T)))
 
     def action(self, point: np.ndarray, rotation: np.ndarray, gripper: float, sideways: float = 1.0) -> np.ndarray:
-        """Proportional control towards a pose, limited in speed."""
-        error = 20.0 * (point - self.env.hand_position)
+        """Return the action of proportional control towards a pose, limited in speed."""
+        error = 20.0 * (point - self.physics.hand_position)
         error[:2] *= sideways
         error *= min(1.0, self.speed / max(float(np.linalg.norm(error)), 1e-9))
-        turn = np.clip(4.0 * rotation_vector(rotation @ self.env.hand_rotation.T), -self.speed, self.speed)
+        turn = np.clip(4.0 * rotation_vector(rotation @ self.physics.hand_rotation.T), -self.speed, self.speed)
         return np.array([*error, *turn, gripper])

@@ -7,29 +7,18 @@ LIBERO's own where it is.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from vlarft.sim.env import Suite, Task
 
 
-@dataclass(frozen=True)
-class LiberoTask:
-    """One task; `name` is LIBERO's, that of its files."""
-
-    name: str
-
-    @property
-    def instruction(self) -> str:
-        """What the robot is told: the name without its scene, as LIBERO reads it."""
-        return re.sub(r"^[A-Z_]+SCENE\d+_", "", self.name).replace("_", " ")
+def _instruction(name: str) -> str:
+    """Return what the robot is told: the name without its scene, as LIBERO reads it."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
 
 
-@dataclass(frozen=True)
-class LiberoSuite:
-    horizon: int  # control steps after the wait steps, those of the public evaluation scripts
-    tasks: tuple[LiberoTask, ...]
-
-
-def _suite(horizon: int, names: str) -> LiberoSuite:
-    return LiberoSuite(horizon, tuple(LiberoTask(name) for name in names.split()))
+def _suite(horizon: int, names: str) -> Suite:
+    """Names are those of LIBERO's files; the horizon, after the wait steps, that of the public evaluation scripts."""
+    return Suite(horizon, tuple(Task(name, _instruction(name)) for name in names.split()))
 
 
 def _bowls(*places: str) -> str:
@@ -40,7 +29,7 @@ def _groceries(*things: str) -> str:
     return " ".join(f"pick_up_the_{thing}_and_place_it_in_the_basket" for thing in things)
 
 
-LIBERO_SUITES: dict[str, LiberoSuite] = {
+LIBERO_SUITES: dict[str, Suite] = {
     "libero_spatial": _suite(
         220,
         _bowls(

@@ -3,9 +3,9 @@
 Takes any MjModel made of primitives; meshes work too, only slower. Flat shading: ambient light plus one lamp that
 casts shadows. Rows run top to bottom, columns left to right, so images are upright.
 
-Most of a frame seldom changes. For a camera bolted to the world, hits and shadows of the geoms that cannot move are
-kept, and only pixels and shadows inside the bounding spheres of the others are traced; the image is the same to the
-bit.
+Most of a frame rarely changes. For a camera fixed in the world, hits and shadows of the geoms that cannot move are
+kept, and only pixels and shadows inside the bounding spheres of the others are traced again; the image is the same bit
+for bit.
 
 Shapes: N rays, one per pixel, M moving geoms.
 """
@@ -97,7 +97,7 @@ class RaycastRenderer:
         }
 
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
-        """One frame of `camera` in the state of `data` (after mj_forward or mj_step).
+        """Render `camera` in the state of `data` (after mj_forward or mj_step).
 
         Args:
             data: MjData of the renderer's model.
@@ -131,7 +131,7 @@ class RaycastRenderer:
         )
 
     def _fixed(self, data: mujoco.MjData, camera_id: int, origin: np.ndarray) -> _Kept:
-        """What a fixed camera sees of the fixed geoms; traced anew when any of these was moved."""
+        """Return what a fixed camera sees of the fixed geoms; traced again when one of these was moved."""
         geoms = self._fixed_geoms
         poses = (data.geom_xpos[geoms], data.geom_xmat[geoms], origin, data.cam_xmat[camera_id])
         key = b"".join(pose.tobytes() for pose in poses)
@@ -160,7 +160,7 @@ class RaycastRenderer:
         return fixed._replace(geom_id=geom_id, light=light, dark=dark)
 
     def _near_moving(self, data: mujoco.MjData, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """(N,) bool: the ray, of (3, N) float32, touches the bounding sphere of a moving geom."""
+        """Return (N,) bool: whether a ray (3, N) float32 touches the bounding sphere of a moving geom."""
         to_center = data.geom_xpos[self._moving_geoms] - origin  # (M, 3)
         distance = np.linalg.norm(to_center, axis=-1)
         outside = distance > self._reach
@@ -173,7 +173,7 @@ class RaycastRenderer:
     def _light(
         self, origin: np.ndarray, rays: np.ndarray, distance: np.ndarray, normal: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Direction and distance from the lamp to each point hit, and its light by Lambert's law."""
+        """Return direction and distance from the lamp to each point hit, and its light by Lambert's law."""
         reached = np.where(np.isfinite(distance), distance, 0.0)
         lamp_ray = origin + rays * reached[:, None] - self._lamp
         lamp_distance = np.sqrt((lamp_ray**2).sum(axis=-1))
@@ -188,7 +188,7 @@ class RaycastRenderer:
         return self._trace(data, self._lamp, lamp_ray, groups)[1] < lamp_distance - 2e-3
 
     def _rays(self, data: mujoco.MjData, camera_id: int) -> np.ndarray:
-        """(N, 3) unit directions in the world frame."""
+        """Return (N, 3) unit directions in the world frame."""
         if camera_id not in self._pixel_rays:
             height, width = self.config.image_size
             half = np.tan(np.deg2rad(self._model.cam_fovy[camera_id]) / 2.0)
@@ -202,7 +202,7 @@ class RaycastRenderer:
     def _trace(
         self, data: mujoco.MjData, origin: np.ndarray, rays: np.ndarray, groups: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nearest hit of each ray with the geoms of some groups: id (N,), distance (N,), normal (N, 3)."""
+        """Return the nearest hit of each ray with the geoms of some groups: id (N,), distance (N,), normal (N, 3)."""
         count = len(rays)
         geom_id, distance, normal = np.full(count, -1, np.int32), np.full(count, -1.0), np.zeros(3 * count)
         if count:

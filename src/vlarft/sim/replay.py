@@ -1,16 +1,15 @@
-"""Recorded episodes played again from their start, bit for bit, and seen at any resolution; and played otherwise."""
-
-from collections.abc import Sequence
-from typing import NamedTuple
+"""Recorded episodes played again, bit for bit and at any resolution, and other actions played from their states."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
+from vlarft.sensitivity import TrueOutcome
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env
 from vlarft.sim.tabletop import TabletopEnv
+from vlarft.sim.tasks import TABLETOP_SUITES
 
 
 def replay_frames(
@@ -24,48 +23,38 @@ def replay_frames(
     perturb: Perturbation | None = None,
     **options,
 ) -> list[np.ndarray]:
-    """Play recorded actions from an evaluation state and look at every n-th step.
+    """Play recorded actions from an evaluation state, and render every n-th step.
 
     Args:
         suite, task, init_state: the start.
         actions: (T, 7) raw actions.
         size: side of the frames [px].
-        every: control steps between frames; the last step is always seen.
+        every: control steps between frames; the last step is always rendered.
         perturb: as in the recorded episode.
-        options: of `make_env`.
+        options: further arguments of `make_env`; without `cameras`, the simulator's first camera is rendered.
 
     Returns:
         Frames, each (size, size, 3) uint8.
     """
     env = make_env(suite, task, image_size=size, **options)
     env.reset(init_state=init_state, perturb=perturb)
-    frames = [env.observe()["agentview"]]
+    (camera,) = env.cameras
+    frames = [env.observe()[camera]]
     for step, action in enumerate(actions, 1):
         env.step(np.asarray(action, dtype=np.float32))
         if step % every == 0 or step == len(actions):
-            frames.append(env.observe()["agentview"])
+            frames.append(env.observe()[camera])
     return frames
 
 
-class TrueOutcome(NamedTuple):
-    """What P action chunks really do.
-
-    frames: (P, T, C, H, W) float32 in [0, 1]
-    state_error: (P, T) float64, how far hand, fingers and objects are from those of the first chunk, summed [m]
-    """
-
-    frames: Tensor
-    state_error: Tensor
-
-
 class TabletopOutcomes:
-    """Plays action chunks from recorded states of Tabletop demonstrations; one simulator for each task."""
+    """Plays action chunks from recorded states of Tabletop demonstrations; one simulator per task and camera."""
 
     def __init__(self) -> None:
-        self.environments: dict[tuple[str, int], TabletopEnv] = {}
+        self.environments: dict[tuple, TabletopEnv] = {}
 
     def play(self, episode: Episode, start: int, chunks: np.ndarray) -> TrueOutcome:
-        """Play P chunks, each from the episode's recorded state.
+        """Play P chunks, each from the episode's recorded state, and render with the camera of `episode.images`.
 
         Args:
             episode: with states.
@@ -75,28 +64,31 @@ class TabletopOutcomes:
         Raises:
             ValueError: the episode has no states, or is not of Tabletop.
         """
-        places, frames = self._play(episode, start, chunks, look=True)
+        places, frames = self._play(episode, start, chunks, render=True)
         images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
         return TrueOutcome(images.unflatten(0, chunks.shape[:2]), self._error(places, chunks))
 
     def state_error(self, episode: Episode, start: int, chunks: np.ndarray) -> Tensor:
-        """That of `play` (P, T) alone, without a single frame rendered."""
-        return self._error(self._play(episode, start, chunks, look=False)[0], chunks)
+        """Return the state error (P, T) of `play` without rendering."""
+        return self._error(self._play(episode, start, chunks, render=False)[0], chunks)
 
-    def _play(self, episode: Episode, start: int, chunks: np.ndarray, look: bool) -> tuple[list, list]:
-        if episode.states is None or not str((episode.env_args or {}).get("suite", "")).startswith("tabletop"):
+    def _play(self, episode: Episode, start: int, chunks: np.ndarray, render: bool) -> tuple[list, list]:
+        args = episode.env_args or {}
+        if episode.states is None or args.get("suite") not in TABLETOP_SUITES:
             raise ValueError(f"true errors need Tabletop demonstrations with states; {episode.name} is none")
-        key = episode.env_args["suite"], episode.env_args["task"]
+        cameras = tuple(name for name, images in episode.cameras.items() if images is episode.images)
+        key = args["suite"], args["task"], cameras
         if key not in self.environments:
-            self.environments[key] = make_env(*key, image_size=episode.images.shape[1:3])
+            size = episode.images.shape[1:3]
+            self.environments[key] = make_env(*key[:2], image_size=size, cameras=cameras or None)
         env = self.environments[key]
         frames, places = [], []
         for chunk in chunks:
             env.set_state(episode.states[start])
             for action in chunk:
                 env.step(action)
-                if look:
-                    frames.append(env.observe()["agentview"])
+                if render:
+                    frames.append(env.observe()[env.cameras[0]])
                 objects = [env.position(name) for name in env.items]
                 places.append(np.stack([env.hand_position, [env.finger_width, 0, 0], *objects]))
         return places, frames
@@ -105,36 +97,3 @@ class TabletopOutcomes:
     def _error(places: list, chunks: np.ndarray) -> Tensor:
         positions = torch.from_numpy(np.stack(places)).unflatten(0, chunks.shape[:2])  # (P, T, bodies, 3)
         return (positions - positions[:1]).norm(dim=-1).sum(dim=-1)
-
-
-class SimulatorReward:
-    """What a verified reward stands in for: the true error, in the simulator that made the demonstrations.
-
-    It costs what the method exists to save, a simulator that can be set to any recorded state, and shows how much of a
-    result is the world model's doing.
-
-    Args:
-        episodes: of Tabletop, with states.
-        outcomes: simulators to share.
-    """
-
-    def __init__(self, episodes: Sequence[Episode], outcomes: TabletopOutcomes | None = None) -> None:
-        self.episodes, self.outcomes = episodes, outcomes or TabletopOutcomes()
-
-    def __call__(self, index: Tensor, actions: Tensor, dataset_actions: Tensor) -> Tensor:
-        """Negative state error to what the dataset's actions do.
-
-        Args:
-            index: (S, 2) episode number and step of the starts.
-            actions: (S, G, T, A) raw.
-            dataset_actions: (S, T, A) raw.
-
-        Returns:
-            (S, G, T) float32 [m].
-        """
-        rows = torch.cat([dataset_actions[:, None], actions], 1).cpu().numpy()
-        errors = [
-            self.outcomes.state_error(self.episodes[episode], step, chunks)[1:]
-            for (episode, step), chunks in zip(index.tolist(), rows, strict=True)
-        ]
-        return -torch.stack(errors).float().to(actions.device)

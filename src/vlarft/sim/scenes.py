@@ -33,7 +33,7 @@ class Item:
 
     @property
     def elongated(self) -> bool:
-        """Only one pair of sides fits between the fingers, so the hand has to turn with it."""
+        """Whether only one pair of sides fits between the fingers, so that the hand has to turn with it."""
         return self.shape == "box" and self.size[1] > 1.5 * self.size[0]
 
 
@@ -139,7 +139,7 @@ SURFACES = {
 
 
 def surface_of(scene: Scene, body: str) -> Surface:
-    """Where to put things on a fixture or an item (a plate takes more than a block) of the scene."""
+    """Return where to put things on a fixture or an item of the scene; a plate takes more than a block."""
     for fixture in scene.fixtures:
         if fixture.name == body:
             return SURFACES[fixture.kind]
@@ -159,7 +159,7 @@ HAND_XML = """
       <geom name="palm" type="box" size="0.050 0.015 0.011" pos="0 0 0.064" mass="0.8" rgba="0.20 0.21 0.24 1"/>
       <geom name="flange" type="cylinder" size="0.020 0.030" pos="0 0 0.105" mass="0.1" contype="0" conaffinity="0"
         rgba="0.33 0.34 0.38 1"/>
-      <camera name="wrist" pos="0 -0.075 0.075" xyaxes="1 0 0 0 0.79 0.61" fovy="75"/>
+      <camera name="eye_in_hand" pos="0 -0.075 0.075" xyaxes="1 0 0 0 0.79 0.61" fovy="75"/>
       <body name="finger_left" gravcomp="1">
         <joint name="finger_left" type="slide" axis="-1 0 0" range="0 0.04" limited="true" damping="40"/>
         <geom name="finger_left" type="box" size="0.008 0.010 0.033" pos="-0.008 0 0.021" mass="0.05"
@@ -186,7 +186,7 @@ ACTUATOR_XML = """
 
 
 def scene_xml(scene: Scene, timestep: float) -> str:
-    """MuJoCo XML of a scene: table, hand, fixtures, items, camera `agentview` and, on the hand, `wrist`.
+    """Return MuJoCo XML of a scene: table, hand, fixtures, items, cameras `agentview` and, on the hand, `eye_in_hand`.
 
     Args:
         scene: what stands on the table.
@@ -219,11 +219,11 @@ def _item_xml(item: Item) -> str:
 
 
 def sample_layout(scene: Scene, rng: np.random.Generator, max_tries: int = 5000) -> dict[str, np.ndarray]:
-    """A start layout without overlaps.
+    """Sample a start layout without overlaps.
 
     Args:
         scene: the scene.
-        rng: source of randomness.
+        rng: source of random numbers.
         max_tries: whole layouts tried before giving up.
 
     Returns:

@@ -1,75 +1,60 @@
-"""The suites of both benchmarks by name, and what their environments have in common.
+"""The simulators by name: their suites of tasks, environments and scripted experts.
 
-Eight suites of ten tasks: `tabletop_*`, embedded, and `libero_spatial`, `libero_object`, `libero_goal`, `libero_10`.
-Importing this needs neither simulator; `make_env` imports the one it needs.
+Tabletop, embedded, and LIBERO have four suites of ten tasks each: `tabletop_*`, and `libero_spatial`, `libero_object`,
+`libero_goal`, `libero_10`. Importing this needs neither simulator; making an environment imports the one it needs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from vlarft.sim.libero_tasks import LIBERO_SUITES, LiberoSuite
-from vlarft.sim.tasks import TABLETOP_SUITES, Suite
-
-if TYPE_CHECKING:
-    from vlarft.sim.libero_env import LiberoEnv
-    from vlarft.sim.tabletop import TabletopEnv
-
-NUM_INITIAL_STATES = 50  # of every task, as in LIBERO
-SUITES: dict[str, Suite | LiberoSuite] = {**TABLETOP_SUITES, **LIBERO_SUITES}
+from vlarft.sim.demonstrator import Demonstrator, NoPlanError
+from vlarft.sim.env import Env, Suite
+from vlarft.sim.experts import Expert
+from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.libero_experts import LiberoExpert
+from vlarft.sim.libero_tasks import LIBERO_SUITES
+from vlarft.sim.tabletop import TabletopEnv
+from vlarft.sim.tasks import TABLETOP_SUITES
 
 
-class StepResult(NamedTuple):
-    success: bool
-    done: bool  # success, or the horizon is reached
+class Simulator(NamedTuple):
+    suites: Mapping[str, Suite]
+    env: type[Env]
+    expert: Callable[..., Demonstrator] | None = None  # expert(env, seed, speed=..., action_noise=..., ...)
 
 
-def check_start(init_state: int | None, seed: int | None) -> None:
-    """What `reset` of either environment takes: one of the evaluation states, or a demonstration's seed.
-
-    Raises:
-        ValueError: neither or both, or out of range.
-    """
-    if (init_state is None) == (seed is None):
-        raise ValueError(f"give either init_state or seed, got init_state={init_state}, seed={seed}")
-    if init_state is not None and not 0 <= init_state < NUM_INITIAL_STATES:
-        raise ValueError(f"init_state must be 0..{NUM_INITIAL_STATES - 1}, got {init_state}")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
+SIMULATORS: dict[str, Simulator] = {
+    "tabletop": Simulator(TABLETOP_SUITES, TabletopEnv, Expert),
+    "libero": Simulator(LIBERO_SUITES, LiberoEnv, LiberoExpert),
+}
 
 
-def checked_action(action: np.ndarray, ready: bool) -> np.ndarray:
-    """What `step` of either environment takes: (7,), clipped to [-1, 1], float64.
-
-    Raises:
-        ValueError: wrong shape or NaN.
-        RuntimeError: not ready, for want of a reset.
-    """
-    action = np.asarray(action, dtype=np.float64)
-    if action.shape != (7,):
-        raise ValueError(f"action must have shape (7,) = dx, dy, dz, 3 rotations, gripper; got shape {action.shape}")
-    if not np.isfinite(action).all():
-        raise ValueError(f"action holds NaN or infinity: {action.tolist()}")
-    if not ready:
-        raise RuntimeError("call reset before step")
-    return np.clip(action, -1.0, 1.0)
-
-
-def task_names(suite: str) -> list[str]:
-    """Names of the tasks of a suite, in order.
+def simulator_of(suite: str) -> Simulator:
+    """Return the simulator that has a suite.
 
     Raises:
         ValueError: unknown suite.
     """
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; the suites are: {', '.join(SUITES)}")
-    return [task.name for task in SUITES[suite].tasks]
+    for simulator in SIMULATORS.values():
+        if suite in simulator.suites:
+            return simulator
+    known = [name for simulator in SIMULATORS.values() for name in simulator.suites]
+    raise ValueError(f"unknown suite {suite!r}; the suites are: {', '.join(known)}")
+
+
+def task_names(suite: str) -> list[str]:
+    """Return the names of a suite's tasks, in order.
+
+    Raises:
+        ValueError: unknown suite.
+    """
+    return [task.name for task in simulator_of(suite).suites[suite].tasks]
 
 
 def task_index(suite: str, task: int | str) -> int:
-    """Index of a task given by index or name.
+    """Return the index of a task given by index or name.
 
     Raises:
         ValueError: unknown suite or task.
@@ -83,24 +68,65 @@ def task_index(suite: str, task: int | str) -> int:
     raise ValueError(f"unknown task {task!r} of {suite}; give 0..{len(names) - 1} or one of: {', '.join(names)}")
 
 
-def make_env(suite: str, task: int | str, image_size: int | tuple[int, int] = 64, **options) -> TabletopEnv | LiberoEnv:
-    """The environment of one task; see `TabletopEnv` and `LiberoEnv`, whose methods are the same.
+def check_cameras(suite: str, cameras: Sequence[str], wanted_by: str = "make_env") -> None:
+    """Check that a suite's simulator renders these cameras.
 
     Args:
-        suite: a key of `SUITES`.
+        suite: name of a suite.
+        cameras: names of cameras.
+        wanted_by: who asks for them, for the error.
+
+    Raises:
+        ValueError: unknown suite, or a camera that its simulator lacks.
+    """
+    available = simulator_of(suite).env.available_cameras
+    if missing := [camera for camera in cameras if camera not in available]:
+        raise ValueError(
+            f"{wanted_by} wants camera {', '.join(map(repr, missing))} of {suite}, which renders only "
+            f"{', '.join(available)}: ask for one of these, or give a policy that was trained on it (--camera)"
+        )
+
+
+def make_env(
+    suite: str,
+    task: int | str,
+    image_size: int | tuple[int, int] = 64,
+    *,
+    cameras: Sequence[str] | None = None,
+    **options,
+) -> Env:
+    """Make the environment of one task.
+
+    Args:
+        suite: name of a suite.
         task: index or name of a task of the suite.
         image_size: side of the square images in pixels, or (height, width).
+        cameras: names of the images that `Env.observe` renders; None = the simulator's first, () = none.
         options: further arguments of the environment's class.
 
     Raises:
-        ValueError: unknown suite or task.
+        ValueError: unknown suite, task or camera.
         ImportError, FileNotFoundError: the simulator or its assets are missing; the message says how to get them.
     """
-    index = task_index(suite, task)
-    if suite in LIBERO_SUITES:
-        from vlarft.sim.libero_env import LiberoEnv
+    simulator, index = simulator_of(suite), task_index(suite, task)
+    cameras = simulator.env.available_cameras[:1] if cameras is None else tuple(cameras)
+    check_cameras(suite, cameras)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    return simulator.env(suite, index, size, cameras, **options)
 
-        return LiberoEnv(suite, index, image_size, **options)
-    from vlarft.sim.tabletop import TabletopEnv
 
-    return TabletopEnv(suite, index, image_size, **options)
+def make_expert(env: Env, seed: int, **settings: float) -> Demonstrator:
+    """Make the scripted expert of an environment.
+
+    Args:
+        env: the environment, reset before the expert acts.
+        seed: seed of the action noise.
+        settings: speed, action_noise, gripper_flips, persistence, see `demonstrator.ScriptedExpert`.
+
+    Raises:
+        NoPlanError: the simulator has no expert, or its expert has no plan for the task.
+    """
+    expert = simulator_of(env.suite).expert
+    if expert is None:
+        raise NoPlanError(f"{env.suite} has no scripted expert; record a policy instead")
+    return expert(env, seed, **settings)

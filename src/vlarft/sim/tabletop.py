@@ -9,20 +9,18 @@ critically damped controller, so that a constant action of 1 moves the hand 2 cm
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlarft.run.optional import optional
+from vlarft.sim.env import Env, Observation, StepResult, checked_action, checked_state, start_seed
+from vlarft.sim.perturb import Perturbation
+from vlarft.sim.raycast import RaycastConfig, RaycastRenderer
 from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, sample_layout, scene_xml, surface_of
-from vlarft.sim.suites import StepResult, check_start, checked_action, task_index
+from vlarft.sim.tabletop_perturb import Layout, displaced
 from vlarft.sim.tasks import TABLETOP_SUITES, Goal
 
-if TYPE_CHECKING:
-    from vlarft.sim.perturb import Perturbation
-
-_EVALUATION, _DEMONSTRATION = 0, 1  # disjoint streams of start states
 _OPEN_WIDTH = 0.08  # metres between the open fingers
 
 
@@ -39,96 +37,93 @@ class TabletopConfig:
     settle_steps: int = 6  # control steps simulated before the first observation
 
 
-class TabletopEnv:
-    """One task of one suite.
+class TabletopEnv(Env):
+    """One task of one suite; made by `suites.make_env`.
 
     Args:
         suite: a key of `TABLETOP_SUITES`.
-        task: index or name of a task of the suite.
-        image_size: side of the square images in pixels, or (height, width).
-        wrist: also observe the camera on the hand.
+        task_index: index of a task of the suite.
+        image_size: (height, width) of the images in pixels.
+        cameras: images to observe; `eye_in_hand` is the camera on the hand.
         config: physics and controller.
 
     Raises:
-        ValueError: unknown suite or task.
         ImportError: mujoco is not installed, or too old.
     """
+
+    available_cameras = ("agentview", "eye_in_hand")
 
     def __init__(
         self,
         suite: str,
-        task: int | str,
-        image_size: int | tuple[int, int] = 64,
+        task_index: int,
+        image_size: tuple[int, int],
+        cameras: tuple[str, ...],
         *,
-        wrist: bool = False,
         config: TabletopConfig = TabletopConfig(),
     ) -> None:
-        index = task_index(suite, task)
-        try:
+        with optional("the tabletop suites need mujoco >= 3.5", "sim"):
             import mujoco
-        except ImportError as error:
-            raise ImportError('the tabletop suites need mujoco >= 3.5: pip install "vlarft[sim]"') from error
         if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 5):
             raise ImportError(
-                f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U "vlarft[sim]"'
+                f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U -e ".[sim]"'
             )
-        from vlarft.sim.raycast import RaycastConfig, RaycastRenderer
-
+        super().__init__(TABLETOP_SUITES, suite, task_index, cameras)
         self._mujoco = mujoco
         self.config = config
-        self.suite = suite
-        self.task_index = index
-        self.task = TABLETOP_SUITES[suite].tasks[index]
-        self.task_name = self.task.name
-        self.instruction = self.task.instruction
-        self.horizon = TABLETOP_SUITES[suite].horizon
+        self.task = TABLETOP_SUITES[suite].tasks[task_index]
         self.scene = self.task.scene
-        self.cameras = ("agentview", "wrist") if wrist else ("agentview",)
         self.model = mujoco.MjModel.from_xml_string(
             scene_xml(self.scene, 1.0 / config.control_freq / config.num_substeps)
         )
         self.data = mujoco.MjData(self.model)
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self._renderer = RaycastRenderer(self.model, RaycastConfig(image_size=size))
+        self._renderer = RaycastRenderer(self.model, RaycastConfig(image_size=image_size))
         self.items = {item.name: item for item in self.scene.items}
         self._body = {self.model.body(i).name: i for i in range(self.model.nbody)}
         self._hand = self._body["hand"]
         self._state_kind = mujoco.mjtState.mjSTATE_INTEGRATION
         self._ready = False
-        self.num_steps = 0
-        self.num_rejected = 0
 
     # Episodes
 
     def reset(
         self, init_state: int | None = None, seed: int | None = None, perturb: Perturbation | None = None
     ) -> None:
-        """Starts an episode from one of the fixed evaluation states or from a demonstration seed.
-
-        Args:
-            init_state: 0..49, evaluation state.
-            seed: >= 0, demonstration state, from a stream disjoint from the evaluation states.
-            perturb: shift of objects, goals or robot applied to the start state; drawn from the same seed.
-
-        Raises:
-            ValueError: neither or both of init_state and seed, or out of range.
-        """
-        check_start(init_state, seed)
-        stream, number = (_EVALUATION, init_state) if seed is None else (_DEMONSTRATION, seed)
-        entropy = [zlib.crc32(self.suite.encode()), self.task_index, stream, int(number)]
-        rng = np.random.default_rng(entropy)
+        """Start an episode, see `Env.reset`: everything is placed anew by the start's own random numbers."""
+        numbers = start_seed(self.suite, self.task_index, init_state, seed)
+        rng = np.random.default_rng(numbers)
         layout = sample_layout(self.scene, rng)
         jitter = np.asarray(self.config.start_jitter)
         hand = np.asarray(self.scene.start) + rng.uniform(-jitter, jitter)
         self.num_rejected = 0
+        self.place(layout, hand)
         if perturb is None:
-            self.place(layout, hand)
             self.settle()
         else:
-            self.num_rejected = perturb.apply(self, layout, hand, np.random.default_rng([*entropy, 1]))
+            self.num_rejected = self._displace(layout, hand, perturb, np.random.default_rng([*numbers, 1]))
 
-    def place(self, layout: dict[str, np.ndarray], hand: np.ndarray) -> None:
-        """Writes a layout (body name -> x, y, z, yaw) and a hand position into the physics; call `settle` next."""
+    def _displace(self, layout: Layout, hand: np.ndarray, perturb: Perturbation, rng: np.random.Generator) -> int:
+        """Place and settle a displaced copy of the start that has just been placed; return how many were rejected.
+
+        A copy is rejected where things interpenetrate, leave the reachable table, or fall while settling.
+        """
+        plain_depth = self._depth()
+        bounds = np.asarray(self.config.low), np.asarray(self.config.high)
+
+        def attempt() -> bool:
+            start = displaced(self.task, bounds, layout, hand, perturb, rng)
+            if start is None:
+                return False
+            self.place(*start)
+            if self._depth() > plain_depth + perturb.max_depth:
+                return False
+            self.settle()
+            return all(abs(self.position(name)[2] - start[0][name][2]) < 0.005 for name in self.items)
+
+        return perturb.first_valid(attempt, f"{self.suite}/{self.task_name}")
+
+    def place(self, layout: Layout, hand: np.ndarray) -> None:
+        """Write a layout and a hand position (3,) into the physics; call `settle` next."""
         mj, model, data = self._mujoco, self.model, self.data
         mj.mj_resetData(model, data)
         for fixture in self.scene.fixtures:
@@ -142,7 +137,7 @@ class TabletopEnv:
         mj.mj_forward(model, data)
 
     def settle(self) -> None:
-        """Lets everything come to rest with the hand held still, and sets the clock to zero."""
+        """Let everything come to rest while the hand stands still, and set the clock to zero."""
         self._mujoco.mj_step(self.model, self.data, self.config.settle_steps * self.config.num_substeps)
         self.data.time = 0.0
         self._mujoco.mj_forward(self.model, self.data)
@@ -150,15 +145,7 @@ class TabletopEnv:
         self._ready = True
 
     def step(self, action: np.ndarray) -> StepResult:
-        """One control step of 1/20 s.
-
-        Args:
-            action: (7,), clipped to [-1, 1].
-
-        Raises:
-            ValueError: wrong shape or NaN.
-            RuntimeError: no reset yet.
-        """
+        """Advance one control step, see `Env.step`."""
         action = checked_action(action, self._ready)
         data, config = self.data, self.config
         data.ctrl[:3] = np.clip(data.qpos[:3] + config.position_scale * action[:3], config.low, config.high)
@@ -170,24 +157,20 @@ class TabletopEnv:
         success = self.success()
         return StepResult(success, success or self.num_steps >= self.horizon)
 
-    def observe(self) -> dict[str, np.ndarray | str]:
-        """Renders now.
-
-        Returns:
-            "agentview" and, if asked for, "wrist": (H, W, 3) uint8, upright; "proprio": (8,) float32; "instruction".
-        """
+    def observe(self) -> Observation:
+        """Render now: an image (H, W, 3) uint8 per camera, "proprio" (8,) float32 and "instruction"."""
         images = {camera: self._renderer.render(self.data, camera) for camera in self.cameras}
         return {**images, "proprio": self.proprio(), "instruction": self.instruction}
 
     def proprio(self) -> np.ndarray:
-        """(8,) float32: hand position [m], axis-angle [rad], finger positions [m], the second <= 0 as in LIBERO."""
+        """Return (8,) float32: hand position [m], axis-angle [rad], finger positions [m], the second <= 0."""
         qpos = self.data.qpos
         return np.concatenate([qpos[:3], _axis_angle(*qpos[3:6]), [qpos[6], -qpos[7]]]).astype(np.float32)
 
     # Whole state
 
     def get_state(self) -> np.ndarray:
-        """All that decides the future, as one float64 vector: step count, integration state, fixture positions."""
+        """Return one float64 vector: step count, integration state, fixture positions."""
         mj, model = self._mujoco, self.model
         state = np.empty(mj.mj_stateSize(model, self._state_kind))
         mj.mj_getState(model, self.data, state, self._state_kind)
@@ -195,17 +178,10 @@ class TabletopEnv:
         return np.concatenate([[self.num_steps], state, *fixtures])
 
     def set_state(self, state: np.ndarray) -> None:
-        """Continues from a vector of `get_state` of the same task, bit for bit.
-
-        Raises:
-            ValueError: a vector of another length.
-        """
+        """Continue from a vector of `get_state`, see `Env.set_state`."""
         mj, model = self._mujoco, self.model
         size = mj.mj_stateSize(model, self._state_kind)
-        state = np.asarray(state, dtype=np.float64)
-        expected = 1 + size + 3 * len(self.scene.fixtures)
-        if state.shape != (expected,):
-            raise ValueError(f"state of {self.suite}/{self.task_name} has shape ({expected},), got {state.shape}")
+        state = checked_state(state, 1 + size + 3 * len(self.scene.fixtures), f"{self.suite}/{self.task_name}")
         mj.mj_resetData(model, self.data)
         for fixture, position in zip(self.scene.fixtures, state[1 + size :].reshape(-1, 3)):
             model.body_pos[self._body[fixture.name]] = position
@@ -214,7 +190,7 @@ class TabletopEnv:
         self.num_steps = int(state[0])
         self._ready = True
 
-    # What the expert and the success test may know
+    # Privileged state, for the expert and the success test
 
     @property
     def hand_position(self) -> np.ndarray:
@@ -232,25 +208,25 @@ class TabletopEnv:
         return float(self.data.qpos[6] + self.data.qpos[7])
 
     def position(self, body: str) -> np.ndarray:
-        """(3,) origin of an item or fixture, metres."""
+        """Return the origin (3,) of an item or fixture [m]."""
         return self.data.xpos[self._body[body]].copy()
 
     def yaw(self, body: str) -> float:
-        """Yaw of an item, radians."""
+        """Return the yaw of an item [rad]."""
         rotation = self.data.xmat[self._body[body]]
         return math.atan2(rotation[3], rotation[0])
 
     def joint(self, name: str) -> float:
-        """Position of a drawer (metres) or knob (radians)."""
+        """Return the position of a drawer [m] or knob [rad]."""
         return float(self.data.joint(name).qpos[0])
 
     def released(self, item: str) -> bool:
-        """The fingers are clear of the item: open wider than it by 1 cm, or 6 cm away."""
+        """Return whether the fingers are clear of the item: open wider than it by 1 cm, or 6 cm away."""
         apart = np.linalg.norm(self.position(item) - self.data.qpos[:3])
         return self.finger_width > min(self.items[item].width + 0.01, _OPEN_WIDTH - 0.006) or apart > 0.06
 
     def achieved(self, goal: Goal) -> bool:
-        """Whether one goal holds in the present state."""
+        """Return whether one goal holds in the present state."""
         if goal.kind == "open":
             return self.joint("drawer") > 0.75 * DRAWER_TRAVEL
         if goal.kind == "turn":
@@ -265,16 +241,21 @@ class TabletopEnv:
         return inside and 0.0 < height < max(item.size) + 0.012 and self.released(goal.item)
 
     def success(self) -> bool:
-        """All goals of the task hold at once."""
+        """Return whether all goals of the task hold at once."""
         return all(self.achieved(goal) for goal in self.task.goals)
 
+    def _depth(self) -> float:
+        """Return the deepest penetration among the present contacts [m]."""
+        contacts = self.data.contact.dist
+        return float(max(0.0, -contacts.min())) if len(contacts) else 0.0
+
     def _update_poses(self) -> None:
-        """Poses of the present qpos; mj_step leaves them one substep behind, which images and success would show."""
+        """Compute the poses of the present qpos: mj_step leaves those of one substep before."""
         self._mujoco.mj_kinematics(self.model, self.data)
         self._mujoco.mj_camlight(self.model, self.data)
 
     def _angles_after(self, rotation_vector: np.ndarray) -> tuple[float, float, float]:
-        """Yaw, pitch, roll after a world-frame rotation of the present hand, tilt limited, yaw continuous."""
+        """Return yaw, pitch, roll after a world-frame rotation of the present hand, tilt limited, yaw continuous."""
         yaw, pitch, roll = self.data.qpos[3:6]
         if not rotation_vector.any():
             return yaw, pitch, roll
@@ -293,7 +274,7 @@ class TabletopEnv:
 
 
 def _axis_angle(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """(3,) rotation vector of Rz(yaw) Ry(pitch) Rx(roll)."""
+    """Return the rotation vector (3,) of Rz(yaw) Ry(pitch) Rx(roll)."""
     cy, sy = math.cos(yaw / 2.0), math.sin(yaw / 2.0)
     cp, sp = math.cos(pitch / 2.0), math.sin(pitch / 2.0)
     cr, sr = math.cos(roll / 2.0), math.sin(roll / 2.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from vlarft.sim.env import Suite, Task
 from vlarft.sim.scenes import (
     BIN_INNER,
     BIN_WALL,
@@ -35,20 +36,13 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Task:
-    instruction: str
+class TabletopTask(Task):
     scene: Scene
     goals: tuple[Goal, ...]
 
-    @property
-    def name(self) -> str:
-        return self.instruction.replace(" ", "_")
 
-
-@dataclass(frozen=True)
-class Suite:
-    horizon: int  # control steps
-    tasks: tuple[Task, ...]
+def _task(instruction: str, scene: Scene, *goals: Goal) -> TabletopTask:
+    return TabletopTask(instruction.replace(" ", "_"), instruction, scene, goals)
 
 
 def _block(name: str, rgb: str) -> Item:
@@ -73,16 +67,16 @@ SHELF, CABINET = Fixture("shelf", "shelf", (0.055, 0.038)), Fixture("cabinet", "
 DIAL = Fixture("dial", "dial", (0.034, 0.034))
 
 
-def _object_tasks(items: tuple[Item, ...], wanted: tuple[Item, ...], travel_height: float) -> tuple[Task, ...]:
+def _object_tasks(items: tuple[Item, ...], wanted: tuple[Item, ...], travel_height: float) -> tuple[TabletopTask, ...]:
     spots = (Spot("bin", (0.145, 0.165), (-0.05, 0.05)), *(Spot(i.name, (-0.18, 0.03), (-0.13, 0.13)) for i in items))
     scene = Scene(items, (BIN,), spots, travel_height)
     return tuple(
-        Task(f"pick up the {i.name.replace('_', ' ')} and place it in the bin", scene, (Goal("place", i.name, "bin"),))
+        _task(f"pick up the {i.name.replace('_', ' ')} and place it in the bin", scene, Goal("place", i.name, "bin"))
         for i in wanted
     )
 
 
-def _spatial_tasks() -> tuple[Task, ...]:
+def _spatial_tasks() -> tuple[TabletopTask, ...]:
     one, two = _block("block_1", RED), _block("block_2", RED)
     plate = Spot("plate", (0.14, 0.16), (-0.05, 0.05))
     anywhere = (-0.13, 0.13)
@@ -153,7 +147,7 @@ def _spatial_tasks() -> tuple[Task, ...]:
             if where[:3] == "the"
             else f"block {where}"
         )
-        tasks.append(Task(f"pick up the {which} and place it on the plate", scene, (Goal("place", block, "plate"),)))
+        tasks.append(_task(f"pick up the {which} and place it on the plate", scene, Goal("place", block, "plate")))
     return tuple(tasks)
 
 
@@ -181,8 +175,8 @@ def _put(item: Item, target: str) -> Goal:
     return Goal("place", item.name, target)
 
 
-def _workbench_tasks(goals: dict[str, tuple[Goal, ...]]) -> tuple[Task, ...]:
-    return tuple(Task(instruction, WORKBENCH, goal) for instruction, goal in goals.items())
+def _workbench_tasks(goals: dict[str, tuple[Goal, ...]]) -> tuple[TabletopTask, ...]:
+    return tuple(_task(instruction, WORKBENCH, *goal) for instruction, goal in goals.items())
 
 
 TABLETOP_SUITES: dict[str, Suite] = {

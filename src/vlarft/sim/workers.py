@@ -1,4 +1,4 @@
-"""Jobs in worker processes that may die: each worker is a process of its own, replaced when it does."""
+"""Jobs in worker processes that may die: each worker is a process of its own and is replaced when it dies."""
 
 import multiprocessing
 from collections import deque
@@ -11,7 +11,7 @@ import torch
 
 
 def one_thread() -> None:
-    """Start of a worker that computes with torch: the other cores have workers of their own."""
+    """Start a worker that computes with torch: one thread, since the other cores have their own workers."""
     torch.set_num_threads(1)
 
 
@@ -23,23 +23,23 @@ def run_jobs(
     start: Callable[[], None] | None = None,
     max_deaths: int = 3,
 ) -> Iterator[tuple[tuple, Any, int]]:
-    """Results of `function(*job)` as they come.
+    """Yield the results of `function(*job)` as they come.
 
-    A worker that dies (killed for memory, a crash in a driver) takes one job with it; another worker gets that job.
-    An exception that `function` raises is no death and is raised here.
+    A worker that dies (out of memory, a crash in a driver) takes one job with it; another worker gets that job. An
+    exception in `function` kills no worker and is raised here.
 
     Args:
-        function: of a module, since workers are spawned.
-        jobs: arguments of the calls.
-        workers: processes; 0 calls `function` here.
+        function: defined at the top of a module, since workers are spawned.
+        jobs: arguments of the calls, one tuple each.
+        workers: number of processes; 0 calls `function` in this one.
         start: called once in each worker.
-        max_deaths: workers that one job may cost.
+        max_deaths: workers that may die over one job.
 
     Yields:
         job, result, number of workers that died over it.
 
     Raises:
-        RuntimeError: a job cost `max_deaths` workers; what came before has been yielded.
+        RuntimeError: `max_deaths` workers died over a job; the results before that have been yielded.
     """
     if workers == 0:
         yield from ((job, function(*job), 0) for job in jobs)

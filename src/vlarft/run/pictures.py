@@ -1,0 +1,145 @@
+"""Grids of frames and animations as files. Needs pillow.
+
+Images: float (C, H, W) in [0, 1] with 3 channels; L columns or time steps, R rows.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.run.optional import optional
+
+
+def _pillow():
+    with optional("pictures need pillow", "plots"):
+        from PIL import Image, ImageDraw
+    return Image, ImageDraw
+
+
+def _to_uint8(image: Tensor, scale: int) -> np.ndarray:
+    """Convert (3, H, W) float to (H * scale, W * scale, 3) uint8, every pixel repeated."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return pixels.repeat(scale, 0).repeat(scale, 1)
+
+
+def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, min_side: int = 96) -> np.ndarray:
+    """Arrange rows of equally large images as one picture.
+
+    Args:
+        rows: R sequences of images (3, H, W); shorter rows leave white on the right.
+        labels: R row titles, on the left.
+        min_side: small images are enlarged by a whole factor to at least this many pixels.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    image_module, draw_module = _pillow()
+    scale = max(1, -(-min_side // max(rows[0][0].shape[-2:])))
+    height, width = (side * scale for side in rows[0][0].shape[-2:])
+    gap, margin = 2, 0 if labels is None else 12 + 7 * max(len(label) for label in labels)
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, margin + columns * (width + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = r * (height + gap), margin + c * (width + gap)
+            canvas[top : top + height, left : left + width] = _to_uint8(image, scale)
+    if labels is None:
+        return canvas
+    picture = image_module.fromarray(canvas)
+    draw = draw_module.Draw(picture)
+    for r, label in enumerate(labels):
+        draw.text((6, r * (height + gap) + height // 2 - 6), label, fill=(0, 0, 0))
+    return np.asarray(picture)
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, Tensor]], bins: int = 40, size: tuple[int, int] = (360, 240)
+) -> np.ndarray:
+    """Plot histograms as one picture: panels side by side, the series of a panel over each other.
+
+    Args:
+        panels: title -> {label: values (N,)}, up to four series; each is normalised by its own N, over the range of all
+            series of the panel.
+        bins: of each histogram.
+        size: width and height of a panel [px].
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    image_module, draw_module = _pillow()
+    colours = ((120, 140, 160), (200, 110, 70), (80, 140, 90), (130, 100, 170))
+    width, height = size
+    left, right, top, bottom = 12, width - 12, 40, height - 24
+    canvas = image_module.new("RGB", (width * len(panels), height), (255, 255, 255))
+    draw = draw_module.Draw(canvas)
+    for number, (title, series) in enumerate(panels.items()):
+        x0 = number * width
+        values = {label: v.detach().double().cpu() for label, v in series.items()}
+        low = min(float(v.min()) for v in values.values())
+        high = max(float(v.max()) for v in values.values())
+        high = max(high, low + 1e-6)
+        shares = {label: torch.histc(v, bins, low, high) / len(v) for label, v in values.items()}
+        peak = max(float(s.max()) for s in shares.values())
+        draw.text((x0 + left, 4), title, fill=(0, 0, 0))
+        for i, (label, share) in enumerate(shares.items()):
+            steps = [(x0 + left, bottom)]
+            for b, value in enumerate(share.tolist()):
+                y = bottom - (bottom - top) * value / peak
+                steps += [(x0 + left + (right - left) * (b + d) / bins, y) for d in (0, 1)]
+            draw.line([*steps, (x0 + right, bottom)], fill=colours[i], width=2)
+            draw.text((x0 + left + 90 * i, 20), label, fill=colours[i])
+        draw.line([(x0 + left, bottom), (x0 + right, bottom)], fill=(0, 0, 0))
+        draw.text((x0 + left, bottom + 6), f"{low:.3g}", fill=(0, 0, 0))
+        draw.text((x0 + right - 36, bottom + 6), f"{high:.3g}", fill=(0, 0, 0))
+    return np.asarray(canvas)
+
+
+def save_png(path: str | Path, picture: np.ndarray) -> None:
+    """Write a picture of `grid` (height, width, 3) as PNG."""
+    image_module, _ = _pillow()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    image_module.fromarray(picture).save(tmp, format="PNG", compress_level=3)  # a tenth larger, in a tenth of the time
+    os.replace(tmp, path)
+
+
+def save_gif(
+    path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0, hold_last: float = 0.0
+) -> None:
+    """Write pictures of one size as an endless animation, its last one shown `hold_last` seconds longer."""
+    image_module, _ = _pillow()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    first, *rest = [image_module.fromarray(picture) for picture in pictures]
+    duration = [round(1000 / frames_per_second)] * len(pictures)
+    duration[-1] += round(1000 * hold_last)
+    first.save(tmp, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    os.replace(tmp, path)
+
+
+def save_mp4(path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: int = 10) -> None:
+    """Write pictures of one size, (H, W, 3) uint8, as H.264 video; an odd last row or column is cropped.
+
+    Raises:
+        ImportError: PyAV is missing.
+    """
+    with optional("mp4 films need PyAV, gif ones do not", "video"):
+        import av
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    height, width = (side - side % 2 for side in pictures[0].shape[:2])
+    with av.open(str(tmp), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=frames_per_second)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    os.replace(tmp, path)

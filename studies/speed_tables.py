@@ -1,0 +1,109 @@
+"""Tables of docs/performance.md and docs/policy.md from the JSON files of benchmarks/."""
+
+from table_text import interval, table
+
+
+def step_table(report: dict) -> str:
+    """Phases of one fine-tuning step in percent of our step (rft_step.py)."""
+    versions = report["versions"]
+    whole = versions["ours"]["phases"]["total"]
+    rows = [
+        [phase, *(f"{100 * of['phases'][phase] / whole:.1f} %" for of in versions.values())]
+        for phase in versions["ours"]["phases"]
+    ]
+    rows.append(["GFLOP", *(f"{of['flops'] / 1e9:.0f}" for of in versions.values())])
+    rows.append(["share of the float32 peak", *(f"{100 * of['share_of_peak']:.0f} %" for of in versions.values())])
+    return table(["phase", *versions], rows)
+
+
+def faster_table(reports: dict[str, dict]) -> str:
+    """Times that our step is faster, float32 and bfloat16, against the other versions (rft_step.py)."""
+    rivals = "straightforward", "as released", "as released, bfloat16"
+    rows = []
+    for name, report in reports.items():
+        for ours in ("ours", "ours, bfloat16"):
+            found = [report["times_faster"][ours][rival] for rival in rivals]
+            rows.append([f"{name}: {ours}", *(_times(of["times"], [of["least"], of["most"]]) for of in found)])
+    return table(["times faster", *rivals], rows)
+
+
+def _times(median: float, ends: list[float]) -> str:
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} {interval(ends, digits)}"
+
+
+def rollout_table(report: dict) -> str:
+    """Rollouts of the world model against transformers' generate (rollout.py)."""
+    rows = []
+    for name, of in report["versions"].items():
+        if name != "ours":
+            cells = _times(of["times_as_long"], of["spread"])
+            low = _times(of["times_as_long_as_bfloat16"], of["spread_as_bfloat16"])
+            rows.append([name, cells, low, f"{100 * of['equal_tokens']:.1f} %"])
+    return table(["version", "times as long as ours", "times as long as ours in bfloat16", "equal tokens"], rows)
+
+
+def undone_table(report: dict) -> str:
+    """Our rollout with one optimisation undone, in times as long as ours (undone.py)."""
+    kinds = "float32", "bfloat16"
+    rows = [
+        [name, *(_times(report[kind][name]["times_as_long"], report[kind][name]["spread"]) for kind in kinds)]
+        for name in report["float32"]
+        if name != "ours"
+    ]
+    return table(["undone", *kinds], rows)
+
+
+def pixels_table(found: dict[str, dict], what: str) -> str:
+    """Pixel decode or image reward, in times as long as ours (pixels.py)."""
+    rows = []
+    for name, of in found.items():
+        digits = 1 if of["flops"] < 1e10 else 0
+        cells = _times(of["times_as_long"], of["spread"]), f"{of['flops'] / 1e9:.{digits}f}"
+        rows.append([name, *cells, f"{100 * of['share_of_peak']:.0f} %"])
+    return table([what, "times as long as ours", "GFLOP", "share of the float32 peak"], rows)
+
+
+def distinct_table(report: dict) -> str:
+    """Frames of a start that differ, and what decoding each once gives (distinct.py)."""
+    names = {"greedy": "greedy", "common": "common random numbers", "sample": "sampled"}
+    groups = list(dict.fromkeys(name.split(", ")[1] for name in report["decode"]))
+    rows = []
+    for name, label in names.items():
+        found = [report["decode"][f"{name}, {group}"] for group in groups]
+        cells = [(f"{100 * of['distinct']:.0f} %", _times(of["times_faster"], of["spread"])) for of in found]
+        rows.append([label, *(text for pair in cells for text in pair)])
+    heads = [text for group in groups for text in (f"{group}: frames that differ", "times faster")]
+    return table(["imagination", *heads], rows)
+
+
+def training_table(report: dict) -> str:
+    """Training steps of tokenizer and world model against straightforward ones (training.py)."""
+    names = [name for name, of in report.items() if isinstance(of, dict) and "times_faster" in of]
+    rows = [
+        [
+            name,
+            _times(report[name]["times_faster"], report[name]["spread"]),
+            f"{100 * report[name]['share_of_peak']:.0f} %",
+        ]
+        for name in names
+    ]
+    return table(["step", "times faster", "share of the peak"], rows)
+
+
+def head_table(report: dict) -> str:
+    """The action head against a straightforward version (policy.py)."""
+    names = {"chunk": "one chunk, one observation"}
+    names["batch of chunks"] = f"a chunk for each of {report['config']['batch_size']} observations"
+    names["head step"] = (
+        f"training step of the head, {report['config']['batch_size']} observations x {report['config']['draws']} "
+        "samples of tau and noise"
+    )
+    rows = []
+    for name, label in names.items():
+        of = report[name]
+        compiled = "times_faster_compiled" in of
+        cells = _times(of["times_faster"], of["spread"])
+        second = _times(of["times_faster_compiled"], of["spread_compiled"]) if compiled else ""
+        rows.append([label, cells, second, f"{of['flops'] / 1e9:.0f}", f"{100 * of['share_of_peak']:.0f} %"])
+    return table(["", "times faster", "with the trunk compiled", "GFLOP", "share of the peak"], rows)

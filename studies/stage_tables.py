@@ -1,0 +1,180 @@
+"""Tables of the studies of one stage each, of the demo and of the scripted experts, from their JSON files."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from labels import note, training
+from table_text import difference, percent, points, share, table
+
+ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
+
+
+def gates_table(*reports: dict) -> str:
+    """How well each reward ranks chunks by their true error, one row per reward, policy and world model (gates.py)."""
+    models = {
+        "wm": "demonstrations, noisy attempts",
+        "attempts": "demonstrations, noisy attempts, the policy's attempts",
+    }
+    models |= {"demonstrations_only": "demonstrations alone", "short": "1500 steps", "long": "13500 steps"}
+    heads = "reward", "world model saw, or trained for", "seed", "the policy's chunks", "around the demonstration"
+    rows = []
+    runs = {name: found for report in reports for name, found in report["runs"].items()}
+    for name, found in sorted(runs.items(), key=lambda item: item[0].split("/")[::-1]):
+        _, seed, model, reward = name.split("/")
+        shown = [f"{found[f'gate_{f}_true']:.2f} ± {found[f'gate_{f}_true_se']:.2f}" for f in ("policy", "dataset")]
+        pull = [f"{m:+.2f} ± {se:.2f}" for m, se in zip(found["pull"][:3], found["pull_se"])]
+        odd = f"{100 * found['odd_share']:.0f} %"
+        rows.append(
+            [reward.replace("r3", "R3"), models.get(model, model), seed.removeprefix("seed"), *shown, odd, *pull]
+        )
+    return table([*heads, "odd part", "pull to x", "y", "z"], rows)
+
+
+def failures_table(files: dict[str, dict], labels: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Where the episodes of evaluations ended (failures.py): shares of all episodes, medians over the failures.
+
+    Args:
+        files: the JSON file's "files".
+        labels: what a row is called, by file; the file's name otherwise.
+    """
+    rows = []
+    for name, found in files.items():
+        shares = [percent(share(found["counts"][end], found["episodes"])) for end in ENDS]
+        medians = ["", ""]
+        if found["closes"] is not None:
+            medians = [f"{found['closes']:g}", f"{1e3 * found['late_motion']:.0f} mm"]
+        rows.append([labels.get(name, name), *shares, *medians])
+    return table(["policy", *ENDS, "closes", "late motion"], rows)
+
+
+def sft_table(report: dict) -> str:
+    """Success of the arms of sft_study.py, and paired differences to the first."""
+    rows = []
+    for name, arm in report["arms"].items():
+        found = arm["success"]
+        apart = difference(found["only_first"], found["only_this"], found["episodes"]) if "only_this" in found else None
+        cells = percent(share(found["won"], found["episodes"])), points(apart), f"{arm['val_flow_mse']:.3f}"
+        rows.append([training(name), str(arm["steps"]), f"{arm['minutes']:.0f}", *cells])
+    first = next(iter(report["arms"]))
+    return table(["arm", "steps", "minutes", "success", f"against {first}", "held-out flow-matching loss"], rows)
+
+
+def wm_table(report: dict) -> str:
+    """Losses and rank correlations of the arms of wm_study.py, and the ceilings."""
+    kinds = "noise 0.15", "noise 0.4", "gripper flip"
+
+    def cells(order: dict, score: str) -> list[str]:
+        frames = order["true frames"].get(score)
+        state = [order["true state"][score].get(kind) for kind in ("all", *kinds)]
+        return ["1" if frames is None else _correlation(frames["all"]), *map(_correlation, state)]
+
+    rows = []
+    for name, arm in report["arms"].items():
+        losses = f"{arm['val_loss']:.2f} / {arm['val_shuffled_loss']:.2f}"
+        own = f"{arm['near_policy']['greedy']['gate_policy_true']:.2f}"
+        row = [training(name), str(arm["steps"]), f"{arm['minutes']:.0f}", losses, f"{arm['psnr_moving']:.1f} dB"]
+        rows.append([*row, *cells(arm["order"], "R3 greedy"), own])
+    order = next(iter(report["arms"].values()))["order"]
+    for score in ("decoded frames", "true frames"):
+        rows.append([f"ceiling: {score}", "", "", "", "", *cells(order, score), ""])
+    heads = ["arm", "steps", "minutes", "loss, own / others' actions", "moving PSNR", "R3, true frames"]
+    heads += ["R3, true state", "noise 0.15", "noise 0.4", "gripper", "the policy's chunks"]
+    return table(heads, rows) + note(report["arms"])
+
+
+def _correlation(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['spearman']:.2f} ± {found['standard_error']:.2f}"
+
+
+def imagination_table(report: dict) -> str:
+    """R3's rank correlations by how frames are imagined, for arms of wm_study.py."""
+    heads = "arm", "chunks", "greedy", "common random numbers", "independent samples"
+    rows = []
+    for name in ("default", "three times as long"):
+        order, near = report["arms"][name]["order"]["true state"], report["arms"][name]["near_policy"]
+        perturbed = [f"{order[f'R3 {how}']['all']['spearman']:.2f}" for how in ("greedy", "common", "independent")]
+        own = [f"{near[how]['gate_policy_true']:.2f}" for how in ("greedy", "common", "sample")]
+        rows += [[name, "perturbed", *perturbed], [name, "the policy's", *own]]
+    return table(heads, rows)
+
+
+def longer_table(cells: dict, gates: dict) -> str:
+    """World models of 1500 and of 13500 steps: the last row of their logs, and their gates."""
+    rows = []
+    for name, steps in (("short", 1500), ("long", 13500)):
+        log = cells["world_models"][name]
+        row = [f"{steps}", f"{log['minutes']:.0f}", f"{log['val_loss']:.3f}", f"{log['val_shuffled_loss']:.3f}"]
+        row.append(f"{log['rollout_psnr_moving']:.1f} dB")
+        for reward in ("r3", "divergence"):
+            found = gates["runs"][f"tabletop_spatial/seed0/{name}/{reward}"]
+            row.append(f"{found['gate_policy_true']:.2f} ± {found['gate_policy_true_se']:.2f}")
+        rows.append(row)
+    heads = "steps", "minutes", "loss", "with others' actions", "moving PSNR", "gate of R3", "gate of divergence"
+    return table(heads, rows)
+
+
+def libero_table(sampled: dict, zero: dict) -> str:
+    """Episodes that one policy wins on LIBERO, from the sampled x_0 and from 0 (eval_libero.py)."""
+    rows = []
+    for name, report in (("sampled", sampled), ("0 (`--noise zero`)", zero)):
+        (policy,) = report["policies"]
+        suites = [f"{of['all']['success']}/{of['all']['episodes']}" for of in policy["suites"].values()]
+        rows.append([name, *suites, percent(policy["all"])])
+    return table(["x_0", *sampled["policies"][0]["suites"], "together"], rows)
+
+
+def demo_table(report: dict) -> str:
+    """Success of the demo's three policies."""
+    names = {"sft": "SFT", "sft_extra": "+ extra SFT of the same time as RFT", "rft": "+ RFT (R3)"}
+    rows = []
+    for policy in report["evaluation"]:
+        stage = policy["policy"].split("/")[-2]
+        apart = policy.get("against_first")
+        against = f"{points(apart)}, p = {apart['p_value']:.2g}" if apart else ""
+        minutes = report["stages"][stage]["seconds"] / 60
+        rows.append([names[stage], percent(policy["all"]), against, f"{minutes:.1f}"])
+    return table(["policy", "success", "against SFT on the same starts", "minutes"], rows)
+
+
+def demo_world_model_table(report: dict) -> str:
+    """The demo's world model on held-out episodes, at the last frame, beside copying the first."""
+    frames = report["world_model"]["frames"]["all"]
+    names = {"psnr_moving": ("PSNR on moving pixels", "{:.1f} dB"), "psnr": ("PSNR on all pixels", "{:.1f} dB")}
+    names["ssim"] = ("SSIM", "{:.2f}")
+    rows = [
+        [label, *(shown.format(frames[which][name][-1]) for which in ("imagined", "copy"))]
+        for name, (label, shown) in names.items()
+    ]
+    return table(["world model, held-out episodes", "imagined", "last frame copied"], rows)
+
+
+def experts_table(report: dict) -> str:
+    """Episodes that Tabletop's scripted experts win, by suite and action noise (experts.py)."""
+    noises = list(dict.fromkeys(row["noise"] for row in report["rows"]))
+    rows = []
+    for suite in dict.fromkeys(row["suite"] for row in report["rows"]):
+        cells = [suite]
+        for noise in noises:
+            of = [row for row in report["rows"] if (row["suite"], row["noise"]) == (suite, noise)]
+            cells += _won(of)
+        plain = [row["mean_steps"] for row in report["rows"] if (row["suite"], row["noise"]) == (suite, noises[0])]
+        rows.append([*cells, f"{sum(plain) / len(plain):.0f}"])
+    heads = ["suite", "without noise", "lowest task", f"with action noise {noises[1]:g}", "lowest task", "steps"]
+    return table(heads, rows)
+
+
+def libero_experts_table(report: dict) -> str:
+    """Episodes that LIBERO's scripted experts win, by suite (libero_experts.py)."""
+    rows = []
+    for suite in dict.fromkeys(row["suite"] for row in report["rows"]):
+        of = [row for row in report["rows"] if row["suite"] == suite]
+        states = of[0]["states"]
+        steps = f"{sum(row['mean_steps'] for row in of) / len(of):.0f}"
+        rows.append([suite, str(len(of)), f"{states[0]} to {states[-1]}", *_won(of), steps])
+    return table(["suite", "tasks", "initial states", "won", "lowest task", "steps"], rows)
+
+
+def _won(rows: list[dict]) -> list[str]:
+    won, episodes = (sum(row[name] for row in rows) for name in ("successes", "episodes"))
+    lowest = min(rows, key=lambda row: row["successes"] / row["episodes"])
+    return [f"{won}/{episodes}", f"{lowest['successes']}/{lowest['episodes']}"]

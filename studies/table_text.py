@@ -1,0 +1,58 @@
+"""Rates, paired differences and changes of a policy's chunks as the text of markdown tables."""
+
+from collections.abc import Iterable, Sequence
+
+from vlarft.statistics import paired_difference, wilson_interval
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [heads, *rows]
+    return "\n".join([table_row(heads), "|---" * len(heads) + "|", *map(table_row, lines[1:])])
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def share(won: int, episodes: int) -> dict[str, float]:
+    """Success rate with its 95 % Wilson interval."""
+    return dict(zip(("rate", "low", "high"), wilson_interval(won, episodes))) | {"episodes": episodes}
+
+
+def difference(only_first: int, only_second: int, episodes: int) -> dict[str, float]:
+    """`paired_difference` from counts of the starts that one of two policies wins alone."""
+    rest = episodes - only_first - only_second
+    first = [True] * only_first + [False] * (only_second + rest)
+    second = [False] * only_first + [True] * only_second + [False] * rest
+    return paired_difference(first, second)._asdict()
+
+
+def percent(found: dict[str, float]) -> str:
+    """A success rate."""
+    return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def points(apart: dict | None) -> str:
+    """A difference of success rates, in percentage points; empty where there is none."""
+    if apart is None:
+        return ""
+    return f"{100 * apart['difference']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
+
+
+def signed(differences: Iterable[float]) -> str:
+    """Differences of single runs, in percentage points."""
+    return ", ".join(f"{100 * value:+.1f}" for value in differences)
+
+
+def shift(kind: str, change: dict[str, float]) -> str:
+    """A `chunks.difference`: standard deviation over x_0 in percent of what it was, a true error in mm."""
+    if kind == "std":
+        return f"{100 * change['mean'] / change['before']:+.0f} %"
+    return f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f}"
+
+
+def interval(values: Sequence[float], digits: int = 2) -> str:
+    """The ends of an interval."""
+    return f"[{values[0]:.{digits}f}, {values[1]:.{digits}f}]"

@@ -1,0 +1,541 @@
+"""studies/: the scripts at smoke size, summaries of synthetic runs by hand, tables in docs against the JSON files."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import cells
+import factor_cells
+import figures
+import findings
+import gates
+import labels
+import outcomes
+import pytest
+import records
+import rft_factors
+import rft_study
+import sft_study
+import stages
+import study_arms
+import study_logs
+import table_text
+import tables
+import wm_study
+from PIL import Image
+
+from vlarft.data import load_episodes
+
+ROOT = Path(__file__).parents[1]
+# what the study plays beside the arms
+REPLAYED = "SFT, x_0 = 0", "SFT, gripper sampled", "RFT R3, x_0 = 0", "SFT, other x_0"
+GRID_FILES = "grid", "rough", "perturbed", "second_round"
+CELL_FILES = "factors", "few", "few5", "clean", "grid_factors", "grid_factors_seed1", "grid_factors_seed2"
+CELL_FILES += ("grid_factors_again",)
+INTERVAL = re.compile(r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """rft_study.py at smoke size: its configuration, and what it returned."""
+    folder = tmp_path_factory.mktemp("study")
+    places = {"out_dir": str(folder / "runs"), "out": str(folder / "study.json")}
+    cfg = dataclasses.replace(rft_study.PRESETS["smoke"], **places)
+    return cfg, rft_study.main(cfg)
+
+
+@pytest.fixture
+def suite(study) -> Path:
+    """Where the smoke study's demonstrations, tokenizer, world model and policies lie."""
+    return Path(study[0].out_dir) / "tabletop_object"
+
+
+@pytest.mark.slow
+def test_study_at_smoke_size(study, suite, tmp_path, capfd):
+    cfg, report = study
+    assert json.loads(Path(cfg.out).read_text()) == report == records.rounded(report)
+    entry = report["runs"]["tabletop_object"]["0"]
+    summary = outcomes.summarise(report["runs"])
+    found = summary["tabletop_object"]["none"]
+    assert list(found) == ["SFT early", "SFT", "RFT R2", "RFT R3", "regression", *REPLAYED]
+    assert list(summary["tabletop_object"]["robot:20"]) == list(summary["all"]["all"]) == ["SFT", "RFT R3", *REPLAYED]
+    assert all(values["all"]["episodes"] == 2 and len(values["runs"]) == 1 for values in found.values())
+    assert summary["all"]["all"]["RFT R3"]["all"]["episodes"] == 4
+    assert "against SFT" in found["RFT R3"] and "against SFT" not in found["SFT"]
+    assert summary["all"] == summary["tabletop_object"]
+    assert "gate_policy" in entry["trust_gate"]["RFT R3"] and set(entry["minutes"]) == set(found) - set(REPLAYED)
+    assert "change" not in entry["chunks"]["SFT"]["sampled"] and entry["chunks"]["RFT R3"]["zero"]["change"]["mean"]
+    assert set(entry["commit"]) == set(found) and entry["machine"]
+    success = outcomes.success_table(report["runs"], "tabletop_object").splitlines()
+    assert success[0].startswith("| policy | runs | success, plain | gain, plain | gain, hand moved 20 mm | gain, all")
+    assert len(success) == len(found) + 2 and all(line.count("|") == 8 for line in success)
+    (row,) = [line for line in success if line.startswith("| + R3 | 1 | ")]
+    assert f"| {100 * found['RFT R3']['all']['rate']:.1f} % [" in row
+    assert " ± " in outcomes.chunk_table(report["runs"]["tabletop_object"]).splitlines()[-1]
+    assert entry["courses"]["RFT R3"]["step"][0] == 0 and entry["courses"]["RFT R3"]["std_gripper"][0] > 0
+    _, gated = outcomes.gated_runs(report["runs"])
+    assert gated[:4] == ("tabletop_object", "0", "RFT R3", entry["trust_gate"]["RFT R3"]["gate"])
+    fewer = dataclasses.replace(cfg, arms=("RFT R3",))
+    capfd.readouterr()
+    assert rft_study.main(fewer) == report  # nothing is trained again, and what is there stays
+    printed = capfd.readouterr().out
+    assert "train_" not in printed and success[0] in printed
+    with pytest.raises(ValueError, match="unknown arm 'PPO'"):
+        rft_study.main(dataclasses.replace(cfg, arms=("PPO",)))
+    with pytest.raises(ValueError, match="study.json holds runs with rft_group 3, not 4: give another file as --out"):
+        rft_study.main(dataclasses.replace(cfg, rft_group=4))
+    older = {**report, "settings": {name: value for name, value in report["settings"].items() if name != "start"}}
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    older = dataclasses.replace(cfg, out=str(tmp_path / "older.json"))
+    assert stages.read_report(older, "runs", rft_study.FREE) == report
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json has no runs, it is not of this script: give another file"):
+        stages.read_report(dataclasses.replace(cfg, out=str(tmp_path / "other.json")), "runs", rft_study.FREE)
+
+
+def test_arms_with_the_time_of_another():
+    with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning"):
+        study_arms.timed_arm(("extra SFT",), "extra SFT")
+    long = "RFT R1 per step, 400 steps", "extra SFT, 400 steps"
+    assert study_arms.timed_arm(("RFT R3", *long), long[1]) == long[0]
+    assert study_arms.timed_arm(("RFT R2", "RFT R3"), "extra SFT") == "RFT R3"
+    with pytest.raises(ValueError, match="extra SFT takes its wall time from a fine-tuning: add one that is as long"):
+        study_arms.timed_arm(long, "extra SFT")
+
+
+@pytest.mark.slow
+def test_second_round(study, tmp_path, capfd):
+    cfg, report = study
+    arms = "RFT R3", "regression"
+    again = dataclasses.replace(cfg, arms=arms, start="regression", perturb=("none",))
+    with pytest.raises(ValueError, match="holds runs with start None, not regression: give another file as --out"):
+        rft_study.main(again)
+    again = dataclasses.replace(again, out=str(tmp_path / "again.json"))
+    with pytest.raises(
+        FileNotFoundError, match="run tabletop_object, seed 1 without --start and with --arms 'regression'"
+    ):
+        rft_study.main(dataclasses.replace(again, seeds=(1,)))
+    capfd.readouterr()
+    second = rft_study.main(again)["runs"]["tabletop_object"]["0"]
+    entry = report["runs"]["tabletop_object"]["0"]
+    assert set(second["outcomes"]["none"]) == {"SFT", *arms, *REPLAYED}
+    assert second["outcomes"]["none"]["SFT"] == entry["outcomes"]["none"]["regression"]
+    assert second["sft"] != entry["sft"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "--init" in line or "train_rft.py" in line]
+    assert all("seed0/regression/model.safetensors" in line for line in lines) and len(lines) == 2
+    assert lines[1].index("--seed 100") > lines[1].index("--seed 0")
+    assert rft_study.main(cfg) == report  # the first round is as it was
+
+
+@pytest.mark.slow
+def test_world_models_of_other_episodes(study, suite, tmp_path, capfd):
+    cfg, report = study
+    entry = report["runs"]["tabletop_object"]["0"]
+    attempts = dataclasses.replace(cfg, arms=("RFT R3, on-policy",), out=str(tmp_path / "attempts.json"))
+    capfd.readouterr()
+    gate = rft_study.main(attempts)["runs"]["tabletop_object"]["0"]["trust_gate"]
+    assert set(gate) == {"RFT R3, on-policy"} and gate["RFT R3, on-policy"] != entry["trust_gate"]["RFT R3"]
+    kinds = Counter(e.kind for e in load_episodes(suite / "seed0" / "attempts_demos", successes_only=False))
+    assert kinds == Counter(e.kind for e in load_episodes(suite / "demos", successes_only=False)) + Counter(policy=2)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "train_rft.py" in line]
+    assert "--world-model" in line and "seed0/attempts/model.safetensors" in line
+    rft_study.main(attempts)
+    assert "python " not in capfd.readouterr().out  # attempts and world model are there
+
+    experts = dataclasses.replace(cfg, arms=("RFT R3, demonstrations only",), out=str(tmp_path / "experts.json"))
+    rft_study.main(experts)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python train_")]
+    assert "train_wm.py" in lines[0] and "--experts-only" in lines[0] and len(lines) == 2
+    assert "train_rft.py" in lines[1] and f"--world-model {suite / 'demonstrations_only'}" in lines[1]
+
+    places = {"runs": cfg.out_dir, "out": str(tmp_path / "gates.json")}
+    sizes = dataclasses.replace(gates.PRESETS["smoke"], **places)
+    found, worlds = gates.main(sizes), ("wm", "demonstrations_only", "attempts")
+    names = [f"tabletop_object/seed0/{model}/{reward}" for model in worlds for reward in sizes.rewards]
+    assert list(found["runs"]) == names and gates.main(sizes)["runs"] == found["runs"]
+    correlations = [run["gate_policy_true"] for run in found["runs"].values()]
+    assert len(set(correlations)) > 1 and all(-1 <= value <= 1 for value in correlations)
+    assert all(0 <= run["odd_share"] <= 1 and len(run["pull"]) == 6 for run in found["runs"].values())
+    assert found["runs"]["tabletop_object/seed0/wm/r1"]["odd_share"] < 0.1  # but for clipped actions
+    shown = capfd.readouterr().out
+    assert shown.count("attempts/r3: ") == 1
+    assert f"| R3 | demonstrations, noisy attempts | 0 | {correlations[1]:.2f} ± " in shown
+    with pytest.raises(ValueError, match="figures of other sizes than {'starts': 5, 'samples': 3}: give another file"):
+        gates.main(dataclasses.replace(sizes, starts=5))
+    with pytest.raises(FileNotFoundError, match="no policy at .*seed3/sft.*: run rft_study.py for this suite"):
+        gates.main(dataclasses.replace(sizes, seeds=(3,)))
+
+
+@pytest.mark.slow
+def test_studies_of_one_stage(suite, tmp_path, capfd):
+    demo = tmp_path / "demo"  # as demo.py leaves it
+    demo.mkdir()
+    for name, path in (
+        ("demos", suite / "demos"),
+        ("tokenizer", suite / "tokenizer"),
+        ("sft", suite / "seed0" / "sft"),
+    ):
+        (demo / name).symlink_to(path)
+    places = {"demo": str(demo), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "wm.json")}
+    report = wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "wm.json").read_text()) == report == records.rounded(report)
+    arm = report["arms"]["default"]
+    assert arm["steps"] == 20 and set(arm["order"]) == {"action", "true frames", "true state"}
+    assert {"R3 greedy", "decoded frames", "true frames"} <= set(arm["order"]["true state"])
+    assert set(arm["near_policy"]) == {"greedy", "common", "sample"}
+    assert -1 <= arm["near_policy"]["greedy"]["gate_policy_true"] <= 1
+    shown = capfd.readouterr().out
+    assert "| ceiling: decoded frames |" in shown and f"| {arm['psnr_moving']:.1f} dB |" in shown
+    with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
+        wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], arms=("none",)))
+
+    places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
+    report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "sft.json").read_text()) == report
+    first, other = report["arms"].values()
+    assert first["success"]["episodes"] == 2 and set(first["success"]) == {"won", "episodes"}
+    assert other["success"]["won"] - first["success"]["won"] == (
+        other["success"]["only_this"] - other["success"]["only_first"]
+    )
+    assert "| no key-position loss |" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
+        sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], arms=("none",)))
+
+
+@pytest.mark.slow
+def test_cells_at_smoke_size(suite, tmp_path, capfd, monkeypatch):
+    places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "cells"}
+    places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "cells.json")}
+    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], **places)
+    with pytest.raises(FileNotFoundError, match="run the study that trains the arm 'twice as long' first"):
+        rft_factors.main(cfg)
+    monkeypatch.setitem(factor_cells.CELLS, "R3", factor_cells.study("--starts", "2", "--steps", "1"))
+    monkeypatch.setitem(factor_cells.CELLS, "extra SFT head", factor_cells.sft("--steps", "1", *factor_cells.HEAD))
+    true = factor_cells.Cell(("--variant", "simulator"), world_model="wm")
+    monkeypatch.setitem(factor_cells.CELLS, "simulator's true error", true)
+    more = "simulator's true error", "plateau, x_0 = 0", "study, gripper sampled"
+    cfg = dataclasses.replace(cfg, cells=(*cfg.cells, *more), start="sft")
+    report = rft_factors.main(cfg)
+    assert json.loads((tmp_path / "cells.json").read_text()) == report == records.rounded(report)
+    found = report["cells"]
+    assert all(cell["chunks"]["played"]["starts"] == 4 and "commit" in cell for cell in found.values())
+    assert found["R3"]["reward"]["first"] < 0
+    for cell in found.values():
+        gains = cells.success(report["base"]["sft"], cell)
+        assert gains["all"]["against"]["only_first"] <= 2
+        assert {kind: of["episodes"] for kind, of in gains.items()} == {"none": 1, "robot:20": 1, "all": 2}
+    assert "gate_policy" in found["R3"]["gate"] and found["extra SFT head"]["gate"] == {}
+    alone = found["plateau, x_0 = 0"]
+    assert alone["minutes"] is None and alone["chunks"]["std"]["mean"] == 0 < alone["chunks"]["std"]["before"]
+    assert alone["chunks"]["played"]["mean"] != 0 == alone["chunks"]["zero"]["mean"]
+    gripper = found["study, gripper sampled"]["chunks"]["played"]["mean"]
+    assert gripper not in (0, alone["chunks"]["played"]["mean"])
+    assert set(report["base"]) == {"sft"} and "| extra SFT of the action head |" in capfd.readouterr().out
+    ungated = dataclasses.replace(cfg, cells=("R3",), gate=False, runs=str(tmp_path / "ungated"))
+    with pytest.raises(ValueError, match=r"cells.json holds cells with gate True, not False: give another file as"):
+        rft_factors.main(ungated)
+    elsewhere = rft_factors.main(dataclasses.replace(ungated, out=str(tmp_path / "ungated.json")))
+    assert elsewhere["cells"]["R3"]["gate"] == {}
+
+    alike = found.pop("R3")  # the file gathers cells: those of other invocations stay, and keep their commit
+    found["extra SFT head"]["commit"] = "0000000"
+    (tmp_path / "cells.json").write_text(json.dumps(report))
+    again = rft_factors.main(dataclasses.replace(cfg, cells=("R3", "extra SFT head")))["cells"]
+    assert again["R3"] == alike and set(alike["outcomes"]) == {"none", "robot:20"}
+    assert again["extra SFT head"] == found["extra SFT head"]
+    report["base"]["sft"]["chunks"]["zero"] = 0.5
+    (tmp_path / "cells.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="cells.json holds cells of another policy 'sft'"):
+        rft_factors.main(dataclasses.replace(cfg, cells=("R3",)))
+    with pytest.raises(ValueError, match="unknown cell 'none'; there are: R3"):
+        rft_factors.main(dataclasses.replace(cfg, cells=("none",)))
+
+
+@pytest.mark.slow
+def test_a_cell_trains_its_world_model(suite, tmp_path, capfd, monkeypatch):
+    cell = factor_cells.study("--steps", "1", "--starts", "2", world_model="short")
+    name = "study, R3, short world model"
+    monkeypatch.setitem(factor_cells.CELLS, name, cell)
+    monkeypatch.setitem(factor_cells.WORLD_MODELS, "short", factor_cells.Training(10))
+    places = {"demos": suite / "demos", "policies": suite / "seed0", "world_models": suite, "runs": suite / "cells"}
+    places = {name: str(path) for name, path in places.items()} | {"out": str(tmp_path / "factors.json")}
+    cfg = dataclasses.replace(rft_factors.PRESETS["smoke"], cells=(name,), **places)
+    report = rft_factors.main(cfg)
+    (cell,) = report["cells"].values()
+    assert report["world_models"]["short"]["step"] == 9 and "val_loss" in report["world_models"]["short"]
+    assert (cell["policy"], cell["world_model"]) == ("sft", "short") and "gate_policy" in cell["gate"]
+    assert rft_factors.main(cfg)["cells"][name] == cell and capfd.readouterr().out.count("train_wm.py") == 1
+
+
+def test_cells_with_several_seeds():
+    base = {"sft": {"outcomes": {"none": "10", "robot:20": "00"}}, "early": {}}
+    won = {"R3": "1100", "R3, seed 1": "1010", "R1": "1000", "R1, seed 2": "0000", "alone": "1111"}
+    runs = {name: {"policy": "sft", "outcomes": {"none": of[:2], "robot:20": of[2:]}} for name, of in won.items()}
+    found = cells.repeated(base, runs | {"older": {"policy": "sft"}, "older, seed 1": {"policy": "sft"}})
+    assert set(found) == {"R3", "R1"} and found["R3"]["runs"] == [0.25, 0.25] and found["R1"]["runs"] == [0, -0.25]
+    gain = found["R3"]["against_base"]  # 0, 0.5, 0.5, 0: a standard deviation of 0.289 over four starts
+    assert gain["difference"] == 0.25 and gain["high"] - 0.25 == pytest.approx(1.96 * 0.28868 / 2, rel=1e-4)
+    assert set(found["R1"]["against"]) == {"R3"} and found["R1"]["against"]["R3"]["difference"] == -0.375
+
+
+def test_cells_of_counts_and_of_outcomes_say_the_same():
+    before = {"outcomes": {"none": "1100", "robot:20": "10"}}
+    after = {"outcomes": {"none": "1011", "robot:20": "11"}}
+    counted = {
+        "success": {
+            "none": {"won": 3, "episodes": 4, "only_before": 1, "only_after": 2},
+            "robot:20": {"won": 2, "episodes": 2, "only_before": 0, "only_after": 1},
+        },
+        "against": {"rival": [1, 3]},
+    }
+    found = cells.success(before, after)
+    assert cells.success(before, counted) == found
+    assert found["all"]["rate"] == 5 / 6 and found["all"]["against"]["difference"] == 2 / 6
+    assert cells.base_rates(before)["all"]["rate"] == 0.5
+    assert cells.base_rates({"success": {"none": {"won": 2, "episodes": 4}}}) == {
+        kind: table_text.share(2, 4) for kind in ("none", "all")
+    }
+    rival = {"outcomes": {"none": "1000", "robot:20": "00"}}
+    apart = cells.against({"rival": rival, "cell": after}, "rival", "cell")
+    assert apart == outcomes.paired("100000", "101111") and apart["difference"] == 4 / 6
+    assert cells.against({"rival": {}, "cell": counted}, "rival", "cell")["difference"] == 2 / 6
+    assert cells.against({"rival": rival, "cell": {"success": {}}}, "rival", "cell") is None
+
+
+def test_study_gathers_runs(capsys):
+    cfg, runs = rft_study.PRESETS["smoke"], {}
+    parts = {"minutes": {}, "chunks": {"SFT": 0.1}, "trust_gate": {}, "courses": {}}
+    first = {"sft": "a", "commit": {"SFT": "1", "RWR": "1"}, "outcomes": {"none": {"SFT": "10", "RWR": "11"}}, **parts}
+    rft_study.gather(cfg, runs, "tabletop_object", 0, first)
+    again = {"sft": "a", "commit": {"SFT": "2", "RFT R3": "2"}, "outcomes": {"none": {"SFT": "10", "RFT R3": "01"}}}
+    again |= {**parts, "trust_gate": {"gate": 0.5}}
+    rft_study.gather(cfg, runs, "tabletop_object", 0, again)
+    kept = runs["tabletop_object"]["0"]
+    assert kept["outcomes"] == {"none": {"SFT": "10", "RWR": "11", "RFT R3": "01"}}
+    assert kept["commit"] == {"SFT": "1", "RWR": "1", "RFT R3": "2"}  # of the first that measured each
+    assert kept["trust_gate"] == {"gate": 0.5} and capsys.readouterr().out == ""
+    for seed in (10, 2):
+        rft_study.gather(cfg, runs, "tabletop_object", seed, first)
+    assert list(runs["tabletop_object"]) == ["0", "2", "10"]
+    rft_study.gather(cfg, runs, "tabletop_object", 0, {**again, "sft": "b"})  # a later version's file, the same chunks
+    assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR", "RFT R3"}
+    assert capsys.readouterr().out == ""
+    rft_study.gather(cfg, runs, "tabletop_object", 0, {**first, "sft": "c", "chunks": {"SFT": 0.2}})
+    assert set(runs["tabletop_object"]["0"]["outcomes"]["none"]) == {"SFT", "RWR"}
+    assert "is of another long-trained policy and is replaced" in capsys.readouterr().out
+
+
+def test_study_reads_logs(tmp_path):
+    seen = {"x": 0.2, "y": 0.3, "z": 0.1, "gripper": 0.4}
+    row = {f"std_{name}": value for name, value in seen.items()}
+    rows = {
+        "RFT R3": [
+            {"step": 0, "gate": 0.4, "policy_s": 10, "world_model_s": 20, "update_s": 30, "minutes": 7, **row},
+            {"step": 1, "policy_s": 20, "world_model_s": 20, "update_s": 20, "minutes": 9},
+        ],
+        "extra SFT": [{"step": 10, "minutes": 2.5}],
+    }
+    policies = {}
+    for name, lines in rows.items():
+        policies[name] = tmp_path / name / "model.safetensors"
+        policies[name].parent.mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert study_logs.trust_gates(policies) == {"RFT R3": {"gate": 0.4}}
+    assert study_logs.courses(policies) == {
+        "RFT R3": {"step": [0], **{f"std_{name}": [of] for name, of in seen.items()}}
+    }
+    assert [study_logs.minutes_of(tmp_path / name) for name in rows] == [2.0, 2.5]
+
+
+def test_study_pools_pairs_of_all_runs():
+    first = {"none": {"SFT": "10", "RWR": "11", "extra SFT": "11"}, "robot:20": {"SFT": "11", "RWR": "10"}}
+    second = {"none": {"SFT": "00", "RWR": "01", "extra SFT": "11"}}
+    seeds = {"0": {"outcomes": first}, "1": {"outcomes": second}}
+    report = outcomes.summarise({"tabletop_object": seeds}, ("SFT", "extra SFT", "RWR"))
+    assert report["all"] == report["tabletop_object"]
+    found = report["all"]["none"]
+    assert found["RWR"]["all"]["rate"] == 0.75 and [s["rate"] for s in found["RWR"]["runs"]] == [1.0, 0.5]
+    against = found["RWR"]["against SFT"]
+    assert against["difference"] == 0.5 and against["only_second"] == 2 and against["runs"] == [0.5, 0.5]
+    assert found["RWR"]["against extra SFT"]["difference"] == -0.25
+    assert set(found["SFT"]) == {"all", "runs", "against extra SFT", "against RWR"}
+    assert set(found["extra SFT"]) == {"all", "runs", "against SFT", "against RWR"}
+    # a policy is compared over the runs that have it, and over all kinds where it played all of them
+    assert report["all"]["robot:20"]["RWR"]["against SFT"]["difference"] == -0.5
+    assert report["all"]["all"]["RWR"]["all"]["episodes"] == 6 and "extra SFT" not in outcomes.compare([{"SFT": "1"}])
+    assert report["all"]["all"]["extra SFT"]["all"] == outcomes.rate("11")
+    rows = outcomes.rivals_table({"tabletop_object": seeds}, [("RWR", "extra SFT")]).splitlines()
+    assert rows[0] == "| compared | runs | difference | by run |"  # over all kinds, which extra SFT played in one run
+    assert rows[2].startswith("| RWR against extra SFT, time of R3 | 1 | -50.0 [") and rows[2].endswith(" | -50.0 |")
+
+
+def test_starts_by_what_sft_wins():
+    """From the sampled x_0 and from 0; runs that lack either are left out."""
+    run = {"SFT": "0001110", "SFT, x_0 = 0": "1100011", "RWR": "0111001", "SFT, other x_0": "1100011"}
+    found = outcomes.fates([run, {"SFT": "1", "RWR": "1"}, {"SFT": "1", "SFT, x_0 = 0": "1", "RFT R3": "1"}])
+    assert set(found) == {"RWR", "SFT, other x_0"}  # R3 has no start that SFT lost
+    groups = {"01": "011", "00": "1", "10": "10", "11": "0"}
+    assert found["RWR"] == {fate: outcomes.rate(groups[fate]) for fate in outcomes.FATES}
+    rows = outcomes.fates_table({"tabletop_object": {"0": {"outcomes": {"none": run}}}}).splitlines()
+    assert rows[0].startswith("| policy | SFT wins from x_0 = 0 alone | SFT wins from neither |")
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| SFT, other samples of x_0", "| + RWR"]
+    assert " of 3 | " in rows[3]
+
+
+def test_table_of_all_suites_has_what_more_than_one_has():
+    played = [{"SFT": "10", "RWR": "11"}, {"SFT": "10", "RFT R3": "11"}, {"SFT": "10", "RWR": "01"}]
+    runs = {
+        suite: {"0": {"outcomes": {"none": found}, "chunks": {}, "trust_gate": {}, "minutes": {}}}
+        for suite, found in zip(("tabletop_goal", "tabletop_long", "tabletop_object"), played)
+    }
+    rows = {suite: outcomes.success_table(runs, suite).splitlines()[2:] for suite in ("all", "tabletop_long")}
+    assert [row.split(" | ")[0] for row in rows["all"]] == ["| SFT", "| + RWR"]
+    assert [row.split(" | ")[0] for row in rows["tabletop_long"]] == ["| SFT", "| + R3"]
+
+
+def test_courses_and_dimensions_by_hand():
+    course = {"step": [0, 5, 10], "true_error": [0.010, 0.008, 0.009], "std_gripper": [0.4, 0.4, 0.3]}
+    course |= {f"std_{axis}": [0.2, 0.1, 0.1] for axis in "xyz"}
+    entry = {"outcomes": {"none": {"SFT": "10", "RFT R3": "11"}}, "courses": {"RFT R3": course}}
+    (row,) = outcomes.course_table({"suite": {"1": entry}}, "suite", ["RFT R3"]).splitlines()[2:]
+    assert row.startswith("| + R3 | 1 | 10.0 (step 0) | 8.0 (step 5) | 9.0 (step 10) | +50.0 [")
+    (row,) = outcomes.dimension_table({"suite": {"1": entry}}, "suite").splitlines()[2:]
+    assert row == "| + R3 | 1 | -50 % | -50 % | -50 % | -25 % |"
+
+
+def test_gates_and_gains_by_hand():
+    entry = {
+        "outcomes": {"none": {"SFT": "10", "RFT R3": "11", "RFT R2": "00", "RWR": "11"}},
+        "trust_gate": {name: {"gate": gate} for name, gate in (("RFT R3", 0.3), ("RFT R2", 0.1), ("RWR", 0.3))},
+    }
+    runs = outcomes.gated_runs({"suite": {"0": entry}})
+    assert [(run.arm, run.gate, run.against_sft["difference"]) for run in runs] == [
+        ("RFT R3", 0.3, 0.5),
+        ("RFT R2", 0.1, -0.5),
+    ]
+    order, chance = outcomes.gate_correlation(runs)
+    assert order == 1 and chance == pytest.approx(0.5, abs=0.02)  # one of two orders
+
+
+def test_records_are_short_and_read_back(tmp_path):
+    report = {"runs": {"0": {"outcomes": "01" * 200, "course": [0.1] * 60, "minutes": 1.25}}, "empty": {}, "x": None}
+    records.write(tmp_path / "out.json", report)
+    text = (tmp_path / "out.json").read_text()
+    assert json.loads(text) == report and text.endswith("}\n")
+    assert [line.strip()[:9] for line in text.splitlines()] == [
+        *(
+            "{",
+            '"runs": {',
+            '"0": {"ou'[:6],
+            '"outcomes',
+            '"course":',
+            '"minutes"',
+            "}",
+            "},",
+            '"empty": ',
+            '"x": null',
+            "}",
+        )
+    ]
+    assert records.rounded({"a": [0.123456789, 7, True, "x", 2.0]}) == {"a": [0.12346, 7, True, "x", 2.0]}
+    assert records.columns([{"a": 1}, {"a": 2, "b": 3}]) == {"a": [1, 2], "b": [None, 3]}
+
+
+def test_counts_give_the_intervals_of_outcomes():
+    first, second = "1101000110", "1111010010"
+    alone = Counter(zip(first, second))
+    counted = table_text.difference(alone["1", "0"], alone["0", "1"], len(first))
+    assert counted == outcomes.paired(first, second) and counted["difference"] == pytest.approx(0.1)
+    assert table_text.share(3, 10) == outcomes.rate("1110000000")
+
+
+def test_arms_and_cells_are_those_that_were_run():
+    """What can be run has been, and what can no longer be run says so."""
+    arms = {
+        name
+        for file in GRID_FILES
+        for seeds in records.read(file)["runs"].values()
+        for entry in seeds.values()
+        for name in entry["minutes"]
+        if not name.startswith("SFT")
+    } | {name for name in records.read("ten_tasks")["starts"]["none"] if not name.startswith("SFT")}
+    run = {name for file in CELL_FILES for name in records.read(file)["cells"]}
+    assert arms - labels.GONE == set(study_arms.ARMS) and run - labels.GONE == set(factor_cells.CELLS)
+    trained = set(records.read("sft")["arms"]) | set(records.read("world_model")["arms"])
+    assert trained - labels.GONE == {*sft_study.ARMS, *wm_study.ARMS}
+    assert arms | run | trained >= labels.GONE
+    assert set(labels.CELLS) == run
+    assert set(labels.ARMS) == arms | {"SFT early", "SFT", "SFT, other x_0"}
+    for file in GRID_FILES:
+        for seeds in records.read(file)["runs"].values():
+            for entry in seeds.values():
+                assert set(entry["commit"]) == set(entry["outcomes"]["none"])
+
+
+def test_documents_show_the_results():
+    """Every table of README.md, docs/ and studies/README.md is what `python studies/tables.py` writes."""
+    shown = []
+    for page in tables.pages():
+        text = page.read_text()
+        assert tables.render(text) == text, f"{page.name}: run python studies/tables.py"
+        shown += tables.BLOCK.findall(text)
+    assert Counter(name for _, name, _ in shown) == Counter(list(tables.TABLES)), "each table is shown once"
+
+
+def test_intervals_in_prose_are_those_of_a_table():
+    """A difference with its interval, wherever the findings and the studies' pages quote one, stands in a table."""
+    in_tables = {
+        found
+        for page in tables.pages()
+        for table in tables.tables_in(page.read_text())
+        for found in INTERVAL.findall(table)
+    }
+    pages = [page for page in tables.pages() if page.parent.name == "studies" or page.name == "findings.md"]
+    quoted = {page.name: INTERVAL.findall(" ".join(tables.BLOCK.sub("", page.read_text()).split())) for page in pages}
+    assert sum(map(len, quoted.values())) > 20
+    assert {
+        name: wrong for name, of in quoted.items() if (wrong := [found for found in of if found not in in_tables])
+    } == {}
+
+
+def test_pages_name_tables_that_exist():
+    text = "before\n<!-- table: clean -->\nold\n<!-- end -->\nafter\n"
+    new = tables.render(text)
+    assert new.startswith("before\n<!-- table: clean -->\n| cell |") and new.endswith("|\n<!-- end -->\nafter\n")
+    assert tables.render(new) == new and "old" not in new
+    with pytest.raises(ValueError, match="no table 'cleaner'; there are: findings"):
+        tables.render(text.replace("clean", "cleaner"))
+    with pytest.raises(ValueError, match="1 tables begin, 0 end"):
+        tables.render(text.replace("<!-- end -->", ""))
+
+
+def test_findings_are_eight_rows():
+    found = {of.label: of for of in findings.gains(records.read("grid")["runs"])}
+    assert len(found) == 8 and found["SFT alone"].sampled is None
+    assert found["SFT alone"].zero["difference"] > found["RFT, R3 (the paper's reward), 80 steps"].sampled["difference"]
+    assert "| SFT alone | 8 | 14 | 85.1 % [84.1, 86.1] | +7.1 [+6.2, +8.0] |" in tables.TABLES["findings"]()
+
+
+def test_figures_are_drawn(tmp_path):
+    runs = records.read("grid")["runs"]
+    figures.draw_findings(runs, tmp_path / "findings.png")
+    figures.draw_gates(outcomes.gated_runs(runs), 0.25, tmp_path / "gates.png")
+    sizes = {}
+    for name in ("findings", "gates"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            sizes[name] = image.size
+            assert len(image.convert("RGB").getcolors(1_000_000)) > 50
+    assert sizes == {"findings": (800, 400), "gates": (800, 450)}
+
+
+def test_results_are_small():
+    """Runs only: summaries are computed, and a study's file is short enough to read in a diff."""
+    files = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1.5e6
+    for path in (ROOT / "results" / "studies").iterdir():
+        report = json.loads(path.read_text())
+        assert not {"summary", "repeated"} & set(report) and report == records.rounded(report), path.name
+        text = records._text(report, 0) + "\n"
+        assert path.read_text() == text, path.name
