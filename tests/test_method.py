@@ -87,7 +87,7 @@ def world(tmp_path_factory) -> World:
     split = {"train_episodes": names[:-2], "held_out_episodes": names[-2:], "validation_episodes": names[-2:]}
 
     torch.manual_seed(0)
-    policy = VLAPolicy(POLICIES["smoke"])
+    policy = VLAPolicy(replace(POLICIES["smoke"], crop_area=0.81))  # training has to crop as deployment does
     policy.normalizer.fit(of(episodes, "intended"), of(episodes, "proprio"))
     nn.init.normal_(policy.head.output.weight, std=0.1)  # zero at first, which hides what comes before
     policy.save(folder / "policy.safetensors", split)
@@ -197,6 +197,11 @@ def fine_tune(world: World, out_dir: Path, **changes: Any) -> list[dict[str, flo
     cfg = replace(train_rft.PRESETS["smoke"], **files, **(defaults | changes))
     train_rft.main(cfg)
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def optimizer_groups(out_dir: Path) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups as the last step left them."""
+    return torch.load(out_dir / "train_state.pt", weights_only=True)["optimizer"]["param_groups"]
 
 
 def r1(actions: Tensor, reference: Tensor) -> Tensor:
@@ -358,19 +363,24 @@ def test_training_conditions_on_what_act_conditions_on(world, tmp_path, monkeypa
 
 
 def test_supervised_training_imitates_the_intended_actions(world, tmp_path, monkeypatch):
-    """Targets by hand, with fresh windows, times and noise in every step."""
+    """Targets and loss by hand, with fresh windows, times and noise in every step."""
     matching, taus = watch(monkeypatch, flow.matching_loss), watch(monkeypatch, flow.sample_tau)
     batches = watch(monkeypatch, WindowSampler.batch, WindowSampler)
-    cfg = replace(train_sft.PRESETS["smoke"], demos=str(world.demos), out_dir=str(tmp_path), validation_fraction=0.2)
-    train_sft.main(cfg)
+    preprocessed = watch(monkeypatch, VLAPolicy.preprocess, VLAPolicy)
+    files = {"demos": str(world.demos), "out_dir": str(tmp_path)}
+    options = {"validation_fraction": 0.2, "augment": "full", "key_weight": 0.3, "warmup": 8, "schedule": "constant"}
+    train_sft.main(replace(train_sft.PRESETS["smoke"], **files, **options))
     of_training = [call for call in taus if call.given["num"] == 4 * 2][-4:]  # 4 steps of 4 chunks, 2 times each
     assert all((call.given["alpha"], call.given["beta"]) == (1.5, 1.0) for call in taus)
     assert len(torch.stack([call.result for call in of_training]).unique()) == 4 * 4 * 2
     windows_of_steps = [tuple(call.result.index.flatten().tolist()) for call in batches[-4:]]
     assert len(set(windows_of_steps)) == 4
+    # the random crop of training is the only one; the two validations crop the centre
+    assert sum(call.given["crop"] for call in preprocessed) == 2 < len(preprocessed) - 4
+
     extra = read_header(tmp_path / "model.safetensors").extra
     episodes, training = load_episodes(world.demos), load_episodes(world.demos, names=extra["train_episodes"])
-    assert len(training) < len(episodes)
+    assert len(episodes) / 2 < len(training) < len(episodes)
     normalizer, intended = VLAPolicy.load(tmp_path / "model.safetensors").normalizer, of(training, "intended")
     assert_close(torch.stack([normalizer.action_low, normalizer.action_high]), quantiles(intended[:, :6]))
     proprio = quantiles(of(training, "proprio"))
@@ -378,10 +388,36 @@ def test_supervised_training_imitates_the_intended_actions(world, tmp_path, monk
     targets = torch.cat([call.given["actions"] for call in matching])
     assert_rows_in(targets, encoded(windows(episodes, "intended", padded=True), intended), 1e-3)
 
+    for row in (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()):
+        assert row["loss"] == pytest.approx(row["flow_mse"] + 0.3 * row["key_loss"], rel=1e-5)
+    vectors, matrices = optimizer_groups(tmp_path)  # weight decay on matrices only, half of the warm-up is over
+    trained = list(VLAPolicy(POLICIES["smoke"]).parameters())
+    assert (vectors["weight_decay"], matrices["weight_decay"]) == (0, 0.01)
+    assert len(matrices["params"]) == sum(p.ndim > 1 for p in trained) == len(trained) - len(vectors["params"])
+    assert vectors["lr"] == matrices["lr"] == pytest.approx(train_sft.PRESETS["smoke"].lr * 4 / 8)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(world, tmp_path):
+    """Up to the noise, which is another one in each micro-batch."""
+    norms = []
+    for accumulate in (1, 4):
+        files = {"demos": str(world.demos), "out_dir": str(tmp_path / str(accumulate))}
+        options = {"steps": 1, "accumulate": accumulate, "batch_size": 32, "noise_samples": 4, "validation_interval": 1}
+        train_sft.main(replace(train_sft.PRESETS["smoke"], **files, **options))
+        norms.append(json.loads((tmp_path / str(accumulate) / "log.jsonl").read_text())["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)
+
 
 def test_fine_tuning_is_held_to_the_intended_actions(world, tmp_path, monkeypatch):
     matching, batches = watch(monkeypatch, flow.matching_loss), watch(monkeypatch, WindowSampler.batch, WindowSampler)
-    fine_tune(world, tmp_path, reward="r1", steps=2, starts=4)
+    chains, taus = watch(monkeypatch, flow.sample_chain), watch(monkeypatch, flow.sample_tau)
+    rates = {"lr": 1e-5, "sigma_lr": 1e-4, "warmup": 4}
+    fine_tune(world, tmp_path, reward="r1", steps=2, starts=4, group=3, **rates)
+    assert [group["lr"] for group in optimizer_groups(tmp_path)] == pytest.approx([1e-5 * 2 / 4, 1e-4 * 2 / 4])
+    assert all((call.given["alpha"], call.given["beta"]) == (1.5, 1.0) for call in taus)
+    for fresh in ([c.result.x[:, 0] for c in rollouts(chains, 12)], [c.result for c in taus]):  # in every step
+        assert len(fresh) == 2 and not torch.isclose(*fresh).any()
+    assert not torch.equal(*(batch.result.index for batch in batches))
     targets, intended = torch.cat([c.given["actions"] for c in matching]), of(load_episodes(world.demos), "intended")
     assert len(targets) == 8
     assert_close(targets, encoded(torch.cat([b.result.intended for b in batches]), intended), atol=1e-4, rtol=0)
@@ -394,8 +430,9 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
     tokenized = watch(monkeypatch, WorldModel.tokenize, WorldModel)
     played = watch(monkeypatch, WorldModel.rollout, WorldModel)
     options = {"steps": 3, "validation_interval": 3, "validation_fraction": 0.2, "context_lookback": 2}
+    options |= {"warmup": 6, "schedule": "constant"}
     files = {"demos": str(world.demos), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
-    train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
+    found = train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
     episodes = load_episodes(world.demos)
     executed = windows(episodes, "actions", padded=False)  # (N, T, A)
     starts = [(e, t) for e in episodes for t in range(len(e) - CHUNK)]  # N of them
@@ -419,9 +456,17 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
             earlier += not torch.equal(context_frame, segment[0])
     assert earlier >= 3  # of 12 segments
     assert len({tuple(call.given["stale"].flatten().tolist()) for call in training}) == 3
+    assert len({tuple(call.given["actions"].flatten().tolist()) for call in training}) == 3
+    assert optimizer_groups(tmp_path)[0]["lr"] == pytest.approx(train_wm.PRESETS["smoke"].lr * 3 / 6)
     for call in played:
         for start, chunk in zip(call.given["first_frame"], call.given["actions"][:, 0], strict=True):
             assert_close(start, frames(chunk)[0])
+    own, shuffled = (call.given for call in losses[-2:])  # of the last validation
+    assert torch.equal(own["future_tokens"], shuffled["future_tokens"])
+    assert (own["actions"] != shuffled["actions"]).flatten(1).any(1).all()  # those of other segments
+    true = torch.stack([frames(chunk)[1:] for chunk in played[-1].given["actions"][:, 0]])
+    error = (played[-1].result.frames[:, 0] - true).square().mean()
+    assert found["rollout_psnr"] == pytest.approx(-10 * math.log10(error), rel=1e-4)
     names = read_header(tmp_path / "model.safetensors").extra["train_episodes"]
     actions = of(load_episodes(world.demos, names=names), "actions")
     ranges = WorldModel.load(tmp_path / "model.safetensors").action_bins
@@ -625,7 +670,9 @@ def test_an_action_conditions_the_frame_after_it():
             ids += [9 + 15 + b for b in bins[row][t]] + future[row, t + 1].tolist()
         expected.append(ids)
     expected = torch.tensor(expected)
-    loss, _ = model.token_loss(context, future, actions)
+    future[:, 2, :3] = future[:, 1, :3]  # most of frame 2 is that of frame 1
+    expected[:, 28:31] = future[:, 2, :3]
+    loss, found = model.token_loss(context, future, actions)
     assert_close(seen[0], model.embed_tokens(expected)[:, :-1])
     logits = model.lm_head(model.decoder(model.embed_tokens(expected)))
     places = [20 + 2 + t * 6 + i for t in range(3) for i in range(4)]
@@ -633,6 +680,10 @@ def test_an_action_conditions_the_frame_after_it():
         -logits[b, p - 1].log_softmax(-1)[expected[b, p]] for b in range(2) for p in places
     ]  # each token from the one before it
     assert_close(loss, torch.stack(terms).mean())
+    right = [[bool(logits[b, p - 1].argmax() == expected[b, p]) for p in places] for b in range(2)]
+    changed = [[bool(future[b, t + 1, i] != future[b, t, i]) for t in range(3) for i in range(4)] for b in range(2)]
+    right, changed = torch.tensor(right).float(), torch.tensor(changed)
+    assert found["accuracy"] == right.mean() and found["accuracy_changed"] == right[changed].mean()
 
     # the same sequence is what a rollout builds up: a change of a_t leaves frames up to t and their logits alone
     seen.clear()

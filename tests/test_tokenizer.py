@@ -189,6 +189,8 @@ def test_training_pass_equals_encode_and_decode():
         assert torch.equal(out.future_tokens, model.encode_future(frames, context))
         assert_close(out.frames.clamp(0, 1), model.decode(out.future_tokens, context), atol=1e-5, rtol=1e-4)
         assert_close(out.context_frame.clamp(0, 1), model.decode_context(context), atol=1e-5, rtol=1e-4)
+        rounded = model.future_fsq.decode(out.future_tokens)  # 3 levels: -1, 0, 1
+        assert out.future_codes.abs().max() <= 1 and (out.future_codes - rounded).abs().max() < 0.501
 
 
 def test_initial_gain_of_the_quantisers():
