@@ -2,7 +2,8 @@
 
     python tests/mutate.py                     all breakages of tests/mutations.txt
     python tests/mutate.py --module flow       those of src/vlarft/flow.py
-    python tests/mutate.py --module flow -v    with the last lines of pytest's output of each
+
+Each line says which test noticed.
 
 The table is plain text. A `module` line names a file, the `tests` line after it the tests that guard it; then, for each
 breakage, the old text, which must occur exactly once in the file, and the new one; a third line may give the reason why
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,10 +134,15 @@ def run(folder: Path, tests: tuple[str, ...]) -> tuple[int | None, str, float]:
     return code if in_time else None, output.read_text(), time.monotonic() - started
 
 
+def first_failure(output: str) -> str:
+    """Name of the test that pytest's summary lists first."""
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[0].split("::")[-1].split(" - ")[0] if lines else ""
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", help="name of one file, such as flow or train_wm")
-    parser.add_argument("-v", "--verbose", action="store_true", help="end of pytest's output of each")
     options = parser.parse_args(arguments)
     table = read_table(TABLE.read_text())
     chosen = [b for b in table if options.module in (None, Path(b.path).stem)]
@@ -145,8 +152,8 @@ def main(arguments: list[str]) -> int:
         )
     for breakage in chosen:  # before anything runs
         broken((ROOT / breakage.path).read_text(), breakage)
-    caught = listed = 0
-    wrong, started = [], time.monotonic()
+    counts: dict[str, Counter[str]] = {}  # verdicts by module
+    wrong: list[tuple[Breakage, str]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tree"
         copy_tree(folder)
@@ -162,21 +169,26 @@ def main(arguments: list[str]) -> int:
             path.write_text(broken(text, breakage))
             code, output, seconds = run(folder, breakage.tests)
             path.write_text(text)
-            survived = code == 0
-            caught, listed = caught + (not survived), listed + (survived and breakage.survives is not None)
-            if survived != (breakage.survives is not None):
-                wrong.append(breakage)
-            verdict = "SURVIVED" if survived else "caught  " if code is not None else "timeout "
-            print(f"{verdict}  {seconds:5.1f} s  {Path(breakage.path).stem}: {breakage.new.strip()}", flush=True)
-            if options.verbose:
-                print("\n".join(f"    {line}" for line in output.strip().splitlines()[-4:]), flush=True)
-    print(
-        f"{caught} of {len(chosen)} caught ({caught / len(chosen):.1%}), {listed} survive for a listed reason, "
-        f"{(time.monotonic() - started) / 60:.1f} minutes"
-    )
-    for breakage in wrong:
-        kind = "is caught, but listed as a survivor" if breakage.survives else "survives"
-        print(f"  {kind}: {breakage.path}: {breakage.old.strip()!r} -> {breakage.new.strip()!r}")
+            if code == 0:
+                verdict, detail = "survived", breakage.survives or ""
+            elif code == 1 or code is None:
+                verdict, detail = "caught", first_failure(output) if code else "out of time"
+            else:  # the tests cannot even be collected: such a breakage says nothing about them
+                verdict, detail = "no tests", output.strip()[-200:]
+            if (verdict == "survived", verdict == "caught") != (bool(breakage.survives), not breakage.survives):
+                wrong.append((breakage, verdict))
+            module = counts.setdefault(breakage.path, Counter())
+            module.update({verdict: 1, "seconds": round(seconds)})
+            print(f"{verdict:9} {seconds:5.1f} s  {breakage.path}: {breakage.new.strip()}  [{detail}]", flush=True)
+    print()
+    for path, module in (*counts.items(), ("all", sum(counts.values(), Counter()))):
+        total = module["caught"] + module["survived"] + module["no tests"]
+        print(f"{path:36} {module['caught']:4} of {total:3} caught, {module['seconds'] / 60:5.1f} minutes")
+    for breakage, verdict in wrong:
+        expected = "to survive" if breakage.survives else "to be caught"
+        print(
+            f"  {verdict}, expected {expected}: {breakage.path}: {breakage.old.strip()!r} -> {breakage.new.strip()!r}"
+        )
     return int(bool(wrong))
 
 
