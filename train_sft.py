@@ -15,7 +15,7 @@ are meant. Text is read as the checkpoint reads it (byte-level BPE with public w
 scratch; the first lines of a run say which, and estimate the memory of a step, which `--accumulate` and
 `--checkpoint-activations` lower. `--train head` leaves the vision-language model alone, as RFT does.
 
-`--augment full` is the public release's: a random crop of the policy's crop area, brightness, contrast and saturation
+`--augment full` is the public code's: a random crop of the policy's crop area, brightness, contrast and saturation
 by a factor of up to 1 +- 0.2, hue by up to 0.05 turns. `--augment light`: brightness by up to 1 +- 0.2, and noise of
 standard deviation 0.02 on every value.
 
@@ -81,7 +81,7 @@ class Config:
     validation_fraction: float = opt(0.02, "share of the episodes held out")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
     augment: Literal["full", "light", "none"] = opt(
-        "full", "full: crop and colours (public release); light: brightness and noise"
+        "full", "full: crop and colours (public code); light: brightness and noise"
     )
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a policy from scratch", "model")
