@@ -61,14 +61,18 @@ class Config:
         ("runs/sft",), "run folders, checkpoints, episodes.jsonl files, or random; the first is the baseline", "model"
     )
     noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
-    num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
+    num_flow_steps: int = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
 
-    suites: tuple[str, ...] = opt(tuple(LIBERO_SUITES), "suites of LIBERO and Tabletop to play", group="evaluation")
+    suites: tuple[str, ...] = opt(
+        tuple(LIBERO_SUITES),
+        "suites to play: libero_spatial, _object, _goal, _10; tabletop_spatial, _object, _goal, _long",
+        group="evaluation",
+    )
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)")
     perturb: str | None = opt(
-        None, "perturbed starts (Tables 3, 8): object:2.5, goal:5, robot:20, all:5/5/50, object:5:x"
+        None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
     image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")

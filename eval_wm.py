@@ -52,7 +52,7 @@ class Config:
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
     greedy: bool = opt(False, "imagine greedily for the frame metrics, instead of sampling")
     temperature: float = opt(1.0, "temperature of sampled rollouts")
-    top_p: float = opt(0.8, "nucleus of sampled rollouts (release)")
+    top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
     segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
     batch_size: int = opt(16, "segments, or starts, imagined at once")

@@ -1,4 +1,4 @@
-"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public release's."""
+"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public code's."""
 
 import sys
 import tempfile
@@ -119,7 +119,7 @@ class Workload:
 
     @torch.no_grad()
     def as_released(self) -> Rollouts:
-        """Run the step with the operations of the public release."""
+        """Run the step with the operations of the public code."""
         rows = self._alone()
         _, chain, actions = self._sampled(rows, 1)
         frames, reference = (self._imagined(rows, played) for played in (actions, rows.intended[:, None]))

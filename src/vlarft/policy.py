@@ -193,7 +193,7 @@ class VLAPolicy(nn.Module):
 
         Args:
             sigma_min, sigma_max: bounds of a flow step's standard deviation, normalised action units.
-            uses_x: give the net x_k besides (z, s, k), as the public release does.
+            uses_x: give the net x_k besides (z, s, k), as the public code does.
         Raises:
             ValueError: an earlier fine-tuning left a sigma net with other settings; the message has both.
         """
