@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 
@@ -73,8 +74,13 @@ def test_a_fine_tuning_of_an_older_version_is_entered_again(tmp_path):
         with pytest.raises(ValueError, match="another configuration: clip: 0.2 against 0.3"):
             other = dataclasses.replace(cfg, clip=0.3)
             open_run(cfg.out_dir, other, ignore=("gate_threshold",), older=migration.train_rft)
-    per_step = migration.train_rft({**RFT, "credit": "frame", "ratio_per": "step"}, "config.json")
-    assert per_step["per_step"] and migration.train_rft({**RFT, "gate_stop": False}, "")["gate_threshold"] is None
+    per_step = migration.train_rft(
+        {**RFT, "reference": "intended", "credit": "frame", "ratio_per": "step"}, "config.json"
+    )
+    assert (
+        per_step["per_step"]
+        and migration.train_rft({**RFT, "reference": "intended", "gate_stop": False}, "")["gate_threshold"] is None
+    )
 
 
 def test_todays_configuration_stays_as_it_is():
@@ -95,6 +101,14 @@ def test_todays_configuration_stays_as_it_is():
 def test_options_that_are_gone_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         migration.train_rft({**RFT, **changes}, "config.json")
+
+
+def test_a_reward_that_compared_with_executed_actions_is_warned_of():
+    with pytest.warns(UserWarning, match="config.json: this run's reward compared with the executed actions"):
+        migration.train_rft(RFT, "config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        migration.train_rft({**RFT, "reference": "intended"}, "config.json")
 
 
 def test_policies_of_older_versions_load(tmp_path):

@@ -200,7 +200,14 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["gate_threshold"] = None
     if "bf16" in values:
         values["precision"] = "bf16" if values.pop("bf16") else "fp32"
-    return migrate(values, {}, gone, where)
+    values = migrate(values, {}, gone, where)
+    if stored.get("reference") == "executed":
+        warnings.warn(
+            f"{where}: this run's reward compared with the executed actions of the demonstrations; from here on it "
+            "compares with the intended ones, which differ where a data set records both",
+            stacklevel=2,
+        )
+    return values
 
 
 def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
