@@ -110,7 +110,7 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    source = generator(device, "imagination", cfg.seed, distributed.rank())
+    source = generator(device, "rollouts", cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)

@@ -84,7 +84,9 @@ def release(cfg: train_rft.Config) -> Hooks:
         ValueError: flags that the public code's objective has no room for.
     """
     if not cfg.divide_by_std or cfg.per_step:
-        raise ValueError("variant release has one advantage per chunk, over the group's std: give --divide-by-std")
+        raise ValueError(
+            "variant release has one advantage per chunk, over the group's std: give --divide-by-std without --per-step"
+        )
     if cfg.micro_starts is not None:
         raise ValueError(
             f"variant release: the gate of the flow-matching term needs the whole batch at once, so leave out "

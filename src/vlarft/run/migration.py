@@ -145,23 +145,25 @@ def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[
 
 def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The configuration of a train_rft.py run."""
-    variant = "it is a variant in studies/variants.py now"
+    variant = "studies/variants.py has it as --variant "
+    release = "it belongs to the public code's objective, --variant release of studies/variants.py"
     no_help = "it did not help (docs/findings.md)"
-    constant = "it is a constant, which every preset had"
+    constant = "it is a constant, the same for all runs"
+    gripper = stored.get("group_x0") == "gripper"
     gone = {
-        "group_x0": Gone("own", variant),
-        "algorithm": Gone("grpo", variant),
-        "kl_weight": Gone(0.0, variant),
-        "vlm_lr": Gone(None, variant),
-        "noise": Gone("sigma_net", variant),
-        "symmetric": Gone(False, variant),
-        "chunks": Gone(1, variant),
-        "over_frames": Gone("sum", variant),
-        "over_k": Gone("mean", variant),
-        "objective": Gone("clip", variant),
-        "mse_gate": Gone(None, variant),
-        "entropy_over": Gone("k", variant),
-        "sigma_uses_x": Gone(False, variant),
+        "group_x0": Gone("own", variant + "gripper_x0" if gripper else "each rollout samples an x_0"),
+        "algorithm": Gone("grpo", variant + "rwr"),
+        "kl_weight": Gone(0.0, variant + "kl and kl_sampled"),
+        "vlm_lr": Gone(None, variant + "whole_policy"),
+        "noise": Gone("sigma_net", variant + "flow_sde"),
+        "symmetric": Gone(False, variant + "symmetric"),
+        "chunks": Gone(1, "a rollout has one action chunk"),
+        "over_frames": Gone("sum", "the reward is a sum over frames, Eq. (11)"),
+        "over_k": Gone("mean", release),
+        "objective": Gone("clip", release),
+        "mse_gate": Gone(None, release),
+        "entropy_over": Gone("k", release),
+        "sigma_uses_x": Gone(False, release),
         "mirrored": Gone(False, no_help),
         "history": Gone("frames", no_help),
         "minibatches": Gone(1, no_help),
@@ -185,11 +187,14 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     )  # fmt: skip  # belong to an option above, or change what is measured and not what is trained
     gone |= {name: Gone(stored.get(name), "") for name in without_effect}
     values = dict(stored)
+    if values.get("reward") == "simulator":
+        raise ValueError(_refusal(where, "reward 'simulator'", variant + "simulator"))
     if "credit" in values:
         choice = values.pop("credit"), values.pop("ratio_per")
         per_step = {("chunk", "chunk"): False, ("frame", "step"): True}
         if choice not in per_step:
-            raise ValueError(_refusal(where, "credit {!r} with ratio_per {!r}".format(*choice), variant))
+            why = release if "element" in choice else "--per-step credits an action step with the frame after it"
+            raise ValueError(_refusal(where, "credit {!r} with ratio_per {!r}".format(*choice), why))
         values["per_step"] = per_step[choice]
     if "clip_low" in values:
         low, high = values.pop("clip_low"), values.pop("clip_high")
@@ -200,7 +205,14 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["gate_threshold"] = None
     if "bf16" in values:
         values["precision"] = "bf16" if values.pop("bf16") else "fp32"
-    return migrate(values, {}, gone, where)
+    values = migrate(values, {}, gone, where)
+    if stored.get("reference") == "executed":
+        warnings.warn(
+            f"{where}: this run's reward compared with the executed actions of the demonstrations; from here on it "
+            "compares with the intended ones, which differ where a data set records both",
+            stacklevel=2,
+        )
+    return values
 
 
 def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
