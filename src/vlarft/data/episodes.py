@@ -1,4 +1,8 @@
-"""Read demonstrations of any format, and split them into training and validation episodes."""
+"""Read demonstrations of any format, and split them into training and validation episodes.
+
+A new format is a file like rlds.py, whose reader yields `Episode`s, and a line for it in `demo_files`, which detects
+formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` read it then.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
