@@ -109,6 +109,13 @@ class Config:
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt("replicate", "vision-language model over processes: sharded, or whole on each")
 
+    def __post_init__(self) -> None:
+        counts = ("steps", "starts", "epochs", "micro_starts", "save_interval", "keep_interval")
+        for name, least in {**dict.fromkeys(counts, 1), "group": 2, "gate_starts": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+
 
 PAPER = Config()
 PRESETS = {
@@ -233,7 +240,15 @@ def load_world_model(
 def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSampler, Batch]:
     """Load start states to train on, from the policy's training episodes; and fixed ones of episodes that it holds out,
     which for a trust gate the world model must hold out as well.
+
+    Raises:
+        ValueError: the policy names no training episodes; or the gate has no held-out ones, see `held_out_names`.
     """
+    if not extra.get("train_episodes"):
+        raise ValueError(
+            f"{cfg.policy} names no episodes that it was trained on, whose starts fine-tuning takes: train it with "
+            "train_sft.py, which writes them"
+        )
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
@@ -345,13 +360,12 @@ def main(
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
-
     gated = cfg.gate_starts > 0 and world_model is not None
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
     bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()
