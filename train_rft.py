@@ -54,7 +54,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlarft.data import Batch, WindowSampler, load_episodes
+from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.convention import check_same_images
 from vlarft.diagnosis import diagnose, picture_actions
 from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
@@ -77,6 +77,8 @@ from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW (public code)
 MSE_DRAWS = 16  # pairs (tau, eps) per start in the flow-matching term
+DIAGNOSIS_STARTS = 16  # where there is no gate
+HELD_OUT = 0.02  # share of the episodes, for a policy that names none (49:1, Sec. 4.2)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ class Config:
     frozen: distributed.Frozen = opt(
         "replicate", "vision-language model with several processes: sharded, or whole on each"
     )
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "starts", "epochs", "micro_starts", "save_interval", "keep_interval")
+        for name, least in {**dict.fromkeys(counts, 1), "group": 2, "gate_starts": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
 
 
 PAPER = Config()
@@ -264,16 +273,30 @@ def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSa
     the diagnosis.
 
     Held-out starts are of episodes that the policy was not trained on and, where there is a gate, nor was the world
-    model. Without a gate, a policy that names no held-out episodes is diagnosed on its training episodes.
+    model. Without a gate, a policy that names no held-out episodes is diagnosed on its training episodes. A policy that
+    names no episodes at all, as converted public weights, takes the default split of train_sft.py.
+
+    Raises:
+        ValueError: the gate has no held-out episodes, see `held_out_names`.
     """
+    camera = extra.get("camera", "agentview")
+    if not extra.get("train_episodes"):
+        split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
+        extra = {**extra, **dict(zip(("train_episodes", "held_out_episodes"), ([e.name for e in part] for part in split)))}
+        if distributed.is_main():
+            print(
+                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(split[0])} of {cfg.demos} and holds "
+                f"out {len(split[1])}, which the policy may have seen",
+                file=sys.stderr,
+            )
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     training, others = (
-        WindowSampler(load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), chunk + 1, chunk)
+        WindowSampler(load_episodes(cfg.demos, camera, names=names), chunk + 1, chunk)
         for names in (extra["train_episodes"], held_out)
     )
-    return training, others.spread(cfg.gate_starts or 16)
+    return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS)
 
 
 def make_trainable(
@@ -381,15 +404,23 @@ def main(
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
+<<<<<<< HEAD
     # raises if the folder holds a run of another configuration; gate_threshold may differ
     open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
 
+=======
+>>>>>>> breaker
     gated = cfg.gate_starts > 0 and world_model is not None
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
+<<<<<<< HEAD
     bf16 = cfg.precision == "bf16" and "vlm" not in trained  # of the context; what trains computes in float32
+=======
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
+    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
+>>>>>>> breaker
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below
     shard(policy, trained, cfg)

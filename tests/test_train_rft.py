@@ -322,9 +322,34 @@ def test_refusals(rft_config, tmp_path):
             save_model(file, model, model.cfg, {**extra, **facts})
         with pytest.raises(ValueError, match=message):
             run(policy=str(files[0]), world_model=str(files[1]))
+    policy, extra = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
+    for names, changes, message in (
+        ({}, {"gate_starts": 0}, "policy.safetensors names no episodes that it was trained on.*train_sft.py"),
+        ({"train_episodes": extra["train_episodes"]}, {}, "names no held-out episodes.*leave the gate out with --gate"),
+    ):
+        save_model(files[0], policy, policy.cfg, names)
+        with pytest.raises(ValueError, match=message):
+            run(policy=str(files[0]), **changes)
+    assert not (tmp_path / "x").exists()  # so that the same folder serves for the next attempt
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("steps", 0, 1),
+        ("group", 1, 2),
+        ("epochs", 0, 1),
+        ("micro_starts", -1, 1),
+        ("keep_interval", 0, 1),
+        ("seed", -1, 0),
+    ],
+)
+def test_counts_that_are_too_small_are_named(rft_config, name, value, least):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}: give at least {least}"):
+        dataclasses.replace(rft_config, **{name: value})
 
 
 def test_float32_masters_move_at_the_papers_learning_rate(rft_config, policy_file):
