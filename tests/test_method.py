@@ -411,6 +411,7 @@ def test_accumulated_gradients_are_those_of_one_batch(world, tmp_path):
 def test_fine_tuning_is_held_to_the_intended_actions(world, tmp_path, monkeypatch):
     matching, batches = watch(monkeypatch, flow.matching_loss), watch(monkeypatch, WindowSampler.batch, WindowSampler)
     chains, taus = watch(monkeypatch, flow.sample_chain), watch(monkeypatch, flow.sample_tau)
+    diagnosed = watch(monkeypatch, WindowSampler.spread, WindowSampler)
     rates = {"lr": 1e-5, "sigma_lr": 1e-4, "warmup": 4}
     fine_tune(world, tmp_path, reward="r1", steps=2, starts=4, group=3, **rates)
     assert [group["lr"] for group in optimizer_groups(tmp_path)] == pytest.approx([1e-5 * 2 / 4, 1e-4 * 2 / 4])
@@ -418,6 +419,8 @@ def test_fine_tuning_is_held_to_the_intended_actions(world, tmp_path, monkeypatc
     for fresh in ([c.result.x[:, 0] for c in rollouts(chains, 12)], [c.result for c in taus]):  # in every step
         assert len(fresh) == 2 and not torch.isclose(*fresh).any()
     assert not torch.equal(*(batch.result.index for batch in batches))
+    for calls, names in ((batches, "train_episodes"), (diagnosed, "held_out_episodes")):
+        assert [e.name for e in calls[0].given["self"].episodes] == [e.name for e in named(world, names)]
     targets, intended = torch.cat([c.given["actions"] for c in matching]), of(load_episodes(world.demos), "intended")
     assert len(targets) == 8
     assert_close(targets, encoded(torch.cat([b.result.intended for b in batches]), intended), atol=1e-4, rtol=0)
