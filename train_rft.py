@@ -282,11 +282,12 @@ def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSa
     camera = extra.get("camera", "agentview")
     if not extra.get("train_episodes"):
         split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
-        extra = {**extra, **dict(zip(("train_episodes", "held_out_episodes"), ([e.name for e in part] for part in split)))}
+        training, held_out = ([episode.name for episode in part] for part in split)
+        extra = {**extra, "train_episodes": training, "held_out_episodes": held_out}
         if distributed.is_main():
             print(
-                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(split[0])} of {cfg.demos} and holds "
-                f"out {len(split[1])}, which the policy may have seen",
+                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(training)} of {cfg.demos} and "
+                f"holds out {len(held_out)}, which the policy may have seen",
                 file=sys.stderr,
             )
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]
@@ -404,23 +405,14 @@ def main(
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-<<<<<<< HEAD
-    # raises if the folder holds a run of another configuration; gate_threshold may differ
-    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
-
-=======
->>>>>>> breaker
     gated = cfg.gate_starts > 0 and world_model is not None
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
-<<<<<<< HEAD
-    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # of the context; what trains computes in float32
-=======
+    # raises if the folder holds a run of another configuration; gate_threshold may differ
     open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
-    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
->>>>>>> breaker
+    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # of the context; what trains computes in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below
     shard(policy, trained, cfg)
