@@ -88,7 +88,6 @@ class Config:
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file of train_sft.py", group="data")
     world_model: str = opt("runs/wm", "frozen world model: run folder or file of train_wm.py")
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
-    out_dir: str = opt("runs/rft", "folder that the run writes")
     starts: int = opt(
         16, "start states per step, all processes together (batch size in Table 7)", group="rollouts and reward"
     )
@@ -117,7 +116,8 @@ class Config:
     gate_threshold: float | None = opt(
         0.25, "least rank correlation of reward and action error; none: go on regardless"
     )
-    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts", group="run")
+    out_dir: str = opt("runs/rft", "folder that the run writes", group="run")
+    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts")
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: int = opt(0, "seed of starts, chains and imagination")
@@ -429,7 +429,7 @@ def main(
 
     while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II; share: how much of the run is done
         # stream(name, seed, step): random numbers that depend on its arguments alone, so that a resume repeats them
-        stream, seconds, measured = partial(generator, device), {}, {"minutes": clock.minutes}
+        stream, seconds, measured = partial(generator, device), {}, {}
         with clock.paused():  # measurements do not count as training time
             if gated and step == 0:
                 measured |= trust_gate(score_held_out, policy, held_out, world_model.action_bins, cfg.seed, bf16=bf16)
@@ -469,7 +469,7 @@ def main(
                 optimizer.step()
                 updates.append(update)
 
-        metrics = across_processes(reward, advantage, updates, seconds) | measured
+        metrics = across_processes(reward, advantage, updates, seconds) | {"minutes": clock.minutes, **measured}
         log.log(step, metrics)
         step += 1
         if step < cfg.steps and state.due(step, cfg.save_interval):

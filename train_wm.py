@@ -83,6 +83,11 @@ class Config:
 
     out_dir: str = opt("runs/wm", "folder that the run writes", group="run")
     seed: int = opt(0, "seed of the weights and the batches")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stale <= 0.5:  # a segment's share goes up to twice the mean
+            raise ValueError(f"--stale {self.stale}: the mean share of stale frames must lie in 0..0.5")
+
     log_interval: int = opt(20, "steps between log lines")
     save_interval: int = opt(2000, "steps between checkpoints")
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept (model_002000.safetensors)")

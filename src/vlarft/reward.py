@@ -19,7 +19,7 @@ Shapes: S starts, G rollouts per start, T chunk steps, A action dim, (C, H, W) f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -150,8 +150,10 @@ def make_scorer(
         perceptual, imagination, part: of R2 and R3, see `ImageScorer`; the other rewards ignore them.
 
     Raises:
-        ValueError: no world model for a reward other than R1.
+        ValueError: an unknown reward, or no world model for one other than R1.
     """
+    if kind not in get_args(RewardKind):
+        raise ValueError(f"unknown reward {kind!r}; there are: {', '.join(get_args(RewardKind))}")
     if kind == "r1":
         return lambda batch, actions, generator=None: action_reward(actions, batch.intended)
     if world_model is None:
