@@ -1,4 +1,4 @@
-"""Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
+"""Small fixtures: demonstrations, a world model and a policy that fit together, all untrained."""
 
 import dataclasses
 import importlib.util

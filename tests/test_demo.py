@@ -1,4 +1,4 @@
-"""The demo at smoke size: every stage script by its command, the pictures, the second call; what its results serve."""
+"""demo.py at smoke size: every stage script by its command, the pictures, a second call, and uses of its results."""
 
 import dataclasses
 import json

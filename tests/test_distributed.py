@@ -1,4 +1,4 @@
-"""distributed: two gloo processes do what one does, and go on from what one saved; one from what two saved."""
+"""distributed: two gloo processes match one process, and each resumes what the other number of processes saved."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""eval_libero: the same starts for every policy, resumable, honest about bad input."""
+"""eval_libero.py: the same starts for every policy, resume, errors."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""eval_wm.py: frame metrics against hand-made rollouts, perturbations, agreement, the simulator's outcome, errors."""
+"""eval_wm.py: frame metrics of hand-made rollouts, perturbations, agreement, the simulator's outcome, errors."""
 
 import json
 from dataclasses import replace

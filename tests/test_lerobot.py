@@ -1,4 +1,4 @@
-"""LeRobot data sets, made here with pyarrow and PyAV alone: read, and refused where they are broken."""
+"""LeRobot data sets made with pyarrow and PyAV alone: read, and refused if they are broken."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The method end to end, against hand-written versions of its equations: what reaches the networks, with which sign.
+"""The method end to end, against hand-written equations: which values reach the networks, with which sign.
 
 The demonstrations have other units in every dimension, ranges far from [-1, 1] that are not symmetric, and intended
 actions that differ from the executed ones: a column, a unit or a kind of action in another's place changes a number

@@ -1,4 +1,4 @@
-"""Configurations and model files that older versions stored."""
+"""migration: configurations and model files of train_rft.py's older versions."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The policy: presets, images as given, act, the training loss, checkpoints, the sigma net's life."""
+"""The policy: presets, images as given, act, the training loss, checkpoints, the sigma net from SFT to RFT."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Public checkpoints: files of every kind, exact key listings, positions of other grids, the public models' numbers."""
+"""Public checkpoints: every file format, exact key lists, resized position embeddings, the public models' outputs."""
 
 import json
 from dataclasses import replace

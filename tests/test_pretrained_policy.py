@@ -1,4 +1,4 @@
-"""Public policies: both layouts, side files and their sign, statistics, text; the real sizes on the meta device."""
+"""Public policies: both layouts, side files and signs, statistics, text; full sizes on the meta device."""
 
 import json
 import sys

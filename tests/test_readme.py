@@ -1,4 +1,4 @@
-"""README and docs tell the truth: equations, functions, commands and flags exist, links lead somewhere."""
+"""README and docs match the code: equations, functions, commands, flags and links exist."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""RLDS in TFRecord files, whose bytes are put together here by hand: read, and refused where they are damaged."""
+"""RLDS in TFRecord files whose bytes are built by hand: read, and refused if they are damaged."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""runlog: one line a step, none lost, none twice."""
+"""log: one line per step, none lost, none twice."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""studies/variants.py: hand tables, gradients of each loss, samples, mirror images, runs that know their variant."""
+"""studies/variants.py: losses by hand, their gradients, samples, mirror images, runs that store their variant."""
 
 import dataclasses
 import json
