@@ -22,7 +22,7 @@ out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes a
 
 Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
 starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
-the policy as its fine-tuning did; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
+the policy with its sigma net's noise; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
 results.json. LIBERO places fixtures by the global random state; here it is seeded with 0 before every episode, so that
 an episode does not depend on those before it.
 """
@@ -267,7 +267,7 @@ def check(cfg: Config) -> dict[str, str]:
         if not 1 <= cfg.execute <= chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
-            raise ValueError(f"noise stochastic: {path} was never fine-tuned by train_rft.py, so it has no noise")
+            raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
     return digests
 

@@ -3,7 +3,8 @@
     python studies/variants.py --variant rwr --preset tiny --policy runs/sft --world-model runs/wm --out-dir runs/rwr
     torchrun --nproc-per-node 8 studies/variants.py --variant symmetric ...
 
-All other flags are those of train_rft.py. A run folder knows its variant, and belongs to no other. "R1" and "R3" are
+All other flags are those of train_rft.py; symmetric and simulator hand over a reward of their own, for which there is
+no trust gate and no rollouts.png. A run folder knows its variant, and belongs to no other. "R1" and "R3" are
 rewards; intervals are 95 %, over starts (docs/findings.md).
 
     release       the public code's objective (release_loss.py). Not run.

@@ -159,7 +159,7 @@ def test_bad_checkpoints(config, world_model_file, tmp_path):
 
 
 def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
-    with pytest.raises(ValueError, match="noise stochastic: .* was never fine-tuned by train_rft.py"):
+    with pytest.raises(ValueError, match="noise stochastic: .* has no sigma net, which train_rft.py adds"):
         eval_libero.main(dataclasses.replace(config, noise="stochastic"))
     policy, first = VLAPolicy.load(policy_file), {}
     policy.add_sigma_net()
