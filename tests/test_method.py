@@ -273,6 +273,9 @@ def test_an_update_raises_the_log_prob_of_the_better_rollouts(world, tmp_path, m
         id(c.given["self"]): c.given for c in conditions if c.result.base is sampled.given["cond"].base
     }.values()
     policy = given["self"]  # with its weights after the update
+    assert not policy.training
+    trained = {name.split(".")[0] for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained == {"head", "sigma_net"}
     with torch.no_grad():
         cond = policy.condition(given["context"], given["proprio"]).repeat(6)
         after = flow.chain_log_prob(policy.head, policy.sigma_net, sampled.result.x, cond).log_prob
