@@ -268,6 +268,8 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
+        if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
+            raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
     return digests
 

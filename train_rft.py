@@ -385,8 +385,8 @@ def main(
 
     Args:
         cfg: the configuration.
-        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; there is then
-            no trust gate.
+        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; with a trust
+            gate if it has `bins`, the action bins of its world model.
         score_held_out: the same reward for the diagnosis on held-out starts; none: `score`. A reward that looks up
             episodes by `batch.index` needs it, since there the index counts the held-out episodes.
         sample: sampling in place of `sample_chains`, `(policy, batch, context, group, generator) -> Chain`.
@@ -405,7 +405,8 @@ def main(
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-    gated = cfg.gate_starts > 0 and world_model is not None
+    bins = world_model.action_bins if world_model else getattr(score_held_out, "bins", None)  # none: no gate
+    gated = cfg.gate_starts > 0 and bins is not None
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
@@ -432,7 +433,7 @@ def main(
         stream, seconds, measured = partial(generator, device), {}, {}
         with clock.paused():  # measurements do not count as training time
             if gated and step == 0:
-                measured |= trust_gate(score_held_out, policy, held_out, world_model.action_bins, cfg.seed, bf16=bf16)
+                measured |= trust_gate(score_held_out, policy, held_out, bins, cfg.seed, bf16=bf16)
                 check_gate(measured, cfg.gate_threshold, cfg.reward)
             if step % cfg.save_interval == 0:
                 measured |= diagnosis()[0]

@@ -3,9 +3,9 @@
     python studies/variants.py --variant rwr --preset tiny --policy runs/sft --world-model runs/wm --out-dir runs/rwr
     torchrun --nproc-per-node 8 studies/variants.py --variant symmetric ...
 
-All other flags are those of train_rft.py; symmetric and simulator hand over a reward of their own, for which there is
-no trust gate and no rollouts.png. A run folder knows its variant, and belongs to no other. "R1" and "R3" are
-rewards; intervals are 95 %, over starts (docs/findings.md).
+All other flags are those of train_rft.py; symmetric and simulator hand over a reward of their own, which has no
+rollouts.png and, with simulator, no trust gate. A run folder knows its variant, and belongs to no other. "R1" and "R3"
+are rewards; intervals are 95 %, over starts (docs/findings.md).
 
     release       the public code's objective (release_loss.py). Not run.
     flow_sde      noise that keeps the flow's marginals (flow_sde.py), for the sigma net's. With R1, one run: +3.3

@@ -446,6 +446,11 @@ def test_a_symmetric_reward_favours_no_side(rft_parts):
     torch.testing.assert_close(symmetric, -torch.tensor([[[0.1, 0.1], [0.1, 0.1], [0.0, 0.0]]]))
 
 
+def test_a_symmetric_fine_tuning_has_a_trust_gate(rft_config):
+    values = {f.name: getattr(rft_config, f.name) for f in dataclasses.fields(rft_config)}
+    assert "gate" in variants.main(variants.Config(**values | {"steps": 1, "variant": "symmetric"}))
+
+
 def test_mirror():
     actions, reference = torch.zeros(1, 2, 1, 7), torch.full((1, 1, 7), 0.4)
     actions[0, 1, 0, 0], actions[..., 6] = -0.5, -1.0
