@@ -4,7 +4,9 @@
 
 Reads any format that `load_episodes` reads. Prints episodes, frames, fps, cameras, instructions, ranges of actions and
 proprioception, units, gripper, no-ops and image orientation, then warnings and errors. Writes a picture with three
-frames of every camera. Exits with 1 if training would refuse the data, otherwise with 0, even if there are warnings.
+frames of every camera. Goes through all packets of the videos and all headers of images, without decoding them; with
+--camera, reads the files of that camera only. Exits with 1 if training would refuse the data, otherwise with 0, even if
+there are warnings.
 
 Warnings come from statistics and may be wrong: check them against the picture.
 """
@@ -12,9 +14,10 @@ Warnings come from statistics and may be wrong: check them against the picture.
 import argparse
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +48,16 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
 
     Args:
         path: folder or file of demonstrations.
-        camera: camera that training will use: an error if it is missing. All cameras are checked in any case.
+        camera: camera that training will use, the only one whose files are read; None checks all cameras.
 
     Returns:
-        The report, and the episodes that could be read.
+        The report, and the episodes that could be read, with the cameras that were checked.
     """
     report, episodes = Report(), []
-    try:
-        report.facts["format"] = demo_files(path)[0]
-        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
-            episodes.append(episode)
-    except (ValueError, OSError, ImportError) as error:
-        report.errors.append(str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _read(report, episodes, path, camera)
+    report.warnings += [str(w.message) for w in caught]
     if not episodes:
         report.errors = report.errors or [f"{path} has no complete demonstrations"]
         return report, []
@@ -71,6 +72,28 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
     return report, episodes
+
+
+def _read(report: Report, episodes: list[Episode], path: str | Path, camera: str | None) -> None:
+    """Read into `episodes` those whose files hold all frames; every fault becomes an error."""
+    try:
+        report.facts["format"] = demo_files(path)[0]
+        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
+            if camera:
+                name = next(n for n, images in episode.cameras.items() if images is episode.images)
+                episode = replace(episode, cameras={name: episode.images})
+            faults = []
+            for images in episode.cameras.values():
+                try:
+                    if isinstance(images, Frames):
+                        images.check(thorough=True)
+                except (ValueError, OSError) as error:
+                    faults.append(str(error))
+            report.errors += [fault for fault in faults if fault not in report.errors]  # episodes share files
+            if not faults:
+                episodes.append(episode)
+    except (ValueError, OSError, ImportError) as error:
+        report.errors.append(str(error))
 
 
 def _contents(report: Report, episodes: Sequence[Episode]) -> None:
@@ -339,7 +362,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m vlarft.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="folder or file of demonstrations")
-    parser.add_argument("--camera", help="camera that training will use")
+    parser.add_argument("--camera", help="camera that training will use; the others are not read")
     parser.add_argument("--picture", type=Path, default=Path("data_check.png"), help="PNG of sample frames to write")
     parser.add_argument("--json", type=Path, help="JSON file of the report to write")
     args = parser.parse_args(argv)
