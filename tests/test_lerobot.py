@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vlarft.data import WindowSampler, load_episodes
-from vlarft.data.check import check
+from vlarft.data.check import check, sample_picture
 from vlarft.data.convert import main as convert
 from vlarft.data.episodes import read_episodes
 
@@ -498,7 +498,15 @@ def test_episodes_without_a_camera(tmp_path):
     report, _ = check(root)
     assert "not every episode has the camera wrist" in report.warnings and not report.errors
     assert any("2 of 3 episodes have no camera 'wrist'" in w for w in check(root, "wrist")[0].warnings)
-    amend(root, "v3.0", **{f"videos/{key}/{n}": [None] * 3 for n in ("chunk_index", "file_index", "from_timestamp")})
+    names, first = ("chunk_index", "file_index", "from_timestamp"), "videos/observation.images.image"
+    old = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    places = {f"{first}/{n}": [row[f"{first}/{n}"] for row in old] for n in names}
+    amend(root, "v3.0", **{n: [v[0], None, v[2]] for n, v in places.items()})
+    report, episodes = check(root)  # without --camera: every episode with the cameras it has
+    assert [list(e.cameras) for e in episodes] == [["image"], ["wrist"], ["image"]] and not report.errors
+    assert sorted(report.facts["orientation"]) == ["image", "wrist"] and sample_picture(episodes).shape[0] > 2 * SIZE
+    amend(root, "v3.0", **places)
+    amend(root, "v3.0", **{f"videos/{key}/{n}": [None] * 3 for n in names})
     with pytest.raises(ValueError, match=r"3 of 3 episodes have no camera 'wrist' .*; give --camera another of image"):
         load_episodes(root, "wrist")
     amend(root, "v3.0", **{f"videos/{key}/chunk_index": [None, 0, None]})

@@ -260,7 +260,7 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
     """Report which way is up; warn of black or frozen frames and of videos with few keyframes. Decodes a sample."""
     picked = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(12, len(episodes))).round().astype(int)]
     report.facts["orientation"] = {}
-    for name in picked[0].cameras:
+    for name in dict.fromkeys(n for e in picked for n in e.cameras):
         rows, hands, frozen, black, seen = [], [], 0, 0, 0
         for e in (e for e in picked if name in e.cameras):
             images = e.cameras[name]
@@ -281,7 +281,7 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
             report.warnings.append(
                 f"camera {name}: {frozen / seen:.0%} of the frames stand still while the robot moves"
             )
-        images = picked[0].cameras[name]
+        images = next(e.cameras[name] for e in picked if name in e.cameras)
         source = images.source if isinstance(images, Frames) else None
         if isinstance(source, VideoFrames):
             index = scan(source.path)
@@ -321,17 +321,18 @@ def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
     """Show three frames per camera: the start of the first episode, the middle of another, the end of the last.
 
     Returns:
-        uint8 (height, width, 3), one row per camera, with its name.
+        uint8 (height, width, 3), one row per camera, with its name; blank where an episode has no such camera.
     """
     places = (episodes[0], 0.0), (episodes[len(episodes) // 2], 0.5), (episodes[-1], 1.0)
-    rows, names = [], [n for n in episodes[0].cameras if all(n in e.cameras for e, _ in places)]
-    height, width = (max(e.cameras[n].shape[k] for e, _ in places for n in names) for k in (1, 2))
+    rows, names = [], list(dict.fromkeys(n for e, _ in places for n in e.cameras))
+    height, width = (max(v.shape[k] for e, _ in places for v in e.cameras.values()) for k in (1, 2))
     for name in names:
         row = []
         for e, share in places:
-            image = torch.from_numpy(np.array(e.cameras[name][round(share * (len(e) - 1))]))
             canvas = torch.ones(3, height, width)
-            canvas[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1) / 255
+            if name in e.cameras:
+                image = torch.from_numpy(np.array(e.cameras[name][round(share * (len(e) - 1))]))
+                canvas[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1) / 255
             row.append(canvas)
         rows.append(row)
     return grid(rows, names)
