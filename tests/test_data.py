@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
+from vlarft.data.check import check
 from vlarft.data.episode import no_ops
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
@@ -295,6 +296,8 @@ def test_damaged_images_are_refused_when_they_are_looked_at(tmp_path):
     assert images[:8].shape == (8, 6, 8, 3)
     with pytest.raises(ValueError, match=r"data/demo_0/obs/agentview_rgb, frames from 8 on: .*damaged file"):
         images[8]
+    report, episodes = check(path)  # goes through every chunk
+    assert len(report.errors) == 1 and "agentview_rgb, frames from 8 on: " in report.errors[0] and not episodes
 
 
 def test_gripper_in_other_units_is_refused(tmp_path):

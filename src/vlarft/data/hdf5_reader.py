@@ -130,6 +130,11 @@ class _Chunks:
                 raise ValueError(f"{self.where}, frames from {number * self.rows} on: {error}; damaged file") from error
         return first * self.rows, out[:, ::-1, ::-1] if self.turned else out
 
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        for lo in range(0, shape[0], self.rows):
+            if thorough or lo // self.rows not in self.places:
+                self.read(lo, lo + 1)
+
 
 @functools.lru_cache(maxsize=32)
 def _open(path: Path, process: int) -> "h5py.File":
@@ -149,6 +154,10 @@ class _Slices:
         except OSError as error:
             raise ValueError(f"{self.path}: {self.key} cannot be read ({error}); the file is damaged") from error
         return first, images[:, ::-1, ::-1] if self.turned else images
+
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        for lo in range(0, shape[0], self.rows) if thorough else ():
+            self.read(lo, min(lo + self.rows, shape[0]))
 
 
 def _instruction(data: "h5py.Group", path: Path) -> str:
