@@ -24,8 +24,8 @@ from torch.testing import assert_close
 import train_rft
 import train_sft
 import train_wm
-from vlarft import flow, metrics
-from vlarft.data import WindowSampler, load_episodes
+from vlarft import diagnosis, flow, gate, metrics
+from vlarft.data import Batch, WindowSampler, load_episodes
 from vlarft.data.episodes import Episode
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.nets.action_head import FlowConfig, FlowHead, SigmaNet
@@ -33,6 +33,7 @@ from vlarft.nets.dit import DiTConfig
 from vlarft.nets.transformer import TransformerConfig
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
+from vlarft.reward import action_reward
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.token_sampling import Sampling
 from vlarft.tokenizer import PRESETS as TOKENIZERS
@@ -231,6 +232,7 @@ def test_the_loss_is_surrogate_minus_entropy_plus_matching_loss(world, tmp_path,
         assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
         assert row["reward_std"] == pytest.approx(reward.std(1).mean().item(), rel=1e-3)
         advantage = (reward - reward.mean(1, keepdim=True)).flatten()  # (S * G,)
+        assert row["adv_std"] == pytest.approx(advantage.square().mean().sqrt().item(), rel=1e-3)
         parts = []
         for epoch in range(2):
             score = scores[2 * step + epoch].result
@@ -295,6 +297,7 @@ def test_the_world_model_plays_raw_actions_from_the_frames_of_the_starts(world, 
     chains, played = watch(monkeypatch, flow.sample_chain), watch(monkeypatch, WorldModel.rollout, WorldModel)
     batches = watch(monkeypatch, WindowSampler.batch, WindowSampler)
     options = {"reward": reward, "starts": 3, "group": 4, "steps": 1, "imagination": "greedy", "perceptual": "ssim"}
+    options |= {"divide_by_std": True}
     log = fine_tune(world, tmp_path, **options)
     (sampled,), batch = rollouts(chains, 12), batches[0].result
     starts = torch.cat([c.given["context_frame"].repeat_interleave(c.given["actions"].shape[1], 0) for c in played])
@@ -327,6 +330,9 @@ def test_the_world_model_plays_raw_actions_from_the_frames_of_the_starts(world, 
     assert rewards.std(1).min() > 1e-4  # this world model does depend on actions
     assert log[0]["reward"] == pytest.approx(rewards.mean().item(), rel=1e-4)
     assert log[0]["reward_std"] == pytest.approx(rewards.std(1).mean().item(), rel=1e-3)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+    assert log[0]["adv_std"] == pytest.approx(advantage.square().mean().sqrt().item(), rel=1e-2)
+    assert all(call.given["greedy"] and not call.given["common_random_numbers"] for call in played)
 
 
 def seen_by_act(policy: VLAPolicy, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
@@ -477,6 +483,61 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
     actions = of(load_episodes(world.demos, names=names), "actions")
     ranges = WorldModel.load(tmp_path / "model.safetensors").action_bins
     assert torch.equal(ranges.low, actions.amin(0)) and torch.equal(ranges.high, actions.amax(0))
+
+
+def held_out_starts(world: World, count: int = 4) -> Batch:
+    """Windows of the episodes that the policy holds out."""
+    return WindowSampler(named(world, "held_out_episodes"), CHUNK + 1, CHUNK).spread(count)
+
+
+def test_the_gate_scores_raw_chunks_near_the_demonstrations_and_of_the_policy(world):
+    policy, batch, scored = VLAPolicy.load(world.policy), held_out_starts(world), []
+    policy.add_sigma_net()
+    bins = WorldModel.load(world.world_model).action_bins
+
+    def score(batch: Batch, actions: Tensor, generator: torch.Generator) -> Tensor:
+        scored.append(actions)
+        return -(actions - batch.intended[:, None]).abs().mean(-1)  # ranks as the action error does
+
+    found = gate.trust_gate(score, policy, batch, bins, 0)
+    assert found["gate"] == pytest.approx(1)
+    (chunks,), intended = scored, of(load_episodes(world.demos), "intended")
+    near, sampled = chunks[:, :9], chunks[:, 9:]
+    assert ((near - batch.intended[:, None]).abs().amax((2, 3)) > 0).all()  # all of them perturbed, but the gripper
+    assert torch.equal(near[..., 6], batch.intended[:, None, :, 6].expand_as(near[..., 6]))
+    low, high = quantiles(intended[:, :6])
+    moved = 2 * (near[..., :6] - batch.intended[:, None, :, :6]) / (high - low)  # (S, 9, T, 6), normalised units
+    for number, size in enumerate((0.05, 0.15)):  # the third size is often clipped to the recorded ranges
+        rms = moved[:, 3 * number : 3 * number + 3].square().mean((0, 1, 2)).sqrt()
+        assert_close(rms, torch.full((6,), size), atol=0, rtol=0.3)
+    assert sampled.shape == (4, 8, CHUNK, 7) and (sampled[..., 6].abs() == 1).all()
+    assert (sampled[..., :6] >= low - 1e-3).all() and (sampled[..., :6] <= high + 1e-3).all()
+    assert found["gate_policy_pairs"] == 1 and len(sampled.flatten(0, 1).unique(dim=0)) == 32
+
+
+def test_the_diagnosis_is_of_what_act_does(world, monkeypatch):
+    policy, batch, scored = VLAPolicy.load(world.policy), held_out_starts(world), []
+    flows = watch(monkeypatch, flow.sample_ode)
+
+    def score(batch: Batch, actions: Tensor, generator: torch.Generator) -> Tensor:
+        scored.append(actions)
+        return action_reward(actions, batch.intended)
+
+    found, chunks = diagnosis.diagnose(score, policy, batch, 0, draws=5)
+    (call,) = flows
+    rows = torch.arange(4).repeat_interleave(5)
+    instructions = [batch.instructions[i] for i in rows]
+    acted = policy.act(batch.frames[rows, 0], instructions, batch.proprio[rows], noise=call.given["noise"])
+    assert_close(chunks, acted.unflatten(0, (4, 5)), atol=1e-3, rtol=1e-3)
+    intended = of(load_episodes(world.demos), "intended")
+    x = call.result.unflatten(0, (4, 5))
+    mean = decoded(x.mean(1), intended)
+    assert_close(scored[0], mean[:, None], atol=1e-3, rtol=1e-3)
+    assert found["reward_mean_action"] == pytest.approx(r1(mean[:, None], batch.intended).mean().item(), rel=1e-4)
+    errors = (encoded(mean, intended) - encoded(batch.intended, intended)).abs().mean((0, 1))
+    for dim, name in enumerate(("x", "y", "z", "rx", "ry", "rz", "gripper")):
+        assert found[f"error_{name}"] == pytest.approx(errors[dim].item(), rel=1e-3)
+        assert found[f"std_{name}"] == pytest.approx(x[..., dim].std(1).mean().item(), rel=1e-3)
 
 
 FLOW = FlowConfig(
