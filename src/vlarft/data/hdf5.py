@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def open_demo_file(path: str | Path) -> "h5py.File":
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no demonstration file at {path}; collect_demos.py makes some")
+    refuse_pointer(path)
     try:
         file = import_h5py().File(path, "r")
     except OSError as error:
