@@ -69,6 +69,11 @@ def test_half_written_demonstration_is_ignored_and_replaced(tmp_path):
     with h5py.File(path, "a") as file:
         write_demo(file["data"], 2, **arrays(9))
     assert [len(e) for e in load_episodes(path)] == [12, 13, 9]
+    with h5py.File(path, "a") as file:
+        for name in demo_names(file["data"]):
+            del file[f"data/{name}"].attrs["num_samples"]
+    with pytest.raises(FileNotFoundError, match="has no successful demonstrations"):  # interrupted in its first ones
+        load_episodes(path)
 
 
 def test_images_of_libero_are_turned(tmp_path):
