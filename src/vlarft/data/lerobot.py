@@ -25,6 +25,7 @@ import numpy as np
 from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
 from vlarft.data.frames import Budget, EncodedImages, Frames
 from vlarft.data.video import VideoFrames, stamp
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -50,6 +51,7 @@ def open_parquet(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         return import_parquet().ParquetFile(path, memory_map=True)
     except (OSError, ValueError) as error:
@@ -75,6 +77,7 @@ def read_info(root: Path) -> dict[str, Any]:
         ValueError: not JSON, a missing field, or an unsupported version.
     """
     path = root / "meta" / "info.json"
+    refuse_pointer(path)
     try:
         info = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -343,6 +346,7 @@ def _highest(path: Path, written: int, column: str) -> dict[int, float | None]:
 def _json_lines(path: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
@@ -449,5 +453,7 @@ def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) ->
         for row in _group(path, stamp(path), key, number).slice(begin - starts[number], end - begin).to_pylist():
             if not row or not (row.get("bytes") or row.get("path")):
                 raise ValueError(f"{path}: {key} has an empty image in rows {begin} .. {end - 1}")
+            if not row["bytes"]:
+                refuse_pointer(root / row["path"])
             out.append(row["bytes"] or (root / row["path"]).read_bytes())
     return out

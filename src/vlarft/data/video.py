@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlarft.data.frames import Budget
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 OPEN_DECODERS = 8  # per thread
@@ -29,6 +30,7 @@ def import_av() -> Any:
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"video {path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         container = import_av().open(str(path))
     except import_av().FFmpegError as error:

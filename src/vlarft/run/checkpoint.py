@@ -28,6 +28,7 @@ from torch import nn
 from vlarft.run import migration
 from vlarft.run.config import differences, from_dict, to_dict
 from vlarft.run.distributed import is_main
+from vlarft.run.lfs import refuse_pointer
 
 # options that do not change what is trained: they may differ when a run is resumed
 FREE = (
@@ -138,6 +139,7 @@ def read_header(path: str | Path) -> Header:
     path = checkpoint_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give a run folder or its model.safetensors")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
