@@ -384,6 +384,12 @@ def test_supervised_training_imitates_the_intended_actions(world, tmp_path, monk
     assert len(torch.stack([call.result for call in of_training]).unique()) == 4 * 4 * 2
     windows_of_steps = [tuple(call.result.index.flatten().tolist()) for call in batches[-4:]]
     assert len(set(windows_of_steps)) == 4
+    for call in batches[-4:]:  # the hand at the next change of the intended gripper command, or at the end
+        for key, (number, t) in zip(call.result.key_position, call.result.index.tolist(), strict=True):
+            episode = call.given["self"].episodes[number]
+            gripper = episode.intended[:, 6]
+            changes = [u for u in range(t + 1, STEPS) if gripper[u] != gripper[u - 1]]
+            assert key.tolist() == episode.proprio[changes[0] if changes else -1, :3].tolist()
     # the random crop of training is the only one; the two validations crop the centre
     assert sum(call.given["crop"] for call in preprocessed) == 2 < len(preprocessed) - 4
 
@@ -566,7 +572,7 @@ def test_mean_and_sigma_of_a_step_are_those_of_its_own_time(networks):
         cond = head.prepare(context, proprio, sigma_net)
         chain = flow.sample_chain(head, sigma_net, cond, generator=generator)
         score = flow.chain_log_prob(head, sigma_net, chain.x, cond)
-        moments = []
+        moments, noises = [], [chain.x[:, 0]]
         for k in range(num_steps):
             tau, x = torch.full((2,), k / num_steps), chain.x[:, k]
             mean = x + head.net(x, tau, head.net.prepare(context, proprio)) / num_steps
@@ -582,8 +588,11 @@ def test_mean_and_sigma_of_a_step_are_those_of_its_own_time(networks):
             log_prob = -(((chain.x[:, k + 1] - mean) / sigma) ** 2) / 2 - sigma.log() - math.log(2 * math.pi) / 2
             assert_close(chain.log_prob[:, k], log_prob, atol=1e-3, rtol=1e-3)
             moments.append((mean - x, sigma))
-    for values, least in zip(zip(*moments), (1e-3, 1e-3)):  # neither may be that of a step before or after
-        assert torch.stack(values).diff(dim=0).abs().amax((1, 2, 3)).min() > least
+            noises.append((chain.x[:, k + 1] - mean) / sigma)
+    for values in zip(*moments):  # neither could be that of a step before or after
+        assert torch.stack(values).diff(dim=0).abs().amax((1, 2, 3)).min() > 1e-3
+    noise = torch.stack(noises)  # x_0 and the noise of the steps: 11 x 112 scalars
+    assert abs(noise.mean()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
 
 
 class FakeScaling(nn.Module):

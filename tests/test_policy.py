@@ -213,6 +213,7 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
     images, proprio = observations()
     before = policy.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 7))
     policy.add_sigma_net(sigma_max=0.3)
+    assert policy.head.cfg is policy.head.net.cfg is policy.sigma_net.cfg is policy.cfg.flow
     torch.nn.init.normal_(policy.sigma_net.output.weight)
     policy.save(tmp_path / "p.safetensors")
     loaded = VLAPolicy.load(tmp_path / "p.safetensors")
@@ -221,6 +222,10 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
 
     # the context may come from a frozen encoder, once per start
     context = loaded.encode(loaded.preprocess(images), TEXTS).detach()
+    frames = torch.from_numpy(images).movedim(-1, 1) / 255
+    for at_once in (None, 1):
+        found = loaded.encode_frames(frames, TEXTS, at_once=at_once)
+        torch.testing.assert_close(found, context, atol=1e-5, rtol=1e-5)
     cond = loaded.condition(context, torch.from_numpy(proprio)).repeat(3)
     chain = sample_chain(loaded.head, loaded.sigma_net, cond, generator=torch.Generator().manual_seed(0))
     score = chain_log_prob(loaded.head, loaded.sigma_net, chain.x, cond)
