@@ -1,7 +1,8 @@
-# make demo              the whole pipeline on this machine, without GPU or download; PRESET=smoke does it in about a minute
-# make test              the tests
-# Both set up .venv first: minutes, and up to 6 GB with a CUDA build of torch. TORCH chooses the torch that is installed
-# there (any from 2.11 on), PIP_FLAGS pip's options: an index of CPU builds, say.
+# make demo              run the whole pipeline, without GPU or download; PRESET=smoke takes about a minute
+# make test              run the tests
+# make lint              check format and lint rules
+# All set up .venv first: minutes, and up to 6 GB with a CUDA build of torch. TORCH chooses torch's version (2.11 or
+# later); PIP_FLAGS passes options to pip, such as an index with CPU builds.
 
 PYTHON ?= python3
 VENV ?= .venv

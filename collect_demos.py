@@ -71,11 +71,11 @@ class Config:
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
     action_noise: float = opt(0.2, "standard deviation of the expert's action noise [action units]")
     min_speed: float = opt(
-        0.4, "the expert's speed is uniform in [min, max] per demonstration; 1: 2 cm a step (LIBERO: 1.2)"
+        0.4, "lower bound of the expert's speed, uniform per demonstration; 1 is 2 cm a step (LIBERO: 1.2 cm)"
     )
-    max_speed: float = opt(0.6, "see min_speed")
+    max_speed: float = opt(0.6, "upper bound of the expert's speed")
     idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
-    max_attempts: int = opt(20, "start seeds tried for one demonstration")
+    max_attempts: int = opt(20, "starts tried for one demonstration")
     keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")
     noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
     noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts [action units]")
@@ -86,7 +86,7 @@ class Config:
     policy_noise: float = opt(0.1, "action noise of these attempts [action units]")
 
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5", group="run")
-    seed: int = opt(0, "first start seed")
+    seed: int = opt(0, "seed of the first demonstration's start; the others follow")
     workers: int | None = opt(None, "worker processes; none: one per CPU core")
 
     def __post_init__(self) -> None:

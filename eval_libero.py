@@ -22,7 +22,7 @@ out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes a
 
 Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
 starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
-the policy as its fine-tuning did; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
+the policy with its sigma net's noise; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
 results.json. LIBERO places fixtures by the global random state; here it is seeded with 0 before every episode, so that
 an episode does not depend on those before it.
 """
@@ -61,14 +61,18 @@ class Config:
         ("runs/sft",), "run folders, checkpoints, episodes.jsonl files, or random; the first is the baseline", "model"
     )
     noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
-    num_flow_steps: int = opt(10, "Euler steps of the ODE (K, Sec. 3.3)")
+    num_flow_steps: int = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
 
-    suites: tuple[str, ...] = opt(tuple(LIBERO_SUITES), "suites of LIBERO and Tabletop to play", group="evaluation")
+    suites: tuple[str, ...] = opt(
+        tuple(LIBERO_SUITES),
+        "suites to play: libero_spatial, _object, _goal, _10; tabletop_spatial, _object, _goal, _long",
+        group="evaluation",
+    )
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)")
     perturb: str | None = opt(
-        None, "perturbed starts (Tables 3, 8): object:2.5, goal:5, robot:20, all:5/5/50, object:5:x"
+        None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
     image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
@@ -263,7 +267,9 @@ def check(cfg: Config) -> dict[str, str]:
         if not 1 <= cfg.execute <= chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
-            raise ValueError(f"noise stochastic: {path} was never fine-tuned by train_rft.py, so it has no noise")
+            raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
+        if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
+            raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
     return digests
 

@@ -52,7 +52,7 @@ class Config:
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
     greedy: bool = opt(False, "imagine greedily for the frame metrics, instead of sampling")
     temperature: float = opt(1.0, "temperature of sampled rollouts")
-    top_p: float = opt(0.8, "nucleus of sampled rollouts (release)")
+    top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
     segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
     batch_size: int = opt(16, "segments, or starts, imagined at once")
@@ -110,7 +110,7 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    source = generator(device, "imagination", cfg.seed, distributed.rank())
+    source = generator(device, "rollouts", cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)

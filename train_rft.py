@@ -1,32 +1,39 @@
 """Stage II: reinforcement fine-tuning of a VLA policy inside a frozen world model (Sec. 3.3, Algorithm 1).
 
-Each step takes 16 start states of the demonstrations; samples 16 action chunks per start from the SDE policy (Eqs. 5 to
-7); plays them in the world model (Eq. 10) and scores them by a verified reward (Eq. 11, Table 4); compares each chunk
-with the others of its start (Eq. 12); and updates flow head and sigma net (Eq. 13). The vision-language model and the
-world model stay frozen.
+Each step takes 16 start states from the demonstrations; samples 16 action chunks per start from the SDE policy (Eqs. 5
+to 7); plays them in the world model (Eq. 10) and scores them by a verified reward (Eq. 11, Table 4); compares each
+chunk with the others of its start (Eq. 12); and updates flow head and sigma net (Eq. 13). The vision-language model and
+the world model stay frozen.
 
     python train_rft.py --policy runs/sft --world-model runs/wm --demos demos --out-dir runs/rft
     torchrun --nproc-per-node 8 train_rft.py ...        # starts are spread over processes, a group stays on one
 
-Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations that the policy was trained on (its
-checkpoint names the episodes). Writes to out_dir: model.safetensors (the whole policy with its sigma net),
-train_state.pt, log.jsonl, rollouts.png (best and worst imagination of the last step beside the reference), actions.png
-(action distributions before and after, Fig. 4). The same command resumes an interrupted run.
+Reads a policy of train_sft.py, a world model of train_wm.py (not with `--reward r1`) and the demonstrations that the
+policy was trained on (its checkpoint names episodes and camera). Writes to out_dir: model.safetensors (the whole policy
+with its sigma net), train_state.pt, log.jsonl, config.json, actions.png (action distributions before and after, Fig. 4)
+and, with R2 and R3, rollouts.png (best and worst imagination of the last step below the reference). The same command
+resumes an interrupted run.
 
-Before the first step a trust gate asks on held-out starts whether the reward ranks action chunks as their error does
-(gate.py); if not, the run stops.
+Before the first step a trust gate (gate.py) asks on held-out starts whether the reward ranks action chunks by their
+distance to the demonstration's actions; if not, the run stops, unless `--gate-threshold none` is given. R1 is that
+distance and has no gate.
 
-A control by more supervised training: `train_sft.py --init SFT --max-minutes M`, with M the minutes in this run's log.
+The control, more supervised training for the same time: `train_sft.py --init SFT --max-minutes M`, M being the last
+`minutes` in this run's log.jsonl.
 
-Differences from the paper, and from the public code:
-- The log-density of a chunk is the sum over its 8 x 7 scalars, which Eq. (8) leaves open. The entropy is the mean over
-  all scalars of the chain; the paper does not say.
+Differences from the paper, and from the public code (github.com/OpenHelix-Team/VLA-RFT):
+- Eq. (8) does not say how the 8 x 7 scalars of a chunk enter its log-probability: here as a sum. Neither does Eq. (13)
+  for the entropy: here it is the mean over all scalars of the chain.
 - With --epochs 1 the ratio is always 1: Eq. (13)'s clip acts from the second epoch on.
 - --per-step (not in the paper): one advantage and one ratio per action step, from the reward of the frame after it.
 - --reward divergence (not in the paper): as R3, on the distributions that frame tokens are sampled from.
-- --divide-by-std: the advantage over the group's standard deviation, as the public code; presets small and tiny.
-- --imagination greedy or common: less or no sampling noise in the world model; presets small, tiny and smoke.
-- The demonstrations' intended actions are the reference; they are the executed ones unless a data set records both.
+- --divide-by-std: divides the advantage by the group's standard deviation, as the public code; presets small, tiny and
+  smoke.
+- --imagination greedy or common: no sampling noise in the world model, or the same for all chunks of a start; presets
+  small and tiny (greedy) and smoke (common).
+- --perceptual ssim: in place of LPIPS, whose VGG weights must be downloaded; presets small, tiny and smoke.
+- The reference of R1 and R3, and the target of the flow-matching term, are the demonstrator's intended actions, before
+  noise was added; where a data set has one kind of actions only, the executed ones.
 - The public code's other choices (ratios per element, PPO's minimum with dual clip, MSE gated by the KL, ...) are in
   studies/variants.py, with Flow-SDE, reward-weighted regression, a KL term, symmetric rewards and training of the whole
   policy: each hands `main` its own score, sample or loss.
@@ -47,7 +54,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlarft.data import Batch, WindowSampler, load_episodes
+from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.convention import check_same_images
 from vlarft.diagnosis import diagnose, picture_actions
 from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
@@ -68,46 +75,65 @@ from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.world_model import WorldModel
 
-WEIGHT_DECAY = 0.01  # AdamW (release)
+WEIGHT_DECAY = 0.01  # AdamW (public code)
 MSE_DRAWS = 16  # pairs (tau, eps) per start in the flow-matching term
+DIAGNOSIS_STARTS = 16  # where there is no gate
+HELD_OUT = 0.02  # share of the episodes, for a policy that names none (49:1, Sec. 4.2)
 
 
 @dataclass(frozen=True)
 class Config:
+    """One fine-tuning; the defaults are the paper's (Table 7) and, where it gives none, the public code's."""
+
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file of train_sft.py", group="data")
     world_model: str = opt("runs/wm", "frozen world model: run folder or file of train_wm.py")
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
-    out_dir: str = opt("runs/rft", "folder that the run writes")
-    starts: int = opt(16, "start states per step, all processes together (release)", group="rollouts and reward")
-    group: int = opt(16, "rollouts per start (Sec. 4.1)")
+    starts: int = opt(
+        16, "start states per step, all processes together (batch size in Table 7)", group="rollouts and reward"
+    )
+    group: int = opt(16, "rollouts per start (Table 7)")
     reward: RewardKind = opt("r3", "verified reward (Table 4; divergence is not in the paper)")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term of Eq. (11)")
-    perceptual_weights: str | None = opt(None, "VGG-16 weights for lpips; none: torchvision's cache")
+    perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     imagination: Imagination = opt("sample", "frame tokens: sampled, sampled with common random numbers, or greedy")
-    sigma_min: float = opt(0.08, "lower bound of the sigma net, normalised action units (release)")
-    sigma_max: float = opt(0.2, "upper bound of the sigma net (release)")
+    sigma_min: float = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units (public code)")
+    sigma_max: float = opt(0.2, "upper bound of the standard deviation of a flow step (public code)")
     steps: int = opt(400, "GRPO steps (Sec. 4.3)", group="optimisation")
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
-    lr: float = opt(1e-6, "AdamW learning rate of the flow head (release)")
-    sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (release)")
-    warmup: int = opt(10, "steps of linear warm-up (release)")
-    clip_norm: float = opt(1.0, "global gradient norm (release)")
-    epochs: int = opt(1, "updates per batch of rollouts; from the second on, the clip of Eq. (13) acts (release)")
-    clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
+    lr: float = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
+    sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
+    warmup: int = opt(10, "steps of linear warmup (public code)")
+    clip_norm: float = opt(1.0, "largest gradient norm (public code)")
+    epochs: int = opt(1, "updates per batch of rollouts (public code); the clip of Eq. (13) acts from the second on")
+    clip: float = opt(0.2, "epsilon of Eq. (13): the ratio is clipped to 1 +- this")
     per_step: bool = opt(False, "one advantage and ratio per action step; the paper has one per chunk")
-    divide_by_std: bool = opt(False, "divide the advantage by the group's std (release); Eq. (12) does not")
-    mse_weight: float = opt(0.01, "lambda_mse, weight of the flow-matching term (Eq. 13, release)")
-    entropy_weight: float = opt(0.003, "alpha, weight of the entropy (Eq. 13, release)")
-    gate_starts: int = opt(32, "held-out starts of trust gate and diagnosis; 0: no gate", group="evaluation")
-    gate_threshold: float | None = opt(0.25, "least rank correlation of reward and error; none: go on regardless")
-    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts", group="run")
+    divide_by_std: bool = opt(False, "divide the advantage by the group's std (public code); Eq. (12) does not")
+    mse_weight: float = opt(0.01, "lambda_mse, weight of the flow-matching term (Eq. 13, Table 7)")
+    entropy_weight: float = opt(0.003, "alpha, weight of the entropy (Eq. 13, Table 7)")
+    gate_starts: int = opt(
+        32, "held-out starts of trust gate and diagnosis; 0: no gate, and 16 for the diagnosis", group="evaluation"
+    )
+    gate_threshold: float | None = opt(
+        0.25, "least rank correlation of reward and action error; none: go on regardless"
+    )
+    out_dir: str = opt("runs/rft", "folder that the run writes", group="run")
+    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts")
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: int = opt(0, "seed of starts, chains and imagination")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "frozen networks in bfloat16, or in float32 as what is trained")
-    micro_starts: int | None = opt(None, "starts per backward pass, to bound memory; none: all")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
+    micro_starts: int | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
-    frozen: distributed.Frozen = opt("replicate", "vision-language model over processes: sharded, or whole on each")
+    frozen: distributed.Frozen = opt(
+        "replicate", "vision-language model with several processes: sharded, or whole on each"
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "starts", "epochs", "micro_starts", "save_interval", "keep_interval")
+        for name, least in {**dict.fromkeys(counts, 1), "group": 2, "gate_starts": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
 
 
 PAPER = Config()
@@ -129,15 +155,15 @@ PRESETS = {
 
 
 class Rollouts(NamedTuple):
-    """What lines 6 to 14 of Algorithm 1 hand to the update: S starts with G rollouts each.
+    """What lines 6 to 14 of Algorithm 1 hand to line 15, the update: S starts with G rollouts each.
 
     batch: the S windows of the demonstrations
     context: (S, N, D), Eq. (1)
     x: (S, G, K + 1, T, A), the chains, from noise to normalised actions
-    log_prob: (S, G, K, T, A) of their steps under the policy that sampled them
-    reward: (S, G, T), per frame
+    log_prob: (S, G, K, T, A), log-densities of the chains' steps under the policy that sampled them
+    reward: (S, G, T), per frame; the loss of a study may read it, Eq. (13) takes the advantage
     advantage: (S, G); (S, G, T) with --per-step
-    tau, eps: (S, draws) and (S, draws, T, A) of the flow-matching term, new in each epoch
+    tau, eps: (S, draws) and (S, draws, T, A), noise of the flow-matching term, Eq. (4); new in each epoch
     """
 
     batch: Batch
@@ -154,6 +180,7 @@ class Rollouts(NamedTuple):
         return Rollouts(self.batch.rows(rows), *(value[rows] for value in self[1:]))
 
 
+# parts of `main` that a study may replace: lines 6 to 10 of Algorithm 1, and Eq. (13)
 Sample = Callable[[VLAPolicy, Batch, Tensor, int, torch.Generator], Chain]
 Loss = Callable[[Config, VLAPolicy, Rollouts], tuple[Tensor, dict[str, float]]]
 
@@ -161,7 +188,10 @@ Loss = Callable[[Config, VLAPolicy, Rollouts], tuple[Tensor, dict[str, float]]]
 def sample_chains(
     policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator, step: Transition = transition
 ) -> Chain:
-    """Sample a group of chains per start, S * G rows: lines 6 to 10 of Algorithm 1, Eqs. (5) to (8)."""
+    """Sample a group of chains per start, S * G rows: lines 6 to 10 of Algorithm 1, Eqs. (5) to (8).
+
+    `part` makes each process sample what it would sample in a run of one process.
+    """
     return policy.sample_group(context, batch.proprio, group, source, part=distributed.part(), step=step)
 
 
@@ -169,49 +199,57 @@ def demonstration_loss(policy: VLAPolicy, rollouts: Rollouts, cond: Condition) -
     """Compute the flow-matching term of Eq. (13): Eq. (4) on the demonstrations' actions."""
     target = policy.normalizer.encode_actions(rollouts.batch.intended)  # (S, T, A)
     pairs = rollouts.tau, rollouts.eps
-    return matching_loss(policy.head, target, cond, draws=pairs[0].shape[1], pairs=pairs)[0]
+    loss, _ = matching_loss(policy.head, target, cond, draws=rollouts.tau.shape[1], pairs=pairs)
+    return loss
 
 
 def grpo_loss(
     cfg: Config, policy: VLAPolicy, rollouts: Rollouts, step: Transition = transition
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compute the objective of Eq. (13), a mean over the rollouts of some starts; and its metrics."""
+    """Compute the objective of Eq. (13), to be minimised: a mean over the given rollouts; and its metrics."""
     group = rollouts.x.shape[1]
-    x, log_prob, advantage = (v.flatten(0, 1) for v in (rollouts.x, rollouts.log_prob, rollouts.advantage))  # B = S * G
-    cond = policy.condition(rollouts.context, rollouts.batch.proprio)
-    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group), step)
-    new, old = (
-        reduce_log_prob(v, per_step=cfg.per_step) for v in (scored.log_prob, log_prob)
-    )  # Eq. (8): (B,) or (B, T)
-    surrogate, metrics = policy_loss(new, old, advantage, clip=cfg.clip)  # Eq. (9), first term of Eq. (13)
+    # B = S * G rows: (B, K + 1, T, A), (B, K, T, A), (B,) or (B, T)
+    x, old_terms, advantage = (v.flatten(0, 1) for v in (rollouts.x, rollouts.log_prob, rollouts.advantage))
+    cond = policy.condition(rollouts.context, rollouts.batch.proprio)  # of S contexts
+    scored = chain_log_prob(policy.head, policy.sigma_net, x, cond.repeat(group), step)  # (B, K, T, A) each
+    # Eq. (8): (B,), or (B, T) with --per-step
+    log_prob, old_log_prob = (reduce_log_prob(v, per_step=cfg.per_step) for v in (scored.log_prob, old_terms))
+    surrogate, metrics = policy_loss(log_prob, old_log_prob, advantage, clip=cfg.clip)  # Eq. (9), Eq. (13)'s first term
     entropy, mse = mean_entropy(scored.entropy), demonstration_loss(policy, rollouts, cond)
-    loss = surrogate - cfg.entropy_weight * entropy + cfg.mse_weight * mse  # Eq. (13), as a loss
+    loss = surrogate - cfg.entropy_weight * entropy + cfg.mse_weight * mse  # Eq. (13)
     terms = {"policy_loss": surrogate, "entropy": entropy, "mse": mse, "sigma": scored.sigma.mean()}
     return loss, metrics | {name: value.item() for name, value in terms.items()}
 
 
 def backward(loss: Loss, cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> dict[str, float]:
-    """Accumulate the gradients of the loss over all starts, `micro_starts` at a time, and return its metrics."""
+    """Accumulate the gradients of the loss over this process's starts, `micro_starts` at a time; return its metrics.
+
+    Metrics are means over the starts, but those named `..._max` are maxima.
+    """
     starts, totals = len(rollouts.x), {}
     at_once = cfg.micro_starts or starts
     for first in range(0, starts, at_once):
-        part = rollouts.rows(slice(first, first + at_once))
-        share = len(part.x) / starts
-        value, metrics = loss(cfg, policy, part)
+        micro_batch = rollouts.rows(slice(first, first + at_once))
+        share = len(micro_batch.x) / starts  # so that the shares' means add up to the mean over all starts
+        value, metrics = loss(cfg, policy, micro_batch)
         (share * value).backward()
         for name, metric in {"loss": value.item(), **metrics}.items():
-            old = totals.get(name)
+            so_far = totals.get(name)
             if name.endswith("_max"):
-                totals[name] = metric if old is None else max(metric, old)
+                totals[name] = metric if so_far is None else max(metric, so_far)
             else:
-                totals[name] = share * metric + (old or 0.0)
+                totals[name] = share * metric + (so_far or 0.0)
     return totals
 
 
 def load_world_model(
     cfg: Config, policy: VLAPolicy, extra: dict, device: torch.device
 ) -> tuple[WorldModel | None, PerceptualDistance | None]:
-    """Load the frozen world model and the perceptual distance that the reward needs; check them against the policy."""
+    """Load the frozen world model and the perceptual distance that the reward needs; check them against the policy.
+
+    Each is None where the reward does without it: R1 needs neither, divergence no distance. `extra` is what the
+    policy's checkpoint says about its training.
+    """
     if cfg.reward == "r1":
         return None, None
     world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
@@ -231,23 +269,44 @@ def load_world_model(
 
 
 def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSampler, Batch]:
-    """Load start states to train on, from the policy's training episodes; and fixed ones of episodes that it holds out,
-    which for a trust gate the world model must hold out as well.
+    """Load start states to train on, from the policy's training episodes; and fixed held-out starts, for the gate and
+    the diagnosis.
+
+    Held-out starts are of episodes that the policy was not trained on and, where there is a gate, nor was the world
+    model. Without a gate, a policy that names no held-out episodes is diagnosed on its training episodes. A policy that
+    names no episodes at all, as converted public weights, takes the default split of train_sft.py.
+
+    Raises:
+        ValueError: the gate has no held-out episodes, see `held_out_names`.
     """
+    camera = extra.get("camera", "agentview")
+    if not extra.get("train_episodes"):
+        split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
+        training, held_out = ([episode.name for episode in part] for part in split)
+        extra = {**extra, "train_episodes": training, "held_out_episodes": held_out}
+        if distributed.is_main():
+            print(
+                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(training)} of {cfg.demos} and "
+                f"holds out {len(held_out)}, which the policy may have seen",
+                file=sys.stderr,
+            )
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     training, others = (
-        WindowSampler(load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), chunk + 1, chunk)
+        WindowSampler(load_episodes(cfg.demos, camera, names=names), chunk + 1, chunk)
         for names in (extra["train_episodes"], held_out)
     )
-    return training, others.spread(cfg.gate_starts or 16)
+    return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS)
 
 
 def make_trainable(
     cfg: Config, policy: VLAPolicy, rates: Mapping[str, float], sigma_uses_x: bool = False
 ) -> dict[str, nn.Module]:
-    """Add the sigma net, freeze the policy but for the parts that `rates` names, and return these."""
+    """Add the sigma net, freeze the policy but for the parts that `rates` names, and return these by name.
+
+    A part that this policy does not have (a key head, say) is passed over.
+    """
     torch.manual_seed(seed_of("weights", cfg.seed))
     policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max, uses_x=sigma_uses_x or policy.cfg.flow.sigma_uses_x)
     policy.requires_grad_(False).eval()
@@ -262,10 +321,10 @@ def shared_pairs(cfg: Config, batch: Batch, source: torch.Generator) -> tuple[Te
 
 
 def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> None:
-    """Spread the networks over the processes, where there are several."""
+    """Spread the networks' parameters over the processes with FSDP, where there are several."""
     for name, net in trained.items():
         if name != "vlm":  # whole, not block by block: the modulations of all blocks are computed before the first one
-            used = ("prepare", "at_steps", "velocity", "log_sigma")
+            used = ("prepare", "at_steps", "velocity", "log_sigma")  # called in place of forward
             distributed.shard(net, methods=[method for method in used if hasattr(net, method)])
     if "vlm" in trained or cfg.frozen == "shard":
         distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.precision == "bf16" and "vlm" not in trained)
@@ -294,7 +353,7 @@ def across_processes(reward: Tensor, advantage: Tensor, updates: list[dict[str, 
     Args:
         reward: (S, G).
         advantage: (S, G) or (S, G, T); its mean over the whole batch is 0, so that its std is a root mean square.
-        updates: metrics of each epoch.
+        updates: metrics of the update of each epoch.
         seconds: by phase.
     """
     metrics = distributed.mean_across_ranks(
@@ -326,9 +385,10 @@ def main(
 
     Args:
         cfg: the configuration.
-        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; there is then
-            no trust gate.
-        score_held_out: the same reward for the diagnosis, whose batch counts other episodes; none: `score`.
+        score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; with a trust
+            gate if it has `bins`, the action bins of its world model.
+        score_held_out: the same reward for the diagnosis on held-out starts; none: `score`. A reward that looks up
+            episodes by `batch.index` needs it, since there the index counts the held-out episodes.
         sample: sampling in place of `sample_chains`, `(policy, batch, context, group, generator) -> Chain`.
         loss: objective in place of `grpo_loss`, `(cfg, policy, rollouts) -> (loss, metrics)`, a mean over the starts.
         rates: learning rates of further parts of the policy that are to train: "vlm", "key_head", "key_embed".
@@ -337,24 +397,25 @@ def main(
     Returns:
         Metrics of the last step, and the diagnosis after it.
     """
-    device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()
-    distributed.local_batch(cfg.starts)
+    device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()  # part: (rank, processes)
+    distributed.local_batch(cfg.starts)  # raises if the starts do not divide by the processes
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = (None, None) if score else load_world_model(cfg, policy, extra, device)
-    # the random numbers of a batch are those of all its shares; held-out starts are scored alike by every process
+    # a process scores its part of the training starts, with that part's random numbers, but all held-out starts
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
-
-    gated = cfg.gate_starts > 0 and world_model is not None
+    bins = world_model.action_bins if world_model else getattr(score_held_out, "bins", None)  # none: no gate
+    gated = cfg.gate_starts > 0 and bins is not None
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
-    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # what trains is scored as it is sampled, in float32
+    # raises if the folder holds a run of another configuration; gate_threshold may differ
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
+    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # of the context; what trains computes in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
-    _, before = diagnosis()
+    _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below
     shard(policy, trained, cfg)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
@@ -367,14 +428,15 @@ def main(
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
-    while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II
-        stream, seconds, known = partial(generator, device), {}, {"minutes": clock.minutes}
-        with clock.paused():
+    while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II; share: how much of the run is done
+        # stream(name, seed, step): random numbers that depend on its arguments alone, so that a resume repeats them
+        stream, seconds, measured = partial(generator, device), {}, {}
+        with clock.paused():  # measurements do not count as training time
             if gated and step == 0:
-                known |= trust_gate(score_held_out, policy, held_out, world_model.action_bins, cfg.seed, bf16=bf16)
-                check_gate(known, cfg.gate_threshold, cfg.reward)
+                measured |= trust_gate(score_held_out, policy, held_out, bins, cfg.seed, bf16=bf16)
+                check_gate(measured, cfg.gate_threshold, cfg.reward)
             if step % cfg.save_interval == 0:
-                known |= diagnosis()[0]
+                measured |= diagnosis()[0]
 
         # line 5: start states of the demonstrations
         batch = starts.batch(cfg.starts, cfg.seed, step, part=part).to(device)
@@ -383,32 +445,32 @@ def main(
         with timed(seconds, "policy_s"):
             context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)  # Eq. (1)
             chain = sample(policy, batch, context, cfg.group, stream("chains", cfg.seed, step))  # Eqs. (5) to (8)
-            actions = policy.normalizer.decode_actions(chain.x[:, -1])  # raw units, which the world model takes
+            actions = policy.normalizer.decode_actions(chain.x[:, -1])  # x_K in raw units, which the world model takes
             actions = rearrange(actions, "(s g) t a -> s g t a", g=cfg.group)
 
         # lines 11 to 14: imagine each chunk, score its frames, compare it with the others of its group
         with timed(seconds, "world_model_s"), torch.no_grad():
             per_frame = score(batch, actions, stream("imagination", cfg.seed, step))  # Eqs. (10), (11): (S, G, T)
-            reward = per_frame.sum(-1)  # Eq. (11)'s sum over frames: (S, G)
+            reward = per_frame.sum(-1)  # Eq. (11)'s sum over frames; of R1, over action steps: (S, G)
             advantage = advantages(per_frame if cfg.per_step else reward, divide_by_std=cfg.divide_by_std)  # Eq. (12)
 
         # line 15: update flow head and sigma net
         chains = [value.unflatten(0, (-1, cfg.group)) for value in chain]  # (S, G, ...)
         for group, name in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = rates[name] * rate_factor(step, share, cfg.warmup, "constant")
-        updates: list[dict[str, float]] = []
+        updates: list[dict[str, float]] = []  # metrics of each epoch's update
         with timed(seconds, "update_s"):
             for epoch in range(cfg.epochs):
                 pairs = shared_pairs(cfg, batch, stream("flow matching", cfg.seed, step, epoch))
                 optimizer.zero_grad(set_to_none=True)
-                found = backward(loss, cfg, policy, Rollouts(batch, context, *chains, per_frame, advantage, *pairs))
-                found["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
-                total = distributed.mean_across_ranks({"loss": found["loss"]})["loss"]
-                check_finite(total, step, found, partial(starts.names, cfg.starts, cfg.seed, step))
+                update = backward(loss, cfg, policy, Rollouts(batch, context, *chains, per_frame, advantage, *pairs))
+                update["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
+                total = distributed.mean_across_ranks({"loss": update["loss"]})["loss"]
+                check_finite(total, step, update, partial(starts.names, cfg.starts, cfg.seed, step))
                 optimizer.step()
-                updates.append(found)
+                updates.append(update)
 
-        metrics = across_processes(reward, advantage, updates, seconds) | known
+        metrics = across_processes(reward, advantage, updates, seconds) | {"minutes": clock.minutes, **measured}
         log.log(step, metrics)
         step += 1
         if step < cfg.steps and state.due(step, cfg.save_interval):
@@ -418,7 +480,8 @@ def main(
     after, chunks = diagnosis()
     if distributed.is_main():
         picture_actions(out_dir / "actions.png", before, chunks)
-        if metrics and isinstance(score, ImageScorer):  # imagined again, from the same random numbers
+        # no metrics: the run was complete already; the last step is imagined again, from the same random numbers
+        if metrics and isinstance(score, ImageScorer):
             imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
             picture(out_dir / "rollouts.png", reward, imagined)
     state.finish(log)

@@ -15,7 +15,7 @@ are meant. Text is read as the checkpoint reads it (byte-level BPE with public w
 scratch; the first lines of a run say which, and estimate the memory of a step, which `--accumulate` and
 `--checkpoint-activations` lower. `--train head` leaves the vision-language model alone, as RFT does.
 
-`--augment full` is the public release's: a random crop of the policy's crop area, brightness, contrast and saturation
+`--augment full` is the public code's: a random crop of the policy's crop area, brightness, contrast and saturation
 by a factor of up to 1 +- 0.2, hue by up to 0.05 turns. `--augment light`: brightness by up to 1 +- 0.2, and noise of
 standard deviation 0.02 on every value.
 
@@ -78,14 +78,16 @@ class Config:
 
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    validation_fraction: float = opt(0.02, "share of the episodes held out")
+    validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
     augment: Literal["full", "light", "none"] = opt(
-        "full", "full: crop and colours (public release); light: brightness and noise"
+        "full", "full: crop and colours (public code); light: brightness and noise"
     )
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a policy from scratch", "model")
-    init: str | None = opt(None, "policy to start from: a run folder or its model.safetensors; or random")
+    init: str | None = opt(
+        None, "policy to start from: run folder or model.safetensors, or random; preset paper needs one"
+    )
     refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
     train: Literal["all", "head"] = opt("all", "train the whole policy, or its flow head alone")
     lora_rank: int | None = opt(64, "rank of adapters on the VLM, which is frozen otherwise; none: train its weights")
@@ -101,10 +103,12 @@ class Config:
     clip_norm: float = opt(1.0, "largest gradient norm")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
     ema: float | None = opt(None, "decay of the averaged weights that are exported; none: no average")
-    objective: SupervisedObjective = opt("matching", "Eq. (4), or L1 regression of the chunk that x_0 leads to")
+    objective: SupervisedObjective = opt(
+        "matching", "Eq. (4), or L1 error of the chunk made from x_0 (not in the paper)"
+    )
     noise_samples: int = opt(1, "samples of (tau, x_0) per image; of x_0 for objective regression")
-    key_weight: float = opt(0.0, "weight of the auxiliary key-position loss")
-    key_batch: int = opt(0, "further images per step for that loss alone, over all processes")
+    key_weight: float = opt(0.0, "weight of the auxiliary loss on the hand position at the next gripper event")
+    key_batch: int = opt(0, "further images per step for the loss of --key-weight alone, over all processes")
 
     validation_interval: int = opt(1000, "steps between validations", group="evaluation")
     validation_segments: int = opt(256, "held-out chunks of a validation")

@@ -1,4 +1,4 @@
-"""Train the frame tokenizer on demonstrations (stage I of the paper, Sec. 3.2; recipe of the public release).
+"""Train the frame tokenizer on demonstrations (stage I of the paper, Sec. 3.2; recipe of the public code).
 
     python train_tokenizer.py --preset tiny --demos demos --out-dir runs/tokenizer          laptop, minutes
     python train_tokenizer.py --demos libero --out-dir runs/tokenizer                       paper's sizes, 1 GPU

@@ -11,10 +11,10 @@ command resumes), log.jsonl, config.json, rollouts.png.
 The actions are the executed ones, in raw environment units; their ranges are those of the training split. A segment has
 the policy's 8 actions and one frame more.
 
-Differences from the paper and its release:
-- the loss is on frame tokens only, as in Eq. (3); the release's is also on action tokens;
+Differences from the paper and its public code:
+- the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
-- no weight decay (release);
+- no weight decay (public code);
 - presets tiny and smoke: cosine schedule, stale input frames, factored tokens, the segment's first frame as context
   frame; sizes tiny and smoke learn a vector for a token's place in its frame or action and normalise the loss over
   future codes only. These make trainings of minutes work, see docs/world_model.md.
@@ -49,7 +49,7 @@ from vlarft.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Config:
-    """One training run; the defaults are the paper's and its release's."""
+    """One training run; the defaults are the paper's (Table 5) and its public code's."""
 
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
@@ -60,20 +60,22 @@ class Config:
 
     tokenizer: str = opt("runs/tokenizer", "tokenizer: a run folder or its model.safetensors", group="model")
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the transformer")
-    factored_tokens: bool = opt(False, "make token rows also linear in FSQ digits and action values")
+    factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
-    steps: int = opt(150_000, "optimizer steps (Sec. 4.2: 1.5e5)", group="optimisation")
+    steps: int = opt(150_000, "optimizer steps (Table 5)", group="optimisation")
     max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
-    batch_size: int = opt(16, "segments per step, over all processes (paper)")
+    batch_size: int = opt(16, "segments per step, over all processes (Table 5)")
     accumulate: int = opt(1, "micro-batches per step and process")
     checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
-    lr: float = opt(5e-5, "peak learning rate of AdamW (release)")
-    warmup: int = opt(5000, "steps of linear warmup (release)")
-    schedule: Decay = opt("constant", "learning rate after the warmup (release: constant)")
+    lr: float = opt(5e-5, "peak learning rate of AdamW (Table 5)")
+    warmup: int = opt(5000, "steps of linear warmup (public code)")
+    schedule: Decay = opt("constant", "learning rate after the warmup (public code: constant)")
     beta2: float = opt(0.999, "decay of AdamW's second moment")
-    clip_norm: float = opt(1.0, "largest gradient norm (release)")
+    clip_norm: float = opt(1.0, "largest gradient norm (public code)")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
-    stale: float = opt(0.0, "share of input frames shown as if nothing had moved since the start, up to 0.5")
+    stale: float = opt(
+        0.0, "mean share of input frames that show the first frame instead, at most 0.5 (docs/world_model.md)"
+    )
 
     validation_interval: int = opt(2000, "steps between validations", group="evaluation")
     validation_segments: int = opt(256, "held-out segments of the validation loss")
@@ -81,6 +83,11 @@ class Config:
 
     out_dir: str = opt("runs/wm", "folder that the run writes", group="run")
     seed: int = opt(0, "seed of the weights and the batches")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stale <= 0.5:  # a segment's share goes up to twice the mean
+            raise ValueError(f"--stale {self.stale}: the mean share of stale frames must lie in 0..0.5")
+
     log_interval: int = opt(20, "steps between log lines")
     save_interval: int = opt(2000, "steps between checkpoints")
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept (model_002000.safetensors)")

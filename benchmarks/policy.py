@@ -83,7 +83,7 @@ def time_head(cfg: Config, peak: float) -> dict[str, dict[str, object]]:
     with torch.device(cfg.device):
         torch.manual_seed(0)
         head = FlowHead(sizes.flow)
-        torch.nn.init.normal_(head.net.dit.out.weight, std=0.1)  # initially zero: actions would equal the noise
+        torch.nn.init.normal_(head.output.weight, std=0.1)  # initially zero: actions would equal the noise
         playing = deepcopy(head)
         column_major(playing)
         tokens = sizes.vlm.num_cameras * _vision_tokens(sizes.vlm.vision) + sizes.vlm.num_queries + sizes.key_token
@@ -104,7 +104,7 @@ def time_head(cfg: Config, peak: float) -> dict[str, dict[str, object]]:
         versions = {"ours": lambda: chunk(rows), "straightforward": lambda: slow_chunk(rows)}
         if cfg.compile:
             compiled = deepcopy(playing)
-            compiled.net.dit.compile()
+            compiled.compile_network()
             error = max(error, (chunk(rows, compiled) - slow_chunk(rows)).abs().max().item())
             versions["compiled"] = lambda: chunk(rows, compiled)
         return compare(cfg, versions, error, peak)
@@ -205,4 +205,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -8,7 +8,7 @@ ours             the step of `train_rft.py`: the policy's context, the world mod
                  rollout, frames and features are computed once per start
 straightforward  all of these are computed once per rollout, and so is the context in the update; caches and batches as
                  in ours
-as released      the operations of the public release, by count: as straightforward; in addition the reference is rolled
+as released      the operations of the public code, by count: as straightforward; in addition the reference is rolled
                  out separately for every rollout; all frames of each window are tokenised; transformers' `generate`
                  runs once per frame on the whole sequence, with its preallocated cache; the vision-language model runs
                  three times, to sample, to score and to update
@@ -182,4 +182,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

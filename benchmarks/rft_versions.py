@@ -1,4 +1,4 @@
-"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public release's."""
+"""The versions of one GRPO step that `rft_step.py` compares: ours, straightforward, and the public code's."""
 
 import sys
 import tempfile
@@ -61,7 +61,7 @@ class Workload:
         device, sizes = cfg.device, rollout_benchmark.SIZES[cfg.sizes]
         self.policy = VLAPolicy(POLICIES[cfg.policy]).to(device)
         flow = self.policy.cfg.flow
-        torch.nn.init.normal_(self.policy.head.net.dit.out.weight, std=0.02)  # initially zero: no gradient below it
+        torch.nn.init.normal_(self.policy.head.output.weight, std=0.02)  # initially zero: no gradient below it
         samples = torch.rand(256, flow.action_dim) * 2 - 1, torch.randn(256, flow.proprio_dim)
         self.policy.normalizer.fit(*samples)
         self.policy.add_sigma_net()
@@ -119,7 +119,7 @@ class Workload:
 
     @torch.no_grad()
     def as_released(self) -> Rollouts:
-        """Run the step with the operations of the public release."""
+        """Run the step with the operations of the public code."""
         rows = self._alone()
         _, chain, actions = self._sampled(rows, 1)
         frames, reference = (self._imagined(rows, played) for played in (actions, rows.intended[:, None]))

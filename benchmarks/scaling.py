@@ -328,4 +328,4 @@ def show(name: str, stage: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -90,4 +90,4 @@ def _expert_actions(env: TabletopEnv) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -3,8 +3,9 @@
     python studies/variants.py --variant rwr --preset tiny --policy runs/sft --world-model runs/wm --out-dir runs/rwr
     torchrun --nproc-per-node 8 studies/variants.py --variant symmetric ...
 
-All other flags are those of train_rft.py. A run folder knows its variant, and belongs to no other. "R1" and "R3" are
-rewards; intervals are 95 %, over starts (docs/findings.md).
+All other flags are those of train_rft.py; symmetric and simulator hand over a reward of their own, which has no
+rollouts.png and, with simulator, no trust gate. A run folder knows its variant, and belongs to no other. "R1" and "R3"
+are rewards; intervals are 95 %, over starts (docs/findings.md).
 
     release       the public code's objective (release_loss.py). Not run.
     flow_sde      noise that keeps the flow's marginals (flow_sde.py), for the sigma net's. With R1, one run: +3.3
@@ -84,7 +85,9 @@ def release(cfg: train_rft.Config) -> Hooks:
         ValueError: flags that the public code's objective has no room for.
     """
     if not cfg.divide_by_std or cfg.per_step:
-        raise ValueError("variant release has one advantage per chunk, over the group's std: give --divide-by-std")
+        raise ValueError(
+            "variant release has one advantage per chunk, over the group's std: give --divide-by-std without --per-step"
+        )
     if cfg.micro_starts is not None:
         raise ValueError(
             f"variant release: the gate of the flow-matching term needs the whole batch at once, so leave out "
@@ -323,4 +326,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 if __name__ == "__main__":
     with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))

@@ -1,4 +1,4 @@
-"""Small worlds for the tests: demonstrations, a world model and a policy, trained on nothing, that fit together."""
+"""Small fixtures: demonstrations, a world model and a policy that fit together, all untrained."""
 
 import dataclasses
 import importlib.util
@@ -113,7 +113,7 @@ def policy_file(demos, tmp_path_factory) -> Path:
         torch.cat([torch.from_numpy(e.proprio) for e in episodes]),
     )
     # the output layer starts at zero, which would hide what the tests look for
-    torch.nn.init.normal_(policy.head.net.dit.out.weight, std=0.5)
+    torch.nn.init.normal_(policy.head.output.weight, std=0.5)
     path = tmp_path_factory.mktemp("policy") / "model.safetensors"
     names = [e.name for e in episodes]
     policy.save(path, {"train_episodes": names[:-2], "held_out_episodes": names[-2:]})

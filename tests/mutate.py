@@ -1,4 +1,4 @@
-"""Break the code one line at a time and see whether the module's tests notice: a developer's tool, minutes.
+"""Break the code one line at a time and check that the module's tests notice: a developer's tool, takes minutes.
 
     python tests/mutate.py                     all breakages of tests/mutations.txt
     python tests/mutate.py --module flow       those of src/vlarft/flow.py

@@ -1,4 +1,4 @@
-"""Processes of a gloo group for the tests, forked from one that has imported torch already: they start in no time."""
+"""Run functions on the processes of a gloo group, forked from one that has imported torch already, to start fast."""
 
 import multiprocessing
 import os

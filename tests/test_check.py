@@ -1,4 +1,4 @@
-"""data.check: a sound set passes, and each thing that breaks training is named."""
+"""data.check: a sound data set passes, and each defect that breaks training is named."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""checkpoint: what is written comes back, what is foreign or broken is refused."""
+"""checkpoint: files are restored as written; files that are broken or of other programs are refused."""
 
 import dataclasses
 import json

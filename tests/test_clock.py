@@ -1,4 +1,4 @@
-"""The clock of a run and its learning rate."""
+"""clock: share of a run and its learning rate."""
 
 import pytest
 

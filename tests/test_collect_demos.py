@@ -1,4 +1,4 @@
-"""collect_demos.py: layout, determinism, resume, marks, errors."""
+"""collect_demos.py: layout, determinism, resume, marked failures, errors."""
 
 import dataclasses
 import json

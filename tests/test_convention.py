@@ -1,4 +1,4 @@
-"""Image conventions: what is recorded, which differences are refused, which are none."""
+"""Image conventions: what is recorded, which differences are refused and which pass."""
 
 import numpy as np
 import pytest

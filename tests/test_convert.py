@@ -1,4 +1,4 @@
-"""Conversions: there and back without loss, into units and sizes, and a LeRobot set as its readers expect it."""
+"""Conversions: lossless round trips, units and sizes, and a LeRobot data set as its readers expect it."""
 
 import json
 from dataclasses import replace

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
+from vlarft.data.check import check
 from vlarft.data.episode import no_ops
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
@@ -69,6 +70,11 @@ def test_half_written_demonstration_is_ignored_and_replaced(tmp_path):
     with h5py.File(path, "a") as file:
         write_demo(file["data"], 2, **arrays(9))
     assert [len(e) for e in load_episodes(path)] == [12, 13, 9]
+    with h5py.File(path, "a") as file:
+        for name in demo_names(file["data"]):
+            del file[f"data/{name}"].attrs["num_samples"]
+    with pytest.raises(FileNotFoundError, match="has no successful demonstrations"):  # interrupted in its first ones
+        load_episodes(path)
 
 
 def test_images_of_libero_are_turned(tmp_path):
@@ -284,6 +290,65 @@ def test_original_files_are_read_in_any_storage(tmp_path, compression, chunks):
         np.testing.assert_array_equal(episode.images[t : t + 5], views["agentview"][t : t + 5, ::-1, ::-1])
 
 
+@pytest.mark.parametrize("scene", ["", "LIVING_ROOM_SCENE2_"])
+def test_regenerated_files_without_attributes_are_read(tmp_path, scene):
+    """As OpenVLA's regenerate_libero_dataset.py writes them: failed demonstrations are left out, nothing is noted."""
+    original = tmp_path / "libero_goal" / "put_demo.hdf5"
+    regenerated = tmp_path / "no_noops" / f"{scene}put_both_pots_on_the_stove_demo.hdf5"
+    views = libero_original(original)
+    regenerated.parent.mkdir()
+    with h5py.File(original) as source, h5py.File(regenerated, "w") as file:
+        data = file.create_group("data")
+        for number in (10, 0, 2):
+            demo = data.create_group(f"demo_{number}")
+            for name in ("actions", "obs"):
+                source.copy(source[f"data/demo_0/{name}"], demo)
+    episodes = load_episodes(regenerated)
+    names = [f"no_noops/{scene}put_both_pots_on_the_stove_demo/demo_{n}" for n in (0, 2, 10)]
+    assert [e.name for e in episodes] == names
+    assert {(e.instruction, e.fps, e.kind, e.success) for e in episodes} == {
+        ("put both pots on the stove", None, "expert", True)
+    }
+    expected = load_episodes(original)[0]
+    for e in episodes:
+        np.testing.assert_array_equal(e.actions, expected.actions)
+        np.testing.assert_array_equal(e.proprio, expected.proprio)
+        np.testing.assert_array_equal(e.images, views["agentview"][:, ::-1, ::-1])
+
+
+def test_instructions_that_are_not_there(tmp_path):
+    path = tmp_path / "demo.hdf5"
+    libero_original(path)
+
+    def attribute(name, value):
+        with h5py.File(path, "a") as file:
+            del file["data"].attrs[name]
+            if value is not None:
+                file["data"].attrs[name] = value
+
+    def fails(text):
+        with pytest.raises(ValueError, match=text):
+            load_episodes(path)
+
+    attribute("problem_info", None)
+    fails("attribute problem_info of 'data' has no language_instruction; .*name the file <instruction>_demo.hdf5")
+    path = path.rename(tmp_path / "lift_it_demo.h5")
+    assert load_episodes(path)[0].instruction == "lift it"
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = "{}"
+    fails("lift_it_demo.h5: attribute problem_info of 'data' has no language_instruction")  # not guessed
+    attribute("problem_info", "{")
+    fails(r"attribute problem_info of 'data' is not JSON \(.*, got '\{'")
+    attribute("problem_info", "[1]")
+    fails(r"attribute problem_info of 'data' must be a JSON object, got '\[1\]'")
+    attribute("problem_info", '{"language_instruction": null}')
+    fails("has no language_instruction")
+    attribute("problem_info", '{"language_instruction": ["lift", "it"]}')
+    assert load_episodes(path)[0].instruction == "lift it"
+    attribute("env_args", "none")
+    fails("attribute env_args of 'data' is not JSON")
+
+
 def test_damaged_images_are_refused_when_they_are_looked_at(tmp_path):
     path = write(tmp_path / "s" / "a_demo.hdf5", demos=1)
     with h5py.File(path) as file:
@@ -295,6 +360,8 @@ def test_damaged_images_are_refused_when_they_are_looked_at(tmp_path):
     assert images[:8].shape == (8, 6, 8, 3)
     with pytest.raises(ValueError, match=r"data/demo_0/obs/agentview_rgb, frames from 8 on: .*damaged file"):
         images[8]
+    report, episodes = check(path)  # goes through every chunk
+    assert len(report.errors) == 1 and "agentview_rgb, frames from 8 on: " in report.errors[0] and not episodes
 
 
 def test_gripper_in_other_units_is_refused(tmp_path):

@@ -1,13 +1,19 @@
-"""The demo at smoke size: every stage script through its command line, the pictures, the second call."""
+"""demo.py at smoke size: every stage script by its command, the pictures, a second call, and uses of its results."""
 
 import dataclasses
 import json
+import shlex
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_readme import blocks
 
 import collect_demos
 import demo
@@ -24,10 +30,25 @@ def run_notebook(name: str) -> dict:
     return names
 
 
+class Demo(NamedTuple):
+    folder: Path  # in which it ran, with its results in runs/demo
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Demo:
+    """The demo at smoke size, by its command."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(ROOT / "demo.py"), "--preset", "smoke", "--out-dir", "runs/demo"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return Demo(folder, result.stdout)
+
+
 @pytest.mark.slow
-def test_whole_pipeline(tmp_path, capfd, monkeypatch):
-    cfg = dataclasses.replace(demo.PRESETS["smoke"], out_dir=str(tmp_path))
-    summary = demo.main(cfg)
+def test_whole_pipeline(smoke, capfd, monkeypatch):
+    out = smoke.folder / "runs" / "demo"
+    summary = json.loads((out / "summary.json").read_text())
     names = ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval", "eval_zero"]
     assert list(summary["stages"]) == names
     assert all(s["done"] and s["peak_bytes"] > 2**27 for s in summary["stages"].values())
@@ -37,23 +58,55 @@ def test_whole_pipeline(tmp_path, capfd, monkeypatch):
     assert ["against_first" in row for row in rows.values()] == [False, True, True, True]
     assert summary["versions"]["torch"] == version("torch") and {"python", "mujoco"} < set(summary["versions"])
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
-        with Image.open(tmp_path / name) as image:
+        with Image.open(out / name) as image:
             assert min(image.size) >= 64, name
-    printed = capfd.readouterr().out
-    assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in printed
-    assert "+ RFT" in printed and "SFT, x_0 = 0" in printed and "its numbers mean nothing" in printed
+    assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in smoke.printed
+    assert "+ RFT" in smoke.printed and "SFT, x_0 = 0" in smoke.printed and "its numbers mean nothing" in smoke.printed
 
-    before = json.loads((tmp_path / "stages.json").read_text())
-    demo.main(cfg)  # nothing is done again
-    assert json.loads((tmp_path / "stages.json").read_text()) == before
+    before = json.loads((out / "stages.json").read_text())
+    monkeypatch.chdir(smoke.folder)
+    demo.main(dataclasses.replace(demo.PRESETS["smoke"], out_dir="runs/demo"))  # nothing is done again
+    assert json.loads((out / "stages.json").read_text()) == before
     assert "[eval] done in" in capfd.readouterr().out
 
-    monkeypatch.setenv("DEMO", str(tmp_path))
+
+@pytest.mark.slow
+def test_notebooks_run(smoke, monkeypatch):
+    monkeypatch.setenv("DEMO", str(smoke.folder / "runs" / "demo"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     cells = run_notebook("imagination.ipynb")
     assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
     cells = run_notebook("rft_step.ipynb")
     assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
+
+
+@pytest.mark.slow
+def test_blocks_of_the_readme_run(smoke):
+    """In order, on the results of the demo, at smoke size: another preset, and nothing else."""
+    readme = (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0] for block in blocks(readme, "bash") for line in block.splitlines()]
+    ran = []
+    for words in filter(None, map(shlex.split, lines)):
+        if words[0] in ("make", "source"):  # setting up is what CI does
+            continue
+        assert words[0] == "python"
+        words = ["smoke" if word == "tiny" else word for word in words[1:]]
+        script = words[:2] if words[0] == "-m" else [str(ROOT / words[0])]
+        command = [sys.executable, *script, *words[len(script) :]]
+        result = subprocess.run(command, cwd=smoke.folder, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+        ran.append(words[0])
+    assert ran == ["eval_libero.py", "train_rft.py", "eval_libero.py", "-m"]
+
+    names = {
+        "image": np.zeros((64, 64, 3), np.uint8),
+        "proprio": np.zeros(8, np.float32),
+        "frames": torch.rand(1, 3, 64, 64),
+        "chunks": torch.zeros(1, 2, 8, 7),
+    }
+    for block in blocks(readme, "python"):
+        exec(block.replace('"runs/', f'"{smoke.folder}/runs/'), names)
+    assert names["chunk"].shape == (8, 7) and names["rollout"].frames.shape == (1, 2, 8, 3, 64, 64)
 
 
 def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):

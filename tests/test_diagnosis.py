@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_gate import Oracle, held_out, policy  # noqa: F401
 
-from vlarft.diagnosis import diagnose
+from vlarft.diagnosis import action_names, diagnose, picture_actions
 from vlarft.reward import make_scorer
 from vlarft.run.pictures import histograms
 from vlarft.world_model import WorldModel
@@ -38,6 +38,12 @@ def test_a_policy_that_does_not(policy, held_out, world_model_file):  # noqa: F8
     assert found["std_x"] == pytest.approx(1.0, abs=0.05) and found["std_gripper"] == pytest.approx(1.0, abs=0.05)
     same, _ = diagnose(make_scorer("r1"), policy, held_out, 0, draws=200)
     assert found == same  # the same x_0 at every call
+
+
+def test_dims_of_another_robot_are_numbered(tmp_path):
+    assert action_names(7)[-1] == "gripper" and action_names(6) == ["0", "1", "2", "3", "4", "5"]
+    picture_actions(tmp_path / "actions.png", torch.zeros(2, 3, 8, 2), torch.ones(2, 3, 8, 2))  # no dim 2
+    assert (tmp_path / "actions.png").exists()
 
 
 def test_histograms():

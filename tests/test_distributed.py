@@ -1,4 +1,4 @@
-"""distributed: two gloo processes do what one does, and go on from what one saved; one from what two saved."""
+"""distributed: two gloo processes match one process, and each resumes what the other number of processes saved."""
 
 import copy
 import dataclasses
@@ -200,6 +200,23 @@ def test_rft(demos, policy_file, world_model_file, tmp_path):
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("head."))
 
 
+def fine_tune_all(settings: dict) -> None:
+    import variants
+
+    variants.main(variants.Config(**settings, variant="whole_policy"))
+
+
+def test_rft_of_the_whole_policy(rft_config, tmp_path):
+    changes = {"starts": 4, "epochs": 2, "reward": "r1", "warmup": 0}
+    settings = {**dataclasses.asdict(rft_config), **changes}
+    fine_tune_all({**settings, "out_dir": str(tmp_path / "1")})
+    ranks.run(2, fine_tune_all, {**settings, "out_dir": str(tmp_path / "2")})
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    one, two = (log_of(tmp_path / n)[-1] for n in ("1", "2"))
+    for name in ("loss", "grad_norm"):
+        assert one[name] == pytest.approx(two[name], rel=2e-3), name
+
+
 def blocks_in_bfloat16() -> None:
     """Two ranks with a half of the rows each, in two micro-batches, against the plain decoder on all rows."""
     cfg = TransformerConfig(depth=2, width=32, num_heads=2, num_kv_heads=2, ffn_dim=64)
@@ -254,7 +271,7 @@ def nan_on_one_rank(settings: dict) -> None:
         value, metrics = train_rft.grpo_loss(cfg, policy, rollouts)
         return (value * math.nan if distributed.rank() else value), metrics
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan.* at step 0 .*here episodes"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan.* at step 0 .*is from episodes"):
         train_rft.main(train_rft.Config(**settings), loss=loss)  # neither rank waits for the other
 
 

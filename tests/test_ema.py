@@ -1,4 +1,4 @@
-"""The average of the weights, by hand."""
+"""ema: the moving average of the weights, by hand."""
 
 import pytest
 import torch

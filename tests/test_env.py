@@ -1,4 +1,4 @@
-"""The Env interface: a made-up simulator is one class and one entry; every camera is the one that was asked for."""
+"""The Env interface: a new simulator takes one class and one entry; the camera is the one that was requested."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""eval_libero: the same starts for every policy, resumable, honest about bad input."""
+"""eval_libero.py: the same starts for every policy, resume, errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def config(policy_file, tmp_path):
 @pytest.fixture()
 def other_policy(policy_file, tmp_path):
     policy = VLAPolicy.load(policy_file)
-    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    torch.nn.init.zeros_(policy.head.output.weight)
     policy.save(tmp_path / "other.safetensors")
     return str(tmp_path / "other.safetensors")
 
@@ -104,7 +104,7 @@ def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path):
     policy.save(path)
     config = dataclasses.replace(config, policies=(str(path),), episodes=1)
     eval_libero.main(config)
-    torch.nn.init.zeros_(policy.head.net.dit.out.weight)
+    torch.nn.init.zeros_(policy.head.output.weight)
     policy.save(path)
     before = records(config)
     eval_libero.main(config)
@@ -159,7 +159,7 @@ def test_bad_checkpoints(config, world_model_file, tmp_path):
 
 
 def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
-    with pytest.raises(ValueError, match="noise stochastic: .* was never fine-tuned by train_rft.py"):
+    with pytest.raises(ValueError, match="noise stochastic: .* has no sigma net, which train_rft.py adds"):
         eval_libero.main(dataclasses.replace(config, noise="stochastic"))
     policy, first = VLAPolicy.load(policy_file), {}
     policy.add_sigma_net()

@@ -1,4 +1,4 @@
-"""eval_wm.py: frame metrics against hand-made rollouts, perturbations, agreement, the simulator's outcome, errors."""
+"""eval_wm.py: frame metrics of hand-made rollouts, perturbations, agreement, the simulator's outcome, errors."""
 
 import json
 from dataclasses import replace
@@ -9,10 +9,12 @@ import torch
 
 import eval_wm
 from eval_wm import PRESETS, evaluate_frames, frame_sums, main, own_rows, summary
+from vlarft import sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
 from vlarft.run.checkpoint import save_model
+from vlarft.run.random import generator
 from vlarft.world_model import PRESETS as MODELS
 from vlarft.world_model import Rollout, WorldModel
 
@@ -45,6 +47,19 @@ def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, 
 
     assert Image.open(tmp_path / "rollouts.gif").n_frames >= 9
     assert np.asarray(Image.open(tmp_path / "rollouts.png")).std() > 5
+
+
+def test_frames_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
+    asked = {}
+    for module in (eval_wm, sensitivity):
+
+        def noted(device, stream, *numbers, module=module):
+            asked.setdefault(module, set()).add((stream, *numbers))
+            return generator(device, stream, *numbers)
+
+        monkeypatch.setattr(module, "generator", noted)
+    main(replace(CFG, world_model=str(checkpoint), out_dir=str(tmp_path)))
+    assert asked[eval_wm] and asked[sensitivity] and not asked[eval_wm] & asked[sensitivity]
 
 
 class FrameLater:

@@ -188,7 +188,7 @@ def test_regression_loss_by_hand():
     chunks = sample_ode(head, head.prepare(*inputs()), noise=x0)
     torch.testing.assert_close(loss, (chunks - actions).abs().mean(), atol=1e-5, rtol=1e-5)
     loss.backward()
-    bias = head.net.dit.out.bias
+    bias = head.output.bias
     losses = []
     for step in (1e-3, -2e-3):
         with torch.no_grad():

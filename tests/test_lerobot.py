@@ -1,7 +1,8 @@
-"""LeRobot data sets, made here with pyarrow and PyAV alone: read, and refused where they are broken."""
+"""LeRobot data sets made with pyarrow and PyAV alone: read, and refused if they are broken."""
 
 import io
 import json
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.data.check import check, sample_picture
 from vlarft.data.convert import main as convert
+from vlarft.data.episodes import read_episodes
 
 FPS, SIZE = 10, 32
 TASKS = ["fold the towel", "open the drawer"]
@@ -261,10 +264,14 @@ def test_broken_sets_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"file-000.mp4 is not a readable video .* truncated"):
         load_episodes(root)
     mp4(video, np.concatenate([pictures(n, 0) for n in (14, 11, 20)]), fps=2 * FPS)
-    with pytest.raises(ValueError, match=r"file-000.mp4: observation.images.image has 20 fps, meta/info.json says 10"):
+    with pytest.raises(
+        ValueError, match=r"file-000.mp4: episode 0: observation.images.image has 20 fps, meta/info.json .* 10"
+    ):
         load_episodes(root)
     mp4(video, pictures(30, 0))
-    with pytest.raises(ValueError, match=r"file-000.mp4: .* ends at 3.000 s, episode 2 at 4.400 s; truncated"):
+    with pytest.raises(
+        ValueError, match=r"file-000.mp4: episode 2: .* 20 rows, but 5 frames in the video: it is truncated"
+    ):
         load_episodes(root)
     video.unlink()
     with pytest.raises(FileNotFoundError, match=r"file-000.mp4 is missing; the data set was copied without it"):
@@ -354,8 +361,209 @@ def test_a_video_that_lost_a_frame_is_refused(tmp_path):
             frame.pts, frame.time_base = t + (t > 70), Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    episode = load_episodes(tmp_path)[0]
     with pytest.raises(
         ValueError, match=r"frame 71 should be at 7.1000 s, the video has one at 7.2000 s; .* differ in fps"
     ):
-        episode.images[3:12]
+        load_episodes(tmp_path)
+    with pytest.raises(ValueError, match="frame 71 should be at"):  # without the check, as another camera is read
+        next(read_episodes(tmp_path, None, lambda *_: True)).images[3:12]
+
+
+def amend(root: Path, version: str, **fields: list) -> None:
+    """Give the episodes further metadata fields."""
+    if version == "v3.0":
+        path = root / "meta/episodes/chunk-000/file-000.parquet"
+        rows = pq.read_table(path).to_pylist()
+    else:
+        path = root / "meta/episodes.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, **{k: v[i] for k, v in fields.items()}} for i, row in enumerate(rows)]
+    if version == "v3.0":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def numbers(episodes) -> list[int]:
+    return [int(e.name[-1]) for e in episodes]
+
+
+VERSIONS = pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+
+
+@VERSIONS
+def test_outcomes_mean_the_same_in_all_versions(tmp_path, version):
+    root = tmp_path / "set"
+    make(root, version, kind="image", lengths=(14, 11, 20))
+    amend(root, version, success=[True, False, True], kind=[None, "expert", "noisy"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers(load_episodes(root)) == [0]
+        every = load_episodes(root, successes_only=False)
+    assert [(e.success, e.kind) for e in every] == [(True, "expert"), (False, "expert"), (True, "noisy")]
+    assert check(root)[0].facts["kinds"] == {"expert": 1, "failed": 1, "noisy": 1}
+    amend(root, version, success=[None, 0.0, float("nan")], kind=["expert", "expert", "teleop"])
+    with pytest.warns(UserWarning) as caught:
+        assert numbers(load_episodes(root)) == [0]
+    first, second = sorted(str(w.message) for w in caught if str(root) in str(w.message))
+    assert "kind is {'teleop': 1}, expected expert, failed, noisy, policy: policies do not learn from these" in first
+    assert "2 of 3 episodes do not say whether they succeeded (success is null), first episode 0: taken as" in second
+    report = check(root)[0]
+    assert first in report.warnings and second in report.warnings and not report.errors
+    amend(root, version, success=["yes", "no", "yes"])
+    with pytest.raises(ValueError, match=r"meta/episodes.*: episode 0: success is 'yes', expected true, false or null"):
+        load_episodes(root)
+
+
+@VERSIONS
+@pytest.mark.parametrize("listed", [False, True])
+def test_outcomes_of_frames(tmp_path, version, listed):
+    """`next.success` says what the metadata do not; rewards are named, and decide nothing."""
+    root = tmp_path / "set"
+    make(root, version, kind="image", lengths=(14, 11, 20))
+
+    def frames(name, last):
+        """The feature is 0 but in the last frame of each episode."""
+        features = json.loads((root / "meta/info.json").read_text())["features"]
+        edit(root, features={**features, name: {"dtype": "bool", "shape": [1]}})
+        for path in (root / "data").rglob("*.parquet"):
+            table = pq.read_table(path)
+            index = np.asarray(table["episode_index"])
+            ends = np.append(np.flatnonzero(np.diff(index)), len(index) - 1)
+            values = [last[e] if t in ends else (None if last[e] is None else 0 * last[e]) for t, e in enumerate(index)]
+            values = [bool(v) if isinstance(last[0], bool) and v is not None else v for v in values]
+            pq.write_table(table.append_column(name, pa.array([[v] for v in values] if listed else values)), path)
+
+    frames("next.reward", [0.0, 0.5, 1.0])
+    with pytest.warns(UserWarning, match=r"1 of 3 episodes never earn a reward \(next.reward\), first episode 0; outc"):
+        assert numbers(load_episodes(root)) == [0, 1, 2]
+    frames("next.success", [True, False, None])
+    with pytest.warns(UserWarning, match=r"1 of 3 episodes .* succeeded \(next.success is null\), first episode 2"):
+        assert numbers(load_episodes(root)) == [0, 2]
+    amend(root, version, success=[None, True, False])  # the metadata come first
+    assert numbers(load_episodes(root)) == [0, 1]
+
+
+def second_camera(root: Path, version: str, lengths=(14, 11, 20), without=()) -> str:
+    """Add the camera wrist, but not to the episodes `without`; its videos are not there."""
+    features, key = json.loads((root / "meta/info.json").read_text())["features"], "observation.images.wrist"
+    edit(root, features={**features, key: features["observation.images.image"]})
+    if version == "v3.0":
+        starts = (np.cumsum([0, *lengths]) / FPS).tolist()
+        fields = {"chunk_index": [0] * 3, "file_index": [0] * 3, "from_timestamp": starts[:-1]}
+        for name, values in fields.items():
+            values = [None if i in without else v for i, v in enumerate(values)]
+            amend(root, version, **{f"videos/{key}/{name}": values})
+    return key
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_files_of_other_cameras_are_not_read(tmp_path, version):
+    root = tmp_path / "set"
+    images, _ = make(root, version)
+    key = second_camera(root, version)
+    episodes = load_episodes(root, "image")
+    assert [list(e.cameras) for e in episodes] == [["image", "wrist"]] * 3
+    assert episodes[1].images[4:6].shape == (2, SIZE, SIZE, 3)
+    assert check(root, "image")[0].errors == [] and list(check(root, "image")[0].facts["cameras"]) == ["image"]
+    with pytest.raises(FileNotFoundError, match=rf"video .*{key}.*mp4 is missing; the data set was copied without it"):
+        load_episodes(root, "wrist")
+    with pytest.raises(FileNotFoundError, match=rf"{key}.*mp4 is missing"):
+        episodes[0].cameras["wrist"][0]
+    report, left = check(root)
+    assert len(report.errors) == (3 if version == "v2.1" else 1) and key in report.errors[0] and not left
+    for path in (root / "videos").rglob("*.mp4"):  # another clock
+        other = Path(str(path).replace("observation.images.image", key))
+        mp4(other, np.concatenate(images) if version == "v3.0" else images[int(path.stem[-1])], fps=2 * FPS)
+    load_episodes(root, "image")
+    assert check(root, "image")[0].errors == []
+    with pytest.raises(ValueError, match=rf"episode 0: {key} has 20 fps, meta/info.json says 10"):
+        load_episodes(root, "wrist")
+
+
+def test_episodes_without_a_camera(tmp_path):
+    root = tmp_path / "set"
+    make(root)
+    key = second_camera(root, "v3.0", without=(0, 2))
+    path = root / f"videos/{key}/chunk-000/file-000.mp4"
+    mp4(path, np.concatenate([pictures(n, 9) for n in (14, 11, 20)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        episodes = load_episodes(root, "image")
+    assert [list(e.cameras) for e in episodes] == [["image"], ["image", "wrist"], ["image"]]
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 episodes have no camera 'wrist' .*, first set/episode_000000: left out"
+    ):
+        assert numbers(load_episodes(root, "wrist")) == [1]
+    report, _ = check(root)
+    assert "not every episode has the camera wrist" in report.warnings and not report.errors
+    assert any("2 of 3 episodes have no camera 'wrist'" in w for w in check(root, "wrist")[0].warnings)
+    names, first = ("chunk_index", "file_index", "from_timestamp"), "videos/observation.images.image"
+    old = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    places = {f"{first}/{n}": [row[f"{first}/{n}"] for row in old] for n in names}
+    amend(root, "v3.0", **{n: [v[0], None, v[2]] for n, v in places.items()})
+    report, episodes = check(root)  # without --camera: every episode with the cameras it has
+    assert [list(e.cameras) for e in episodes] == [["image"], ["wrist"], ["image"]] and not report.errors
+    assert sorted(report.facts["orientation"]) == ["image", "wrist"] and sample_picture(episodes).shape[0] > 2 * SIZE
+    amend(root, "v3.0", **places)
+    amend(root, "v3.0", **{f"videos/{key}/{n}": [None] * 3 for n in names})
+    with pytest.raises(ValueError, match=r"3 of 3 episodes have no camera 'wrist' .*; give --camera another of image"):
+        load_episodes(root, "wrist")
+    amend(root, "v3.0", **{f"videos/{key}/chunk_index": [None, 0, None]})
+    with pytest.raises(ValueError, match=rf"episode 1: videos/{key}/file_index is null; fill it in, or remove"):
+        load_episodes(root, "image")
+
+
+def test_fields_that_are_missing_or_null(tmp_path):
+    root = tmp_path / "set"
+    make(root, "v2.1", kind="image")
+    amend(root, "v2.1", length=[14, None, 20])
+    with pytest.raises(ValueError, match=r"episodes.jsonl: episode 1: length is null; fill it in, or remove"):
+        load_episodes(root)
+    (root / "meta/episodes.jsonl").write_text('{"index": 0, "length": 14}')
+    with pytest.raises(ValueError, match=r"episodes.jsonl has no field episode_index; it has index, length"):
+        load_episodes(root)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_video_one_frame_short_is_refused(tmp_path, version):
+    root = tmp_path / "set"
+    images, _ = make(root, version)
+    key, where = "observation.images.image", 1 if version == "v2.1" else 2
+    if version == "v2.1":
+        mp4(root / f"videos/chunk-000/{key}/episode_000001.mp4", images[1][:-1])
+    else:
+        mp4(root / f"videos/{key}/chunk-000/file-000.mp4", np.concatenate(images)[:-1])
+    rows = (14, 11, 20)[where]
+    text = rf"mp4: episode {where}: {key}: {rows} rows, but {rows - 1} frames in the video"
+    with pytest.raises(ValueError, match=text):
+        load_episodes(root)
+    report, episodes = check(root)
+    assert len(report.errors) == 1 and f"{rows} rows, but {rows - 1} frames" in report.errors[0]
+    assert len(episodes) == 2  # the others are reported
+
+
+def test_an_episode_does_not_end_with_a_frame_of_the_next(tmp_path):
+    """v3.0: the middle episode's part of the video is one frame short, and the times of the parts say so."""
+    root, key = tmp_path / "set", "observation.images.image"
+    images, _ = make(root)
+    mp4(root / f"videos/{key}/chunk-000/file-000.mp4", np.concatenate([images[0], images[1][:-1], images[2]]))
+    amend(root, "v3.0", **{f"videos/{key}/from_timestamp": [0, 1.4, 2.4]})
+    with pytest.raises(ValueError, match=r"episode 1: .* 11 rows, but 10 frames in the video"):
+        load_episodes(root)
+
+
+def test_images_that_are_empty_or_damaged_are_found(tmp_path):
+    root, key = tmp_path / "set", "observation.images.image"
+    make(root, kind="image")
+
+    def damage(column):
+        rows = column.to_pylist()
+        rows[16]["bytes"] = rows[16]["bytes"][:-30]  # episode 1, frame 2
+        return pa.array(rows)
+
+    assert check(root)[0].errors == []
+    rewrite(root, key, damage)
+    report, episodes = check(root)
+    assert len(report.errors) == 1 and f"episode 1: {key}, frame 2 is not a readable image" in report.errors[0]
+    assert numbers(episodes) == [0, 2]

@@ -1,4 +1,4 @@
-"""lerobot as the oracle, where it is installed: it reads what we write, and we read what it writes, pixel for pixel."""
+"""lerobot as the reference, if installed: it reads our files and we read its files, pixel for pixel."""
 
 import numpy as np
 import pytest

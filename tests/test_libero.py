@@ -1,4 +1,4 @@
-"""LIBERO behind Tabletop's interface. What needs LIBERO itself and its assets is skipped where they are missing."""
+"""LIBERO behind Tabletop's interface. Tests that need LIBERO and its assets are skipped without them."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""The LIBERO experts' geometry and choice of grasps, which need no LIBERO; and one task of each kind, where it is."""
+"""The LIBERO experts' geometry and choice of grasps, without LIBERO; with LIBERO, one task of each kind."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""LIBERO's and robomimic's own readers as the oracle, where they are installed: they read the HDF5 that we write."""
+"""LIBERO's and robomimic's readers as the reference, if installed: they read the HDF5 files that we write."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Memory of a step: counted by hand on a network of two layers."""
+"""memory: the estimate of a step, counted by hand on a network of two layers."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The method end to end, against hand-written versions of its equations: what reaches the networks, with which sign.
+"""The method end to end, against hand-written equations: which values reach the networks, with which sign.
 
 The demonstrations have other units in every dimension, ranges far from [-1, 1] that are not symmetric, and intended
 actions that differ from the executed ones: a column, a unit or a kind of action in another's place changes a number
@@ -90,7 +90,7 @@ def world(tmp_path_factory) -> World:
     torch.manual_seed(0)
     policy = VLAPolicy(replace(POLICIES["smoke"], crop_area=0.81))  # training has to crop as deployment does
     policy.normalizer.fit(of(episodes, "intended"), of(episodes, "proprio"))
-    nn.init.normal_(policy.head.net.dit.out.weight, std=0.1)  # zero at first, which hides what comes before
+    nn.init.normal_(policy.head.output.weight, std=0.1)  # zero at first, which hides what comes before
     policy.save(folder / "policy.safetensors", split)
 
     tokenizer = FrameTokenizer(TOKENIZERS["smoke"])

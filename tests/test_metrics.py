@@ -1,4 +1,4 @@
-"""Image metrics against scikit-image and by hand, LPIPS never at random."""
+"""Image metrics against scikit-image and by hand; LPIPS never runs with random weights."""
 
 import math
 import sys

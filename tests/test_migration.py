@@ -1,4 +1,4 @@
-"""Run folders and model files of older versions: read in today's names, or refused with the option and the reason."""
+"""migration: run folders and model files of older versions load, or are refused with the option and the reason."""
 
 import json
 from dataclasses import replace

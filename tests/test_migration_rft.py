@@ -1,9 +1,12 @@
-"""Configurations and model files that older versions stored."""
+"""migration: configurations and model files of train_rft.py's older versions."""
 
 import dataclasses
 import json
+import re
+import warnings
 
 import pytest
+import variants
 
 import train_rft
 from vlarft.policy import PRESETS, VLAPolicy
@@ -73,8 +76,13 @@ def test_a_fine_tuning_of_an_older_version_is_entered_again(tmp_path):
         with pytest.raises(ValueError, match="another configuration: clip: 0.2 against 0.3"):
             other = dataclasses.replace(cfg, clip=0.3)
             open_run(cfg.out_dir, other, ignore=("gate_threshold",), older=migration.train_rft)
-    per_step = migration.train_rft({**RFT, "credit": "frame", "ratio_per": "step"}, "config.json")
-    assert per_step["per_step"] and migration.train_rft({**RFT, "gate_stop": False}, "")["gate_threshold"] is None
+    per_step = migration.train_rft(
+        {**RFT, "reference": "intended", "credit": "frame", "ratio_per": "step"}, "config.json"
+    )
+    assert (
+        per_step["per_step"]
+        and migration.train_rft({**RFT, "reference": "intended", "gate_stop": False}, "")["gate_threshold"] is None
+    )
 
 
 def test_todays_configuration_stays_as_it_is():
@@ -85,8 +93,16 @@ def test_todays_configuration_stays_as_it_is():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (RFT_RELEASE, "used credit 'chunk' with ratio_per 'element', which is gone: .*studies/variants"),
-        ({"vlm_lr": 1e-4}, "config.json: this run used vlm_lr 0.0001, which is gone: it is a variant in studies"),
+        (
+            RFT_RELEASE,
+            "used credit 'chunk' with ratio_per 'element', which is gone: .*--variant release of studies/variants",
+        ),
+        ({"vlm_lr": 1e-4}, "config.json: this run used vlm_lr 0.0001, which is gone: .*--variant whole_policy"),
+        ({"credit": "to_go", "ratio_per": "step"}, "'to_go' with ratio_per 'step', which is gone: --per-step credits"),
+        ({"group_x0": "shared"}, "used group_x0 'shared', which is gone: each rollout samples an x_0"),
+        ({"group_x0": "gripper"}, "used group_x0 'gripper', which is gone: .*--variant gripper_x0"),
+        ({"chunks": 2}, "used chunks 2, which is gone: a rollout has one action chunk"),
+        ({"reward": "simulator"}, "used reward 'simulator', which is gone: .*--variant simulator"),
         ({"noisy_dims": [0, 1]}, r"used noisy_dims \[0, 1\], which is gone: it did not help"),
         ({"clip_high": 0.3}, "used clip_low 0.2 and clip_high 0.3, which is gone: the clip range is symmetric"),
         ({"success_interval": 10}, "success_interval 10, .*--keep-interval and play them with eval_libero.py"),
@@ -95,6 +111,23 @@ def test_todays_configuration_stays_as_it_is():
 def test_options_that_are_gone_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         migration.train_rft({**RFT, **changes}, "config.json")
+
+
+def test_a_reward_that_compared_with_executed_actions_is_warned_of():
+    with pytest.warns(UserWarning, match="config.json: this run's reward compared with the executed actions"):
+        migration.train_rft(RFT, "config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        migration.train_rft({**RFT, "reference": "intended"}, "config.json")
+
+
+def test_refusals_name_variants_that_there_are():
+    used = {"algorithm": "rwr", "kl_weight": 0.1, "vlm_lr": 1e-4, "noise": "flow_sde", "symmetric": True}
+    used |= {"group_x0": "gripper", "reward": "simulator", "over_k": "sum", "objective": "ppo", "sigma_uses_x": True}
+    for name, value in used.items():
+        with pytest.raises(ValueError, match=r"--variant") as caught:
+            migration.train_rft({**RFT, name: value}, "config.json")
+        assert re.search(r"--variant (\w+)", str(caught.value))[1] in variants.VARIANTS
 
 
 def test_policies_of_older_versions_load(tmp_path):

@@ -1,4 +1,4 @@
-"""The mutation tool: its table, and a run over a project of one function."""
+"""mutate.py: its table, and a run on a project of one function."""
 
 import subprocess
 import sys

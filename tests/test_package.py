@@ -1,4 +1,4 @@
-"""The house: a light import, imports that go one way and never in a circle, scripts with few flags."""
+"""The package: a light import, one-way imports without circles, scripts with few flags."""
 
 import argparse
 import ast

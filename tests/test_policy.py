@@ -1,4 +1,4 @@
-"""The policy: presets, images as given, act, the training loss, checkpoints, the sigma net's life."""
+"""The policy: presets, images as given, act, the training loss, checkpoints, the sigma net from SFT to RFT."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ TEXTS = ["pick up the red block", "push the plate"]
 def make(cfg: PolicyConfig = CFG, fitted: bool = True) -> VLAPolicy:
     torch.manual_seed(0)
     policy = VLAPolicy(cfg).eval()
-    torch.nn.init.normal_(policy.head.net.dit.out.weight, std=0.3)
+    torch.nn.init.normal_(policy.head.output.weight, std=0.3)
     if fitted:
         generator = torch.Generator().manual_seed(0)
         actions = torch.rand(200, 7, generator=generator) * 2 - 1
@@ -213,8 +213,8 @@ def test_sigma_net_is_added_saved_and_left_out_of_act(tmp_path):
     images, proprio = observations()
     before = policy.act(images, TEXTS, proprio, noise=torch.zeros(2, 8, 7))
     policy.add_sigma_net(sigma_max=0.3)
-    assert policy.head.cfg is policy.head.net.cfg is policy.sigma_net.cfg is policy.cfg.flow
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.weight)
+    assert policy.head.cfg == policy.sigma_net.cfg == policy.cfg.flow
+    torch.nn.init.normal_(policy.sigma_net.output.weight)
     policy.save(tmp_path / "p.safetensors")
     loaded = VLAPolicy.load(tmp_path / "p.safetensors")
     assert loaded.cfg.flow.sigma_max == 0.3 and loaded.cfg.has_sigma_net

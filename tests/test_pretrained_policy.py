@@ -1,4 +1,4 @@
-"""Public policies: both layouts, side files and their sign, statistics, text; the real sizes on the meta device."""
+"""Public policies: both layouts, side files and signs, statistics, text; full sizes on the meta device."""
 
 import json
 import sys
@@ -126,7 +126,7 @@ def side_files(policy: VLAPolicy) -> dict[str, dict[str, torch.Tensor]]:
     return parts
 
 
-def repository(policy: VLAPolicy, folder: Path, step: int = 150_000) -> Path:
+def repository(policy: VLAPolicy, folder: Path, step: int | str = 150_000) -> Path:
     """Everything that a public repository holds, in files."""
     write(folder, merged(policy), {"text_config": {"hidden_size": 16, "num_hidden_layers": 2}}, "sharded safetensors")
     for part, tensors in side_files(policy).items():
@@ -162,26 +162,32 @@ def test_converted_policy_is_the_public_one(policy, tmp_path, capsys):
     assert again.normalizer.action_high.tolist() == pytest.approx([0.6] * 6)
 
 
-def test_native_layout_starts_a_new_head(policy, tmp_path):
+def test_native_layout_starts_a_new_head(policy, tmp_path, capsys):
     (folder := tmp_path / "native").mkdir()
     torch.save({"model": native(policy), "optimizer": {"step": 3}}, folder / "latest.pt")
     repository(policy, tmp_path / "text")
     out = tmp_path / "out.safetensors"
-    main(["policy", str(folder / "latest.pt"), "--out", str(out), "--text", str(tmp_path / "text" / "tokenizer.json")])
+    main(["policy", str(folder / "latest.pt"), "--out", str(out), "--text", str(tmp_path / "text"), "--new-head"])
+    shown = capsys.readouterr().out
+    assert "action head: new, with random weights" in shown and "action queries: not in the file; zero" in shown
     again = VLAPolicy.load(out)
     # nothing in the file was trained with the shifted context, and the queries start at zero
     assert not again.cfg.vlm.shift_context and not again.normalizer.fitted and not again.vlm.action_queries.weight.any()
     expected = {k: v for k, v in policy.vlm.state_dict().items() if k != "action_queries.weight"}
     for name, tensor in expected.items():
         assert torch.equal(again.vlm.state_dict()[name], tensor), name
-    assert not again.head.net.dit.out.weight.any()  # as a new head starts
+    assert not again.head.output.weight.any()  # as a new head starts
 
 
-def test_merged_layout_without_head(policy, tmp_path):
+def test_merged_layout_without_head(policy, tmp_path, capsys):
     folder = repository(policy, tmp_path / "public")
     for file in folder.glob("*.pt"):
         file.unlink()
-    again = convert(folder)
+    with pytest.raises(FileNotFoundError, match="has no side files action_head--.*would be random.* --new-head"):
+        convert(folder)
+    again = convert(folder, "--new-head")
+    shown = capsys.readouterr().out
+    assert "action head: new, with random weights" in shown and "action queries" not in shown
     assert again.cfg.vlm.shift_context and again.normalizer.fitted  # its queries were trained with the shift
     assert torch.equal(again.vlm.action_queries.weight, policy.vlm.action_queries.weight)
 
@@ -266,13 +272,57 @@ def test_every_tensor_is_accounted_for(policy, tmp_path):
         load_head(policy.head.net, head | {"action_head": head["action_head"] | {extra: torch.ones(16)}})
 
 
+@pytest.mark.parametrize("step", ["latest", "step-150000", "150000-best", "150000"])
+def test_side_files_of_any_step_are_read(policy, tmp_path, step, capsys):
+    """OpenVLA-OFT writes "latest" when it keeps one checkpoint only; people rename files."""
+    again = convert(repository(policy, tmp_path / "public", step))
+    for name, tensor in policy.head.state_dict().items():
+        assert torch.equal(again.head.state_dict()[name], tensor), name
+    assert "random" not in capsys.readouterr().out
+    torch.save(side_files(policy)["action_head"], tmp_path / "public" / "action_head--30000_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"has side files of the steps .*30000.*; choose one with --step"):
+        convert(tmp_path / "public")
+    assert convert(tmp_path / "public", "--step", step).normalizer.fitted
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "action_head.pt",
+        "action_head-150000.pt",
+        "action_head--150000_checkpoint.pth",
+        "proprio_projector--150000_checkpoint.safetensors",
+        "vision_backbone--150000_checkpoint.pt",  # with FiLM: the merged weights lack it
+    ],
+)
+def test_side_files_that_would_be_left_unread_are_refused(policy, tmp_path, name):
+    folder = repository(policy, tmp_path / "public")
+    torch.save({}, folder / name)
+    with pytest.raises(ValueError, match=rf"public has {name}: expected side files <part>--<step>_checkpoint.pt of"):
+        convert(folder)
+    convert(folder, "--new-head")  # asked for
+
+
+def test_a_trained_head_without_its_queries_is_refused(policy, tmp_path):
+    folder = repository(policy, tmp_path / "public")
+    with pytest.raises(ValueError, match=r"has no action_queries.weight, and its action head was trained with them"):
+        policy_from_public(
+            {k: v for k, v in merged(policy).items() if "queries" not in k},
+            side_files(policy),
+            tokenizer_json().encode(),
+            read_statistics(folder / "dataset_statistics.json"),
+        )
+    with pytest.raises(SystemExit):
+        convert(folder, "--step", "150000", "--new-head")
+
+
 def test_folders_that_lack_a_file(policy, tmp_path):
     folder = repository(policy, tmp_path / "public")
     for part, tensors in side_files(policy).items():
         torch.save(tensors, folder / f"{part}--30000_checkpoint.pt")
-    with pytest.raises(ValueError, match=r"side files of the steps \[30000, 150000\]; choose one with --step"):
+    with pytest.raises(ValueError, match=r"side files of the steps 150000, 30000; choose one with --step"):
         convert(folder)
-    with pytest.raises(FileNotFoundError, match=r"no side files of step 7; there are \[30000, 150000\]"):
+    with pytest.raises(FileNotFoundError, match=r"no side files of step 7; there are 150000, 30000"):
         convert(folder, "--step", 7)
     (folder / "proprio_projector--30000_checkpoint.pt").unlink()
     with pytest.raises(FileNotFoundError, match="lacks proprio_projector--30000_checkpoint.pt: download"):

@@ -1,4 +1,4 @@
-"""Named random streams."""
+"""random: named random streams."""
 
 import torch
 

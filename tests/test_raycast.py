@@ -1,4 +1,4 @@
-"""The renderer against analytic pictures, and its shortcut against the full trace."""
+"""The renderer against analytic pictures, and its fast path against the full trace."""
 
 import numpy as np
 import pytest

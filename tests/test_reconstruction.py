@@ -1,4 +1,4 @@
-"""Losses of a reconstruction: hand-computed values, the last layer's gradient against autograd."""
+"""Reconstruction losses: hand-computed values, the last layer's gradient against autograd."""
 
 import pytest
 import torch

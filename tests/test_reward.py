@@ -93,6 +93,8 @@ def test_r1_needs_no_world_model_and_the_others_do():
     for kind in ("r2", "r3", "divergence"):
         with pytest.raises(ValueError, match=f"reward {kind} plays actions inside a world model; give one, or choose"):
             make_scorer(kind)
+    with pytest.raises(ValueError, match="unknown reward 'r4'; there are: r1, r2, r3, divergence"):
+        make_scorer("r4")
 
 
 def sensitive(world_model_file):

@@ -1,4 +1,4 @@
-"""RLDS in TFRecord files, whose bytes are put together here by hand: read, and refused where they are damaged."""
+"""RLDS in TFRecord files whose bytes are built by hand: read, and refused if they are damaged."""
 
 import io
 import struct
@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vlarft.data import load_episodes
+from vlarft.data.check import check
 from vlarft.data.convert import main as convert
 from vlarft.data.tfrecord import crc32c, parse_example, read_records
 
@@ -184,3 +185,17 @@ def test_becomes_a_lerobot_set(tmp_path):
         assert (two.fps, two.instruction, list(two.cameras)) == (20, "pick up the bowl", ["image", "image2"])
         np.testing.assert_array_equal(one.actions, two.actions)
         np.testing.assert_array_equal(one.images, two.images)
+
+
+def test_images_that_are_empty_or_damaged_are_found(tmp_path):
+    bad = content(0)
+    images = bad["steps/observation/image"]
+    path = tmp_path / "one.tfrecord"
+    path.write_bytes(record(example({**bad, "steps/observation/image": [*images[:3], b"", *images[4:]]})))
+    with pytest.raises(ValueError, match=r"observation/image, frame 3 is empty \(1 of 12 frames\); remove the record"):
+        load_episodes(path)
+    path.write_bytes(record(example({**bad, "steps/observation/image": [*images[:3], b"no image", *images[4:]]})))
+    report, episodes = check(path)
+    assert len(report.errors) == 1 and "image, frame 3 is not a readable image (8 bytes" in report.errors[0]
+    assert not episodes
+    assert check(path, "wrist_image")[0].errors == []

@@ -1,4 +1,4 @@
-"""runlog: one line a step, none lost, none twice."""
+"""log: one line per step, none lost, none twice."""
 
 import json
 
@@ -33,5 +33,5 @@ def test_gradient_norm_that_is_no_number():
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_no_number(loss):
     check_finite(1.0, 0, {}, lambda: pytest.fail("names are for the error alone"))
-    with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\).*here episodes suite/a, suite/b$"):
+    with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\).*is from episodes suite/a, suite/b$"):
         check_finite(loss, 7, {"lr": 0.5}, lambda: ["suite/a", "suite/b"])

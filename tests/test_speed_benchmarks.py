@@ -1,4 +1,4 @@
-"""The speed benchmarks at smoke size: what they compare is equal, and they say so when it is not."""
+"""The speed benchmarks at smoke size: the compared versions are equal, and a difference is reported."""
 
 import json
 from dataclasses import replace

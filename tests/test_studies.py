@@ -23,10 +23,16 @@ import study_arms
 import study_logs
 import table_text
 import tables
+import variants
 import wm_study
 from PIL import Image
 
+import train_rft
+import train_sft
+import train_tokenizer
+import train_wm
 from vlarft.data import load_episodes
+from vlarft.run.config import parse
 
 ROOT = Path(__file__).parents[1]
 # what the study plays beside the arms
@@ -449,6 +455,29 @@ def test_counts_give_the_intervals_of_outcomes():
     counted = table_text.difference(alone["1", "0"], alone["0", "1"], len(first))
     assert counted == outcomes.paired(first, second) and counted["difference"] == pytest.approx(0.1)
     assert table_text.share(3, 10) == outcomes.rate("1110000000")
+
+
+def test_flags_of_arms_and_cells_are_those_of_the_scripts():
+    """What a study would run parses: renamed and removed options are found without running anything."""
+    scripts = {"train_rft.py": train_rft, "studies/variants.py": variants, "train_sft.py": train_sft}
+    scripts |= {"train_wm.py": train_wm, "train_tokenizer.py": train_tokenizer}
+    commands = [(stages.fine_tuning(flags), flags) for flags in study_arms.RFT_ARMS.values()]
+    commands += [("train_sft.py", flags) for flags in (*study_arms.EXTRA_ARMS.values(), *sft_study.ARMS.values())]
+    for cell in factor_cells.CELLS.values():
+        if cell.script is not None:
+            tunes = cell.script == "train_rft.py"
+            commands.append((stages.fine_tuning(cell.flags) if tunes else cell.script, cell.flags))
+    commands += [("train_wm.py", training.flags) for training in factor_cells.WORLD_MODELS.values()]
+    for trained in wm_study.ARMS.values():
+        commands += [("train_wm.py", trained.world_model), ("train_tokenizer.py", trained.tokenizer or [])]
+    found = Counter()
+    for script, flags in commands:
+        module = scripts[script]
+        cfg = parse(module.Config, module.PRESETS, ["--preset", "tiny", *map(str, flags)])
+        found[getattr(cfg, "variant", None)] += 1
+        if module is variants and cfg.variant in ("rwr", "flow_sde", "gripper_x0"):  # the others read files
+            assert variants.VARIANTS[cfg.variant](cfg)
+    assert set(found) == {None, "rwr", "symmetric", "simulator", "flow_sde", "gripper_x0", "kl"}
 
 
 def test_arms_and_cells_are_those_that_were_run():

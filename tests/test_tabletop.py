@@ -319,6 +319,32 @@ def test_import_needs_no_mujoco_and_making_an_env_says_how_to_get_it():
     assert 'pip install -e ".[sim]"' in run.stdout
 
 
+@pytest.mark.parametrize("renderer", ["egl", "osmesa", "bogus"])
+def test_a_missing_renderer_is_an_error_of_libero_alone(renderer):
+    code = (
+        "import importlib.abc, sys\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"  # as PyOpenGL fails without the library
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('mujoco.egl', 'mujoco.osmesa'):\n"
+        "            raise AttributeError(\"'NoneType' object has no attribute 'eglQueryString'\")\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "import vlarft.sim, vlarft.sim.gl as gl\n"
+        "env = vlarft.sim.make_env('tabletop_goal', 0)\n"
+        "env.reset(seed=0)\n"
+        "print(env.observe()['agentview'].std() > 1, __import__('os').environ['MUJOCO_GL'])\n"
+        "gl.ctypes.util.find_library = lambda name: None\n"
+        "try: gl.GLRenderer(env.model, (8, 8))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    variables = {**os.environ, "MUJOCO_GL": renderer}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.splitlines()
+    assert first == f"True {renderer}"
+    expected = {"egl": "apt-get install libegl1", "osmesa": "apt-get install libosmesa6", "bogus": "MUJOCO_GL=bogus"}
+    assert expected[renderer] in second
+
+
 def test_an_old_mujoco_is_refused(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.4.9")
     with pytest.raises(ImportError, match=r"need mujoco >= 3\.5, found 3\.4\.9"):

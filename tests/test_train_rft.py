@@ -34,7 +34,7 @@ def test_head_and_sigma_net_move_and_nothing_else(rft_config, policy_file):
     moved = {k for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
     assert moved and all(k.startswith("head.") for k in moved)
     assert torch.equal(before.normalizer.action_low, after.normalizer.action_low)
-    assert after.sigma_net.net.dit.out.weight.abs().max() > 0  # started at zero
+    assert after.sigma_net.output.weight.abs().max() > 0  # started at zero
     expected = {"reward", "reward_std", "adv_std", "constant_groups", "sigma", "ratio_mean", "ratio_max", "approx_kl"}
     assert expected | {"clip_frac", "grad_norm", "mse", "entropy", "policy_s", "world_model_s", "update_s"} <= set(
         metrics
@@ -50,7 +50,7 @@ def test_evaluation_ignores_the_sigma_net(rft_config):
     images, proprio = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 8), np.float32)
     noise = torch.randn(1, 8, 7, generator=torch.Generator().manual_seed(0))
     actions = policy.act(images, ["push"], proprio, noise=noise)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.weight)
+    torch.nn.init.normal_(policy.sigma_net.output.weight)
     assert torch.equal(policy.act(images, ["push"], proprio, noise=noise), actions)
 
 
@@ -134,7 +134,7 @@ def test_the_loss_is_eq_13_by_hand(rft_config, rft_parts):
     policy, _, batch = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.7, entropy_weight=0.4, clip=0.05)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=0.05)
+    torch.nn.init.normal_(policy.head.output.bias, std=0.05)
     loss, metrics = train_rft.grpo_loss(cfg, policy, rollouts)
     total = entropy = 0.0
     for s in range(2):
@@ -165,7 +165,7 @@ def test_micro_batches_give_the_same_gradient(rft_config, rft_parts, changes):
     policy, _, _ = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.5, **changes)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=1e-3)  # the policy has moved: ratios differ from 1
+    torch.nn.init.normal_(policy.head.output.bias, std=1e-3)  # the policy has moved: ratios differ from 1
     found = []
     for micro in (None, 1):
         policy.zero_grad()
@@ -184,8 +184,8 @@ def test_gradient_of_the_objective_against_finite_differences(rft_config, rft_pa
     policy, _, _ = rft_parts
     cfg = dataclasses.replace(rft_config, mse_weight=0.3, entropy_weight=0.1, per_step=per_step)
     rollouts = rollouts_of(cfg, rft_parts)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.bias, std=0.1)
-    for parameter in (policy.head.net.dit.out.bias, policy.sigma_net.net.dit.out.bias):
+    torch.nn.init.normal_(policy.sigma_net.output.bias, std=0.1)
+    for parameter in (policy.head.output.bias, policy.sigma_net.output.bias):
         policy.zero_grad()
         train_rft.grpo_loss(cfg, policy, rollouts)[0].backward()
         losses = []
@@ -292,6 +292,14 @@ def test_time_limit_stops_early(rft_config):
     assert len(log_of(train_rft.Path(rft_config.out_dir))) < 50
 
 
+def test_a_policy_that_names_no_episodes_takes_a_split_of_its_own(rft_config, tmp_path, capfd):
+    """As converted public weights are; a gate cannot know what the policy has seen, and says so."""
+    policy, _ = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
+    save_model(tmp_path / "public.safetensors", policy, policy.cfg)
+    train_rft.main(dataclasses.replace(rft_config, policy=str(tmp_path / "public.safetensors"), steps=1))
+    assert "names no episodes of its training: fine-tunes on 5 of" in capfd.readouterr().err
+
+
 def test_refusals(rft_config, tmp_path):
     def run(**changes):
         train_rft.main(dataclasses.replace(rft_config, out_dir=str(tmp_path / "x"), **changes))
@@ -322,9 +330,33 @@ def test_refusals(rft_config, tmp_path):
             save_model(file, model, model.cfg, {**extra, **facts})
         with pytest.raises(ValueError, match=message):
             run(policy=str(files[0]), world_model=str(files[1]))
+    policy, extra = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
+    for names, changes, message in (
+        ({"train_episodes": extra["train_episodes"]}, {}, "names no held-out episodes.*leave the gate out with --gate"),
+    ):
+        save_model(files[0], policy, policy.cfg, names)
+        with pytest.raises(ValueError, match=message):
+            run(policy=str(files[0]), **changes)
+    assert not (tmp_path / "x").exists()  # so that the same folder serves for the next attempt
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("steps", 0, 1),
+        ("group", 1, 2),
+        ("epochs", 0, 1),
+        ("micro_starts", -1, 1),
+        ("keep_interval", 0, 1),
+        ("seed", -1, 0),
+    ],
+)
+def test_counts_that_are_too_small_are_named(rft_config, name, value, least):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}: give at least {least}"):
+        dataclasses.replace(rft_config, **{name: value})
 
 
 def test_float32_masters_move_at_the_papers_learning_rate(rft_config, policy_file):

@@ -103,7 +103,7 @@ def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):
 def test_ema_is_what_is_exported(demos, tmp_path):
     train_sft.main(config(demos, tmp_path / "run", steps=1, warmup=0, ema=0.999))
     state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
-    name = "head.net.dit.out.bias"
+    name = "head.output.bias"
     # zero-initialised, one step of decay min(0.999, 1 / 10)
     torch.testing.assert_close(weights(tmp_path / "run")[name], 0.9 * state["policy"][name])
     trained = [name for name, _ in VLAPolicy(POLICIES["smoke"]).named_parameters()]
@@ -256,7 +256,7 @@ def test_paper_preset_needs_weights_or_says_random(demos, tmp_path, monkeypatch)
     policy = train_sft.build_policy(replace(cfg, init="random"), action_dim=5, proprio_dim=4)
     assert policy.cfg.flow.action_dim == 5 and policy.cfg.flow.proprio_dim == 4
     again = train_sft.build_policy(replace(SMOKE, init=None), action_dim=5, proprio_dim=4)
-    assert torch.equal(policy.head.net.dit.out.weight, again.head.net.dit.out.weight)
+    assert torch.equal(policy.head.output.weight, again.head.output.weight)
 
 
 def test_errors(demos, tmp_path):

@@ -1,4 +1,4 @@
-"""train_state: saved by any number of processes, resumed by any other, whole whenever it stops."""
+"""train_state: saved by any number of processes, resumed by any other, complete whenever it is killed."""
 
 import errno
 import os

@@ -98,7 +98,7 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run(demos, tokenizer, tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"^grad_norm is nan at step [1-5] \(loss=.*here episodes squares/push_"
+        FloatingPointError, match=r"^grad_norm is nan at step [1-5] \(loss=.*is from episodes squares/push_"
     ):
         run(demos, tokenizer, tmp_path / "run", lr=1e30, save_interval=1)
     state = load_train_state(tmp_path / "run" / "train_state.pt")

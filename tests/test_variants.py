@@ -1,4 +1,4 @@
-"""studies/variants.py: hand tables, gradients of each loss, samples, mirror images, runs that know their variant."""
+"""studies/variants.py: losses by hand, their gradients, samples, mirror images, runs that store their variant."""
 
 import dataclasses
 import json
@@ -90,8 +90,8 @@ def gradients(loss, cfg, policy, rollouts, parameters):
 def move(policy, std=1e-3):
     """Change the policy a little, so that ratios and divergences do real work."""
     torch.manual_seed(3)
-    torch.nn.init.normal_(policy.head.net.dit.out.bias, std=std)
-    torch.nn.init.normal_(policy.sigma_net.net.dit.out.bias, std=10 * std)
+    torch.nn.init.normal_(policy.head.output.bias, std=std)
+    torch.nn.init.normal_(policy.sigma_net.output.bias, std=10 * std)
 
 
 # The public code's objective
@@ -196,7 +196,7 @@ def test_kl_to_the_supervised_policy(rft_config, rft_parts):
     assert found() == pytest.approx([0, 0], abs=1e-9)
     plain = train_rft.grpo_loss(rft_config, policy, rollouts)[0].item()
     with torch.no_grad():
-        policy.head.net.dit.out.bias[0] += 0.2  # moves one mean in seven by 0.02 at every step
+        policy.head.output.bias[0] += 0.2  # moves one mean in seven by 0.02 at every step
     exact, sampled = found()
     assert exact == pytest.approx(0.02**2 / (2 * 0.08 * 0.2) / 7, rel=1e-3) and sampled > 0
     moved = train_rft.grpo_loss(rft_config, policy, rollouts)[0].item()
@@ -259,9 +259,9 @@ def test_gradient_against_finite_differences(rft_config, rft_parts, monkeypatch,
     loss = loss_of(name, policy)
     rollouts = play(cfg, policy, batch, sampled_by(name))
     move(policy, 1e-4)
-    parameters = [policy.head.net.dit.out.bias]
+    parameters = [policy.head.output.bias]
     if name not in ("rwr", "flow_sde"):
-        parameters.append(policy.sigma_net.net.dit.out.bias)
+        parameters.append(policy.sigma_net.output.bias)
     if name == "whole_policy":
         policy.vlm.requires_grad_(True)
         cfg = dataclasses.replace(cfg, micro_starts=1)
@@ -446,6 +446,11 @@ def test_a_symmetric_reward_favours_no_side(rft_parts):
     torch.testing.assert_close(symmetric, -torch.tensor([[[0.1, 0.1], [0.1, 0.1], [0.0, 0.0]]]))
 
 
+def test_a_symmetric_fine_tuning_has_a_trust_gate(rft_config):
+    values = {f.name: getattr(rft_config, f.name) for f in dataclasses.fields(rft_config)}
+    assert "gate" in variants.main(variants.Config(**values | {"steps": 1, "variant": "symmetric"}))
+
+
 def test_mirror():
     actions, reference = torch.zeros(1, 2, 1, 7), torch.full((1, 1, 7), 0.4)
     actions[0, 1, 0, 0], actions[..., 6] = -0.5, -1.0
@@ -498,7 +503,7 @@ def test_every_variant_fine_tunes(rft_config, variant, monkeypatch):
     before, after = (VLAPolicy.load(path) for path in (cfg.policy, f"{cfg.out_dir}/model.safetensors"))
     moved = {k.split(".")[0] for k, p in before.named_parameters() if not torch.equal(p, after.get_parameter(k))}
     assert moved == {"head"} | ({"vlm", "key_head", "key_embed"} if variant == "whole_policy" else set())
-    assert (after.sigma_net.net.dit.out.weight.abs().max() > 0) == (variant not in ("rwr", "flow_sde"))  # at first 0
+    assert (after.sigma_net.output.weight.abs().max() > 0) == (variant not in ("rwr", "flow_sde"))  # at first 0
     assert after.cfg.flow.sigma_uses_x == (variant == "release")
     assert read_header(f"{cfg.out_dir}/model.safetensors").extra["rft"]["variant"] == variant
     if variant != "rwr":

@@ -1,4 +1,4 @@
-"""Vision-language model: paper's sizes, sequence order, what the context reads, text, errors."""
+"""Vision-language model: the paper's sizes, sequence order, what the context attends to, text, errors."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Workers that die are replaced, their jobs done again."""
+"""Workers that die are replaced, and their jobs run again."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/your_robot.md, at smoke size: a robot that is not LIBERO's, from its LeRobot folder to actions."""
+"""docs/your_robot.md at smoke size: another robot than LIBERO's, from its LeRobot folder to actions."""
 
 import dataclasses
 import json

@@ -19,7 +19,10 @@ from vlarft.reward import Scorer
 from vlarft.run.pictures import histograms, save_png
 from vlarft.run.random import generator
 
-ACTION_NAMES = ("x", "y", "z", "rx", "ry", "rz", "gripper")
+
+def action_names(dim: int) -> list[str]:
+    """Name the action dims: LIBERO's seven; those of another robot are numbered."""
+    return ["x", "y", "z", "rx", "ry", "rz", "gripper"] if dim == 7 else [str(d) for d in range(dim)]
 
 
 @torch.no_grad()
@@ -55,7 +58,7 @@ def diagnose(
     source = generator(context.device, "diagnosis imagination", seed)
     reward = score_in_parts(score, batch, mean[:, None], source, at_once)  # (S, 1): a group of one chunk
     error = (normalizer.encode_actions(mean) - normalizer.encode_actions(batch.intended)).abs().mean((0, 1)).tolist()
-    names = [*ACTION_NAMES[: len(error)], *map(str, range(len(ACTION_NAMES), len(error)))]
+    names = action_names(len(error))
     metrics = {"reward_mean_action": reward.mean().item()}
     metrics |= {f"error_{name}": value for name, value in zip(names, error, strict=True)}
     metrics |= {f"std_{name}": value for name, value in zip(names, x.std(1).mean((0, 1)).tolist(), strict=True)}
@@ -71,7 +74,8 @@ def picture_actions(path: Path, before: Tensor, after: Tensor, dims: Sequence[in
         dims: action dimensions, one panel each; x and z in the paper.
     """
     panels = {
-        f"action {ACTION_NAMES[d]}": {"before": before[..., d].flatten(), "after": after[..., d].flatten()}
-        for d in dims
+        f"action {name}": {"before": before[..., d].flatten(), "after": after[..., d].flatten()}
+        for d, name in enumerate(action_names(before.shape[-1]))
+        if d in dims
     }
     save_png(path, histograms(panels))

@@ -1,7 +1,8 @@
 """Flow matching and the stochastic chain: the maths on top of nets/action_head.py's velocity net and sigma net.
 
 One time convention: tau = 0 is noise, tau = 1 is the action, velocity = actions - noise, tau_k = k / K in float32 for
-k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it.
+k in range(K). `transition` is the only definition of a step's distribution; sampling and scoring both call it. Step k
+leads from x_k to x_{k+1}, as Eq. (8) has it; Eq. (6) writes x_k for both.
 
 Shapes: S contexts, B = S * R rows, context-major (the R rows of a context are group members, samples of tau or flow
 steps), T chunk steps, A action dim, K flow steps.

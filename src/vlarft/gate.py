@@ -1,9 +1,11 @@
 """The trust gate: before anything is trained, check that the reward ranks action chunks by their error.
 
-Not in the paper. A verified reward approximates the true error of a chunk; where the world model cannot tell chunks
-apart, the update follows noise. On held-out starts the gate scores two families of chunks with the run's reward:
-perturbed demonstrations, and samples of the stochastic policy. For each start it computes Spearman's rank correlation
-with their action error (in studies with a simulator, also with their true error), then the mean over the starts.
+Not in the paper. A verified reward approximates the true error of a chunk, which only a simulator knows; where the
+world model cannot tell chunks apart, the update follows noise. On held-out starts the gate scores two families of
+chunks with the run's reward: perturbed demonstrations, and samples of the stochastic policy. For each start it computes
+Spearman's rank correlation with their action error, which is the mean L1 distance to the demonstration's chunk (in
+studies with a simulator, also with their true error), then the mean over the starts. R1 is the negative action error:
+without a simulator the gate asks whether the reward ranks chunks as R1 does.
 
 Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
@@ -84,9 +86,9 @@ def trust_gate(
     Returns:
         `gate`, the value to compare with the threshold: the lower of the two families' Spearman correlations, with the
         true error if `true_reward` is given, else with the action error. For each family, `gate_dataset` (perturbed
-        demonstrations) and `gate_policy`: Spearman with the action error (mean L1 to the demonstration's chunk); with
-        `_se`, its standard error over the starts; with `_pairs`, the share of pairs in the right order. `_true`,
-        `_true_se` and `_true_pairs` are the same for the true error.
+        demonstrations) and `gate_policy`: Spearman with the action error; with `_se`, its standard error over the
+        starts; with `_pairs`, the share of pairs in the right order. `_true`, `_true_se` and `_true_pairs` are the same
+        for the true error.
 
     Raises:
         ValueError: fewer than three chunks in a family, too few for a ranking.
@@ -95,28 +97,28 @@ def trust_gate(
     for name, count in (("perturbed chunks", num_perturbed), ("samples of the policy", samples)):
         if count < 3:
             raise ValueError(f"trust gate: {count} {name} per start; a ranking needs at least 3")
-    dataset, motion = batch.intended, policy.normalizer  # (S, T, A)
+    reference, normalizer = batch.intended, policy.normalizer  # (S, T, A)
     # raw units per normalised one, (A,); the gripper is not scaled
-    unit = torch.cat([(motion.action_high - motion.action_low) / 2, motion.action_high.new_ones(1)]).cpu()
+    unit = torch.cat([(normalizer.action_high - normalizer.action_low) / 2, normalizer.action_high.new_ones(1)]).cpu()
     noise = generator("cpu", "perturbations", seed)
-    near, _ = perturb(dataset.cpu(), perturbed, bins.low.cpu(), bins.high.cpu(), unit, noise)  # (S, 1 + P, T, A)
+    around, _ = perturb(reference.cpu(), perturbed, bins.low.cpu(), bins.high.cpu(), unit, noise)  # (S, 1 + P, T, A)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16, at_once=at_once)
     chain = policy.sample_group(context, batch.proprio, samples, generator(context.device, "gate chains", seed))
-    sampled = motion.decode_actions(chain.x[:, -1]).unflatten(0, (-1, samples))  # (S, P, T, A)
-    chunks = torch.cat([near[:, 1:].to(sampled.device), sampled], 1)  # without the unperturbed chunk
+    sampled = normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, samples))  # (S, P, T, A)
+    chunks = torch.cat([around[:, 1:].to(sampled.device), sampled], 1)  # without the unperturbed chunk
     labels = ["dataset"] * num_perturbed + ["policy"] * samples
     source = generator(chunks.device, "gate imagination", seed)
     reward = score_in_parts(score, batch, chunks, source, at_once).double().cpu()  # (S, P)
-    errors = {"": (chunks - dataset[:, None]).abs().mean((2, 3)).cpu()}  # (S, P)
+    errors = {"": (chunks - reference[:, None]).abs().mean((2, 3)).cpu()}  # (S, P)
     if true_reward is not None:
         errors["_true"] = -true_reward(batch, chunks, None).mean(-1).double().cpu()
     out: dict[str, float] = {}
-    for kind, error in errors.items():
+    for suffix, error in errors.items():
         ranked = agreement(reward, error, labels)
         for family in ("dataset", "policy"):
-            out[f"gate_{family}{kind}"] = ranked[family]["spearman"]
-            out[f"gate_{family}{kind}_se"] = ranked[family]["standard_error"]
-            out[f"gate_{family}{kind}_pairs"] = ranked[family]["pair_order"]
+            out[f"gate_{family}{suffix}"] = ranked[family]["spearman"]
+            out[f"gate_{family}{suffix}_se"] = ranked[family]["standard_error"]
+            out[f"gate_{family}{suffix}_pairs"] = ranked[family]["pair_order"]
     decisive = "_true" if true_reward is not None else ""
     return {"gate": min(out[f"gate_dataset{decisive}"], out[f"gate_policy{decisive}"]), **out}
 
@@ -134,11 +136,13 @@ def check_gate(found: dict[str, float], threshold: float | None, reward: str) ->
     """
     if threshold is None or found["gate"] >= threshold:
         return
-    kind, error = ("_true", "true") if "gate_dataset_true" in found else ("", "action")
-    near = {f: f"{found[f'gate_{f}{kind}']:.2f} ± {found[f'gate_{f}{kind}_se']:.2f}" for f in ("dataset", "policy")}
+    suffix, error = ("_true", "true") if "gate_dataset_true" in found else ("", "action")
+    ranks = {
+        f: f"{found[f'gate_{f}{suffix}']:.2f} ± {found[f'gate_{f}{suffix}_se']:.2f}" for f in ("dataset", "policy")
+    }
     raise RuntimeError(
         f"trust gate: on held-out starts reward {reward} ranks chunks by their {error} error with Spearman "
-        f"{near['dataset']} (± standard error) around the demonstrations' actions and {near['policy']} among chunks "
+        f"{ranks['dataset']} (± standard error) around the demonstrations' actions and {ranks['policy']} among chunks "
         f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}. Train the world model "
         "longer, or on attempts of this policy as well (collect_demos.py --policy; eval_wm.py measures it), try "
         "--imagination greedy or common, another --perceptual or --reward, or go on with --gate-threshold none"

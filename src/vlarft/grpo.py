@@ -2,8 +2,8 @@
 
 Shapes: S starts, G rollouts per start (a group), B = S * G chains, K flow steps, T chunk steps, A action dim.
 
-    advantages      Eq. (12)   Adv_n = R_n - mean(R)
-    chain_log_prob  Eq. (8)    mean over K of the chunk's Gaussian log-density
+    advantages      Eq. (12)   Adv_n = R_n - mean(R); Algorithm 1 cites Eq. (13) for it
+    chain_log_prob  Eq. (8)    mean over K of the chunk's Gaussian log-density, from the terms of flow.chain_log_prob
     policy_ratio    Eq. (9)    r = exp(log_prob - old_log_prob)
     policy_loss     Eq. (13)   -E[clip(r, 1 - eps, 1 + eps) Adv], the first term
     mean_entropy    Eq. (13)   H(pi), the last term
@@ -21,7 +21,7 @@ def advantages(rewards: Tensor, *, divide_by_std: bool = False, eps: float = 1e-
     Args:
         rewards: (S, G), one reward per rollout; or (S, G, T), one per action step. Each step is then compared with the
             same step of the group, and credited with the one frame that follows it (not in the paper).
-        divide_by_std: also divide by the group's unbiased standard deviation plus `eps`, as the public release does.
+        divide_by_std: also divide by the group's unbiased standard deviation plus `eps`, as the public code does.
         eps: see `divide_by_std`.
 
     Returns:

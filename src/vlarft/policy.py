@@ -185,7 +185,7 @@ class VLAPolicy(nn.Module):
         """
         column_major(self.head)
         if compile:
-            self.head.net.dit.compile()
+            self.head.compile_network()
         return self.eval().requires_grad_(False)
 
     def add_sigma_net(self, sigma_min: float = 0.08, sigma_max: float = 0.2, uses_x: bool = False) -> SigmaNet:
@@ -193,7 +193,7 @@ class VLAPolicy(nn.Module):
 
         Args:
             sigma_min, sigma_max: bounds of a flow step's standard deviation, normalised action units.
-            uses_x: give the net x_k besides (z, s, k), as the public release does.
+            uses_x: give the net x_k besides (z, s, k), as the public code does.
         Raises:
             ValueError: an earlier fine-tuning left a sigma net with other settings; the message has both.
         """
@@ -208,9 +208,14 @@ class VLAPolicy(nn.Module):
             return self.sigma_net
         flow = replace(flow, **asked)
         self.cfg = replace(self.cfg, flow=flow, has_sigma_net=True)
-        self.head.cfg = self.head.net.cfg = flow  # configs are frozen: the copies that the head holds must follow
-        self.sigma_net = SigmaNet(flow).to(next(self.head.parameters()).device)
+        self.head.configure(flow)
+        self.sigma_net = SigmaNet(flow).to(self.device)
         return self.sigma_net
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's parameters are."""
+        return next(self.head.parameters()).device
 
     def preprocess(self, images: np.ndarray | torch.Tensor, *, crop: bool = True) -> torch.Tensor:
         """Convert images of cameras or of a training batch to the vision encoder's input.
@@ -227,9 +232,9 @@ class VLAPolicy(nn.Module):
         shape, dtype = tuple(images.shape), images.dtype
         if dtype == torch.uint8 and images.ndim in (4, 5) and shape[-1] == 3:
             # move before the conversion: uint8 is a quarter of the bytes
-            images = images.to(self.head.net.positions.device).movedim(-1, -3).float() / 255
+            images = images.to(self.device).movedim(-1, -3).float() / 255
         elif dtype.is_floating_point and images.ndim in (4, 5) and shape[-3] == 3:
-            images = images.to(self.head.net.positions.device).float()
+            images = images.to(self.device).float()
             if images.min() < 0 or images.max() > 1:
                 raise ValueError(
                     f"images: floats from {images.min():.3g} to {images.max():.3g}, expected [0, 1]; "

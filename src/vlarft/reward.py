@@ -1,4 +1,4 @@
-"""Verified rewards: rewards that need demonstrations only (Eq. 11 and Table 4).
+"""Verified rewards, computed from demonstrations and, but for R1, a world model of them (Eq. 11 and Table 4).
 
     R1  action deviation        the policy's actions        against  the demonstration's actions
     R2  image consistency       the policy's imagination    against  the demonstration's frames
@@ -7,7 +7,9 @@
                 `WorldModel.divergence`
 
 Each is a scorer, a callable `(batch, actions, generator) -> (S, G, T)` with one reward per frame (per action step, for
-R1); the reward of a rollout is their sum, Eq. (11). A new reward is one such function and one entry in `make_scorer`.
+R1); the reward of a rollout is their sum, Eq. (11). A new reward is one such function, its name in `RewardKind` and a
+line of `make_scorer`; `train_rft.load_world_model` knows which rewards do without world model or perceptual distance.
+To try one without giving it a name, pass the function to `train_rft.main` as `score`.
 
 The demonstration's actions are the intended ones, before the noise that a scripted demonstrator adds; in data sets that
 record one kind only, the executed ones.
@@ -17,7 +19,7 @@ Shapes: S starts, G rollouts per start, T chunk steps, A action dim, (C, H, W) f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -100,7 +102,8 @@ class ImageScorer:
             most likely token.
         reference: "imagined" is R3, the demonstration's actions played in the same world model; "recorded" is R2, the
             demonstration's frames.
-        part: (index, count) of the share of a larger batch that the starts are, see `token_sampling.Sampling`.
+        part: (index, count): the starts are one of `count` equal shares of a larger batch, see
+            `token_sampling.Sampling`.
     """
 
     world_model: WorldModel
@@ -144,11 +147,13 @@ def make_scorer(
     Args:
         kind: see the module's docstring.
         world_model: frozen; R1 needs none.
-        perceptual, imagination, part: for R2 and R3, see `ImageScorer`.
+        perceptual, imagination, part: of R2 and R3, see `ImageScorer`; the other rewards ignore them.
 
     Raises:
-        ValueError: no world model for a reward other than R1.
+        ValueError: an unknown reward, or no world model for one other than R1.
     """
+    if kind not in get_args(RewardKind):
+        raise ValueError(f"unknown reward {kind!r}; there are: {', '.join(get_args(RewardKind))}")
     if kind == "r1":
         return lambda batch, actions, generator=None: action_reward(actions, batch.intended)
     if world_model is None:

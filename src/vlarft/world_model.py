@@ -45,7 +45,7 @@ class WorldModelConfig:
         chunk: actions T of a segment.
         action_dim: action dimensions A, one token each.
         action_bins: bins per dimension; all dimensions share their ids.
-        loss_on_actions: also predict the action tokens, as the public release does; the paper's Eq. (3) does not.
+        loss_on_actions: also predict the action tokens, as the public code does; the paper's Eq. (3) does not.
         future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
             in the paper; it makes the head of a small model cheap. Excludes `loss_on_actions`.
         slot_embedding: add to a token's embedding a learned vector for its place in the frame or action. The paper has

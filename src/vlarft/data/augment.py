@@ -17,7 +17,7 @@ from vlarft.run.config import opt
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the random changes; the defaults are the public release's for policies."""
+    """Ranges of the random changes; the defaults are the public code's for policies."""
 
     crop: bool = opt(True, "crop at a random position if the crop area is below 1")
     brightness: float = opt(0.2, "scale by a factor in 1 +- this")

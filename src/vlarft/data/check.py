@@ -4,7 +4,9 @@
 
 Reads any format that `load_episodes` reads. Prints episodes, frames, fps, cameras, instructions, ranges of actions and
 proprioception, units, gripper, no-ops and image orientation, then warnings and errors. Writes a picture with three
-frames of every camera. Exits with 1 if training would refuse the data, otherwise with 0, even if there are warnings.
+frames of every camera. Goes through all packets of the videos and all headers of images, without decoding them; with
+--camera, reads the files of that camera only. Exits with 1 if training would refuse the data, otherwise with 0, even if
+there are warnings.
 
 Warnings come from statistics and may be wrong: check them against the picture.
 """
@@ -12,9 +14,10 @@ Warnings come from statistics and may be wrong: check them against the picture.
 import argparse
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +48,16 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
 
     Args:
         path: folder or file of demonstrations.
-        camera: camera that training will use: an error if it is missing. All cameras are checked in any case.
+        camera: camera that training will use, the only one whose files are read; None checks all cameras.
 
     Returns:
-        The report, and the episodes that could be read.
+        The report, and the episodes that could be read, with the cameras that were checked.
     """
     report, episodes = Report(), []
-    try:
-        report.facts["format"] = demo_files(path)[0]
-        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
-            episodes.append(episode)
-    except (ValueError, OSError, ImportError) as error:
-        report.errors.append(str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _read(report, episodes, path, camera)
+    report.warnings += [str(w.message) for w in caught]
     if not episodes:
         report.errors = report.errors or [f"{path} has no complete demonstrations"]
         return report, []
@@ -71,6 +72,28 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
     return report, episodes
+
+
+def _read(report: Report, episodes: list[Episode], path: str | Path, camera: str | None) -> None:
+    """Read into `episodes` those whose files hold all frames; every fault becomes an error."""
+    try:
+        report.facts["format"] = demo_files(path)[0]
+        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
+            if camera:
+                name = next(n for n, images in episode.cameras.items() if images is episode.images)
+                episode = replace(episode, cameras={name: episode.images})
+            faults = []
+            for images in episode.cameras.values():
+                try:
+                    if isinstance(images, Frames):
+                        images.check(thorough=True)
+                except (ValueError, OSError) as error:
+                    faults.append(str(error))
+            report.errors += [fault for fault in faults if fault not in report.errors]  # episodes share files
+            if not faults:
+                episodes.append(episode)
+    except (ValueError, OSError, ImportError) as error:
+        report.errors.append(str(error))
 
 
 def _contents(report: Report, episodes: Sequence[Episode]) -> None:
@@ -237,7 +260,7 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
     """Report which way is up; warn of black or frozen frames and of videos with few keyframes. Decodes a sample."""
     picked = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(12, len(episodes))).round().astype(int)]
     report.facts["orientation"] = {}
-    for name in picked[0].cameras:
+    for name in dict.fromkeys(n for e in picked for n in e.cameras):
         rows, hands, frozen, black, seen = [], [], 0, 0, 0
         for e in (e for e in picked if name in e.cameras):
             images = e.cameras[name]
@@ -258,7 +281,7 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
             report.warnings.append(
                 f"camera {name}: {frozen / seen:.0%} of the frames stand still while the robot moves"
             )
-        images = picked[0].cameras[name]
+        images = next(e.cameras[name] for e in picked if name in e.cameras)
         source = images.source if isinstance(images, Frames) else None
         if isinstance(source, VideoFrames):
             index = scan(source.path)
@@ -298,17 +321,18 @@ def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
     """Show three frames per camera: the start of the first episode, the middle of another, the end of the last.
 
     Returns:
-        uint8 (height, width, 3), one row per camera, with its name.
+        uint8 (height, width, 3), one row per camera, with its name; blank where an episode has no such camera.
     """
     places = (episodes[0], 0.0), (episodes[len(episodes) // 2], 0.5), (episodes[-1], 1.0)
-    rows, names = [], [n for n in episodes[0].cameras if all(n in e.cameras for e, _ in places)]
-    height, width = (max(e.cameras[n].shape[k] for e, _ in places for n in names) for k in (1, 2))
+    rows, names = [], list(dict.fromkeys(n for e, _ in places for n in e.cameras))
+    height, width = (max(v.shape[k] for e, _ in places for v in e.cameras.values()) for k in (1, 2))
     for name in names:
         row = []
         for e, share in places:
-            image = torch.from_numpy(np.array(e.cameras[name][round(share * (len(e) - 1))]))
             canvas = torch.ones(3, height, width)
-            canvas[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1) / 255
+            if name in e.cameras:
+                image = torch.from_numpy(np.array(e.cameras[name][round(share * (len(e) - 1))]))
+                canvas[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1) / 255
             row.append(canvas)
         rows.append(row)
     return grid(rows, names)
@@ -339,7 +363,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m vlarft.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="folder or file of demonstrations")
-    parser.add_argument("--camera", help="camera that training will use")
+    parser.add_argument("--camera", help="camera that training will use; the others are not read")
     parser.add_argument("--picture", type=Path, default=Path("data_check.png"), help="PNG of sample frames to write")
     parser.add_argument("--json", type=Path, help="JSON file of the report to write")
     args = parser.parse_args(argv)

@@ -1,4 +1,8 @@
-"""Read demonstrations of any format, and split them into training and validation episodes."""
+"""Read demonstrations of any format, and split them into training and validation episodes.
+
+A new format is a file like rlds.py, whose reader yields `Episode`s, and a line for it in `demo_files`, which detects
+formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` read it then.
+"""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlarft.data.episode import Episode
-from vlarft.data.frames import Budget
+from vlarft.data.frames import Budget, Frames
 from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
 from vlarft.data.rlds import check_shards, read_rlds
@@ -60,7 +64,9 @@ def read_episodes(
     with_states: bool = False,
     cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[Episode]:
-    """Yield the episodes at `path`, each checked on its own; arguments and errors are those of `load_episodes`.
+    """Yield the episodes at `path`, each checked on its own but for its images (`Frames.check`).
+
+    Arguments and errors are those of `load_episodes`, but:
 
     Args:
         camera: None picks the first.
@@ -111,7 +117,11 @@ def load_episodes(
     Raises:
         FileNotFoundError: no such file or folder, or no demonstrations in it.
         ValueError: truncated file, missing camera or feature, NaN actions or proprio, wrong widths, unknown name,
-            episodes that differ in fps or in the width of actions or proprio, a gripper in other units.
+            episodes that differ in fps or in the width of actions or proprio, a gripper in other units, a video of
+            `camera` that lacks frames.
+
+    Warns of episodes whose outcome is not known, which are taken as successes, and of those without `camera`, which are
+    left out.
     """
     wanted = None if names is None else set(names)
 
@@ -129,6 +139,9 @@ def load_episodes(
     if len(by_name) < len({id(e) for e in episodes}):
         twice = next(e.name for e in episodes if by_name[e.name] is not e)
         raise ValueError(f"{path} has two episodes of the name {twice!r}, in folders of one name; rename one of them")
+    for e in episodes:
+        if isinstance(e.images, Frames):  # other cameras are not read, and may be missing
+            e.images.check()
     if problems := same_robot(episodes) + gripper_problems(episodes):
         raise ValueError(f"{path}: {problems[0]}")
     return episodes

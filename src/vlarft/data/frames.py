@@ -3,8 +3,8 @@
 `Frames` is indexed like a uint8 array (T, H, W, 3). Decoded frames are kept while the `Budget` of their data set has
 room: a small data set is decoded once, a large one window by window.
 
-A source has one method, `read(lo, hi) -> (first, images)`. It returns frames lo .. hi - 1 together with frames that had
-to be decoded before or after them; images[0] is frame `first` <= lo.
+A source has a method `read(lo, hi) -> (first, images)`. It returns frames lo .. hi - 1 together with frames that had
+to be decoded before or after them; images[0] is frame `first` <= lo. A second one, `check`, finds missing frames.
 """
 
 import io
@@ -23,6 +23,10 @@ class Source(Protocol):
 
     def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
         """Return (first, uint8 (N, H, W, 3)), which contains frames lo .. hi - 1."""
+        ...
+
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        """See `Frames.check`; shape is (T, H, W, 3)."""
         ...
 
 
@@ -61,6 +65,18 @@ class Frames:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def check(self, thorough: bool = False) -> None:
+        """Check that the file has all frames, without decoding them.
+
+        Args:
+            thorough: go through every packet of a video, every image's header and every chunk, which reads the whole
+                file; otherwise only through what is known from the file's header.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file; frames that are missing or not as `shape` says, damaged.
+        """
+        self.source.check(self.shape, thorough)
 
     def __getitem__(self, key: Any) -> np.ndarray:
         if isinstance(key, slice):
@@ -122,6 +138,23 @@ def decode_image(blob: Any, where: str) -> np.ndarray:
         raise ValueError(f"{where} is not a readable image ({error}); the file is damaged") from error
 
 
+def image_size(blob: Any, where: str) -> tuple[int, int]:
+    """Read (height, width) from the header of an image file, without decoding its pixels.
+
+    Raises:
+        ValueError: empty, not an image, or (PNG) damaged.
+    """
+    try:
+        with import_pillow().open(io.BytesIO(blob)) as picture:
+            width, height = picture.size
+            picture.verify()
+            return height, width
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{where} is not a readable image ({len(blob)} bytes, {error}); the file is damaged"
+        ) from error
+
+
 class EncodedImages:
     """Source with one image file (PNG, JPEG) per frame.
 
@@ -138,3 +171,12 @@ class EncodedImages:
         if len({p.shape for p in pictures}) > 1:
             raise ValueError(f"{self.where}: frames {lo} .. {hi - 1} differ in size: {[p.shape for p in pictures]}")
         return lo, np.stack(pictures)
+
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        for lo in range(0, shape[0], 64) if thorough else ():
+            for t, blob in enumerate(self.blobs(lo, min(lo + 64, shape[0])), lo):
+                size = image_size(blob, f"{self.where}, frame {t}")
+                if size != shape[1:3]:
+                    raise ValueError(
+                        f"{self.where}, frame {t} is {size[0]} x {size[1]}, expected {shape[1]} x {shape[2]}"
+                    )

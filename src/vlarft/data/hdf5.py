@@ -9,6 +9,9 @@ One file per task, `<suite>/<task>_demo.hdf5`:
       obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)
       joint_states (T, J)
 
+Files of OpenVLA's regenerate_libero_dataset.py, and of those who copied it, are read too: they have no attributes at
+all, and gaps in the demonstrations' numbers. Their instruction is the name of the file.
+
 `actions` are those executed; `intended_actions`, an addition to the layout, are the demonstrator's before noise was
 added. `image_convention` is "upright" in files written here. Without it, images are as LIBERO stores them, upside down,
 and the reader turns them by 180 degrees, as the public pipelines do.
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 if TYPE_CHECKING:
@@ -145,9 +149,13 @@ def write_demo(
 
 
 def demo_names(data: "h5py.Group") -> list[str]:
-    """Return the names of a file's complete demonstrations in numeric order (demo_2 before demo_10)."""
-    complete = [k for k in data if DEMO.match(k) and "num_samples" in data[k].attrs]
-    return sorted(complete, key=lambda k: int(DEMO.match(k).group(1)))
+    """Return the names of a file's complete demonstrations in numeric order (demo_2 before demo_10).
+
+    A complete one has `num_samples`, which is written last; in regenerated files, none has it and all are complete.
+    """
+    names = sorted((k for k in data if DEMO.match(k)), key=lambda k: int(DEMO.match(k).group(1)))
+    complete = [k for k in names if "num_samples" in data[k].attrs]
+    return complete if complete or "num_demos" in data.attrs else names
 
 
 def open_demo_file(path: str | Path) -> "h5py.File":
@@ -160,6 +168,7 @@ def open_demo_file(path: str | Path) -> "h5py.File":
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no demonstration file at {path}; collect_demos.py makes some")
+    refuse_pointer(path)
     try:
         file = import_h5py().File(path, "r")
     except OSError as error:

@@ -7,6 +7,7 @@ located once and inflated on access, without HDF5's global lock. Anything else i
 import functools
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file
 
 if TYPE_CHECKING:
     import h5py
+
+NAME = re.compile(r"([A-Z_]+SCENE\d+_)?(?P<task>.+)_demo\.(hdf5|h5)")  # KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
 
 
 def read_hdf5(
@@ -42,7 +45,7 @@ def read_hdf5(
         data, content = file["data"], map_file(path)
         turned = data.attrs.get("image_convention", "") != "upright"
         instruction = _instruction(data, path)
-        env_args = json.loads(data.attrs["env_args"]) if data.attrs.get("env_args") else None
+        env_args = _table(data, "env_args", path) or None
         fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
         for key in demo_names(data):
             name, demo, where = f"{path.parent.name}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
@@ -130,6 +133,11 @@ class _Chunks:
                 raise ValueError(f"{self.where}, frames from {number * self.rows} on: {error}; damaged file") from error
         return first * self.rows, out[:, ::-1, ::-1] if self.turned else out
 
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        for lo in range(0, shape[0], self.rows):
+            if thorough or lo // self.rows not in self.places:
+                self.read(lo, lo + 1)
+
 
 @functools.lru_cache(maxsize=32)
 def _open(path: Path, process: int) -> "h5py.File":
@@ -150,13 +158,34 @@ class _Slices:
             raise ValueError(f"{self.path}: {self.key} cannot be read ({error}); the file is damaged") from error
         return first, images[:, ::-1, ::-1] if self.turned else images
 
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        for lo in range(0, shape[0], self.rows) if thorough else ():
+            self.read(lo, min(lo + self.rows, shape[0]))
+
+
+def _table(data: "h5py.Group", name: str, path: Path) -> dict:
+    """Return the JSON object in an attribute of `data`, {} without one."""
+    text = data.attrs.get(name) or "{}"
+    try:
+        table = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: attribute {name} of 'data' is not JSON ({error}), got {text!r:.80}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: attribute {name} of 'data' must be a JSON object, got {text!r:.80}")
+    return table
+
 
 def _instruction(data: "h5py.Group", path: Path) -> str:
-    info = json.loads(data.attrs["problem_info"]) if "problem_info" in data.attrs else {}
-    text = info.get("language_instruction", "")
-    text = " ".join(text) if isinstance(text, list) else text
+    """Return the instruction that `problem_info` holds; without it, the file's name without LIBERO's scene."""
+    text = _table(data, "problem_info", path).get("language_instruction") or ""
+    text = " ".join(text) if isinstance(text, list) else str(text)
+    if "problem_info" not in data.attrs and (name := NAME.fullmatch(path.name)):
+        text = name["task"].replace("_", " ")
     if not text.strip():
-        raise ValueError(f"{path}: attribute problem_info of 'data' has no language_instruction")
+        raise ValueError(
+            f"{path}: attribute problem_info of 'data' has no language_instruction; write it there, or without the "
+            "attribute name the file <instruction>_demo.hdf5, with _ for spaces"
+        )
     return text.strip()
 
 

@@ -6,13 +6,17 @@
 
 Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. The writer
 (`lerobot_writer.py`) adds what other programs ignore: the frame feature `intended_action`, the episode columns
-`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json.
+`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json. All versions mean the same by `success` of an
+episode: true, false, or null for unknown. Where it is not given, the frame feature `next.success` says it.
 """
 
 import functools
 import json
 import math
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +24,15 @@ import numpy as np
 
 from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
 from vlarft.data.frames import Budget, EncodedImages, Frames
-from vlarft.data.video import VideoFrames, probe, stamp
+from vlarft.data.video import VideoFrames, stamp
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 ACTION, STATE = ("action", "actions"), ("observation.state", "state")
+OUTCOMES = ("next.success", "is_episode_successful", "success")  # of frames: the episode succeeded if any is true
+REWARDS = ("next.reward", "reward")
+KINDS = ("expert", "failed", "noisy", "policy")
 
 
 def import_parquet() -> Any:
@@ -43,6 +51,7 @@ def open_parquet(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         return import_parquet().ParquetFile(path, memory_map=True)
     except (OSError, ValueError) as error:
@@ -50,15 +59,15 @@ def open_parquet(path: Path) -> Any:
 
 
 class _Entry(NamedTuple):
-    """Metadata of an episode; videos: camera key -> (file, the episode's start in it [s])."""
+    """Metadata of an episode; videos: key of each camera it has -> (file, the episode's start and end in it [s])."""
 
     index: int
     length: int
     tasks: list[str]
     data: Path
-    videos: dict[str, tuple[Path, float]]
-    success: bool = True
-    kind: str = "expert"
+    videos: dict[str, tuple[Path, float, float]]
+    success: bool | None  # None: the metadata do not say
+    kind: str
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -68,6 +77,7 @@ def read_info(root: Path) -> dict[str, Any]:
         ValueError: not JSON, a missing field, or an unsupported version.
     """
     path = root / "meta" / "info.json"
+    refuse_pointer(path)
     try:
         info = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -86,11 +96,12 @@ def read_info(root: Path) -> dict[str, Any]:
 def read_lerobot(
     root: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
 ) -> Iterator[Episode]:
-    """Yield the episodes of one data set.
+    """Yield the episodes of one data set. Videos are not opened: see `Frames.check`.
 
     Args:
         root: folder that contains meta/, data/ and videos/.
-        camera: camera of `Episode.images`: its feature key, or the key's last part; None picks the first.
+        camera: camera of `Episode.images`: its feature key, or the key's last part; episodes recorded without it are
+            left out. None picks an episode's first.
         budget: limit on the decoded frames that are kept.
         keep: (name, success, kind) -> whether to read an episode.
 
@@ -102,27 +113,33 @@ def read_lerobot(
     features = info["features"]
     keys = _cameras(features)
     name_of = {**{key: name for name, key in keys.items()}, **{name: name for name in keys}}
-    camera = name_of[pick_camera(name_of if camera in name_of else keys, camera, str(meta))]
+    picked = name_of[pick_camera(name_of if camera in name_of else keys, camera, str(meta))]
     action, state = (_feature(features, names, meta) for names in (ACTION, STATE))
     entries, tasks = _entries(root, info, [k for k in keys.values() if features[k]["dtype"] == "video"])
+    read, without = 0, []
     absolute = bool(info.get("vlarft", {}).get("absolute", False))
     for entry in entries:
         name, where = f"{root.resolve().name}/episode_{entry.index:06d}", f"{entry.data}: episode {entry.index}"
         if not keep(name, entry.success, entry.kind):
             continue
+        has = {n: key for n, key in keys.items() if features[key]["dtype"] == "image" or key in entry.videos}
+        if picked not in has if camera else not has:
+            without.append(name)
+            continue
+        read += 1
         table = _columns(
             entry.data, stamp(entry.data), (action, state, *(k for k in ("intended_action",) if k in features))
         )
         first, rows = _rows(table, entry, float(info["fps"]), where)
         columns = {k: check_numbers(v[rows], f"{where}: {k}") for k, v in table.items() if k not in SCALARS}
         cameras = {
-            short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in keys.items()
+            short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in has.items()
         }
         check_lengths(where, **columns, **cameras)
         yield Episode(
             name=name,
             instruction=_instruction(table, rows, tasks, entry, where),
-            images=cameras[camera],
+            images=cameras[picked if picked in cameras else next(iter(cameras))],
             proprio=columns[state],
             actions=columns[action],
             intended=columns.get("intended_action", columns[action]),
@@ -132,6 +149,15 @@ def read_lerobot(
             fps=float(info["fps"]),
             absolute=absolute,
         )
+    if without:
+        key = keys[picked]
+        text = (
+            f"{root}: {len(without)} of {read + len(without)} episodes have no camera {picked!r} (meta/episodes has no "
+        )
+        text += f"videos/{key}/chunk_index for them), first {without[0]}"
+        if not read:
+            raise ValueError(f"{text}; give --camera another of {', '.join(keys)}")
+        warnings.warn(f"{text}: left out", stacklevel=2)
 
 
 def _cameras(features: dict) -> dict[str, str]:
@@ -158,53 +184,169 @@ def _entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[_Entry
     meta, new = root / "meta", info["codebase_version"] == "v3.0"
     if video_keys and not info.get("video_path"):
         raise ValueError(f"{meta / 'info.json'} has video features ({', '.join(video_keys)}) and no video_path")
-    if not new:
-        rows = _json_lines(meta / "episodes.jsonl")
-        tasks = {int(row["task_index"]): row["task"] for row in _json_lines(meta / "tasks.jsonl")}
-        entries = []
-        for row in rows:
-            index = int(row["episode_index"])
+    rows, tasks = _tables(meta) if new else _json_tables(meta)
+    stated = any("success" in row for _, row in rows)
+    entries, kinds = [], Counter()
+    for path, row in rows:
+        index = int(_field(row, "episode_index", str(path)))
+        where = f"{path}: episode {index}"
+        if new:
+            place = {f"{n}_index": int(_field(row, f"data/{n}_index", where)) for n in ("chunk", "file")}
+            videos = {k: _video_place(root, info, row, k, where) for k in video_keys}
+        else:
             place = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
             videos = {k: (root / info["video_path"].format(video_key=k, **place), 0.0) for k in video_keys}
-            data = root / info["data_path"].format(**place)
-            entries.append(_Entry(index, int(row["length"]), list(row.get("tasks", ())), data, videos))
-        return sorted(entries, key=lambda e: e.index), tasks
+        kind = row.get("kind") or "expert"
+        if kind not in KINDS:
+            kinds[str(kind)] += 1
+        entry = _Entry(
+            index,
+            int(_field(row, "length", where)),
+            list(row.get("tasks") or ()),
+            root / info["data_path"].format(**place),
+            {k: (*place, math.inf) for k, place in videos.items() if place},
+            _outcome(row.get("success"), where),
+            kind,
+        )
+        entries.append(entry)
+    if kinds:
+        warnings.warn(
+            f"{rows[0][0]}: kind is {dict(kinds)}, expected {', '.join(KINDS)}: policies do not learn from these "
+            "episodes; relabel them with python -m vlarft.data.convert --kind",
+            stacklevel=2,
+        )
+    entries.sort(key=lambda e: e.index)
+    entries = _with_ends(_with_outcomes(root, entries, info["features"], stated))
+    return entries, tasks
+
+
+def _tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
+    """Read the metadata of v3.0: (file, row) of each episode, and task_index -> instruction."""
     files = sorted((meta / "episodes").rglob("*.parquet"))
     if not files:
         raise FileNotFoundError(f"{meta / 'episodes'} has no parquet files; the data set was copied without them")
-    entries = []
+    rows = []
     for path in files:
         file = open_parquet(path)
         names = [n for n in file.schema_arrow.names if not n.startswith("stats/")]
-        for row in file.read(columns=names).to_pylist():
-            try:
-                place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-                videos = {k: _video_place(root, info, row, k) for k in video_keys}
-                data = root / info["data_path"].format(**place)
-                index, length, words = int(row["episode_index"]), int(row["length"]), list(row.get("tasks") or ())
-            except KeyError as error:
-                raise ValueError(f"{path} has no column {error}; it has {', '.join(names)}") from error
-            entries.append(
-                _Entry(index, length, words, data, videos, row.get("success", True), row.get("kind") or "expert")
-            )
+        rows += [(path, row) for row in file.read(columns=names).to_pylist()]
     table = open_parquet(meta / "tasks.parquet").read()
     text = [
         n for n in table.column_names if n != "task_index"
     ]  # the index of a pandas table, whose name may be missing
     if "task_index" not in table.column_names or len(text) != 1:
         raise ValueError(f"{meta / 'tasks.parquet'} must have task_index and one text, got {table.column_names}")
-    tasks = dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
-    return sorted(entries, key=lambda e: e.index), tasks
+    return rows, dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
 
 
-def _video_place(root: Path, info: dict, row: dict, key: str) -> tuple[Path, float]:
-    place = {f"{n}_index": row[f"videos/{key}/{n}_index"] for n in ("chunk", "file")}
-    return root / info["video_path"].format(video_key=key, **place), float(row[f"videos/{key}/from_timestamp"])
+def _json_tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
+    """Read the metadata of v2.x: (file, row) of each episode, and task_index -> instruction."""
+    path, tasks = meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl")
+    texts = {int(_field(row, "task_index", str(path))): _field(row, "task", str(path)) for row in tasks}
+    return [(meta / "episodes.jsonl", row) for row in _json_lines(meta / "episodes.jsonl")], texts
+
+
+def _field(row: dict, name: str, where: str) -> Any:
+    if name not in row:
+        raise ValueError(f"{where} has no field {name}; it has {', '.join(sorted(row))}")
+    if row[name] is None:
+        raise ValueError(f"{where}: {name} is null; fill it in, or remove the episode")
+    return row[name]
+
+
+def _video_place(root: Path, info: dict, row: dict, key: str, where: str) -> tuple[Path, float] | None:
+    """Return file and start [s] of an episode's video; None: the episode was recorded without that camera."""
+    names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
+    if all(row.get(n) is None for n in names):
+        return None
+    chunk, file, start = (_field(row, n, where) for n in names)
+    path = info["video_path"].format(video_key=key, chunk_index=int(chunk), file_index=int(file))
+    return root / path, float(start)
+
+
+def _with_ends(entries: list[_Entry]) -> list[_Entry]:
+    """Let an episode's part of a video end where the next episode starts, whose frames it must not show."""
+    starts = defaultdict(set)
+    for e in entries:
+        for path, start, _ in e.videos.values():
+            starts[path].add(start)
+    ends = {(path, a): b for path, s in starts.items() for a, b in pairwise([*sorted(s), math.inf])}
+    return [
+        e._replace(videos={k: (p, start, ends[p, start]) for k, (p, start, _) in e.videos.items()}) for e in entries
+    ]
+
+
+def _outcome(value: Any, where: str) -> bool | None:
+    """Return whether an episode succeeded; None: not known (null, or the NaN that pandas writes for it)."""
+    if value is None or value != value:
+        return None
+    if value in (0, 1):  # which includes False and True
+        return bool(value)
+    raise ValueError(f"{where}: success is {value!r}, expected true, false or null; rewrite or remove the field")
+
+
+def _with_outcomes(root: Path, entries: list[_Entry], features: dict, stated: bool) -> list[_Entry]:
+    """Take outcomes that the metadata leave open from the frames; warn of those that stay unknown: they are successes.
+
+    Args:
+        root: the data set, for warnings.
+        entries: success None where the metadata do not say.
+        features: features of the frames.
+        stated: the metadata have the field `success`; without it, and without OUTCOMES, all episodes are successes.
+    """
+    column = next((name for name in OUTCOMES if name in features), None)
+    reward = next((name for name in REWARDS if name in features), None)
+    out, unknown, unrewarded = [], [], []
+    for e in entries:
+        success = e.success
+        if success is None and column:
+            highest = _highest(e.data, stamp(e.data), column).get(e.index)
+            success = None if highest is None else highest > 0
+        elif success is None and reward and not stated:
+            highest = _highest(e.data, stamp(e.data), reward).get(e.index)
+            unrewarded += [e] * (highest is not None and highest <= 0)
+        unknown += [e] * (success is None and (stated or column is not None))
+        out.append(e._replace(success=success is not False))
+    advice = "taken as successes; write true or false to the field success of meta/episodes, or remove them"
+    if unknown:
+        warnings.warn(
+            f"{root}: {len(unknown)} of {len(entries)} episodes do not say whether they succeeded "
+            f"({'success' if stated else column} is null), first episode {unknown[0].index}: {advice}",
+            stacklevel=2,
+        )
+    if 0 < len(unrewarded) < len(entries):
+        warnings.warn(
+            f"{root}: {len(unrewarded)} of {len(entries)} episodes never earn a reward ({reward}), first episode "
+            f"{unrewarded[0].index}; outcomes are not read from rewards: {advice}",
+            stacklevel=2,
+        )
+    return out
+
+
+@functools.lru_cache(maxsize=2)
+def _highest(path: Path, written: int, column: str) -> dict[int, float | None]:
+    """Return episode_index -> highest value of a frame column (true is 1) in a data file; None: all are null."""
+    from pyarrow import compute, types
+
+    file = open_parquet(path)
+    if not {column, "episode_index"} <= set(file.schema_arrow.names):
+        return {}
+    table = file.read(columns=["episode_index", column])
+    values = table[column]
+    if types.is_nested(values.type):  # features of shape [1] may be lists
+        values = compute.list_element(values, 0)
+    try:
+        values = values.cast("float64")
+    except (ValueError, NotImplementedError) as error:  # arrow's errors are of these kinds
+        raise ValueError(f"{path}: {column} holds {values.type}, expected true and false, or numbers") from error
+    table = table.set_column(1, column, values).group_by("episode_index").aggregate([(column, "max")])
+    return dict(zip(table["episode_index"].to_pylist(), table[f"{column}_max"].to_pylist()))
 
 
 def _json_lines(path: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
@@ -276,28 +418,17 @@ def _instruction(table: dict, rows: slice, tasks: dict[int, str], entry: _Entry,
 def _images(
     entry: _Entry, key: str, feature: dict, first: int, info: dict, root: Path, budget: Budget, where: str
 ) -> Frames:
+    """Return an episode's images of a camera; no file is opened, see `Frames.check`."""
     fps, where = float(info["fps"]), f"{where}: {key}"
     shape = [int(n) for n in feature["shape"]]
     size = tuple(shape[1:] if shape[0] == 3 and shape[-1] != 3 else shape[:2])
     if feature["dtype"] == "image":
         blobs = functools.partial(_pictures, root, entry.data, key, first)
         return Frames(EncodedImages(blobs, where), (entry.length, *size, 3), budget, where)
-    path, start = entry.videos[key]
-    stream = probe(path)
-    if not math.isclose(stream.fps, fps, rel_tol=0.01):
-        raise ValueError(f"{path}: {key} has {stream.fps:g} fps, meta/info.json says {fps:g}; re-encode one of them")
-    if stream.size != size:
-        raise ValueError(
-            f"{path}: {key} is {stream.size[0]} x {stream.size[1]}, meta/info.json says {size[0]} x {size[1]}"
-        )
+    path, start, end = entry.videos[key]
     times = start + np.arange(entry.length) / fps
-    if times[-1] > stream.end:
-        raise ValueError(
-            f"{path}: {key} ends at {stream.end:.3f} s, episode {entry.index} at {times[-1]:.3f} s; truncated"
-        )
-    return Frames(
-        VideoFrames(path, times, 0.4 / fps, budget, f"{path}: {key}"), (entry.length, *size, 3), budget, where
-    )
+    source = VideoFrames(path, times, end, fps, budget, f"{path}: episode {entry.index}: {key}")
+    return Frames(source, (entry.length, *size, 3), budget, where)
 
 
 @functools.lru_cache(maxsize=64)
@@ -322,5 +453,7 @@ def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) ->
         for row in _group(path, stamp(path), key, number).slice(begin - starts[number], end - begin).to_pylist():
             if not row or not (row.get("bytes") or row.get("path")):
                 raise ValueError(f"{path}: {key} has an empty image in rows {begin} .. {end - 1}")
+            if not row["bytes"]:
+                refuse_pointer(root / row["path"])
             out.append(row["bytes"] or (root / row["path"]).read_bytes())
     return out

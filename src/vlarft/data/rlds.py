@@ -89,6 +89,10 @@ def _frames(content: np.ndarray, places: Blobs, budget: Budget, where: str) -> F
     def blobs(lo: int, hi: int) -> list[np.ndarray]:
         return [content[o : o + n] for o, n in zip(places.offsets[lo:hi].tolist(), places.sizes[lo:hi].tolist())]
 
+    if len(empty := np.flatnonzero(np.asarray(places.sizes) == 0)):
+        raise ValueError(
+            f"{where}, frame {empty[0]} is empty ({len(empty)} of {len(places.sizes)} frames); remove the record"
+        )
     size = decode_image(blobs(0, 1)[0], f"{where}, frame 0").shape
     return Frames(EncodedImages(blobs, where), (len(places.offsets), *size), budget, where)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlarft.data.frames import map_file
+from vlarft.run.lfs import refuse_pointer
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed
 LANE = 4096  # bytes per lane of the vectorised checksum
@@ -100,6 +101,7 @@ def read_records(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     Raises:
         ValueError: truncated file, or a wrong checksum.
     """
+    refuse_pointer(path)
     content, at, number = map_file(path), 0, 0
     while at < len(content):
         head = content[at : at + 12]

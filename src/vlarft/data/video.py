@@ -5,6 +5,7 @@ decoders. A file is scanned once for the times of its frames.
 """
 
 import functools
+import math
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlarft.data.frames import Budget
+from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
 OPEN_DECODERS = 8  # per thread
@@ -28,6 +30,7 @@ def import_av() -> Any:
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"video {path} is missing; the data set was copied without it")
+    refuse_pointer(path)
     try:
         container = import_av().open(str(path))
     except import_av().FFmpegError as error:
@@ -39,11 +42,12 @@ def _open(path: Path) -> Any:
 
 
 class Stream(NamedTuple):
-    """Header of a video: frames per second, (height, width) [px], and the time of its end [s]."""
+    """Header of a video: frames per second, (height, width) [px], time of its end [s], and frames, 0 if not stated."""
 
     fps: float
     size: tuple[int, int]
     end: float
+    frames: int
 
 
 def stamp(path: Path) -> int:
@@ -66,7 +70,7 @@ def _probe(path: Path, written: int) -> Stream:
     with _open(path) as container:
         stream = container.streams.video[0]
         ends = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-        return Stream(float(stream.average_rate or 0), (stream.height, stream.width), float(ends))
+        return Stream(float(stream.average_rate or 0), (stream.height, stream.width), float(ends), stream.frames)
 
 
 class Index(NamedTuple):
@@ -178,13 +182,15 @@ class VideoFrames:
     Args:
         path: the file.
         times: (T,) times of the frames [s].
-        tolerance: largest distance of a frame from its time [s].
+        end: time at which the next part begins [s].
+        fps: frames per second; a frame may be 0.4 / fps from its time.
         budget: while it has room, frames decoded on the way from a keyframe are returned as well.
         where: file and field, for errors.
     """
 
-    def __init__(self, path: Path, times: np.ndarray, tolerance: float, budget: Budget, where: str) -> None:
-        self.path, self.times, self.tolerance, self.budget, self.where = path, times, tolerance, budget, where
+    def __init__(self, path: Path, times: np.ndarray, end: float, fps: float, budget: Budget, where: str) -> None:
+        self.path, self.times, self.end, self.fps, self.budget, self.where = path, times, end, fps, budget, where
+        self.tolerance = 0.4 / fps
 
     @functools.cached_property
     def first(self) -> int:
@@ -194,13 +200,15 @@ class VideoFrames:
             ValueError: the file's frames are not at `times`.
         """
         stored = scan(self.path).times
+        stored = stored[: np.searchsorted(stored, self.end - self.tolerance)]  # the rest shows the next episode
+        count = int((stored > self.times[0] - self.tolerance).sum())
+        if count < len(self.times):
+            raise ValueError(
+                f"{self.where}: {len(self.times)} rows, but {count} frames in the video: it is truncated, or the "
+                "camera stopped early; copy the file again, or remove the episode"
+            )
         first = int(np.abs(stored - self.times[0]).argmin())
         part = stored[first : first + len(self.times)]
-        if len(part) < len(self.times):
-            raise ValueError(
-                f"{self.where}: the video ends at {stored[-1]:.3f} s, the episode at {self.times[-1]:.3f} s; "
-                "it is truncated, or its frames are not at the data's fps"
-            )
         off = np.abs(part - self.times)
         if off.max() > self.tolerance:
             t = int((off > self.tolerance).argmax())
@@ -209,6 +217,21 @@ class VideoFrames:
                 "video and data differ in fps or start"
             )
         return first
+
+    def check(self, shape: tuple[int, ...], thorough: bool) -> None:
+        stream, size = probe(self.path), shape[1:3]
+        if not math.isclose(stream.fps, self.fps, rel_tol=0.01):
+            raise ValueError(
+                f"{self.where} has {stream.fps:g} fps, meta/info.json says {self.fps:g}; re-encode one of them"
+            )
+        if stream.size != size:
+            raise ValueError(
+                f"{self.where} is {stream.size[0]} x {stream.size[1]}, meta/info.json says {size[0]} x {size[1]}"
+            )
+        last = round(self.times[-1] * self.fps)
+        gapless = stream.frames == round(stream.end * self.fps)
+        if thorough or not gapless or last >= stream.frames or self.times[-1] > self.end - self.tolerance:
+            self.first  # noqa: B018 (raises if frames are missing)
 
     def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
         start = self.first

@@ -1,5 +1,9 @@
 """The networks of the flow-matching action head: velocity net, sigma net, and the condition of a chunk's context.
 
+Another network for the head replaces `ChunkNet` here. Another head altogether is made in `policy.VLAPolicy` and used by
+flow.py, diagnosis.py and `train_rft.shard`, which call what `FlowHead` and `SigmaNet` have in public: `cfg`, `prepare`,
+`at_steps`, `velocity`, `log_sigma`; and of its condition `num_rows`, `repeat`, `base` and `sigma`.
+
 Shapes: S contexts, B = S * R rows, context-major (the R rows of a context are group members, samples of tau or flow
 steps), T chunk steps, A action dim, K flow steps, N context tokens, E embed_dim, D width.
 """
@@ -168,6 +172,19 @@ class FlowHead(nn.Module):
         self.cfg = cfg
         self.net = ChunkNet(cfg)
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer, which starts at zero."""
+        return self.net.dit.out
+
+    def configure(self, cfg: FlowConfig) -> None:
+        """Take a configuration that differs in the sigma net's settings only; configurations are frozen."""
+        self.cfg = self.net.cfg = cfg
+
+    def compile_network(self) -> None:
+        """Compile the trunk with `torch.compile`."""
+        self.net.dit.compile()
+
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor, sigma_net: SigmaNet | None = None) -> Condition:
         """Compute what all flow steps of a chunk share.
 
@@ -200,6 +217,11 @@ class SigmaNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.net = ChunkNet(cfg, takes_x=cfg.sigma_uses_x)
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer, which starts at zero."""
+        return self.net.dit.out
 
     def prepare(self, context: torch.Tensor, proprio: torch.Tensor) -> Condition:
         """Compute this net's condition, as `FlowHead.prepare` does."""

@@ -26,7 +26,7 @@ from vlarft.run.config import differences, from_dict, to_dict
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Adapter size; the defaults are the paper's (Table 6 and the public release)."""
+    """Adapter size; the defaults are the paper's (Table 6 and the public code)."""
 
     rank: int = 64
     alpha: float = 128.0

@@ -12,9 +12,10 @@ safetensors file, safetensors with an index, or a .bin / .pt of tensors. Writes 
 Every tensor must fit: one that is missing, left over or of another shape is an error that names it.
 
 The public world models take raw environment actions, cut into bins. The ranges of the bins are not among the weights:
-give `--action-ranges`. A policy's folder also contains the action head's three side files (without them the head is
-untrained, for `train_sft.py --init`), dataset_statistics.json, whose quantiles the normaliser takes, and the text
-tokenizer (tokenizer.json, or vocab.json and merges.txt), unless `--text` names another place.
+give `--action-ranges`. A policy's folder also contains the action head's three side files, dataset_statistics.json,
+whose quantiles the normaliser takes, and the text tokenizer (tokenizer.json, or vocab.json and merges.txt), unless
+`--text` names another place. Without side files the action head would be random: `--new-head` asks for that, to train
+it with `train_sft.py --init`.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def main(argv: Sequence[str]) -> None:
     )
     commands["policy"].add_argument("--text", type=Path, help="tokenizer.json, or a folder with it or vocab and merges")
     commands["policy"].add_argument("--statistics", help="entry of dataset_statistics.json, if it has several")
-    commands["policy"].add_argument("--step", type=int, help="step of the head's side files, if there are several")
+    head = commands["policy"].add_mutually_exclusive_group()
+    head.add_argument("--step", help="step in the names of the head's side files, if there are several")
+    head.add_argument("--new-head", action="store_true", help="read no side files: random action head, to be trained")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists: remove it or choose another --out")
@@ -64,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         model = convert_tokenizer(args.path, *(tuple(size) if size else None for size in sizes))
     elif args.kind == "policy":
         torch.manual_seed(0)  # for the weights of an untrained head
-        model = convert_policy(args.path, text=args.text, dataset=args.statistics, step=args.step)
+        model = convert_policy(args.path, args.text, args.statistics, args.step, args.new_head)
     elif args.action_ranges is None:
         parser.error("a world model's action ranges are not among its weights: give --action-ranges libero, or a file")
     else:
@@ -75,6 +78,10 @@ def main(argv: Sequence[str]) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__} of {count:,} parameters -> {args.out}")
     if args.kind == "policy":
+        if args.new_head:
+            print("action head: new, with random weights; train it with train_sft.py --init")
+        if not model.vlm.action_queries.weight.any():
+            print("action queries: not in the file; zero, as at the start of fine-tuning")
         print(
             f"text: {model.vlm.tokenizer.description}; statistics: {'set' if model.normalizer.fitted else 'none yet'}"
         )

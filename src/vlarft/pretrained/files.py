@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlarft.run.checkpoint import UNREADABLE, load_weights
+from vlarft.run.lfs import refuse_pointer
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -64,6 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    refuse_pointer(file)
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -72,6 +74,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_pickled(file: Path) -> Any:
     """Read a file of `torch.save`; a ValueError refuses any that has more than tensors in plain containers."""
+    refuse_pointer(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -81,8 +84,8 @@ def read_pickled(file: Path) -> Any:
 def _unreadable(file: Path, error: Any) -> str:
     size = file.stat().st_size
     return (
-        f"{file} ({size:,} bytes) is not a readable file of tensors ({error}): it is truncated, a git-lfs pointer "
-        "or has another format; download it again"
+        f"{file} ({size:,} bytes) is not a readable file of tensors ({error}): it is truncated or "
+        "has another format; download it again"
     )
 
 
@@ -92,6 +95,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: not JSON.
     """
+    refuse_pointer(path)
     try:
         return json.loads(path.read_text())
     except ValueError as error:

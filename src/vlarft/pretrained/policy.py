@@ -41,6 +41,7 @@ NATIVE = {
     "llm_backbone.llm.": "language_model.",
 }
 HEAD_PARTS = ("action_head", "proprio_projector", "noisy_action_projector")
+SIDE_FILE = re.compile(r"(?P<part>\w+)--(?P<step>.+)_checkpoint\.pt")
 
 
 class Statistics(NamedTuple):
@@ -126,7 +127,8 @@ def policy_from_public(
         of the paper's fine-tuning.
 
     Raises:
-        ValueError: tensors missing, left over or misshapen; a head without statistics; vision encoders left out.
+        ValueError: tensors missing, left over or misshapen; a head without statistics or without action queries;
+            vision encoders left out.
     """
     if head is not None and statistics is None:
         raise ValueError(
@@ -134,6 +136,11 @@ def policy_from_public(
             "download that file too"
         )
     tensors = to_merged_names(tensors)
+    if head is not None and "action_queries.weight" not in tensors:
+        raise ValueError(
+            f"{where} has no action_queries.weight, and its action head was trained with them: give the merged "
+            "repository, or train a new head (--new-head), with queries that start at zero"
+        )
     if not any(name.startswith("vision_backbone.") for name in tensors):
         raise ValueError(
             f"{where} has no vision_backbone among {', '.join(list(tensors)[:3])}, ...: if the encoders were frozen and"
@@ -208,26 +215,41 @@ def read_policy_weights(path: str | Path) -> dict[str, Tensor]:
     return read_weights(path)
 
 
-def read_head(folder: Path, step: int | None = None) -> dict[str, dict[str, Tensor]] | None:
-    """Read the side files `<part>--<step>_checkpoint.pt` of a folder; return None if there are none.
+def read_head(folder: Path, step: int | str | None = None) -> dict[str, dict[str, Tensor]]:
+    """Read the three side files `<part>--<step>_checkpoint.pt` of a folder.
+
+    Args:
+        folder: of the repository.
+        step: what stands in the names, a number or a word such as "latest"; None if there is only one.
 
     Raises:
-        FileNotFoundError: one of the three is missing, or `step` has none.
-        ValueError: files of several steps, and `step` is None.
+        FileNotFoundError: no side files, one of the three is missing, or `step` has none.
+        ValueError: files of several steps, and `step` is None; side files of other names, or of a part that is not
+            read (a vision_backbone with FiLM).
     """
-    by_step: dict[int, dict[str, Path]] = {}
-    for file in sorted(folder.glob("*--*_checkpoint.pt")):
-        part, _, rest = file.name.partition("--")
-        number = rest.removesuffix("_checkpoint.pt")
-        if part in HEAD_PARTS and number.isdecimal():
-            by_step.setdefault(int(number), {})[part] = file
-    if step is not None and step not in by_step:
-        raise FileNotFoundError(f"{folder} has no side files of step {step}; there are {sorted(by_step) or 'none'}")
-    if not by_step:
-        return None
+    by_step: dict[str, dict[str, Path]] = {}
+    strange = []
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".safetensors")):
+        if (match := SIDE_FILE.fullmatch(file.name)) and match["part"] in HEAD_PARTS:
+            by_step.setdefault(match["step"], {})[match["part"]] = file
+        elif match or file.name.startswith(HEAD_PARTS):
+            strange.append(file.name)
+    if strange:
+        raise ValueError(
+            f"{folder} has {', '.join(strange)}: expected side files <part>--<step>_checkpoint.pt of the parts "
+            f"{', '.join(HEAD_PARTS)}; rename them, or remove what is not one of these"
+        )
+    steps = ", ".join(sorted(by_step)) or "none"
+    if not by_step and step is None:
+        raise FileNotFoundError(
+            f"{folder} has no side files {', '.join(f'{part}--<step>_checkpoint.pt' for part in HEAD_PARTS)}: the "
+            "action head would be random. Download them, or give --new-head to train it with train_sft.py --init"
+        )
     if step is None and len(by_step) > 1:
-        raise ValueError(f"{folder} has side files of the steps {sorted(by_step)}; choose one with --step")
-    step = next(iter(by_step)) if step is None else step
+        raise ValueError(f"{folder} has side files of the steps {steps}; choose one with --step")
+    step = next(iter(by_step)) if step is None else str(step)
+    if step not in by_step:
+        raise FileNotFoundError(f"{folder} has no side files of step {step}; there are {steps}")
     if missing := [f"{part}--{step}_checkpoint.pt" for part in HEAD_PARTS if part not in by_step[step]]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: download the side files too")
     return {part: read_weights(file) for part, file in by_step[step].items()}
@@ -266,7 +288,11 @@ def read_statistics(path: str | Path, dataset: str | None = None) -> Statistics:
 
 
 def convert_policy(
-    path: Path, text: Path | None = None, dataset: str | None = None, step: int | None = None
+    path: Path,
+    text: Path | None = None,
+    dataset: str | None = None,
+    step: int | str | None = None,
+    new_head: bool = False,
 ) -> VLAPolicy:
     """Convert the policy of a downloaded repository.
 
@@ -274,7 +300,8 @@ def convert_policy(
         path: its folder, or its file of weights (native .pt).
         text: tokenizer.json, or a folder with it or with vocab.json and merges.txt; None: the repository's folder.
         dataset: entry of dataset_statistics.json, if it has several.
-        step: training step of the head's side files, if there are several.
+        step: step in the names of the head's side files, if there are several.
+        new_head: read no side files; the action head is random and has to be trained.
 
     Raises:
         FileNotFoundError, ValueError: as in `policy_from_public` and the functions that read the files.
@@ -286,7 +313,7 @@ def convert_policy(
     statistics = folder / "dataset_statistics.json"
     return policy_from_public(
         read_policy_weights(path),
-        read_head(folder, step),
+        None if new_head else read_head(folder, step),
         read_text_tokenizer(text or folder),
         read_statistics(statistics, dataset) if statistics.is_file() else None,
         str(path),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from vlarft.nets.vlm import SPECIAL_TOKENS, import_tokenizers
+from vlarft.run.lfs import refuse_pointer
 
 # Qwen2 splits text before the byte-pair merges: contractions, words, single digits, punctuation, line breaks, spaces.
 WORDS = (
@@ -26,6 +27,7 @@ def read_text_tokenizer(path: str | Path) -> bytes:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
+        refuse_pointer(file)
         return file.read_bytes()
     vocabulary, merges = path / "vocab.json", path / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
@@ -39,6 +41,8 @@ def read_text_tokenizer(path: str | Path) -> bytes:
 def from_vocabulary(vocabulary: Path, merges: Path) -> bytes:
     """Make a tokenizer.json like Qwen2's: byte-level BPE, and the three special tokens after the vocabulary."""
     tokenizers = import_tokenizers()
+    refuse_pointer(vocabulary)
+    refuse_pointer(merges)
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()

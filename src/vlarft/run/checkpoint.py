@@ -1,15 +1,14 @@
 """Checkpoints and run folders: atomic writes; files of other programs are refused.
 
-A model is one safetensors file whose header holds its class and its config as JSON, so that it loads from its file
-alone; training state (optimizer, step, ...) lies beside it, see train_state.py. Every file is written to `NAME.tmp` and
+A model is one safetensors file whose header holds its class and its config as JSON, so the file alone is enough to load
+it. Training state (optimizer, step, ...) lies beside it, see train_state.py. Every file is written to `NAME.tmp` and
 moved into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
     out_dir/train_state.pt     optimizer, step, ...; loaded with weights_only
 
-Wherever a checkpoint is named, its run folder serves as well. Files of older versions are read in today's names, see
-migration.py.
+A run folder may be given wherever a checkpoint is expected. Files of older versions still load, see migration.py.
 """
 
 import json
@@ -29,8 +28,9 @@ from torch import nn
 from vlarft.run import migration
 from vlarft.run.config import differences, from_dict, to_dict
 from vlarft.run.distributed import is_main
+from vlarft.run.lfs import refuse_pointer
 
-# options that do not change what is trained, so that a run may be resumed with others
+# options that do not change what is trained: they may differ when a run is resumed
 FREE = (
     "out_dir",
     "accumulate",
@@ -44,7 +44,7 @@ FREE = (
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-# what torch.load raises on files that it did not write, or of which a part is missing
+# what torch.load raises on truncated files and on files of another format
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -58,7 +58,7 @@ UNREADABLE = (
 
 
 class Header(NamedTuple):
-    """What a model file says about itself."""
+    """Header of a model file."""
 
     cls: str
     config: dict[str, Any]
@@ -69,7 +69,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write(tmp)` and move the result to `path`: readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: not writable, or no space left; the old file is untouched, of the new one nothing stays.
+        OSError: not writable, or no space left; the old file is untouched and the new one is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,16 +77,16 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     try:
         write(tmp)
         with open(tmp, "rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+            os.fsync(file.fileno())  # else a power failure after the move could leave an empty file under its name
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
         free = shutil.disk_usage(path.parent).free / 2**30
         tmp.unlink(missing_ok=True)
         raise OSError(
             f"could not write {path} ({error}), {free:.2f} GiB were free. What was saved before is untouched: "
             "free some space and give the same command again"
         ) from error
-    os.umask(mask := os.umask(0))
-    os.chmod(tmp, 0o666 & ~mask)  # safetensors makes files that nobody else can read
+    os.umask(mask := os.umask(0))  # the umask can only be read by setting it
+    os.chmod(tmp, 0o666 & ~mask)  # safetensors creates files that only their owner can read
     os.replace(tmp, path)
 
 
@@ -106,12 +106,13 @@ def save_model(
         model: its class name and, unless `state_dict` is given, its weights are stored.
         config: the model's (nested) dataclass.
         extra: JSON-safe facts that belong to the model: action ranges, the split it was trained on, ...
-        state_dict: full tensors to write in place of the model's own, which under FSDP are shards.
+        state_dict: whole tensors to write instead of the model's parameters, which are shards under FSDP.
     """
     weights = model.state_dict() if state_dict is None else state_dict
+    # clone: safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
     metadata = {
-        # fully_shard gives a module a class of its own, FSDP<name>, derived from the one that we mean
+        # fully_shard replaces a module's class by a subclass, FSDP<name>: store the original's name
         "class": next(c.__name__ for c in type(model).__mro__ if not c.__name__.startswith("FSDP")),
         "config": json.dumps(to_dict(config)),
         "extra": json.dumps(extra or {}),
@@ -120,13 +121,13 @@ def save_model(
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The model file that a path names: the file itself, or `model.safetensors` in a run folder."""
+    """Return the model file that a path names: the file itself, or `model.safetensors` in a run folder."""
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
 
 
 def read_header(path: str | Path) -> Header:
-    """Class, config and extra of a model file, without reading its weights.
+    """Read class, config and extra of a model file, without its weights.
 
     Args:
         path: the file or its run folder.
@@ -138,6 +139,7 @@ def read_header(path: str | Path) -> Header:
     path = checkpoint_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give a run folder or its model.safetensors")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -158,15 +160,15 @@ def read_header(path: str | Path) -> Header:
 def load_model(
     path: str | Path, model_class: type[ModelT], config_class: type, device: str | torch.device = "cpu"
 ) -> tuple[ModelT, dict[str, Any]]:
-    """Build `model_class(config)` from a file of `save_model`, or its run folder, and load its weights, all of them.
+    """Build `model_class(config)` from a file of `save_model`, or from its run folder, and load all weights.
 
     Returns:
         The model, in eval mode, on `device`; and the file's `extra`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a truncated or foreign file, another class, or tensors that are missing, unexpected or of another
-        shape (each is named).
+        ValueError: a truncated file, one of another program or class, or tensors that are missing, unexpected or of
+        another shape (each is named).
     """
     path = checkpoint_file(path)
     header = read_header(path)
@@ -179,14 +181,14 @@ def load_model(
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Strict `load_state_dict` whose error lists what is missing, unexpected or misshapen."""
-    own = model.state_dict()
-    problems = [f"missing {k}" for k in own if k not in tensors]
-    problems += [f"unexpected {k}" for k in tensors if k not in own]
+    """Load a state dict strictly; the error lists tensors that are missing, unexpected or of another shape."""
+    expected = model.state_dict()
+    problems = [f"missing {k}" for k in expected if k not in tensors]
+    problems += [f"unexpected {k}" for k in tensors if k not in expected]
     problems += [
-        f"{k} has shape {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in tensors and tensors[k].shape != own[k].shape
+        f"{k} has shape {tuple(tensors[k].shape)}, expected {tuple(expected[k].shape)}"
+        for k in expected
+        if k in tensors and tensors[k].shape != expected[k].shape
     ]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
@@ -197,23 +199,23 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
 def open_run(
     out_dir: str | Path, config: Any, ignore: Sequence[str] = (), older: migration.Migration | None = None
 ) -> Path | None:
-    """Create a run folder, or enter the one that an interrupted run of the same configuration left.
+    """Create a run folder, or open the one that an interrupted run of the same configuration left.
 
-    The same configuration means: the fields of `FREE` and `ignore` aside, equal values, where two paths to the same
-    place are equal.
+    Two configurations are the same if all fields outside `FREE` and `ignore` are equal; two spellings of one path are
+    equal.
 
     Args:
         out_dir: the folder.
         config: the script's dataclass.
         ignore: further fields that do not change the results and may differ (worker processes, ...).
-        older: expresses the stored configuration of an older version in today's fields, from migration.py.
+        older: translates a configuration that an older version stored into today's fields, from migration.py.
 
     Returns:
-        The path of `train_state.pt` to resume from, or None when the run starts anew.
+        Path of the `train_state.pt` to resume from, or None if the run starts anew.
 
     Raises:
-        ValueError: the folder belongs to another configuration (the message lists the fields that differ), or an older
-            version's run used an option that is gone.
+        ValueError: the folder belongs to another configuration (the message lists the fields that differ), or its run
+            used an option that was removed since.
     """
     out_dir, given = Path(out_dir), to_dict(config)
     path = out_dir / "config.json"
@@ -225,7 +227,8 @@ def open_run(
                 f"{path} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
         stored = stored if older is None else older(stored, str(path))
-        stored = {**_defaults(config), **stored}  # an option that is newer than the run had its default
+        stored = {**_defaults(config), **stored}  # options newer than the run have their defaults
+        # take the given spelling of an equal path, so that `differences` lists real differences only
         stored = {k: given[k] if k in given and _same(v, given[k]) else v for k, v in stored.items()}
         free = {*FREE, *ignore}
         if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (stored, given))):
@@ -241,7 +244,7 @@ def open_run(
 
 
 def _same(stored: Any, given: Any) -> bool:
-    """Whether two values of a field are equal, or are paths to the same place; a run folder stands for its model."""
+    """Whether two values of a field are equal or name the same path, where a run folder equals its model file."""
     if isinstance(stored, list) and isinstance(given, list):
         return len(stored) == len(given) and all(map(_same, stored, given))
     if isinstance(stored, str) and isinstance(given, str):
@@ -251,7 +254,7 @@ def _same(stored: Any, given: Any) -> bool:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The default of every field of a dataclass that has one, as JSON."""
+    """Return the defaults of a dataclass's fields, as they read back from JSON (tuples are lists)."""
     values = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config) if _has(f)}
     return json.loads(json.dumps({name: to_dict(v) if is_dataclass(v) else v for name, v in values.items()}))
 
@@ -261,12 +264,12 @@ def _has(field: Field) -> bool:
 
 
 def save_train_state(out_dir: str | Path, state: dict[str, Any]) -> None:
-    """Write `out_dir/train_state.pt` atomically: tensors and plain Python values only."""
+    """Write `out_dir/train_state.pt` atomically; it may hold tensors and plain Python values only."""
     write_atomic(Path(out_dir) / "train_state.pt", lambda tmp: torch.save(state, tmp))
 
 
 def load_train_state(path: str | Path) -> dict[str, Any]:
-    """Read a training state with `weights_only`, on the CPU.
+    """Read a training state onto the CPU, with `weights_only`.
 
     Raises:
         ValueError: the file is truncated or of another format.

@@ -1,4 +1,4 @@
-"""The clock of a run: the share of it that is done, and the learning rate there."""
+"""The clock of a run: the share of it that is done, and the learning rate at that point."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ Decay = Literal["constant", "cosine"]
 
 
 class Clock:
-    """How much of a run is done: its steps, or its minutes where a limit is set and runs out first.
+    """Measure how much of a run is done: by steps, or by minutes if there is a time limit that is reached first.
 
     Args:
-        steps: of the run.
-        max_minutes: wall time after which the run ends, resumed parts included [min]; None = no limit.
-        minutes_before: wall time of the parts before a resume [min].
+        steps: number of steps of the run.
+        max_minutes: wall time after which the run ends, time before a resume included [min]; None = no limit.
+        minutes_before: wall time spent before the resume [min].
     """
 
     def __init__(self, steps: int, max_minutes: float | None = None, minutes_before: float = 0.0) -> None:
@@ -31,27 +31,27 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Run a block whose time does not count: measurements that are not part of the training."""
+        """Run a block whose time does not count, such as an evaluation that is not part of training."""
         paused = time.monotonic()
         yield
         self.started += time.monotonic() - paused
 
     def share(self, step: int) -> float:
-        """Share of the run that is done after `step` steps, 1 or more at its end; the same on every process."""
+        """Return the share of the run that is done after `step` steps, 1 or more at its end; a collective call."""
         share = step / self.steps
-        if self.max_minutes is not None:  # the processes' clocks differ, and all must stop at the same step
+        if self.max_minutes is not None:  # clocks differ between processes, but all must stop at the same step
             minutes = distributed.mean_across_ranks({"minutes": self.minutes})["minutes"]
             share = max(share, minutes / self.max_minutes)
         return share
 
 
 def rate_factor(step: int, share: float, warmup: int, decay: Decay) -> float:
-    """Factor on the peak learning rate: linear over `warmup` steps, then constant or half a cosine over the run.
+    """Return the factor on the peak learning rate: linear warm-up times a constant or half a cosine over the run.
 
     Args:
         step: 0-based.
-        share: how much of the run is done, from `Clock.share`.
-        warmup: steps.
+        share: share of the run that is done, from `Clock.share`.
+        warmup: number of warm-up steps.
         decay: `cosine` ends at 0.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))

@@ -32,7 +32,7 @@ def opt(default: Any, help: str, group: str | None = None) -> Any:
 
     Args:
         default: its value.
-        help: what `--help` says of it, with its unit and source.
+        help: text for `--help`, with unit and source.
         group: heading under which `--help` lists this field and those after it, up to the next field with a heading.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group})
@@ -44,7 +44,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A (nested) dataclass as plain JSON-safe types: tuples become lists, nested dataclasses dicts."""
+    """Convert a (nested) dataclass to JSON-safe types: tuples become lists, nested dataclasses dicts."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -57,11 +57,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
-    """The inverse of `to_dict`.
+    """Build a dataclass from the result of `to_dict`.
 
     Raises:
-        ValueError: a key that `cls` does not have, a field without default that is missing, or a value of another type.
-        The message names the field.
+        ValueError: an unknown key, a missing field without default, or a value of the wrong type. The message names the
+        field.
     """
     where = where or cls.__name__
     names = {f.name for f in dataclasses.fields(cls)}
@@ -81,7 +81,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") ->
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Names and both values of the leaves in which two `to_dict` results differ, for error messages."""
+    """List the leaves in which two `to_dict` results differ, name and both values, for error messages."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(dict.fromkeys([*a, *b]))
         return [line for k in keys for line in differences(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)]
@@ -136,7 +136,7 @@ def _type_name(hint: Any) -> str:
 
 
 def parse(config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Sequence[str], doc: str = "") -> ConfigT:
-    """Build a config from the command line: `--preset NAME` picks the start, every other flag overrides one field.
+    """Build a config from the command line: `--preset NAME` picks the defaults, every other flag overrides one field.
 
     bool fields become --x / --no-x, Literal fields choices, `X | None` accepts "none", tuples take several values,
     nested dataclasses dotted flags. Unknown flags, presets and choices exit with status 2 and name what is valid.
@@ -148,8 +148,8 @@ def parse(config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Seq
         doc: the script's docstring, whose first paragraph `--help` shows.
     """
     default = next(iter(presets))
-    # --preset is read from its own small parser, so that a missing required value elsewhere does not hide a misspelt
-    # preset.
+    # a small parser reads --preset first: its instance gives the defaults that the full parser shows, and a missing
+    # value elsewhere does not hide a misspelt preset
     if any(a == "--preset" or a.startswith("--preset=") for a in argv):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=list(presets), default=default)
@@ -165,7 +165,7 @@ def parse(config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Seq
 
 
 def command_line(base: Any, presets: Mapping[str, Any], doc: str = "") -> argparse.ArgumentParser:
-    """The parser of `parse`, whose help shows the values of the preset `base`."""
+    """Make the parser of `parse`; its help shows the values of the preset `base`."""
 
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=34, width=120)
@@ -194,7 +194,7 @@ def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: 
             continue
         if dataclasses.is_dataclass(hint) or any(dataclasses.is_dataclass(a) for a in get_args(hint)):
             continue  # a part that this preset leaves out: chosen by the preset, not by flags
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}  # only flags that were given are parsed
         options["help"] = f"{f.metadata.get('help', '')} [{_shown(value)}]".strip().replace("%", "%%")
         optional = get_origin(hint) in (Union, types.UnionType)
         inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
@@ -220,7 +220,7 @@ def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: 
 
 
 def _shown(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Format a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return "none" if value is None else str(value)

@@ -19,9 +19,9 @@ Frozen = Literal["shard", "replicate"]
 def setup() -> torch.device:
     """Join the process group that torchrun describes in the environment; return this process's device.
 
-    Where there are GPUs, process LOCAL_RANK of each node takes that one of the node's, and tensors on GPUs go by NCCL;
-    those on the CPU always go by gloo. Without torchrun's variables nothing is started. With `torchrun --max-restarts`
-    the processes meet at the port after torchrun's.
+    With GPUs, process LOCAL_RANK of a node takes the GPU of that number. GPU tensors are sent by NCCL, CPU tensors by
+    gloo. Without torchrun's environment variables no group is started. With `torchrun --max-restarts` the processes
+    meet at the port after torchrun's.
 
     Raises:
         ValueError: more processes on this node than GPUs.
@@ -38,13 +38,13 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-            # torchrun keeps its store when it starts the processes again, and in it the addresses of those that are
-            # gone, to which the new ones would try to connect for half an hour; rank 0 opens one beside it instead
+            # torchrun keeps its key-value store over a restart, with the addresses of the processes that died; new ones
+            # would try to connect to them for half an hour. So rank 0 opens a fresh store at the next port
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        # the others wait while the main process plays episodes; torchrun does not need a timeout to end them
+        # long: the others wait while the main process plays episodes; if one dies, torchrun ends the rest anyway
         timeout = timedelta(hours=1)
-        if device.type == "cuda":  # the device: communicators are made now, and not guessed from the rank
+        if device.type == "cuda":  # with device_id NCCL connects now, and does not guess the device from the rank
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
         else:
             dist.init_process_group("gloo", timeout=timeout)
@@ -68,12 +68,12 @@ def world_size() -> int:
 
 
 def part() -> tuple[int, int]:
-    """This process's (number, count) of the equal shares of a batch."""
+    """Return (number, count): this process takes part `number` of `count` equal parts of a batch."""
     return rank(), world_size()
 
 
 def own_rows(values: Tensor) -> Tensor:
-    """This process's rows of a tensor that was made for the whole batch."""
+    """Return this process's rows of a tensor made for the whole batch (same seed, same tensor on every process)."""
     return values.chunk(world_size())[rank()]
 
 
@@ -83,10 +83,10 @@ def is_main() -> bool:
 
 
 def local_batch(global_batch: int, accumulate: int = 1) -> int:
-    """Rows of one of this process's `accumulate` micro-batches.
+    """Return the rows of a micro-batch, of which each process has `accumulate` a step.
 
     Raises:
-        ValueError: the global batch does not divide by the number of processes times that of micro-batches.
+        ValueError: the global batch is not a multiple of processes x micro-batches.
     """
     if accumulate < 1 or global_batch % (world_size() * accumulate):
         parts = f"{world_size()} processes" + (f" x {accumulate} micro-batches" if accumulate != 1 else "")
@@ -95,10 +95,10 @@ def local_batch(global_batch: int, accumulate: int = 1) -> int:
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Forget the activations inside each block after its forward and compute them again in its backward.
+    """Checkpoint activations: drop those inside each block after its forward, recompute them in its backward.
 
-    Memory falls to one block's activations and the inputs of all, for a third more computation; the gradients are the
-    same. Call it before `shard`: the parameters are then gathered once for both, recomputation and backward.
+    Memory falls to the inputs of all blocks and one block's activations, for a third more computation; the gradients
+    are the same. Call it before `shard`: a block's parameters are then gathered once for recomputation and backward.
 
     Args:
         blocks: changed in place, none inside another; their names and state dicts stay.
@@ -113,7 +113,7 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
         return recomputed
 
     for block in blocks:
-        block.forward = wrap(block.forward)
+        block.forward = wrap(block.forward)  # on the instance: a wrapper module would rename the parameters
 
 
 def shard(
@@ -124,21 +124,20 @@ def shard(
     frozen: Frozen = "shard",
     bf16: bool = False,
 ) -> nn.Module:
-    """Shard a module's parameters over all processes (FSDP2), each of `blocks` as a unit of its own; one process:
-    unchanged.
+    """Shard a module's parameters over all processes (FSDP2), block by block; with one process, change nothing.
 
-    Gradients are averaged over processes, in float32. Only calls that pass through the wrapped module's `forward`, or
-    through one of `methods`, gather the parameters, so name here every method that training calls.
+    Gradients are averaged over processes in float32. Parameters are gathered only by calls of the module's `forward`
+    and of `methods`, so list every other method that training calls.
 
     Args:
         module: wrapped in place.
         blocks: sub-modules that are gathered one at a time, innermost first.
         methods: methods of `module`, besides forward, that use its parameters.
-        frozen: whether parameters without gradients are sharded as the others are, or stay whole on every process,
-            which takes memory and saves gathering them.
-        bf16: gather the blocks' parameters in bfloat16: half the messages. For blocks that run under bfloat16 autocast,
-            which would cast the weights of their matrices anyway. The shards, the parameters outside of blocks and the
-            sums of gradients stay float32.
+        frozen: shard parameters without gradients like the others, or replicate them on every process, which takes
+            memory but saves gathering them.
+        bf16: gather the blocks' parameters in bfloat16, which halves the messages. For blocks that run under bfloat16
+            autocast, which casts the weights of matrix products anyway. Shards, parameters outside blocks and sums of
+            gradients stay float32.
     """
     if world_size() == 1:
         return module
@@ -147,33 +146,35 @@ def shard(
 
     device = next(module.parameters()).device
     mesh = init_device_mesh(device.type, (world_size(),))
-    left = {p for p in module.parameters() if not p.requires_grad} if frozen == "replicate" else set()
+    replicated = {p for p in module.parameters() if not p.requires_grad} if frozen == "replicate" else set()
+    # inputs keep their dtype: autocast casts them operation by operation, as on one process
     half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        if left.issuperset(block.parameters()):
-            continue
+    for block in blocks:  # innermost first: a unit owns the parameters that no earlier unit took
+        if replicated.issuperset(block.parameters()):
+            continue  # nothing to shard
         # torch's norms on the CPU refuse bfloat16 weights beside float32 inputs; on a GPU autocast casts both
         refuses = device.type == "cpu" and any(isinstance(m, nn.LayerNorm | nn.GroupNorm) for m in block.modules())
         policy = half if bf16 and not refuses else MixedPrecisionPolicy()
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=left)
-    # the default leaves the outermost module whole after a forward without backward (validation): its parameters would
-    # then be plain tensors, and neither an average of weights nor a state dict could rely on finding shards
-    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=left)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+    # by default the outermost module stays gathered after a forward without backward (validation); its parameters would
+    # then be plain tensors, while the moving average and the state dict expect shards
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
     for name in methods:
         register_fsdp_forward_method(module, name)
     return module
 
 
 def sync_gradients(module: nn.Module, sync: bool) -> None:
-    """Whether the coming backwards average gradients over processes: off for all but the last micro-batch of a step."""
-    if hasattr(module, "set_requires_gradient_sync"):  # of a sharded module
+    """Average gradients over processes in the next backward passes, or not: only a step's last micro-batch needs it."""
+    if hasattr(module, "set_requires_gradient_sync"):  # only sharded modules have it
         module.set_requires_gradient_sync(sync)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """State dict with whole tensors, on the main process; empty on the others. A collective call under FSDP."""
+    """Return the state dict with whole tensors on the main process, {} on the others; a collective call under FSDP."""
     whole = {}
-    for key, value in module.state_dict().items():  # one tensor at a time is whole on every process
+    for key, value in module.state_dict().items():  # one tensor at a time, so that GPUs hold one whole tensor at most
+        # an all-gather: every process must call it, also those that drop the result
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if is_main():
             whole[key] = value.cpu() if world_size() > 1 else value
@@ -181,7 +182,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def mean_across_ranks(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Average of each metric over processes, in float64; a collective call."""
+    """Average each metric over processes, in float64. A collective call: all must pass the same names in one order."""
     values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64)
     if world_size() > 1:
         if torch.cuda.is_available():
@@ -192,7 +193,7 @@ def mean_across_ranks(metrics: Mapping[str, float | Tensor]) -> dict[str, float]
 
 
 def max_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Largest value of each metric over processes, in float64; a collective call."""
+    """Return the largest value of each metric over processes, in float64; a collective call."""
     values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64)
     if world_size() > 1:
         values = values.cuda() if torch.cuda.is_available() else values
@@ -201,22 +202,23 @@ def max_across_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_tensor(value: Tensor) -> Tensor:
-    """Average of a tensor over processes; a collective call."""
+    """Average a tensor over processes; a collective call."""
     if world_size() == 1:
         return value
-    value = value.clone()
+    value = value.clone()  # all_reduce works in place
     dist.all_reduce(value)
     return value / world_size()
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale gradients to a global norm of at most `max_norm`; return the norm before."""
-    norm = nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    norm = nn.utils.clip_grad_norm_(list(parameters), max_norm)  # under FSDP a DTensor: the norm over all shards
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def place(value: Any, like: Any) -> Any:
-    """This process's share of a whole tensor where `like` is sharded; anything else unchanged. A collective call."""
+    """Shard a whole tensor the way `like` is sharded; return anything else unchanged. A collective call."""
+    # scalars, such as Adam's step, have nothing to shard
     if hasattr(like, "device_mesh") and isinstance(value, Tensor) and not hasattr(value, "device_mesh") and value.ndim:
         from torch.distributed.tensor import distribute_tensor
 
@@ -225,7 +227,7 @@ def place(value: Any, like: Any) -> Any:
 
 
 def empty_as(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Room for a tensor, sharded as `like` if that is sharded and of the same shape, else whole and on the CPU."""
+    """Allocate a tensor, sharded the way `like` is if both have one shape, else whole and on the CPU."""
     if not hasattr(like, "device_mesh") or like.shape != shape:
         return torch.empty(shape, dtype=dtype)
     from torch.distributed.tensor import empty
@@ -234,7 +236,7 @@ def empty_as(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def cpu_copy(value: Tensor) -> Tensor:
-    """A copy on the CPU that later changes leave alone; of a sharded tensor, of this process's shard."""
+    """Copy a tensor to the CPU, safe from later in-place changes; of a sharded tensor, copy this process's shard."""
     if not hasattr(value, "device_mesh"):
         return value.detach().to("cpu", copy=True)
     from torch.distributed.device_mesh import init_device_mesh
@@ -242,11 +244,13 @@ def cpu_copy(value: Tensor) -> Tensor:
 
     mesh = value.device_mesh if value.device_mesh.device_type == "cpu" else init_device_mesh("cpu", (world_size(),))
     local = value.to_local().detach().to("cpu", copy=True)
+    # shape and stride are given because shards may be uneven; run_check would send messages
     return DTensor.from_local(local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state dict, of whole tensors or of shards, into one whose parameters may be sharded."""
+    """Load a state dict, whole tensors or shards, into an optimizer whose parameters may be sharded."""
+    # state dicts number the parameters over all groups, in this order
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots = {i: {k: place(v, parameters[i]) for k, v in entry.items()} for i, entry in state["state"].items()}
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
@@ -254,5 +258,5 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 def load_full_state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load whole tensors, or shards, into a module that may be sharded."""
-    own = module.state_dict()
-    module.load_state_dict({key: place(value, own[key]) for key, value in tensors.items()})
+    current = module.state_dict()
+    module.load_state_dict({key: place(value, current[key]) for key, value in tensors.items()})

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that train."""
+"""Exponential moving average of the trained weights."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from vlarft.run.distributed import place
 
 
 class EMA:
-    """The average; without a decay there is none, and its methods do nothing.
+    """Keep a moving average of weights; with decay None there is none, and the methods do nothing.
 
     Args:
-        parameters: those that train; the average starts as their copy.
-        decay: of the average per step, in [0, 1).
-        from_scratch: the initial weights are random, so that the decay ramps up as (step + 1) / (step + 10) until it is
-            `decay`. Without it they count as all later ones do.
+        parameters: trained weights; the average starts as their copy.
+        decay: decay of the average per step, in [0, 1); None = no average.
+        from_scratch: the initial weights are random: ramp the decay as (step + 1) / (step + 10) up to `decay`. Without
+            it the decay is constant.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float | None, from_scratch: bool = True) -> None:
@@ -25,26 +25,26 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step `step` (0-based)."""
-        young = (step + 1) / (step + 10) if self.from_scratch else 1.0
+        """Add the weights after step `step` (0-based) to the average."""
+        ramp = (step + 1) / (step + 10) if self.from_scratch else 1.0
         for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter, 1 - min(self.decay, young))
+            average.lerp_(parameter, 1 - min(self.decay, ramp))
 
     def state_dict(self) -> dict[int, Tensor]:
-        """The averages, by the parameters' numbers."""
+        """Return the averages by parameter number."""
         return dict(enumerate(self.averages))
 
     def load_state_dict(self, state: dict[int, Tensor]) -> None:
-        """Take over the averages of a `state_dict`, of whole tensors or of shards.
+        """Restore the averages of a `state_dict`, whole tensors or shards.
 
         Raises:
-            ValueError: it holds others than this one's.
+            ValueError: its keys are not those of this average.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 f"the saved averages are of {len(state)} weights ({', '.join(map(str, list(state)[:2]))}, ...), "
-                f"expected {len(self.averages)}, by number: another version wrote them; remove train_state.pt to start "
-                "anew"
+                f"expected {len(self.averages)}, numbered from 0: another version wrote them; remove train_state.pt to "
+                "start anew"
             )
         self.averages = [place(state[i], p) for i, p in zip(state, self.parameters)]
 

@@ -1,4 +1,4 @@
-"""One line per step on the terminal, the same numbers in out_dir/log.jsonl."""
+"""The log of a run: one line per step on the terminal, the same numbers in out_dir/log.jsonl."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from vlarft.run.distributed import is_main
 
 
 class RunLog:
-    """Log of a run: `log(step, metrics)` prints one aligned line and appends one JSON line, on rank 0 only.
+    """Log a run: `log(step, metrics)` prints one aligned line and appends one JSON line, on rank 0 only.
 
-    On resume, lines of steps that will be done again are dropped, so that the file reads as if the run had never
-    stopped. TensorBoard is written when it is installed.
+    On resume, lines of steps that will run again are dropped, so the file reads as if the run had never stopped.
+    TensorBoard files are written if it is installed.
 
     Args:
         out_dir: the run's folder.
-        total_steps: for the share that the line shows.
+        total_steps: number of steps, shown in each line.
         name: first word of each line.
-        start_step: the step that the run (re)starts at.
+        start_step: step at which the run starts or resumes.
     """
 
     def __init__(self, out_dir: str | Path, total_steps: int, name: str, start_step: int = 0) -> None:
@@ -35,12 +35,12 @@ class RunLog:
             for line in self.path.read_text().splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:  # the line that a kill cut short
+                except json.JSONDecodeError:  # cut short when the process was killed
                     continue
                 if entry["step"] < start_step:
                     kept.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", buffering=1)
+        self.file = self.path.open("w", buffering=1)  # line by line: a kill loses one line at most
         self.file.writelines(line + "\n" for line in kept)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -62,7 +62,7 @@ class RunLog:
         print(f"{self.name} {step + 1:>{width}}/{self.total_steps}  {shown}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Close the file; the run is over."""
+        """Close the files at the end of the run."""
         if self.file is not None:
             self.file.close()
         if self.writer is not None:
@@ -76,21 +76,21 @@ def _short(value: float) -> str:
 
 
 def check_finite(loss: float, step: int, metrics: Mapping[str, float], episodes: Callable[[], list[str]]) -> None:
-    """Stop the run at the first loss, or gradient norm, that is not a number. To be called before the step is saved.
+    """Stop the run at the first loss or gradient norm that is not finite. Call it before the step is saved.
 
     Args:
-        loss: the mean over all processes, so that all stop.
+        loss: mean over all processes, so that all of them stop.
         step: 0-based.
-        metrics: of the step; those whose names end with `grad_norm` are looked at, too.
-        episodes: tells the names of the episodes in the batch of all processes.
+        metrics: metrics of the step; those whose names end with `grad_norm` are checked as well.
+        episodes: returns the names of the episodes in the batch of all processes; called for the message only.
 
     Raises:
-        FloatingPointError: names the step, the metrics and the episodes; the last checkpoint is left as it is.
+        FloatingPointError: names the step, the metrics and the episodes; the last checkpoint is untouched.
     """
     norms = {name: float(value) for name, value in metrics.items() if name.endswith("grad_norm")}
     if wrong := [f"{k} is {v}" for k, v in {"loss": loss, **norms}.items() if not math.isfinite(v)]:
         shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
         raise FloatingPointError(
             f"{' and '.join(wrong)} at step {step} ({shown}); the last checkpoint is untouched: "
-            f"lower the learning rate or look at the data, here episodes {', '.join(episodes())}"
+            f"lower the learning rate or check the data; this batch is from episodes {', '.join(episodes())}"
         )

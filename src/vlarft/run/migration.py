@@ -1,8 +1,8 @@
-"""What older versions stored, in today's names: configurations of run folders, and the facts in model files.
+"""Translate what older versions stored: configurations of run folders, and the facts in model files.
 
-A renamed option is renamed. An option that is gone is dropped where it had the value without effect; otherwise a
-ValueError says which option the run used and why it is gone. Options that became one named set (`size`, `augment`,
-`weighting`) are recognised by their values, so the scripts hand in the named sets that they have today.
+A renamed option gets its new name. A removed option is dropped if its value had no effect; otherwise a ValueError says
+which option the run used and why it is gone. Options that were merged into one named set (`size`, `augment`,
+`weighting`) are recognised by their values, so the scripts pass the sets that they have today.
 """
 
 import warnings
@@ -16,7 +16,7 @@ Named = Mapping[str, Any]  # name -> dataclass
 
 
 class Gone(NamedTuple):
-    """An option that no longer exists: the value with which it had no effect, and why it is gone."""
+    """A removed option: the value with which it had no effect, and why it was removed."""
 
     without_effect: Any
     why: str
@@ -25,16 +25,16 @@ class Gone(NamedTuple):
 def migrate(
     values: Mapping[str, Any], renamed: Mapping[str, str], gone: Mapping[str, Gone], where: str
 ) -> dict[str, Any]:
-    """Stored options in today's names.
+    """Rename stored options and drop removed ones.
 
     Args:
-        values: option -> value, as JSON has it.
-        renamed: old name -> today's name.
-        gone: old name -> why there is no such option today.
+        values: option -> value, as read from JSON.
+        renamed: old name -> new name.
+        gone: name -> removed option.
         where: the file, for the message.
 
     Raises:
-        ValueError: an option that is gone had an effect.
+        ValueError: a removed option had an effect.
     """
     for name, (without_effect, why) in gone.items():
         if name in values and values[name] != without_effect:
@@ -47,10 +47,10 @@ def _refusal(where: str, used: str, why: str) -> str:
 
 
 def _name_of(values: Mapping[str, Any], named: Named, option: str, where: str) -> str:
-    """The name of the set among `named` that agrees with all stored values."""
+    """Return the name of the set in `named` that agrees with all stored values."""
     sets = {name: {key: to_dict(known)[key] for key in values} for name, known in named.items()}
     lines = {name: differences(known, dict(values)) for name, known in sets.items()}
-    name = min(lines, key=lambda name: len(lines[name]))
+    name = min(lines, key=lambda name: len(lines[name]))  # the closest set, for the message if none agrees
     if lines[name]:
         used = f"values that no --{option} has ({name} with {'; '.join(lines[name])})"
         raise ValueError(_refusal(where, used, f"--{option} chooses among {', '.join(named)}"))
@@ -68,9 +68,9 @@ ONE_DECAY = "the weight decay is a constant, the same for all runs"
 def train_tokenizer(
     stored: Mapping[str, Any], where: str, *, size: Named, augment: Named, weighting: Named, discriminator: Named
 ) -> dict[str, Any]:
-    """The configuration of a train_tokenizer.py run; the named sets are the script's."""
+    """Translate the configuration of a train_tokenizer.py run; the named sets are the script's."""
     adversarial = stored.get("gan_start") is not None
-    peak = stored.get("lr" if adversarial else "gan_lr")
+    peak = stored.get("lr" if adversarial else "gan_lr")  # without a GAN its rate had no effect, whatever it was
     gone = {
         "final_lr_share": Gone(0.0, "the cosine ends at 0"),
         "gan_balance": Gone("adaptive", "the adversarial term is always scaled to the reconstruction's gradient"),
@@ -86,8 +86,8 @@ def train_tokenizer(
         network = dict(values.pop("model"))
         image_size = network.pop("image_size")
         values["size"] = _name_of(network, size, "size", where)
-        own = to_dict(size[values["size"]])["image_size"]
-        values["image_size"] = None if image_size == own else image_size
+        usual = to_dict(size[values["size"]])["image_size"]
+        values["image_size"] = None if image_size == usual else image_size
         if (network := values.pop("discriminator", None)) and adversarial:
             _name_of(network, {values["size"]: discriminator[values["size"]]}, "size", where)
     if isinstance(values.get("augment"), Mapping):
@@ -100,9 +100,10 @@ def train_tokenizer(
 
 
 def train_wm(stored: Mapping[str, Any], where: str, *, size: Named) -> dict[str, Any]:
-    """The configuration of a train_wm.py run; the named sizes are the script's."""
+    """Translate the configuration of a train_wm.py run; the named sizes are the script's."""
     gone = {
         "loss_on_actions": Gone(False, "the loss is on frame tokens, as in Eq. (3)"),
+        # its stored value, so that any value passes: it changed the speed only
         "cache_tokens": Gone(stored.get("cache_tokens"), "segments are tokenized as they are read"),
         "chunk": Gone(8, "a segment has the policy's 8 actions"),
         "weight_decay": Gone(0.0, ONE_DECAY),
@@ -115,7 +116,7 @@ def train_wm(stored: Mapping[str, Any], where: str, *, size: Named) -> dict[str,
 
 
 def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[str, Any]:
-    """The configuration of a train_sft.py run; the named augmentations are the script's."""
+    """Translate the configuration of a train_sft.py run; the named augmentations are the script's."""
     play = "keep copies of the policy with --keep-interval and play them with eval_libero.py"
     gone = {
         "success_interval": Gone(None, play),
@@ -144,24 +145,26 @@ def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[
 
 
 def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The configuration of a train_rft.py run."""
-    variant = "it is a variant in studies/variants.py now"
+    """Translate the configuration of a train_rft.py run."""
+    variant = "studies/variants.py has it as --variant "
+    release = "it belongs to the public code's objective, --variant release of studies/variants.py"
     no_help = "it did not help (docs/findings.md)"
-    constant = "it is a constant, which every preset had"
+    constant = "it is a constant, the same for all runs"
+    gripper = stored.get("group_x0") == "gripper"
     gone = {
-        "group_x0": Gone("own", variant),
-        "algorithm": Gone("grpo", variant),
-        "kl_weight": Gone(0.0, variant),
-        "vlm_lr": Gone(None, variant),
-        "noise": Gone("sigma_net", variant),
-        "symmetric": Gone(False, variant),
-        "chunks": Gone(1, variant),
-        "over_frames": Gone("sum", variant),
-        "over_k": Gone("mean", variant),
-        "objective": Gone("clip", variant),
-        "mse_gate": Gone(None, variant),
-        "entropy_over": Gone("k", variant),
-        "sigma_uses_x": Gone(False, variant),
+        "group_x0": Gone("own", variant + "gripper_x0" if gripper else "each rollout samples an x_0"),
+        "algorithm": Gone("grpo", variant + "rwr"),
+        "kl_weight": Gone(0.0, variant + "kl and kl_sampled"),
+        "vlm_lr": Gone(None, variant + "whole_policy"),
+        "noise": Gone("sigma_net", variant + "flow_sde"),
+        "symmetric": Gone(False, variant + "symmetric"),
+        "chunks": Gone(1, "a rollout has one action chunk"),
+        "over_frames": Gone("sum", "the reward is a sum over frames, Eq. (11)"),
+        "over_k": Gone("mean", release),
+        "objective": Gone("clip", release),
+        "mse_gate": Gone(None, release),
+        "entropy_over": Gone("k", release),
+        "sigma_uses_x": Gone(False, release),
         "mirrored": Gone(False, no_help),
         "history": Gone("frames", no_help),
         "minibatches": Gone(1, no_help),
@@ -182,14 +185,17 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     without_effect = (
         "dual_clip", "gamma", "kl", "rwr_temperature", "sde_noise", "reference", "gate_interval", "gate_draws",
         "gate_samples", "gate_true_error", "diagnose_interval", "success_suite", "success_tasks", "success_episodes",
-    )  # fmt: skip  # belong to an option above, or change what is measured and not what is trained
+    )  # fmt: skip  # they matter only with an option above, or change what is measured and not what is trained
     gone |= {name: Gone(stored.get(name), "") for name in without_effect}
     values = dict(stored)
+    if values.get("reward") == "simulator":
+        raise ValueError(_refusal(where, "reward 'simulator'", variant + "simulator"))
     if "credit" in values:
         choice = values.pop("credit"), values.pop("ratio_per")
         per_step = {("chunk", "chunk"): False, ("frame", "step"): True}
         if choice not in per_step:
-            raise ValueError(_refusal(where, "credit {!r} with ratio_per {!r}".format(*choice), variant))
+            why = release if "element" in choice else "--per-step credits an action step with the frame after it"
+            raise ValueError(_refusal(where, "credit {!r} with ratio_per {!r}".format(*choice), why))
         values["per_step"] = per_step[choice]
     if "clip_low" in values:
         low, high = values.pop("clip_low"), values.pop("clip_high")
@@ -200,14 +206,21 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["gate_threshold"] = None
     if "bf16" in values:
         values["precision"] = "bf16" if values.pop("bf16") else "fp32"
-    return migrate(values, {}, gone, where)
+    values = migrate(values, {}, gone, where)
+    if stored.get("reference") == "executed":
+        warnings.warn(
+            f"{where}: this run's reward compared with the executed actions of the demonstrations; from here on it "
+            "compares with the intended ones, which differ where a data set records both",
+            stacklevel=2,
+        )
+    return values
 
 
 def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The configuration in a model file: policies used to hold settings of their sampling noise.
+    """Translate the configuration in a model file: policies used to store settings of their sampling noise.
 
-    Settings that are gone and had an effect are warned of: the deterministic policy, which is what is played, is the
-    same without them.
+    A removed setting that had an effect only causes a warning: evaluation plays the deterministic policy, which is the
+    same without it.
 
     Args:
         cls: name of the model's class.
@@ -219,7 +232,7 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
     flow = dict(stored["flow"])
     usual = {"noisy_dims": list(range(flow["action_dim"])), "noisy_steps": None, "noise": "sigma_net"}
     used = {name: flow.pop(name, value) for name, value in usual.items()}
-    for name in ("sigma_init", "sde_noise"):  # where training started; an option of flow_sde
+    for name in ("sigma_init", "sde_noise"):  # sigma at the start of training; a parameter of the noise "flow_sde"
         flow.pop(name, None)
     if other := [f"{name} {value!r}" for name, value in used.items() if value != usual[name]]:
         warnings.warn(
@@ -231,7 +244,7 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def extra(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts in a model file: policies used to name their held-out episodes "validation_episodes"."""
+    """Translate the facts in a model file: policies used to name their held-out episodes "validation_episodes"."""
     if "validation_episodes" in facts:
         return {"held_out_episodes": facts["validation_episodes"], **facts}
     return dict(facts)

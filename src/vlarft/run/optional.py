@@ -1,4 +1,4 @@
-"""Optional packages: a missing one says which extra installs it."""
+"""Optional packages: the error for a missing one names the extra that installs it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ def optional(what: str, extra: str) -> Iterator[None]:
     """Explain an import that fails inside: `with optional("pictures need pillow", "plots"): from PIL import Image`.
 
     Args:
-        what: says what needs which package.
-        extra: the extra of this package that installs it.
+        what: what needs which package.
+        extra: extra of vlarft that installs it.
 
     Raises:
-        ImportError: the import failed.
+        ImportError: the import failed; the message has the command to install the extra.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Grids of frames and animations as files. Needs pillow.
+"""Grids of frames, histograms and animations as files. Needs pillow.
 
 Images: float (C, H, W) in [0, 1] with 3 channels; L columns or time steps, R rows.
 """
@@ -27,12 +27,12 @@ def _to_uint8(image: Tensor, scale: int) -> np.ndarray:
 
 
 def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, min_side: int = 96) -> np.ndarray:
-    """Arrange rows of equally large images as one picture.
+    """Arrange rows of images of one size as one picture.
 
     Args:
-        rows: R sequences of images (3, H, W); shorter rows leave white on the right.
+        rows: R sequences of images (3, H, W); shorter rows are white on the right.
         labels: R row titles, on the left.
-        min_side: small images are enlarged by a whole factor to at least this many pixels.
+        min_side: small images are enlarged by an integer factor to at least this many pixels.
 
     Returns:
         uint8 (height, width, 3).
@@ -59,12 +59,12 @@ def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, 
 def histograms(
     panels: Mapping[str, Mapping[str, Tensor]], bins: int = 40, size: tuple[int, int] = (360, 240)
 ) -> np.ndarray:
-    """Plot histograms as one picture: panels side by side, the series of a panel over each other.
+    """Plot histograms as one picture: panels side by side, the series of a panel overlaid.
 
     Args:
         panels: title -> {label: values (N,)}, up to four series; each is normalised by its own N, over the range of all
             series of the panel.
-        bins: of each histogram.
+        bins: number of bins of each histogram.
         size: width and height of a panel [px].
 
     Returns:
@@ -104,14 +104,14 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    image_module.fromarray(picture).save(tmp, format="PNG", compress_level=3)  # a tenth larger, in a tenth of the time
+    image_module.fromarray(picture).save(tmp, format="PNG", compress_level=3)  # 10 % larger, written ten times as fast
     os.replace(tmp, path)
 
 
 def save_gif(
     path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0, hold_last: float = 0.0
 ) -> None:
-    """Write pictures of one size as an endless animation, its last one shown `hold_last` seconds longer."""
+    """Write pictures of one size as a looping GIF that shows the last one `hold_last` seconds longer."""
     image_module, _ = _pillow()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Being told to stop: a run saves at its next step boundary and leaves with an exit code of its own.
+"""Stop on a signal: a run saves at its next step boundary and exits with a special code.
 
-SLURM sends SIGTERM before it takes a node away (preemption, time limit), torchrun passes it on to its processes.
-SIGUSR1 is what people let SLURM send earlier (`--signal=USR1@300`).
+SLURM sends SIGTERM before it takes a node away (preemption, time limit); torchrun passes it on to its processes.
+SIGUSR1 is what users have SLURM send earlier (`--signal=USR1@300`).
 """
 
 import contextlib
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from vlarft.run import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes the run
 
 _received = False
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Run a block, a whole run, in which the signals are only noted; `requested` then says so."""
+    """Run a block (a whole run) in which the signals are only recorded, for `requested` to report."""
     global _received
 
     def note(number: int, frame: object) -> None:
@@ -35,5 +35,6 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether a process of the run was told to stop, the same answer on all; a collective call."""
+    """Return whether any process of the run was told to stop; a collective call."""
+    # a signal may reach one process alone, between any two steps of the others: all must leave at the same step
     return distributed.max_across_ranks({"stop": float(_received)})["stop"] > 0

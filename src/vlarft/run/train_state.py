@@ -1,14 +1,14 @@
-"""The state of a run: what it needs to go on, saved by any number of processes and resumed by any other.
+"""The state of a run, saved by any number of processes and resumed by any other number.
 
     out_dir/model.safetensors          the model, whole, written by the first process
-    out_dir/model_000400.safetensors   with `keep_interval`: a copy of it as it was after 400 steps
+    out_dir/model_000400.safetensors   with `keep_interval`: a copy of the model after 400 steps
     out_dir/train_state.pt             networks, optimizers, step, ...
-    out_dir/shards_a or shards_b       where several processes saved: the tensors of train_state.pt, each process's
-                                       shards in a file of its own (torch.distributed.checkpoint)
+    out_dir/shards_a or shards_b       if several processes saved: the tensors of train_state.pt, one file of shards per
+                                       process (torch.distributed.checkpoint)
 
-Several processes fill the folder that train_state.pt does not name, and then train_state.pt, which names it, is moved
-into place. So the file always stands for a whole state, whenever and wherever a kill or a full disk strikes. Processes
-on several nodes need an out_dir that all of them share.
+Several processes fill the shards folder that train_state.pt does not name; then a new train_state.pt, which names it,
+is moved into place. So train_state.pt names a complete state at all times, even if a save is killed or the disk fills
+up. Processes on several nodes need a shared out_dir.
 """
 
 import shutil
@@ -35,10 +35,10 @@ class TrainState:
 
     Args:
         out_dir: the run's folder.
-        parts: what trains, by the names that it has in train_state.pt, sharded already where it is to be.
-        asynchronous: `save` copies the state to the CPU and returns; a thread writes it while the run goes on. The copy
-            takes as much memory as the state, in each process that of its shards.
-        keep_interval: steps between copies of the model that later saves leave alone; None keeps the last model only.
+        parts: networks, optimizers and averages by their names in train_state.pt; networks sharded already.
+        asynchronous: `save` copies the state to the CPU and returns; a thread writes it while training goes on. The
+            copy takes as much memory as the state (each process copies its shards).
+        keep_interval: steps between copies of the model that later saves do not overwrite; None keeps the last only.
     """
 
     def __init__(
@@ -53,26 +53,26 @@ class TrainState:
         self.pending: Future | None = None
         self.leaving = False  # told to stop
         self.shards: str | None = None  # the folder that train_state.pt names
-        # messages of the thread that writes must not mix with those of the step that goes on: a group of its own
+        # the writing thread needs a separate group: collectives match by order, and training goes on with others
         self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
     def load(self, **values: Any) -> tuple[Any, ...]:
-        """Put the saved state, if there is one, into the parts, cut for this number of processes; a collective call.
+        """Load the saved state, if any, into the parts, sharded for today's number of processes; a collective call.
 
         Args:
-            values: plain values that were saved besides, in this order, with those of a run that starts anew; `step`
-                is among them.
+            values: plain values saved beside the parts, each with its value for a new run; `step` is one of them.
 
         Returns:
-            The values.
+            The values, in the order of the arguments.
 
         Raises:
-            ValueError: the state is not readable, lacks a part or a value, or not all processes found the same one.
+            ValueError: the state is not readable, lacks a part or a value, or differs between processes.
         """
         path = self.out_dir / "train_state.pt"
         state = load_train_state(path) if path.is_file() else values
-        found = distributed.max_across_ranks({"last": state["step"], "first": -state["step"]})
-        first, last = abs(int(found["first"])), int(found["last"])
+        # nodes with local disks would resume from different steps; the minimum is the maximum of the negative
+        steps = distributed.max_across_ranks({"last": state["step"], "first": -state["step"]})
+        first, last = abs(int(steps["first"])), int(steps["last"])
         if first != last:
             raise ValueError(
                 f"the processes found states of different steps, {first} to {last}: "
@@ -93,12 +93,12 @@ class TrainState:
         return tuple(state[name] for name in values)
 
     def due(self, step: int, every: int) -> bool:
-        """Whether to save after `step` steps: at multiples of `every` and of `keep_interval`, and when the run was told
-        to stop; a collective call.
+        """Return whether to save after `step` steps: at multiples of `every` and of `keep_interval`, and if the run was
+        told to stop; a collective call.
         """
         self.leaving = preemption.requested()
         if self.pending and self.pending.done():
-            self.wait()  # a failed write is raised at the next step, not at the end of the run
+            self.wait()  # raise a failed write at the next step, not at the end of the run
         return self.leaving or step % every == 0 or self._keeps(step)
 
     def _keeps(self, step: int) -> bool:
@@ -112,18 +112,18 @@ class TrainState:
         extra: dict[str, Any],
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write model.safetensors, its copy where `keep_interval` asks for one, and the state; a collective call.
+        """Write model.safetensors, its copy if `keep_interval` asks for one, and the state; a collective call.
 
-        The model comes first: it is never older than the state that the run goes on from.
+        The model is written first, so it is never older than the state that a resume starts from.
 
         Args:
-            values: plain values, `step` among them.
+            values: plain values; `step` is one of them.
             model, config, extra: see `checkpoint.save_model`.
-            weights: whole tensors to write as the model, on the main process; None = the model's own.
+            weights: whole tensors to write as the model, on the main process; None = the model's weights.
 
         Raises:
-            OSError: not writable, or no space left; what was saved before is whole.
-            SystemExit: the run was told to stop (`due`), and now has been saved. The code is preemption.EXIT_CODE.
+            OSError: not writable, or no space left; the previous save is untouched.
+            SystemExit: the run was told to stop (`due`) and is saved; the code is preemption.EXIT_CODE.
         """
         self.wait()
         if weights is None:
@@ -132,12 +132,13 @@ class TrainState:
         if self.writer is None:
             self._write(state, model, config, extra, weights)
         else:
+            # the next step changes weights and moments in place: the thread gets a copy
             state, weights = (_map(tree, distributed.cpu_copy) for tree in (state, dict(weights)))
             self.pending = self.writer.submit(self._write, state, model, config, extra, weights)
         if self.leaving:
             self.wait()
             if self.group is not None:
-                dist.barrier(self.group)  # torchrun ends all processes once one has left
+                dist.barrier(self.group)  # torchrun ends all processes once one has left, so leave when all have saved
             if distributed.is_main():
                 print(
                     f"told to stop: saved step {values['step']} in {self.out_dir}; the same command goes on from there",
@@ -147,7 +148,7 @@ class TrainState:
             raise SystemExit(preemption.EXIT_CODE)
 
     def wait(self) -> None:
-        """Wait for a write that is under way, and raise what it raised."""
+        """Wait for the write in progress, if any, and raise its error."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
@@ -165,10 +166,12 @@ class TrainState:
             if self._keeps(state["step"]):
                 kept = self.out_dir / f"model_{state['step']:06d}.safetensors"
                 write_atomic(kept, lambda tmp: shutil.copyfile(path, tmp))
-        folder = None
+        folder = None  # one process: the tensors are in train_state.pt
         if self.group is not None:
+            # never the folder that train_state.pt names: after a kill the run resumes from it
             folder = "shards_b" if self.shards == "shards_a" else "shards_a"
             self._write_shards(self.out_dir / folder, state)
+            # train_state.pt keeps shapes and dtypes: `load` allocates by them before it reads the shards
             state = {**_map(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")), "shards": folder}
         if distributed.is_main():
             save_train_state(self.out_dir, state)
@@ -180,7 +183,8 @@ class TrainState:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
 
-        if distributed.is_main():  # the others write nothing before all have agreed on a plan
+        # no race: dcp.save starts with a plan that the main process makes, so the others write after this removal
+        if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
         tensors = {_name(path): value for path, value in _leaves(state)}
         try:
@@ -195,14 +199,15 @@ class TrainState:
             ) from error
 
     def _read_shards(self, state: dict) -> None:
-        """Fill the tensors of `state`, which are mere sizes, each process with its shards."""
+        """Replace the meta tensors of `state` by real ones, on each process its shards."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
 
         folder = self.out_dir / self.shards
         room, targets = {}, _targets(self.parts)
-        for path, size in _leaves({name: state[name] for name in self.parts}):
-            room[_name(path)] = distributed.empty_as(_target(targets, path), size.shape, size.dtype)
+        for path, meta in _leaves({name: state[name] for name in self.parts}):
+            # sharded for today's processes: dcp.load cuts the saved shards to fit, however many processes saved them
+            room[_name(path)] = distributed.empty_as(_target(targets, path), meta.shape, meta.dtype)
         try:
             alone = self.group is None
             dcp.load(room, storage_reader=dcp.FileSystemReader(folder), process_group=self.group, no_dist=alone)
@@ -212,7 +217,7 @@ class TrainState:
                 f"{folder}, the tensors of {self.out_dir / 'train_state.pt'}, is not readable ({reason}); "
                 "remove both to start the run anew"
             ) from error
-        for path in [path for path, _ in _leaves({name: state[name] for name in self.parts})]:
+        for path in [path for path, _ in _leaves({name: state[name] for name in self.parts})]:  # a list: state changes
             branch = state
             for key in path[:-1]:
                 branch = branch[key]
@@ -238,7 +243,7 @@ def _load(part: Part, state: dict) -> None:
 
 
 def _targets(part: Part) -> dict:
-    """The tensors as which those of a part's state are sharded: of an optimizer's, the parameters."""
+    """Return the tensors that show how a part's state is sharded: for an optimizer's moments, the parameters."""
     if isinstance(part, Mapping):
         return {name: _targets(inner) for name, inner in part.items()}
     if isinstance(part, nn.Module):
@@ -251,7 +256,7 @@ def _targets(part: Part) -> dict:
 def _target(targets: dict, path: tuple) -> Tensor:
     for key in path:
         targets = targets[key]
-        if isinstance(targets, Tensor):  # the path goes on with "exp_avg"
+        if isinstance(targets, Tensor):  # a parameter, although the path goes on, with "exp_avg" for example
             return targets
     raise KeyError(path)
 
@@ -261,7 +266,7 @@ def _name(path: tuple) -> str:
 
 
 def _leaves(tree: Mapping, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
-    """The tensors of a tree of dicts and their paths."""
+    """Yield the paths and tensors of a tree of dicts."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*path, key))
@@ -270,7 +275,7 @@ def _leaves(tree: Mapping, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
 
 
 def _map(tree: Mapping, change: Callable[[Tensor], Tensor]) -> dict:
-    """The tree with its tensors changed."""
+    """Copy a tree of dicts with its tensors changed."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -16,6 +16,7 @@ import importlib
 import os
 import weakref
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -64,6 +65,28 @@ def find_backend() -> Backend:
             return name
     fixes = "; or ".join(f"{_LIBRARIES[name][1]}  ({name})" for name in ((wanted,) if wanted else _LIBRARIES))
     raise RuntimeError(f"no OpenGL library that renders without a screen was found. Install one: {fixes}")
+
+
+def import_mujoco() -> ModuleType:
+    """Import mujoco, whatever MUJOCO_GL names.
+
+    Its import loads that renderer and fails with it; physics and ray casting need none, and `GLRenderer` says what is
+    missing.
+
+    Raises:
+        ImportError: mujoco is not installed.
+    """
+    wanted = os.environ.get("MUJOCO_GL")
+    try:
+        return importlib.import_module("mujoco")
+    except (AttributeError, OSError, RuntimeError):  # no library, or no renderer of that name
+        if wanted is None:
+            raise
+    os.environ["MUJOCO_GL"] = "disabled"
+    try:
+        return importlib.import_module("mujoco")
+    finally:
+        os.environ["MUJOCO_GL"] = wanted
 
 
 class GLRenderer:

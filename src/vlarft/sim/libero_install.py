@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from vlarft.sim.gl import import_mujoco
+
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 INSTALL = 'pip install -e ".[libero]" && pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
 DOWNLOAD = "python -m vlarft.sim.check --download-assets FOLDER"
@@ -117,8 +119,7 @@ def _import_robosuite() -> None:
     macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL, macros.MUJOCO_GPU_RENDERING = None, "ERROR", False
     sys.modules["robosuite.macros"] = macros
     before = os.environ.get("MUJOCO_GL")
-    import mujoco  # noqa: F401 - reads MUJOCO_GL at its import, so before the variable is changed for robosuite
-
+    import_mujoco()  # reads MUJOCO_GL at its import, so before the variable is changed for robosuite
     os.environ["MUJOCO_GL"] = "disabled"
     try:
         _import("robosuite").macros = macros

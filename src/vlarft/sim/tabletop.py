@@ -15,6 +15,7 @@ import numpy as np
 
 from vlarft.run.optional import optional
 from vlarft.sim.env import Env, Observation, StepResult, checked_action, checked_state, start_seed
+from vlarft.sim.gl import import_mujoco
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.raycast import RaycastConfig, RaycastRenderer
 from vlarft.sim.scenes import DRAWER_TRAVEL, KNOB_TURN, sample_layout, scene_xml, surface_of
@@ -63,7 +64,7 @@ class TabletopEnv(Env):
         config: TabletopConfig = TabletopConfig(),
     ) -> None:
         with optional("the tabletop suites need mujoco >= 3.5", "sim"):
-            import mujoco
+            mujoco = import_mujoco()
         if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 5):
             raise ImportError(
                 f'the tabletop suites need mujoco >= 3.5, found {mujoco.__version__}: pip install -U -e ".[sim]"'
