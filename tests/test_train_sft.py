@@ -103,7 +103,7 @@ def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):
 def test_ema_is_what_is_exported(demos, tmp_path):
     train_sft.main(config(demos, tmp_path / "run", steps=1, warmup=0, ema=0.999))
     state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
-    name = "head.output.bias"
+    name = "head.net.dit.out.bias"
     # zero-initialised, one step of decay min(0.999, 1 / 10)
     torch.testing.assert_close(weights(tmp_path / "run")[name], 0.9 * state["policy"][name])
     trained = [name for name, _ in VLAPolicy(POLICIES["smoke"]).named_parameters()]
