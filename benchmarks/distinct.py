@@ -67,10 +67,9 @@ def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
         actions = torch.cat([actions, batch.intended[:, None]], 1)
         for name, sampling in IMAGINATION.items():
             draws = torch.Generator().manual_seed(0)
-            found[f"{name}, {group} rollouts"] = (
-                model,
-                *model.rollout_tokens(batch.frames[:, 0], actions, sampling, draws),
-            )
+            state = model.begin(batch.frames[:, 0])
+            tokens = model.rollout_tokens(state, actions, sampling, draws)
+            found[f"{name}, {group} rollouts"] = model, tokens, state.context
     return found
 
 

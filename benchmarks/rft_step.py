@@ -84,7 +84,7 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
         (work.policy, "encode", "vision-language model"),
         (tokenizer, "encode_context", "tokens of the starts"),
         (tokenizer, "encode_future", "tokens of the starts"),
-        (work.world_model, "_prefill", "prefill"),
+        (work.world_model, "begin", "prefill"),
         (work.world_model, "rollout_tokens", "transformer"),
         (rollout_benchmark, "generate_frames", "transformer"),
         (tokenizer, "decode", "pixels"),

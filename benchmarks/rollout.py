@@ -133,7 +133,8 @@ class Workload:
 
     def ours(self, group: int | None = None, frames: int | None = None) -> Tensor:
         """Imagine tokens (S, G, T, Nf)."""
-        return self.model.rollout_tokens(self.frames, self.actions[:, :group, :frames], Sampling(greedy=True))[0]
+        state = self.model.begin(self.frames)
+        return self.model.rollout_tokens(state, self.actions[:, :group, :frames], Sampling(greedy=True))
 
     @torch.no_grad()
     def generate(self, kind: Literal["growing", "static", "shared"]) -> Tensor:

@@ -116,7 +116,8 @@ class Undone:
             return self.ours()
 
     def _tokens(self, frames: Tensor, actions: Tensor) -> Tensor:
-        return self.work.model.rollout_tokens(frames, actions, Sampling(greedy=True), static=False)[0]
+        model = self.work.model
+        return model.rollout_tokens(model.begin(frames), actions, Sampling(greedy=True), static=False)
 
     def versions(self) -> dict[str, Callable[[], Tensor]]:
         """Return name -> method."""

@@ -208,16 +208,17 @@ def test_decoding_at_fixed_shapes_draws_the_same(options, settings):
     model, sampling = make(replace(SMALL, **options)).requires_grad_(False), Sampling(**settings)
     kept = []
     for seed in (0, 1):  # the second time in the memory of the first
-        start, actions = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 3, 2) * 2 - 1
+        start, actions = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 8, 2) * 2 - 1  # chunks of 3, 3 and 2
         draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        expected, _ = model.rollout_tokens(start, actions, sampling, draws[0], shared_by=2)
+        state = model.begin(start)
+        expected = model.rollout_tokens(state, actions, sampling, draws[0])
         assert len(kept) == seed == (model._static_decoding is not None)  # not on a CPU, unless asked for
-        got, _ = model.rollout_tokens(start, actions, sampling, draws[1], shared_by=2, static=True)
+        got = model.rollout_tokens(state, actions, sampling, draws[1], static=True)
         assert torch.equal(got, expected) and expected.unique().numel() > 1
         kept.append(model._static_decoding[1])
         model.embed_tokens.weight.data = model.embed_tokens.weight.data.flip(0)  # the tables are taken anew
     assert kept[0] is kept[1] and len(kept[0].passes) == 6  # two kinds of pass for each frame
-    model.rollout_tokens(start, actions[:, :2], sampling, static=True)
+    model.rollout_tokens(model.begin(start), actions[:, :2], sampling, static=True)
     assert model._static_decoding[1] is not kept[0]
 
 
@@ -279,7 +280,7 @@ def test_prefix_is_computed_once_per_start(monkeypatch):
     forward = model.decoder.forward
     monkeypatch.setattr(model.decoder, "forward", lambda x, *rest: rows.append(x.shape[:2]) or forward(x, *rest))
     model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 5, 3, 2), greedy=True)
-    assert rows[0] == (2, 20) and sum(n for _, n in rows[1:]) == 3 * 6 - 1 and all(b == 10 for b, _ in rows[1:])
+    assert rows[0] == (2, 16) and sum(n for _, n in rows[1:]) == 4 + 3 * 6 - 1 and all(b == 10 for b, _ in rows[1:])
 
 
 @pytest.mark.parametrize("common", [False, True])
@@ -324,16 +325,6 @@ def test_shares_of_a_batch_draw_what_the_whole_batch_draws(common):
         assert torch.equal(share, whole[rows])
 
 
-def test_members_that_start_apart_may_share_their_draws():
-    model = make()
-    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 3, 2) * 2 - 1
-    options = {"temperature": 3.0, "top_p": 1.0, "common_random_numbers": True}
-    group = model.rollout(start, actions, generator=torch.Generator().manual_seed(5), **options).tokens
-    apart, alone = start.repeat_interleave(4, 0), actions.flatten(0, 1)[:, None]
-    same = model.rollout(apart, alone, generator=torch.Generator().manual_seed(5), shared_by=4, **options).tokens
-    assert torch.equal(same[:, 0].unflatten(0, (2, 4)), group)
-
-
 def test_first_frame_may_differ_from_the_context_frame():
     model = make()
     frames, actions = torch.rand(1, 4, 3, 16, 16), torch.rand(1, 1, 3, 2)
@@ -367,15 +358,46 @@ def test_draws_follow_the_distribution():
     assert (shared.unflatten(0, (-1, 4)) == shared[::4, None]).all()
 
 
-def test_closed_loop_equals_rollout_and_restarts_after_a_chunk():
+@pytest.mark.parametrize("common", [False, True])
+def test_an_episode_is_a_row_of_chunks_with_one_context(common):
     model = make()
-    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 1, 6, 2) * 2 - 1
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 8, 2) * 2 - 1  # chunks of 3, 3 and 2
+    options = {"greedy": not common, "common_random_numbers": common, "temperature": 3.0, "top_p": 1.0}
+    whole = model.rollout(start, actions, generator=torch.Generator().manual_seed(3), **options)
+    draws, going_on, parts = torch.Generator().manual_seed(3), start, []
+    for chunk in actions.split(3, dim=2):
+        rollout = model.rollout(going_on, chunk, generator=draws, **options)
+        going_on, parts = rollout.state, [*parts, rollout]
+    assert torch.equal(torch.cat([part.tokens for part in parts], 2), whole.tokens)
+    assert torch.equal(torch.cat([part.frames for part in parts], 2), whole.frames)
+    assert torch.equal(whole.state.tokens, whole.tokens[:, :, -1])
+    # the oracle: the full forward over ctx(f0) | dyn(f3) a3 | ..., with the tokens of the first chunk's last frame
+    if not common:
+        context, _ = model.tokenize(start[:, None])
+        for g in range(2):
+            logits = full_logits(model, context, whole.tokens[:, g, 2:6], actions[:, g, 3:6])
+            assert torch.equal(logits.argmax(-1), whole.tokens[:, g, 3:6])
+
+
+def test_members_go_on_from_their_own_frames():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 2) * 2 - 1
+    state = model.rollout(start, actions, temperature=3.0, top_p=1.0).state
+    assert (state.tokens[:, 0] != state.tokens[:, 1]).any()
+    together = model.rollout(state, actions, greedy=True).tokens
+    for g in range(3):
+        alone = model.rollout(state._replace(tokens=state.tokens[:, g : g + 1]), actions[:, g : g + 1], greedy=True)
+        assert torch.equal(alone.tokens[:, 0], together[:, g])
+    with pytest.raises(ValueError, match="3 members per start, the actions have 2"):
+        model.rollout(state, actions[:, :2])
+
+
+def test_frame_by_frame_equals_rollout_over_several_chunks():
+    model = make()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 1, 7, 2) * 2 - 1
     model.reset(start)
-    frames = torch.stack([model.step(actions[:, 0, t]) for t in range(6)], dim=1)
-    first = model.rollout(start, actions[:, :, :3], greedy=True).frames[:, 0]
-    assert_close(frames[:, :3], first, atol=1e-5, rtol=1e-4)
-    second = model.rollout(first[:, -1], actions[:, :, 3:], greedy=True).frames[:, 0]
-    assert_close(frames[:, 3:], second, atol=1e-5, rtol=1e-4)
+    frames = torch.stack([model.step(actions[:, 0, t]) for t in range(7)], dim=1)
+    assert_close(frames, model.rollout(start, actions, greedy=True).frames[:, 0], atol=1e-5, rtol=1e-4)
 
 
 def test_factored_tokens_add_a_linear_function_of_what_a_token_stands_for():

@@ -1,8 +1,10 @@
 """Ids and positions of the world model's sequence, in one place for the loss, the rollout and the tests.
 
-    ctx(f0) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
+    ctx(c) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
 
-Here ctx(f0) are the context tokens of frame 0, dyn(f) the tokens of frame f relative to it, a an action's tokens.
+Here ctx(c) are the tokens of the context frame c, which is f0 or an earlier frame of the episode; dyn(f) the tokens of
+frame f relative to c; a an action's tokens. An imagined episode is a row of such sequences with the same ctx(c), each
+of which begins with the dyn that the one before ended with.
 
 Shapes: S starts, B rows, T actions, A action dim, Nc context tokens, Nf tokens of a frame, N tokens.
 """
@@ -42,7 +44,7 @@ class TokenLayout:
         self.frame_length = tokenizer.num_future_tokens
         self.action_length = action_dim
         self.step_length = self.frame_length + self.action_length
-        self.prefix_length = self.context_length + self.frame_length  # what all members of a group share
+        self.prefix_length = self.context_length + self.frame_length  # what is given before the first action
         self.loss_on_actions = loss_on_actions
 
     def length(self, num_actions: int) -> int:
@@ -51,7 +53,11 @@ class TokenLayout:
 
     def prefix(self, context_tokens: Tensor, first_tokens: Tensor) -> Tensor:
         """Build the ids of ctx | dyn(f0): (S, Nc) and (S, Nf) -> (S, Nc + Nf)."""
-        return torch.cat([context_tokens + self.context_offset, first_tokens], dim=1)
+        return torch.cat([self.context_ids(context_tokens), first_tokens], dim=1)
+
+    def context_ids(self, context_tokens: Tensor) -> Tensor:
+        """Convert context tokens of any shape to ids."""
+        return context_tokens + self.context_offset
 
     def action_ids(self, bins: Tensor) -> Tensor:
         """Convert action bins of any shape to ids."""

@@ -2,10 +2,12 @@
 
 A sequence is the context frame, then frames and actions in turn; `TokenLayout` defines all ids and positions:
 
-    ctx(f0) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
+    ctx(c) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)           c: the context frame, f0 itself or an earlier one
 
-Training maximises the likelihood of the tokens of frames >= 1, Eq. (3). A rollout, Eq. (2) and (10), runs ctx(f0) and
-dyn(f0) through the transformer once per start; the G action chunks of a start share that part of the KV cache.
+Training maximises the likelihood of the tokens of frames >= 1, Eq. (3). A rollout, Eq. (2) and (10), runs ctx through
+the transformer once per start; the G action chunks of a start share that part of the KV cache. Beyond the paper, a
+rollout may go on for any number of chunks: an imagination keeps its context, and the tokens of a chunk's last frame are
+the dyn(f0) of the next.
 
 Actions are raw environment actions everywhere in this file; their ranges and bins are part of the model.
 
@@ -75,11 +77,28 @@ class WorldModelConfig:
         return TokenLayout(self.tokenizer, self.action_dim, self.action_bins, self.loss_on_actions)
 
 
+class State(NamedTuple):
+    """Where an imagination stands; all its frames have one context.
+
+    context: of the S starts.
+    cache: keys and values of the context's tokens, one row per start; every chunk begins with them.
+    tokens: (S, G, Nf) int64, of each member's latest frame, which is the first frame of the next chunk.
+    """
+
+    context: Context
+    cache: KVCache
+    tokens: Tensor
+
+
 class Rollout(NamedTuple):
-    """Imagined frames 1..T: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1]."""
+    """Imagined frames 1..T: tokens (S, G, T, Nf) int64 and frames (S, G, T, C, H, W) in [0, 1].
+
+    `state` is where the rollout ended: `WorldModel.rollout` goes on from it.
+    """
 
     tokens: Tensor
     frames: Tensor
+    state: State
 
 
 class Tables(NamedTuple):
@@ -90,9 +109,14 @@ class Tables(NamedTuple):
 
 
 class ClosedLoop(NamedTuple):
-    """State of frame-by-frame imagination; `pending` (S, n) are ids that the cache does not hold yet."""
+    """Frame-by-frame imagination of S starts.
 
-    context: Context
+    state: at the last border of chunks.
+    cache: of the running chunk, whose number of frames is `step`.
+    pending: (S, n) ids that the cache does not hold yet.
+    """
+
+    state: State
     tables: Tables
     cache: KVCache
     pending: Tensor
@@ -273,9 +297,27 @@ class WorldModel(nn.Module):
         return loss, metrics
 
     @torch.no_grad()
+    def begin(self, context_frame: Tensor, first_frame: Tensor | None = None) -> State:
+        """Tokenise the starts of imaginations and run their contexts through the transformer.
+
+        Args:
+            context_frame: (S, C, H, W) in [0, 1], the context of all frames to come.
+            first_frame: (S, C, H, W), frame 0 if it is not the context frame.
+
+        Returns:
+            The state before the first action, with one member per start; `rollout` takes it with any number.
+        """
+        context = self.tokenizer.encode_context(context_frame)
+        first = context_frame if first_frame is None else first_frame
+        tokens = self.tokenizer.encode_future(first[:, None], context)  # (S, 1, Nf)
+        cache = KVCache(len(context_frame), self.layout.context_length)
+        self.decoder(self.embed(self.layout.context_ids(context.tokens), self.tables()), cache)
+        return State(context, cache, tokens)
+
+    @torch.no_grad()
     def rollout(
         self,
-        context_frame: Tensor,
+        start: Tensor | State,
         actions: Tensor,
         *,
         greedy: bool = False,
@@ -286,43 +328,45 @@ class WorldModel(nn.Module):
         common_random_numbers: bool = False,
         first_frame: Tensor | None = None,
         part: tuple[int, int] = (0, 1),
-        shared_by: int = 1,
     ) -> Rollout:
-        """Imagine the frames that follow each of G action chunks from each of S starts, Eq. (2) and (10).
+        """Imagine the frames that follow each of G sequences of actions from each of S starts, Eq. (2) and (10).
+
+        Up to `chunk` actions are the paper's rollout. Longer ones go on in chunks: the tokens of a chunk's last frame
+        are the next chunk's first frame, and the context stays. Nothing is decoded and encoded in between, so what
+        stands still does not fade. The model sees one chunk at a time, as in training.
 
         Args:
-            context_frame: (S, C, H, W) in [0, 1].
-            actions: (S, G, T, A) raw environment actions.
+            start: (S, C, H, W) in [0, 1], context frame and frame 0; or the state of a rollout that is to go on, with
+                one member per start or with G.
+            actions: (S, G, T, A) raw environment actions, any number T of them.
             greedy, temperature, top_p, top_k, common_random_numbers: see `Sampling`.
             generator: source of the random numbers; the same seed gives the same rollout and, with common random
                 numbers, the same numbers for any G.
             first_frame: (S, C, H, W), frame 0 if it is not the context frame.
             part: see `Sampling`.
-            shared_by: with common random numbers, this many consecutive starts share them as well. For members of a
-                group that no longer see the same frame, and are therefore passed as starts.
 
         Returns:
-            Tokens and frames of steps 1..T.
+            Tokens and frames of steps 1..T, and the state after them.
 
         Raises:
-            ValueError: actions of another shape, or more than the model's positions allow.
+            ValueError: actions of another shape than the start asks for.
         """
+        state = start if isinstance(start, State) else self.begin(start, first_frame)
         sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
-        tokens, context = self.rollout_tokens(context_frame, actions, sampling, generator, first_frame, shared_by)
-        return Rollout(tokens, self.tokenizer.decode(tokens, context))
+        tokens = self.rollout_tokens(state, actions, sampling, generator)
+        frames = self.tokenizer.decode(tokens, state.context)
+        return Rollout(tokens, frames, state._replace(tokens=tokens[:, :, -1]))
 
     @torch.no_grad()
     def rollout_tokens(
         self,
-        context_frame: Tensor,
+        state: State,
         actions: Tensor,
         sampling: Sampling,
         generator: torch.Generator | None = None,
-        first_frame: Tensor | None = None,
-        shared_by: int = 1,
         static: bool | None = None,
-    ) -> tuple[Tensor, Context]:
-        """Sample the tokens of a rollout: (S, G, T, Nf), and the starts' context with which to decode them.
+    ) -> Tensor:
+        """Sample the tokens of a rollout: (S, G, T, Nf).
 
         Arguments and errors as in `rollout`.
 
@@ -330,36 +374,55 @@ class WorldModel(nn.Module):
             static: decode with `StaticDecoding`, which keeps its memory and its CUDA graphs for the next rollout of the
                 same sizes; the parameters must stay at their addresses. None = for a frozen model on a GPU.
         """
-        if actions.ndim != 4 or actions.shape[0] != context_frame.shape[0] or actions.shape[3] != self.cfg.action_dim:
+        starts, members = state.tokens.shape[:2]
+        if actions.ndim != 4 or actions.shape[0] != starts or actions.shape[3] != self.cfg.action_dim:
             raise ValueError(
-                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {context_frame.shape[0]} starts, got "
+                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {starts} starts, got "
                 f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
             )
+        if members not in (1, actions.shape[1]):
+            raise ValueError(f"the state has {members} members per start, the actions have {actions.shape[1]}")
         self.action_bins.warn_outside(actions)
-        group_size, num_actions = actions.shape[1:3]
-        tables = self.tables()
-        context, prefilled = self._prefill(context_frame, first_frame, tables)
+        group_size, tables = actions.shape[1], self.tables()
+        tokens = state.tokens.expand(-1, group_size, -1).flatten(0, 1)  # (B, Nf), frame 0
         bins = rearrange(self.action_bins.encode(actions), "s g t a -> (s g) t a")
-        ids = self.layout.action_ids(bins)  # (B, T, A)
+        chunks = self.layout.action_ids(bins).split(self.cfg.chunk, dim=1)  # (B, T, A) in chunks
         if static is None:
-            static = ids.is_cuda and not any(p.requires_grad for p in self.parameters())
-        if static:
-            decoding = self._static(prefilled, group_size, num_actions, sampling, shared_by)
-            shape, device = decoding.noise.shape, ids.device
-            noise = None if sampling.greedy else lambda: sampling.noise(*shape, generator, device)
-            tokens = decoding.run(prefilled, tables, ids, noise)
-            return rearrange(tokens, "(s g) t n -> s g t n", g=group_size), context
-        step_length = self.layout.step_length
-        cache = prefilled.expand(group_size, num_actions * step_length, block=step_length)  # S -> B rows
-        pending = ids[:, 0]  # (B, A): ids that the cache does not hold yet
+            static = bins.is_cuda and not any(p.requires_grad for p in self.parameters())
         frames = []
-        for step in range(num_actions):
-            tokens = self._sample_frame(cache, pending, tables, sampling, group_size * shared_by, generator)  # (B, Nf)
+        for ids in chunks:
+            if static:
+                decoding = self._static(state.cache, group_size, sampling)
+                shape, device = decoding.noise.shape, ids.device
+                noise = None if sampling.greedy else lambda: sampling.noise(*shape, generator, device)
+                new = decoding.run(state.cache, tables, tokens, ids, noise)
+            else:
+                new = self._sample_chunk(state.cache, tokens, ids, tables, sampling, group_size, generator)
+            frames.append(new)  # (B, T, Nf)
+            tokens = new[:, -1]
+        return rearrange(torch.cat(frames, dim=1), "(s g) t n -> s g t n", g=group_size)
+
+    def _sample_chunk(
+        self,
+        context_cache: KVCache,
+        tokens: Tensor,
+        action_ids: Tensor,
+        tables: Tables,
+        sampling: Sampling,
+        group_size: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Sample the frames (B, T, Nf) that follow a frame (B, Nf), given the ids (B, T, A) of at most a chunk."""
+        step_length = self.layout.step_length
+        room = self.layout.frame_length + action_ids.shape[1] * step_length
+        cache = context_cache.expand(group_size, room, block=step_length)  # S -> B rows
+        pending, frames = tokens, []  # ids that the cache does not hold yet
+        for step in range(action_ids.shape[1]):
+            pending = torch.cat([pending, action_ids[:, step]], dim=1)
+            tokens = self._sample_frame(cache, pending, tables, sampling, group_size, generator)  # (B, Nf)
             frames.append(tokens)
-            if step + 1 < num_actions:
-                # the frame's last token was sampled but not fed: it goes in with the next action
-                pending = torch.cat([tokens[:, -1:], ids[:, step + 1]], dim=1)
-        return rearrange(torch.stack(frames, dim=1), "(s g) t n -> s g t n", g=group_size), context
+            pending = tokens[:, -1:]  # the frame's last token was sampled but not fed: it goes in with the next action
+        return torch.stack(frames, dim=1)
 
     def _next_token(
         self, sampling: Sampling, ids: Tensor, tables: Tables, cache: StaticKVCache, noise: Tensor
@@ -367,17 +430,16 @@ class WorldModel(nn.Module):
         """Feed ids (B, N) to the decoder and choose the tokens (B,) that follow them."""
         return sampling.pick(self.next_logits(ids, tables, cache), noise)
 
-    def _static(
-        self, prefilled: KVCache, group_size: int, num_actions: int, sampling: Sampling, shared_by: int
-    ) -> StaticDecoding:
+    def _static(self, context_cache: KVCache, group_size: int, sampling: Sampling) -> StaticDecoding:
         """Return the decoding of the last rollout if sizes and settings are the same, else replace it by a new one."""
-        like = prefilled.own[0][0]
-        key = (like.shape, like.dtype, like.device, group_size, num_actions, sampling, shared_by)
+        like = context_cache.own[0][0]
+        key = (like.shape, like.dtype, like.device, group_size, sampling)
         if self._static_decoding is None or self._static_decoding[0] != key:
             self._static_decoding = None  # frees its memory before the new one allocates
             layout = self.layout
-            cache = StaticKVCache(prefilled, group_size, num_actions * layout.step_length)
-            noise_shape = sampling.noise_rows(cache.batch_size, group_size * shared_by), layout.num_future_codes
+            room = layout.frame_length + self.cfg.chunk * layout.step_length
+            cache = StaticKVCache(context_cache, group_size, room)
+            noise_shape = sampling.noise_rows(cache.batch_size, group_size), layout.num_future_codes
             next_token = functools.partial(self._next_token, sampling)
             lengths = layout.frame_length, layout.action_length
             self._static_decoding = key, StaticDecoding(next_token, cache, *lengths, noise_shape)
@@ -423,25 +485,26 @@ class WorldModel(nn.Module):
     def reset(
         self, context_frame: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Start frame-by-frame imagination.
+        """Start frame-by-frame imagination, the same as `rollout` one action at a time.
 
         Args:
             context_frame: (S, C, H, W) in [0, 1].
             sampling: None = greedy.
             generator: source of the random numbers.
         """
-        tables = self.tables()
-        context, prefilled = self._prefill(context_frame, None, tables)
-        cache = prefilled.expand(1, self.cfg.chunk * self.layout.step_length)
-        pending = torch.empty(context_frame.shape[0], 0, dtype=torch.long, device=context_frame.device)
-        self._closed_loop = ClosedLoop(context, tables, cache, pending, 0, sampling or Sampling(greedy=True), generator)
+        state, tables = self.begin(context_frame), self.tables()
+        self._closed_loop = self._new_chunk(state, tables, sampling or Sampling(greedy=True), generator)
+
+    def _new_chunk(
+        self, state: State, tables: Tables, sampling: Sampling, generator: torch.Generator | None
+    ) -> ClosedLoop:
+        """Begin a chunk of frame-by-frame imagination."""
+        cache = state.cache.expand(1, self.layout.frame_length + self.cfg.chunk * self.layout.step_length)
+        return ClosedLoop(state, tables, cache, state.tokens[:, 0], 0, sampling, generator)
 
     @torch.no_grad()
     def step(self, action: Tensor) -> Tensor:
         """Imagine one more frame.
-
-        The model is trained on segments of `chunk` actions: after that many steps, imagination starts again from the
-        last imagined frame.
 
         Args:
             action: (S, A) raw environment action.
@@ -458,21 +521,12 @@ class WorldModel(nn.Module):
         self.action_bins.warn_outside(action)
         pending = torch.cat([loop.pending, self.layout.action_ids(self.action_bins.encode(action))], dim=1)
         tokens = self._sample_frame(loop.cache, pending, loop.tables, loop.sampling, 1, loop.generator)  # (S, Nf)
-        frame = self.tokenizer.decode(tokens[:, None], loop.context)[:, 0]  # (S, C, H, W)
         if loop.step + 1 == self.cfg.chunk:
-            self.reset(frame, loop.sampling, loop.generator)
+            state = loop.state._replace(tokens=tokens[:, None])
+            self._closed_loop = self._new_chunk(state, loop.tables, loop.sampling, loop.generator)
         else:
             self._closed_loop = loop._replace(pending=tokens[:, -1:], step=loop.step + 1)
-        return frame
-
-    def _prefill(self, context_frame: Tensor, first_frame: Tensor | None, tables: Tables) -> tuple[Context, KVCache]:
-        """Run ctx | dyn(f0) of each start through the decoder once; return the context and the filled cache."""
-        context = self.tokenizer.encode_context(context_frame)
-        first = context_frame if first_frame is None else first_frame
-        first_tokens = self.tokenizer.encode_future(first[:, None], context)[:, 0]
-        cache = KVCache(context_frame.shape[0], self.layout.prefix_length)
-        self.decoder(self.embed(self.layout.prefix(context.tokens, first_tokens), tables), cache)
-        return context, cache
+        return self.tokenizer.decode(tokens[:, None], loop.state.context)[:, 0]
 
     def _sample_frame(
         self,

@@ -18,14 +18,15 @@ NextToken = Callable[[Tensor, Any, StaticKVCache, Tensor], Tensor]
 class StaticDecoding:
     """Decodes the frames of a rollout with fixed shapes and addresses.
 
-    A pass feeds one token, or the last token of a frame and an action, and chooses the next token. All passes of a
-    frame attend to as many keys as there will be at its end, the missing ones masked, so that one graph per frame and
-    kind of pass is enough; a later rollout of the same sizes replays them. Nothing waits for the GPU in between. On a
-    CPU the same passes run without graphs: slower than decoding with a growing cache, but tests can compare the two.
+    A pass feeds one token, or a frame's last token (at first a whole frame) and an action, and chooses the next token.
+    All passes of a frame attend to as many keys as there will be at its end, the missing ones masked, so that one graph
+    per frame and kind of pass is enough; a later rollout of the same sizes replays them. Nothing waits for the GPU in
+    between. On a CPU the same passes run without graphs: slower than decoding with a growing cache, but tests can
+    compare the two.
 
     Args:
         next_token: the model; its parameters must keep their addresses.
-        cache: cache with room for the tokens of T actions and frames; its prefix is filled by `run`.
+        cache: cache with room for the tokens of the first frame and of T actions and frames; `run` fills its prefix.
         frame_length: tokens Nf of a frame.
         action_length: tokens A of an action.
         noise_shape: shape of the random numbers that `next_token` needs for one token.
@@ -43,18 +44,26 @@ class StaticDecoding:
         self.frame_length, self.step_length = frame_length, frame_length + action_length
         rows, device = cache.batch_size, cache.own.device
         self.tables: Any = None
-        self.ids = torch.zeros(rows, 1 + action_length, dtype=torch.long, device=device)
+        self.ids = torch.zeros(rows, frame_length + action_length, dtype=torch.long, device=device)
         self.noise = torch.zeros(noise_shape, device=device)
         self.sampled = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.passes: dict[tuple[int, int], Callable[[], None]] = {}
 
-    def run(self, prefilled: KVCache, tables: Any, action_ids: Tensor, noise: Callable[[], Tensor] | None) -> Tensor:
+    def run(
+        self,
+        prefilled: KVCache,
+        tables: Any,
+        first_frame: Tensor,
+        action_ids: Tensor,
+        noise: Callable[[], Tensor] | None,
+    ) -> Tensor:
         """Decode the frames of a rollout.
 
         Args:
             prefilled: keys and values of the starts' prefix, one row per start.
             tables: a NamedTuple of tensors for `next_token`, copied to addresses that the graphs keep.
-            action_ids: (B, T, A).
+            first_frame: (B, Nf), tokens of the frame before the first action.
+            action_ids: (B, T, A), at most as many actions as the cache has room for.
             noise: returns the random numbers of one token, called once per token; None = no noise (greedy).
 
         Returns:
@@ -67,7 +76,7 @@ class StaticDecoding:
             kept.copy_(given)
         frames = []
         for step in range(action_ids.shape[1]):
-            pending = action_ids[:, step] if step == 0 else torch.cat([self.sampled, action_ids[:, step]], dim=1)
+            pending = torch.cat([self.sampled if step else first_frame, action_ids[:, step]], dim=1)
             tokens = []
             for _ in range(self.frame_length):
                 self.ids[:, : pending.shape[1]] = pending  # inputs are copied in: a graph reads fixed addresses
@@ -82,7 +91,7 @@ class StaticDecoding:
     def _pass(self, step: int, num_tokens: int) -> Callable[[], None]:
         """Return the pass that feeds `num_tokens` ids during frame `step`, captured at its first use."""
         if (step, num_tokens) not in self.passes:
-            limit = (step + 1) * self.step_length  # new tokens by the end of this frame
+            limit = self.frame_length + (step + 1) * self.step_length  # tokens by the end of this frame
 
             def run() -> None:
                 self.cache.limit = limit
