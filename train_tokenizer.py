@@ -83,7 +83,9 @@ class Config:
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
     segment: int = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
     future_frames: int = opt(7, "frames picked at random from each segment of a batch")
-    context_lookback: int = opt(15, "the context frame lies up to this many frames before the segment; 0: its first")
+    context_lookback: int | None = opt(
+        15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
+    )
     augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the networks", group="model")

@@ -56,7 +56,9 @@ class Config:
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
-    context_lookback: int = opt(15, "the context frame lies up to this many frames before the segment; 0: its first")
+    context_lookback: int | None = opt(
+        15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
+    )
 
     tokenizer: str = opt("runs/tokenizer", "tokenizer: a run folder or its model.safetensors", group="model")
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the transformer")

@@ -214,6 +214,16 @@ def test_context_frame_comes_from_before_the_segment():
     assert torch.equal(plain.context_frame, plain.frames[:, 0])
 
 
+def test_context_frame_may_come_from_anywhere_in_the_episode_so_far():
+    sampler = WindowSampler([episode("a", 60)], num_frames=9, context_lookback=None)
+    batch = sampler.batch(2000, 1)
+    context = (batch.context_frame[:, 0, 0, 0] * 255).round().long()
+    start = batch.index[:, 1]
+    assert context.min() == 0 and (context <= start).all()
+    assert {(c, s) for c, s in zip(context.tolist(), start.tolist()) if s == 2} == {(0, 2), (1, 2), (2, 2)}
+    assert (context[start == 40].float().mean() - 20).abs() < 6  # uniform over the 41 frames
+
+
 def test_spread_covers_the_episodes():
     sampler = WindowSampler([episode("a", 30), episode("b", 30)], num_frames=9)
     assert sampler.spread(4).index[:, 0].tolist() == [0, 0, 1, 1]

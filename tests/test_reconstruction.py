@@ -1,5 +1,7 @@
 """Reconstruction losses: hand-computed values, the last layer's gradient against autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -42,12 +44,30 @@ def test_reconstruction_loss_by_hand():
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
 
 
-def test_last_layer_gradient_against_autograd():
+def test_generated_frame_is_learnt_where_the_mask_hides_it():
+    frames, context = torch.zeros(1, 1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    frames[..., 0, 0] = 1.0  # what moves
+    generated = torch.full((1, 1, 1, 8, 8), 0.5, requires_grad=True)
+    mask, unused = torch.zeros(1, 1, 1, 8, 8), torch.zeros(1)
+    out = Reconstruction(context, context[None], unused, unused, unused, unused, generated, mask)
+    loss, parts = reconstruction_loss(out, context, frames)
+    assert_close(parts["future_error"], torch.tensor(1 / 64))
+    assert_close(parts["generated_error"], torch.tensor(9 * 0.5 / 64))  # the pixel and those up to two away
+    assert_close(loss, torch.tensor(5.5 / 64))
+    loss.backward()
+    want = torch.zeros(8, 8)
+    want[:3, :3], want[0, 0] = 1 / 64, -1 / 64
+    assert_close(generated.grad[0, 0, 0], want)
+
+
+@pytest.mark.parametrize("compose", [False, True])
+def test_last_layer_gradient_against_autograd(compose):
     torch.manual_seed(0)
-    model = FrameTokenizer(PRESETS["smoke"])
+    model = FrameTokenizer(replace(PRESETS["smoke"], compose=compose))
     frames = torch.rand(2, 3, 3, 64, 64)
     out = model(frames[:, 0], frames)
-    loss = reconstruction_loss(out, frames[:, 0], frames, weighting=Weighting(pyramid=2))[0]
+    shown = out._replace(generated=None, mask=None)  # without the generated frame's own loss
+    loss = reconstruction_loss(shown, frames[:, 0], frames, weighting=Weighting(pyramid=2))[0]
     (want,) = torch.autograd.grad(loss, model.cond_decoder.conv_out.weight, retain_graph=True)
     assert_close(last_layer_gradient(loss, out), want, atol=1e-7, rtol=1e-4)
     loss.backward()  # the graph is still there

@@ -160,7 +160,7 @@ def test_frames_with_the_same_tokens_are_decoded_once(monkeypatch):
     repeated = tokens[:, [0, 1, 2, 1, 0]].expand(2, 5, 4, -1)  # 20 frames of each start, of which 3 and 2 differ
     rows = []
     own = model._decode_future
-    monkeypatch.setattr(model, "_decode_future", lambda codes, pairs: rows.append(len(codes)) or own(codes, pairs))
+    monkeypatch.setattr(model, "_decode_future", lambda codes, context: rows.append(len(codes)) or own(codes, context))
     decoded = model.decode(repeated, context)
     assert rows == [2 * 3]
     for g, kind in enumerate([0, 1, 2, 1, 0]):
@@ -191,6 +191,43 @@ def test_training_pass_equals_encode_and_decode():
         assert_close(out.context_frame.clamp(0, 1), model.decode_context(context), atol=1e-5, rtol=1e-4)
         rounded = model.future_fsq.decode(out.future_tokens)  # 3 levels: -1, 0, 1
         assert out.future_codes.abs().max() <= 1 and (out.future_codes - rounded).abs().max() < 0.501
+
+
+def test_composition_shows_the_context_frame_where_the_mask_is_closed():
+    model = make(replace(SMALL, compose=True))
+    frames = torch.rand(2, 3, 3, 16, 24)
+    with torch.no_grad():
+        context = model.encode_context(frames[:, 0])
+        out, decoded = model(frames[:, 0], frames), model.decode(model.encode_future(frames, context), context)
+        assert out.mask.min() > 0 and out.mask.max() < 1 and out.generated.shape == frames.shape
+        want = out.mask * out.generated + (1 - out.mask) * frames[:, :1]
+        assert_close(out.frames, want)
+        assert_close(decoded, want.clamp(0, 1), atol=1e-5, rtol=1e-4)
+        last, stem = model.cond_decoder.conv_out, SMALL.stem
+        last.weight[-(stem**2) :] = 0  # the last channel before the pixel shuffle: the mask's logits
+        last.bias[-(stem**2) :] = torch.tensor([-50.0, 50.0]).repeat(stem**2 // 2)  # shut in even columns, else open
+        closed = model.decode(model.encode_future(frames, context), context)
+        assert_close(closed[..., ::2], frames[:, :1, ..., ::2].expand_as(closed[..., ::2]))
+        assert (closed[..., 1::2] - frames[:, :1, ..., 1::2]).abs().mean() > 0.05
+
+
+def test_composing_decoder_sees_the_pixels_of_the_context():
+    model = make(replace(SMALL, compose=True))
+    frames = torch.rand(1, 2, 3, 16, 24)
+    context = model.encode_context(frames[:, 0])
+    tokens = model.encode_future(frames, context)
+    inverted = context._replace(pixels=model.cond_decoder.pixels(1 - frames[:, 0]))  # same tokens and keys
+    assert not torch.allclose(model.decode(tokens, inverted), model.decode(tokens, context), atol=1e-3)
+    with pytest.raises(ValueError, match="shows the context frame itself"):
+        model.context_from_tokens(context.tokens)
+
+
+def test_codes_above_what_float32_can_count():
+    fsq = FSQ((5,) * 12)
+    indices = torch.tensor([0, 2**24 + 1, 5**12 - 1])
+    codes, again = fsq(torch.atanh(fsq.decode(indices) * 0.99))
+    assert torch.equal(again, indices)
+    assert_close(codes, fsq.decode(indices))
 
 
 def test_initial_gain_of_the_quantisers():

@@ -7,7 +7,8 @@ to the context's features, and becomes a coarse grid of a few tokens: what does 
                    | features                                                              | features
     future   -> cond_encoder -> quant_linear --> FSQ -> tokens -> post_quant_linear --> cond_decoder -> future frame
 
-The decoder side needs the context's tokens only. Everything that depends on the context alone, the keys and values of
+The decoder side needs the context's tokens only, and the context frame itself where the tokenizer composes frames with
+it (`TokenizerConfig.compose`; not in the paper). Everything that depends on the context alone, the keys and values of
 the cross-attention included, is computed once per start and serves any number of futures. Parameter names are those of
 the public checkpoints.
 
@@ -43,7 +44,7 @@ class FSQ(nn.Module):
         self.dim, self.num_codes = len(levels), math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis, dtype=torch.float32), persistent=False)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)  # int64
 
     def bound(self, z: Tensor) -> Tensor:
         """Squash z (..., d) to +-(L - 1) / 2, widened by 0.1 % as in the public code; float32."""
@@ -54,7 +55,8 @@ class FSQ(nn.Module):
         bounded = self.bound(z)
         rounded = bounded + (bounded.round() - bounded).detach()  # value of round, gradient of the identity
         half = torch.div(self.levels, 2, rounding_mode="floor")
-        indices = ((rounded.detach() + half) * self.basis).sum(dim=-1).round().long()  # `long` would truncate
+        digits = (rounded.detach() + half).round().long()  # `long` alone would truncate
+        indices = (digits * self.basis).sum(dim=-1)  # int64: float32 is not exact above 2^24
         return rounded / half, indices
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class FSQ(nn.Module):
 
     def digits(self, indices: Tensor) -> Tensor:
         """Split indices (...) into the level of each scalar (..., d) int64, from 0."""
-        return torch.div(indices[..., None], self.basis.long(), rounding_mode="floor") % self.levels.long()
+        return torch.div(indices[..., None], self.basis, rounding_mode="floor") % self.levels.long()
 
 
 class Context(NamedTuple):
@@ -74,12 +76,34 @@ class Context(NamedTuple):
     features: (S, D, h, w), the decoder's features after its mid block: the context frame is decoded from them.
     decoder_kv: keys and values of cond_decoder's cross-attention, one pair per block, each (S, heads, Nc, E).
     encoder_kv: the same for cond_encoder; None when the context was rebuilt from tokens.
+    frame: (S, C, H, W), and its projection `pixels` for cond_decoder's last stage; None where it is not composed with.
     """
 
     tokens: Tensor
     features: Tensor
     decoder_kv: list[tuple[Tensor, Tensor]]
     encoder_kv: list[tuple[Tensor, Tensor]] | None
+    frame: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def starts(self, rows: slice) -> "Context":
+        """Select some of the starts, for decoding."""
+        pairs = [(key[rows], value[rows]) for key, value in self.decoder_kv]
+        frame, pixels = (None if x is None else x[rows] for x in (self.frame, self.pixels))
+        return Context(self.tokens[rows], self.features[rows], pairs, None, frame, pixels)
+
+
+class Decoded(NamedTuple):
+    """What the conditional decoder makes of B codes: frames (B, C, H, W), not clipped.
+
+    last_features: (B, D, H / stem, W / stem), input of its last convolution.
+    generated, mask: (B, C, H, W) and (B, 1, H, W) in [0, 1], of which frames are composed with the context; or None.
+    """
+
+    frames: Tensor
+    last_features: Tensor
+    generated: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -87,6 +111,7 @@ class Reconstruction(NamedTuple):
 
     future_codes: (S, L, Nf, d), the future's scalars before rounding, squashed to [-1, 1].
     last_features: (S * L, D, H / stem, W / stem), input of cond_decoder's last convolution.
+    generated, mask: (S, L, C, H, W) and (S, L, 1, H, W), see `Decoded`.
     """
 
     context_frame: Tensor
@@ -95,6 +120,8 @@ class Reconstruction(NamedTuple):
     future_tokens: Tensor
     future_codes: Tensor
     last_features: Tensor
+    generated: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def distinct_frames(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,18 +181,26 @@ class FrameTokenizer(nn.Module):
         codes, tokens = self.context_fsq(self.quant_conv(latent).permute(0, 2, 3, 1))  # (S, h, w, d), (S, h, w)
         pairs = zip(self.cond_encoder.cross_att_blocks, features, strict=True)
         encoder_kv = [block.keys_values(feature) for block, feature in pairs]
-        return self._context(tokens.flatten(1), codes, encoder_kv)
+        return self._context(tokens.flatten(1), codes, encoder_kv, frame)
 
     def context_from_tokens(self, tokens: Tensor) -> Context:
-        """Rebuild a context from its tokens (S, Nc): enough to decode future frames, not to encode them."""
-        codes = rearrange(self.context_fsq.decode(tokens), "s (h w) d -> s h w d", h=self.cfg.grid[0])
-        return self._context(tokens, codes, None)
+        """Rebuild a context from its tokens (S, Nc): enough to decode future frames, not to encode them.
 
-    def _context(self, tokens: Tensor, codes: Tensor, encoder_kv: list | None) -> Context:
+        Raises:
+            ValueError: the tokenizer composes frames with the context frame, which the tokens do not hold.
+        """
+        if self.cfg.compose:
+            raise ValueError("this tokenizer shows the context frame itself: decoding needs encode_context(frame)")
+        codes = rearrange(self.context_fsq.decode(tokens), "s (h w) d -> s h w d", h=self.cfg.grid[0])
+        return self._context(tokens, codes, None, None)
+
+    def _context(self, tokens: Tensor, codes: Tensor, encoder_kv: list | None, frame: Tensor | None) -> Context:
         # from the codes, not from the encoder's features: a context rebuilt from tokens decodes the same frames
         features = self.decoder.middle(self.post_quant_conv(codes.permute(0, 3, 1, 2)))  # (S, D, h, w)
         decoder_kv = [block.keys_values(features) for block in self.cond_decoder.cross_att_blocks]
-        return Context(tokens, features, decoder_kv, encoder_kv)
+        if not self.cfg.compose:
+            return Context(tokens, features, decoder_kv, encoder_kv)
+        return Context(tokens, features, decoder_kv, encoder_kv, frame, self.cond_decoder.pixels(frame))
 
     def encode_future(self, frames: Tensor, context: Context) -> Tensor:
         """Tokenize frames relative to their start's context: (S, L, C, H, W) in [0, 1] -> (S, L, Nf) int64.
@@ -208,21 +243,26 @@ class FrameTokenizer(nn.Module):
         parts = []
         for i in range(0, len(flat), starts):
             of_starts = slice(i, i + starts)
-            pairs = [(key[of_starts], value[of_starts]) for key, value in context.decoder_kv]
+            shared = context.starts(of_starts)
             distinct, where = distinct_frames(flat[of_starts])  # (n, M, Nf), (n, [G *] L)
             split = distinct.split(min(distinct.shape[1], frames_at_once), dim=1)
-            images = [self._decode_future(self.future_fsq.decode(part).flatten(0, 1), pairs)[0] for part in split]
+            images = [self._decode_future(self.future_fsq.decode(part).flatten(0, 1), shared).frames for part in split]
             images = [image.float().clamp(0, 1).unflatten(0, part.shape[:2]) for image, part in zip(images, split)]
             images = torch.cat(images, dim=1)  # (n, M, C, H, W)
             parts.append(images if where is None else torch.stack([frames[i] for frames, i in zip(images, where)]))
         return torch.cat(parts).unflatten(1, tokens.shape[1:-1])
 
-    def _decode_future(self, codes: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Decode codes (S * L, Nf, d) with the S starts' keys and values; returns as `FrameDecoder.image`."""
+    def _decode_future(self, codes: Tensor, context: Context) -> Decoded:
+        """Decode codes (S * L, Nf, d) with the S starts' context."""
         p, h = self.cfg.future_patch, self.cfg.grid[0] // self.cfg.future_patch
         patches = self.post_quant_linear(codes.to(self.post_quant_linear.weight.dtype))  # (S * L, Nf, p * p * D)
         latent = rearrange(patches, "b (h w) (p q d) -> b d (h p) (w q)", h=h, p=p, q=p)  # (S * L, D, h, w)
-        return self.cond_decoder(latent, keys_values)
+        image, last_features = self.cond_decoder(latent, context.decoder_kv, context.pixels)
+        if not self.cfg.compose:
+            return Decoded(image, last_features)
+        generated, mask = image[:, :-1].float(), image[:, -1:].float().sigmoid()
+        frame = context.frame.float().repeat_interleave(len(image) // len(context.frame), dim=0)  # (S * L, C, H, W)
+        return Decoded(torch.lerp(frame, generated, mask), last_features, generated, mask)
 
     def decode_context(self, context: Context) -> Tensor:
         """Decode the context frame itself, from its quantised features: (S, C, H, W), clipped to [0, 1], float32."""
@@ -238,11 +278,16 @@ class FrameTokenizer(nn.Module):
         context = self.encode_context(context_frame)
         scalars = self._future_scalars(frames, context)
         codes, tokens = self.future_fsq(scalars)  # (S * L, Nf, d), (S * L, Nf)
-        decoded, last_features = self._decode_future(codes, context.decoder_kv)
+        decoded = self._decode_future(codes, context)
         soft = torch.tanh(scalars.float())
-        decoded, tokens, soft = (x.unflatten(0, frames.shape[:2]) for x in (decoded, tokens, soft))
+        per_start = (decoded.frames, tokens, soft, decoded.generated, decoded.mask)
+        shown, tokens, soft, generated, mask = (
+            None if x is None else x.unflatten(0, frames.shape[:2]) for x in per_start
+        )
         decoded_context = self.decoder.image(context.features)[0]
-        return Reconstruction(decoded_context, decoded, context.tokens, tokens, soft, last_features)
+        return Reconstruction(
+            decoded_context, shown, context.tokens, tokens, soft, decoded.last_features, generated, mask
+        )
 
     def _check(self, frames: Tensor, ndim: int) -> None:
         want = (self.cfg.channels, *self.cfg.image_size)

@@ -15,6 +15,7 @@ from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.tokenizer import Reconstruction
 
 THRESHOLD = 0.04  # pixels differ when a channel differs by more than this
+MARGIN = 2  # pixels around moving ones that the generated frame, too, has to show
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def reconstruction_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
 
+    Where the tokenizer composes frames with the context frame, the generated frame has the same loss on its own, on
+    moving pixels and a margin around them. The mask multiplies the gradient of what it hides. Before the codes say
+    anything, the context frame is the better guess everywhere, so without that loss the mask closes, and the generated
+    frame and the codes are never learnt (docs/world_model.md).
+
     Pixel weights are not normalised to mean 1, so that splitting a batch over processes does not change the loss.
 
     Args:
@@ -81,6 +87,12 @@ def reconstruction_loss(
     future_error = _weighted_error(*flat, weighting)
     loss = context_error + future_error
     metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
+    if reconstruction.generated is not None:
+        near = F.max_pool2d(moving.flatten(0, 1), 2 * MARGIN + 1, stride=1, padding=MARGIN)  # (S * L, 1, H, W)
+        generated, target, pixel_weight = (x.flatten(0, 1) for x in (reconstruction.generated, frames, weight))
+        generated_error = _weighted_error(generated, target, pixel_weight * near, weighting)
+        loss = loss + generated_error
+        metrics["generated_error"] = generated_error.detach()
     if weighting.still > 0:
         codes = reconstruction.future_codes  # (S, L, Nf, d)
         side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
@@ -118,7 +130,8 @@ def reconstruction_psnr(
 def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
     """Compute the gradient of a loss on the decoded future frames for the weights of the decoder's last convolution.
 
-    It is computed from that layer's input and output, since the weights may be sharded. The graph is kept.
+    It is computed from that layer's input and output, since the weights may be sharded. The graph is kept. Of a loss on
+    the generated frames alone it sees nothing.
 
     Args:
         loss: scalar, computed from `reconstruction.frames`.
@@ -128,6 +141,11 @@ def last_layer_gradient(loss: Tensor, reconstruction: Reconstruction) -> Tensor:
         (outputs, inputs, 3, 3) float32, not averaged over processes.
     """
     (gradient,) = torch.autograd.grad(loss, reconstruction.frames, retain_graph=True)  # (S, L, C, H, W)
+    if reconstruction.generated is not None:  # frames = m * generated + (1 - m) * context: by the image and by the mask
+        mask, generated = reconstruction.mask.detach(), reconstruction.generated.detach()
+        ahead = generated - reconstruction.frames.detach()  # (1 - m) * (generated - context)
+        of_mask = (gradient * ahead).sum(dim=2, keepdim=True) * mask  # the sigmoid's slope is m * (1 - m)
+        gradient = torch.cat([gradient * mask, of_mask], dim=2)  # (S, L, C + 1, H, W)
     inputs = reconstruction.last_features.detach()  # (S * L, D, H / stem, W / stem)
     # the gradient of the convolution's output: undo the pixel shuffle that follows it
     outputs = F.pixel_unshuffle(gradient.flatten(0, 1), gradient.shape[-1] // inputs.shape[-1]).to(inputs.dtype)

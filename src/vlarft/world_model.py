@@ -389,15 +389,17 @@ class WorldModel(nn.Module):
         chunks = self.layout.action_ids(bins).split(self.cfg.chunk, dim=1)  # (B, T, A) in chunks
         if static is None:
             static = bins.is_cuda and not any(p.requires_grad for p in self.parameters())
+        decoding = noise = None
+        if static:
+            decoding = self._static(state.cache, group_size, sampling)
+            if not sampling.greedy:
+                noise = functools.partial(sampling.noise, *decoding.noise.shape, generator, bins.device)
         frames = []
         for ids in chunks:
-            if static:
-                decoding = self._static(state.cache, group_size, sampling)
-                shape, device = decoding.noise.shape, ids.device
-                noise = None if sampling.greedy else lambda: sampling.noise(*shape, generator, device)
-                new = decoding.run(state.cache, tables, tokens, ids, noise)
-            else:
+            if decoding is None:
                 new = self._sample_chunk(state.cache, tokens, ids, tables, sampling, group_size, generator)
+            else:
+                new = decoding.run(state.cache, tables, tokens, ids, noise)
             frames.append(new)  # (B, T, Nf)
             tokens = new[:, -1]
         return rearrange(torch.cat(frames, dim=1), "(s g) t n -> s g t n", g=group_size)

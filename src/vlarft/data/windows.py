@@ -61,7 +61,7 @@ class WindowSampler:
         num_frames: L. Windows lie within their episode; shorter episodes are left out, with a warning that names one.
         chunk: T. Actions beyond the episode's end are padded: no motion and the gripper held, or the last target.
         context_lookback: the context frame is sampled from up to this many frames before the segment (RLVR-World: 15);
-            0: it is the segment's first frame.
+            0: it is the segment's first frame; None: that or any earlier frame of the episode.
         num_workers: threads that decode images from disk and prefetch the next batch; 0 decodes in the caller, None
             uses half of the machine's cores, at most four. The batches do not depend on it.
 
@@ -74,7 +74,7 @@ class WindowSampler:
         episodes: Sequence[Episode],
         num_frames: int = 9,
         chunk: int = 8,
-        context_lookback: int = 0,
+        context_lookback: int | None = 0,
         num_workers: int | None = None,
     ) -> None:
         if not episodes:
@@ -154,7 +154,7 @@ class WindowSampler:
 
     def median_frame(self, count: int = 256) -> Tensor:
         """Return (C, H, W), the median of `count` evenly spaced frames: the static background."""
-        return self.spread(count).context_frame.median(dim=0).values
+        return self.spread(count).frames[:, 0].median(dim=0).values
 
     def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
         """Return the windows at `starts`.
@@ -171,8 +171,11 @@ class WindowSampler:
 
     def _read_window(self, i: int, t: int, lookback: float | None) -> tuple[np.ndarray, np.ndarray]:
         """Read the frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
-        images, back = self.episodes[i].images, min(t, self.context_lookback)
+        images = self.episodes[i].images
         frames = images[t : t + self.num_frames]
+        if self.context_lookback is None:
+            return frames, images[t if lookback is None else int(lookback * (t + 1))]  # 0..t
+        back = min(t, self.context_lookback)
         return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
 
     def _collate(self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:

@@ -37,6 +37,9 @@ class TokenizerConfig:
             to zero at first and tell the decoders nothing; about 6 starts with all levels in use.
         local_init: let each position of the cross-attention attend to the same position of the context at first. Off in
             the paper (position embeddings start at zero); a short training need not learn the correspondence then.
+        compose: show the context frame itself where nothing moved: the conditional decoder also decodes a mask m, and a
+            future frame is m * generated + (1 - m) * context frame. Its last stage sees the context's pixels. Off in
+            the paper, whose decoder repaints every pixel.
     """
 
     image_size: tuple[int, int] = (256, 256)
@@ -54,6 +57,7 @@ class TokenizerConfig:
     dropout: float = 0.1
     quant_gain: float = 1.0
     local_init: bool = False
+    compose: bool = False
 
     def __post_init__(self) -> None:
         multiple = self.downsampling * self.future_patch
@@ -307,22 +311,41 @@ class FrameDecoder(nn.Module):
             for i in range(len(dims))
         )
         self.conv_norm_out = GroupNorm(cfg.norm_groups, dims[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(dims[-1], cfg.channels * cfg.stem**2, 3, padding=1)
+        self.composes = conditional and cfg.compose
+        channels = cfg.channels + self.composes  # one more for the mask
+        self.conv_out = nn.Conv2d(dims[-1], channels * cfg.stem**2, 3, padding=1)
+        if self.composes:
+            self.conv_pixels = nn.Conv2d(cfg.channels * cfg.stem**2, dims[max(last - 1, 0)], 3, padding=1)
 
     def middle(self, latent: Tensor) -> Tensor:
         """Map the latent (B, D, h, w) to features (B, D', h, w)."""
         return self.mid_block(self.conv_in(latent.contiguous(memory_format=torch.channels_last)))
 
-    def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode features (B, D', h, w): image (B, C, H, W), not clipped, and the input of the last convolution."""
-        for stage in self.up_blocks:
+    def pixels(self, frame: Tensor) -> Tensor | None:
+        """Project the context frame (S, C, H, W) to what `image` adds before its last stage; None if not composing."""
+        if not self.composes:
+            return None
+        return self.conv_pixels(F.pixel_unshuffle(frame.to(self.conv_pixels.weight.dtype), self.stem))
+
+    def image(self, x: Tensor, pixels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Decode features (B, D', h, w), with the S starts' `pixels`, the B / S frames of a start consecutive.
+
+        Returns:
+            Image (B, C, H, W), not clipped, with one more channel, the mask's logits, if the decoder composes; and the
+            input of the last convolution.
+        """
+        for i, stage in enumerate(self.up_blocks):
+            if pixels is not None and i == len(self.up_blocks) - 1:
+                x = x + pixels.repeat_interleave(len(x) // len(pixels), dim=0)
             x = stage(x)
         last = F.silu(self.conv_norm_out(x))
         return F.pixel_shuffle(self.conv_out(last), self.stem), last
 
-    def forward(self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, latent: Tensor, keys_values: list[tuple[Tensor, Tensor]], pixels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Decode the latent (B, D, h, w), attending to the context between the halves; returns as `image`."""
         x = self.middle(latent)
         for block, pair in zip(self.cross_att_blocks, keys_values, strict=True):
             x = block(x, pair)
-        return self.image(x)
+        return self.image(x, pixels)
