@@ -1,14 +1,19 @@
-"""Measure a world model on held-out episodes: frames (Table 1) and sensitivity to actions.
+"""Measure a world model on held-out episodes: frames (Table 1), whole episodes, sensitivity to actions.
 
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval                   one process
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval --true-error      with the simulator
     torchrun --nproc-per-node 8 eval_wm.py --world-model runs/wm --out-dir runs/wm/eval            8 GPUs
 
 Reads the world model and the held-out episodes of the demonstrations that it names. Writes out_dir/results.json,
-rollouts.png (rows: true, imagined; columns: time), rollouts.gif.
+rollouts.png (rows: true, imagined; columns: time) and rollouts.gif of single chunks, episodes.png and episodes.gif of
+whole episodes.
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
 repeats the start frame, over all pixels and over those that move.
+
+Whole episodes (not in the paper): the recorded actions are played in imagination from the first frame, the context of
+them all, to the last. The same metrics for each chunk, beside copies of the first frame; the error on what stands still
+in the whole episode; and each episode's last chunk, a mean over episodes with a 95 % interval.
 
 Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
 chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
@@ -29,6 +34,7 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
+from vlarft.imagined_episodes import ImaginedEpisode, chunk_sums, imagine_episodes, summarise_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
@@ -55,7 +61,8 @@ class Config:
     top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
     segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
-    batch_size: int = opt(16, "segments, or starts, imagined at once")
+    episodes: int = opt(64, "held-out episodes imagined from their first frame to their last; 0 leaves it out")
+    batch_size: int = opt(16, "segments, starts or episodes imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
@@ -66,12 +73,12 @@ class Config:
     seed: int = opt(0, "seed of perturbations and rollouts")
 
 
-TINY = Config(segments=128, greedy=True, perceptual="ssim", starts=12, precision="fp32")
+TINY = Config(segments=128, episodes=32, greedy=True, perceptual="ssim", starts=12, precision="fp32")
 PRESETS = {
     "paper": Config(),
     "small": Config(perceptual="ssim"),
     "tiny": TINY,
-    "smoke": replace(TINY, segments=8, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
+    "smoke": replace(TINY, segments=8, episodes=2, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
 }
 
 
@@ -144,6 +151,58 @@ def evaluate_frames(
     return {**found, "all": both}
 
 
+def evaluate_episodes(
+    model: WorldModel, episodes: list[Episode], cfg: Config, distance: PerceptualDistance, autocast, shown: int = 4
+) -> tuple[dict, list[ImaginedEpisode]]:
+    """Measure `cfg.episodes` whole episodes, evenly spaced among those given.
+
+    Returns:
+        As `summarise_episodes`, with the episodes' names; and up to `shown` episodes of this process.
+    """
+    device = next(model.parameters()).device
+    picks = np.linspace(0, len(episodes) - 1, min(cfg.episodes, len(episodes))).round().astype(int).tolist()
+    chosen = [episodes[i] for i in picks]
+    chunk = model.cfg.chunk
+    longest = -(-(max(len(e) for e in chosen) - 1) // chunk)  # chunks
+    sums = torch.zeros(len(chosen), 2, 9, longest, dtype=torch.float64)
+    mine = range(len(chosen))[distributed.rank() :: distributed.world_size()]
+    films = []
+    for found in imagine_episodes(
+        model,
+        [chosen[i] for i in mine],
+        autocast=autocast,
+        batch_size=cfg.batch_size,
+        generator=generator(device, "episodes", cfg.seed, distributed.rank()),
+        greedy=cfg.greedy,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+    ):
+        of_episode = chunk_sums(found, chunk, distance)
+        sums[mine[found.number], :, :, : of_episode.shape[-1]] = of_episode
+        if found.number in np.linspace(0, len(mine) - 1, min(shown, len(mine))).round():
+            films.append(found)
+    sums = distributed.mean_tensor(sums.to(device)).cpu() * distributed.world_size()
+    films.sort(key=lambda film: film.number)
+    return {"names": [e.name for e in chosen], **summarise_episodes(sums)}, films
+
+
+def report_episodes(found: dict) -> list[str]:
+    """The table of whole episodes as lines of text."""
+    chunks, last = found["chunks"], found["last_chunk"]
+    names = {"psnr_moving": "PSNR, moving [dB]", "ssim": "SSIM", "still_error": "error of still pixels"}
+    lines = [
+        "whole episodes   chunk " + " ".join(f"{k + 1:>6}" for k in range(len(chunks["episodes"]))) + "  last chunk",
+        f"{'episodes':>22} " + " ".join(f"{n:>6}" for n in chunks["episodes"]),
+    ]
+    for metric, label in names.items():
+        for method in ("imagined", "copy"):
+            row = " ".join("     -" if v is None else f"{v:6.3f}" for v in chunks[method][metric])
+            end = last[method][metric]
+            interval = f"{end['value']:.3f} [{end['low']:.3f}, {end['high']:.3f}]"
+            lines.append(f"{label[:17]:>17} {method[:4]} {row}  {interval}")
+    return lines
+
+
 def report(results: dict) -> str:
     """The tables as text."""
     lines = [
@@ -156,6 +215,8 @@ def report(results: dict) -> str:
             for method, values in methods.items():
                 row = " ".join(f"{v:7.4f}" if metric == "mse" else f"{v:7.3f}" for v in values[metric])
                 lines.append(f"{suite[-8:]:>8} {metric:>11} {method[:4]} {row}")
+    if "episodes" in results:
+        lines += report_episodes(results["episodes"])
     for against, found in results.get("sensitivity", {}).items():
         lines.append(f"perturbed chunks ranked by reward and by {against} error: Spearman (share of pairs in order)")
         for name, groups in found.items():
@@ -177,6 +238,24 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     save_png(out_dir / "rollouts.png", grid(rows, ["true", "imagined"] * len(picks)))
     times = [grid([frames[:, t], imagined[:, t]], ["true", "imagined"]) for t in range(frames.shape[1])]
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
+
+
+def draw_episodes(films: list[ImaginedEpisode], chunk: int, out_dir: Path) -> None:
+    """Whole episodes: a picture of the borders of chunks, up to 12 of each, and an animation, true above imagined."""
+    rows = []
+    for film in films:
+        times = np.unique(np.r_[0 : len(film.true) : chunk, len(film.true) - 1])
+        times = times[np.linspace(0, len(times) - 1, min(12, len(times))).round().astype(int)]
+        rows += [film.true[times], film.imagined[times]]
+    save_png(out_dir / "episodes.png", grid(rows, ["true", "imagined"] * len(films), min_side=64))
+    length = max(len(film.true) for film in films)
+    # a shorter episode waits at its last frame
+    times = [[min(t, len(film.true) - 1) for film in films] for t in range(length)]
+    pictures = []
+    for at in times:
+        rows = [[film.true[t] for film, t in zip(films, at)], [film.imagined[t] for film, t in zip(films, at)]]
+        pictures.append(grid(rows, ["true", "imagined"], min_side=64))
+    save_gif(out_dir / "episodes.gif", pictures, frames_per_second=10, hold_last=1.5)
 
 
 def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
@@ -213,12 +292,17 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     episodes = held_out_episodes(cfg, path)
-    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra.get("context_lookback", 0))
+    # a model that was trained with contexts from anywhere (None) is measured on imaginations that begin with the chunk
+    lookback = extra.get("context_lookback") or 0
+    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
+    films = []
+    if cfg.episodes:
+        results["episodes"], films = evaluate_episodes(model, episodes, cfg, distance, autocast)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(
@@ -237,6 +321,8 @@ def main(cfg: Config) -> dict:
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
+        if films:
+            draw_episodes(films, model.cfg.chunk, out_dir)
         print(report(results))
     distributed.cleanup()
     return results

@@ -74,7 +74,7 @@ class FrameLater:
     def rollout(self, context_frame, actions, **options) -> Rollout:
         rows = slice(self.used, self.used + len(actions))
         self.used += len(actions)
-        return Rollout(torch.zeros(0), self.frames[rows, None, :-1])
+        return Rollout(torch.zeros(0), self.frames[rows, None, :-1], None)
 
 
 def test_frame_metrics_by_hand(demos):

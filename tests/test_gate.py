@@ -36,7 +36,7 @@ class Oracle:
     def rollout(self, context_frame, actions, **how):
         level = (actions + 1) / 2 if self.sign else torch.zeros_like(actions)
         frames = level[..., None, None, :].expand(*actions.shape[:3], 3, 8, 7).contiguous()
-        return Rollout(torch.zeros(*actions.shape[:3], 1), frames)
+        return Rollout(torch.zeros(*actions.shape[:3], 1), frames, None)
 
 
 @pytest.fixture()

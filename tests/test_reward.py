@@ -21,7 +21,7 @@ class Painter:
         self.calls, self.how = self.calls + 1, how
         shade = actions[..., 0].cumsum(-1)  # (S, G, T)
         frames = shade[..., None, None, None].expand(*shade.shape, 3, 16, 16)
-        return Rollout(torch.zeros(*shade.shape, 1), frames)
+        return Rollout(torch.zeros(*shade.shape, 1), frames, None)
 
 
 def chunk(*values):

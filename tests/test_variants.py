@@ -428,7 +428,8 @@ class OneSided:
 
     def rollout(self, frames, actions, **how):
         shade = (actions[..., 0] - 0.1).clamp(min=0).cumsum(-1)  # (S, G, T)
-        return Rollout(torch.zeros(*shade.shape, 1), shade[..., None, None, None].expand(*shade.shape, 3, 16, 16))
+        frames = shade[..., None, None, None].expand(*shade.shape, 3, 16, 16)
+        return Rollout(torch.zeros(*shade.shape, 1), frames, None)
 
 
 def chunk(*values):

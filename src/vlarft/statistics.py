@@ -70,6 +70,15 @@ class Interval(NamedTuple):
     high: float
 
 
+def mean_interval(values: Sequence[float], z: float = 1.959964) -> Interval:
+    """Return the mean with the interval of its normal approximation; z = 1.96 for 95 %. nan without values."""
+    count = len(values)
+    mean = sum(values) / count if count else math.nan
+    variance = sum((v - mean) ** 2 for v in values) / (count - 1) if count > 1 else math.nan
+    half = z * math.sqrt(variance / count) if count > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
+
+
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
     """Return the share of successes with its Wilson score interval; z = 1.96 for 95 %.
 
