@@ -139,9 +139,9 @@ TINY = Config(
     size="tiny",
     segment=9,
     future_frames=3,
-    context_lookback=0,
-    batch_size=8,
-    steps=1100,
+    context_lookback=None,
+    batch_size=4,
+    steps=2100,
     lr=2e-3,
     warmup=50,
     beta2=0.99,
@@ -157,7 +157,7 @@ TINY = Config(
 )
 PRESETS = {
     "paper": Config(),
-    "small": Config(size="small", batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
+    "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
     "tiny": TINY,
     "smoke": replace(
         TINY, size="smoke", batch_size=4, steps=20, warmup=2, validation_interval=10, validation_segments=8

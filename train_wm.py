@@ -107,7 +107,7 @@ class Config:
 TINY = Config(
     size="tiny",
     factored_tokens=True,
-    context_lookback=0,
+    context_lookback=None,
     batch_size=4,
     steps=1500,
     lr=2e-3,
@@ -125,7 +125,7 @@ TINY = Config(
 PRESETS = {
     "paper": Config(),
     "robot": Config(steps=24_000),  # the real robot's (A.5), batches of 16
-    "small": Config(size="small", batch_size=32, steps=50_000, lr=3e-4, warmup=1000),
+    "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, lr=3e-4, warmup=1000),
     "tiny": TINY,
     "smoke": replace(
         TINY,

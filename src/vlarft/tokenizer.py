@@ -311,7 +311,13 @@ class FrameTokenizer(nn.Module):
 PRESETS = {
     "paper": TokenizerConfig(),
     "small": TokenizerConfig(
-        image_size=(128, 128), stem=2, block_channels=(96, 192, 256), latent_channels=32, future_patch=2, norm_groups=16
+        image_size=(128, 128),
+        stem=2,
+        block_channels=(96, 192, 256),
+        latent_channels=32,
+        future_patch=2,
+        norm_groups=16,
+        compose=True,
     ),
     "tiny": TokenizerConfig(
         image_size=(64, 64),
@@ -321,12 +327,13 @@ PRESETS = {
         norm_groups=8,
         dropout=0.0,
         stem=4,
-        block_channels=(32, 64),
+        block_channels=(24, 48),
         latent_channels=16,
         context_levels=(7, 5, 5, 5, 5),
         future_levels=(5, 5, 5, 5),
         quant_gain=6.0,
         local_init=True,
+        compose=True,
     ),
     "smoke": TokenizerConfig(
         image_size=(64, 64),
@@ -342,5 +349,6 @@ PRESETS = {
         future_levels=(3, 3, 3),
         quant_gain=6.0,
         local_init=True,
+        compose=True,
     ),
 }

@@ -57,10 +57,9 @@ def reconstruction_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
 
-    Where the tokenizer composes frames with the context frame, the generated frame has the same loss on its own, on
-    moving pixels and a margin around them. The mask multiplies the gradient of what it hides. Before the codes say
-    anything, the context frame is the better guess everywhere, so without that loss the mask closes, and the generated
-    frame and the codes are never learnt (docs/world_model.md).
+    Where the tokenizer composes frames with the context frame, `generated_error` is added. The mask multiplies the
+    gradient of what it hides, and before the codes say anything, the context frame is the better guess everywhere:
+    without a loss of its own for what is hidden, the mask closes, and generated frame and codes are hardly learnt.
 
     Pixel weights are not normalised to mean 1, so that splitting a batch over processes does not change the loss.
 
@@ -88,11 +87,9 @@ def reconstruction_loss(
     loss = context_error + future_error
     metrics = {"context_error": context_error.detach(), "future_error": future_error.detach()}
     if reconstruction.generated is not None:
-        near = F.max_pool2d(moving.flatten(0, 1), 2 * MARGIN + 1, stride=1, padding=MARGIN)  # (S * L, 1, H, W)
-        generated, target, pixel_weight = (x.flatten(0, 1) for x in (reconstruction.generated, frames, weight))
-        generated_error = _weighted_error(generated, target, pixel_weight * near, weighting)
-        loss = loss + generated_error
-        metrics["generated_error"] = generated_error.detach()
+        error = generated_error(reconstruction.generated, frames, weight, moving, weighting)
+        loss = loss + error
+        metrics["generated_error"] = error.detach()
     if weighting.still > 0:
         codes = reconstruction.future_codes  # (S, L, Nf, d)
         side = round(math.sqrt(moving[0, 0].numel() / codes.shape[2]))  # pixels of a token's patch
@@ -105,6 +102,18 @@ def reconstruction_loss(
         loss = loss + distance
         metrics["perceptual"] = distance.detach()
     return loss, metrics
+
+
+def generated_error(generated: Tensor, frames: Tensor, weight: Tensor, moving: Tensor, weighting: Weighting) -> Tensor:
+    """Compute the error of the generated frames alone, on moving pixels and a margin around them.
+
+    Args:
+        generated, frames: (S, L, C, H, W).
+        weight, moving: (S, L, 1, H, W), weights of the pixels, and 1 where one moves.
+        weighting: weights of the terms.
+    """
+    near = F.max_pool2d(moving.flatten(0, 1), 2 * MARGIN + 1, stride=1, padding=MARGIN)  # (S * L, 1, H, W)
+    return _weighted_error(generated.flatten(0, 1), frames.flatten(0, 1), weight.flatten(0, 1) * near, weighting)
 
 
 def reconstruction_psnr(

@@ -83,7 +83,7 @@ def train_tokenizer(
     renamed = {**INTERVALS, "validate_every": "validation_interval", "clip": "clip_norm"}
     values = migrate(stored, renamed, gone, where)
     if "model" in values:
-        network = dict(values.pop("model"))
+        network = {"compose": False, **values.pop("model")}  # older tokenizers repaint every pixel
         image_size = network.pop("image_size")
         values["size"] = _name_of(network, size, "size", where)
         usual = to_dict(size[values["size"]])["image_size"]

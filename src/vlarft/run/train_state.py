@@ -66,7 +66,8 @@ class TrainState:
             The values, in the order of the arguments.
 
         Raises:
-            ValueError: the state is not readable, lacks a part or a value, or differs between processes.
+            ValueError: the state is not readable, lacks a part or a value, holds other networks, or differs between
+                processes.
         """
         path = self.out_dir / "train_state.pt"
         state = load_train_state(path) if path.is_file() else values
@@ -89,7 +90,13 @@ class TrainState:
         if self.shards:
             self._read_shards(state)
         for name, part in self.parts.items():
-            _load(part, state[name])
+            try:
+                _load(part, state[name])
+            except RuntimeError as error:  # torch's, for missing weights and other shapes
+                raise ValueError(
+                    f"{path}: {name} has other weights than today's networks of this size ({error}); finish the run "
+                    "with the version that began it, or choose another --out-dir"
+                ) from error
         return tuple(state[name] for name in values)
 
     def due(self, step: int, every: int) -> bool:

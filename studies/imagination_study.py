@@ -1,0 +1,188 @@
+"""What makes imagination last an episode: tokenizers and world models of equal training time, one change at a time.
+
+    python demo.py                                  makes demonstrations and a policy of tabletop_object
+    python studies/imagination_study.py             trains and measures every arm and seed
+
+For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny`, each for the minutes that it took
+before (`BEFORE`, the preset of commit 95183a2, which trains for a number of steps), on one core; then `eval_wm.py
+--true-error` on the same held-out episodes and starts for all seeds. Arms change the preset in one respect each.
+Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
+perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
+(each episode's last chunk); future codes in use. Runs that are finished are not run again; the JSON file gathers
+several invocations.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from records import rounded, write
+from stages import check_known, commit, machine, read_lines, read_report, run_once
+from wm_study import near_policy
+
+import eval_wm
+import train_tokenizer
+import train_wm
+from vlarft import tokenizer_loss
+from vlarft.data.episodes import load_episodes
+from vlarft.data.windows import WindowSampler
+from vlarft.run.checkpoint import read_header
+from vlarft.run.config import opt, parse
+from vlarft.tokenizer import FrameTokenizer
+
+
+class Arm(NamedTuple):
+    """Changes of preset tiny: options of both training scripts, of each one, and sizes of the networks."""
+
+    both: Mapping[str, Any] = {}
+    tokenizer: Mapping[str, Any] = {}
+    model: Mapping[str, Any] = {}
+    network: Mapping[str, Any] = {}  # TokenizerConfig
+    transformer: Mapping[str, Any] = {}
+    generated_loss: bool = True
+
+
+WIDE = {"width": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 512}
+CHANNELS = {"block_channels": (32, 64)}
+BEFORE = Arm(
+    both={"context_lookback": 0},
+    tokenizer={"batch_size": 8, "steps": 1100},
+    model={"steps": 1500},
+    network={**CHANNELS, "compose": False},
+    transformer=WIDE,
+)
+ARMS = {
+    "before": BEFORE,
+    "now": Arm(),
+    "context: the chunk's first frame": Arm(both={"context_lookback": 0}),
+    "no composition": Arm(network={"compose": False}),
+    "composition without a loss of its own for what it hides": Arm(generated_loss=False),
+    "tokenizer: channels and batch as before": Arm(network=CHANNELS, tokenizer={"batch_size": 8}),
+    "transformer: width as before": Arm(transformer=WIDE),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: str = opt("runs/imagination", "folder for the arms, and for demonstrations and policies that are missing")
+    demo: str = opt("runs/demo", "folder of a demo: demonstrations and SFT policy of tabletop_object")
+    out: str = opt("runs/imagination.json", "JSON file to write")
+    suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites, four tasks of each")
+    arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run")
+    seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the training")
+    starts: int = opt(32, "starts of the rank correlations")
+    samples: int = opt(12, "chunks that the policy samples at each of them")
+    episodes: int = opt(32, "held-out episodes that are imagined whole")
+    minutes: tuple[float, float] = opt((3.3, 6.6), "minutes of tokenizer and world model, of all arms but `before`")
+    stage_preset: str = opt("tiny", "preset of the stages")
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(
+        suites=("tabletop_object",), arms=("now",), seeds=(0,), starts=2, samples=3, episodes=2, stage_preset="smoke"
+    ),
+}
+
+
+def material(cfg: Config, suite: str) -> Path:
+    """A folder with `demos` and `sft` of a suite: the demo's, or one that is made."""
+    if suite == "tabletop_object":
+        return Path(cfg.demo)
+    folder, preset = Path(cfg.runs) / suite, ["--preset", cfg.stage_preset]
+    demos = run_once(folder / "demos", "collect_demos.py", *preset, "--suites", suite)
+    run_once(folder / "sft", "train_sft.py", *preset, "--demos", demos)
+    return folder
+
+
+def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: int) -> None:
+    """Train an arm's tokenizer and world model, unless that is done."""
+    preset, torch_threads = cfg.stage_preset, torch.get_num_threads()
+    torch.set_num_threads(1)
+    own_loss, sizes = tokenizer_loss.generated_error, (train_tokenizer.SIZES[preset], train_wm.SIZES[preset])
+    try:
+        train_tokenizer.SIZES[preset] = replace(sizes[0], **arm.network)
+        train_wm.SIZES[preset] = replace(sizes[1], transformer=replace(sizes[1].transformer, **arm.transformer))
+        if not arm.generated_loss:
+            tokenizer_loss.generated_error = lambda *_: torch.zeros(())
+        common = {"demos": str(demos), "seed": seed, "split_seed": 0, **arm.both}
+        for number, (script, name, changes) in enumerate(
+            ((train_tokenizer, "tokenizer", arm.tokenizer), (train_wm, "wm", {"tokenizer": str(folder / "tokenizer")}))
+        ):
+            if (folder / name / "done").is_file():
+                continue
+            if name == "wm":
+                changes = {**changes, **arm.model}
+            if timed:
+                changes = {"steps": 100_000, "max_minutes": cfg.minutes[number], **changes}
+            script.main(replace(script.PRESETS[preset], **common, **changes, out_dir=str(folder / name)))
+            (folder / name / "done").touch()
+    finally:
+        train_tokenizer.SIZES[preset], train_wm.SIZES[preset] = sizes
+        tokenizer_loss.generated_error = own_loss
+        torch.set_num_threads(torch_threads)
+
+
+def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
+    """Figures of a trained arm."""
+    model = folder / "wm" / "model.safetensors"
+    measured = folder / "eval" / "results.json"
+    if not measured.is_file():
+        options = {"true_error": True, "starts": cfg.starts, "episodes": cfg.episodes, "out_dir": str(folder / "eval")}
+        eval_wm.main(replace(eval_wm.PRESETS[cfg.stage_preset], world_model=str(model), demos=str(demos), **options))
+    results = json.loads(measured.read_text())
+    near = near_policy(SimpleNamespace(demo=policy.parent, starts=cfg.starts, samples=cfg.samples), folder / "wm")
+    logs = {name: read_lines(folder / name / "log.jsonl")[-1] for name in ("tokenizer", "wm")}
+    chunk, last = results["frames"]["all"], results["episodes"]["last_chunk"]
+    return {
+        "steps": [log["step"] + 1 for log in logs.values()],
+        "minutes": [log["minutes"] for log in logs.values()],
+        "codes": codes_in_use(folder / "tokenizer" / "model.safetensors", demos),
+        "psnr_moving": [chunk[how]["psnr_moving"][-1] for how in ("imagined", "copy")],
+        "ssim": [chunk[how]["ssim"][-1] for how in ("imagined", "copy")],
+        "decoded_frames": results["sensitivity"]["true state"]["decoded frames"]["all"]["spearman"],
+        "r3": results["sensitivity"]["true state"]["R3 greedy"]["all"],
+        "r3_policy": {name: value for name, value in near["greedy"].items() if name.startswith("gate_policy_true")},
+        "last_chunk": {
+            how: {name: last[how][name]["value"] for name in ("psnr_moving", "ssim", "still_error")}
+            for how in ("imagined", "copy")
+        },
+        "last_chunk_difference": last["difference"]["ssim"],
+        "chunks": results["episodes"]["chunks"],
+    }
+
+
+@torch.no_grad()
+def codes_in_use(tokenizer: Path, demos: Path) -> int:
+    """Number of different future codes in 64 held-out segments."""
+    model, extra = FrameTokenizer.load(tokenizer), read_header(tokenizer).extra
+    held_out = load_episodes(demos, successes_only=False, names=extra["held_out_episodes"])
+    batch = WindowSampler(held_out, 9, 8, None).spread(64)
+    return model.encode_future(batch.frames, model.encode_context(batch.context_frame)).unique().numel()
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; returns what the JSON file holds."""
+    check_known(cfg.arms, ARMS, "arm")
+    report = read_report(cfg, "runs", free=("runs", "demo", "out", "suites", "arms", "seeds"))
+    report = {"command": "python studies/imagination_study.py", "machine": machine(), **report}
+    for seed in cfg.seeds:
+        for suite in cfg.suites:
+            found = material(cfg, suite)
+            for name in cfg.arms:
+                slug = "".join(c if c.isalnum() else "_" for c in name)
+                folder = Path(cfg.runs) / suite / f"{slug}_{seed}"
+                train(cfg, ARMS[name], name != "before", found / "demos", folder, seed)
+                figures = {"commit": commit(), **measure(cfg, found / "demos", found / "sft", folder)}
+                report["runs"][f"{suite}/{name}/{seed}"] = rounded(figures)
+                write(cfg.out, report)
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
