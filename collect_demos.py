@@ -18,7 +18,7 @@ world model only:
 - `--keep-failed` keeps the first attempt of each i, success or not;
 - `--noisy-per-task` adds attempts of the expert with strong noise;
 - `--policy-per-task` adds attempts of `--policy`, which show where that policy goes. They can be added later, as can
-  more `--demos-per-task`. With `--demos-per-task 0` a folder holds nothing else: `train_wm.py --rollouts`.
+  more `--demos-per-task`.
 
 Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
 images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
@@ -90,11 +90,9 @@ class Config:
     workers: int | None = opt(None, "worker processes; none: one per CPU core")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "max_attempts"):
+        for name in ("demos_per_task", "image_size", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.demos_per_task < (not (self.noisy_per_task or self.policy_per_task)):
-            raise ValueError(f"demos_per_task must be at least 1 without other attempts, got {self.demos_per_task}")
         if self.demos_per_task > FIRST_NOISY:
             raise ValueError(f"demos_per_task must be at most {FIRST_NOISY}, got {self.demos_per_task}")
         if not 0.0 < self.min_speed <= self.max_speed <= 1.0:

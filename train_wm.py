@@ -3,7 +3,6 @@
     python train_wm.py --preset tiny --demos demos --tokenizer runs/tokenizer --out-dir runs/wm          laptop, minutes
     python train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
     torchrun --nproc-per-node 8 train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
-    python train_wm.py --preset tiny --demos demos --init runs/wm --rollouts own --out-dir runs/wm2       goes on
 
 Reads demonstrations of any format (docs/data.md) and a tokenizer of train_tokenizer.py. Writes
 out_dir/model.safetensors (tokenizer, action ranges, weights, config, the split by episode), train_state.pt (the same
@@ -11,11 +10,6 @@ command resumes), log.jsonl, config.json, rollouts.png.
 
 The actions are the executed ones, in raw environment units; their ranges are those of the training split. A segment has
 the policy's 8 actions and one frame more.
-
-`--rollouts` adds episodes of any outcome, such as those that a policy played (collect_demos.py --policy), to the
-training split; the held-out episodes stay those of the demonstrations. `--init` goes on from a world model, its
-tokenizer and action ranges included, with a fresh optimizer and schedule: together they refresh a world model on a
-policy's own episodes, and the validation before and after is on the same held-out episodes. Neither is in the paper.
 
 Differences from the paper and its public code:
 - the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
@@ -27,6 +21,7 @@ Differences from the paper and its public code:
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,13 +31,13 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episodes import Episode, load_episodes, same_robot, split_episodes
+from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
-from vlarft.run.config import differences, opt, parse, to_dict
+from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
@@ -58,7 +53,6 @@ class Config:
 
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    rollouts: str | None = opt(None, "folder or file of further episodes, for training only, such as a policy's own")
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
@@ -66,8 +60,7 @@ class Config:
         15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
     )
 
-    init: str | None = opt(None, "world model to go on from, a run folder or its model.safetensors", group="model")
-    tokenizer: str = opt("runs/tokenizer", "tokenizer: a run folder or its model.safetensors; --init has its own")
+    tokenizer: str = opt("runs/tokenizer", "tokenizer: a run folder or its model.safetensors", group="model")
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the transformer")
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
@@ -161,74 +154,34 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
     return stale.chunk(part[1])[part[0]]
 
 
-def load_data(cfg: Config) -> tuple[list[Episode], list[Episode]]:
-    """Training and held-out episodes: the demonstrations' split, and all of --rollouts for training.
+def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: torch.device) -> FrameTokenizer:
+    """The tokenizer to freeze.
 
     Raises:
-        ValueError: rollouts of another robot or image size, with images of another convention, or with names that
-            demonstrations have.
+        ValueError: it was trained on episodes that this run holds out, or on images of another convention.
     """
-    demos = load_episodes(cfg.demos, cfg.camera, successes_only=False)
-    train, held_out = split_episodes(demos, cfg.validation_fraction, cfg.split_seed)
-    if cfg.experts_only:
-        train = [e for e in train if e.success and e.kind == "expert"]
-    if cfg.rollouts is None:
-        return train, held_out
-    rollouts = load_episodes(cfg.rollouts, cfg.camera, successes_only=False)
-    places = f"the demonstrations {cfg.demos}", f"the rollouts {cfg.rollouts}"
-    if twice := {e.name for e in demos} & {e.name for e in rollouts}:
-        raise ValueError(
-            f"{' and '.join(places)} both have an episode {min(twice)} ({len(twice)} in all): give rollouts a folder "
-            "that the demonstrations do not contain, and make them with collect_demos.py --demos-per-task 0"
-        )
-    if problems := same_robot([*demos, *rollouts]):
-        raise ValueError(f"{' and '.join(places)}: {problems[0]}")
-    check_same_images(image_convention(demos, cfg.camera), places[0], image_convention(rollouts, cfg.camera), places[1])
-    return train + rollouts, held_out
-
-
-def check_split(path: Path, extra: dict, held_out: list[Episode]) -> None:
-    """Check that a checkpoint was not trained on episodes that this run holds out.
-
-    Raises:
-        ValueError: it was.
-    """
+    path = checkpoint_file(cfg.tokenizer)
+    extra = read_header(path).extra
+    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {cfg.demos}")
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(
             f"{path} was trained on {len(overlap)} of the {len(held_out)} held-out episodes (first {overlap[0]}): "
             "use the --split-seed, --validation-fraction and --demos of its training"
         )
+    return FrameTokenizer.load(path, device)
 
 
-def build_model(cfg: Config, train: list[Episode], held_out: list[Episode], device: torch.device) -> WorldModel:
-    """The world model to train, sharded over the processes: that of `--init`, or a new one around the tokenizer.
-
-    A new one has the training episodes' action ranges; that of `--init` keeps its own.
-
-    Raises:
-        ValueError: the checkpoint that it starts from was trained on episodes that this run holds out, or on images of
-            another convention; or the model of `--init` was made for other chunks or actions.
-    """
-    path = checkpoint_file(cfg.tokenizer if cfg.init is None else cfg.init)
-    name, extra = "tokenizer" if cfg.init is None else "world model", read_header(path).extra
-    check_same_images(extra, f"{name} {path}", image_convention(train, cfg.camera), f"the demonstrations {cfg.demos}")
-    check_split(path, extra, held_out)
+def build_model(
+    cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode], device: torch.device
+) -> WorldModel:
+    """A new world model around the tokenizer, with the action ranges of the episodes, sharded over the processes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
-    actions = torch.cat([torch.from_numpy(e.actions) for e in train])  # (all steps, A)
-    sizes = replace(SIZES[cfg.size], action_dim=actions.shape[1], factored_tokens=cfg.factored_tokens)
-    if cfg.init is None:
-        tokenizer = FrameTokenizer.load(path, device)
-        model = WorldModel(replace(sizes, tokenizer=tokenizer.cfg)).to(device)
-        model.tokenizer.load_state_dict(tokenizer.state_dict())
-        model.action_bins.set_range(actions.amin(0), actions.amax(0))
-    else:
-        model = WorldModel.load(path, device)
-        if lines := differences(to_dict(replace(sizes, tokenizer=model.cfg.tokenizer)), to_dict(model.cfg)):
-            raise ValueError(
-                f"{path} has other sizes than this run: {'; '.join(lines)}; give the --size of its training"
-            )
-        model.requires_grad_(True).tokenizer.requires_grad_(False)
+    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])  # (all steps, A)
+    own = {"action_dim": actions.shape[1], "factored_tokens": cfg.factored_tokens}
+    model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own)).to(device)
+    model.tokenizer.load_state_dict(tokenizer.state_dict())
+    model.action_bins.set_range(actions.amin(0), actions.amax(0))
     if cfg.checkpoint_activations:
         distributed.recompute(model.decoder.layers)
     half = cfg.precision == "bf16"
@@ -273,11 +226,6 @@ def validate(
     return sums, imagined
 
 
-def text_of(metrics: dict[str, float]) -> str:
-    """Metrics as one line of text."""
-    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-
-
 def draw_rollouts(true: Tensor, imagined: Tensor, path: Path) -> None:
     """PNG of up to four segments: true frames (S, T + 1, C, H, W) above imagined ones (S, T, C, H, W)."""
     rows, labels = [], []
@@ -294,7 +242,10 @@ def main(cfg: Config) -> dict[str, float]:
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
-    train, held_out = load_data(cfg)
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
+    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    if cfg.experts_only:
+        train = [e for e in train if e.success and e.kind == "expert"]
     chunk = SIZES[cfg.size].chunk
     sampler = WindowSampler(train, chunk + 1, chunk, cfg.context_lookback)
     held_out_windows = WindowSampler(held_out, chunk + 1, chunk, cfg.context_lookback)
@@ -304,7 +255,7 @@ def main(cfg: Config) -> dict[str, float]:
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
-    model = build_model(cfg, train, held_out, device)
+    model = build_model(cfg, load_tokenizer(cfg, held_out, images, device), train, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
@@ -317,11 +268,6 @@ def main(cfg: Config) -> dict[str, float]:
     def save() -> None:
         values = {"step": step, "metrics": metrics, "minutes": clock.minutes}
         state.save(values, model, model.cfg, {**facts, "metrics": metrics, "steps": step})
-
-    if cfg.init is not None and step == 0:
-        metrics, _ = validate(model, validation, rollouts, device, autocast)
-        if distributed.is_main():
-            print(f"before: {text_of(metrics)}  <- {cfg.init}")
 
     while (share := clock.share(step)) < 1:
         optimizer.zero_grad(set_to_none=True)
@@ -360,7 +306,7 @@ def main(cfg: Config) -> dict[str, float]:
         save()
     if distributed.is_main():
         draw_rollouts(rollouts.frames, imagined, Path(cfg.out_dir) / "rollouts.png")
-        print(f"world model: {text_of(metrics)}  -> {cfg.out_dir}")
+        print("world model: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     state.finish(log)
     return metrics
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_moving_square
 
 import train_tokenizer
 import train_wm
-from train_wm import PRESETS, build_model, main
+from train_wm import PRESETS, load_tokenizer, main
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.run.checkpoint import load_model, load_train_state, read_header, save_model
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
@@ -120,81 +119,6 @@ def test_how_a_step_is_computed_does_not_change_it(demos, tokenizer, tmp_path, c
         assert (one[key] - two[key]).abs().mean() < 2e-5, key
 
 
-def own_rollouts(folder: Path, seed: int, **changes) -> Path:
-    """A folder of a policy's own episodes, failures among them, with stronger actions than the demonstrations'."""
-    import h5py
-
-    path = folder / "squares" / "push_the_red_square_rollouts.hdf5"
-    write_moving_square(path, 4, 30, seed, "push the red square", low=-1.5)
-    with h5py.File(path, "r+") as file:
-        for name in file["data"]:
-            file[f"data/{name}"].attrs.update({"kind": "policy", "success": name != "demo_1", **changes})
-    return folder
-
-
-def test_a_world_model_is_refreshed_on_a_policys_own_episodes(demos, tokenizer, tmp_path, capsys):
-    run(demos, tokenizer, tmp_path / "first")
-    own = str(own_rollouts(tmp_path / "own", 7))
-    before = WorldModel.load(tmp_path / "first" / "model.safetensors")
-    capsys.readouterr()
-    refresh = {"init": str(tmp_path / "first"), "rollouts": own, "lr": 1e-3}
-    run(demos, "unused", tmp_path / "second", **refresh)
-    printed = capsys.readouterr().out
-    assert printed.startswith("before: val_loss") or "\nbefore: val_loss" in printed
-    first, second = (read_header(tmp_path / name / "model.safetensors").extra for name in ("first", "second"))
-    names = [e.name for e in load_episodes(own, successes_only=False)]
-    assert len(names) == 4
-    assert second["held_out_episodes"] == first["held_out_episodes"] and second["demos"] == str(demos)
-    assert second["train_episodes"] == first["train_episodes"] + names
-    after = WorldModel.load(tmp_path / "second" / "model.safetensors")
-    assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items() if "tokenizer" in k)
-    assert torch.equal(after.action_bins.low, before.action_bins.low)  # the rollouts' wider actions do not change them
-    moved = (after.lm_head.weight - before.lm_head.weight).abs().max()
-    assert 0 < moved < 0.1  # it went on from there
-    last = json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])
-    assert last["outside"] >= 0
-
-    def interrupt(loss, step, *rest):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_wm, "check_finite", lambda loss, step, *rest: interrupt(loss, step) if step == 5 else None)
-        with pytest.raises(KeyboardInterrupt):
-            run(demos, "unused", tmp_path / "parts", **refresh)
-    run(demos, "unused", tmp_path / "parts", **refresh)
-    again = WorldModel.load(tmp_path / "parts" / "model.safetensors").state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in after.state_dict().items())
-
-
-def test_rollouts_that_do_not_fit_are_refused(demos, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"both have an episode squares/push.*--demos-per-task 0"):
-        run(demos, tokenizer, tmp_path / "a", rollouts=str(demos))
-    own = own_rollouts(tmp_path / "own", 7)
-    run(demos, tokenizer, tmp_path / "first", steps=1)
-    given = {"init": str(tmp_path / "first"), "rollouts": str(own)}
-    with pytest.raises(ValueError, match=r"was trained on \d of the \d held-out episodes.*--split-seed"):
-        run(demos, "unused", tmp_path / "b", split_seed=5, **given)
-    with pytest.raises(ValueError, match=r"has other sizes than this run: factored_tokens: False against True.*--size"):
-        run(demos, "unused", tmp_path / "c", factored_tokens=False, **given)
-    mirrored = {"camera": "agentview", "mean_frame": [[[float(x == y)] * 3 for x in range(8)] for y in range(8)]}
-    upright = {**mirrored, "mean_frame": mirrored["mean_frame"][::-1]}
-    with pytest.MonkeyPatch.context() as patch:  # the fixture's plain scene looks the same upside down
-        kinds = {"expert": upright, "policy": mirrored}
-        patch.setattr(train_wm, "image_convention", lambda episodes, camera: kinds[episodes[0].kind])
-        with pytest.raises(ValueError, match=r"image conventions differ: the images of the rollouts .*own look like"):
-            run(demos, "unused", tmp_path / "d", **given)
-    import h5py
-
-    for path in own.rglob("*.hdf5"):
-        with h5py.File(path, "r+") as file:
-            file["data"].attrs["control_freq"] = 10.0
-    for path in shutil.copytree(demos, tmp_path / "demos").rglob("*.hdf5"):
-        with h5py.File(path, "r+") as file:
-            file["data"].attrs["control_freq"] = 20.0
-    with pytest.raises(ValueError, match=r"the rollouts .*own: episodes differ in fps: 20.0 in .*, 10.0 in"):
-        run(tmp_path / "demos", "unused", tmp_path / "e", **given)
-
-
 def test_stale_frames_by_share_and_process():
     cfg = replace(SMOKE, stale=0.3, batch_size=4000)
     whole = train_wm.stale_frames(cfg, 5, (0, 1))
@@ -210,7 +134,7 @@ def test_errors(demos, tokenizer, tmp_path):
         run(demos, tokenizer, tmp_path / "a", accumulate=3)
     with pytest.raises(ValueError, match=r"was trained on 1 of the 1 held-out episodes.*--split-seed"):
         episodes = [e for e in load_episodes(demos) if e.name in _trained_on(tokenizer)]
-        build_model(replace(SMOKE, tokenizer=str(tokenizer)), episodes, episodes[:1], torch.device("cpu"))
+        load_tokenizer(replace(SMOKE, tokenizer=str(tokenizer)), episodes[:1], {}, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         run(demos, tmp_path / "nothing.safetensors", tmp_path / "b")
     with pytest.raises(ValueError, match=r"expected frames .*\(3, 64, 64\)"):
