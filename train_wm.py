@@ -51,7 +51,7 @@ from vlarft.world_model import WorldModel
 class Config:
     """One training run; the defaults are the paper's (Table 5) and its public code's."""
 
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
@@ -160,7 +160,7 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     """
     path = checkpoint_file(cfg.tokenizer)
     extra = read_header(path).extra
-    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {cfg.demos}")
+    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(

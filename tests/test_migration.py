@@ -396,8 +396,9 @@ def test_every_preset_resumes(tmp_path, script, preset):
     store(tmp_path, RUNS[script][preset])
     cfg = replace(SCRIPTS[script].PRESETS[preset], out_dir=str(tmp_path))
     assert open_run(tmp_path, cfg, older=OLDER[script]) is None
+    newer = {"keep_interval"}
     assert OLDER[script](RUNS[script][preset], "") | {"out_dir": str(tmp_path)} == {
-        name: value for name, value in to_dict(cfg).items() if name != "keep_interval"
+        name: value for name, value in to_dict(cfg).items() if name not in newer
     }
     with pytest.raises(ValueError, match="another configuration: lr: "):
         open_run(tmp_path, replace(cfg, lr=1.0), older=OLDER[script])
@@ -485,6 +486,8 @@ def test_a_run_of_an_older_version_goes_on(demos, tmp_path):
     inputs = {"train_tokenizer": {}, "train_wm": {"tokenizer": str(tmp_path / "train_tokenizer")}, "train_sft": {}}
     for script, given in inputs.items():
         cfg = replace(SCRIPTS[script].PRESETS["smoke"], out_dir=str(tmp_path / script), **common, **given)
+        if script != "train_sft":
+            cfg = replace(cfg, demos=(cfg.demos,))  # several places today, one in the stored configuration
         metrics = SCRIPTS[script].main(cfg)
         store(tmp_path / script, RUNS[script]["smoke"] | common | given)
         assert SCRIPTS[script].main(cfg) == metrics

@@ -25,7 +25,7 @@ SMOKE = replace(PRESETS["smoke"], steps=6, save_interval=2, validation_interval=
 def tokenizer(demos, tmp_path_factory) -> Path:
     """Run folder of a tokenizer that has seen a few steps, its codes spread: they would all be the middle one."""
     out_dir = tmp_path_factory.mktemp("tokenizer")
-    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=str(demos), out_dir=str(out_dir), **SPLIT)
+    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=(str(demos),), out_dir=str(out_dir), **SPLIT)
     train_tokenizer.main(cfg)
     path = out_dir / "model.safetensors"
     model, extra = load_model(path, FrameTokenizer, TokenizerConfig)
@@ -37,7 +37,7 @@ def tokenizer(demos, tmp_path_factory) -> Path:
 
 
 def run(demos, tokenizer, out_dir, **changes) -> dict:
-    return main(replace(SMOKE, demos=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
+    return main(replace(SMOKE, demos=(str(demos),), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
 
 
 def losses(out_dir: Path, name: str = "loss") -> list[float]:
@@ -51,7 +51,7 @@ def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
     assert 0 <= metrics["val_accuracy"] <= 1 and metrics["val_loss"] > 0 and "rollout_psnr_moving" in metrics
     extra = read_header(tmp_path / "model.safetensors").extra
     train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
-    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["demos"] == str(demos)
+    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["demos"] == [str(demos)]
     model = WorldModel.load(tmp_path / "model.safetensors")
     actions = torch.cat([torch.from_numpy(e.actions) for e in train])
     assert torch.equal(model.action_bins.low, actions.amin(0)) and torch.equal(model.action_bins.high, actions.amax(0))
