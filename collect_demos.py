@@ -18,7 +18,8 @@ world model only:
 - `--keep-failed` keeps the first attempt of each i, success or not;
 - `--noisy-per-task` adds attempts of the expert with strong noise;
 - `--policy-per-task` adds attempts of `--policy`, which show where that policy goes. They can be added later, as can
-  more `--demos-per-task`.
+  more `--demos-per-task`. With `--demos-per-task 0` they are alone, in a folder to train on beside the demonstrations:
+  more of them, of another policy too, go into the same folder, since elsewhere they would get the same names.
 
 Demonstrations of LIBERO start where LIBERO's own sampler places things, not at the benchmark's initial states; their
 images are stored upside down and their states are time, positions and velocities, as in LIBERO's own files.
@@ -65,7 +66,7 @@ class Config:
 
     suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect", group="data")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names, in every suite given; none: all")
-    demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50)")
+    demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50); 0: only the extra attempts below")
     image_size: int = opt(256, "side of the images [px]")
     eye_in_hand: bool = opt(False, "also store the wrist camera")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
@@ -90,9 +91,10 @@ class Config:
     workers: int | None = opt(None, "worker processes; none: one per CPU core")
 
     def __post_init__(self) -> None:
-        for name in ("demos_per_task", "image_size", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        others = self.noisy_per_task or self.policy_per_task
+        for name, least in {"demos_per_task": 0 if others else 1, "image_size": 1, "max_attempts": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.demos_per_task > FIRST_NOISY:
             raise ValueError(f"demos_per_task must be at most {FIRST_NOISY}, got {self.demos_per_task}")
         if not 0.0 < self.min_speed <= self.max_speed <= 1.0:

@@ -50,7 +50,9 @@ from vlarft.world_model import WorldModel
 class Config:
     """One evaluation; the defaults are for the paper's sizes."""
 
-    demos: str | None = opt(None, "demonstrations; none: those that the world model was trained on", group="data")
+    demos: tuple[str, ...] | None = opt(
+        None, "folders or files of episodes; none: those that the world model was trained on", group="data"
+    )
     camera: str = opt("agentview", "camera of the demonstrations")
     all_episodes: bool = opt(False, "use all episodes of --demos, which the world model must not have seen")
 
@@ -278,8 +280,8 @@ def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
     episodes = load_episodes(cfg.demos, cfg.camera, **options)
     if seen := {e.name for e in episodes} & set(extra.get("train_episodes", [])):
         raise ValueError(
-            f"--all-episodes: {path} was trained on {len(seen)} of the {len(episodes)} episodes of {cfg.demos} "
-            f"(first {min(seen)}); leave the option out, or give other demonstrations"
+            f"--all-episodes: {path} was trained on {len(seen)} of the {len(episodes)} episodes of "
+            f"{' + '.join(cfg.demos)} (first {min(seen)}); leave the option out, or give other demonstrations"
         )
     return episodes
 

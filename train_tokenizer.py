@@ -77,7 +77,7 @@ GRADIENT_PENALTY = 10.0  # public recipe
 class Config:
     """One training run; the defaults are the paper's sizes and the public recipe."""
 
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
@@ -176,8 +176,8 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
     found, expected = tuple(train[0].images.shape[1:3]), cfg.network().image_size
     if found != expected:
         raise ValueError(
-            f"{cfg.demos} has images of {found[0]}x{found[1]}, the tokenizer is for {expected[0]}x{expected[1]}: "
-            f"give --image-size {found[0]} {found[1]}, or collect at the other size"
+            f"{' + '.join(cfg.demos)} has images of {found[0]}x{found[1]}, the tokenizer is for "
+            f"{expected[0]}x{expected[1]}: give --image-size {found[0]} {found[1]}, or collect at the other size"
         )
     return train, held_out
 

@@ -3,13 +3,21 @@
     python train_wm.py --preset tiny --demos demos --tokenizer runs/tokenizer --out-dir runs/wm          laptop, minutes
     python train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm                        paper, 1 GPU
     torchrun --nproc-per-node 8 train_wm.py --demos libero --tokenizer runs/tokenizer --out-dir runs/wm   8 GPUs
+    python train_wm.py --preset tiny --demos demos own_rollouts --init runs/wm --steps 500 --lr 5e-4 --out-dir runs/wm2
 
-Reads demonstrations of any format (docs/data.md) and a tokenizer of train_tokenizer.py. Writes
-out_dir/model.safetensors (tokenizer, action ranges, weights, config, the split by episode), train_state.pt (the same
-command resumes), log.jsonl, config.json, rollouts.png.
+Reads demonstrations of any format (docs/data.md) and a tokenizer of train_tokenizer.py, or, with `--init`, a world
+model. Writes out_dir/model.safetensors (tokenizer, action ranges, weights, config, the split by episode),
+train_state.pt (the same command resumes), log.jsonl, config.json, rollouts.png.
 
 The actions are the executed ones, in raw environment units; their ranges are those of the training split. A segment has
 the policy's 8 actions and one frame more.
+
+`--init` starts from a world model of this script, for example to learn from episodes that the policy has played since
+(docs/world_model.md), with a fresh optimizer and schedule: a new run. The world model keeps its sizes, its frozen
+tokenizer and its action ranges, and `--size`, `--factored-tokens` and `--tokenizer` are not read. It keeps its split,
+too: the episodes that it holds out must be among --demos and stay held out, all others train, new ones included, and
+`--split-seed` and `--validation-fraction` are not read. The log begins with a validation before the first step, on the
+same segments as those that follow.
 
 Differences from the paper and its public code:
 - the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
@@ -51,7 +59,7 @@ from vlarft.world_model import WorldModel
 class Config:
     """One training run; the defaults are the paper's (Table 5) and its public code's."""
 
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
@@ -60,8 +68,9 @@ class Config:
         15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
     )
 
-    tokenizer: str = opt("runs/tokenizer", "tokenizer: a run folder or its model.safetensors", group="model")
-    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the transformer")
+    init: str | None = opt(None, "world model to start from: run folder or model.safetensors", group="model")
+    tokenizer: str = opt("runs/tokenizer", "tokenizer of a world model from scratch: run folder or model.safetensors")
+    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a world model from scratch")
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
     steps: int = opt(150_000, "optimizer steps (Table 5)", group="optimisation")
@@ -154,6 +163,35 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
     return stale.chunk(part[1])[part[0]]
 
 
+def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
+    """Training and held-out episodes; with `init`, those that its world model holds out stay held out.
+
+    Raises:
+        ValueError: that world model names no held-out episodes, or one that is not among the demonstrations.
+    """
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
+    if cfg.init is None:
+        train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    else:
+        path, by_name = checkpoint_file(cfg.init), {e.name: e for e in episodes}
+        extra = read_header(path).extra
+        names = extra.get("held_out_episodes", [])
+        if not names:
+            raise ValueError(f"--init {path} names no held-out episodes: give a world model that train_wm.py wrote")
+        if missing := [name for name in names if name not in by_name]:
+            seen = extra.get("demos", ())
+            raise ValueError(
+                f"--init {path} holds out {len(names)} episodes, of which --demos {' '.join(cfg.demos)} lacks "
+                f"{len(missing)}, first {missing[0]}: give the demonstrations of its training too "
+                f"(--demos {' '.join([seen] if isinstance(seen, str) else seen)} ...)"
+            )
+        held_out = [by_name[name] for name in names]  # in the stored order: the same segments are validated
+        train = [e for e in episodes if e.name not in set(names)]
+    if cfg.experts_only:
+        train = [e for e in train if e.success and e.kind == "expert"]
+    return train, held_out
+
+
 def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: torch.device) -> FrameTokenizer:
     """The tokenizer to freeze.
 
@@ -162,7 +200,7 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     """
     path = checkpoint_file(cfg.tokenizer)
     extra = read_header(path).extra
-    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {cfg.demos}")
+    check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(
@@ -172,16 +210,47 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     return FrameTokenizer.load(path, device)
 
 
-def build_model(
-    cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode], device: torch.device
-) -> WorldModel:
-    """A new world model around the tokenizer, with the action ranges of the episodes, sharded over the processes."""
+def new_model(cfg: Config, tokenizer: FrameTokenizer, actions: Tensor) -> WorldModel:
+    """A world model with random weights around the tokenizer, with the ranges of the actions (all steps, A)."""
     torch.manual_seed(seed_of("weights", cfg.seed))
-    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])  # (all steps, A)
     own = {"action_dim": actions.shape[1], "factored_tokens": cfg.factored_tokens}
-    model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own)).to(device)
+    model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.action_bins.set_range(actions.amin(0), actions.amax(0))
+    return model
+
+
+def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
+    """The world model of `init`; warns of actions (all steps, A) outside its ranges.
+
+    Raises:
+        ValueError: it is for another robot, for chunks of another length or for images of another convention.
+    """
+    path = checkpoint_file(cfg.init)
+    check_same_images(
+        read_header(path).extra, f"world model {path}", images, f"the demonstrations {' '.join(cfg.demos)}"
+    )
+    model = WorldModel.load(path)
+    for what, found, expected in (
+        ("action dimensions", model.cfg.action_dim, actions.shape[1]),
+        ("actions per segment", model.cfg.chunk, SIZES[cfg.size].chunk),
+    ):
+        if found != expected:
+            raise ValueError(f"--init {path} has {found} {what}, this run {expected}: train a new one, without --init")
+    model.action_bins.warn_outside(actions)
+    return model
+
+
+def build_model(
+    cfg: Config, episodes: Sequence[Episode], held_out: list[Episode], images: dict, device: torch.device
+) -> WorldModel:
+    """The world model to train, new or that of `init`, sharded over the processes."""
+    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])  # (all steps, A)
+    if cfg.init is None:
+        model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), actions)
+    else:
+        model = load_init(cfg, images, actions)
+    model.to(device)
     if cfg.checkpoint_activations:
         distributed.recompute(model.decoder.layers)
     half = cfg.precision == "bf16"
@@ -242,20 +311,19 @@ def main(cfg: Config) -> dict[str, float]:
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
-    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
-    train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
-    if cfg.experts_only:
-        train = [e for e in train if e.success and e.kind == "expert"]
+    train, held_out = load_split(cfg)
     chunk = SIZES[cfg.size].chunk
     sampler = WindowSampler(train, chunk + 1, chunk, cfg.context_lookback)
     held_out_windows = WindowSampler(held_out, chunk + 1, chunk, cfg.context_lookback)
     validation = held_out_windows.spread(cfg.validation_segments)
     rollouts = held_out_windows.spread(cfg.rollout_segments)
     images = image_convention(train, cfg.camera)
-    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
+    before = read_header(cfg.init).extra.get("train_episodes", []) if cfg.init else []
+    seen = list(dict.fromkeys([*(e.name for e in train), *before]))  # all that these weights were trained on
+    names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
-    model = build_model(cfg, load_tokenizer(cfg, held_out, images, device), train, device)
+    model = build_model(cfg, train, held_out, images, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
@@ -269,6 +337,8 @@ def main(cfg: Config) -> dict[str, float]:
         values = {"step": step, "metrics": metrics, "minutes": clock.minutes}
         state.save(values, model, model.cfg, {**facts, "metrics": metrics, "steps": step})
 
+    if cfg.init and step == 0:
+        log.log(-1, validate(model, validation, rollouts, device, autocast)[0])
     while (share := clock.share(step)) < 1:
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}

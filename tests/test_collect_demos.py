@@ -180,6 +180,22 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
         dataclasses.replace(settings, policy_per_task=2)
 
 
+def test_attempts_of_a_policy_alone_lie_beside_demonstrations(tmp_path, policy_file):
+    settings = config(tmp_path / "demos", tasks=("0",), demos_per_task=1, image_size=64)
+    main(settings)
+    options = {"policy": str(policy_file), "policy_per_task": 1}
+    alone = dataclasses.replace(settings, out_dir=str(tmp_path / "own"), demos_per_task=0, **options)
+    (path,) = main(alone)
+    both = load_episodes([tmp_path / "demos", tmp_path / "own"], successes_only=False)
+    assert [(e.kind, e.name.split("/")[-1]) for e in both] == [("expert", "demo_0"), ("policy", "demo_20000")]
+    main(dataclasses.replace(alone, policy_per_task=2))  # of this policy or of another
+    with h5py.File(path) as file:
+        assert set(file["data"]) == {"demo_20000", "demo_20001"}
+    main(dataclasses.replace(alone, demos_per_task=1, out_dir=str(tmp_path / "with_expert"), policy_per_task=1))
+    with pytest.raises(ValueError, match=r"demos and \S+/with_expert both have .*/demo_0' .*--demos-per-task 0"):
+        load_episodes([tmp_path / "demos", tmp_path / "with_expert"], successes_only=False)
+
+
 def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def expert(env, seed, **options):
         if env.task_name == task_names("tabletop_object")[0]:

@@ -104,6 +104,24 @@ def test_a_lerobot_set_is_as_its_format_says(tmp_path):
     np.testing.assert_allclose(np.ravel(stats["observation.images.image"]["mean"]), pixels.mean((0, 1, 2)), atol=0.02)
 
 
+def test_places_of_several_formats_and_conventions(tmp_path):
+    before = sources(tmp_path / "demos")
+    options = ["--format", "lerobot", "--images", "png", "--kind", "policy"]
+    main([str(tmp_path / "demos"), str(tmp_path / "played"), *options])
+    main([str(tmp_path / "demos"), str(tmp_path / "turned"), *options, "--turn"])
+    main([str(tmp_path / "demos"), str(tmp_path / "small"), *options, "--size", "16", "24"])
+    both = load_episodes([tmp_path / "demos", tmp_path / "played"], successes_only=False)
+    assert [e.name for e in both[:6]] == [e.name for e in before]
+    assert [e.name for e in both[6:]] == [f"played/episode_{i:06d}" for i in range(6)]
+    assert {e.kind for e in both[6:]} == {"policy"}
+    with pytest.raises(ValueError, match=r"images of \S+/turned look like those of \S+/demos turned by 180 .* --turn"):
+        load_episodes([tmp_path / "demos", tmp_path / "turned"], successes_only=False)
+    with pytest.raises(ValueError, match=r"/demos has images of 32x48, \S+/small of 16x24: .* --size H W"):
+        load_episodes([tmp_path / "demos", tmp_path / "small"], successes_only=False)
+    with pytest.raises(FileNotFoundError, match="/played has no successful demonstrations"):
+        load_episodes([tmp_path / "demos", tmp_path / "played"])
+
+
 def test_attempts_of_a_policy_are_for_world_models(tmp_path):
     sources(tmp_path / "hdf5")
     for name, marks in (("demos", []), ("attempts", ["--kind", "policy"])):

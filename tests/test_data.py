@@ -11,14 +11,15 @@ import torch
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
 from vlarft.data.episode import no_ops
+from vlarft.data.episodes import check_places
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
 
 
-def arrays(steps, seed=0):
+def arrays(steps, seed=0, size=(6, 8)):
     rng = np.random.default_rng(seed)
     return {
-        "images": {"agentview": rng.integers(0, 256, (steps, 6, 8, 3), dtype=np.uint8)},
+        "images": {"agentview": rng.integers(0, 256, (steps, *size, 3), dtype=np.uint8)},
         "actions": rng.uniform(-1, 1, (steps, 7)),
         "intended_actions": rng.uniform(-1, 1, (steps, 7)),
         "proprio": rng.uniform(-1, 1, (steps, 8)),
@@ -26,13 +27,13 @@ def arrays(steps, seed=0):
     }
 
 
-def write(path, demos=3, steps=12, instruction="lift the cup"):
+def write(path, demos=3, steps=12, instruction="lift the cup", size=(6, 8)):
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         write_task_attrs(data, instruction, {"suite": "s"})
         for i in range(demos):
-            write_demo(data, i, **arrays(steps + i, i), attrs={"seed": i, "kind": "expert"})
+            write_demo(data, i, **arrays(steps + i, i, size), attrs={"seed": i, "kind": "expert"})
     return path
 
 
@@ -92,6 +93,45 @@ def test_failed_demonstrations_serve_the_world_model_only(tmp_path):
         write_demo(file["data"], 3, **arrays(9), success=True, attrs={"kind": "noisy"})  # noise that got lucky
     assert len(load_episodes(path)) == 2
     assert [e.kind for e in load_episodes(path, successes_only=False)] == ["expert", "expert", "failed", "noisy"]
+
+
+def test_episodes_of_several_places(tmp_path):
+    one, two = tmp_path / "a" / "s" / "x_demo.hdf5", tmp_path / "b" / "s" / "y_demo.hdf5"
+    for path, demos in ((one, 3), (two, 2)):
+        write(path, demos, size=(16, 24))
+    found = load_episodes([tmp_path / "b", str(one)])
+    assert [e.name for e in found] == [e.name for e in (*load_episodes(two), *load_episodes(one))]
+    names = ["s/y_demo/demo_1", "s/x_demo/demo_2", "s/y_demo/demo_0"]
+    assert [e.name for e in load_episodes([one, two], names=names)] == names
+    assert [e.name for e in load_episodes([one, two], names=names[1:2])] == names[1:2]  # none of the other place
+    with pytest.raises(ValueError, match=r"/x_demo.hdf5 \+ \S+/y_demo.hdf5 lacks 1 of 4 named .*'s/z_demo/demo_0'"):
+        load_episodes([one, two], names=[*names, "s/z_demo/demo_0"])
+    with pytest.raises(FileNotFoundError, match="no_place does not exist"):
+        load_episodes([one, tmp_path / "no_place"])
+    budgets = [e.images.budget for e in found]
+    assert len({id(budget) for budget in budgets}) == 1  # all places share what is kept in memory
+
+
+def test_places_that_do_not_fit_together(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder, demos in zip(folders, (1, 2, 3)):
+        write(folder / "s" / f"{'x' if folder.name == 'a' else 'y'}_demo.hdf5", demos, size=(16, 24))
+    with pytest.raises(
+        ValueError, match=r"/b and \S+/c both have an episode 's/y_demo/demo_0' \(2 such .*older 's' in"
+    ):
+        load_episodes(folders)
+    (e,) = load_episodes(folders[0])
+    other = replace(e, name="o")
+    check_places({"one": [e], "two": [other]}, "agentview")
+    for changes, message in (
+        ({"actions": e.actions[:, 1:]}, "one and two: .* action dimensions: 7 in s/x_demo/demo_0, 6 in o; train on"),
+        ({"proprio": e.proprio[:, 1:]}, "one and two: .* proprio dimensions: 8 in s/x_demo/demo_0, 7 in o; train on"),
+        ({"fps": 5.0}, "one and two: .* fps"),
+        ({"absolute": True}, "one and two: .* actions .absolute.: False in s/x_demo/demo_0, True in o"),
+        ({"images": e.images[:, :9]}, "one has images of 16x24, two of 9x24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_places({"one": [replace(e, fps=20.0)], "two": [replace(other, **changes)]}, "c")
 
 
 def test_errors_name_file_and_field(tmp_path):

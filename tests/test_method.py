@@ -449,7 +449,7 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
     played = watch(monkeypatch, WorldModel.rollout, WorldModel)
     options = {"steps": 3, "validation_interval": 3, "validation_fraction": 0.2, "context_lookback": 2}
     options |= {"warmup": 6, "schedule": "constant"}
-    files = {"demos": str(world.demos), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
+    files = {"demos": (str(world.demos),), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
     found = train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
     episodes = load_episodes(world.demos)
     executed = windows(episodes, "actions", padded=False)  # (N, T, A)

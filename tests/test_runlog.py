@@ -25,6 +25,17 @@ def test_resumed_log_reads_as_if_never_stopped(tmp_path, capsys):
     assert "wm 3/4  loss 0.5" in capsys.readouterr().err
 
 
+def test_a_run_that_starts_anew_keeps_no_line(tmp_path):
+    """Not that of a validation before the first step, either, which it writes again."""
+    for loss in (3.0, 2.0):
+        log = RunLog(tmp_path, 4, "wm")
+        log.log(-1, {"val_loss": loss})
+        log.close()
+    assert lines(tmp_path) == [{"step": -1, "val_loss": 2.0}]
+    RunLog(tmp_path, 4, "wm", start_step=1).close()
+    assert lines(tmp_path) == [{"step": -1, "val_loss": 2.0}]
+
+
 def test_gradient_norm_that_is_no_number():
     with pytest.raises(FloatingPointError, match=r"^gan_grad_norm is inf at step 7 \(grad_norm=1, gan_grad_norm=inf\)"):
         check_finite(0.5, 7, {"grad_norm": 1.0, "gan_grad_norm": float("inf")}, lambda: ["a"])

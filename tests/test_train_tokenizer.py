@@ -23,7 +23,7 @@ GAN = replace(SMOKE, gan_start=2, augment="full", weighting="uniform", context_l
 
 
 def run(demos, out_dir, base=SMOKE, **changes) -> dict:
-    return main(replace(base, demos=str(demos), out_dir=str(out_dir), **changes))
+    return main(replace(base, demos=(str(demos),), out_dir=str(out_dir), **changes))
 
 
 def log_of(out_dir) -> list[dict]:
@@ -53,6 +53,16 @@ def test_a_run_trains_and_writes_its_files(demos, tmp_path):
 
     picture = np.asarray(Image.open(tmp_path / "run" / "reconstructions.png"))
     assert picture.shape[0] > 4 * 64 and picture.std() > 10
+
+
+def test_two_places_are_one_data_set(demos, tmp_path):
+    files = tuple(str(path) for path in sorted(demos.rglob("*.hdf5")))
+    run(demos, tmp_path / "folder", steps=2)
+    assert len(files) == 2
+    main(replace(SMOKE, demos=files, out_dir=str(tmp_path / "files"), steps=2))
+    assert losses(tmp_path / "files") == losses(tmp_path / "folder")
+    extras = [read_header(tmp_path / name / "model.safetensors").extra for name in ("folder", "files")]
+    assert extras[0] == extras[1]
 
 
 def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_moving_square
 
 import train_tokenizer
 import train_wm
 from train_wm import PRESETS, load_tokenizer, main
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.run.checkpoint import load_model, load_train_state, read_header, save_model
+from vlarft.run.config import parse
 from vlarft.tokenizer import FrameTokenizer, TokenizerConfig
 from vlarft.world_model import WorldModel
 
@@ -25,7 +27,7 @@ SMOKE = replace(PRESETS["smoke"], steps=6, save_interval=2, validation_interval=
 def tokenizer(demos, tmp_path_factory) -> Path:
     """Run folder of a tokenizer that has seen a few steps, its codes spread: they would all be the middle one."""
     out_dir = tmp_path_factory.mktemp("tokenizer")
-    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=str(demos), out_dir=str(out_dir), **SPLIT)
+    cfg = replace(train_tokenizer.PRESETS["smoke"], steps=10, demos=(str(demos),), out_dir=str(out_dir), **SPLIT)
     train_tokenizer.main(cfg)
     path = out_dir / "model.safetensors"
     model, extra = load_model(path, FrameTokenizer, TokenizerConfig)
@@ -36,12 +38,42 @@ def tokenizer(demos, tmp_path_factory) -> Path:
     return out_dir
 
 
+@pytest.fixture(scope="module")
+def world_model(demos, tokenizer, tmp_path_factory) -> Path:
+    """Run folder of a world model to refresh."""
+    out_dir = tmp_path_factory.mktemp("world_model")
+    run(demos, tokenizer, out_dir)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory) -> Path:
+    """Folder of 3 episodes that a policy played, with larger actions than those of `demos`."""
+    import h5py
+
+    path = tmp_path_factory.mktemp("rollouts") / "played" / "push_red_demo.hdf5"
+    write_moving_square(path, 3, 14, 7, "push the red square", low=-1.25)
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo.attrs.update(kind="policy", success=False)
+    return path.parents[1]
+
+
 def run(demos, tokenizer, out_dir, **changes) -> dict:
-    return main(replace(SMOKE, demos=str(demos), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
+    return main(replace(SMOKE, demos=(str(demos),), tokenizer=str(tokenizer), out_dir=str(out_dir), **changes))
+
+
+def refresh(places, world_model, out_dir, **changes) -> dict:
+    demos = tuple(map(str, places))
+    return main(replace(SMOKE, demos=demos, init=str(world_model), tokenizer="none", out_dir=str(out_dir), **changes))
+
+
+def log_of(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out_dir: Path, name: str = "loss") -> list[float]:
-    return [json.loads(line)[name] for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in log_of(out_dir)]
 
 
 def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
@@ -51,7 +83,7 @@ def test_a_run_trains_and_writes_its_files(demos, tokenizer, tmp_path):
     assert 0 <= metrics["val_accuracy"] <= 1 and metrics["val_loss"] > 0 and "rollout_psnr_moving" in metrics
     extra = read_header(tmp_path / "model.safetensors").extra
     train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
-    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["demos"] == str(demos)
+    assert extra["held_out_episodes"] == [e.name for e in held_out] and extra["demos"] == [str(demos)]
     model = WorldModel.load(tmp_path / "model.safetensors")
     actions = torch.cat([torch.from_numpy(e.actions) for e in train])
     assert torch.equal(model.action_bins.low, actions.amin(0)) and torch.equal(model.action_bins.high, actions.amax(0))
@@ -94,6 +126,88 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tmp_path):
+    """With other presets of what the checkpoint fixes: its sizes, its split and its tokenizer count."""
+    ignored = {"split_seed": 5, "validation_fraction": 0.5, "size": "tiny", "factored_tokens": False}
+    with pytest.warns(UserWarning, match="lie outside the ranges that the world model was trained on"):
+        refresh([demos, rollouts], world_model, tmp_path / "two", steps=4, **ignored)
+    old, new = (read_header(folder / "model.safetensors") for folder in (world_model, tmp_path / "two"))
+    played = {e.name for e in load_episodes(rollouts, successes_only=False)}
+    assert new.extra["held_out_episodes"] == old.extra["held_out_episodes"] and new.config == old.config
+    assert set(new.extra["train_episodes"]) == {*old.extra["train_episodes"], *played} and len(played) == 3
+    assert len(new.extra["train_episodes"]) == 8 and new.extra["demos"] == [str(demos), str(rollouts)]
+
+    before, *steps = log_of(tmp_path / "two")
+    assert before == {"step": -1, **old.extra["metrics"]}  # its own last validation, number by number
+    assert [line["step"] for line in steps] == [0, 1, 2, 3] and any(line["outside"] > 0 for line in steps)
+    one, two = (WorldModel.load(folder).state_dict() for folder in (world_model, tmp_path / "two"))
+    kept = {k for k in one if torch.equal(one[k], two[k])}
+    assert kept == {k for k in one if k.startswith(("tokenizer.", "action_bins."))}
+
+    refresh([demos], tmp_path / "two", tmp_path / "three", steps=1)  # without the rollouts, which it has seen
+    extra = read_header(tmp_path / "three" / "model.safetensors").extra
+    assert set(extra["train_episodes"]) == set(new.extra["train_episodes"])
+    assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}
+
+
+def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
+    """On which the segments of a validation depend."""
+    names, model = sorted(e.name for e in load_episodes(demos)), WorldModel.load(world_model)
+    save_model(tmp_path / "model.safetensors", model, model.cfg, {"held_out_episodes": [names[4], names[1]]})
+    train, held_out = train_wm.load_split(replace(SMOKE, demos=(str(demos),), init=str(tmp_path)))
+    assert [e.name for e in held_out] == [names[4], names[1]]
+    assert sorted(e.name for e in train) == [name for i, name in enumerate(names) if i not in (1, 4)]
+
+
+def test_an_interrupted_refresh_goes_on(demos, rollouts, world_model, tmp_path, monkeypatch):
+    places = [demos, rollouts]
+    refresh(places, world_model, tmp_path / "whole")
+    check = train_wm.check_finite
+    for last in (1, 5):  # before the first checkpoint, and after the second
+
+        def interrupt(loss, step, *rest, last=last):
+            if step == last:
+                raise KeyboardInterrupt
+            check(loss, step, *rest)
+
+        monkeypatch.setattr(train_wm, "check_finite", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            refresh(places, world_model, tmp_path / "parts")
+    monkeypatch.setattr(train_wm, "check_finite", check)
+    refresh(places, world_model, tmp_path / "parts")
+    logs = [
+        [{k: v for k, v in line.items() if k != "minutes"} for line in log_of(tmp_path / n)] for n in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 7
+    whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_errors_of_a_refresh(demos, rollouts, world_model, world_model_file, tmp_path):
+    (held_out,) = read_header(world_model).extra["held_out_episodes"]
+    message = rf"holds out 1 episodes, of which --demos \S+ lacks 1, first {held_out}: .* \(--demos {demos} ...\)"
+    with pytest.raises(ValueError, match=message):
+        refresh([rollouts], world_model, tmp_path / "a")
+    with pytest.raises(ValueError, match="names no held-out episodes: give a world model that train_wm.py wrote"):
+        refresh([demos], world_model_file, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        refresh([demos], tmp_path / "nothing", tmp_path / "a")
+    model, extra = WorldModel.load(world_model), read_header(world_model).extra
+    six = WorldModel(replace(model.cfg, action_dim=6))
+    save_model(tmp_path / "six.safetensors", six, six.cfg, extra)
+    with pytest.raises(ValueError, match="six.safetensors has 6 action dimensions, this run 7: train a new one"):
+        refresh([demos], tmp_path / "six.safetensors", tmp_path / "a")
+    save_model(tmp_path / "wrist.safetensors", model, model.cfg, {**extra, "camera": "wrist"})
+    with pytest.raises(ValueError, match="wrist.safetensors has camera 'wrist', the demonstrations .* has 'agentview'"):
+        refresh([demos], tmp_path / "wrist.safetensors", tmp_path / "a")
+
+
+def test_places_on_the_command_line():
+    cfg = parse(train_wm.Config, PRESETS, ["--demos", "demos", "own_rollouts", "--init", "runs/wm"])
+    assert (cfg.demos, cfg.init) == (("demos", "own_rollouts"), "runs/wm")
+    assert PRESETS["paper"].demos == ("demos",) and PRESETS["paper"].init is None
 
 
 def test_a_loss_that_is_no_number_stops_the_run(demos, tokenizer, tmp_path):

@@ -85,8 +85,8 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
     assert check([str(demos), "--camera", "front", "--picture", str(tmp_path / "check.png")]) == 0
 
     def run(script, name, **options):
-        out = str(runs / name)
-        cfg = dataclasses.replace(script.PRESETS["smoke"], out_dir=out, demos=str(demos))
+        place = (str(demos),) if script in (train_tokenizer, train_wm, eval_wm) else str(demos)  # or several
+        cfg = dataclasses.replace(script.PRESETS["smoke"], out_dir=str(runs / name), demos=place)
         return script.main(dataclasses.replace(cfg, **options))
 
     run(train_tokenizer, "tokenizer", camera="front", validation_fraction=0.25)
@@ -97,7 +97,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
     record(tmp_path / "played", 3)  # attempts of the policy
     attempts = demos.parent / "towel_attempts"
     convert([str(tmp_path / "played"), str(attempts), "--format", "lerobot", "--kind", "policy", *options])
-    seen = {"demos": str(demos.parent), "tokenizer": str(runs / "tokenizer")}
+    seen = {"demos": (str(demos), str(attempts)), "tokenizer": str(runs / "tokenizer")}
     run(train_wm, "wm_own", camera="front", validation_fraction=0.25, **seen)
     trained, held_out = read_run(runs / "wm_own"), read_run(runs / "wm")["held_out_episodes"]
     assert sum(name.startswith("towel_attempts") for name in trained["train_episodes"]) == 2

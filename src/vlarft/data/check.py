@@ -26,7 +26,7 @@ import torch
 
 from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
-from vlarft.data.frames import Frames
+from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.pictures import grid, save_png
 
@@ -78,7 +78,7 @@ def _read(report: Report, episodes: list[Episode], path: str | Path, camera: str
     """Read into `episodes` those whose files hold all frames; every fault becomes an error."""
     try:
         report.facts["format"] = demo_files(path)[0]
-        for episode in read_episodes(path, camera, lambda *_: True, cache_bytes=64 << 20):
+        for episode in read_episodes(path, camera, lambda *_: True, budget=Budget(64 << 20)):
             if camera:
                 name = next(n for n, images in episode.cameras.items() if images is episode.images)
                 episode = replace(episode, cameras={name: episode.images})

@@ -41,15 +41,22 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
     return {"camera": camera, "mean_frame": np.mean(frames, axis=0).round(4).tolist()}
 
 
-def check_same_images(ours: dict[str, Any], our_name: str, theirs: dict[str, Any], their_name: str) -> None:
-    """Check that two models were trained on images of one convention.
+def check_same_images(
+    ours: dict[str, Any],
+    our_name: str,
+    theirs: dict[str, Any],
+    their_name: str,
+    fix: str = "train both on the same files",
+) -> None:
+    """Check that two models were trained on images of one convention, or that two data sets have one.
 
     They were not if flipping, turning or swapping the channels of the second mean frame brings it at least twice as
     close to the first. A record without these entries (public weights) is not compared.
 
     Args:
         ours, theirs: records of `image_convention`.
-        our_name, their_name: names of the two models, for the message.
+        our_name, their_name: names of the two, for the message.
+        fix: what to do, for the message.
 
     Raises:
         ValueError: camera, orientation or channel order differ.
@@ -69,5 +76,5 @@ def check_same_images(ours: dict[str, Any], our_name: str, theirs: dict[str, Any
     if unchanged > 0.02 and distances[nearest] < unchanged / 2:
         raise ValueError(
             f"image conventions differ: the images of {their_name} look like those of {our_name} {nearest} (mean "
-            f"difference {distances[nearest]:.3f}, as they stand {unchanged:.3f}); train both on the same files"
+            f"difference {distances[nearest]:.3f}, as they stand {unchanged:.3f}); {fix}"
         )

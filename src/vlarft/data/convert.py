@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
 from vlarft.data.episodes import demo_files, read_episodes
-from vlarft.data.frames import import_pillow
+from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
 
@@ -217,7 +217,7 @@ def main(argv: Sequence[str]) -> None:
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
     # which camera is read as Episode.images does not matter: all are in Episode.cameras
     camera = args.camera[0] if args.camera else None
-    source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, cache_bytes=0)
+    source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, budget=Budget(0))
     first = next(source, None)
     if first is None:
         raise FileNotFoundError(f"{args.src} has no demonstrations")

@@ -5,11 +5,12 @@ formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` re
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.hdf5_reader import read_hdf5
@@ -62,7 +63,7 @@ def read_episodes(
     keep: Callable[[str, bool, str], bool],
     *,
     with_states: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    budget: Budget | None = None,
 ) -> Iterator[Episode]:
     """Yield the episodes at `path`, each checked on its own but for its images (`Frames.check`).
 
@@ -71,11 +72,12 @@ def read_episodes(
     Args:
         camera: None picks the first.
         keep: (name, success, kind) -> whether to read an episode.
+        budget: limit on the decoded frames that are kept; None: `CACHE_BYTES` of them.
     """
     kind, places = demo_files(path)
     if with_states and kind != "hdf5":
         raise ValueError(f"{path} ({kind}) holds no simulator states; they are in HDF5 demonstrations only")
-    budget = Budget(cache_bytes)
+    budget = budget or Budget(CACHE_BYTES)
     if kind == "rlds":
         check_shards(places)
     for place in places:
@@ -88,7 +90,7 @@ def read_episodes(
 
 
 def load_episodes(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     camera: str = "agentview",
     *,
     successes_only: bool = True,
@@ -103,7 +105,7 @@ def load_episodes(
     gripper last, -1 open and +1 close.
 
     Args:
-        path: a folder (searched at any depth) or one file.
+        path: a folder (searched at any depth) or one file; or several places, each of any format.
         camera: its images become `Episode.images`; "agentview" and "eye_in_hand" also match the names that other
             formats give to LIBERO's two cameras.
         successes_only: read successful experts only; other attempts train world models, never policies.
@@ -112,13 +114,13 @@ def load_episodes(
         cache_bytes: decoded frames kept in memory, over all episodes; while there is room, none is decoded twice.
 
     Returns:
-        Episodes in order of file and demonstration number.
+        Episodes in order of place, file and demonstration number.
 
     Raises:
         FileNotFoundError: no such file or folder, or no demonstrations in it.
         ValueError: truncated file, missing camera or feature, NaN actions or proprio, wrong widths, unknown name,
             episodes that differ in fps or in the width of actions or proprio, a gripper in other units, a video of
-            `camera` that lacks frames.
+            `camera` that lacks frames; places whose episodes do not fit together, see `check_places`.
 
     Warns of episodes whose outcome is not known, which are taken as successes, and of those without `camera`, which are
     left out.
@@ -128,23 +130,75 @@ def load_episodes(
     def keep(name: str, success: bool, kind: str) -> bool:
         return (wanted is None or name in wanted) and (not successes_only or (success and kind == "expert"))
 
-    episodes = list(read_episodes(path, camera, keep, with_states=with_states, cache_bytes=cache_bytes))
+    places, budget = [path] if isinstance(path, str | Path) else list(path), Budget(cache_bytes)
+    found = {p: list(read_episodes(p, camera, keep, with_states=with_states, budget=budget)) for p in places}
+    if empty := [p for p, episodes in found.items() if not episodes and not names]:
+        raise FileNotFoundError(f"{empty[0]} has no {'successful ' if successes_only else ''}demonstrations")
+    found = {p: episodes for p, episodes in found.items() if episodes}
+    by_name = {e.name: e for episodes in found.values() for e in episodes}
+    if names is not None and (missing := [n for n in names if n not in by_name]):
+        where = " + ".join(map(str, places))
+        raise ValueError(f"{where} lacks {len(missing)} of {len(names)} named episodes, first {missing[0]!r}")
+    for place, episodes in found.items():
+        check_episodes(place, episodes)
+    check_places(found, camera)
+    return list(by_name.values()) if names is None else [by_name[n] for n in names]
+
+
+def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
+    """Check that the episodes of one place are a data set: names, frames, robot, gripper.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_episodes`.
+    """
     by_name = {e.name: e for e in episodes}
-    if names is not None:
-        if missing := [n for n in names if n not in by_name]:
-            raise ValueError(f"{path} lacks {len(missing)} of {len(names)} named episodes, first {missing[0]!r}")
-        episodes = [by_name[n] for n in names]
-    if not episodes:
-        raise FileNotFoundError(f"{path} has no {'successful ' if successes_only else ''}demonstrations")
-    if len(by_name) < len({id(e) for e in episodes}):
-        twice = next(e.name for e in episodes if by_name[e.name] is not e)
-        raise ValueError(f"{path} has two episodes of the name {twice!r}, in folders of one name; rename one of them")
+    if twice := [e.name for e in episodes if by_name[e.name] is not e]:
+        raise ValueError(
+            f"{place} has two episodes of the name {twice[0]!r}, in folders of one name; rename one of them"
+        )
     for e in episodes:
         if isinstance(e.images, Frames):  # other cameras are not read, and may be missing
             e.images.check()
     if problems := same_robot(episodes) + gripper_problems(episodes):
-        raise ValueError(f"{path}: {problems[0]}")
-    return episodes
+        raise ValueError(f"{place}: {problems[0]}")
+
+
+def check_places(found: Mapping[str | Path, Sequence[Episode]], camera: str) -> None:
+    """Check that episodes of several places, each checked on its own, are one data set.
+
+    Args:
+        found: place -> its episodes.
+        camera: camera of their images.
+
+    Raises:
+        ValueError: episodes of one name in two places, another image size, robot or image convention; the message names
+            both places.
+    """
+    origin: dict[str, str | Path] = {}
+    for place, episodes in found.items():
+        if twice := [e.name for e in episodes if e.name in origin]:
+            raise ValueError(
+                f"{origin[twice[0]]} and {place} both have an episode {twice[0]!r} ({len(twice)} such names). If they "
+                "are the same episodes, leave out one place; collect_demos.py --demos-per-task 0 --noisy-per-task 0 "
+                "collects attempts of a policy alone. If they are not, rename the folder "
+                f"{twice[0].split('/')[0]!r} in one of them"
+            )
+        origin |= {e.name: place for e in episodes}
+    if len(found) < 2:
+        return
+    (first, reference), *others = found.items()
+    images = image_convention(reference, camera)
+    for place, episodes in others:
+        if problems := same_robot([*reference, *episodes]):
+            raise ValueError(f"{first} and {place}: {problems[0]}")
+        (h, w), (height, width) = (part[0].images.shape[1:3] for part in (reference, episodes))
+        if (h, w) != (height, width):
+            raise ValueError(
+                f"{first} has images of {h}x{w}, {place} of {height}x{width}: bring them to one size with python -m "
+                "vlarft.data.convert SRC DST --size H W, or collect them at one size"
+            )
+        fix = "bring them into one (python -m vlarft.data.convert SRC DST --turn turns by 180 degrees)"
+        check_same_images(images, str(first), image_convention(episodes, camera), str(place), fix)
 
 
 def same_robot(episodes: Sequence[Episode]) -> list[str]:

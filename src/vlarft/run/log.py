@@ -31,7 +31,7 @@ class RunLog:
         if not is_main():
             return
         kept = []
-        if self.path.is_file():
+        if start_step and self.path.is_file():
             for line in self.path.read_text().splitlines():
                 try:
                     entry = json.loads(line)
@@ -49,7 +49,7 @@ class RunLog:
         self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard"), purge_step=start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of step `step` (0-based)."""
+        """Write the metrics of step `step` (0-based; -1: before the first)."""
         if self.file is None:
             return
         values = {k: float(v) for k, v in metrics.items()}

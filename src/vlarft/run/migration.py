@@ -57,6 +57,11 @@ def _name_of(values: Mapping[str, Any], named: Named, option: str, where: str) -
     return name
 
 
+def _several(values: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Return the values with those of an option that used to take one value, and now several, as a list."""
+    return {name: [v] if name == option and isinstance(v, str) else v for name, v in values.items()}
+
+
 def _pop(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values.pop(name) for name in names if name in values}
 
@@ -96,7 +101,7 @@ def train_tokenizer(
     if weights:
         weights = {name.removesuffix("_weight"): value for name, value in weights.items()}
         values["weighting"] = _name_of(weights, weighting, "weighting", where)
-    return {"split_seed": values.get("seed", 0), **values}
+    return {"split_seed": values.get("seed", 0), **_several(values, "demos")}
 
 
 def train_wm(stored: Mapping[str, Any], where: str, *, size: Named) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def train_wm(stored: Mapping[str, Any], where: str, *, size: Named) -> dict[str,
     values = migrate(stored, renamed, gone, where)
     if network := _pop(values, "transformer", "action_bins", "future_codes_only", "slot_embedding"):
         values["size"] = _name_of(network, size, "size", where)
-    return {"split_seed": values.get("seed", 0), **values}
+    return {"split_seed": values.get("seed", 0), **_several(values, "demos")}
 
 
 def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[str, Any]:
