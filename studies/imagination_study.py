@@ -110,7 +110,7 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
         train_wm.SIZES[preset] = replace(sizes[1], transformer=replace(sizes[1].transformer, **arm.transformer))
         if not arm.generated_loss:
             tokenizer_loss.generated_error = lambda *_: torch.zeros(())
-        common = {"demos": str(demos), "seed": seed, "split_seed": 0, **arm.both}
+        common = {"demos": (str(demos),), "seed": seed, "split_seed": 0, **arm.both}
         for number, (script, name, changes) in enumerate(
             ((train_tokenizer, "tokenizer", arm.tokenizer), (train_wm, "wm", {"tokenizer": str(folder / "tokenizer")}))
         ):

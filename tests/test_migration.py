@@ -388,11 +388,11 @@ def store(folder: Path, config: dict) -> None:
 
 
 CHANGED = {  # presets whose networks or context frames are others now, and what a run of the older version is told
-    ("train_tokenizer", "small"): "no --size has .small with compose: False against True.",
+    ("train_tokenizer", "small"): "no --size has .small with compose: True against False.",
     ("train_tokenizer", "tiny"): "no --size has .tiny with ",
-    ("train_tokenizer", "smoke"): "no --size has .smoke with compose: False against True.",
+    ("train_tokenizer", "smoke"): "no --size has .smoke with compose: True against False.",
     ("train_wm", "small"): "another configuration: context_lookback: 15 against None",
-    ("train_wm", "tiny"): "no --size has .tiny with width: 192 against 96",
+    ("train_wm", "tiny"): "another configuration: context_lookback: 0 against None",
     ("train_wm", "smoke"): "another configuration: context_lookback: 0 against None",
 }
 
@@ -453,8 +453,8 @@ def test_changed_options_keep_their_meaning():
         ),
         (
             "train_tokenizer",
-            {"model": {**TOKENIZER_SIZES["small"], "stem": 7}},
-            r"that no --size has \(small with stem: 2 against 7\), .* chooses among paper, small, tiny, smoke",
+            {"model": {**TOKENIZER_SIZES["paper"], "stem": 7}},
+            r"that no --size has \(paper with stem: 1 against 7\), .* chooses among paper, small, tiny, smoke",
         ),
         (
             "train_tokenizer",
