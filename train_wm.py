@@ -23,10 +23,10 @@ Differences from the paper and its public code:
 - the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
 - no weight decay (public code);
-- presets small, tiny and smoke: the context frame is the segment's first or any earlier frame of the episode, so that an
-  imagination can keep its first frame as context for a whole episode;
-- presets tiny and smoke: cosine schedule, stale input frames, factored tokens; sizes tiny and smoke learn a vector for a
-  token's place in its frame or action and normalise the loss over future codes only. These make trainings of minutes
+- presets small, tiny and smoke: the context frame is the segment's first or any earlier frame of the episode, so that
+  an imagination can keep its first frame as context for a whole episode;
+- presets tiny and smoke: cosine schedule, stale input frames, factored tokens; sizes tiny and smoke learn a vector for
+  a token's place in its frame or action and normalise the loss over future codes only. These make trainings of minutes
   work, see docs/world_model.md.
 """
 
