@@ -142,7 +142,7 @@ TINY = Config(
     future_frames=3,
     context_lookback=None,
     batch_size=4,
-    steps=2100,
+    steps=2000,
     lr=2e-3,
     warmup=50,
     beta2=0.99,
@@ -152,9 +152,9 @@ TINY = Config(
     gan_start=None,
     precision="fp32",
     validation_fraction=0.05,
-    validation_interval=550,
+    validation_interval=1000,
     validation_segments=64,
-    save_interval=300,
+    save_interval=500,
 )
 PRESETS = {
     "paper": Config(),

@@ -113,7 +113,7 @@ TINY = Config(
     factored_tokens=True,
     context_lookback=None,
     batch_size=4,
-    steps=1500,
+    steps=4000,
     lr=2e-3,
     warmup=50,
     schedule="cosine",
@@ -121,10 +121,10 @@ TINY = Config(
     stale=0.4,
     precision="fp32",
     validation_fraction=0.05,
-    validation_interval=500,
+    validation_interval=2000,
     validation_segments=128,
     rollout_segments=64,
-    save_interval=400,
+    save_interval=1000,
 )
 PRESETS = {
     "paper": Config(),

@@ -44,17 +44,20 @@ class Arm(NamedTuple):
     model: Mapping[str, Any] = {}
     network: Mapping[str, Any] = {}  # TokenizerConfig
     transformer: Mapping[str, Any] = {}
+    weighting: Mapping[str, Any] = {}  # of the tokenizer's loss
     generated_loss: bool = True
 
 
 WIDE = {"width": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 512}
 CHANNELS = {"block_channels": (32, 64)}
+WEAK = {"still": 0.6}
 BEFORE = Arm(
     both={"context_lookback": 0},
     tokenizer={"batch_size": 8, "steps": 1100},
     model={"steps": 1500},
     network={**CHANNELS, "compose": False},
     transformer=WIDE,
+    weighting=WEAK,
 )
 ARMS = {
     "before": BEFORE,
@@ -63,6 +66,7 @@ ARMS = {
     "no composition": Arm(network={"compose": False}),
     "composition without a loss of its own for what it hides": Arm(generated_loss=False),
     "tokenizer: channels and batch as before": Arm(network=CHANNELS, tokenizer={"batch_size": 8}),
+    "codes of still patches: pulled to 0 as weakly as before": Arm(weighting=WEAK),
     "transformer: width as before": Arm(transformer=WIDE),
 }
 
@@ -102,12 +106,13 @@ def material(cfg: Config, suite: str) -> Path:
 
 def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: int) -> None:
     """Train an arm's tokenizer and world model, unless that is done."""
-    preset, torch_threads = cfg.stage_preset, torch.get_num_threads()
-    torch.set_num_threads(1)
+    preset = cfg.stage_preset
     own_loss, sizes = tokenizer_loss.generated_error, (train_tokenizer.SIZES[preset], train_wm.SIZES[preset])
+    weights = train_tokenizer.WEIGHTINGS["small_objects"]
     try:
         train_tokenizer.SIZES[preset] = replace(sizes[0], **arm.network)
         train_wm.SIZES[preset] = replace(sizes[1], transformer=replace(sizes[1].transformer, **arm.transformer))
+        train_tokenizer.WEIGHTINGS["small_objects"] = replace(weights, **arm.weighting)
         if not arm.generated_loss:
             tokenizer_loss.generated_error = lambda *_: torch.zeros(())
         common = {"demos": (str(demos),), "seed": seed, "split_seed": 0, **arm.both}
@@ -124,8 +129,8 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
             (folder / name / "done").touch()
     finally:
         train_tokenizer.SIZES[preset], train_wm.SIZES[preset] = sizes
+        train_tokenizer.WEIGHTINGS["small_objects"] = weights
         tokenizer_loss.generated_error = own_loss
-        torch.set_num_threads(torch_threads)
 
 
 def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
@@ -169,6 +174,7 @@ def codes_in_use(tokenizer: Path, demos: Path) -> int:
 def main(cfg: Config) -> dict:
     """Run what is missing; returns what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
+    torch.set_num_threads(1)
     report = read_report(cfg, "runs", free=("runs", "demo", "out", "suites", "arms", "seeds"))
     report = {"command": "python studies/imagination_study.py", "machine": machine(), **report}
     for seed in cfg.seeds:

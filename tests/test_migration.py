@@ -500,7 +500,8 @@ def test_a_run_of_an_older_version_goes_on(demos, tmp_path):
     common = {"demos": str(demos), "steps": 2, "validation_fraction": 0.2}
     inputs = {"train_tokenizer": {}, "train_wm": {"tokenizer": str(tmp_path / "train_tokenizer")}, "train_sft": {}}
     smoke = {script: dict(runs["smoke"]) for script, runs in RUNS.items()}
-    smoke["train_tokenizer"]["model"] = {**smoke["train_tokenizer"]["model"], "compose": True}  # as today's
+    network = {**smoke["train_tokenizer"]["model"], "compose": True}
+    smoke["train_tokenizer"] |= {"model": network, "still_weight": 2.0}  # as today's
     for script in ("train_tokenizer", "train_wm"):
         inputs[script]["context_lookback"] = 0
     for script, given in inputs.items():

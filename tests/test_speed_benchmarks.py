@@ -79,6 +79,19 @@ def test_pixels_against_straightforward_versions(load_benchmark, tmp_path, monke
         benchmark.main(cfg)
 
 
+def test_whole_episodes(load_benchmark, tmp_path):
+    benchmark = load_benchmark("episodes")
+    report = benchmark.main(replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "e.json")))
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads(json.dumps(report))
+    assert set(report["versions"]) == {"anchored", "anew"}  # `before` is of size tiny
+    assert all(row["frames_per_second"] > 0 for row in report["versions"].values())
+    sizes = benchmark.SIZES["smoke"]
+    context = 2 * sizes.transformer.depth * sizes.transformer.width * sizes.tokenizer.num_context_tokens * 4
+    assert report["versions"]["anchored"]["bytes"]["context"] == context
+    old = benchmark.before(benchmark.SIZES["tiny"])
+    assert not old.tokenizer.compose and old.transformer.width == 192
+
+
 def test_decoding_each_different_frame_once(load_benchmark, rft_config, tmp_path, monkeypatch):
     benchmark = load_benchmark("distinct")
     files = {name: getattr(rft_config, name) for name in ("policy", "world_model", "demos")}

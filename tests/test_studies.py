@@ -11,6 +11,7 @@ import factor_cells
 import figures
 import findings
 import gates
+import imagination_study
 import labels
 import outcomes
 import pytest
@@ -196,6 +197,18 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert "| ceiling: decoded frames |" in shown and f"| {arm['psnr_moving']:.1f} dB |" in shown
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], arms=("none",)))
+
+    places = {"demo": str(demo), "runs": str(tmp_path / "imagination"), "out": str(tmp_path / "imagination.json")}
+    cfg = dataclasses.replace(imagination_study.PRESETS["smoke"], minutes=(0.05, 0.05), **places)
+    sizes = dict(imagination_study.train_wm.SIZES)
+    report = imagination_study.main(cfg)
+    assert json.loads((tmp_path / "imagination.json").read_text()) == json.loads(json.dumps(report))
+    (found,) = report["runs"].values()
+    assert found["steps"][0] > 1 and found["codes"] >= 1 and len(found["psnr_moving"]) == 2
+    assert -1 <= found["r3_policy"]["gate_policy_true"] <= 1 and found["last_chunk"]["copy"]["still_error"] >= 0
+    assert sizes == imagination_study.train_wm.SIZES  # an arm's sizes are gone after it
+    report = imagination_study.main(dataclasses.replace(cfg, arms=("no composition",)))
+    assert list(report["runs"]) == ["tabletop_object/now/0", "tabletop_object/no composition/0"]
 
     places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))

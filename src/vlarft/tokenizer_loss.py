@@ -42,7 +42,7 @@ class Weighting:
 # training learn the table and never the blocks. Squared errors, coarse scales and pixel weights make them count.
 WEIGHTINGS = {
     "uniform": Weighting(),
-    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, pyramid=3, still=0.6),
+    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, pyramid=3, still=2.0),
 }
 
 

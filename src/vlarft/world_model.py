@@ -556,7 +556,7 @@ PRESETS = {
     ),
     "tiny": WorldModelConfig(
         tokenizer=TOKENIZERS["tiny"],
-        transformer=TransformerConfig(depth=4, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512, init_std=0.06),
+        transformer=TransformerConfig(depth=4, width=96, num_heads=3, num_kv_heads=3, ffn_dim=256, init_std=0.06),
         future_codes_only=True,
         slot_embedding=True,
         factored_tokens=True,
