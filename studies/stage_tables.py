@@ -1,10 +1,10 @@
 """Tables of the studies of one stage each, of the demo and of the scripted experts, from their JSON files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from labels import note, training
-from table_text import difference, percent, points, share, table
+from table_text import difference, over_seeds, percent, points, share, table
 
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
 
@@ -95,6 +95,42 @@ def imagination_table(report: dict) -> str:
         perturbed = [f"{order[f'R3 {how}']['all']['spearman']:.2f}" for how in ("greedy", "common", "independent")]
         own = [f"{near[how]['gate_policy_true']:.2f}" for how in ("greedy", "common", "sample")]
         rows += [[name, "perturbed", *perturbed], [name, "the policy's", *own]]
+    return table(heads, rows)
+
+
+def imagination_arms_table(report: dict, arms: Sequence[str]) -> str:
+    """Single chunks and whole episodes of arms of imagination_study.py: means over seeds, for each suite."""
+    heads = ["suite", "arm", "seeds", "PSNR, moving pixels", "SSIM", "R3, perturbed chunks", "R3, the policy's chunks"]
+    heads += ["last chunk: SSIM", "PSNR, moving pixels", "error of still pixels", "codes"]
+    rows = []
+    suites = dict.fromkeys(name.split("/")[0] for name in report["runs"])
+    for suite in suites:
+        for arm in arms:
+            runs = [run for name, run in report["runs"].items() if name.rpartition("/")[0] == f"{suite}/{arm}"]
+            if not runs:
+                continue
+            last = [run["last_chunk"] for run in runs]
+            found = {
+                "psnr": ([run["psnr_moving"][0] for run in runs], 1),
+                "ssim": ([run["ssim"][0] for run in runs], 3),
+                "r3": ([run["r3"]["spearman"] for run in runs], 2),
+                "policy": ([run["r3_policy"]["gate_policy_true"] for run in runs], 2),
+                "last ssim": ([chunk["imagined"]["ssim"] for chunk in last], 3),
+                "last psnr": ([chunk["imagined"]["psnr_moving"] for chunk in last], 1),
+                "still": ([chunk["imagined"]["still_error"] for chunk in last], 4),
+                "codes": ([run["codes"] for run in runs], 0),
+            }
+            rows.append([suite, arm, str(len(runs)), *(over_seeds(*values) for values in found.values())])
+        copies = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
+        last = [run["last_chunk"]["copy"] for run in copies]
+        columns = {
+            "psnr": ([run["psnr_moving"][1] for run in copies], 1),
+            "ssim": ([run["ssim"][1] for run in copies], 3),
+            "last ssim": ([chunk["ssim"] for chunk in last], 3),
+            "last psnr": ([chunk["psnr_moving"] for chunk in last], 1),
+        }
+        shown = [f"{sum(values) / len(values):.{digits}f}" for values, digits in columns.values()]
+        rows.append([suite, "first frame copied", "", *shown[:2], "", "", *shown[2:], "0", ""])
     return table(heads, rows)
 
 

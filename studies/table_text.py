@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from vlarft.statistics import paired_difference, wilson_interval
 
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 % quantiles, by the number of values
+
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
@@ -51,6 +53,15 @@ def shift(kind: str, change: dict[str, float]) -> str:
     if kind == "std":
         return f"{100 * change['mean'] / change['before']:+.0f} %"
     return f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f}"
+
+
+def over_seeds(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds with its 95 % interval by Student's t; one seed alone has none."""
+    mean, count = sum(values) / len(values), len(values)
+    if count == 1:
+        return f"{mean:.{digits}f}"
+    half = STUDENT[count] * (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
+    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
 def interval(values: Sequence[float], digits: int = 2) -> str:
