@@ -215,7 +215,10 @@ class FrameTokenizer(nn.Module):
         self._check(frames, 5)
         if context.encoder_kv is None:
             raise ValueError("this context was rebuilt from tokens: encoding needs one from encode_context(frame)")
-        latent, _ = self.cond_encoder(frames.flatten(0, 1), context.encoder_kv)  # (S * L, D, h, w)
+        images = frames
+        if self.cfg.compose:
+            images = torch.cat([frames, context.frame[:, None].expand_as(frames)], dim=2)  # (S, L, 2 * C, H, W)
+        latent, _ = self.cond_encoder(images.flatten(0, 1), context.encoder_kv)  # (S * L, D, h, w)
         p = self.cfg.future_patch
         patches = rearrange(latent, "b d (h p) (w q) -> b (h w) (p q d)", p=p, q=p)  # (S * L, Nf, p * p * D)
         return self.quant_linear(patches)

@@ -38,8 +38,8 @@ class TokenizerConfig:
         local_init: let each position of the cross-attention attend to the same position of the context at first. Off in
             the paper (position embeddings start at zero); a short training need not learn the correspondence then.
         compose: show the context frame itself where nothing moved: the conditional decoder also decodes a mask m, and a
-            future frame is m * generated + (1 - m) * context frame. Its last stage sees the context's pixels. Off in
-            the paper, whose decoder repaints every pixel.
+            future frame is m * generated + (1 - m) * context frame. Its last stage sees the context's pixels, and so
+            does the conditional encoder's first convolution. Off in the paper, whose decoder repaints every pixel.
     """
 
     image_size: tuple[int, int] = (256, 256)
@@ -267,7 +267,8 @@ class Encoder(nn.Module):
         super().__init__()
         dims, last = cfg.block_channels, len(cfg.block_channels) - 1
         self.stem = cfg.stem
-        self.conv_in = nn.Conv2d(cfg.channels * cfg.stem**2, dims[0], 3, padding=1)
+        channels = cfg.channels * (2 if conditional and cfg.compose else 1)  # composing: with the context frame's
+        self.conv_in = nn.Conv2d(channels * cfg.stem**2, dims[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Stage((dims[max(i - 1, 0)], dims[i]), cfg.res_blocks, cfg.norm_groups, "down" if i < last else None)
             for i in range(len(dims))
@@ -281,7 +282,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(dims[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor, keys_values: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Tensor]]:
-        """x: (B, C, H, W) -> latent (B, D, h, w) and the features of the stages at the latent grid."""
+        """x: (B, C, H, W), (B, 2 C, H, W) if composing -> latent (B, D, h, w), features of the stages at that grid."""
         x = F.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)  # (B, C stem^2, H/stem, ...)
         x = self.conv_in(x)
         features = []
