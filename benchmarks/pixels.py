@@ -77,8 +77,8 @@ class Workload:
     def decode_alone(self) -> Tensor:
         """Decode every frame with a context of its own."""
         group, frames = self.tokens.shape[1:3]
-        codes = self.context.tokens.repeat_interleave(group * frames, 0)
-        context: Context = self.tokenizer.context_from_tokens(codes)
+        rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(group * frames)
+        context: Context = self.context.starts(rows)
         images = self.tokenizer.decode(self.tokens.flatten(0, 2)[:, None], context)[:, 0]
         return images.unflatten(0, self.tokens.shape[:3])
 

@@ -300,7 +300,7 @@ def test_the_world_model_plays_raw_actions_from_the_frames_of_the_starts(world, 
     options |= {"divide_by_std": True}
     log = fine_tune(world, tmp_path, **options)
     (sampled,), batch = rollouts(chains, 12), batches[0].result
-    starts = torch.cat([c.given["context_frame"].repeat_interleave(c.given["actions"].shape[1], 0) for c in played])
+    starts = torch.cat([c.given["start"].repeat_interleave(c.given["actions"].shape[1], 0) for c in played])
     actions = torch.cat([call.given["actions"].flatten(0, 1) for call in played])  # (N, T, A)
     frames = torch.cat([call.result.frames.flatten(0, 1) for call in played])  # (N, T, C, H, W)
 

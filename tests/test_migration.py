@@ -392,7 +392,7 @@ CHANGED = {  # presets whose networks or context frames are others now, and what
     ("train_tokenizer", "tiny"): "no --size has .tiny with ",
     ("train_tokenizer", "smoke"): "no --size has .smoke with compose: True against False.",
     ("train_wm", "small"): "another configuration: context_lookback: 15 against None",
-    ("train_wm", "tiny"): "another configuration: context_lookback: 0 against None",
+    ("train_wm", "tiny"): "no --size has .tiny with transformer.width: 96 against 192",
     ("train_wm", "smoke"): "another configuration: context_lookback: 0 against None",
 }
 

@@ -86,7 +86,7 @@ class Context(NamedTuple):
     frame: Tensor | None = None
     pixels: Tensor | None = None
 
-    def starts(self, rows: slice) -> "Context":
+    def starts(self, rows: slice | Tensor) -> "Context":
         """Select some of the starts, for decoding."""
         pairs = [(key[rows], value[rows]) for key, value in self.decoder_kv]
         frame, pixels = (None if x is None else x[rows] for x in (self.frame, self.pixels))

@@ -337,7 +337,7 @@ class FrameDecoder(nn.Module):
         """
         for i, stage in enumerate(self.up_blocks):
             if pixels is not None and i == len(self.up_blocks) - 1:
-                x = x + pixels.repeat_interleave(len(x) // len(pixels), dim=0)
+                x = x + pixels.to(x.dtype).repeat_interleave(len(x) // len(pixels), dim=0)
             x = stage(x)
         last = F.silu(self.conv_norm_out(x))
         return F.pixel_shuffle(self.conv_out(last), self.stem), last
