@@ -1,14 +1,20 @@
-"""Measure a world model on held-out episodes: frames (Table 1) and sensitivity to actions.
+"""Measure a world model on held-out episodes: frames (Table 1), whole episodes, sensitivity to actions.
 
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval                   one process
     python eval_wm.py --preset tiny --world-model runs/wm --out-dir runs/wm/eval --true-error      with the simulator
     torchrun --nproc-per-node 8 eval_wm.py --world-model runs/wm --out-dir runs/wm/eval            8 GPUs
 
 Reads the world model and the held-out episodes of the demonstrations that it names. Writes out_dir/results.json,
-rollouts.png (rows: true, imagined; columns: time), rollouts.gif.
+rollouts.png (rows: true, imagined; columns: time), rollouts.gif; of four whole episodes, episodes.png (columns: ends of
+chunks) and episodes.gif (left true, right imagined).
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
 repeats the start frame, over all pixels and over those that move.
+
+Whole episodes (not in the paper): the recorded actions of an episode are replayed in imagination from its first frame,
+the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
+absolute error on pixels that never move, which shows drift; and all of them in each episode's last chunk, which may be
+shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying.
 
 Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
 chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
@@ -29,6 +35,7 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
+from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
@@ -37,6 +44,7 @@ from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
+from vlarft.statistics import bootstrap_interval
 from vlarft.world_model import WorldModel
 
 
@@ -50,12 +58,15 @@ class Config:
 
     world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
-    greedy: bool = opt(False, "imagine greedily for the frame metrics, instead of sampling")
+    greedy: bool = opt(False, "imagine greedily, not sampling, for the metrics of segments and episodes")
     temperature: float = opt(1.0, "temperature of sampled rollouts")
     top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
     segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
-    batch_size: int = opt(16, "segments, or starts, imagined at once")
+    episodes: int = opt(
+        64, "held-out episodes replayed whole, evenly spaced over suites, kinds, tasks; 0 leaves it out"
+    )
+    batch_size: int = opt(16, "segments, episodes or starts imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
@@ -66,12 +77,12 @@ class Config:
     seed: int = opt(0, "seed of perturbations and rollouts")
 
 
-TINY = Config(segments=128, greedy=True, perceptual="ssim", starts=12, precision="fp32")
+TINY = Config(segments=128, episodes=32, greedy=True, perceptual="ssim", starts=12, precision="fp32")
 PRESETS = {
     "paper": Config(),
     "small": Config(perceptual="ssim"),
     "tiny": TINY,
-    "smoke": replace(TINY, segments=8, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
+    "smoke": replace(TINY, segments=8, episodes=2, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
 }
 
 
@@ -144,6 +155,92 @@ def evaluate_frames(
     return {**found, "all": both}
 
 
+def chunk_totals(replayed: ImaginedEpisode, chunk: int, distance: PerceptualDistance) -> Tensor:
+    """Sum each metric over the frames of each chunk of an episode, for `imagined` and `copy`: (2, chunks, 9) float64.
+
+    Columns: number of frames; the rows of `frame_sums`; absolute error on pixels that never move, and their number.
+    """
+    true, first = replayed.true[1:], replayed.true[:1]
+    moving = moving_mask(true, first)  # (T, 1, H, W)
+    still = ~moving.any(dim=0)  # (1, H, W)
+    methods = []
+    for pred in (replayed.imagined[1:], first.expand_as(true)):
+        columns = []
+        for p, t, m in zip(*(frames.split(chunk) for frames in (pred, true, moving)), strict=True):
+            sums = frame_sums(p[None], t[None], m[None], distance).sum(dim=1)  # (6,)
+            absolute, number = ((p - t).abs() * still).double().sum().item(), still.sum().item() * p.shape[:2].numel()
+            columns.append(torch.tensor([len(p), *sums.tolist(), absolute, number], dtype=torch.float64))
+        methods.append(torch.stack(columns))
+    return torch.stack(methods)
+
+
+def chunk_metrics(totals: Tensor) -> dict[str, Tensor]:
+    """Turn totals of frames (..., 9), columns as in `chunk_totals`, or their means into metrics (...); PSNR in dB."""
+    frames, error, psnr, similarity, distance, squared, moving, absolute, still = totals.unbind(-1)
+    out = {"mse": error / frames, "psnr": psnr / frames, "ssim": similarity / frames, "perceptual": distance / frames}
+    out["psnr_moving"] = -10 * (squared / moving).clamp_min(1e-10).log10()
+    return {**out, "still_error": absolute / still}
+
+
+def evaluate_episodes(
+    model: WorldModel, episodes: list[Episode], cfg: Config, distance: PerceptualDistance, autocast
+) -> dict:
+    """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk."""
+    chunk = model.cfg.chunk
+    numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
+    totals = torch.zeros(len(episodes), 2, max(chunks), 9, dtype=torch.float64)
+    for replayed in imagined_episodes(
+        model,
+        episodes,
+        autocast=autocast,
+        batch_size=cfg.batch_size,
+        greedy=cfg.greedy,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        part=distributed.part(),
+    ):
+        i = numbers[replayed.episode.name]
+        totals[i, :, : chunks[i]] = chunk_totals(replayed, chunk, distance)
+    totals = distributed.mean_tensor(totals) * distributed.world_size()  # one process has an episode, the others zeros
+    last = totals[torch.arange(len(episodes)), :, torch.tensor(chunks) - 1]  # (episodes, 2, 9)
+    per_chunk = chunk_metrics(totals.sum(dim=0))  # name -> (2, chunks)
+    methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
+    methods["difference"] = lambda both: both[..., 0] - both[..., 1]
+    return {
+        "recorded": [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes],
+        "chunks": {"episodes": (totals[:, 0, :, 0] > 0).sum(dim=0).tolist()}
+        | {
+            method: {name: of(values.T).tolist() for name, values in per_chunk.items()}
+            for method, of in methods.items()
+        },
+        "last_chunk": {
+            method: {
+                name: bootstrap_interval(last, lambda means, of=of, name=name: of(chunk_metrics(means)[name]))._asdict()
+                for name in per_chunk
+            }
+            for method, of in methods.items()
+        },
+    }
+
+
+def report_episodes(results: dict) -> list[str]:
+    """A table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
+    names = ("psnr_moving", "psnr", "ssim", "perceptual", "still_error")
+    chunks, last = results["chunks"], results["last_chunk"]
+    rows = {"": names}  # title -> cells
+    for k in (2**i - 1 for i in range(len(chunks["episodes"]).bit_length())):
+        cells = [f"{chunks['imagined'][n][k]:6.3f} ({chunks['copy'][n][k]:6.3f})" for n in names]
+        rows[f"chunk {k + 1} of {chunks['episodes'][k]} episodes"] = cells
+    rows["last chunk of each"] = [
+        f"{last['imagined'][n]['value']:6.3f} ({last['copy'][n]['value']:6.3f})" for n in names
+    ]
+    for method in ("imagined", "difference"):
+        rows[f"95 %, {method}"] = [f"[{last[method][n]['low']:.3f}, {last[method][n]['high']:.3f}]" for n in names]
+    title = "whole episodes: imagined (first frame copied)"
+    return [title, *(f"{name:>24} " + " ".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items())]
+
+
 def report(results: dict) -> str:
     """The tables as text."""
     lines = [
@@ -156,6 +253,8 @@ def report(results: dict) -> str:
             for method, values in methods.items():
                 row = " ".join(f"{v:7.4f}" if metric == "mse" else f"{v:7.3f}" for v in values[metric])
                 lines.append(f"{suite[-8:]:>8} {metric:>11} {method[:4]} {row}")
+    if "episodes" in results:
+        lines += report_episodes(results["episodes"])
     for against, found in results.get("sensitivity", {}).items():
         lines.append(f"perturbed chunks ranked by reward and by {against} error: Spearman (share of pairs in order)")
         for name, groups in found.items():
@@ -177,6 +276,24 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     save_png(out_dir / "rollouts.png", grid(rows, ["true", "imagined"] * len(picks)))
     times = [grid([frames[:, t], imagined[:, t]], ["true", "imagined"]) for t in range(frames.shape[1])]
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
+
+
+def draw_episodes(model: WorldModel, episodes: list[Episode], out_dir: Path, autocast) -> None:
+    """Greedy imaginations of up to four whole episodes as a picture and as an animation."""
+    films = list(imagined_episodes(model, spread_episodes(episodes, 4), autocast=autocast, greedy=True))
+    rows = []
+    for _, true, imagined in films:
+        borders = [*range(0, len(true) - 1, model.cfg.chunk), len(true) - 1]
+        rows += [true[borders], imagined[borders]]
+    save_png(out_dir / "episodes.png", grid(rows, ["true", "imagined"] * len(films), min_side=64))
+    longest = max(len(film.true) for film in films)
+    pictures = []
+    # about 90 pictures at most; an episode that has ended shows its last frame
+    for t in (*range(0, longest - 1, -(-longest // 90)), longest - 1):
+        pairs = [[frames[min(t, len(frames) - 1)] for frames in (film.true, film.imagined)] for film in films]
+        two_a_row = [[image for pair in pairs[i : i + 2] for image in pair] for i in range(0, len(pairs), 2)]
+        pictures.append(grid(two_a_row, min_side=64))
+    save_gif(out_dir / "episodes.gif", pictures, frames_per_second=10, hold_last=1, colors=128)
 
 
 def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
@@ -213,12 +330,17 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     episodes = held_out_episodes(cfg, path)
-    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, extra.get("context_lookback", 0))
+    # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
+    lookback = extra.get("context_lookback") or 0
+    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
+    if cfg.episodes:
+        whole = spread_episodes(episodes, cfg.episodes)
+        results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(
@@ -237,6 +359,8 @@ def main(cfg: Config) -> dict:
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
+        if cfg.episodes:
+            draw_episodes(model, whole, out_dir, autocast)
         print(report(results))
     distributed.cleanup()
     return results

@@ -9,7 +9,7 @@ import torch
 
 import eval_wm
 from eval_wm import PRESETS, evaluate_frames, frame_sums, main, own_rows, summary
-from vlarft import sensitivity
+from vlarft import imagined_episodes, sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
@@ -49,9 +49,9 @@ def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, 
     assert np.asarray(Image.open(tmp_path / "rollouts.png")).std() > 5
 
 
-def test_frames_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
+def test_frames_episodes_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
     asked = {}
-    for module in (eval_wm, sensitivity):
+    for module in (eval_wm, imagined_episodes, sensitivity):
 
         def noted(device, stream, *numbers, module=module):
             asked.setdefault(module, set()).add((stream, *numbers))
@@ -59,7 +59,7 @@ def test_frames_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp
 
         monkeypatch.setattr(module, "generator", noted)
     main(replace(CFG, world_model=str(checkpoint), out_dir=str(tmp_path)))
-    assert asked[eval_wm] and asked[sensitivity] and not asked[eval_wm] & asked[sensitivity]
+    assert len(asked) == 3 and len(set().union(*asked.values())) == sum(map(len, asked.values()))
 
 
 class FrameLater:
@@ -74,7 +74,7 @@ class FrameLater:
     def rollout(self, context_frame, actions, **options) -> Rollout:
         rows = slice(self.used, self.used + len(actions))
         self.used += len(actions)
-        return Rollout(torch.zeros(0), self.frames[rows, None, :-1])
+        return Rollout(torch.zeros(0), self.frames[rows, None, :-1], None)
 
 
 def test_frame_metrics_by_hand(demos):

@@ -1,0 +1,95 @@
+"""Whole episodes in imagination: the world model replays the recorded actions from an episode's first frame to its end.
+
+Not in the paper, whose imaginations are one chunk long. The first frame is the context of all frames to come, and no
+later one is shown to the model, so errors add up as they would in an imagined attempt.
+
+Shapes: L frames of an episode, L - 1 actions between them, A action dim, (C, H, W) frame.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vlarft.data.episode import Episode, Images
+from vlarft.run.random import generator
+from vlarft.world_model import WorldModel
+
+
+class ImaginedEpisode(NamedTuple):
+    """An episode as it was recorded and as it was imagined.
+
+    true, imagined: (L, C, H, W) float32 in [0, 1]; frame 0 is the recorded one in both.
+    """
+
+    episode: Episode
+    true: Tensor
+    imagined: Tensor
+
+
+def spread_episodes(episodes: Sequence[Episode], count: int) -> list[Episode]:
+    """Return `count` episodes, or all if there are fewer, evenly spaced in an order by suite, kind and task.
+
+    Each suite, and each kind of episode in it, gets its share of them. Episodes of a single frame are left out.
+    """
+    ordered = sorted(
+        (e for e in episodes if len(e) > 1), key=lambda e: (e.name.split("/")[0], e.kind, e.instruction, e.name)
+    )
+    picks = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
+    return [ordered[i] for i in picks]
+
+
+def imagined_episodes(
+    model: WorldModel,
+    episodes: Sequence[Episode],
+    *,
+    autocast: AbstractContextManager,
+    batch_size: int = 16,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 0.8,
+    seed: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[ImaginedEpisode]:
+    """Replay episodes in imagination, the shortest first.
+
+    Args:
+        model: imagines on the device of its parameters, on which the frames stay.
+        episodes: of two frames or more.
+        autocast: context for the model's forwards.
+        batch_size: episodes imagined at once, which should be of similar lengths: the short ones are padded.
+        greedy, temperature, top_p: see `Sampling`.
+        seed: seed of sampled imaginations.
+        part: (index, count): yield this share of the batches, so that an imagination does not depend on the number of
+            processes.
+    """
+    device = next(model.parameters()).device
+    by_length = sorted(episodes, key=len)
+    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    for number in range(part[0], len(batches), part[1]):
+        batch = batches[number]
+        first_frames = torch.stack([_to_float(e.images[:1], device)[0] for e in batch])  # (S, C, H, W)
+        longest = len(batch[-1]) - 1  # actions; the one after the last frame leads to none
+        # the last action once more, which is inside the recorded range; the frames after it are dropped
+        rows = [np.pad(e.actions[:-1], ((0, longest - (len(e) - 1)), (0, 0)), mode="edge") for e in batch]
+        with autocast:
+            rollout = model.rollout(
+                first_frames,
+                torch.from_numpy(np.stack(rows)).to(device)[:, None],  # (S, 1, longest, A)
+                greedy=greedy,
+                temperature=temperature,
+                top_p=top_p,
+                generator=generator(device, "whole episodes", seed, number),
+            )
+        for episode, frames in zip(batch, rollout.frames[:, 0], strict=True):
+            true = _to_float(episode.images[:], device)
+            yield ImaginedEpisode(episode, true, torch.cat([true[:1], frames[: len(episode) - 1]]))
+
+
+def _to_float(images: Images, device: torch.device) -> Tensor:
+    """Convert uint8 (L, H, W, C) to float32 (L, C, H, W) in [0, 1]."""
+    return rearrange(torch.from_numpy(np.asarray(images)).to(device), "l h w c -> l c h w").float() / 255
