@@ -5,15 +5,16 @@
     torchrun --nproc-per-node 8 eval_wm.py --world-model runs/wm --out-dir runs/wm/eval            8 GPUs
 
 Reads the world model and the held-out episodes of the demonstrations that it names. Writes out_dir/results.json,
-rollouts.png (rows: true, imagined; columns: time) and rollouts.gif of single chunks, episodes.png and episodes.gif of
-whole episodes.
+rollouts.png (rows: true, imagined; columns: time), rollouts.gif; of four whole episodes, episodes.png (columns: ends of
+chunks) and episodes.gif (left true, right imagined).
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
 repeats the start frame, over all pixels and over those that move.
 
-Whole episodes (not in the paper): the recorded actions are played in imagination from the first frame, the context of
-them all, to the last. The same metrics for each chunk, beside copies of the first frame; the error on what stands still
-in the whole episode; and each episode's last chunk, a mean over episodes with a 95 % interval.
+Whole episodes (not in the paper): the recorded actions of an episode are replayed in imagination from its first frame,
+the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
+absolute error on pixels that never move, which shows drift; and all of them in each episode's last chunk, which may be
+shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying.
 
 Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
 chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
-from vlarft.imagined_episodes import ImaginedEpisode, chunk_sums, imagine_episodes, summarise_episodes
+from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
@@ -43,6 +44,7 @@ from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
+from vlarft.statistics import bootstrap_interval
 from vlarft.world_model import WorldModel
 
 
@@ -58,13 +60,15 @@ class Config:
 
     world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
-    greedy: bool = opt(False, "imagine greedily for the frame metrics, instead of sampling")
+    greedy: bool = opt(False, "imagine greedily, not sampling, for the metrics of segments and episodes")
     temperature: float = opt(1.0, "temperature of sampled rollouts")
     top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
     segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
-    episodes: int = opt(64, "held-out episodes imagined from their first frame to their last; 0 leaves it out")
-    batch_size: int = opt(16, "segments, starts or episodes imagined at once")
+    episodes: int = opt(
+        64, "held-out episodes replayed whole, evenly spaced over suites, kinds, tasks; 0 leaves it out"
+    )
+    batch_size: int = opt(16, "segments, episodes or starts imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
@@ -153,56 +157,90 @@ def evaluate_frames(
     return {**found, "all": both}
 
 
-def evaluate_episodes(
-    model: WorldModel, episodes: list[Episode], cfg: Config, distance: PerceptualDistance, autocast, shown: int = 4
-) -> tuple[dict, list[ImaginedEpisode]]:
-    """Measure `cfg.episodes` whole episodes, evenly spaced among those given.
+def chunk_totals(replayed: ImaginedEpisode, chunk: int, distance: PerceptualDistance) -> Tensor:
+    """Sum each metric over the frames of each chunk of an episode, for `imagined` and `copy`: (2, chunks, 9) float64.
 
-    Returns:
-        As `summarise_episodes`, with the episodes' names; and up to `shown` episodes of this process.
+    Columns: number of frames; the rows of `frame_sums`; absolute error on pixels that never move, and their number.
     """
-    device = next(model.parameters()).device
-    picks = np.linspace(0, len(episodes) - 1, min(cfg.episodes, len(episodes))).round().astype(int).tolist()
-    chosen = [episodes[i] for i in picks]
+    true, first = replayed.true[1:], replayed.true[:1]
+    moving = moving_mask(true, first)  # (T, 1, H, W)
+    still = ~moving.any(dim=0)  # (1, H, W)
+    methods = []
+    for pred in (replayed.imagined[1:], first.expand_as(true)):
+        columns = []
+        for p, t, m in zip(*(frames.split(chunk) for frames in (pred, true, moving)), strict=True):
+            sums = frame_sums(p[None], t[None], m[None], distance).sum(dim=1)  # (6,)
+            absolute, number = ((p - t).abs() * still).double().sum().item(), still.sum().item() * p.shape[:2].numel()
+            columns.append(torch.tensor([len(p), *sums.tolist(), absolute, number], dtype=torch.float64))
+        methods.append(torch.stack(columns))
+    return torch.stack(methods)
+
+
+def chunk_metrics(totals: Tensor) -> dict[str, Tensor]:
+    """Turn totals of frames (..., 9), columns as in `chunk_totals`, or their means into metrics (...); PSNR in dB."""
+    frames, error, psnr, similarity, distance, squared, moving, absolute, still = totals.unbind(-1)
+    out = {"mse": error / frames, "psnr": psnr / frames, "ssim": similarity / frames, "perceptual": distance / frames}
+    out["psnr_moving"] = -10 * (squared / moving).clamp_min(1e-10).log10()
+    return {**out, "still_error": absolute / still}
+
+
+def evaluate_episodes(
+    model: WorldModel, episodes: list[Episode], cfg: Config, distance: PerceptualDistance, autocast
+) -> dict:
+    """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk."""
     chunk = model.cfg.chunk
-    longest = -(-(max(len(e) for e in chosen) - 1) // chunk)  # chunks
-    sums = torch.zeros(len(chosen), 2, 9, longest, dtype=torch.float64)
-    mine = range(len(chosen))[distributed.rank() :: distributed.world_size()]
-    films = []
-    for found in imagine_episodes(
+    numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
+    totals = torch.zeros(len(episodes), 2, max(chunks), 9, dtype=torch.float64)
+    for replayed in imagined_episodes(
         model,
-        [chosen[i] for i in mine],
+        episodes,
         autocast=autocast,
         batch_size=cfg.batch_size,
-        generator=generator(device, "episodes", cfg.seed, distributed.rank()),
         greedy=cfg.greedy,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
+        seed=cfg.seed,
+        part=distributed.part(),
     ):
-        of_episode = chunk_sums(found, chunk, distance)
-        sums[mine[found.number], :, :, : of_episode.shape[-1]] = of_episode
-        if found.number in np.linspace(0, len(mine) - 1, min(shown, len(mine))).round():
-            films.append(found)
-    sums = distributed.mean_tensor(sums.to(device)).cpu() * distributed.world_size()
-    films.sort(key=lambda film: film.number)
-    return {"names": [e.name for e in chosen], **summarise_episodes(sums)}, films
+        i = numbers[replayed.episode.name]
+        totals[i, :, : chunks[i]] = chunk_totals(replayed, chunk, distance)
+    totals = distributed.mean_tensor(totals) * distributed.world_size()  # one process has an episode, the others zeros
+    last = totals[torch.arange(len(episodes)), :, torch.tensor(chunks) - 1]  # (episodes, 2, 9)
+    per_chunk = chunk_metrics(totals.sum(dim=0))  # name -> (2, chunks)
+    methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
+    methods["difference"] = lambda both: both[..., 0] - both[..., 1]
+    return {
+        "recorded": [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes],
+        "chunks": {"episodes": (totals[:, 0, :, 0] > 0).sum(dim=0).tolist()}
+        | {
+            method: {name: of(values.T).tolist() for name, values in per_chunk.items()}
+            for method, of in methods.items()
+        },
+        "last_chunk": {
+            method: {
+                name: bootstrap_interval(last, lambda means, of=of, name=name: of(chunk_metrics(means)[name]))._asdict()
+                for name in per_chunk
+            }
+            for method, of in methods.items()
+        },
+    }
 
 
-def report_episodes(found: dict) -> list[str]:
-    """The table of whole episodes as lines of text."""
-    chunks, last = found["chunks"], found["last_chunk"]
-    names = {"psnr_moving": "PSNR, moving [dB]", "ssim": "SSIM", "still_error": "error of still pixels"}
-    lines = [
-        "whole episodes   chunk " + " ".join(f"{k + 1:>6}" for k in range(len(chunks["episodes"]))) + "  last chunk",
-        f"{'episodes':>22} " + " ".join(f"{n:>6}" for n in chunks["episodes"]),
+def report_episodes(results: dict) -> list[str]:
+    """A table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
+    names = ("psnr_moving", "psnr", "ssim", "perceptual", "still_error")
+    chunks, last = results["chunks"], results["last_chunk"]
+    rows = {"": names}  # title -> cells
+    for k in (2**i - 1 for i in range(len(chunks["episodes"]).bit_length())):
+        cells = [f"{chunks['imagined'][n][k]:6.3f} ({chunks['copy'][n][k]:6.3f})" for n in names]
+        rows[f"chunk {k + 1} of {chunks['episodes'][k]} episodes"] = cells
+    rows["last chunk of each"] = [
+        f"{last['imagined'][n]['value']:6.3f} ({last['copy'][n]['value']:6.3f})" for n in names
     ]
-    for metric, label in names.items():
-        for method in ("imagined", "copy"):
-            row = " ".join("     -" if v is None else f"{v:6.3f}" for v in chunks[method][metric])
-            end = last[method][metric]
-            interval = f"{end['value']:.3f} [{end['low']:.3f}, {end['high']:.3f}]"
-            lines.append(f"{label[:17]:>17} {method[:4]} {row}  {interval}")
-    return lines
+    for method in ("imagined", "difference"):
+        rows[f"95 %, {method}"] = [f"[{last[method][n]['low']:.3f}, {last[method][n]['high']:.3f}]" for n in names]
+    title = "whole episodes: imagined (first frame copied)"
+    return [title, *(f"{name:>24} " + " ".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items())]
 
 
 def report(results: dict) -> str:
@@ -242,22 +280,22 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
 
 
-def draw_episodes(films: list[ImaginedEpisode], chunk: int, out_dir: Path) -> None:
-    """Whole episodes: a picture of the borders of chunks, up to 12 of each, and an animation, true above imagined."""
+def draw_episodes(model: WorldModel, episodes: list[Episode], out_dir: Path, autocast) -> None:
+    """Greedy imaginations of up to four whole episodes as a picture and as an animation."""
+    films = list(imagined_episodes(model, spread_episodes(episodes, 4), autocast=autocast, greedy=True))
     rows = []
-    for film in films:
-        times = np.unique(np.r_[0 : len(film.true) : chunk, len(film.true) - 1])
-        times = times[np.linspace(0, len(times) - 1, min(12, len(times))).round().astype(int)]
-        rows += [film.true[times], film.imagined[times]]
+    for _, true, imagined in films:
+        borders = [*range(0, len(true) - 1, model.cfg.chunk), len(true) - 1]
+        rows += [true[borders], imagined[borders]]
     save_png(out_dir / "episodes.png", grid(rows, ["true", "imagined"] * len(films), min_side=64))
-    length = max(len(film.true) for film in films)
-    # a shorter episode waits at its last frame
-    times = [[min(t, len(film.true) - 1) for film in films] for t in range(length)]
+    longest = max(len(film.true) for film in films)
     pictures = []
-    for at in times:
-        rows = [[film.true[t] for film, t in zip(films, at)], [film.imagined[t] for film, t in zip(films, at)]]
-        pictures.append(grid(rows, ["true", "imagined"], min_side=64))
-    save_gif(out_dir / "episodes.gif", pictures, frames_per_second=10, hold_last=1.5)
+    # about 90 pictures at most; an episode that has ended shows its last frame
+    for t in (*range(0, longest - 1, -(-longest // 90)), longest - 1):
+        pairs = [[frames[min(t, len(frames) - 1)] for frames in (film.true, film.imagined)] for film in films]
+        two_a_row = [[image for pair in pairs[i : i + 2] for image in pair] for i in range(0, len(pairs), 2)]
+        pictures.append(grid(two_a_row, min_side=64))
+    save_gif(out_dir / "episodes.gif", pictures, frames_per_second=10, hold_last=1, colors=128)
 
 
 def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
@@ -294,7 +332,7 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     episodes = held_out_episodes(cfg, path)
-    # a model that was trained with contexts from anywhere (None) is measured on imaginations that begin with the chunk
+    # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
     sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
@@ -302,9 +340,9 @@ def main(cfg: Config) -> dict:
 
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
-    films = []
     if cfg.episodes:
-        results["episodes"], films = evaluate_episodes(model, episodes, cfg, distance, autocast)
+        whole = spread_episodes(episodes, cfg.episodes)
+        results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(
@@ -323,8 +361,8 @@ def main(cfg: Config) -> dict:
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
-        if films:
-            draw_episodes(films, model.cfg.chunk, out_dir)
+        if cfg.episodes:
+            draw_episodes(model, whole, out_dir, autocast)
         print(report(results))
     distributed.cleanup()
     return results

@@ -139,7 +139,7 @@ def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
     measured = folder / "eval" / "results.json"
     if not measured.is_file():
         options = {"true_error": True, "starts": cfg.starts, "episodes": cfg.episodes, "out_dir": str(folder / "eval")}
-        eval_wm.main(replace(eval_wm.PRESETS[cfg.stage_preset], world_model=str(model), demos=str(demos), **options))
+        eval_wm.main(replace(eval_wm.PRESETS[cfg.stage_preset], world_model=str(model), demos=(str(demos),), **options))
     results = json.loads(measured.read_text())
     near = near_policy(SimpleNamespace(demo=policy.parent, starts=cfg.starts, samples=cfg.samples), folder / "wm")
     logs = {name: read_lines(folder / name / "log.jsonl")[-1] for name in ("tokenizer", "wm")}

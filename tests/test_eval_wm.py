@@ -9,14 +9,14 @@ import torch
 
 import eval_wm
 from eval_wm import PRESETS, evaluate_frames, frame_sums, main, own_rows, summary
-from vlarft import sensitivity
+from vlarft import imagined_episodes, sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
-from vlarft.run.checkpoint import load_model, save_model
+from vlarft.run.checkpoint import save_model
 from vlarft.run.random import generator
 from vlarft.world_model import PRESETS as MODELS
-from vlarft.world_model import Rollout, WorldModel, WorldModelConfig
+from vlarft.world_model import Rollout, WorldModel
 
 CFG = PRESETS["smoke"]
 NO_CAST = torch.autocast("cpu", enabled=False)
@@ -49,22 +49,9 @@ def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, 
     assert np.asarray(Image.open(tmp_path / "rollouts.png")).std() > 5
 
 
-def test_held_out_episodes_of_several_places(checkpoint, demos, tmp_path):
-    """As train_wm.py stores the places; older checkpoints, as the others here, store one as a string."""
-    (_, extra), places = load_model(checkpoint, WorldModel, WorldModelConfig), sorted(map(str, demos.rglob("*.hdf5")))
-    assert isinstance(extra["demos"], str) and len(places) == 2
-    save_model(tmp_path / "model.safetensors", WorldModel.load(checkpoint), MODELS["smoke"], {**extra, "demos": places})
-    given = {"starts": 0, "segments": 4}
-    one, two = (
-        main(replace(CFG, world_model=str(model), out_dir=str(tmp_path / "eval"), **given))
-        for model in (checkpoint, tmp_path)
-    )
-    assert one["frames"] == two["frames"] and two["held_out_episodes"] == 2
-
-
-def test_frames_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
+def test_frames_episodes_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
     asked = {}
-    for module in (eval_wm, sensitivity):
+    for module in (eval_wm, imagined_episodes, sensitivity):
 
         def noted(device, stream, *numbers, module=module):
             asked.setdefault(module, set()).add((stream, *numbers))
@@ -72,7 +59,7 @@ def test_frames_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp
 
         monkeypatch.setattr(module, "generator", noted)
     main(replace(CFG, world_model=str(checkpoint), out_dir=str(tmp_path)))
-    assert asked[eval_wm] and asked[sensitivity] and not asked[eval_wm] & asked[sensitivity]
+    assert len(asked) == 3 and len(set().union(*asked.values())) == sum(map(len, asked.values()))
 
 
 class FrameLater:
@@ -130,7 +117,7 @@ def test_errors(checkpoint, demos, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):
-        main(replace(CFG, demos=(str(next((demos / "squares").glob("*red*"))),), **given))
+        main(replace(CFG, demos=str(next((demos / "squares").glob("*red*"))), **given))
     save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])
     given = {"world_model": str(tmp_path), "out_dir": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="names no held-out episodes.*give --all-episodes and --demos"):
@@ -140,7 +127,7 @@ def test_errors(checkpoint, demos, tmp_path):
 
 
 def test_all_episodes_are_for_models_that_have_not_seen_them(checkpoint, demos, tmp_path):
-    given = {"demos": (str(demos),), "all_episodes": True, "out_dir": str(tmp_path / "out"), "starts": 0}
+    given = {"demos": str(demos), "all_episodes": True, "out_dir": str(tmp_path / "out"), "starts": 0}
     with pytest.raises(ValueError, match=r"was trained on 4 of the 6 episodes of .*leave the option out"):
         main(replace(CFG, world_model=str(checkpoint), **given))
     save_model(tmp_path / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"])  # as a public one

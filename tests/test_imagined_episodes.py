@@ -1,4 +1,4 @@
-"""Whole episodes in imagination: ragged lengths, metrics per chunk by hand, intervals, pictures, processes."""
+"""Whole episodes in imagination: lengths, actions, shares of processes; metrics per chunk by hand; films."""
 
 import json
 import math
@@ -6,136 +6,226 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from torch.testing import assert_close
 
 import eval_wm
+from eval_wm import PRESETS, chunk_metrics, chunk_totals, evaluate_episodes, main
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import load_episodes
-from vlarft.imagined_episodes import ImaginedEpisode, chunk_sums, imagine_episodes, means, summarise_episodes
-from vlarft.metrics import perceptual, ssim
-from vlarft.statistics import mean_interval
-from vlarft.world_model import PRESETS, Rollout, WorldModel
+from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
+from vlarft.metrics import perceptual, pooled_psnr, psnr, ssim
+from vlarft.run.checkpoint import save_model
+from vlarft.statistics import bootstrap_interval
+from vlarft.world_model import PRESETS as MODELS
+from vlarft.world_model import Rollout, WorldModel
 
+CFG = PRESETS["smoke"]
 NO_CAST = torch.autocast("cpu", enabled=False)
 
 
-def episode(name: str, frames: int) -> Episode:
-    rng = np.random.default_rng(frames)
-    images = rng.integers(0, 256, (frames, 64, 64, 3), dtype=np.uint8)
-    actions = rng.uniform(-1, 1, (frames, 7)).astype(np.float32)
-    return Episode(name, "push", images, np.zeros((frames, 8), np.float32), actions, actions)
+def episode(length: int, name: str = "", **fields) -> Episode:
+    """Frames of noise in which the left half stands still."""
+    rng = np.random.default_rng(length)
+    images = rng.integers(0, 200, (length, 64, 64, 3)).astype(np.uint8)
+    images[:, :, :32] = images[:1, :, :32]
+    actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+    proprio = np.zeros((length, 8), np.float32)
+    return Episode(name or f"suite/file/{length}", "push", images, proprio, actions, actions, **fields)
 
 
-class NumbersItsFrames:
-    """A world model whose imagined frame is grey, as light as the sum of all actions so far."""
-
-    cfg = PRESETS["smoke"]
+class Brighter:
+    """A world model that imagines the first frame, brighter by 0.01 with every step; it notes what it was asked."""
 
     def __init__(self) -> None:
-        self.calls = []
+        self.cfg, self.asked = MODELS["smoke"], []
 
     def parameters(self):
         yield torch.zeros(1)
 
     def rollout(self, start, actions, **options) -> Rollout:
-        self.calls.append((actions.shape, options["greedy"]))
-        before = torch.zeros(len(actions)) if start.ndim == 4 else start  # a frame, or the state
-        light = before[:, None] + actions[:, 0].sum(-1).cumsum(1)  # (S, T)
-        frames = light[:, None, :, None, None, None].expand(-1, -1, -1, 3, 64, 64)
-        return Rollout(torch.zeros(0), frames, light[:, -1])
+        self.asked.append((start, actions, options))
+        steps = torch.arange(1, actions.shape[2] + 1)[:, None, None, None]
+        return Rollout(torch.zeros(0), (start[:, None] + 0.01 * steps)[:, None], None)
 
 
-def test_episodes_of_any_length_are_imagined_from_their_first_frame_to_their_last():
-    episodes = [episode("long", 20), episode("short", 4), episode("middle", 17)]
-    model = NumbersItsFrames()
-    found = {f.number: f for f in imagine_episodes(model, episodes, autocast=NO_CAST, batch_size=2)}
-    assert list(found) == [1, 2, 0]  # by length, two at a time
-    assert [shape[2] for shape, _ in model.calls] == [8, 8, 8, 8, 3] and all(greedy for _, greedy in model.calls)
-    for number, imagined in found.items():
-        given = episodes[number]
-        assert_close(imagined.true, torch.from_numpy(given.images).permute(0, 3, 1, 2) / 255.0)
-        assert imagined.imagined.shape == imagined.true.shape
-        assert torch.equal(imagined.imagined[0], imagined.true[0])
-        want = torch.from_numpy(given.actions[:-1].sum(1).cumsum())
-        assert_close(imagined.imagined[1:, 0, 0, 0], want, atol=1e-5, rtol=1e-5)
+def frames_of(one: Episode) -> torch.Tensor:
+    return torch.from_numpy(one.images).permute(0, 3, 1, 2) / 255
 
 
-def test_the_world_model_imagines_an_episode_as_one_rollout():
-    torch.manual_seed(0)
-    model, given = WorldModel(PRESETS["smoke"]).eval(), episode("a", 12)
-    (found,) = imagine_episodes(model, [given], autocast=NO_CAST)
-    whole = model.rollout(found.true[:1], torch.from_numpy(given.actions[None, None, :-1]), greedy=True)
-    assert_close(found.imagined[1:], whole.frames[0, 0], atol=1e-5, rtol=1e-4)
+def test_recorded_actions_are_replayed_from_the_first_frame_to_the_last():
+    lengths, model = [20, 2, 9, 5], Brighter()
+    replayed = list(imagined_episodes(model, [episode(n) for n in lengths], autocast=NO_CAST, batch_size=2))
+    assert [len(r.episode) for r in replayed] == [2, 5, 9, 20]
+    for one, true, imagined in replayed:
+        assert_close(true, frames_of(one))
+        want = true[:1] + 0.01 * torch.arange(len(one))[:, None, None, None]
+        assert_close(imagined, want)
+    for (start, actions, _), batch in zip(model.asked, (replayed[:2], replayed[2:]), strict=True):
+        assert actions.shape == (2, 1, len(batch[1].episode) - 1, 7)
+        for row, (one, true, _) in enumerate(batch):
+            assert torch.equal(start[row], true[0])
+            steps = len(one) - 1  # action t leads from frame t to t + 1; the one after the last frame is not played
+            assert actions[row, 0, :steps].tolist() == one.actions[:-1].tolist()
+            assert (actions[row, 0, steps:] == actions[row, 0, steps - 1]).all()  # padding stays inside the ranges
 
 
-def hand_made() -> ImaginedEpisode:
-    """Three frames after the first, in chunks of 2; one pixel moves in frame 2, the imagination is 0.1 too light."""
-    true = torch.zeros(4, 3, 16, 16)
-    true[2, :, 0, 0] = 0.5
-    imagined = true + 0.1
-    imagined[0] = true[0]
-    return ImaginedEpisode(0, true, imagined)
+def test_batches_and_random_numbers_do_not_depend_on_the_number_of_processes():
+    episodes = [episode(n) for n in (4, 3, 7, 6, 5)]
+
+    def asked(**options):
+        model = Brighter()
+        names = [r.episode.name for r in imagined_episodes(model, episodes, autocast=NO_CAST, batch_size=2, **options)]
+        return names, [(a.shape, o["generator"].initial_seed(), o["greedy"], o["top_p"]) for _, a, o in model.asked]
+
+    names, calls = asked(top_p=0.7)
+    shares = [asked(top_p=0.7, part=(rank, 2)) for rank in range(2)]
+    assert shares[0][0] == [*names[:2], *names[4:]] and shares[1][0] == names[2:4]
+    assert shares[0][1] == calls[::2] and shares[1][1] == calls[1::2]
+    assert len({seed for _, seed, *_ in calls}) == 3 and {c[2:] for c in calls} == {(False, 0.7)}
+    assert asked(seed=1)[1][0][1] != calls[0][1]
+
+
+def test_a_replay_is_one_rollout_of_the_world_model(demos, world_model_file):
+    model, (one, *_) = WorldModel.load(world_model_file), load_episodes(demos)
+    (replayed,) = imagined_episodes(model, [one], autocast=NO_CAST, greedy=True)
+    rollout = model.rollout(replayed.true[:1], torch.from_numpy(one.actions[None, None, :13]), greedy=True)
+    want = torch.cat([replayed.true[:1], rollout.frames[0, 0]])  # other batches are summed in another order
+    assert_close(replayed.imagined, want, atol=1e-3, rtol=0)
+
+
+def test_episodes_are_spread_over_suites_kinds_and_tasks():
+    def made(suite, kind, count):
+        return [episode(2, f"{suite}/file/{i}{kind}", kind=kind) for i in range(count)]
+
+    episodes = [e for pair in zip(made("b", "expert", 8), made("a", "noisy", 8)) for e in pair] + made("a", "expert", 8)
+    picks = spread_episodes(episodes, 6)
+    assert [(e.name[0], e.kind) for e in picks] == [("a", "expert")] * 2 + [("a", "noisy")] * 2 + [("b", "expert")] * 2
+    assert len({e.name for e in picks}) == 6 and spread_episodes(episodes[::-1], 6) == picks
+    assert len(spread_episodes([*episodes, episode(1)], 99)) == 24  # a single frame cannot be replayed
 
 
 def test_metrics_of_chunks_by_hand():
-    given = hand_made()
-    sums = chunk_sums(given, 2, perceptual("ssim"))
-    assert sums.shape == (2, 9, 2) and sums[:, 8].tolist() == [[2, 1], [2, 1]]  # frames
-    imagined, copy = means(sums[0]), means(sums[1])
-    assert_close(imagined["mse"], torch.full((2,), 0.01, dtype=torch.float64))
-    assert_close(copy["mse"], torch.tensor([0.25 / 256 / 2, 0.0], dtype=torch.float64))
-    assert imagined["psnr_moving"][0].item() == pytest.approx(20) and imagined["psnr_moving"][1].isnan()
-    assert copy["psnr_moving"][0].item() == pytest.approx(-10 * math.log10(0.25))
-    assert_close(imagined["still_error"], torch.full((2,), 0.1, dtype=torch.float64))
-    assert copy["still_error"].tolist() == [0, 0]
-    assert imagined["ssim"][1].item() == pytest.approx(ssim(given.imagined[3:], given.true[3:]).item())
-    assert imagined["perceptual"][1].item() == pytest.approx((1 - imagined["ssim"][1].item()) / 2, abs=1e-6)
+    one = episode(12)  # chunks of 8 and 3 frames
+    (replayed,) = imagined_episodes(Brighter(), [one], autocast=NO_CAST)
+    true, imagined = replayed.true[1:], replayed.imagined[1:]
+    copied = replayed.true[:1].expand_as(true)
+    metrics = chunk_metrics(chunk_totals(replayed, 8, perceptual("ssim")))
+    assert metrics["mse"].shape == (2, 2)
+    for j, pred in enumerate((imagined, copied)):
+        for k, part in enumerate((slice(0, 8), slice(8, 11))):
+            p, t = pred[part], true[part]
+            moving = (t - copied[part]).abs().amax(1, keepdim=True) > 0.04
+            want = {
+                "mse": (p - t).square().mean().item(),
+                "psnr": psnr(p, t).mean().item(),
+                "ssim": ssim(p, t).mean().item(),
+                "perceptual": (1 - ssim(p, t).mean().item()) / 2,
+                "psnr_moving": pooled_psnr(p, t, moving),
+                # pixels of the right half move within the episode, those of the left half never
+                "still_error": (p - t)[..., :32].abs().mean().item(),
+            }
+            assert {name: v[j, k].item() for name, v in metrics.items()} == pytest.approx(want, rel=1e-5)
+    brighter = [0.01 * np.arange(1, 9).mean(), 0.01 * np.arange(9, 12).mean()]
+    assert metrics["still_error"].tolist() == [pytest.approx(brighter, rel=1e-5), [0, 0]]
 
 
-def test_summary_pools_chunks_and_takes_each_episodes_last():
-    sums = torch.zeros(2, 2, 9, 3, dtype=torch.float64)
-    sums[0, :, 0, :1], sums[0, :, 8, :1] = 4.0, 8  # one chunk of 8 frames, mse 0.5
-    sums[1, :, 0, :], sums[1, :, 8, :] = torch.tensor([8.0, 16.0, 2.0]), torch.tensor([8.0, 8.0, 1.0])
-    sums[1, 1, 0, 2] = 5.0  # the copy's last chunk
-    found = summarise_episodes(sums)
-    assert found["chunks"]["episodes"] == [2, 1, 1]
-    assert found["chunks"]["imagined"]["mse"] == [0.75, 2, 2] and found["chunks"]["copy"]["mse"] == [0.75, 2, 5]
-    assert found["chunks"]["imagined"]["psnr_moving"] == [None] * 3  # nothing moved
-    last = found["last_chunk"]
-    assert last["imagined"]["mse"]["value"] == 1.25 and last["copy"]["mse"]["value"] == 2.75
-    assert last["difference"]["mse"] == mean_interval([0.0, -3.0])._asdict()
-    json.dumps(found)
+def test_a_pixel_that_moves_once_does_not_count_as_still():
+    true = torch.full((10, 3, 16, 16), 0.5)
+    true[9, :, 0, 0] = 0.6  # in the second chunk
+    imagined = true.clone()
+    imagined[1:, :, 0, 0] += 0.2
+    metrics = chunk_metrics(chunk_totals(ImaginedEpisode(episode(10), true, imagined), 8, perceptual("none")))
+    assert metrics["still_error"].tolist() == [[0, 0], [0, 0]]
+    assert metrics["psnr_moving"][:, 1].tolist() == pytest.approx([-20 * math.log10(0.2), 20], rel=1e-5)
+    assert metrics["psnr_moving"][:, 0].isnan().all()  # nothing moves in the first chunk
 
 
-def test_interval_of_a_mean_by_hand():
-    found = mean_interval([1.0, 2.0, 3.0], z=2.0)
-    assert found.value == 2 and found.high - found.value == pytest.approx(2 / 3**0.5)
-    assert math.isnan(mean_interval([1.0]).low) and mean_interval([1.0]).value == 1 and math.isnan(mean_interval([])[0])
+def test_episodes_of_different_lengths_count_with_their_real_frames_only():
+    episodes = [episode(n, success=n > 9, kind="noisy" if n == 5 else "expert") for n in (20, 5, 9, 12)]
+    distance = perceptual("ssim")
+    results = evaluate_episodes(Brighter(), episodes, CFG, distance, NO_CAST)
+    assert results["recorded"][1] == {"name": "suite/file/5", "kind": "noisy", "success": False, "frames": 5}
+    assert [e["frames"] for e in results["recorded"]] == [20, 5, 9, 12]
+    assert results["chunks"]["episodes"] == [4, 2, 1]
+    totals = [chunk_totals(r, 8, distance) for r in imagined_episodes(Brighter(), episodes, autocast=NO_CAST)]
+    assert [t.shape[1] for t in totals] == [1, 1, 2, 3] and sum(t[0, :, 0].sum() for t in totals) == 4 + 8 + 11 + 19
+    both = chunk_metrics(totals[2][:, 1] + totals[3][:, 1])  # pooled over frames, 3 and 8
+    last = chunk_metrics(sum(t[:, -1] for t in totals))  # 4, 8, 3 and 3 frames
+    for name in ("mse", "psnr", "ssim", "perceptual", "psnr_moving", "still_error"):
+        for j, method in enumerate(("imagined", "copy")):
+            assert results["chunks"][method][name][1] == pytest.approx(both[name][j].item())
+            end = results["last_chunk"][method][name]
+            assert end["value"] == pytest.approx(last[name][j].item()) and end["low"] <= end["value"] <= end["high"]
+        difference = results["last_chunk"]["difference"][name]
+        assert difference["value"] == pytest.approx((last[name][0] - last[name][1]).item())
+        assert results["chunks"]["difference"][name][1] == pytest.approx((both[name][0] - both[name][1]).item())
+    ends = torch.stack([totals[i][:, -1] for i in (3, 0, 1, 2)])  # by length -> as given
+    interval = bootstrap_interval(ends, lambda means: chunk_metrics(means)["ssim"][..., 0])
+    assert results["last_chunk"]["imagined"]["ssim"] == interval._asdict()
 
 
-def test_shares_of_the_processes_add_up(demos, monkeypatch):
+def test_each_process_imagines_its_share(monkeypatch):
+    model, episodes = Brighter(), [episode(n) for n in (4, 3, 7, 6, 5)]
+    monkeypatch.setattr(eval_wm.distributed, "part", lambda: (1, 2))
+    results = evaluate_episodes(model, episodes, replace(CFG, batch_size=2), perceptual("none"), NO_CAST)
+    assert len(model.asked) == 1 and results["chunks"]["episodes"] == [2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demos, tmp_path_factory):
+    """A world model with random weights that holds out all episodes."""
+    folder, episodes = tmp_path_factory.mktemp("wm"), load_episodes(demos)
     torch.manual_seed(0)
-    model, episodes = WorldModel(PRESETS["smoke"]).eval(), load_episodes(demos)
-    cfg, distance = replace(eval_wm.PRESETS["smoke"], episodes=5), perceptual("ssim")
-    whole, films = eval_wm.evaluate_episodes(model, episodes, cfg, distance, NO_CAST)
-    assert len(whole["names"]) == 5 and len(films) == 4
-    shares = []
-    monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(eval_wm.distributed, "mean_tensor", lambda value: shares.append(value) or value)
-    for rank in range(2):
-        monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
-        eval_wm.evaluate_episodes(model, episodes, cfg, distance, NO_CAST)
-    found = summarise_episodes(sum(shares))
-    assert found["chunks"]["imagined"]["ssim"] == pytest.approx(whole["chunks"]["imagined"]["ssim"], abs=1e-5)
+    extra = {"held_out_episodes": [e.name for e in episodes], "demos": str(demos), "context_lookback": None}
+    save_model(folder / "model.safetensors", WorldModel(MODELS["smoke"]), MODELS["smoke"], extra)
+    return folder
 
 
-def test_films_show_every_episode(tmp_path):
+def evaluate(checkpoint: str, out_dir: str) -> None:
+    main(replace(CFG, world_model=checkpoint, out_dir=out_dir, episodes=6, batch_size=2, segments=4, starts=0))
+
+
+def test_two_processes_measure_the_same_as_one(checkpoint, tmp_path):
+    evaluate(str(checkpoint), str(tmp_path / "1"))
+    ranks.run(2, evaluate, str(checkpoint), str(tmp_path / "2"))
+    one, two = (json.loads((tmp_path / n / "results.json").read_text())["episodes"] for n in "12")
+    assert one == two and len(one["recorded"]) == 6 and one["chunks"]["episodes"] == [6, 6]
+
+
+def test_main_writes_films_and_a_table(checkpoint, tmp_path, capsys):
     from PIL import Image
 
-    one, two = hand_made(), ImaginedEpisode(1, torch.rand(12, 3, 16, 16), torch.rand(12, 3, 16, 16))
-    eval_wm.draw_episodes([one, two], 2, tmp_path)
-    film, picture = (Image.open(tmp_path / f"episodes.{kind}") for kind in ("gif", "png"))
-    assert film.n_frames == 12 and picture.size[1] > picture.size[0] / 4
-    text = "\n".join(eval_wm.report_episodes(summarise_episodes(chunk_sums(one, 2, perceptual("none"))[None])))
-    assert "PSNR, moving" in text and "0.100" in text
+    given = {"world_model": str(checkpoint), "out_dir": str(tmp_path), "segments": 4}
+    results = main(replace(CFG, **given))
+    assert results["episodes"]["chunks"]["episodes"] == [2, 2] and "last chunk of each" in capsys.readouterr().out
+    film, picture = Image.open(tmp_path / "episodes.gif"), Image.open(tmp_path / "episodes.png")
+    assert film.n_frames == 14 and film.size == (4 * 66 - 2, 64)  # two episodes side by side
+    assert picture.size[1] == 4 * 66 - 2 and np.asarray(picture)[:, -160:].std() > 5  # frames 0, 8 and 13
+
+
+def test_chunks_are_imagined_from_their_first_frame_if_the_context_was_any_in_training(
+    checkpoint, tmp_path, monkeypatch
+):
+    contexts = []
+    measure = eval_wm.evaluate_frames
+    monkeypatch.setattr(
+        eval_wm, "evaluate_frames", lambda model, batch, *a: contexts.append(batch) or measure(model, batch, *a)
+    )
+    evaluate(str(checkpoint), str(tmp_path))
+    assert torch.equal(contexts[0].context_frame, contexts[0].frames[:, 0]) and contexts[0].index[:, 1].max() > 0
+
+
+def test_episodes_can_be_left_out(checkpoint, tmp_path, capsys):
+    given = {"world_model": str(checkpoint), "out_dir": str(tmp_path), "segments": 4}
+    assert "episodes" not in main(replace(CFG, **given, episodes=0, starts=0))
+    assert not list(tmp_path.glob("episodes.*")) and "whole episodes" not in capsys.readouterr().out
+
+
+def test_long_films_show_every_second_frame(tmp_path):
+    from PIL import Image
+
+    eval_wm.draw_episodes(Brighter(), [episode(n) for n in (3, 100, 5)], tmp_path, NO_CAST)
+    film = Image.open(tmp_path / "episodes.gif")
+    assert film.n_frames == 51 and film.size == (4 * 66 - 2, 2 * 66 - 2)  # and the last

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from vlarft.statistics import pair_order, paired_difference, rank_agreement, spearman, wilson_interval
+from vlarft.statistics import (
+    bootstrap_interval,
+    pair_order,
+    paired_difference,
+    rank_agreement,
+    spearman,
+    wilson_interval,
+)
 
 
 def test_spearman_matches_scipy_with_ties():
@@ -73,3 +80,26 @@ def test_errors():
         wilson_interval(3, 2)
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_difference([True, False], [True])
+
+
+def test_bootstrap_interval_of_a_mean_is_near_the_normal_one():
+    rows = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 7
+    got = bootstrap_interval(rows, lambda means: means[..., 0])
+    half = 1.96 * rows.std().item() / 20
+    assert got.value == pytest.approx(rows.mean().item())
+    assert [got.low, got.high] == pytest.approx([got.value - half, got.value + half], abs=0.1 * half)
+    assert got == bootstrap_interval(rows, lambda means: means[..., 0])
+
+
+def test_bootstrap_of_a_ratio_weighs_rows_by_their_counts():
+    rows = torch.tensor([[1.0, 1.0], [0.0, 3.0]])  # sums and counts
+    got = bootstrap_interval(rows, lambda means: means[..., 0] / means[..., 1])
+    assert got == (0.25, 0.0, 1.0)  # both rows; twice the second; twice the first
+    assert bootstrap_interval(rows[:, None], lambda means: (means[..., 0] / means[..., 1])[..., 0]) == got
+
+
+def test_bootstrap_of_few_rows():
+    got = bootstrap_interval(torch.tensor([[2.0]]), lambda means: means[..., 0])
+    assert got.value == 2 and math.isnan(got.low) and math.isnan(got.high)
+    with pytest.raises(ValueError, match="needs rows, got none"):
+        bootstrap_interval(torch.zeros(0, 2), lambda means: means[..., 0])

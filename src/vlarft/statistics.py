@@ -1,11 +1,13 @@
-"""Statistics of rankings and success rates: rank correlation, Wilson intervals, paired comparisons."""
+"""Statistics of rankings and success rates: rank correlation, intervals, paired comparisons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vlarft.run.random import generator
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -70,15 +72,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(values: Sequence[float], z: float = 1.959964) -> Interval:
-    """Return the mean with the interval of its normal approximation; z = 1.96 for 95 %. nan without values."""
-    count = len(values)
-    mean = sum(values) / count if count else math.nan
-    variance = sum((v - mean) ** 2 for v in values) / (count - 1) if count > 1 else math.nan
-    half = z * math.sqrt(variance / count) if count > 1 else math.nan
-    return Interval(mean, mean - half, mean + half)
-
-
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interval:
     """Return the share of successes with its Wilson score interval; z = 1.96 for 95 %.
 
@@ -91,6 +84,35 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interva
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap_interval(
+    rows: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Return a statistic of the rows' mean with its 95 % percentile bootstrap interval.
+
+    Args:
+        rows: (N, *D), independent samples, such as one row of sums per episode.
+        statistic: function of means (..., *D) -> (...), such as a ratio of two columns.
+        resamples: sets of N rows, drawn with replacement.
+        seed: seed of the resampling.
+
+    Returns:
+        The value for all rows, and bounds; these are nan for a single row.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not len(rows):
+        raise ValueError("a bootstrap needs rows, got none")
+    rows = rows.double().cpu()
+    value = float(statistic(rows.mean(dim=0)))
+    if len(rows) == 1:
+        return Interval(value, math.nan, math.nan)
+    picks = torch.randint(len(rows), (resamples, len(rows)), generator=generator("cpu", "bootstrap", seed))
+    values = statistic(rows[picks].mean(dim=1))  # (resamples,)
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(value, low, high)
 
 
 class PairedDifference(NamedTuple):

@@ -109,14 +109,32 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
 
 
 def save_gif(
-    path: str | Path, pictures: Sequence[np.ndarray], frames_per_second: float = 5.0, hold_last: float = 0.0
+    path: str | Path,
+    pictures: Sequence[np.ndarray],
+    frames_per_second: float = 5.0,
+    hold_last: float = 0.0,
+    colors: int | None = None,
 ) -> None:
-    """Write pictures of one size as a looping GIF that shows the last one `hold_last` seconds longer."""
+    """Write pictures of one size as a looping GIF.
+
+    Args:
+        path: the file.
+        pictures: (height, width, 3) uint8 each.
+        frames_per_second: speed.
+        hold_last: seconds that the last picture is shown longer.
+        colors: size of one palette for all pictures, of which pixels that stand still then take no space; None: each
+            picture has its own, of 256 colours.
+    """
     image_module, _ = _pillow()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    first, *rest = [image_module.fromarray(picture) for picture in pictures]
+    images = [image_module.fromarray(picture) for picture in pictures]
+    if colors is not None:
+        some = [pictures[i] for i in np.linspace(0, len(pictures) - 1, 5).astype(int)]
+        palette = image_module.fromarray(np.concatenate(some)).quantize(colors)
+        images = [image.quantize(palette=palette, dither=image_module.Dither.NONE) for image in images]
+    first, *rest = images
     duration = [round(1000 / frames_per_second)] * len(pictures)
     duration[-1] += round(1000 * hold_last)
     first.save(tmp, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
