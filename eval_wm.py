@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.convention import warn_other_contexts
 from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -341,6 +342,7 @@ def main(cfg: Config) -> dict:
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
     if cfg.episodes:
+        warn_other_contexts(extra, f"imagining whole episodes: {path}", None)
         whole = spread_episodes(episodes, cfg.episodes)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast)
     if distributed.is_main():

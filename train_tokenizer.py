@@ -305,11 +305,10 @@ def main(cfg: Config) -> dict[str, float]:
     train, held_out = load_split(cfg)
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
-    median_frame = sampler.median_frame()
-    weighting = WEIGHTINGS[cfg.weighting]
-    colour_weight = None if weighting.rare == 1 else colour_weights(sampler.spread(256).frames[:, 0], weighting.rare)
+    usual, weighting = sampler.sample_frames(), WEIGHTINGS[cfg.weighting]
+    median_frame, colour_weight = usual.median(dim=0).values, colour_weights(usual, weighting.rare)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    facts = {**names, **image_convention(train, cfg.camera)}
+    facts = {**names, **image_convention(train, cfg.camera), "context_lookback": cfg.context_lookback}
 
     networks = build_networks(cfg, device)
     model = networks["tokenizer"]
@@ -321,7 +320,7 @@ def main(cfg: Config) -> dict[str, float]:
         perceptual=distance,
         weighting=weighting,
         median_frame=median_frame.to(device),
-        colour_weight=None if colour_weight is None else colour_weight.to(device),
+        colour_weight=colour_weight.to(device),
     )
 
     options = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": 0.0, "fused": True}  # decay: public recipe

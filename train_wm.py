@@ -40,7 +40,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlarft.data.convention import check_same_images, image_convention
+from vlarft.data.convention import check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
@@ -203,6 +203,7 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     path = checkpoint_file(cfg.tokenizer)
     extra = read_header(path).extra
     check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
+    warn_other_contexts(extra, f"tokenizer {path}", cfg.context_lookback)
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
         raise ValueError(
@@ -229,9 +230,9 @@ def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
         ValueError: it is for another robot, for chunks of another length or for images of another convention.
     """
     path = checkpoint_file(cfg.init)
-    check_same_images(
-        read_header(path).extra, f"world model {path}", images, f"the demonstrations {' '.join(cfg.demos)}"
-    )
+    extra = read_header(path).extra
+    check_same_images(extra, f"world model {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
+    warn_other_contexts(extra, f"world model {path}", cfg.context_lookback)
     model = WorldModel.load(path)
     for what, found, expected in (
         ("action dimensions", model.cfg.action_dim, actions.shape[1]),

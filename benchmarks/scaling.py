@@ -207,7 +207,7 @@ def rft_stage(preset: str, starts: int = 16, group: int = 16) -> Stage:
         return matching_loss(policy.head, actions.expand(rows, -1, -1), condition, draws=steps)[0]
 
     sampled, updated = (2 * group * count_flops(lambda: score(1), backward) for backward in (False, True))
-    prefix, new = layout.prefix_length + cfg.action_dim, frames * layout.step_length
+    prefix, new = layout.context_length, layout.frame_length + frames * layout.step_length
     body = 2 * sum(p.numel() for p in model.decoder.parameters())
     attention = 4 * sizes.depth * sizes.width * (prefix + new / 2)
     decode = members * new * (body + attention) + prefix * (body + 2 * sizes.depth * sizes.width * prefix)

@@ -3,9 +3,10 @@
     python demo.py                                  makes demonstrations and a policy of tabletop_object
     python studies/imagination_study.py             trains and measures every arm and seed
 
-For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny`, each for the minutes that it took
-before (`BEFORE`, the preset of commit 95183a2, which trains for a number of steps), on one core; then `eval_wm.py
---true-error` on the same held-out episodes and starts for all seeds. Arms change the preset in one respect each.
+For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny` on one core, each for `--minutes`.
+The arm `before` is the preset of commit 95183a2, and trains for that preset's steps; `minutes` in the JSON file says
+whether it had as much time. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds. The
+other arms change the preset in one respect each.
 Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
 perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
 (each episode's last chunk); future codes in use. Runs that are finished are not run again; the JSON file gathers
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from records import rounded, write
+from stage_tables import imagination_arms_table
 from stages import check_known, commit, machine, read_lines, read_report, run_once
 from wm_study import near_policy
 
@@ -188,6 +190,7 @@ def main(cfg: Config) -> dict:
                 figures = {"commit": commit(), **measure(cfg, found / "demos", found / "sft", folder)}
                 report["runs"][f"{suite}/{name}/{seed}"] = rounded(figures)
                 write(cfg.out, report)
+    print("\n" + imagination_arms_table(report, tuple(ARMS)))
     return report
 
 

@@ -282,7 +282,13 @@ def test_frames_are_picked_in_order_and_by_seed(demos):
     last = batch._replace(frames=batch.frames[2:])
     assert torch.equal(pick_frames(last, 4, 3, (2, 3), 1, 2).flatten(1), picked[2:])
     assert pick_frames(batch, 9, 3, (0, 1), 0) is batch.frames
-    usual = sampler.median_frame()
+
+
+def test_sample_frames_are_the_first_of_evenly_spaced_windows(demos):
+    sampler = WindowSampler(load_episodes(demos), 9, 9)
+    assert torch.equal(sampler.sample_frames(4), sampler.spread(4).frames[:, 0])
+    assert len(sampler.sample_frames(10**6)) == len(sampler)
+    usual = sampler.sample_frames().median(dim=0).values
     assert usual.shape == (3, 64, 64) and (usual[:, 0, 0] - 120 / 255).abs().max() < 1e-6
 
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutate import Breakage, broken, main, read_table
+from mutate import ROOT, Breakage, broken, main, read_table
+from mutate import TABLE as TABLE_FILE
 
 TABLE = """
 # a comment
@@ -32,6 +33,12 @@ def test_table_by_hand():
     for text in ("- a\n+ b", "module a.py\n- a", "module a.py\ntests b.py\n- a\n- b", "mutate", "survives: x"):
         with pytest.raises(ValueError, match=r"mutations.txt, line \d: .* is out of place"):
             read_table(text)
+
+
+def test_the_table_fits_the_code():
+    """A change that moves a line must move its breakage along."""
+    for breakage in read_table(TABLE_FILE.read_text()):
+        broken((ROOT / breakage.path).read_text(), breakage)
 
 
 def test_unknown_module(capsys):

@@ -19,6 +19,7 @@ import records
 import rft_factors
 import rft_study
 import sft_study
+import stage_tables
 import stages
 import study_arms
 import study_logs
@@ -209,6 +210,15 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert sizes == imagination_study.train_wm.SIZES  # an arm's sizes are gone after it
     report = imagination_study.main(dataclasses.replace(cfg, arms=("no composition",)))
     assert list(report["runs"]) == ["tabletop_object/now/0", "tabletop_object/no composition/0"]
+    one, other = report["runs"].values()
+    seeds = {"s/now/0": one, "s/now/1": other, "s/no composition/0": other}
+    text = stage_tables.imagination_arms_table({"runs": seeds}, ("before", "no composition", "now"))
+    rows = text.splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["no composition", "now", "first frame copied"]
+    assert f"| {table_text.over_seeds([one['ssim'][0], other['ssim'][0]], 3)} |" in rows[1]
+    assert f"| {one['ssim'][1]:.3f} |" in rows[2]
+    assert table_text.over_seeds([1.0, 2.0, 3.0], 2) == "2.00 [-0.48, 4.48]"  # 4.303 / sqrt(3)
+    assert "| first frame copied |" in capfd.readouterr().out
 
     places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,19 +110,23 @@ def test_experts_only_leaves_noisy_attempts_to_the_validation(demos, tokenizer, 
     assert {e.kind for e in train} == {"expert", "noisy"}
 
 
-def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
-    run(demos, tokenizer, tmp_path / "whole")
+def interrupted(monkeypatch, last: int, start: Callable[[], object]) -> None:
+    """Start a run that is interrupted in step `last`."""
     check = train_wm.check_finite
 
     def interrupt(loss, step, *rest):
-        if step == 5:
+        if step == last:
             raise KeyboardInterrupt
         check(loss, step, *rest)
 
-    monkeypatch.setattr(train_wm, "check_finite", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(demos, tokenizer, tmp_path / "parts")
-    monkeypatch.setattr(train_wm, "check_finite", check)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_wm, "check_finite", interrupt)
+        start()
+
+
+def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
+    run(demos, tokenizer, tmp_path / "whole")
+    interrupted(monkeypatch, 5, lambda: run(demos, tokenizer, tmp_path / "parts"))
     run(demos, tokenizer, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
@@ -152,6 +157,13 @@ def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tm
     assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}
 
 
+def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):
+    with pytest.warns(UserWarning, match="tokenizer .* was trained with --context-lookback none, this run has 3"):
+        run(demos, tokenizer, tmp_path / "one", steps=1, context_lookback=3)
+    with pytest.warns(UserWarning, match="world model .* was trained with --context-lookback none, this run has 0"):
+        refresh([demos], world_model, tmp_path / "two", steps=1, context_lookback=0)
+
+
 def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
     """On which the segments of a validation depend."""
     names, model = sorted(e.name for e in load_episodes(demos)), WorldModel.load(world_model)
@@ -164,18 +176,8 @@ def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
 def test_an_interrupted_refresh_goes_on(demos, rollouts, world_model, tmp_path, monkeypatch):
     places = [demos, rollouts]
     refresh(places, world_model, tmp_path / "whole")
-    check = train_wm.check_finite
     for last in (1, 5):  # before the first checkpoint, and after the second
-
-        def interrupt(loss, step, *rest, last=last):
-            if step == last:
-                raise KeyboardInterrupt
-            check(loss, step, *rest)
-
-        monkeypatch.setattr(train_wm, "check_finite", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            refresh(places, world_model, tmp_path / "parts")
-    monkeypatch.setattr(train_wm, "check_finite", check)
+        interrupted(monkeypatch, last, lambda: refresh(places, world_model, tmp_path / "parts"))
     refresh(places, world_model, tmp_path / "parts")
     logs = [
         [{k: v for k, v in line.items() if k != "minutes"} for line in log_of(tmp_path / n)] for n in ("whole", "parts")

@@ -451,8 +451,13 @@ def test_checkpoint_of_another_vocabulary_is_refused_by_name(tmp_path):
 
 def test_errors():
     model = make()
-    with pytest.raises(ValueError, match=r"actions \(S, G, T, 2\) with S = 2 starts, got shape \(2, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"actions \(S, G, T, 2\) with S = 2 starts and T > 0, got shape \(2, 3, 2\)"):
         model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 2))
+    with pytest.raises(ValueError, match=r"T > 0, got shape \(2, 3, 0, 2\)"):
+        model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 0, 2))
+    with pytest.raises(ValueError, match="a state has its first frame already"):
+        state = model.begin(torch.rand(1, 3, 16, 16))
+        model.rollout(state, torch.zeros(1, 1, 1, 2), first_frame=torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="call reset"):
         model.step(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):

@@ -349,8 +349,10 @@ class WorldModel(nn.Module):
             Tokens and frames of steps 1..T, and the state after them.
 
         Raises:
-            ValueError: actions of another shape than the start asks for.
+            ValueError: actions of another shape than the start asks for, or none; a first frame beside a state.
         """
+        if isinstance(start, State) and first_frame is not None:
+            raise ValueError("a state has its first frame already: give first_frame with a context frame only")
         state = start if isinstance(start, State) else self.begin(start, first_frame)
         sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
         tokens = self.rollout_tokens(state, actions, sampling, generator)
@@ -375,10 +377,11 @@ class WorldModel(nn.Module):
                 same sizes; the parameters must stay at their addresses. None = for a frozen model on a GPU.
         """
         starts, members = state.tokens.shape[:2]
-        if actions.ndim != 4 or actions.shape[0] != starts or actions.shape[3] != self.cfg.action_dim:
+        given = actions.shape
+        if actions.ndim != 4 or (given[0], given[3]) != (starts, self.cfg.action_dim) or not given[2]:
             raise ValueError(
-                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {starts} starts, got "
-                f"shape {tuple(actions.shape)}; add a group axis of 1 for single rollouts"
+                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {starts} starts and T > 0, got "
+                f"shape {tuple(given)}; add a group axis of 1 for single rollouts"
             )
         if members not in (1, actions.shape[1]):
             raise ValueError(f"the state has {members} members per start, the actions have {actions.shape[1]}")

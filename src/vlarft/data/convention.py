@@ -5,6 +5,7 @@ A world model trained on upside-down images accepts upright ones without an erro
 Shapes: T steps, H, W pixels.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,23 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
         rows = np.array_split(frame, SIZE, axis=0)
         frames.append([[cell.mean((0, 1)) for cell in np.array_split(row, SIZE, axis=1)] for row in rows])
     return {"camera": camera, "mean_frame": np.mean(frames, axis=0).round(4).tolist()}
+
+
+def warn_other_contexts(extra: dict[str, Any], name: str, lookback: int | None) -> None:
+    """Warn if a model was trained with context frames from another range than `lookback`, see `WindowSampler`.
+
+    Args:
+        extra: of the model's file; one that does not state the range (older files, public weights) is not compared.
+        name: of the model, for the message.
+        lookback: range of this run.
+    """
+    if extra.get("context_lookback", lookback) != lookback:
+        theirs, ours = (str(value).lower() for value in (extra["context_lookback"], lookback))
+        warnings.warn(
+            f"{name} was trained with --context-lookback {theirs}, this run has {ours}: it sees context frames unlike "
+            "those of its training",
+            stacklevel=2,
+        )
 
 
 def check_same_images(

@@ -152,9 +152,10 @@ class WindowSampler:
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
         return self.windows(self.starts[picks], numpy_generator("context frames").random(len(picks)))
 
-    def median_frame(self, count: int = 256) -> Tensor:
-        """Return (C, H, W), the median of `count` evenly spaced frames: the static background."""
-        return self.spread(count).frames[:, 0].median(dim=0).values
+    def sample_frames(self, count: int = 256) -> Tensor:
+        """Return `count` evenly spaced frames, the first of their windows, or all such frames: (N, C, H, W)."""
+        picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
+        return _to_float(np.stack([self.episodes[i].images[t] for i, t in self.starts[picks]]))
 
     def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
         """Return the windows at `starts`.
