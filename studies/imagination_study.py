@@ -3,10 +3,10 @@
     python demo.py                                  makes demonstrations and a policy of tabletop_object
     python studies/imagination_study.py             trains and measures every arm and seed
 
-For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny` on one core, each for `--minutes`.
-The arm `before` is the preset of commit 95183a2, and trains for that preset's steps; `minutes` in the JSON file says
-whether it had as much time. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds. The
-other arms change the preset in one respect each.
+For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny` on one core, each for `--minutes` of
+its time (CPU time, so that what else the machine does counts little). The arm `before` is the preset of commit 95183a2,
+and trains for that preset's steps; `minutes` in the JSON file says whether it had as much time. The other arms change
+the preset in one respect each. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds.
 Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
 perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
 (each episode's last chunk); future codes in use. Runs that are finished are not run again; the JSON file gathers
@@ -15,6 +15,7 @@ several invocations.
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ import train_wm
 from vlarft import tokenizer_loss
 from vlarft.data.episodes import load_episodes
 from vlarft.data.windows import WindowSampler
+from vlarft.run import clock
 from vlarft.run.checkpoint import read_header
 from vlarft.run.config import opt, parse
 from vlarft.tokenizer import FrameTokenizer
@@ -116,6 +118,7 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
         train_tokenizer.SIZES[preset] = replace(sizes[0], **arm.network)
         train_wm.SIZES[preset] = replace(sizes[1], transformer=replace(sizes[1].transformer, **arm.transformer))
         train_tokenizer.WEIGHTINGS["small_objects"] = replace(weights, **arm.weighting)
+        clock.time = SimpleNamespace(monotonic=time.process_time)
         if not arm.generated_loss:
             tokenizer_loss.generated_error = lambda *_: torch.zeros(())
         common = {"demos": (str(demos),), "seed": seed, "split_seed": 0, **arm.both}
@@ -133,7 +136,7 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
     finally:
         train_tokenizer.SIZES[preset], train_wm.SIZES[preset] = sizes
         train_tokenizer.WEIGHTINGS["small_objects"] = weights
-        tokenizer_loss.generated_error = own_loss
+        tokenizer_loss.generated_error, clock.time = own_loss, time
 
 
 def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
