@@ -54,6 +54,21 @@ def undone_table(report: dict) -> str:
     return table(["undone", *kinds], rows)
 
 
+def episodes_table(report: dict) -> str:
+    """Imagination of whole episodes, frame after frame (episodes.py): time, and memory per rollout."""
+    rows = [
+        [
+            name,
+            f"{of['frames_per_second']:.0f}",
+            _times(of["times_as_long"], of["spread"]),
+            *(f"{of['bytes'][part] / 2**10:.0f} KiB" for part in ("context", "chunk")),
+        ]
+        for name, of in report["versions"].items()
+    ]
+    heads = ["version", "frames a second", "times as long", "kept for the context", "kept for a chunk"]
+    return table(heads, rows)
+
+
 def pixels_table(found: dict[str, dict], what: str) -> str:
     """Pixel decode or image reward, in times as long as ours (pixels.py)."""
     rows = []

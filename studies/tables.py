@@ -159,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {"a quarter of the tokens": result("rft_step"), "pixels": result("rft_step_pixels")}
     ),
     "rollout": lambda: speed.rollout_table(result("rollout")),
+    "episodes": lambda: speed.episodes_table(result("episodes")),
     "undone": lambda: speed.undone_table(result("undone")),
     "pixels, decode": lambda: speed.pixels_table(result("pixels")["decode"], "decode"),
     "pixels, reward": lambda: speed.pixels_table(result("pixels")["reward"], "reward (L1 and SSIM)"),

@@ -15,6 +15,76 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class Workers:
+    """Worker processes that stay for several calls of `run`, with what they have cached; use it in a `with`.
+
+    A worker that dies (out of memory, a crash in a driver) takes one job with it; another worker gets that job. An
+    exception in a job kills no worker and is raised by `run`.
+
+    Args:
+        count: number of processes; 0 runs the jobs in this one.
+        start: called once in each worker.
+        max_deaths: workers that may die over one job.
+    """
+
+    def __init__(self, count: int, start: Callable[[], None] | None = None, max_deaths: int = 3) -> None:
+        self.count, self.start, self.max_deaths = count, start, max_deaths
+        self.idle: list[ProcessPoolExecutor] = []
+        self.running: dict[Future, tuple[ProcessPoolExecutor, tuple, int]] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, also those that are running a job."""
+        for pool in (*self.idle, *(pool for pool, _, _ in self.running.values())):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.idle, self.running = [], {}
+
+    def run(self, function: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[tuple[tuple, Any, int]]:
+        """Yield the results of `function(*job)` as they come; one call at a time.
+
+        Args:
+            function: defined at the top of a module, since workers are spawned.
+            jobs: arguments of the calls, one tuple each.
+
+        Yields:
+            job, result, number of workers that died over it.
+
+        Raises:
+            RuntimeError: `max_deaths` workers died over a job; the results before that have been yielded.
+        """
+        if self.count == 0:
+            yield from ((job, function(*job), 0) for job in jobs)
+            return
+        context = multiprocessing.get_context("spawn")
+        waiting = deque((job, 0) for job in jobs)
+        while waiting or self.running:
+            while waiting and len(self.running) < self.count:
+                pool = self.idle.pop() if self.idle else ProcessPoolExecutor(1, context, self.start)
+                job, deaths = waiting.popleft()
+                self.running[pool.submit(function, *job)] = (pool, job, deaths)
+            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                pool, job, deaths = self.running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    pool.shutdown(wait=False)
+                    if deaths + 1 == self.max_deaths:
+                        raise RuntimeError(
+                            f"{self.max_deaths} worker processes died over the same job (out of memory?); what was "
+                            "finished is kept: run the same command again to go on, with fewer workers if memory is "
+                            "short"
+                        ) from error
+                    waiting.appendleft((job, deaths + 1))
+                    continue
+                self.idle.append(pool)
+                yield job, result, deaths
+
+
 def run_jobs(
     function: Callable[..., Any],
     jobs: Sequence[tuple],
@@ -23,52 +93,9 @@ def run_jobs(
     start: Callable[[], None] | None = None,
     max_deaths: int = 3,
 ) -> Iterator[tuple[tuple, Any, int]]:
-    """Yield the results of `function(*job)` as they come.
+    """Yield the results of `function(*job)` as they come, from worker processes that end with the last job.
 
-    A worker that dies (out of memory, a crash in a driver) takes one job with it; another worker gets that job. An
-    exception in `function` kills no worker and is raised here.
-
-    Args:
-        function: defined at the top of a module, since workers are spawned.
-        jobs: arguments of the calls, one tuple each.
-        workers: number of processes; 0 calls `function` in this one.
-        start: called once in each worker.
-        max_deaths: workers that may die over one job.
-
-    Yields:
-        job, result, number of workers that died over it.
-
-    Raises:
-        RuntimeError: `max_deaths` workers died over a job; the results before that have been yielded.
+    Arguments, results and errors are those of `Workers` and `Workers.run`.
     """
-    if workers == 0:
-        yield from ((job, function(*job), 0) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting = deque((job, 0) for job in jobs)
-    idle: list[ProcessPoolExecutor] = []
-    running: dict[Future, tuple[ProcessPoolExecutor, tuple, int]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                pool = idle.pop() if idle else ProcessPoolExecutor(1, context, start)
-                job, deaths = waiting.popleft()
-                running[pool.submit(function, *job)] = (pool, job, deaths)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                pool, job, deaths = running.pop(future)
-                try:
-                    result = future.result()
-                except BrokenProcessPool as error:
-                    pool.shutdown(wait=False)
-                    if deaths + 1 == max_deaths:
-                        raise RuntimeError(
-                            f"{max_deaths} worker processes died over the same job (out of memory?); what was finished "
-                            "is kept: run the same command again to go on, with fewer workers if memory is short"
-                        ) from error
-                    waiting.appendleft((job, deaths + 1))
-                    continue
-                idle.append(pool)
-                yield job, result, deaths
-    finally:  # also when the caller is interrupted
-        for pool in (*idle, *(pool for pool, _, _ in running.values())):
-            pool.shutdown(wait=False, cancel_futures=True)
+    with Workers(workers, start, max_deaths) as pool:  # also left when the caller is interrupted
+        yield from pool.run(function, jobs)

@@ -1,0 +1,115 @@
+"""A simulator as the world of closed-loop reinforcement learning: true dynamics, true outcomes, worker processes.
+
+Shapes: E episodes, B of them played at once, T chunk steps, A action dim.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.closed_loop import Answer
+from vlarft.run.random import numpy_generator
+from vlarft.sim.env import Env, Observation
+from vlarft.sim.suites import make_env
+from vlarft.sim.workers import Workers, one_thread
+
+
+class Place(NamedTuple):
+    """One task, and how its observations are rendered."""
+
+    suite: str
+    task: int
+    image_size: int
+    cameras: tuple[str, ...]
+    options: tuple[tuple[str, object], ...] = ()
+
+
+class Played(NamedTuple):
+    """Where a chunk led: the simulator's state, what is seen there, and see `Answer`."""
+
+    state: np.ndarray
+    observation: Observation
+    success: bool
+    steps: int
+    done: bool
+
+
+@functools.lru_cache(maxsize=10)  # the tasks of a suite
+def environment(place: Place) -> Env:
+    """Make a task's environment, once in each process."""
+    return make_env(place.suite, place.task, place.image_size, cameras=place.cameras, **dict(place.options))
+
+
+def first(place: Place, seed: int) -> Played:
+    """Reset to the start of a seed."""
+    env = environment(place)
+    env.reset(seed=seed)
+    return Played(env.get_state(), env.observe(), False, 0, False)
+
+
+def after(place: Place, chunks: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, Played]:
+    """Play chunks to the first success or the horizon: number of an episode -> (its state, actions (T, A))."""
+    env, results = environment(place), {}
+    for episode, (state, chunk) in chunks.items():
+        env.set_state(state)
+        before = env.num_steps
+        for action in chunk:
+            result = env.step(action)
+            if result.done:
+                break
+        steps = env.num_steps - before
+        results[episode] = Played(env.get_state(), env.observe(), result.success, steps, result.done)
+    return results
+
+
+class SimulatedWorld:
+    """Episodes of several tasks in turn, from random starts that are disjoint from the evaluation's.
+
+    An episode does not depend on the number of workers, nor on the others.
+
+    Args:
+        places: the tasks; start s of a batch is of task s modulo their number.
+        starts: S, of each batch.
+        workers: processes; 0 plays in this one. `close` ends them.
+    """
+
+    def __init__(self, places: Sequence[Place], starts: int, workers: int) -> None:
+        self.places, self.starts = list(places), starts
+        self.workers = Workers(workers, start=one_thread)
+        self.names: list[str] = []  # of the present batch's starts: suite/task/seed
+        self.where: list[Place] = []  # of each episode
+        self.now: dict[int, Played] = {}  # each episode after its latest chunk
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.workers.close()
+
+    def begin(self, group: int, *numbers: int) -> list[Observation]:
+        """Put `group` episodes at each start; its seed depends on `numbers` alone, see `World.begin`."""
+        seeds = numpy_generator("simulated starts", *numbers).integers(2**31, size=self.starts)
+        jobs = [(self.places[s % len(self.places)], int(seed)) for s, seed in enumerate(seeds)]
+        self.names = [f"{place.suite}/{place.task}/{seed}" for place, seed in jobs]
+        found = {job: result for job, result, _ in self.workers.run(first, jobs)}
+        self.where = [job[0] for job in jobs for _ in range(group)]
+        self.now = dict(enumerate(found[job] for job in jobs for _ in range(group)))
+        return [played.observation for played in self.now.values()]
+
+    def step(self, episodes: Sequence[int], actions: Tensor) -> Answer:
+        """Play a chunk (B, T, A) of each episode, see `World.step`."""
+        chunks = dict(zip(episodes, actions.cpu().numpy().astype(np.float32), strict=True))
+        jobs = []
+        for place in dict.fromkeys(self.where[e] for e in episodes):
+            here = [e for e in episodes if self.where[e] == place]
+            for part in np.array_split(here, min(len(here), max(1, self.workers.count))):
+                jobs.append((place, {e: (self.now[e].state, chunks[e]) for e in part.tolist()}))
+        for _, results, _ in self.workers.run(after, jobs):
+            self.now |= results
+        ended = [self.now[e] for e in episodes]
+        return Answer(
+            [played.observation for played in ended],
+            *(torch.tensor([getattr(played, name) for played in ended]) for name in ("success", "steps", "done")),
+        )

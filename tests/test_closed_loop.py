@@ -1,0 +1,271 @@
+"""Closed-loop reinforcement learning: episodes, masks and weights by hand, exact ratios, resume, the simulator."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_rl
+from vlarft.closed_loop import Answer, Attempts, action_weights, play
+from vlarft.flow import chain_log_prob
+from vlarft.grpo import advantages
+from vlarft.policy import VLAPolicy
+from vlarft.run.random import generator
+from vlarft.sim.simulated_world import Place, SimulatedWorld
+from vlarft.sim.suites import make_env
+
+SMOKE = train_rl.PRESETS["smoke"]
+
+
+class Toy:
+    """Two starts; an episode succeeds after as many actions as a function of its number and first chunk says."""
+
+    def __init__(self, ends, horizon=20):
+        self.ends, self.horizon, self.names = ends, horizon, ["toy/0", "toy/1"]
+
+    def begin(self, group, *numbers):
+        rng = np.random.default_rng(numbers)
+        self.images = [rng.integers(0, 255, (64, 64, 3)).astype(np.uint8) for _ in range(2)]
+        self.group, self.played, self.first = group, {}, {}
+        return [self.observation(i) for i in range(2 * group)]
+
+    def observation(self, i):
+        image = np.roll(self.images[i // self.group], self.played.get(i, 0), 0)
+        return {"agentview": image, "proprio": np.zeros(8, np.float32), "instruction": "push"}
+
+    def step(self, episodes, actions):
+        success, steps = [], []
+        for i, chunk in zip(episodes, actions, strict=True):
+            end = self.ends(i, self.first.setdefault(i, chunk))
+            left = min(end, self.horizon) - self.played.get(i, 0)
+            steps.append(min(left, len(chunk)))
+            self.played[i] = self.played.get(i, 0) + steps[-1]
+            success.append(self.played[i] == end)
+        done = [ok or self.played[i] == self.horizon for ok, i in zip(success, episodes)]
+        return Answer([self.observation(i) for i in episodes], *map(torch.tensor, (success, steps, done)))
+
+    def close(self):
+        pass
+
+
+def by_number(i, chunk):
+    return (3, 99, 16, 10)[i]  # actions until success; 99: never
+
+
+def by_action(i, chunk):
+    return 10 if chunk[0, 0] > 0 else 99
+
+
+@pytest.fixture
+def policy(policy_file):
+    policy = VLAPolicy.load(policy_file)
+    policy.add_sigma_net()
+    torch.nn.init.normal_(policy.sigma_net.output.weight, generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+def attempts_of(policy, world, group=2):
+    return play(policy, world, group, (0, 0), functools.partial(generator, "cpu", "episode chains", 0, 0))
+
+
+@pytest.fixture
+def config(demos, policy_file, tmp_path):
+    return dataclasses.replace(
+        SMOKE, policy=str(policy_file), demos=str(demos), out_dir=str(tmp_path / "rl"), starts=2, lr=1e-3
+    )
+
+
+def test_episodes_end_with_success_or_the_horizon(policy):
+    attempts = attempts_of(policy, Toy(by_number))
+    assert attempts.success.tolist() == [[True, False], [True, True]]
+    assert attempts.steps.tolist() == [[3, 20], [16, 10]]
+    # chunks in order of time: all four, then all but the first, then the one that goes on to the horizon
+    assert attempts.episode.tolist() == [0, 1, 2, 3, 1, 2, 3, 1]
+    assert attempts.played.sum(1).tolist() == [3, 8, 8, 8, 8, 8, 2, 4]
+    assert attempts.played[0].tolist() == [True] * 3 + [False] * 5
+
+
+def test_noise_does_not_depend_on_the_others(policy):
+    """Nor do observations: the same episode has the same chain, whoever else is still playing."""
+    some, all_of_them = (attempts_of(policy, Toy(ends)) for ends in (by_number, lambda i, chunk: 99))
+    last = some.x[some.episode == 1][2]
+    torch.testing.assert_close(last, all_of_them.x[all_of_them.episode == 1][2], atol=1e-4, rtol=0)
+    assert not torch.allclose(last, some.x[some.episode == 1][1], atol=0.1)
+    assert not torch.allclose(some.x[0], some.x[1], atol=0.1)  # of one start
+
+
+def test_weights_by_hand():
+    played = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0], [1, 1], [1, 1]], dtype=torch.bool)
+    success = torch.tensor([[True, False], [True, True]])
+    attempts = Attempts(torch.tensor([0, 1, 2, 0, 1, 3]), *[None] * 4, played, success, torch.tensor([[3, 4], [2, 2]]))
+    advantage = advantages(success.float())  # +-1/2 in the first group, 0 in the second
+    weight = action_weights(attempts, advantage)
+    # half of the episodes are in a group of both outcomes: a mean over these two
+    plus, minus = 0.5 / 3 / 2, -0.5 / 4 / 2
+    expected = [[plus, plus], [minus, minus], [0, 0], [plus, 0], [minus, minus], [0, 0]]
+    assert torch.allclose(weight, torch.tensor(expected))
+    equal = attempts._replace(success=torch.tensor([[True, True], [False, False]]))
+    assert not action_weights(equal, advantages(equal.success.float())).any()
+
+
+def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy, config):
+    attempts = attempts_of(policy, Toy(by_number), group=2)
+    weight = action_weights(attempts, advantages(attempts.success.float(), divide_by_std=True))
+    cfg = dataclasses.replace(config, micro_chunks=3)
+    nets = train_rl.make_trainable(dataclasses.replace(cfg, sigma_max=policy.cfg.flow.sigma_max), policy)
+    metrics = train_rl.backward(cfg, policy, attempts, weight)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
+    parameters = [p for net in nets.values() for p in net.parameters()]
+    found = [p.grad.clone() for p in parameters if p.grad is not None]
+    policy.zero_grad()
+    cond = policy.condition(attempts.context, attempts.proprio)
+    log_prob = chain_log_prob(policy.head, policy.sigma_net, attempts.x, cond).log_prob  # (M, K, T, A)
+    by_action = log_prob.sum(3).mean(1)
+    total = sum(weight[m, t] * by_action[m, t] for m in range(len(weight)) for t in range(8) if attempts.played[m, t])
+    (-total).backward()
+    expected = [p.grad for p in parameters if p.grad is not None]
+    assert len(found) == len(expected) > 10
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_what_succeeds_becomes_more_likely(policy, config):
+    cfg = dataclasses.replace(config, mse_weight=0.0, steps=8, group=16, lr=4e-3)
+    train_rl.main(cfg, world=Toy(by_action))
+    rates = [json.loads(line)["success"] for line in Path(cfg.out_dir, "log.jsonl").read_text().splitlines()]
+    assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2, rates
+
+
+def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
+    metrics = train_rl.main(config, world=Toy(by_number))
+    before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
+    moved = {k for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
+    assert moved and all(k.startswith("head.") for k in moved)
+    assert after.sigma_net.output.weight.abs().max() > 0  # started at zero
+    assert metrics["success"] == 0.75 and metrics["constant_groups"] == 0.5 and metrics["episode_steps"] == 49 / 4
+    assert {"policy_loss", "mse", "grad_norm", "sigma", "approx_kl", "play_s", "update_s"} <= set(metrics)
+
+
+def test_without_a_mixed_group_there_is_no_update(config, policy_file):
+    metrics = train_rl.main(dataclasses.replace(config, mse_weight=0.0), world=Toy(lambda i, chunk: 99))
+    assert metrics["constant_groups"] == 1 and "grad_norm" not in metrics
+    before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
+    assert all(torch.equal(v, after.get_parameter(k)) for k, v in before.named_parameters())
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3, "clip": 0.01}, {"precision": "bf16", "keep_interval": 1}])
+def test_options(config, changes):
+    metrics = train_rl.main(dataclasses.replace(config, **changes), world=Toy(by_number))
+    assert all(np.isfinite(v) for v in metrics.values())
+    if "epochs" in changes:  # the second epoch scores an updated policy
+        assert metrics["ratio_max"] != pytest.approx(1, abs=1e-6) and metrics["clip_frac"] > 0
+
+
+def test_resume_equals_no_interruption(config, tmp_path):
+    config = dataclasses.replace(config, steps=3)
+    train_rl.main(config, world=Toy(by_action))
+    whole = torch.load(f"{config.out_dir}/train_state.pt", weights_only=True)
+    interrupted = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+
+    class Stops(Toy):
+        begun = 0
+
+        def begin(self, group, *numbers):
+            self.begun += 1
+            if self.begun == 3:
+                raise KeyboardInterrupt
+            return super().begin(group, *numbers)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_rl.main(interrupted, world=Stops(by_action))
+    train_rl.main(interrupted, world=Toy(by_action))
+    resumed = torch.load(f"{interrupted.out_dir}/train_state.pt", weights_only=True)
+    assert whole["step"] == resumed["step"] == 3
+    assert all(torch.equal(value, resumed["policy"][key]) for key, value in whole["policy"].items())
+    for slots, others in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
+        assert all(torch.equal(slots[k], others[k]) for k in slots)
+
+
+def test_errors(config, monkeypatch):
+    with pytest.raises(ValueError, match="--group 1: give at least 2"):
+        dataclasses.replace(config, group=1)
+    with pytest.raises(ValueError, match="unknown suite 'tabletop_objects'"):
+        train_rl.main(dataclasses.replace(config, suites=("tabletop_objects",)))
+    with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):
+        train_rl.main(dataclasses.replace(config, tasks=("x",)))
+    monkeypatch.setattr(train_rl.distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="runs in one process"):
+        train_rl.main(config)
+
+
+PLACES = [Place("tabletop_object", task, 32, ("agentview",)) for task in (0, 1)]
+
+
+def test_a_simulated_episode_is_that_of_its_environment():
+    world = SimulatedWorld(PLACES, 3, 0)
+    observations = world.begin(2, 5, 7)
+    assert len(observations) == 6 and [name.rpartition("/")[0] for name in world.names] == [
+        "tabletop_object/0",
+        "tabletop_object/1",
+        "tabletop_object/0",
+    ]
+    again = SimulatedWorld(PLACES, 3, 0).begin(2, 5, 7)
+    assert all(np.array_equal(a["agentview"], b["agentview"]) for a, b in zip(observations, again))
+    assert np.array_equal(observations[0]["agentview"], observations[1]["agentview"])  # a group has one start
+    assert not np.array_equal(observations[0]["agentview"], observations[4]["agentview"])
+    actions = torch.rand(2, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for chunk in (actions[:, :4], actions[:, 4:]):
+        answer = world.step([3, 4], chunk)
+    env = make_env("tabletop_object", 1, 32)
+    env.reset(seed=int(world.names[1].rpartition("/")[2]))
+    for action in actions[0].numpy():
+        env.step(action)
+    assert np.array_equal(answer.observations[0]["agentview"], env.observe()["agentview"])
+    assert answer.steps.tolist() == [4, 4] and not answer.done.any() and not answer.success.any()
+    assert world.now[0].steps == 0  # nobody else moved
+
+
+def test_the_horizon_ends_a_simulated_episode():
+    world = SimulatedWorld(PLACES[:1], 1, 0)
+    world.begin(2, 0)
+    still = torch.zeros(1, 179, 7)
+    assert not world.step([1], still).done.any()
+    answer = world.step([1], still)
+    assert answer.done.tolist() == [True] and answer.success.tolist() == [False] and answer.steps.tolist() == [1]
+
+
+def test_workers_change_nothing():
+    actions = torch.rand(6, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    answers = []
+    for count in (0, 2):
+        world = SimulatedWorld(PLACES, 3, count)
+        world.begin(2, 1)
+        answers.append(world.step(range(6), actions))
+        world.close()
+    one, other = answers
+    for a, b in zip(one.observations, other.observations, strict=True):
+        assert np.array_equal(a["agentview"], b["agentview"]) and np.array_equal(a["proprio"], b["proprio"])
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
+
+
+def test_success_ends_a_simulated_episode(tmp_path):
+    """An expert's demonstration, chunk by chunk."""
+    from vlarft.sim.suites import make_expert
+
+    world = SimulatedWorld(PLACES[:1], 1, 0)
+    world.begin(1, 3)
+    env = make_env("tabletop_object", 0, 32)
+    env.reset(seed=int(world.names[0].rpartition("/")[2]))
+    expert, actions = make_expert(env, 0), []
+    while not env.success():
+        actions.append(np.asarray(expert.act()[0], dtype=np.float32))
+        env.step(actions[-1])
+    rest = len(actions) % 8 or 8
+    chunks = torch.from_numpy(np.stack(actions + [actions[-1]] * 8))
+    for i in range(0, len(actions), 8):
+        answer = world.step([0], chunks[None, i : i + 8])
+    assert answer.success.tolist() == [True] and answer.done.tolist() == [True] and answer.steps.tolist() == [rest]

@@ -1,0 +1,258 @@
+"""Beyond the paper: closed-loop reinforcement learning of a VLA policy from the outcome of whole episodes.
+
+Stage II of the paper (train_rft.py) compares one chunk with a demonstration, at the demonstration's own states. Here
+the policy plays until it succeeds or time is up, and the outcome is the reward. Each step takes 8 starts; plays 8
+episodes from each with the SDE policy (Eqs. 5 to 7), observing anew after every chunk; compares the outcomes within a
+group (Eq. 12); and updates flow head and sigma net by GRPO (Eqs. 8, 9 and 13). The vision-language model stays frozen.
+
+    python train_rl.py --policy runs/sft --demos demos --suites libero_spatial --out-dir runs/rl
+    python train_rl.py --preset tiny --policy runs/sft --demos demos --out-dir runs/rl           # Tabletop, two cores
+
+The world is the simulator: the baseline that peers report, and the ceiling of what the same update can gain in an
+imagination. Its physics runs in worker processes, the policy in this one. Starts are random and disjoint from those of
+eval_libero.py.
+
+Reads a policy of train_sft.py, train_rft.py or this script, and the demonstrations that it was trained on (their
+episodes and camera are named in its checkpoint). Writes to out_dir: model.safetensors (the whole policy with its sigma
+net), train_state.pt, log.jsonl, config.json. The same command resumes an interrupted run.
+
+The objective, where it differs from Eq. (13):
+- The reward is 1 for success, else 0. A group of one outcome has no advantage and is left out of the mean.
+- One ratio per action step, clipped; the log-densities of its K flow steps are averaged, as in Eq. (8).
+- Actions after the first success, which nobody plays, are left out. An episode's actions weigh 1 / its length, so that
+  long episodes, often failures, do not outweigh short ones (WoVR).
+- No entropy and no KL term. The flow-matching term on demonstrations is kept.
+- The advantage is divided by the group's standard deviation.
+- With --epochs 1 the ratio is always 1: the clip acts from the second epoch on.
+
+Runs in one process. Results do not depend on the number of workers.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlarft.closed_loop import Attempts, World, action_weights, play
+from vlarft.data import WindowSampler, load_episodes
+from vlarft.flow import chain_log_prob, matching_loss
+from vlarft.grpo import advantages, policy_loss
+from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import load_model, open_run
+from vlarft.run.clock import Clock, rate_factor
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import generator, seed_of
+from vlarft.run.train_state import TrainState
+from vlarft.sim.gl import FAST
+from vlarft.sim.simulated_world import Place, SimulatedWorld
+from vlarft.sim.suites import check_cameras, task_index, task_names
+
+WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
+MSE_CHUNKS, MSE_DRAWS = 32, 4  # demonstrated chunks per update in the flow-matching term, pairs (tau, eps) for each
+
+
+@dataclass(frozen=True)
+class Config:
+    """One fine-tuning; the defaults are for LIBERO and a policy of the paper's size."""
+
+    policy: str = opt("runs/sft", "policy to fine-tune: run folder or file", group="data")
+    demos: str = opt("demos", "demonstrations of its training, for the flow-matching term (HDF5, LeRobot, RLDS)")
+    suites: tuple[str, ...] = opt(("libero_spatial",), "suites whose tasks are played")
+    tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
+    image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
+    starts: int = opt(8, "starts per step, of the tasks in turn", group="optimisation")
+    group: int = opt(8, "episodes from each start (WoVR)")
+    sigma_min: float = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units")
+    sigma_max: float = opt(0.2, "upper bound of the standard deviation of a flow step")
+    steps: int = opt(100, "GRPO steps")
+    max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
+    lr: float = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
+    sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
+    warmup: int = opt(3, "steps of linear warmup")
+    clip_norm: float = opt(1.0, "largest gradient norm")
+    epochs: int = opt(1, "updates per batch of episodes; the clip acts from the second on")
+    clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
+    mse_weight: float = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
+    out_dir: str = opt("runs/rl", "folder that the run writes", group="run")
+    save_interval: int = opt(5, "steps between checkpoints")
+    keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
+    seed: int = opt(0, "seed of starts and chains")
+    workers: int = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
+    micro_chunks: int = opt(64, "chunks per backward pass, to bound memory")
+
+    def __post_init__(self) -> None:
+        least = {"group": 2, "seed": 0, "workers": 0, "mse_weight": 0}
+        counts = ("steps", "starts", "epochs", "micro_chunks", "save_interval", "keep_interval")
+        for name, bound in {**dict.fromkeys(counts, 1), **least}.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+
+
+PAPER = Config()
+TABLETOP = replace(PAPER, suites=("tabletop_object",), image_size=None, lr=1e-4, sigma_lr=1e-3, precision="fp32")
+PRESETS = {
+    "paper": PAPER,
+    "small": TABLETOP,
+    "tiny": replace(TABLETOP, tasks=("0", "1", "2", "3"), steps=40),
+    "smoke": replace(TABLETOP, tasks=("0",), starts=1, group=2, steps=2, warmup=1, save_interval=1, workers=0),
+}  # fmt: skip
+
+
+def make_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
+    """Make the simulator's tasks, rendered as the policy sees them."""
+    options = (("rendering", FAST),) if cfg.fast_rendering else ()
+    size, places = cfg.image_size or policy.vlm.image_size, []
+    for suite in cfg.suites:
+        check_cameras(suite, policy.cfg.cameras, cfg.policy)
+        for task in cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))):
+            places.append(Place(suite, task_index(suite, task), size, policy.cfg.cameras, options))
+    return SimulatedWorld(places, cfg.starts, cfg.workers)
+
+
+def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict) -> WindowSampler | None:
+    """Load the demonstrations that the policy was trained on; None without a flow-matching term."""
+    if not cfg.mse_weight:
+        return None
+    names = extra.get("train_episodes") or None
+    return WindowSampler(
+        load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), 1, policy.cfg.flow.chunk
+    )
+
+
+def make_trainable(cfg: Config, policy: VLAPolicy) -> dict[str, nn.Module]:
+    """Add the sigma net, freeze the policy but for it and the flow head, and return the two by name."""
+    torch.manual_seed(seed_of("weights", cfg.seed))
+    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max)
+    policy.requires_grad_(False).eval()
+    return {name: getattr(policy, name).requires_grad_(True) for name in ("head", "sigma_net")}
+
+
+def episode_loss(cfg: Config, policy: VLAPolicy, chunks: Attempts, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Compute the clipped objective of some chunks, to be minimised; and its metrics.
+
+    Args:
+        chunks: M of them.
+        weight: (M, T), of the ratios, from `action_weights`.
+
+    Returns:
+        -(sum of clipped ratios times weights), and means over the chunks.
+    """
+    cond = policy.condition(chunks.context, chunks.proprio)
+    scored = chain_log_prob(policy.head, policy.sigma_net, chunks.x, cond)  # (M, K, T, A) each
+    # Eq. (8) per action step, (M, T)
+    log_prob, old_log_prob = (reduce_log_prob(v, per_step=True) for v in (scored.log_prob, chunks.log_prob))
+    surrogate, metrics = policy_loss(log_prob, old_log_prob, weight, clip=cfg.clip)  # Eqs. (9), (13): a mean
+    return surrogate * weight.numel(), metrics | {"sigma": scored.sigma.mean().item()}
+
+
+def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor) -> dict[str, float]:
+    """Accumulate the gradients of the objective over all chunks that have a weight, `micro_chunks` at a time; return
+    its metrics: none if no chunk has one. Metrics are means over the chunks, but those named `..._max` are maxima.
+    """
+    used, totals = weight.ne(0).any(1).nonzero()[:, 0], {}
+    for first in range(0, len(used), cfg.micro_chunks):
+        rows = used[first : first + cfg.micro_chunks]
+        loss, metrics = episode_loss(cfg, policy, attempts.rows(rows), weight[rows])
+        loss.backward()
+        totals["policy_loss"] = totals.get("policy_loss", 0.0) + loss.item()
+        for name, value in metrics.items():
+            if name.endswith("_max"):
+                totals[name] = max(value, totals.get(name, value))
+            else:
+                totals[name] = totals.get(name, 0.0) + value * len(rows) / len(used)
+    return totals
+
+
+def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
+    """Fine-tune, or resume; return the metrics of the last step. `world`: in place of the simulator's tasks."""
+    device, out_dir = distributed.setup(), Path(cfg.out_dir)
+    if distributed.world_size() > 1:
+        raise ValueError("train_rl.py runs in one process; its simulators have --workers processes: leave torchrun out")
+    policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
+    world, demonstrations = world or make_world(cfg, policy), demonstrated(cfg, policy, extra)
+    trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
+    open_run(out_dir, cfg, ignore=("workers", "micro_chunks"))
+    groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    parameters = [p for group in groups for p in group["params"]]
+    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
+    step, minutes = state.load(step=0, minutes=0.0)
+    log, clock, metrics = RunLog(out_dir, cfg.steps, "rl", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
+
+    def save() -> None:
+        values = {"step": step, "minutes": clock.minutes}
+        state.save(values, policy, policy.cfg, {**extra, "rl": to_dict(cfg)})
+
+    while (share := clock.share(step)) < 1:
+        started = clock.minutes
+        stream = partial(generator, device)  # random numbers that depend on (name, seed, step, ...) alone
+
+        # whole episodes, G from each of S starts
+        noise = partial(stream, "episode chains", cfg.seed, step)
+        attempts = play(policy, world, cfg.group, (cfg.seed, step), noise, bf16=cfg.precision == "bf16")
+
+        # the outcome is the reward; compare it with the others of its group, Eq. (12)
+        reward = attempts.success.float()  # (S, G)
+        weight = action_weights(attempts, advantages(reward, divide_by_std=True))  # (M, T)
+        played = clock.minutes
+
+        # update flow head and sigma net, Eq. (13)
+        for group, name in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = rates[name] * rate_factor(step, share, cfg.warmup, "constant")
+        for epoch in range(cfg.epochs):
+            optimizer.zero_grad(set_to_none=True)
+            update = backward(cfg, policy, attempts, weight)
+            if demonstrations is not None:
+                batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, step * cfg.epochs + epoch).to(device)
+                context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=cfg.precision == "bf16")
+                mse, _ = matching_loss(
+                    policy.head,
+                    policy.normalizer.encode_actions(batch.intended),
+                    policy.condition(context, batch.proprio),
+                    generator=stream("flow matching", cfg.seed, step, epoch),
+                    draws=MSE_DRAWS,
+                )  # Eq. (4)
+                (cfg.mse_weight * mse).backward()
+                update["mse"] = mse.item()
+            if not update:  # all groups had one outcome, and there is no flow-matching term
+                break
+            update["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
+            loss = update.get("policy_loss", 0.0) + cfg.mse_weight * update.get("mse", 0.0)
+            check_finite(loss, step, update, lambda: world.names)
+            optimizer.step()
+
+        metrics = {
+            "success": reward.mean().item(),
+            "constant_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
+            "episode_steps": attempts.steps.float().mean().item(),
+            **update,
+            "play_s": 60 * (played - started),
+            "update_s": 60 * (clock.minutes - played),
+            "minutes": clock.minutes,
+        }
+        log.log(step, metrics)
+        step += 1
+        if step < cfg.steps and state.due(step, cfg.save_interval):
+            save()
+
+    save()
+    world.close()
+    state.finish(log)
+    return metrics
+
+
+if __name__ == "__main__":
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
