@@ -200,11 +200,12 @@ class ViT(nn.Module):
         return x[:, x.shape[1] - self.num_tokens :]
 
 
-def check_image_size(images: torch.Tensor, image_size: int) -> None:
-    """Raise ValueError unless images are (B, 3, image_size, image_size)."""
-    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
+def check_image_size(images: torch.Tensor, image_size: int, num_images: int = 1) -> None:
+    """Raise ValueError unless images are (B, 3 * num_images, image_size, image_size)."""
+    expected = 3 * num_images, image_size, image_size
+    if images.ndim != 4 or images.shape[1:] != expected:
         raise ValueError(
-            f"images: got shape {tuple(images.shape)}, this encoder takes (B, 3, {image_size}, {image_size}); "
+            f"images: got shape {tuple(images.shape)}, this encoder takes (B, {', '.join(map(str, expected))}); "
             "resize them first"
         )
 
@@ -214,6 +215,7 @@ class ConvEncoderConfig:
     """A convolutional encoder that ends in spatial-softmax keypoints; every keypoint is a token."""
 
     image_size: int = 64
+    num_images: int = 1  # images of one size whose channels are stacked
     channels: tuple[int, ...] = (64, 64)  # one convolution each
     kernels: tuple[int, ...] = (7, 3)  # odd
     strides: tuple[int, ...] = (4, 1)
@@ -240,7 +242,7 @@ class ConvEncoder(nn.Module):
             )
         self.cfg = cfg
         self.num_tokens = cfg.num_keypoints
-        widths = (3 + 2, *cfg.channels)
+        widths = (3 * cfg.num_images + 2, *cfg.channels)  # colours, x and y
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, k, stride=s, padding=k // 2)
             for a, b, k, s in zip(widths[:-1], widths[1:], cfg.kernels, cfg.strides, strict=True)
@@ -257,20 +259,20 @@ class ConvEncoder(nn.Module):
         """Compute one token per keypoint.
 
         Args:
-            images: (B, 3, image_size, image_size), floats in [0, 1].
+            images: (B, 3 * num_images, image_size, image_size), floats in [0, 1].
             language: (B, film_dim) instruction embedding; needed exactly when the configuration has a film_dim.
         Returns:
             (B, num_keypoints, D).
         Raises:
             ValueError: another image size; instruction embedding missing, or given without `film_dim`.
         """
-        check_image_size(images, self.cfg.image_size)
+        check_image_size(images, self.cfg.image_size, self.cfg.num_images)
         if (language is None) != (self.films is None):
             raise ValueError(
                 f"ConvEncoder: film_dim is {self.cfg.film_dim} but an instruction embedding was "
                 f"{'not ' if language is None else ''}given"
             )
-        x = torch.cat([images * 2 - 1, coordinates(images).expand(len(images), -1, -1, -1)], dim=1)  # (B, 5, H, W)
+        x = torch.cat([images * 2 - 1, coordinates(images).expand(len(images), -1, -1, -1)], dim=1)  # (B, 3 + 2, H, W)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
             if self.films is not None:

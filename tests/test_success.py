@@ -1,0 +1,242 @@
+"""Success model: labels, thresholds and agreement by hand; it learns; training resumes; every refusal."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import write_moving_square
+
+import train_success
+from vlarft.data import load_episodes
+from vlarft.data.convention import image_convention
+from vlarft.data.episode import Episode
+from vlarft.run.checkpoint import read_header, save_model
+from vlarft.success import (
+    PRESETS,
+    SuccessModel,
+    best_threshold,
+    check_instructions,
+    compare_outcomes,
+    longest_held,
+)
+from vlarft.world_model import PRESETS as WORLD_MODELS
+from vlarft.world_model import WorldModel
+
+SMOKE = train_success.PRESETS["smoke"]
+
+
+def lamps(index: int, success: bool) -> Episode:
+    """Two lamps; the one that the instruction names is lit at the end of a success, the other one in a failure."""
+    rng = np.random.default_rng(index)
+    images = rng.integers(90, 110, (20, 64, 64, 3)).astype(np.uint8)
+    name = ("left", "right")[index % 2]
+    lit = slice(8, 24) if (name == "left") == success else slice(40, 56)
+    images[14:, 24:40, lit] = 250
+    zeros = np.zeros((20, 8), np.float32)
+    return Episode(f"s/f/{index}", f"light the {name} lamp", images, zeros, zeros[:, :7], zeros[:, :7], success)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    """Folder of 12 episodes of 14 steps, half of them failures of a policy."""
+    folder = tmp_path_factory.mktemp("episodes")
+    for k, kind in enumerate(("expert", "policy")):
+        path = folder / kind / "push_red_demo.hdf5"
+        write_moving_square(path, 6, 14, k, "push the red square")
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                demo.attrs.update(kind=kind, success=kind == "expert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world_model(places, tmp_path_factory) -> Path:
+    """A world model with random weights that holds out two episodes of each outcome."""
+    torch.manual_seed(0)
+    model = WorldModel(WORLD_MODELS["smoke"])
+    episodes = load_episodes(places, successes_only=False)
+    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])
+    model.action_bins.set_range(actions.amin(0), actions.amax(0))
+    names = [e.name for e in episodes]
+    extra = {"held_out_episodes": names[:2] + names[-2:], **image_convention(episodes, "agentview")}
+    path = tmp_path_factory.mktemp("wm") / "model.safetensors"
+    save_model(path, model, model.cfg, extra)
+    return path
+
+
+@pytest.fixture
+def config(places, world_model, tmp_path):
+    return dataclasses.replace(
+        SMOKE, demos=(str(places),), world_model=str(world_model), out_dir=str(tmp_path / "success"), margin=4
+    )
+
+
+def test_labels_by_hand():
+    success, progress = train_success.labels(lamps(0, True), positive=3, margin=5)
+    assert success[:12].tolist() == [0] * 12 and np.isnan(success[12:17]).all() and success[17:].tolist() == [1] * 3
+    assert progress[[0, 17, 19]].tolist() == [0, 1, 1] and progress[8] == pytest.approx(8 / 17)
+    success, progress = train_success.labels(lamps(1, False), positive=3, margin=5)
+    assert not success.any() and np.isnan(progress).all()
+    short = dataclasses.replace(lamps(0, True), actions=np.zeros((2, 7), np.float32))
+    assert train_success.labels(short, positive=4, margin=12)[0].tolist() == [0, 1]
+
+
+def test_a_success_is_held():
+    model = SuccessModel(dataclasses.replace(PRESETS["smoke"], threshold=0.6, hold=3))
+    values = torch.tensor([[0.9, 0.9, 0.1, 0.7, 0.6, 0.8, 0.9], [0.9, 0.9, 0.1, 0.9, 0.9, 0.5, 0.9]])
+    assert model.solved(values).tolist() == [[False] * 5 + [True] * 2, [False] * 7]
+    assert [round(longest_held(row, 3).item(), 4) for row in values] == [0.6, 0.5]
+    assert longest_held(values[0], 9) == 0 and not model.solved(values[:, :2]).any()
+
+
+def test_thresholds_by_hand():
+    def constant(*levels):
+        return [torch.full((4,), level) for level in levels]
+
+    true = [True, True, False, False, True]
+    assert best_threshold(constant(0.9, 0.8, 0.3, 0.1, 0.7), true, 3, 0.0) == pytest.approx(0.5)
+    # one failure looks like a success: without false successes, two successes are given up
+    values = constant(0.9, 0.8, 0.85, 0.1, 0.7)
+    assert best_threshold(values, true, 3, 0.0) == pytest.approx(0.875)
+    assert best_threshold(values, true, 3, 0.5) == pytest.approx(0.4)
+    assert best_threshold(constant(0.5, 0.5, 0.9, 0.9, 0.5), true, 3, 0.0) == pytest.approx(0.95)  # nothing succeeds
+
+
+def test_agreement_by_hand():
+    found = compare_outcomes([True, False, True, False], [True, True, False, False])
+    assert found == (2, 2, 1, 1) and found.agreement == 0.5
+    for same in ([True, True], [False], []):
+        with pytest.raises(ValueError, match=f"{sum(same)} of {len(same)} episodes succeeded: both outcomes"):
+            compare_outcomes(same, same)
+
+
+def test_loss_by_hand_and_gradients():
+    torch.manual_seed(0)
+    model = SuccessModel(PRESETS["smoke"])
+    frames, first = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
+    texts, success = ["a", "b", "a"], torch.tensor([1.0, 0.0, 0.0])
+    loss, _ = model.loss(frames, first, texts, success, torch.tensor([1.0, float("nan"), 0.25]))
+    p, q = model(frames, first, texts).sigmoid().unbind(1)
+    by_hand = -(p[0].log() + (1 - p[1]).log() + (1 - p[2]).log()) / 3
+    by_hand = by_hand - (q[0].log() + 0.25 * q[2].log() + 0.75 * (1 - q[2]).log()) / 2
+    torch.testing.assert_close(loss, by_hand)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with pytest.raises(ValueError, match=r"this encoder takes \(B, 6, 64, 64\)"):
+        model(frames[..., :32], first[..., :32], texts)
+
+
+def test_judging_in_parts_is_judging_at_once():
+    torch.manual_seed(0)
+    model = SuccessModel(PRESETS["smoke"]).eval()
+    frames, first = torch.rand(2, 5, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    whole, parts = (model.judge(frames, first, ["a", "b"], at_once=n) for n in (256, 3))
+    torch.testing.assert_close(whole, parts)
+    one = model(frames[1, 2:3], first[1:], ["b"]).sigmoid()
+    torch.testing.assert_close(torch.stack([whole.success[1, 2], whole.progress[1, 2]]), one[0])
+
+
+def test_it_learns_what_the_instruction_asks_for():
+    cfg = dataclasses.replace(SMOKE, batch_size=32, margin=4, world_model=None)
+    episodes = [lamps(i, bool(i // 2 % 2)) for i in range(16)]
+    cast = torch.autocast("cpu", enabled=False)
+    table = train_success.frame_table(cfg, train_success.versions(cfg, episodes, None, cast))
+    assert table.success.sum() == 8 * 4 and len(table.frames) == 8 * (4 + 4) + 8 * 4
+    torch.manual_seed(0)
+    model = SuccessModel(PRESETS["smoke"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(120):
+        optimizer.zero_grad()
+        model.loss(*table.batch(cfg.batch_size, 0, step, torch.device("cpu")))[0].backward()
+        optimizer.step()
+    others = [lamps(i, bool(i // 2 % 2)) for i in range(100, 108)]
+    held_out = list(train_success.versions(cfg, others, None, cast))
+    metrics, threshold = train_success.validate(model.eval(), held_out, cfg, cast)
+    assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
+
+
+def test_versions_are_of_the_same_frames(places, world_model):
+    cfg = dataclasses.replace(SMOKE, margin=4)
+    model, cast = WorldModel.load(world_model), torch.autocast("cpu", enabled=False)
+    episodes = load_episodes(places, successes_only=False)[:2]
+    found = list(train_success.versions(cfg, episodes, model, cast))
+    assert [v.kind for v in found] == ["real", "decoded", "real", "decoded", "imagined", "imagined"]
+    assert all(v.frames.shape == (14, 3, 64, 64) and v.frames.dtype == torch.uint8 for v in found)
+    images = found[0].frames.float() / 255
+    tokens = model.tokenize(images[None])[1]
+    context = model.tokenizer.encode_context(images[:1])
+    expected = train_success.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
+    assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
+    table = train_success.frame_table(cfg, iter(found))
+    assert len(table.first_frames) == len(table.instructions) == 2
+    real, imagined = (table.success[i * 8 : (i + 1) * 8] for i in (0, 4))
+    assert torch.equal(real, imagined)
+
+
+def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
+    metrics = train_success.main(config)
+    assert {"imagined_agreement", "imagined_false_successes", "real_agreement", "real_brier", "threshold"} <= set(
+        metrics
+    )
+    header = read_header(config.out_dir)
+    assert (
+        header.extra["instructions"] == ["push the red square"] and header.config["threshold"] == metrics["threshold"]
+    )
+    assert len(header.extra["held_out_episodes"]) == 4 and len(header.extra["train_episodes"]) == 8
+    check_instructions(config.out_dir, ["push the red square"])
+    with pytest.raises(ValueError, match="does not know the instruction 'push the blue square'"):
+        check_instructions(config.out_dir, ["push the red square", "push the blue square"])
+
+    interrupted = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+    check = train_success.check_finite
+
+    def interrupt(loss, step, *rest):
+        if step == 13:
+            raise KeyboardInterrupt
+        check(loss, step, *rest)
+
+    monkeypatch.setattr(train_success, "check_finite", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_success.main(interrupted)
+    monkeypatch.setattr(train_success, "check_finite", check)
+    assert train_success.main(interrupted) == metrics
+    one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, interrupted))
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+    logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, interrupted)]
+    for a, b in zip(*logs, strict=True):
+        assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
+
+
+def test_without_a_world_model(config):
+    metrics = train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=3))
+    assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)
+
+
+def test_at_most_takes_from_each_kind_and_outcome(places):
+    episodes = load_episodes(places, successes_only=False)
+    chosen = train_success.at_most(episodes, 2)
+    assert [(e.kind, e.success) for e in chosen] == [("expert", True)] * 2 + [("policy", False)] * 2
+    assert train_success.at_most(episodes, None) == episodes
+
+
+def test_errors(config, demos, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--batch-size 1: give at least 2"):
+        dataclasses.replace(config, batch_size=1)
+    with pytest.raises(ValueError, match=r"--false-successes 1.5: a share in \[0, 1\)"):
+        dataclasses.replace(config, false_successes=1.5)
+    with pytest.raises(ValueError, match="holds out none of the 6 episodes"):
+        train_success.main(dataclasses.replace(config, demos=(str(demos),)))
+    with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* needs both outcomes"):
+        train_success.main(dataclasses.replace(config, demos=(str(demos),), world_model=None, validation_fraction=0.34))
+    model = WorldModel.load(config.world_model)
+    extra = read_header(config.world_model).extra
+    save_model(tmp_path / "other.safetensors", model, model.cfg, {**extra, "camera": "eye_in_hand"})
+    with pytest.raises(ValueError, match="other.safetensors .*eye_in_hand"):
+        train_success.main(dataclasses.replace(config, world_model=str(tmp_path / "other.safetensors")))
+    monkeypatch.setattr(train_success.distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="runs in one process"):
+        train_success.main(config)

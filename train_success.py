@@ -1,0 +1,374 @@
+"""Beyond the paper: train a success model, the judge of imagined episodes, on real episodes with outcomes.
+
+    python collect_demos.py --preset tiny --demos-per-task 0 --policy runs/sft --policy-per-task 32 --out-dir own
+    python train_wm.py --preset tiny --init runs/wm --demos demos own --steps 500 --out-dir runs/wm2
+    python train_success.py --preset tiny --demos demos own --world-model runs/wm2 --out-dir runs/success
+
+The model looks at a frame, the episode's first frame and the instruction, and gives a probability of success and a
+progress (vlarft/success.py). It trains on frames of whole episodes, each in three versions: as recorded; as the world
+model's tokenizer decodes it; and as the world model imagines it from the first frame and all actions, with the true
+outcome as the label. The last frames of a success are positive, those shortly before are left out, all others are
+negative; a failed episode has negatives only. So failures of the policy that is to be fine-tuned are needed, near
+misses above all: on demonstrations alone, every block beside the bin would be a block in the bin.
+
+Episodes that the world model holds out are held out here, so that judged imaginations are of episodes that neither
+model has seen. On them the threshold is chosen: the one with which judged and true outcomes agree best, with at most
+`--false-successes` of the failures judged a success.
+
+Reads episodes of any format with outcomes (HDF5, LeRobot, RLDS) and a world model of train_wm.py; `--world-model none`
+leaves out the two imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt,
+log.jsonl, config.json. The same command resumes an interrupted run; imaginations are made again.
+
+Runs in one process.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.data import load_episodes, split_episodes
+from vlarft.data.augment import OFF, augment
+from vlarft.data.convention import check_same_images, image_convention
+from vlarft.data.episode import Episode
+from vlarft.imagined_episodes import imagined_episodes, spread_episodes
+from vlarft.run import distributed, preemption
+from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
+from vlarft.run.clock import Clock, Decay, rate_factor
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.log import RunLog, check_finite
+from vlarft.run.random import generator, numpy_generator, seed_of
+from vlarft.run.train_state import TrainState
+from vlarft.success import PRESETS as SIZES
+from vlarft.success import SuccessModel, best_threshold, compare_outcomes, longest_held
+from vlarft.world_model import WorldModel
+
+LIGHT = replace(OFF, brightness=0.1, pixel_noise=0.01)
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training; no paper gives the numbers, the defaults are for images of 256 px."""
+
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes with outcomes", group="data")
+    camera: str = opt("agentview", "camera of the episodes")
+    world_model: str | None = opt(
+        "runs/wm", "world model that replays them: run folder or file; none: real frames only"
+    )
+    validation_fraction: float = opt(0.1, "share of the episodes held out, without a world model")
+    split_seed: int = opt(0, "seed of the choice of held-out episodes, without a world model")
+    episodes: int | None = opt(None, "episodes of each kind and outcome to train on, at most; none: all")
+    frames: int = opt(24, "frames of each episode beside the positive ones")
+    positive: int = opt(4, "last frames of a successful episode that show the success")
+    margin: int = opt(12, "frames before these that are left out, neither success nor failure")
+
+    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the success model", group="model")
+
+    steps: int = opt(10_000, "optimizer steps", group="optimisation")
+    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: int = opt(64, "frames per step, half of them positive")
+    lr: float = opt(1e-3, "peak learning rate of AdamW")
+    warmup: int = opt(100, "steps of linear warmup")
+    schedule: Decay = opt("cosine", "learning rate after the warmup")
+    clip_norm: float = opt(1.0, "largest gradient norm")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+
+    false_successes: float = opt(
+        0.02, "largest share of held-out failures that the threshold may judge a success", group="evaluation"
+    )
+    validation_interval: int = opt(1000, "steps between validations")
+
+    out_dir: str = opt("runs/success", "folder that the run writes", group="run")
+    seed: int = opt(0, "seed of the weights, the frames and the imaginations")
+    log_interval: int = opt(50, "steps between log lines")
+    save_interval: int = opt(1000, "steps between checkpoints")
+    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
+
+    def __post_init__(self) -> None:
+        least = {"frames": 1, "positive": 1, "margin": 0, "steps": 1, "batch_size": 2, "episodes": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+        if not 0 <= self.false_successes < 1:
+            raise ValueError(f"--false-successes {self.false_successes}: a share in [0, 1)")
+
+
+TINY = Config(size="tiny", steps=1500, validation_interval=500, save_interval=500, precision="fp32", episodes=150)
+PRESETS = {
+    "paper": Config(),
+    "small": Config(size="small", steps=5000),
+    "tiny": TINY,
+    "smoke": replace(
+        TINY, size="smoke", steps=20, validation_interval=10, save_interval=10, batch_size=8, frames=4, warmup=2
+    ),
+}
+
+
+class Version(NamedTuple):
+    """An episode's frames (L, C, H, W), uint8, in one of the versions: real, decoded or imagined."""
+
+    episode: Episode
+    kind: str
+    frames: Tensor
+
+
+class FrameTable(NamedTuple):
+    """Frames to train on: N of them.
+
+    frames, first_frames: (N, C, H, W) and (episodes, C, H, W) uint8
+    episode: (N,) int64, row of `first_frames`
+    instructions: of the episodes
+    success, progress: (N,) float32, see `SuccessModel.loss`
+    """
+
+    frames: Tensor
+    first_frames: Tensor
+    episode: Tensor
+    instructions: list[str]
+    success: Tensor
+    progress: Tensor
+
+    def batch(self, size: int, seed: int, step: int, device: torch.device) -> tuple:
+        """Sample arguments of `SuccessModel.loss`: as many positive frames as others."""
+        rng = numpy_generator("success batch", seed, step)
+        rows = []
+        for value in (1, 0):
+            having = (self.success == value).nonzero()[:, 0].numpy()
+            rows.append(rng.choice(having, size // 2))
+        picks = torch.from_numpy(np.concatenate(rows))
+        episode = self.episode[picks]
+        images = torch.stack([self.frames[picks], self.first_frames[episode]], dim=1).to(device).float() / 255
+        images = augment(images, LIGHT, crop_area=1.0, generator=generator(device, "success colours", seed, step))
+        texts = [self.instructions[i] for i in episode.tolist()]
+        return images[:, 0], images[:, 1], texts, self.success[picks].to(device), self.progress[picks].to(device)
+
+
+def labels(episode: Episode, positive: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Label an episode's frames.
+
+    Returns:
+        Success (L,): 1, 0, or NaN for the frames that are left out; and progress (L,) in [0, 1], NaN in a failure.
+    """
+    steps = np.arange(len(episode))
+    if not episode.success:
+        return np.zeros(len(steps), np.float32), np.full(len(steps), np.nan, np.float32)
+    first = max(len(steps) - positive, 1)  # the first frame is no success
+    success = np.where(steps >= first, 1.0, np.where(steps >= first - margin, np.nan, 0.0))
+    success[0] = 0
+    return success.astype(np.float32), np.minimum(steps / first, 1).astype(np.float32)
+
+
+def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
+    """Load training and held-out episodes: those that the world model holds out, where there is one.
+
+    Raises:
+        ValueError: episodes of one outcome only, in either part; or a world model that names no held-out episodes among
+            them.
+    """
+    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
+    if cfg.world_model is None:
+        train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    else:
+        names = set(read_header(cfg.world_model).extra.get("held_out_episodes", []))
+        train, held_out = ([e for e in episodes if (e.name in names) == part] for part in (False, True))
+        if not held_out:
+            raise ValueError(
+                f"{cfg.world_model} holds out none of the {len(episodes)} episodes of {' '.join(cfg.demos)}: give the "
+                "episodes that it was trained on"
+            )
+    where = " ".join(cfg.demos)
+    for part, chosen in (("training", train), ("held-out", held_out)):
+        successes = sum(e.success for e in chosen)
+        if not 0 < successes < len(chosen):
+            raise ValueError(
+                f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs both "
+                "outcomes. Record the policy's own attempts (collect_demos.py --policy, docs/world_model.md) and give "
+                "their folder with --demos; the world model must have been trained or refreshed on them"
+            )
+    return train, held_out
+
+
+def at_most(episodes: list[Episode], count: int | None) -> list[Episode]:
+    """Take up to `count` episodes of each kind and outcome, evenly spaced."""
+    if count is None:
+        return episodes
+    ordered = sorted(episodes, key=lambda e: (e.kind, e.success))
+    groups = [list(group) for _, group in groupby(ordered, lambda e: (e.kind, e.success))]
+    return [e for group in groups for e in spread_episodes(group, count)]
+
+
+def versions(
+    cfg: Config, episodes: Sequence[Episode], model: WorldModel | None, autocast: AbstractContextManager
+) -> Iterator[Version]:
+    """Yield every episode as it was recorded and, with a world model, decoded and imagined."""
+    for episode in episodes:
+        frames = torch.from_numpy(np.asarray(episode.images[:])).permute(0, 3, 1, 2)
+        yield Version(episode, "real", frames)
+        if model is not None:
+            yield Version(episode, "decoded", to_uint8(decoded(model, frames)))
+    if model is not None:
+        for found in imagined_episodes(model, episodes, autocast=autocast, greedy=True, seed=cfg.seed):
+            yield Version(found.episode, "imagined", to_uint8(found.imagined))
+
+
+@torch.no_grad()
+def decoded(model: WorldModel, frames: Tensor, at_once: int = 64) -> Tensor:
+    """Encode and decode an episode's frames (L, C, H, W), uint8, with its first frame as context."""
+    images = frames.to(next(model.parameters()).device).float() / 255
+    context = model.tokenizer.encode_context(images[:1])
+    parts = []
+    for part in images.split(at_once):
+        tokens = model.tokenizer.encode_future(part[None], context)  # (1, L, Nf)
+        parts.append(model.tokenizer.decode(tokens[:, None], context)[0, 0])
+    return torch.cat(parts)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Convert floats in [0, 1] to uint8 on the CPU."""
+    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def frame_table(cfg: Config, found: Iterator[Version]) -> FrameTable:
+    """Choose each episode's frames, the same in all its versions."""
+    rows: dict[str, int] = {}
+    columns: list[tuple] = []
+    first_frames, instructions = [], []
+    for episode, _, frames in found:
+        if episode.name not in rows:  # the real version comes first
+            rows[episode.name] = len(rows)
+            first_frames.append(frames[0])
+            instructions.append(episode.instruction)
+        success, progress = labels(episode, cfg.positive, cfg.margin)
+        rng = numpy_generator("success frames", cfg.seed, rows[episode.name])
+        negative = np.flatnonzero(success == 0)
+        picks = np.concatenate(
+            [np.flatnonzero(success == 1), rng.choice(negative, min(cfg.frames, len(negative)), replace=False)]
+        )
+        row = torch.full((len(picks),), rows[episode.name])
+        columns.append((frames[picks], row, torch.from_numpy(success[picks]), torch.from_numpy(progress[picks])))
+    frames, row, success, progress = (torch.cat(column) for column in zip(*columns, strict=True))
+    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress)
+
+
+@torch.no_grad()
+def validate(
+    model: SuccessModel, held_out: Sequence[Version], cfg: Config, autocast: AbstractContextManager
+) -> tuple[dict[str, float], float]:
+    """Judge whole held-out episodes.
+
+    Returns:
+        Metrics of each kind of frames: `agreement` of judged and true outcomes, `false_successes` and `false_failures`
+        as shares of the failures and successes, and the Brier score of an episode's highest value; and the threshold,
+        chosen on the imagined episodes where there are any.
+    """
+    device, values = next(model.parameters()).device, {}
+    for episode, kind, frames in held_out:
+        images = frames.to(device).float() / 255
+        with autocast:
+            judged = model.judge(images[None], images[:1], [episode.instruction]).success[0].cpu()
+        values.setdefault(kind, []).append((judged, episode.success))
+    chosen = values.get("imagined") or values["real"]
+    threshold = best_threshold(*zip(*chosen, strict=True), model.cfg.hold, cfg.false_successes)
+    metrics = {}
+    for kind, found in values.items():
+        highest = torch.stack([longest_held(judged, model.cfg.hold) for judged, _ in found])
+        true = [success for _, success in found]
+        agreed = compare_outcomes((highest >= threshold).tolist(), true)
+        metrics |= {
+            f"{kind}_agreement": agreed.agreement,
+            f"{kind}_false_successes": agreed.false_successes / agreed.true_failures,
+            f"{kind}_false_failures": agreed.false_failures / agreed.true_successes,
+            f"{kind}_brier": (highest - torch.tensor(true).float()).square().mean().item(),
+        }
+    return metrics | {"threshold": threshold}, threshold
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Train, or resume; return the metrics of the last validation."""
+    device = distributed.setup()
+    if distributed.world_size() > 1:
+        raise ValueError("train_success.py runs in one process: leave torchrun out")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    train, held_out = load_split(cfg)
+    images = image_convention(train, cfg.camera)
+    world_model = None
+    if cfg.world_model is not None:
+        world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
+        path = checkpoint_file(cfg.world_model)
+        where = f"the episodes {' '.join(cfg.demos)}"
+        check_same_images(read_header(path).extra, f"world model {path}", images, where)
+    size = SIZES[cfg.size]
+    height, width = train[0].images.shape[1:3]
+    if height != width:
+        raise ValueError(f"{cfg.demos[0]} has images of {height}x{width}: a success model takes square ones")
+    size = replace(size, encoder=replace(size.encoder, image_size=height))
+    torch.manual_seed(seed_of("weights", cfg.seed))
+    model = SuccessModel(size).to(device)
+    open_run(cfg.out_dir, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=WEIGHT_DECAY)
+    state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
+    step, minutes, threshold = state.load(step=0, minutes=0.0, threshold=size.threshold)
+
+    table = frame_table(cfg, versions(cfg, at_most(train, cfg.episodes), world_model, autocast))
+    whole = [v for v in versions(cfg, held_out, world_model, autocast) if v.kind != "decoded"]
+    log, clock, metrics = (
+        RunLog(cfg.out_dir, cfg.steps, "success", step),
+        Clock(cfg.steps, cfg.max_minutes, minutes),
+        {},
+    )
+    facts = {
+        "instructions": sorted({e.instruction for e in train}),
+        "train_episodes": [e.name for e in train],
+        "held_out_episodes": [e.name for e in held_out],
+        **images,
+    }
+
+    def save() -> None:
+        values = {"step": step, "minutes": clock.minutes, "threshold": threshold}
+        config = replace(size, threshold=threshold)
+        state.save(values, model, config, {**facts, "metrics": metrics, "success": to_dict(cfg)})
+
+    while (share := clock.share(step)) < 1:
+        model.train()
+        rate = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            loss, terms = model.loss(*table.batch(cfg.batch_size, cfg.seed, step, device))
+        loss.backward()
+        line = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
+        line["grad_norm"] = distributed.clip_grad_norm(list(model.parameters()), cfg.clip_norm)
+        check_finite(line["loss"], step, line, partial(list, cfg.demos))
+        optimizer.step()
+        step += 1
+        last = clock.share(step) >= 1
+        if validates := step % cfg.validation_interval == 0 or last:
+            model.eval()
+            with clock.paused():
+                metrics, threshold = validate(model, whole, cfg, autocast)
+        if validates or step % cfg.log_interval == 0:
+            log.log(step - 1, {**line, "lr": rate, "minutes": clock.minutes, **(metrics if validates else {})})
+        if not last and state.due(step, cfg.save_interval):
+            save()
+
+    if not metrics:  # the run was complete already
+        model.eval()
+        metrics, threshold = validate(model, whole, cfg, autocast)
+    save()
+    state.finish(log)
+    return metrics
+
+
+if __name__ == "__main__":
+    with preemption.deferred():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
