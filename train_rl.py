@@ -5,16 +5,21 @@ the policy plays until it succeeds or time is up, and the outcome is the reward.
 episodes from each with the SDE policy (Eqs. 5 to 7), observing anew after every chunk; compares the outcomes within a
 group (Eq. 12); and updates flow head and sigma net by GRPO (Eqs. 8, 9 and 13). The vision-language model stays frozen.
 
-    python train_rl.py --policy runs/sft --demos demos --suites libero_spatial --out-dir runs/rl
-    python train_rl.py --preset tiny --policy runs/sft --demos demos --out-dir runs/rl           # Tabletop, two cores
+    python train_rl.py --policy runs/sft --demos demos own --world-model runs/wm2 --success-model runs/success
+    python train_rl.py --world simulator --policy runs/sft --demos demos --suites libero_spatial      # in LIBERO
+    python train_rl.py --preset tiny --world simulator --policy runs/sft --demos demos                # in Tabletop
 
-The world is the simulator: the baseline that peers report, and the ceiling of what the same update can gain in an
-imagination. Its physics runs in worker processes, the policy in this one. Starts are random and disjoint from those of
-eval_libero.py.
+The world is a world model of train_wm.py, judged by a success model of train_success.py, from the first frames of the
+recorded episodes; robot and simulator are not asked. A gate compares, before the first step, imagined and recorded
+outcomes of episodes that both models hold out. Or it is a simulator with its true outcome: the baseline that peers
+report, and the ceiling of what imagination can give. Its starts are random and disjoint from those of eval_libero.py,
+its physics runs in worker processes. With `--success-model` in the simulator, that model judges the true frames, which
+tells the judge's share of what imagination loses.
 
-Reads a policy of train_sft.py, train_rft.py or this script, and the demonstrations that it was trained on (their
-episodes and camera are named in its checkpoint). Writes to out_dir: model.safetensors (the whole policy with its sigma
-net), train_state.pt, log.jsonl, config.json. The same command resumes an interrupted run.
+Reads a policy of train_sft.py, train_rft.py or this script, and recorded episodes: the demonstrations that it was
+trained on (its checkpoint names episodes and camera), for the flow-matching term, and all others as further starts.
+Writes to out_dir: model.safetensors (the whole policy with its sigma net), train_state.pt, log.jsonl, config.json. The
+same command resumes an interrupted run.
 
 The objective, where it differs from Eq. (13):
 - The reward is 1 for success, else 0. A group of one outcome has no advantage and is left out of the mean.
@@ -39,13 +44,18 @@ import torch
 from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
-from vlarft.data import WindowSampler, load_episodes
+from vlarft.data import Episode, WindowSampler, load_episodes
+from vlarft.data.convention import check_same_images
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
+from vlarft.imagined_world import ImaginedWorld
+from vlarft.outcome_gate import check_outcome_gate, outcome_gate
 from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.proprio_model import fit_proprio_model
+from vlarft.reward import check_same_robot
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import load_model, open_run
+from vlarft.run.checkpoint import load_model, open_run, read_header
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.log import RunLog, check_finite
@@ -53,7 +63,9 @@ from vlarft.run.random import generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
-from vlarft.sim.suites import check_cameras, task_index, task_names
+from vlarft.sim.suites import check_cameras, simulator_of, task_index, task_names
+from vlarft.success import SuccessModel, check_instructions
+from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
 MSE_CHUNKS, MSE_DRAWS = 32, 4  # demonstrated chunks per update in the flow-matching term, pairs (tau, eps) for each
@@ -64,8 +76,17 @@ class Config:
     """One fine-tuning; the defaults are for LIBERO and a policy of the paper's size."""
 
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file", group="data")
-    demos: str = opt("demos", "demonstrations of its training, for the flow-matching term (HDF5, LeRobot, RLDS)")
-    suites: tuple[str, ...] = opt(("libero_spatial",), "suites whose tasks are played")
+    demos: tuple[str, ...] = opt(
+        ("demos",), "episodes: demonstrations of its training and, for imagined starts, others (HDF5, LeRobot, RLDS)"
+    )
+    world: Literal["imagination", "simulator"] = opt("imagination", "where the policy plays")
+    world_model: str = opt("runs/wm", "world model of the imagination: run folder or file of train_wm.py")
+    success_model: str | None = opt(
+        None, "judge of the outcome: run folder or file of train_success.py; none: the simulator's true outcome"
+    )
+    imagination: Literal["sample", "greedy"] = opt("greedy", "frame tokens of the imagination: sampled or greedy")
+    horizon: int = opt(120, "actions of an imagined episode; the simulator has its own limit")
+    suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
@@ -82,6 +103,9 @@ class Config:
     epochs: int = opt(1, "updates per batch of episodes; the clip acts from the second on")
     clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
     mse_weight: float = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
+    gate_threshold: float | None = opt(
+        0.9, "least share of held-out episodes whose imagined outcome is the true one; none: any", group="evaluation"
+    )
     out_dir: str = opt("runs/rl", "folder that the run writes", group="run")
     save_interval: int = opt(5, "steps between checkpoints")
     keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
@@ -93,7 +117,7 @@ class Config:
 
     def __post_init__(self) -> None:
         least = {"group": 2, "seed": 0, "workers": 0, "mse_weight": 0}
-        counts = ("steps", "starts", "epochs", "micro_chunks", "save_interval", "keep_interval")
+        counts = ("steps", "starts", "epochs", "micro_chunks", "save_interval", "keep_interval", "horizon")
         for name, bound in {**dict.fromkeys(counts, 1), **least}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -110,7 +134,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
+def simulated_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
     """Make the simulator's tasks, rendered as the policy sees them."""
     options = (("rendering", FAST),) if cfg.fast_rendering else ()
     size, places = cfg.image_size or policy.vlm.image_size, []
@@ -118,17 +142,74 @@ def make_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
         check_cameras(suite, policy.cfg.cameras, cfg.policy)
         for task in cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))):
             places.append(Place(suite, task_index(suite, task), size, policy.cfg.cameras, options))
-    return SimulatedWorld(places, cfg.starts, cfg.workers)
+    judge = None
+    if cfg.success_model is not None:
+        judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
+        tasks = [simulator_of(place.suite).suites[place.suite].tasks[place.task] for place in places]
+        check_instructions(cfg.success_model, [task.instruction for task in tasks])
+    return SimulatedWorld(places, cfg.starts, cfg.workers, judge)
 
 
-def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict) -> WindowSampler | None:
-    """Load the demonstrations that the policy was trained on; None without a flow-matching term."""
+def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> ImaginedWorld:
+    """Load world model and success model, check that they belong to this policy and can be trusted."""
+    if cfg.success_model is None:
+        raise ValueError("nobody tells an imagination's outcome: give --success-model, from train_success.py")
+    if len(policy.cfg.cameras) > 1:
+        raise ValueError(f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
+    device, sampling = policy.device, {"greedy": cfg.imagination == "greedy"}
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
+    judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
+    check_same_robot(policy, model)
+    headers = {name: read_header(getattr(cfg, name)).extra for name in ("world_model", "success_model")}
+    for name, header in headers.items():
+        check_same_images(extra, f"policy {cfg.policy}", header, f"{name.replace('_', ' ')} {getattr(cfg, name)}")
+    check_instructions(cfg.success_model, [e.instruction for e in episodes])
+    robot = fit_proprio_model(episodes, cfg.seed).to(device)
+    held_out = headers["success_model"].get("held_out_episodes", [])
+    episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
+    options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
+    return ImaginedWorld(model, judge, robot, episodes, **options, **sampling)
+
+
+def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str, float]:
+    """Compare imagined and recorded outcomes of the episodes that both models hold out; stop if they differ too often.
+
+    Raises:
+        ValueError: there are none, or of one outcome only.
+        RuntimeError: see `check_outcome_gate`.
+    """
+    judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
+    unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
+    held_out = [e for e in episodes if e.name in unseen]
+    found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
+    print(
+        f"outcome gate: {100 * found.agreement:.0f} % of {len(held_out)} held-out episodes have their true outcome in "
+        f"imagination; false successes {found.false_successes} of {found.true_failures}, false failures "
+        f"{found.false_failures} of {found.true_successes}",
+        file=sys.stderr,
+    )
+    check_outcome_gate(found, cfg.gate_threshold)
+    return {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.agreement}
+
+
+def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> WindowSampler | None:
+    """Choose the demonstrations that the policy was trained on, all if it names none; None without a flow-matching
+    term.
+
+    Raises:
+        ValueError: they are not among the episodes.
+    """
     if not cfg.mse_weight:
         return None
-    names = extra.get("train_episodes") or None
-    return WindowSampler(
-        load_episodes(cfg.demos, extra.get("camera", "agentview"), names=names), 1, policy.cfg.flow.chunk
-    )
+    names = set(extra.get("train_episodes", []))
+    chosen = [e for e in episodes if e.success and e.kind == "expert" and (not names or e.name in names)]
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(episodes)} episodes of {' '.join(cfg.demos)} is a demonstration that {cfg.policy} was "
+            "trained on: give its demonstrations with --demos, or --mse-weight 0"
+        )
+    return WindowSampler(chosen, 1, policy.cfg.flow.chunk)
 
 
 def make_trainable(cfg: Config, policy: VLAPolicy) -> dict[str, nn.Module]:
@@ -175,15 +256,37 @@ def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor)
     return totals
 
 
+def demonstration_loss(cfg: Config, policy: VLAPolicy, demonstrations: WindowSampler, *numbers: int) -> Tensor:
+    """Compute Eq. (4) on a batch of demonstrations, which depends on the seed and `numbers` alone."""
+    batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, *numbers).to(policy.device)
+    context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=cfg.precision == "bf16")
+    target, cond = policy.normalizer.encode_actions(batch.intended), policy.condition(context, batch.proprio)
+    noise = generator(policy.device, "flow matching", cfg.seed, *numbers)
+    return matching_loss(policy.head, target, cond, generator=noise, draws=MSE_DRAWS)[0]
+
+
 def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
-    """Fine-tune, or resume; return the metrics of the last step. `world`: in place of the simulator's tasks."""
+    """Fine-tune, or resume; return the metrics of the last step. `world`: in place of the one that --world names."""
     device, out_dir = distributed.setup(), Path(cfg.out_dir)
     if distributed.world_size() > 1:
         raise ValueError("train_rl.py runs in one process; its simulators have --workers processes: leave torchrun out")
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
-    world, demonstrations = world or make_world(cfg, policy), demonstrated(cfg, policy, extra)
+    episodes = []
+    if cfg.mse_weight or cfg.world == "imagination":
+        episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), successes_only=False)
+    demonstrations = demonstrated(cfg, policy, extra, episodes)
+    if world is None and cfg.world == "simulator":
+        world = simulated_world(cfg, policy)
+    world = world or imagined_world(cfg, policy, extra, episodes)
+    measured = {}
+    if (
+        isinstance(world, ImaginedWorld)
+        and cfg.gate_threshold is not None
+        and not (out_dir / "train_state.pt").is_file()
+    ):
+        measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
-    open_run(out_dir, cfg, ignore=("workers", "micro_chunks"))
+    open_run(out_dir, cfg, ignore=("workers", "micro_chunks", "gate_threshold"))
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     parameters = [p for group in groups for p in group["params"]]
@@ -197,10 +300,9 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
 
     while (share := clock.share(step)) < 1:
         started = clock.minutes
-        stream = partial(generator, device)  # random numbers that depend on (name, seed, step, ...) alone
 
-        # whole episodes, G from each of S starts
-        noise = partial(stream, "episode chains", cfg.seed, step)
+        # whole episodes, G from each of S starts; their random numbers depend on (seed, step) alone
+        noise = partial(generator, device, "episode chains", cfg.seed, step)
         attempts = play(policy, world, cfg.group, (cfg.seed, step), noise, bf16=cfg.precision == "bf16")
 
         # the outcome is the reward; compare it with the others of its group, Eq. (12)
@@ -215,15 +317,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             update = backward(cfg, policy, attempts, weight)
             if demonstrations is not None:
-                batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, step * cfg.epochs + epoch).to(device)
-                context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=cfg.precision == "bf16")
-                mse, _ = matching_loss(
-                    policy.head,
-                    policy.normalizer.encode_actions(batch.intended),
-                    policy.condition(context, batch.proprio),
-                    generator=stream("flow matching", cfg.seed, step, epoch),
-                    draws=MSE_DRAWS,
-                )  # Eq. (4)
+                mse = demonstration_loss(cfg, policy, demonstrations, step * cfg.epochs + epoch)
                 (cfg.mse_weight * mse).backward()
                 update["mse"] = mse.item()
             if not update:  # all groups had one outcome, and there is no flow-matching term
@@ -241,7 +335,9 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
             "play_s": 60 * (played - started),
             "update_s": 60 * (clock.minutes - played),
             "minutes": clock.minutes,
+            **measured,
         }
+        measured = {}
         log.log(step, metrics)
         step += 1
         if step < cfg.steps and state.due(step, cfg.save_interval):

@@ -75,7 +75,7 @@ def attempts_of(policy, world, group=2):
 @pytest.fixture
 def config(demos, policy_file, tmp_path):
     return dataclasses.replace(
-        SMOKE, policy=str(policy_file), demos=str(demos), out_dir=str(tmp_path / "rl"), starts=2, lr=1e-3
+        SMOKE, policy=str(policy_file), demos=(str(demos),), out_dir=str(tmp_path / "rl"), starts=2, lr=1e-3
     )
 
 
@@ -194,9 +194,9 @@ def test_errors(config, monkeypatch):
     with pytest.raises(ValueError, match="--group 1: give at least 2"):
         dataclasses.replace(config, group=1)
     with pytest.raises(ValueError, match="unknown suite 'tabletop_objects'"):
-        train_rl.main(dataclasses.replace(config, suites=("tabletop_objects",)))
+        train_rl.main(dataclasses.replace(config, world="simulator", suites=("tabletop_objects",)))
     with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):
-        train_rl.main(dataclasses.replace(config, tasks=("x",)))
+        train_rl.main(dataclasses.replace(config, world="simulator", tasks=("x",)))
     monkeypatch.setattr(train_rl.distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="runs in one process"):
         train_rl.main(config)

@@ -172,6 +172,40 @@ class SuccessModel(nn.Module):
         return above.unfold(1, self.cfg.hold, 1).all(-1)
 
 
+class Referee:
+    """Finds the success of episodes that are shown chunk by chunk.
+
+    Args:
+        judge: decides.
+        first_frames: (E, C, H, W) in [0, 1], on the judge's device.
+        instructions: E strings.
+    """
+
+    def __init__(self, judge: SuccessModel, first_frames: Tensor, instructions: Sequence[str]) -> None:
+        self.judge, self.first_frames, self.instructions = judge, first_frames, list(instructions)
+        # of the frames before the next chunk: a success may be held across the border of two chunks
+        self.before = first_frames.new_zeros(len(first_frames), judge.cfg.hold - 1)
+
+    def success_at(self, episodes: Sequence[int], frames: Tensor) -> Tensor:
+        """Judge a chunk of frames.
+
+        Args:
+            episodes: B numbers, 0..E - 1.
+            frames: (B, T, C, H, W) in [0, 1], after each action.
+
+        Returns:
+            (B,) int64 on the CPU: number of the action, 1..T, after which the episode has succeeded; T + 1 if it has
+            not.
+        """
+        length = frames.shape[1]
+        first, texts = self.first_frames[list(episodes)], [self.instructions[e] for e in episodes]
+        values = self.judge.judge(frames, first, texts).success.to(self.before)  # (B, T)
+        values = torch.cat([self.before[list(episodes)], values], dim=1)  # (B, hold - 1 + T)
+        self.before[list(episodes)] = values[:, length:]
+        solved = self.judge.solved(values)[:, -length:].cpu()
+        return torch.where(solved.any(1), solved.float().argmax(1) + 1, length + 1)
+
+
 class Agreement(NamedTuple):
     """How judged outcomes agree with true ones: counts of episodes."""
 

@@ -16,6 +16,7 @@ from vlarft.run.random import numpy_generator
 from vlarft.sim.env import Env, Observation
 from vlarft.sim.suites import make_env
 from vlarft.sim.workers import Workers, one_thread
+from vlarft.success import Referee, SuccessModel
 
 
 class Place(NamedTuple):
@@ -36,6 +37,7 @@ class Played(NamedTuple):
     success: bool
     steps: int
     done: bool
+    frames: tuple[np.ndarray, ...] = ()  # of the first camera after each action, for a judge
 
 
 @functools.lru_cache(maxsize=10)  # the tasks of a suite
@@ -51,18 +53,29 @@ def first(place: Place, seed: int) -> Played:
     return Played(env.get_state(), env.observe(), False, 0, False)
 
 
-def after(place: Place, chunks: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, Played]:
-    """Play chunks to the first success or the horizon: number of an episode -> (its state, actions (T, A))."""
+def after(
+    place: Place, chunks: Mapping[int, tuple[np.ndarray, np.ndarray]], with_frames: bool = False
+) -> dict[int, Played]:
+    """Play chunks of some episodes.
+
+    Args:
+        place: their task.
+        chunks: number of an episode -> its state, actions (T, A).
+        with_frames: render after each action, and play on after a success; else the first success ends an episode.
+    """
     env, results = environment(place), {}
     for episode, (state, chunk) in chunks.items():
         env.set_state(state)
-        before = env.num_steps
+        before, success, frames = env.num_steps, False, []
         for action in chunk:
-            result = env.step(action)
-            if result.done:
+            success = env.step(action).success or success
+            if with_frames:
+                frames.append(env.observe()[place.cameras[0]])
+            done = env.num_steps >= env.horizon or (success and not with_frames)
+            if done:
                 break
         steps = env.num_steps - before
-        results[episode] = Played(env.get_state(), env.observe(), result.success, steps, result.done)
+        results[episode] = Played(env.get_state(), env.observe(), success, steps, done, tuple(frames))
     return results
 
 
@@ -75,10 +88,11 @@ class SimulatedWorld:
         places: the tasks; start s of a batch is of task s modulo their number.
         starts: S, of each batch.
         workers: processes; 0 plays in this one. `close` ends them.
+        judge: success model that decides from the true frames in place of the simulator's own test.
     """
 
-    def __init__(self, places: Sequence[Place], starts: int, workers: int) -> None:
-        self.places, self.starts = list(places), starts
+    def __init__(self, places: Sequence[Place], starts: int, workers: int, judge: SuccessModel | None = None) -> None:
+        self.places, self.starts, self.judge = list(places), starts, judge
         self.workers = Workers(workers, start=one_thread)
         self.names: list[str] = []  # of the present batch's starts: suite/task/seed
         self.where: list[Place] = []  # of each episode
@@ -96,6 +110,11 @@ class SimulatedWorld:
         found = {job: result for job, result, _ in self.workers.run(first, jobs)}
         self.where = [job[0] for job in jobs for _ in range(group)]
         self.now = dict(enumerate(found[job] for job in jobs for _ in range(group)))
+        if self.judge is not None:
+            seen = [self.now[e].observation for e in self.now]
+            cameras = [place.cameras[0] for place in self.where]
+            images = self._images([obs[camera] for obs, camera in zip(seen, cameras, strict=True)])
+            self.referee = Referee(self.judge, images, [obs["instruction"] for obs in seen])
         return [played.observation for played in self.now.values()]
 
     def step(self, episodes: Sequence[int], actions: Tensor) -> Answer:
@@ -105,11 +124,23 @@ class SimulatedWorld:
         for place in dict.fromkeys(self.where[e] for e in episodes):
             here = [e for e in episodes if self.where[e] == place]
             for part in np.array_split(here, min(len(here), max(1, self.workers.count))):
-                jobs.append((place, {e: (self.now[e].state, chunks[e]) for e in part.tolist()}))
+                states = {e: (self.now[e].state, chunks[e]) for e in part.tolist()}
+                jobs.append((place, states, self.judge is not None))
         for _, results, _ in self.workers.run(after, jobs):
             self.now |= results
         ended = [self.now[e] for e in episodes]
-        return Answer(
-            [played.observation for played in ended],
-            *(torch.tensor([getattr(played, name) for played in ended]) for name in ("success", "steps", "done")),
+        success, steps, done = (
+            torch.tensor([getattr(p, name) for p in ended]) for name in ("success", "steps", "done")
         )
+        if self.judge is not None:
+            # an episode at its horizon has fewer frames: the last one stands for those that are missing
+            frames = [p.frames + p.frames[-1:] * (actions.shape[1] - len(p.frames)) for p in ended]
+            solved = self.referee.success_at(episodes, torch.stack([self._images(row) for row in frames]))
+            success = solved <= steps
+            steps, done = torch.where(success, solved, steps), done | success
+        return Answer([played.observation for played in ended], success, steps, done)
+
+    def _images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Stack images as (N, C, H, W) in [0, 1] on the judge's device."""
+        stacked = torch.from_numpy(np.stack(images)).to(next(self.judge.parameters()).device)
+        return stacked.movedim(-1, 1).float() / 255

@@ -1,0 +1,117 @@
+"""Robot state in imagination: a small network predicts the proprio after each action. Not in the paper.
+
+A world model imagines frames, but a policy that acts in them for a whole episode also reads its proprio. This network
+adds up the robot's motion, x_t+1 = x_t + f(x_t, x_t - x_t-1, a_t); the last motion stands for the velocity. It is
+fitted to recorded episodes within a minute. It does not see the scene: what the robot bumps into or holds shows in the
+frames only.
+
+Shapes: B rows, T steps, P proprio dim, A action dim.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlarft.data.episode import Episode
+from vlarft.run.random import numpy_generator, seed_of
+
+
+class ProprioModel(nn.Module):
+    """Two hidden layers on standardised proprio, last motion and action.
+
+    Args:
+        proprio_dim, action_dim: P and A.
+        hidden: width.
+    """
+
+    def __init__(self, proprio_dim: int, action_dim: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2 * proprio_dim + action_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, proprio_dim),
+        )
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        for name, size in (("proprio", proprio_dim), ("motion", proprio_dim), ("action", action_dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def forward(self, proprio: Tensor, motion: Tensor, action: Tensor) -> Tensor:
+        """Predict the next motion (B, P) from proprio (B, P), the last motion (B, P) and the action (B, A), all raw."""
+        parts = [
+            (value - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
+            for name, value in (("proprio", proprio), ("motion", motion), ("action", action))
+        ]
+        return self.motion_mean + self.motion_std * self.net(torch.cat(parts, dim=1))
+
+    def rollout(self, proprio: Tensor, motion: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the proprio after each of several actions.
+
+        Args:
+            proprio: (B, P), raw, before the first action.
+            motion: (B, P), its last change; 0 at the start of an episode.
+            actions: (B, T, A), raw.
+
+        Returns:
+            Proprio (B, T, P) after every action, and the last motion (B, P).
+        """
+        states = []
+        for action in actions.unbind(1):
+            motion = self(proprio, motion, action)
+            proprio = proprio + motion
+            states.append(proprio)
+        return torch.stack(states, dim=1), motion
+
+
+def fit_proprio_model(
+    episodes: Sequence[Episode], seed: int, *, steps: int = 1500, horizon: int = 8, batch_size: int = 256
+) -> ProprioModel:
+    """Fit a proprio model to recorded episodes: the error over `horizon` steps that follow one another.
+
+    Args:
+        episodes: of one robot.
+        seed: seed of the weights and the batches.
+        steps, batch_size: of AdamW.
+        horizon: steps that are added up in the loss; shorter episodes are left out.
+
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: no episode is longer than the horizon.
+    """
+    long_enough = [e for e in episodes if len(e) > horizon + 1]
+    if not long_enough:
+        raise ValueError(f"no episode is longer than {horizon + 1} steps: too short to learn how the robot moves")
+    torch.manual_seed(seed_of("proprio model", seed))
+    model = ProprioModel(long_enough[0].proprio.shape[1], long_enough[0].actions.shape[1])
+    motions = np.concatenate([np.diff(e.proprio, axis=0) for e in long_enough])
+    columns = {
+        "proprio": np.concatenate([e.proprio for e in long_enough]),
+        "motion": motions,
+        "action": np.concatenate([e.actions for e in long_enough]),
+    }
+    for name, values in columns.items():
+        getattr(model, f"{name}_mean").copy_(torch.from_numpy(values.mean(0)))
+        getattr(model, f"{name}_std").copy_(torch.from_numpy(values.std(0)).clamp_min(1e-4))
+    starts = [(i, t) for i, e in enumerate(long_enough) for t in range(1, len(e) - horizon)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        rng = numpy_generator("proprio batch", seed, step)
+        rows = [starts[k] for k in rng.integers(len(starts), size=batch_size)]
+        proprio = torch.from_numpy(np.stack([long_enough[i].proprio[t - 1 : t + horizon + 1] for i, t in rows]))
+        actions = torch.from_numpy(np.stack([long_enough[i].actions[t : t + horizon] for i, t in rows]))
+        predicted, _ = model.rollout(proprio[:, 1], proprio[:, 1] - proprio[:, 0], actions)
+        loss = F.smooth_l1_loss(predicted / model.motion_std, proprio[:, 2:] / model.motion_std)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)

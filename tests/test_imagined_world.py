@@ -1,0 +1,279 @@
+"""Closed-loop learning in imagination: episodes by hand, the robot's motion, the gate, a run from end to end."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_success import places, world_model  # noqa: F401, fixtures
+
+import train_rl
+import train_success
+from vlarft.data import load_episodes
+from vlarft.data.convention import image_convention
+from vlarft.data.episode import Episode
+from vlarft.imagined_world import ImaginedWorld
+from vlarft.outcome_gate import check_outcome_gate, outcome_gate
+from vlarft.policy import VLAPolicy
+from vlarft.proprio_model import ProprioModel, fit_proprio_model
+from vlarft.run.checkpoint import read_header, save_model
+from vlarft.sim.simulated_world import Place, SimulatedWorld
+from vlarft.success import Agreement, Judgement, Referee, SuccessModel
+from vlarft.world_model import Rollout
+
+NO_CAST = torch.autocast("cpu", enabled=False)
+
+
+def episode(number: int, length: int = 10, success: bool = True) -> Episode:
+    images = np.full((length, 8, 8, 3), 40 * number, np.uint8)
+    proprio = np.full((length, 8), number, np.float32)
+    actions = np.zeros((length, 7), np.float32)
+    return Episode(f"s/f/{number}", f"do {number}", images, proprio, actions, actions, success)
+
+
+class Sums:
+    """A world model whose frames show the sum of all first action dimensions so far, over 100."""
+
+    cfg = SimpleNamespace(chunk=4)
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def begin(self, frames):
+        self.begun = frames
+        return torch.zeros(len(frames), 1)
+
+    def rollout(self, state, actions, generator=None, **options):
+        self.asked, self.options = actions, options
+        if state.ndim == 4:  # a first frame, as `imagined_episodes` has it
+            state = torch.zeros(len(state), 1)
+        total = state[..., None] + actions[..., 0].cumsum(-1)  # (S, G, T)
+        frames = (total / 100)[..., None, None, None].expand(*total.shape, 3, 8, 8)
+        return Rollout(None, frames, total[..., -1])
+
+
+class Bright:
+    """A judge that sees a success where a frame is brighter than a number."""
+
+    def __init__(self, level: float, hold: int) -> None:
+        self.level, self.cfg = level, SimpleNamespace(hold=hold, threshold=0.5)
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def judge(self, frames, first_frames, instructions):
+        self.seen = first_frames, instructions
+        return Judgement((frames.mean((2, 3, 4)) > self.level - 1e-6).float(), None)
+
+    solved = SuccessModel.solved
+
+
+class Steady:
+    """A robot that moves by its actions."""
+
+    def rollout(self, proprio, motion, actions):
+        states = proprio[:, None] + actions[..., :1].cumsum(1).expand(-1, -1, 8)
+        return states, states[:, -1] - proprio
+
+
+def make(level=0.06, hold=2, horizon=10, starts=2, model=None) -> ImaginedWorld:
+    options = {"starts": starts, "horizon": horizon, "camera": "agentview", "autocast": NO_CAST, "greedy": True}
+    return ImaginedWorld(model or Sums(), Bright(level, hold), Steady(), [episode(1), episode(2)], **options)
+
+
+def chunk(*values: float) -> torch.Tensor:
+    """A row of chunks (B, 4, 7) that move dimension 0 by a constant."""
+    actions = torch.zeros(len(values), 4, 7)
+    actions[..., 0] = torch.tensor(values)[:, None]
+    return actions
+
+
+def test_imaginations_by_hand():
+    world = make()
+    observations = world.begin(2, 3)
+    assert len(observations) == 4 and world.model.begun.shape == (2, 3, 8, 8)
+    numbers = [int(name[-1]) for name in world.names]
+    for e, obs in enumerate(observations):
+        assert obs["instruction"] == f"do {numbers[e // 2]}" and (obs["agentview"] == 40 * numbers[e // 2]).all()
+        assert obs["proprio"].tolist() == [numbers[e // 2]] * 8
+    # sums 1 2 3 4, 2 4 6 8, 3 6 9 12 and 0: two frames in a row of at least 6 are a success
+    answer = world.step([0, 1, 2, 3], chunk(1, 2, 3, 0))
+    assert answer.success.tolist() == [False, True, True, False] and answer.done.tolist() == answer.success.tolist()
+    assert answer.steps.tolist() == [4, 4, 3, 4]
+    assert answer.observations[0]["agentview"][0, 0, 0] == round(255 * 0.04)
+    assert answer.observations[3]["proprio"].tolist() == [numbers[1]] * 8
+    assert answer.observations[0]["proprio"].tolist() == [numbers[0] + 4] * 8
+    # those that go on: 5 6 7 8, held across nothing; and 8 at once, its first frame is not held yet
+    answer = world.step([0, 3], chunk(1, 8))
+    assert answer.success.tolist() == [True, True] and answer.steps.tolist() == [3, 2]
+    assert world.model.asked[:, :, 0, 0].tolist() == [[1, 2], [3, 8]] and world.model.options == {"greedy": True}
+    first, texts = world.judge.seen
+    assert texts == [f"do {numbers[0]}", f"do {numbers[1]}"] and first.shape == (2, 3, 8, 8)
+
+
+def test_a_success_is_held_across_the_border_of_two_chunks():
+    world = make(level=0.08)
+    world.begin(1, 0)
+    answer = world.step([0, 1], chunk(2, 2))  # 8 at the last frame
+    assert not answer.success.any()
+    answer = world.step([0], chunk(0))
+    assert answer.success.tolist() == [True] and answer.steps.tolist() == [1]
+    world.begin(1, 0)  # nothing is left of the last batch
+    assert not world.step([0, 1], chunk(0, 0)).success.any()
+
+
+def test_the_horizon_ends_an_imagination():
+    world = make(horizon=6)
+    world.begin(2, 0)
+    assert not world.step([0, 1, 2, 3], chunk(0, 0, 0, 0)).done.any()
+    answer = world.step([1, 2], chunk(3, 6))  # 3 6 9: too late; 6 12: just in time
+    assert answer.done.all() and answer.success.tolist() == [False, True] and answer.steps.tolist() == [2, 2]
+
+
+def test_starts_depend_on_the_numbers_alone():
+    names = [make(starts=8) for _ in range(3)]
+    for world, numbers in zip(names, ((0, 1), (0, 1), (0, 2))):
+        world.begin(2, *numbers)
+    assert names[0].names == names[1].names != names[2].names
+
+
+def test_the_proprio_model_adds_up_motion():
+    rng = np.random.default_rng(0)
+    episodes = []
+    for number in range(30):
+        actions = rng.uniform(-1, 1, (40, 7)).astype(np.float32)
+        velocity = np.zeros((41, 8), np.float32)
+        for t in range(40):  # half of the last motion, and the action
+            velocity[t + 1, :7] = 0.5 * velocity[t, :7] + 0.1 * actions[t]
+        proprio = velocity[:-1].cumsum(0).astype(np.float32)
+        images = np.zeros((40, 2, 2, 3), np.uint8)
+        episodes.append(Episode(f"s/f/{number}", "move", images, proprio, actions, actions))
+    model = fit_proprio_model(episodes[:-1], 0, steps=300)
+    last, start = episodes[-1], 5
+    proprio = torch.from_numpy(last.proprio[start : start + 1])
+    motion = proprio - torch.from_numpy(last.proprio[start - 1 : start])
+    states, moved = model.rollout(proprio, motion, torch.from_numpy(last.actions[None, start : start + 8]))
+    error = states[0] - torch.from_numpy(last.proprio[start + 1 : start + 9])
+    moved_by = torch.from_numpy(last.proprio[start + 8] - last.proprio[start]).abs().mean()
+    assert states.shape == (1, 8, 8) and error.abs().mean() < 0.1 * moved_by
+    torch.testing.assert_close(moved, states[:, 7] - states[:, 6])
+    again = fit_proprio_model(episodes[:-1], 0, steps=300)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    with pytest.raises(ValueError, match="no episode is longer than 41 steps"):
+        fit_proprio_model(episodes, 0, horizon=40)
+
+
+def test_an_untrained_proprio_model_moves_on_average():
+    model = ProprioModel(8, 7)
+    model.motion_mean.fill_(0.5)
+    states, _ = model.rollout(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2, 3, 7))
+    assert states[0, :, 0].tolist() == [0.5, 1.0, 1.5]
+
+
+def test_the_gate_by_hand():
+    def recorded(number, success, speed):
+        one = episode(number, 10, success)
+        one.actions[:, 0] = speed
+        return one
+
+    # sums reach 9 * speed: a success from 6 on, held for two frames
+    episodes = [recorded(1, True, 1), recorded(2, False, 0.5), recorded(3, False, 2), recorded(4, True, 0.1)]
+    found = outcome_gate(Sums(), Bright(0.06, 2), episodes, NO_CAST)
+    assert found == Agreement(true_successes=2, true_failures=2, false_successes=1, false_failures=1)
+    with pytest.raises(RuntimeError, match=r"of 4 held-out .* 50 % .* --gate-threshold 0.9: 1 of 2 failures look"):
+        check_outcome_gate(found, 0.9)
+    check_outcome_gate(found, 0.5)
+    check_outcome_gate(found, None)
+
+
+def test_a_referee_of_parts_is_a_referee_of_the_whole():
+    values = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
+    frames = values[..., None, None, None].expand(3, 12, 3, 8, 8)
+    first = torch.zeros(3, 3, 8, 8)
+    whole = Referee(Bright(0.4, 3), first, ["a"] * 3).success_at([0, 1, 2], frames)
+    parts, found = Referee(Bright(0.4, 3), first, ["a"] * 3), torch.full((3,), 13)
+    for start in range(0, 12, 4):
+        at = parts.success_at([0, 1, 2], frames[:, start : start + 4])
+        found = torch.where((found == 13) & (at <= 4), at + start, found)
+    assert torch.equal(found, whole) and (whole <= 12).any()
+
+
+PLACE = Place("tabletop_object", 0, 32, ("agentview",))
+
+
+def test_a_judge_in_the_simulator():
+    """It decides in place of the true outcome, frame by frame, and the episode goes on until it does."""
+    world = SimulatedWorld([PLACE], 1, 0, Bright(0.0, 3))  # everything is a success, once it is held
+    world.begin(2, 0)
+    answer = world.step([0, 1], torch.zeros(2, 8, 7))
+    assert answer.success.all() and answer.steps.tolist() == [3, 3] and answer.done.all()
+    assert world.judge.seen[0].shape == (2, 3, 32, 32) and "block" in world.judge.seen[1][0]
+    world = SimulatedWorld([PLACE], 1, 0, Bright(2.0, 3))  # nothing is
+    world.begin(2, 0)
+    answer = world.step([0], torch.zeros(1, 177, 7))
+    assert not answer.done.any() and answer.steps.tolist() == [177]
+    answer = world.step([0], torch.zeros(1, 8, 7))
+    assert answer.done.all() and not answer.success.any() and answer.steps.tolist() == [3]
+
+
+@pytest.fixture(scope="module")
+def success_model(places, world_model, tmp_path_factory):  # noqa: F811
+    out_dir = tmp_path_factory.mktemp("success")
+    cfg = dataclasses.replace(
+        train_success.PRESETS["smoke"], demos=(str(places),), world_model=str(world_model), steps=2
+    )
+    train_success.main(dataclasses.replace(cfg, out_dir=str(out_dir), margin=4))
+    return out_dir
+
+
+@pytest.fixture
+def config(places, policy_file, world_model, success_model, tmp_path):  # noqa: F811
+    policy = VLAPolicy.load(policy_file)
+    episodes = load_episodes(places)
+    extra = {"train_episodes": [e.name for e in episodes], **image_convention(episodes, "agentview")}
+    policy.save(tmp_path / "policy.safetensors", extra)
+    return dataclasses.replace(
+        train_rl.PRESETS["smoke"],
+        world="imagination",
+        policy=str(tmp_path / "policy.safetensors"),
+        demos=(str(places),),
+        world_model=str(world_model),
+        success_model=str(success_model),
+        out_dir=str(tmp_path / "rl"),
+        starts=2,
+        horizon=16,
+        gate_threshold=0.0,
+    )
+
+
+def test_a_run_in_imagination(config, tmp_path, capsys):
+    metrics = train_rl.main(config)
+    assert metrics["episode_steps"] <= 16 and "mse" in metrics
+    rows = [json.loads(line) for line in Path(config.out_dir, "log.jsonl").read_text().splitlines()]
+    assert rows[0]["gate_true_failures"] == 2 and "gate" not in rows[1]
+    assert "of 4 held-out episodes have their true outcome" in capsys.readouterr().err
+    assert read_header(config.out_dir).extra["rl"]["world"] == "imagination"
+    sampled = dataclasses.replace(config, imagination="sample", out_dir=str(tmp_path / "sampled"), precision="bf16")
+    assert all(np.isfinite(v) for v in train_rl.main(sampled).values())
+
+
+def test_refusals(config, tmp_path, policy_file):
+    with pytest.raises(RuntimeError, match="outcome gate: of 4 held-out episodes"):
+        train_rl.main(dataclasses.replace(config, gate_threshold=1.1))
+    with pytest.raises(ValueError, match="nobody tells an imagination's outcome: give --success-model"):
+        train_rl.main(dataclasses.replace(config, success_model=None))
+    with pytest.raises(ValueError, match="is a demonstration that .* was trained on"):
+        train_rl.main(dataclasses.replace(config, policy=str(policy_file)))
+    judge, header = SuccessModel.load(config.success_model), read_header(config.success_model)
+    other = str(tmp_path / "other.safetensors")
+    save_model(other, judge, judge.cfg, {**header.extra, "instructions": ["open the door"]})
+    with pytest.raises(ValueError, match="does not know the instruction 'push the red square'"):
+        train_rl.main(dataclasses.replace(config, success_model=other))
+    with pytest.raises(ValueError, match="does not know the instruction 'pick up the red block"):
+        train_rl.main(dataclasses.replace(config, world="simulator", success_model=other))
+    save_model(other, judge, judge.cfg, {**header.extra, "camera": "eye_in_hand"})
+    with pytest.raises(ValueError, match=r"success model .*other.safetensors"):
+        train_rl.main(dataclasses.replace(config, success_model=other))
