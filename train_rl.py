@@ -52,7 +52,6 @@ from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.imagined_world import ImaginedWorld
 from vlarft.outcome_gate import check_outcome_gate, outcome_gate
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.proprio_model import fit_proprio_model
 from vlarft.reward import check_same_robot
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import load_model, open_run, read_header
@@ -165,11 +164,10 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     for name, header in headers.items():
         check_same_images(extra, f"policy {cfg.policy}", header, f"{name.replace('_', ' ')} {getattr(cfg, name)}")
     check_instructions(cfg.success_model, [e.instruction for e in episodes])
-    robot = fit_proprio_model(episodes, cfg.seed).to(device)
     held_out = headers["success_model"].get("held_out_episodes", [])
     episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
     options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
-    return ImaginedWorld(model, judge, robot, episodes, **options, **sampling)
+    return ImaginedWorld(model, judge, episodes, **options, **sampling)
 
 
 def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str, float]:

@@ -11,6 +11,9 @@ outcome as the label. The last frames of a success are positive, those shortly b
 negative; a failed episode has negatives only. So failures of the policy that is to be fine-tuned are needed, near
 misses above all: on demonstrations alone, every block beside the bin would be a block in the bin.
 
+Beside it, a small network is fitted that predicts the robot's proprio after each action (vlarft/proprio_model.py),
+which imagined frames do not have.
+
 Episodes that the world model holds out are held out here, so that judged imaginations are of episodes that neither
 model has seen. On them the threshold is chosen: the one with which judged and true outcomes agree best, with at most
 `--false-successes` of the failures judged a success.
@@ -39,6 +42,7 @@ from vlarft.data.augment import OFF, augment
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
+from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
@@ -310,13 +314,17 @@ def main(cfg: Config) -> dict[str, float]:
     height, width = train[0].images.shape[1:3]
     if height != width:
         raise ValueError(f"{cfg.demos[0]} has images of {height}x{width}: a success model takes square ones")
-    size = replace(size, encoder=replace(size.encoder, image_size=height))
+    dims = {"proprio_dim": train[0].proprio.shape[1], "action_dim": train[0].actions.shape[1]}
+    size = replace(size, encoder=replace(size.encoder, image_size=height), **dims)
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
     open_run(cfg.out_dir, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=WEIGHT_DECAY)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
     step, minutes, threshold = state.load(step=0, minutes=0.0, threshold=size.threshold)
+    if step == 0:
+        model.robot.load_state_dict(fit_proprio_model(train, cfg.seed).state_dict())
 
     table = frame_table(cfg, versions(cfg, at_most(train, cfg.episodes), world_model, autocast))
     whole = [v for v in versions(cfg, held_out, world_model, autocast) if v.kind != "decoded"]
@@ -347,7 +355,7 @@ def main(cfg: Config) -> dict[str, float]:
             loss, terms = model.loss(*table.batch(cfg.batch_size, cfg.seed, step, device))
         loss.backward()
         line = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
-        line["grad_norm"] = distributed.clip_grad_norm(list(model.parameters()), cfg.clip_norm)
+        line["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
         check_finite(line["loss"], step, line, partial(list, cfg.demos))
         optimizer.step()
         step += 1

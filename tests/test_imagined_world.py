@@ -55,8 +55,18 @@ class Sums:
         return Rollout(None, frames, total[..., -1])
 
 
+class Steady:
+    """A robot that moves by its actions."""
+
+    def rollout(self, proprio, motion, actions):
+        states = proprio[:, None] + actions[..., :1].cumsum(1).expand(-1, -1, 8)
+        return states, states[:, -1] - proprio
+
+
 class Bright:
     """A judge that sees a success where a frame is brighter than a number."""
+
+    robot = Steady()
 
     def __init__(self, level: float, hold: int) -> None:
         self.level, self.cfg = level, SimpleNamespace(hold=hold, threshold=0.5)
@@ -71,17 +81,9 @@ class Bright:
     solved = SuccessModel.solved
 
 
-class Steady:
-    """A robot that moves by its actions."""
-
-    def rollout(self, proprio, motion, actions):
-        states = proprio[:, None] + actions[..., :1].cumsum(1).expand(-1, -1, 8)
-        return states, states[:, -1] - proprio
-
-
 def make(level=0.06, hold=2, horizon=10, starts=2, model=None) -> ImaginedWorld:
     options = {"starts": starts, "horizon": horizon, "camera": "agentview", "autocast": NO_CAST, "greedy": True}
-    return ImaginedWorld(model or Sums(), Bright(level, hold), Steady(), [episode(1), episode(2)], **options)
+    return ImaginedWorld(model or Sums(), Bright(level, hold), [episode(1), episode(2)], **options)
 
 
 def chunk(*values: float) -> torch.Tensor:

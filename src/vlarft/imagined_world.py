@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vlarft.closed_loop import Answer
 from vlarft.data.episode import Episode
-from vlarft.proprio_model import ProprioModel
 from vlarft.run.random import generator, numpy_generator
 from vlarft.success import Referee, SuccessModel
 from vlarft.world_model import WorldModel
@@ -29,8 +28,7 @@ class ImaginedWorld:
 
     Args:
         model: imagines on the device of its parameters.
-        judge: decides when an episode has succeeded, on the same device.
-        robot: predicts the proprio, on the same device.
+        judge: decides when an episode has succeeded, and predicts the proprio; on the same device.
         episodes: recorded, which give first frame, proprio and instruction.
         starts: S, of each batch.
         horizon: actions after which an episode ends without success.
@@ -43,7 +41,6 @@ class ImaginedWorld:
         self,
         model: WorldModel,
         judge: SuccessModel,
-        robot: ProprioModel,
         episodes: Sequence[Episode],
         *,
         starts: int,
@@ -52,7 +49,7 @@ class ImaginedWorld:
         autocast: AbstractContextManager,
         **sampling: Any,
     ) -> None:
-        self.model, self.judge, self.robot, self.episodes = model, judge, robot, list(episodes)
+        self.model, self.judge, self.episodes = model, judge, list(episodes)
         self.num_starts, self.horizon, self.camera = starts, horizon, camera
         self.autocast, self.sampling = autocast, sampling
         self.device = next(model.parameters()).device
@@ -97,7 +94,7 @@ class ImaginedWorld:
             frames = rollout.frames.flatten(0, 1)[index].float()  # (B, T, C, H, W)
             first = self.referee.success_at(episodes, frames)  # (B,)
         self.state, self.chunks = rollout.state, self.chunks + 1
-        states, motion = self.robot.rollout(self.proprio[index], self.motion[index], actions)
+        states, motion = self.judge.robot.rollout(self.proprio[index], self.motion[index], actions)
         self.proprio[index], self.motion[index] = states[:, -1], motion
 
         left = (self.horizon - self.steps[episodes]).clamp_max(actions.shape[1])  # (B,)

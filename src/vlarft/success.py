@@ -3,7 +3,8 @@
 Closed-loop reinforcement learning in imagination has no simulator to ask for the outcome. This network looks at a frame
 and at the episode's first frame, which says what "the left block" was, and gives a probability of success and a
 progress. An episode has succeeded once the probability has stayed above a threshold for some frames: a single frame
-with a high value among a hundred is a likely mistake.
+with a high value among a hundred is a likely mistake. The file also holds the other thing that an imagination lacks,
+the robot's proprio after each action (proprio_model.py).
 
 Shapes: B frames or episodes, L frames of an episode, C colours, H, W pixels.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
+from vlarft.proprio_model import ProprioModel
 from vlarft.run.checkpoint import load_model, read_header
 
 
@@ -39,6 +41,8 @@ class SuccessConfig:
         )
     )
     hidden: int = 256
+    proprio_dim: int = 8
+    action_dim: int = 7
     threshold: float = 0.5  # training chooses it on held-out episodes
     hold: int = 3  # frames in a row above the threshold that make a success
 
@@ -73,7 +77,8 @@ class Judgement(NamedTuple):
 
 
 class SuccessModel(nn.Module):
-    """Convolutional encoder of a frame and the episode's first frame, modulated by the instruction, and two outputs.
+    """Convolutional encoder of a frame and the episode's first frame, modulated by the instruction, and two outputs;
+    and the robot's proprio model.
 
     Args:
         cfg: sizes.
@@ -86,6 +91,8 @@ class SuccessModel(nn.Module):
         self.encoder = ConvEncoder(cfg.encoder)
         size = cfg.encoder.num_keypoints * cfg.encoder.width
         self.outputs = nn.Sequential(nn.Linear(size, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, 2))
+        self.robot = ProprioModel(cfg.proprio_dim, cfg.action_dim)  # fitted on its own, `fit_proprio_model`
+        self.robot.requires_grad_(False)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "SuccessModel":
