@@ -22,9 +22,10 @@ out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes a
 
 Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
 starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
-the policy with its sigma net's noise; `--fast-rendering` changes pixels (see vlarft/sim/gl.py). All are recorded in
-results.json. LIBERO places fixtures by the global random state; here it is seeded with 0 before every episode, so that
-an episode does not depend on those before it.
+the policy with its sigma net's noise; `--plan 8` makes 8 chunks, the first from x_0 as `--noise` says and the others
+from random x_0, imagines them and plays the one that a success model scores best; `--fast-rendering` changes pixels
+(see vlarft/sim/gl.py). All are recorded in results.json. LIBERO places fixtures by the global random state; here it is
+seeded with 0 before every episode, so that an episode does not depend on those before it.
 """
 
 import functools
@@ -39,18 +40,23 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from vlarft.data.convention import check_same_images
+from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.reward import check_same_robot
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
-from vlarft.sim.evaluate import Actor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
+from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_frames
-from vlarft.sim.suites import check_cameras
+from vlarft.sim.suites import check_cameras, simulator_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
+from vlarft.success import SuccessModel, check_instructions
+from vlarft.world_model import WorldModel
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ class Config:
     noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
     num_flow_steps: int = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
     execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
+    plan: int = opt(1, "chunks of different x_0 that are imagined, the best of which is played; 1: no choice")
+    plan_chunks: int = opt(2, "chunks that --plan imagines ahead, the candidate included")
+    world_model: str | None = opt(None, "world model that --plan imagines with: run folder or file")
+    success_model: str | None = opt(None, "success model that --plan chooses by: run folder or file")
 
     suites: tuple[str, ...] = opt(
         tuple(LIBERO_SUITES),
@@ -102,6 +112,12 @@ def _policy(path: str, digest: str) -> VLAPolicy:
     return VLAPolicy.load(path).for_playing()
 
 
+@functools.lru_cache(maxsize=1)
+def _planner(path: str, digest: str, world_model: str, success_model: str, chunks: int) -> Planner:
+    models = WorldModel.load(world_model), SuccessModel.load(success_model)
+    return Planner(_policy(path, digest), *(model.requires_grad_(False) for model in models), chunks)
+
+
 @functools.lru_cache(maxsize=2)
 def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]:
     """Actions of an episodes.jsonl: (suite, task) -> initial state -> actions; a later line replaces an earlier one."""
@@ -128,6 +144,9 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
         size = cfg.image_size or policy.vlm.image_size
         options = {"seed": cfg.seed, "noise": cfg.noise, "num_flow_steps": cfg.num_flow_steps}
         actor = PolicyActor(policy, suite, task, **options)
+        if cfg.plan > 1:
+            planner = _planner(path, digest, cfg.world_model, cfg.success_model, cfg.plan_chunks)
+            actor = PlanningActor(planner, cfg.plan, suite, task, **options)
     options = {"image_size": size, "execute": cfg.execute, "perturb": _perturbation(cfg), **_rendering(cfg)}
     return [{"policy": path, "digest": digest, **r} for r in play_episodes(actor, suite, task, states, **options)]
 
@@ -161,7 +180,10 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
             of_suite = [s for s in starts if s[0] == suite]
             tasks = {task_names(suite)[t]: rate(path, [s for s in of_suite if s[1] == t]) for t in _tasks(cfg, suite)}
             suites[suite] = {"all": rate(path, of_suite), "tasks": tasks}
+        own = [r["chunk_ms"] for r in records if r["policy"] == path and "chunk_ms" in r]
         entry = {"policy": path, "digest": digests[path], "all": rate(path, starts), "suites": suites}
+        if own:
+            entry["chunk_ms"] = sum(own) / len(own)
         if path != cfg.policies[0]:
             entry["against_first"] = against_first(path, starts)
             for name, part in suites.items():
@@ -184,7 +206,8 @@ def print_table(results: dict) -> None:
     if results["played_again"]:
         print(f"{results['played_again']} episodes were played again, since a worker process died over them")
     for entry in results["policies"]:
-        print(entry["policy"])
+        took = f"  ({entry['chunk_ms']:.0f} ms a chunk)" if "chunk_ms" in entry else ""
+        print(f"{entry['policy']}{took}")
         rows = []
         for suite, part in entry["suites"].items():
             rows += [(suite, part["all"], part), *((f"  {t}", rate, {}) for t, rate in part["tasks"].items())]
@@ -238,6 +261,7 @@ def check(cfg: Config) -> dict[str, str]:
     if cfg.execute < 1 or (cfg.execute > 8 and "random" in cfg.policies):
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     _perturbation(cfg)
+    check_plan(cfg)
     if cfg.fast_rendering and (others := [s for s in cfg.suites if s not in LIBERO_SUITES]):
         raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {', '.join(others)} has none")
     digests = {}
@@ -272,6 +296,36 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
     return digests
+
+
+def check_plan(cfg: Config) -> None:
+    """Find what is wrong with --plan before the first episode."""
+    if cfg.plan < 1 or cfg.plan_chunks < 1:
+        raise ValueError(f"plan and plan_chunks must be at least 1, got {cfg.plan} and {cfg.plan_chunks}")
+    if cfg.plan == 1:
+        return
+    if cfg.world_model is None or cfg.success_model is None:
+        raise ValueError(f"--plan {cfg.plan} imagines and judges: give --world-model and --success-model")
+    if cfg.noise == "stochastic":
+        raise ValueError("--plan chooses among chunks of the deterministic flow: give --noise sampled or zero")
+    if others := [path for path in cfg.policies if path == "random" or path.endswith(".jsonl")]:
+        raise ValueError(f"--plan chooses among a policy's chunks; {', '.join(others)} has none: evaluate it alone")
+    tasks = [simulator_of(suite).suites[suite].tasks[task] for suite in cfg.suites for task in _tasks(cfg, suite)]
+    check_instructions(cfg.success_model, [task.instruction for task in tasks])
+    model = read_header(cfg.world_model)
+    size, rendered = model.config["tokenizer"]["image_size"], cfg.image_size
+    for path in cfg.policies:
+        policy = VLAPolicy.load(path)
+        check_same_robot(policy, WorldModel.load(cfg.world_model))
+        side = rendered or policy.vlm.image_size
+        if list(size) != [side, side]:
+            raise ValueError(
+                f"{cfg.world_model} imagines images of {size[0]}x{size[1]}, {path} is played with {side}x{side}: give "
+                f"--image-size {size[0]}"
+            )
+        for name in ("world_model", "success_model"):
+            found = read_header(getattr(cfg, name)).extra
+            check_same_images(read_header(path).extra, f"policy {path}", found, f"{getattr(cfg, name)}")
 
 
 def main(cfg: Config) -> dict:

@@ -9,12 +9,13 @@ import functools
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.sim.env import Env, Observation
 from vlarft.sim.perturb import Perturbation
@@ -91,6 +92,39 @@ class PolicyActor:
         return actions.cpu().numpy()
 
 
+class PlanningActor(PolicyActor):
+    """A policy that imagines several chunks and plays the best, see `planning.Planner`.
+
+    The first candidate is the chunk that `PolicyActor` plays; the others are from other random x_0.
+
+    Args:
+        planner: has the policy.
+        candidates: number of chunks to choose from.
+        others: arguments of `PolicyActor` after the policy; `noise` is no "stochastic" one.
+    """
+
+    def __init__(self, planner: Planner, candidates: int, suite: str, task: int, **others: Any) -> None:
+        super().__init__(planner.policy, suite, task, **others)
+        self.planner, self.candidates = planner, candidates
+        self.first_frames: dict[int, Tensor] = {}  # of the episodes, by initial state
+
+    @torch.no_grad()
+    def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation]) -> np.ndarray:
+        flow, device = self.policy.cfg.flow, self.policy.device
+        if chunk == 0:
+            images = [torch.from_numpy(obs[self.cameras[0]].copy()).to(device) for obs in observations]
+            self.first_frames = {s: x.movedim(-1, 0).float() / 255 for s, x in zip(states, images, strict=True)}
+
+        def random_numbers(state: int, candidate: int) -> Tensor:
+            noise, suite = ("sampled", f"{self.suite}/plan {candidate}") if candidate else (self.noise, self.suite)
+            return chunk_noise(noise, (flow.chunk, flow.action_dim), self.seed, suite, self.task, state, chunk)
+
+        noise = torch.stack([torch.stack([random_numbers(s, n) for n in range(self.candidates)]) for s in states])
+        first_frames = torch.stack([self.first_frames[s] for s in states])
+        plan = self.planner.choose(observations, first_frames, noise.to(device), self.num_flow_steps)
+        return plan.actions.cpu().numpy()
+
+
 class RandomActor:
     """Uniform actions, a function of (seed, suite, task, state, chunk): the success rate of chance."""
 
@@ -157,8 +191,9 @@ def play_episodes(
         options: further arguments of `make_env`.
 
     Returns:
-        One record per episode: suite, task, init_state, success, steps, seconds, rejected_starts, actions (steps, A),
-        and the environment's visuals where installations differ.
+        One record per episode: suite, task, init_state, success, steps, seconds, chunk_ms (what the actor took for a
+        chunk of one episode [ms]), rejected_starts, actions (steps, A), and the environment's visuals where
+        installations differ.
 
     Raises:
         ValueError: the simulator lacks a camera of the actor, see `suites.check_cameras`.
@@ -172,7 +207,7 @@ def play_episodes(
         rejected.append(env.num_rejected)
     played: list[list[np.ndarray]] = [[] for _ in states]
     success = [False] * len(states)
-    active, chunk = list(range(len(states))), 0
+    active, chunk, deciding, chunks = list(range(len(states))), 0, 0.0, 0
 
     def observation(i: int) -> Observation | None:
         if not actor.cameras:
@@ -182,7 +217,9 @@ def play_episodes(
 
     while active:
         observations = [observation(i) for i in active]  # one per chunk
+        asked = time.monotonic()
         actions = actor([states[i] for i in active], chunk, observations)
+        deciding, chunks = deciding + time.monotonic() - asked, chunks + len(active)
         ended = set()
         for i, row in zip(active, actions, strict=True):
             env.set_state(saved[i])
@@ -206,6 +243,7 @@ def play_episodes(
             "success": bool(success[i]),
             "steps": len(played[i]),
             "seconds": round(seconds, 4),
+            "chunk_ms": round(1000 * deciding / chunks, 3),
             "rejected_starts": rejected[i],
             **visuals,
             # nine digits tell every float32: what is recorded is what was played
