@@ -14,7 +14,8 @@ repeats the start frame, over all pixels and over those that move.
 Whole episodes (not in the paper): the recorded actions of an episode are replayed in imagination from its first frame,
 the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
 absolute error on pixels that never move, which shows drift; and all of them in each episode's last chunk, which may be
-shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying.
+shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying. With `--success-model`:
+how many imagined and true episodes that model gives their recorded outcome.
 
 Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
 chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
@@ -45,7 +46,8 @@ from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
-from vlarft.statistics import bootstrap_interval
+from vlarft.statistics import bootstrap_interval, wilson_interval
+from vlarft.success import Agreement, SuccessModel, check_instructions, compare_outcomes
 from vlarft.world_model import WorldModel
 
 
@@ -72,6 +74,9 @@ class Config:
     batch_size: int = opt(16, "segments, episodes or starts imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
+    success_model: str | None = opt(
+        None, "judge of the whole episodes, imagined and true: run folder or file of train_success.py"
+    )
     starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
     perturb: Perturbations = field(default_factory=Perturbations)
     true_error: bool = opt(False, "also compare with the simulator's outcome (Tabletop demonstrations)")
@@ -186,10 +191,17 @@ def chunk_metrics(totals: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate_episodes(
-    model: WorldModel, episodes: list[Episode], cfg: Config, distance: PerceptualDistance, autocast
+    model: WorldModel,
+    episodes: list[Episode],
+    cfg: Config,
+    distance: PerceptualDistance,
+    autocast,
+    judge: SuccessModel | None = None,
 ) -> dict:
-    """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk."""
-    chunk = model.cfg.chunk
+    """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk;
+    with a judge, how its verdicts on imagined and on true frames agree with the recorded outcomes.
+    """
+    chunk, verdicts = model.cfg.chunk, torch.zeros(len(episodes), 2)
     numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
     totals = torch.zeros(len(episodes), 2, max(chunks), 9, dtype=torch.float64)
     for replayed in imagined_episodes(
@@ -205,12 +217,24 @@ def evaluate_episodes(
     ):
         i = numbers[replayed.episode.name]
         totals[i, :, : chunks[i]] = chunk_totals(replayed, chunk, distance)
+        if judge is not None:
+            both = torch.stack([replayed.imagined, replayed.true])  # (2, L, C, H, W)
+            with autocast:
+                judged = judge.judge(both, both[:, 0], [replayed.episode.instruction] * 2).success
+            verdicts[i] = judge.solved(judged).any(1).float().cpu()
     totals = distributed.mean_tensor(totals) * distributed.world_size()  # one process has an episode, the others zeros
+    verdicts = distributed.mean_tensor(verdicts) * distributed.world_size() > 0.5
     last = totals[torch.arange(len(episodes)), :, torch.tensor(chunks) - 1]  # (episodes, 2, 9)
     per_chunk = chunk_metrics(totals.sum(dim=0))  # name -> (2, chunks)
     methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
     methods["difference"] = lambda both: both[..., 0] - both[..., 1]
+    outcomes = {}
+    if judge is not None:
+        true = [e.success for e in episodes]
+        found = {name: compare_outcomes(verdicts[:, i].tolist(), true) for i, name in enumerate(("imagined", "true"))}
+        outcomes = {name: {**one._asdict(), **rate_of(one)} for name, one in found.items()}
     return {
+        "outcomes": outcomes,
         "recorded": [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes],
         "chunks": {"episodes": (totals[:, 0, :, 0] > 0).sum(dim=0).tolist()}
         | {
@@ -227,6 +251,13 @@ def evaluate_episodes(
     }
 
 
+def rate_of(found: Agreement) -> dict[str, float]:
+    """The share of episodes that were judged right, with its 95 % Wilson interval."""
+    episodes = found.true_successes + found.true_failures
+    wrong = found.false_successes + found.false_failures
+    return dict(zip(("agreement", "low", "high"), wilson_interval(episodes - wrong, episodes), strict=True))
+
+
 def report_episodes(results: dict) -> list[str]:
     """A table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
     names = ("psnr_moving", "psnr", "ssim", "perceptual", "still_error")
@@ -241,7 +272,17 @@ def report_episodes(results: dict) -> list[str]:
     for method in ("imagined", "difference"):
         rows[f"95 %, {method}"] = [f"[{last[method][n]['low']:.3f}, {last[method][n]['high']:.3f}]" for n in names]
     title = "whole episodes: imagined (first frame copied)"
-    return [title, *(f"{name:>24} " + " ".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items())]
+    judged = [
+        f"judged by the success model, {name} frames: {100 * one['agreement']:.0f} % [{100 * one['low']:.0f}, "
+        f"{100 * one['high']:.0f}] have their recorded outcome; false successes {one['false_successes']} of "
+        f"{one['true_failures']}, false failures {one['false_failures']} of {one['true_successes']}"
+        for name, one in results["outcomes"].items()
+    ]
+    return [
+        *judged,
+        title,
+        *(f"{name:>24} " + " ".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items()),
+    ]
 
 
 def report(results: dict) -> str:
@@ -344,7 +385,11 @@ def main(cfg: Config) -> dict:
     if cfg.episodes:
         warn_other_contexts(extra, f"imagining whole episodes: {path}", None)
         whole = spread_episodes(episodes, cfg.episodes)
-        results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast)
+        judge = None
+        if cfg.success_model is not None:
+            check_instructions(cfg.success_model, [e.instruction for e in whole])
+            judge = SuccessModel.load(cfg.success_model, device)
+        results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_success import places, world_model  # noqa: F401, fixtures
 
+import eval_wm
 import train_rl
 import train_success
 from vlarft.data import load_episodes
@@ -279,3 +280,22 @@ def test_refusals(config, tmp_path, policy_file):
     save_model(other, judge, judge.cfg, {**header.extra, "camera": "eye_in_hand"})
     with pytest.raises(ValueError, match=r"success model .*other.safetensors"):
         train_rl.main(dataclasses.replace(config, success_model=other))
+
+
+def test_eval_wm_judges_whole_episodes(config, tmp_path, capsys):
+    cfg = dataclasses.replace(
+        eval_wm.PRESETS["smoke"],
+        demos=config.demos,
+        world_model=config.world_model,
+        success_model=config.success_model,
+        starts=0,
+        episodes=4,
+        out_dir=str(tmp_path / "eval_wm"),
+    )
+    found = eval_wm.main(cfg)["episodes"]["outcomes"]
+    assert set(found) == {"imagined", "true"} and found["true"]["true_failures"] == found["true"]["true_successes"] == 2
+    # the judge's threshold was chosen on these episodes, without a false success among the imagined ones
+    assert found["imagined"]["false_successes"] == 0 and found["imagined"]["low"] < found["imagined"]["agreement"] < 1
+    assert "judged by the success model, imagined frames: 50 % [15, 85] have" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="both outcomes are needed"):
+        eval_wm.main(dataclasses.replace(cfg, episodes=1))
