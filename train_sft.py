@@ -76,7 +76,7 @@ WEIGHT_DECAY = 0.01  # on matrices only
 class Config:
     """One supervised run; the defaults are the paper's (Table 6)."""
 
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)", group="data")
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")

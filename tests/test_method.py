@@ -359,7 +359,9 @@ def test_training_conditions_on_what_act_conditions_on(world, tmp_path, monkeypa
             calls += of_sigma_net
         else:
             same = {"lr": 0.0, "ema": None, "augment": "none", "init": str(world.policy), "steps": 1}
-            train_sft.main(replace(train_sft.PRESETS["smoke"], demos=str(world.demos), out_dir=str(tmp_path), **same))
+            train_sft.main(
+                replace(train_sft.PRESETS["smoke"], demos=(str(world.demos),), out_dir=str(tmp_path), **same)
+            )
     episodes = load_episodes(world.demos)
     context, proprio = seen_by_act(VLAPolicy.load(tmp_path / "model.safetensors"), episodes, monkeypatch)
     assert_close(proprio, unit(of(episodes, "proprio"), of(episodes, "proprio")), atol=1e-5, rtol=0)

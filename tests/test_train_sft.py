@@ -6,13 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import write_moving_square
 from safetensors.torch import load_file
 from small_text import tokenizer_json
 from test_pretrained_policy import PAPER
 
+from vlarft.data import convert
 from vlarft.data.augment import Augmentation, augment
 from vlarft.nets.lora import LoRAConfig
 from vlarft.policy import PRESETS as POLICIES
@@ -28,7 +31,7 @@ SMOKE = train_sft.PRESETS["smoke"]
 
 
 def config(demos: Path, out_dir: Path, **changes) -> train_sft.Config:
-    return replace(SMOKE, demos=str(demos), out_dir=str(out_dir), **changes)
+    return replace(SMOKE, demos=(str(demos),), out_dir=str(out_dir), **changes)
 
 
 def weights(out_dir: Path) -> dict[str, torch.Tensor]:
@@ -55,6 +58,22 @@ def test_trains_logs_and_writes_a_policy(demos, tmp_path):
     assert policy.normalizer.fitted and policy.normalizer.action_high.max() <= 0.9 + 1e-6  # of the intended actions
     images = np.zeros((1, 64, 64, 3), np.uint8)
     assert policy.act(images, ["pick up the red block"], np.zeros((1, 8))).shape == (1, 8, 7)
+
+
+def test_demonstrations_of_two_places(demos, tmp_path):
+    """The second one has a policy's attempts, relabelled by data.convert: successes are imitated, failures are not."""
+    for k, (folder, success) in enumerate((("won", True), ("lost", False))):
+        path = tmp_path / "own" / folder / "push_red_demo.hdf5"
+        write_moving_square(path, 2, 14, 10 + k, "push the red square")
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                demo.attrs.update(kind="policy", success=success)
+    convert.main([str(tmp_path / "own"), str(tmp_path / "cloned"), "--format", "hdf5", "--kind", "expert"])
+    both = str(demos), str(tmp_path / "cloned")
+    train_sft.main(replace(config(demos, tmp_path / "run", steps=1), demos=both))
+    extra = read_header(tmp_path / "run").extra
+    names = [*extra["train_episodes"], *extra["held_out_episodes"]]
+    assert len(names) == 8 and sum(name.startswith("cloned/") for name in names) == 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +177,7 @@ def test_starts_from_public_weights(demos, tmp_path, monkeypatch):
     policy = VLAPolicy(public_policy_config(shift_context=False, text_bytes=len(content)))
     policy.vlm.fill_text(content)
     policy.save(tmp_path / "public.safetensors")
-    cfg = replace(train_sft.PRESETS["paper"], demos=str(demos), out_dir=str(tmp_path / "run"), lora_rank=2, steps=2)
+    cfg = replace(train_sft.PRESETS["paper"], demos=(str(demos),), out_dir=str(tmp_path / "run"), lora_rank=2, steps=2)
     cfg = replace(cfg, init=str(tmp_path / "public.safetensors"), batch_size=2, accumulate=2, validation_fraction=0.2)
     train_sft.main(cfg)
     after = VLAPolicy.load(tmp_path / "run" / "model.safetensors")
@@ -246,7 +265,7 @@ def test_augmentation():
 
 
 def test_paper_preset_needs_weights_or_says_random(demos, tmp_path, monkeypatch):
-    cfg = replace(train_sft.PRESETS["paper"], demos=str(demos), out_dir=str(tmp_path / "run"))
+    cfg = replace(train_sft.PRESETS["paper"], demos=(str(demos),), out_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"size 'paper' without --init .*--init CHECKPOINT .*--init random"):
         train_sft.main(cfg)
     assert not (tmp_path / "run").exists()

@@ -146,7 +146,7 @@ def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[
         values["precision"] = "bf16" if values.pop("bf16") else "fp32"
     if isinstance(values.get("augment"), Mapping):
         values["augment"] = _name_of(values["augment"], augment, "augment", where)
-    return values
+    return _several(values, "demos")
 
 
 def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
