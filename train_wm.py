@@ -166,7 +166,8 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
 
 
 def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
-    """Training and held-out episodes; with `init`, those that its world model holds out stay held out.
+    """Training and held-out episodes; with `init`, those that its world model holds out stay held out, and a share of
+    those that are new to it is added to them.
 
     Raises:
         ValueError: that world model names no held-out episodes, or one that is not among the demonstrations.
@@ -188,7 +189,13 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
                 f"(--demos {' '.join([seen] if isinstance(seen, str) else seen)} ...)"
             )
         held_out = [by_name[name] for name in names]  # in the stored order: the same segments are validated
-        train = [e for e in episodes if e.name not in set(names)]
+        known = {*names, *extra.get("train_episodes", [])}
+        train, new = ([e for e in episodes if (e.name in known) == part] for part in (True, False))
+        train = [e for e in train if e.name not in set(names)]
+        if len(new) > 1:
+            new, unseen = split_episodes(new, cfg.validation_fraction, cfg.split_seed)
+            held_out += unseen
+        train += new
     if cfg.experts_only:
         train = [e for e in train if e.success and e.kind == "expert"]
     return train, held_out

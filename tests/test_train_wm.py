@@ -135,26 +135,29 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
 
 def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tmp_path):
     """With other presets of what the checkpoint fixes: its sizes, its split and its tokenizer count."""
-    ignored = {"split_seed": 5, "validation_fraction": 0.5, "size": "tiny", "factored_tokens": False}
+    ignored = {"size": "tiny", "factored_tokens": False}
     with pytest.warns(UserWarning, match="lie outside the ranges that the world model was trained on"):
-        refresh([demos, rollouts], world_model, tmp_path / "two", steps=4, **ignored)
+        refresh([demos, rollouts], world_model, tmp_path / "two", steps=4, validation_fraction=0.3, **ignored)
     old, new = (read_header(folder / "model.safetensors") for folder in (world_model, tmp_path / "two"))
     played = {e.name for e in load_episodes(rollouts, successes_only=False)}
-    assert new.extra["held_out_episodes"] == old.extra["held_out_episodes"] and new.config == old.config
-    assert set(new.extra["train_episodes"]) == {*old.extra["train_episodes"], *played} and len(played) == 3
-    assert len(new.extra["train_episodes"]) == 8 and new.extra["demos"] == [str(demos), str(rollouts)]
+    held_out = old.extra["held_out_episodes"]
+    assert new.extra["held_out_episodes"][: len(held_out)] == held_out and new.config == old.config
+    unseen = set(new.extra["held_out_episodes"][len(held_out) :])
+    assert len(played) == 3 and len(unseen) == 1 and unseen < played  # a share of the new ones
+    assert set(new.extra["train_episodes"]) == {*old.extra["train_episodes"], *played} - unseen
+    assert len(new.extra["train_episodes"]) == 7 and new.extra["demos"] == [str(demos), str(rollouts)]
 
     before, *steps = log_of(tmp_path / "two")
-    assert before == {"step": -1, **old.extra["metrics"]}  # its own last validation, number by number
+    assert before["step"] == -1 and before.keys() - {"step"} == old.extra["metrics"].keys()
     assert [line["step"] for line in steps] == [0, 1, 2, 3] and any(line["outside"] > 0 for line in steps)
     one, two = (WorldModel.load(folder).state_dict() for folder in (world_model, tmp_path / "two"))
     kept = {k for k in one if torch.equal(one[k], two[k])}
     assert kept == {k for k in one if k.startswith(("tokenizer.", "action_bins."))}
 
-    refresh([demos], tmp_path / "two", tmp_path / "three", steps=1)  # without the rollouts, which it has seen
+    refresh([demos, rollouts], tmp_path / "two", tmp_path / "three", steps=1, split_seed=5, validation_fraction=0.5)
     extra = read_header(tmp_path / "three" / "model.safetensors").extra
-    assert set(extra["train_episodes"]) == set(new.extra["train_episodes"])
-    assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}
+    assert set(extra["train_episodes"]) == set(new.extra["train_episodes"])  # nothing was new
+    assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}  # its last validation, by number
 
 
 def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):
@@ -167,7 +170,8 @@ def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_m
 def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
     """On which the segments of a validation depend."""
     names, model = sorted(e.name for e in load_episodes(demos)), WorldModel.load(world_model)
-    save_model(tmp_path / "model.safetensors", model, model.cfg, {"held_out_episodes": [names[4], names[1]]})
+    split = {"held_out_episodes": [names[4], names[1]], "train_episodes": [n for n in names if n not in names[1:5:3]]}
+    save_model(tmp_path / "model.safetensors", model, model.cfg, split)
     train, held_out = train_wm.load_split(replace(SMOKE, demos=(str(demos),), init=str(tmp_path)))
     assert [e.name for e in held_out] == [names[4], names[1]]
     assert sorted(e.name for e in train) == [name for i, name in enumerate(names) if i not in (1, 4)]
