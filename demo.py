@@ -18,11 +18,7 @@ are skipped, the one that was cut short goes on.
 import json
 import os
 import platform
-import shlex
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +30,7 @@ from vlarft.data import WindowSampler, load_episodes
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
+from vlarft.run.stages import run_stage
 from vlarft.sim.replay import replay_frames
 from vlarft.statistics import paired_difference
 
@@ -51,70 +48,6 @@ class Config:
 
 PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset="smoke")}
 DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
-
-
-class MemoryPeak(threading.Thread):
-    """Samples the memory of this process and all its descendants [bytes]: shared pages count once (Linux only)."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak, self.over = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(2.0):
-            self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(os.getpid())))
-
-
-def _descendants(root: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):  # the process ended meanwhile
-            continue
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def _memory(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # the process ended meanwhile
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-def run_stage(folder: Path, name: str, script: str, /, **flags: object) -> dict:
-    """Run one stage script unless it already ended well; returns {"command", "seconds", "peak_bytes"}."""
-    done = folder / "stages.json"
-    stages = json.loads(done.read_text()) if done.is_file() else {}
-    words = ["python", script]
-    for flag, value in flags.items():
-        values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
-    command = shlex.join(words)
-    stage = stages.get(name, {})
-    if stage.get("command") == command and stage.get("done"):
-        print(f"\n[{name}] done in {stage['seconds']:.0f} s: {command}", flush=True)
-        return stage
-    print(f"\n[{name}] {command}", flush=True)
-    memory, started = MemoryPeak(), time.monotonic()
-    memory.start()
-    status = subprocess.run([sys.executable, str(ROOT / script), *words[2:]]).returncode
-    memory.over.set()
-    before = stage if stage.get("command") == command else {}
-    stages[name] = {
-        "command": command,
-        "seconds": before.get("seconds", 0.0) + time.monotonic() - started,
-        "peak_bytes": max(before.get("peak_bytes", 0), memory.peak),
-        "done": status == 0,
-    }
-    write_json(done, stages)
-    if status:
-        raise SystemExit(f"[{name}] ended with status {status}; the same command goes on from there")
-    return stages[name]
 
 
 def read_log(folder: Path) -> dict[str, np.ndarray]:
@@ -217,10 +150,10 @@ def run_stages(cfg: Config) -> str:
     common = {"preset": cfg.stage_preset, "seed": cfg.seed}
 
     def stage(name: str, script: str, **flags: object) -> None:
-        run_stage(out, name, script, **common, **flags, out_dir=out / name)
+        run_stage(out, name, ROOT / script, **common, **flags, out_dir=out / name)
 
     first_start = cfg.seed * DEMOS_PER_SEED
-    run_stage(out, "collect", "collect_demos.py", preset=cfg.stage_preset, seed=first_start, out_dir=demos)
+    run_stage(out, "collect", ROOT / "collect_demos.py", preset=cfg.stage_preset, seed=first_start, out_dir=demos)
     stage("tokenizer", "train_tokenizer.py", split_seed=cfg.seed, demos=demos)
     stage("wm", "train_wm.py", split_seed=cfg.seed, demos=demos, tokenizer=model["tokenizer"])
     stage("eval_wm", "eval_wm.py", demos=demos, world_model=model["wm"], true_error=True)

@@ -17,6 +17,7 @@ from test_readme import blocks
 
 import collect_demos
 import demo
+import rl_rounds
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +69,41 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     demo.main(dataclasses.replace(demo.PRESETS["smoke"], out_dir="runs/demo"))  # nothing is done again
     assert json.loads((out / "stages.json").read_text()) == before
     assert "[eval] done in" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd):
+    """One round of recording, refresh, judge, closed-loop learning and evaluation; a second call does nothing."""
+    out = smoke.folder / "runs" / "demo"
+    places = {"policy": str(out / "sft"), "world_model": str(out / "wm"), "demos": str(out / "demos")}
+    cfg = dataclasses.replace(rl_rounds.PRESETS["smoke"], **places, out_dir=str(tmp_path))
+    rows = rl_rounds.main(cfg)
+    assert len(rows) == 2 and "against_first" in rows[1]
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert list(stages) == ["own 1", "wm 1", "success 1", "rl 1", "eval 1"] and all(s["done"] for s in stages.values())
+    assert "gain" in capfd.readouterr().out
+    assert rl_rounds.main(cfg) == rows and "[rl 1] done in" in capfd.readouterr().out
+
+
+def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    stages = {}
+    (tmp_path / "eval_1").mkdir()
+    (tmp_path / "eval_2").mkdir()
+    rate = {"all": {"rate": 0.5, "low": 0.4, "high": 0.6}}
+    for number in (1, 2):
+        rows = [rate, {**rate, "against_first": {"difference": 0.1 * number, "low": 0.0, "high": 0.3}}]
+        (tmp_path / f"eval_{number}" / "results.json").write_text(json.dumps({"policies": rows}))
+    monkeypatch.setattr(rl_rounds, "run_stage", lambda folder, name, script, /, **flags: stages.update({name: flags}))
+    rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path)))
+    assert [row.get("against_first", {}).get("difference") for row in rows] == [None, 0.1, 0.2]
+    assert [stages[f"own {n}"]["policy_per_task"] for n in (1, 2)] == [32, 64]
+    assert [str(stages[f"own {n}"]["policy"]) for n in (1, 2)] == ["sft", str(tmp_path / "rl_1")]
+    assert [str(stages[f"wm {n}"]["init"]) for n in (1, 2)] == ["wm", str(tmp_path / "wm_1")]
+    assert stages["rl 2"]["world_model"] == stages["success 2"]["world_model"] == tmp_path / "wm_2"
+    assert stages["rl 2"]["success_model"] == tmp_path / "success_2" and stages["rl 2"]["gate_threshold"] == 0.9
+    assert stages["eval 2"]["policies"] == [Path("sft"), tmp_path / "rl_2"]
+    with pytest.raises(ValueError, match="--rounds 0: give at least 1"):
+        rl_rounds.main(rl_rounds.Config(rounds=0))
 
 
 @pytest.mark.slow
@@ -131,5 +167,7 @@ def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):
 
 def test_a_stage_that_fails_stops_the_demo(tmp_path):
     with pytest.raises(SystemExit, match=r"\[rft\] ended with status 1; the same command goes on from there"):
-        demo.run_stage(tmp_path, "rft", "train_rft.py", preset="smoke", policy=tmp_path / "none", out_dir=tmp_path)
+        demo.run_stage(
+            tmp_path, "rft", demo.ROOT / "train_rft.py", preset="smoke", policy=tmp_path / "none", out_dir=tmp_path
+        )
     assert json.loads((tmp_path / "stages.json").read_text())["rft"]["done"] is False

@@ -1,0 +1,137 @@
+"""Rounds of closed-loop reinforcement learning: record the policy, learn from what it does, fine-tune, record again.
+
+    python rl_rounds.py --policy runs/sft --world-model runs/wm --demos demos --out-dir runs/rounds
+    python rl_rounds.py --policy runs/sft --world-model runs/wm --demos demos --rounds 2 --out-dir runs/rounds
+
+A policy that has improved gets into states that neither world model nor success model has seen, so their judgements
+get worse the better it becomes (WoVR: .710 without a refresh, .815 with one). Each round calls the stage scripts, each
+as the command that a user would type, and prints it:
+
+    collect_demos.py    real episodes of the present policy, with their outcomes, added to those of earlier rounds
+    train_wm.py --init  the world model, refreshed on all of them
+    train_success.py    the judge
+    train_rl.py         the policy, in imagination
+    eval_libero.py      the first policy and the present one, from x_0 = 0, on the same starts
+
+Episodes are recorded in the simulator here. On a robot, give the same commands by hand with your recordings in place of
+the first one (docs/closed_loop.md).
+
+Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations of both. Writes one folder per stage
+and round into out_dir, and stages.json. The same command resumes: finished stages are skipped, the one that was cut
+short goes on; with a larger `--rounds` it adds rounds.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vlarft.run.config import opt, parse
+from vlarft.run.stages import run_stage
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Some rounds from one policy."""
+
+    policy: str = opt("runs/sft", "policy to fine-tune: run folder or file", group="data")
+    world_model: str = opt("runs/wm", "world model of its demonstrations: run folder or file")
+    demos: str = opt("demos", "demonstrations of both")
+    suites: tuple[str, ...] = opt(("tabletop_object",), "suites to record and to evaluate")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "task numbers or names in each suite")
+    rounds: int = opt(2, "rounds of recording and learning", group="optimisation")
+    episodes: int = opt(32, "episodes recorded per task and round")
+    refresh_steps: int = opt(1000, "optimizer steps of each refresh of the world model")
+    refresh_lr: float = opt(5e-4, "peak learning rate of the refresh")
+    validation_fraction: float = opt(0.25, "share of the new episodes that both models hold out, for the gate")
+    gate_threshold: float | None = opt(
+        0.9, "least share of held-out episodes whose imagined outcome is the true one; none: any", group="evaluation"
+    )
+    out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
+    seed: int = opt(0, "seed of every stage")
+    stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
+
+
+PRESETS = {
+    "tiny": Config(),
+    "smoke": Config(tasks=("0",), rounds=1, episodes=8, refresh_steps=2, gate_threshold=None, stage_preset="smoke"),
+}
+FIRST_SEED = 500_000  # of the starts that are recorded: none of a demonstration
+
+
+def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tuple[Path, Path]:
+    """Run what is missing of round `number`, from 1, that starts with these two; return its policy and world model."""
+    out, own, preset = Path(cfg.out_dir), Path(cfg.out_dir) / "own", cfg.stage_preset
+    refreshed, judge, learned = (out / f"{name}_{number}" for name in ("wm", "success", "rl"))
+    tasks = {"suites": cfg.suites, "tasks": cfg.tasks}
+    demos = [Path(cfg.demos), own]
+
+    def stage(name: str, script: str, **flags: object) -> None:
+        run_stage(out, f"{name} {number}", ROOT / script, preset=preset, **flags)
+
+    none = {"demos_per_task": 0, "noisy_per_task": 0}
+    stage(
+        "own",
+        "collect_demos.py",
+        **tasks,
+        **none,
+        policy=policy,
+        policy_per_task=number * cfg.episodes,
+        seed=FIRST_SEED + cfg.seed,
+        out_dir=own,
+    )
+    stage(
+        "wm",
+        "train_wm.py",
+        init=world_model,
+        demos=demos,
+        steps=cfg.refresh_steps,
+        lr=cfg.refresh_lr,
+        validation_fraction=cfg.validation_fraction,
+        seed=cfg.seed,
+        out_dir=refreshed,
+    )
+    stage("success", "train_success.py", demos=demos, world_model=refreshed, seed=cfg.seed, out_dir=judge)
+    gate = "none" if cfg.gate_threshold is None else cfg.gate_threshold
+    models = {"world_model": refreshed, "success_model": judge}
+    stage(
+        "rl",
+        "train_rl.py",
+        policy=policy,
+        demos=demos,
+        **models,
+        gate_threshold=gate,
+        seed=cfg.seed,
+        out_dir=learned,
+    )
+    played = [Path(cfg.policy), learned]
+    stage("eval", "eval_libero.py", policies=played, noise="zero", **tasks, out_dir=out / f"eval_{number}")
+    return learned, refreshed
+
+
+def main(cfg: Config) -> list[dict]:
+    """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
+    if cfg.rounds < 1:
+        raise ValueError(f"--rounds {cfg.rounds}: give at least 1")
+    policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
+    for number in range(1, cfg.rounds + 1):
+        policy, world_model = run_round(cfg, number, policy, world_model)
+        results = json.loads((Path(cfg.out_dir) / f"eval_{number}" / "results.json").read_text())
+        rows += results["policies"][len(rows) > 0 :]
+    for number, row in enumerate(rows):
+        gain, rate = row.get("against_first"), row["all"]
+        line = f"{f'round {number}' if number else 'before':>10}  {percent(rate['rate'], rate['low'], rate['high'])}"
+        print(line + (f"  gain {percent(gain['difference'], gain['low'], gain['high'])}" if gain else ""))
+    return rows
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """A share and its interval as text."""
+    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
