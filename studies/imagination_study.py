@@ -28,6 +28,7 @@ from stage_tables import imagination_arms_table
 from stages import check_known, commit, machine, read_lines, read_report, run_once
 from wm_study import near_policy
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
 import eval_wm
 import train_tokenizer
 import train_wm

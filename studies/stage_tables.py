@@ -98,8 +98,22 @@ def imagination_table(report: dict) -> str:
     return table(heads, rows)
 
 
-def imagination_arms_table(report: dict, arms: Sequence[str]) -> str:
-    """Single chunks and whole episodes of arms of imagination_study.py: means over seeds, for each suite."""
+def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", seeds: str = "") -> str:
+    """Single chunks and whole episodes of arms of imagination_study.py: means over seeds, for each suite.
+
+    Args:
+        report: its JSON file.
+        arms: rows.
+        where: only runs of this suite.
+        seeds: only runs of these seeds, one digit each.
+    """
+    report = {
+        "runs": {
+            name: run
+            for name, run in report["runs"].items()
+            if where in name.split("/")[0] and (not seeds or name[-1] in seeds) and name.split("/")[1] in arms
+        }
+    }
     heads = ["suite", "arm", "seeds", "PSNR, moving pixels", "SSIM", "R3, perturbed chunks", "R3, the policy's chunks"]
     heads += ["last chunk: SSIM", "PSNR, moving pixels", "error of still pixels", "codes"]
     rows = []

@@ -87,6 +87,12 @@ def grid() -> dict:
     return read("grid")["runs"]
 
 
+def imagination_changes() -> list[str]:
+    """Arms of imagination_study.py that change one thing, after the preset as it is."""
+    names = dict.fromkeys(name.split("/")[1] for name in read("imagination")["runs"])
+    return ["now", *sorted(set(names) - {"now", "before"})]
+
+
 def failure_labels() -> dict[str, str]:
     """What failures.py's files are called."""
     found = {}
@@ -148,6 +154,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft": lambda: stage.sft_table(read("sft")),
     "world model": lambda: stage.wm_table(read("world_model")),
     "world model, imagination": lambda: stage.imagination_table(read("world_model")),
+    "imagination": lambda: stage.imagination_arms_table(read("imagination"), ("before", "now")),
+    "imagination, changes": lambda: stage.imagination_arms_table(
+        read("imagination"), imagination_changes(), "tabletop_object", "0"
+    ),
     "libero": lambda: stage.libero_table(result("libero_sft"), result("libero_sft_zero")),
     "demo": lambda: stage.demo_table(result("demo")),
     "demo, world model": lambda: stage.demo_world_model_table(result("demo")),

@@ -161,6 +161,15 @@ def test_training_needs_no_simulator(path):
     assert not [name for name, _ in imports(path) if name.startswith("vlarft.sim")]
 
 
+def test_studies_find_the_scripts():
+    """They are no package: a study that imports one, run by its command, has only its own folder on the path."""
+    for path in STUDIES:
+        names = {name.split(".")[0] for name, executed in imports(path) if executed} & {p.stem for p in SCRIPTS}
+        text = path.read_text()
+        if names and "__main__" in text:
+            assert "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))" in text, f"{path.name}: {names}"
+
+
 def test_scripts_share_names():
     """One idea has one name, whatever the script."""
     fields = {p.stem: importlib.import_module(p.stem).Config.__dataclass_fields__ for p in SCRIPTS}
