@@ -1,12 +1,14 @@
 """studies/: the scripts at smoke size, summaries of synthetic runs by hand, tables in docs against the JSON files."""
 
 import dataclasses
+import importlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import cells
+import closed_loop_study
 import factor_cells
 import figures
 import findings
@@ -29,6 +31,7 @@ import variants
 import wm_study
 from PIL import Image
 
+import collect_demos
 import train_rft
 import train_sft
 import train_tokenizer
@@ -501,6 +504,56 @@ def test_flags_of_arms_and_cells_are_those_of_the_scripts():
         if module is variants and cfg.variant in ("rwr", "flow_sde", "gripper_x0"):  # the others read files
             assert variants.VARIANTS[cfg.variant](cfg)
     assert set(found) == {None, "rwr", "symmetric", "simulator", "flow_sde", "gripper_x0", "kl"}
+
+
+def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
+    """Every command parses, each stage has its inputs, and the JSON file holds outcomes that the summary counts."""
+    commands = {}
+
+    def note(place, script, *words):
+        commands[str(place.relative_to(tmp_path))] = script, [str(word) for word in words]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "log.jsonl").write_text('{"minutes": 2.0}\n')
+        return place
+
+    def add(before, place, *words):
+        assert str(before.relative_to(tmp_path)) in commands
+        return note(place, "collect_demos.py", *words)
+
+    def play(self, place, policy, perturb="none", *more):
+        name = place.name.split("_none")[0].split("_object")[0]
+        note(
+            place, "eval_libero.py", "--policies", policy, *([] if perturb == "none" else ["--perturb", perturb]), *more
+        )
+        return {(task, state): state < (2 if name == "RL__simulator" else 1) for task in (0, 1) for state in (0, 1)}
+
+    monkeypatch.setattr(closed_loop_study, "run_once", note)
+    monkeypatch.setattr(closed_loop_study, "with_attempts", add)
+    monkeypatch.setattr(closed_loop_study.Starts, "play", play)
+    monkeypatch.setattr(closed_loop_study.convert, "main", lambda words: note(Path(words[1]), "convert", *words))
+    cfg = closed_loop_study.Config(out_dir=str(tmp_path), out=str(tmp_path / "out.json"), suites=("tabletop_object",))
+    report = closed_loop_study.main(dataclasses.replace(cfg, seeds=(0, 3)))
+    assert list(report["runs"]) == ["tabletop_object/0", "tabletop_object/3"]
+    assert list(report["runs"]["tabletop_object/0"]) == ["SFT", *closed_loop_study.ARMS]
+    row = next(r for r in capfd.readouterr().out.splitlines() if r.startswith("| tabletop_object | RL, simulator | 2"))
+    assert "| 100.0 % [67.6, 100.0] | +50.0 [" in row
+    for place, (script, words) in commands.items():
+        if script == "convert":
+            assert words[0].endswith("attempts_1") and "seed" in place
+            continue
+        module = importlib.import_module(Path(script).stem)
+        words = words if "--preset" in words else ["--preset", "tiny", *words]
+        found = parse(module.Config, module.PRESETS, words)
+        for field in ("policy", "world_model", "success_model", "init", "tokenizer"):
+            value = getattr(found, field, None)
+            if value and f"--{field.replace('_', '-')}" in words and value != "none":
+                assert str(Path(value).relative_to(tmp_path)) in commands, (place, field)
+        if hasattr(found, "seed") and script in ("train_sft.py", "train_rl.py", "train_rft.py"):
+            assert f"seed{found.seed}/" in place
+    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 4
+    _, words = commands["tabletop_object/seed3/attempts_2"]
+    found = parse(collect_demos.Config, collect_demos.PRESETS, words)
+    assert found.policy_per_task == 64 and found.policy.endswith("seed3/RL_imagination")
 
 
 def test_arms_and_cells_are_those_that_were_run():

@@ -1,0 +1,232 @@
+"""Beyond the demonstrator: what do whole episodes and their outcomes give, from few demonstrations?
+
+    python studies/closed_loop_study.py --suites tabletop_object --seeds 0
+    python studies/closed_loop_study.py --arms "RL, simulator" "filtered cloning"
+
+The setting: 10 demonstrations a task, so that the SFT policy's mean is wrong, and x_0 = 0, which removes what the noise
+of x_0 adds, gains nothing. For each suite: demonstrations, tokenizer and world model, once. For each seed: the SFT
+policy; `attempts` real episodes of it a task, with their outcomes; a world model refreshed on them, and a success
+model. Then the arms, all from the SFT policy:
+
+- "RL, imagination": train_rl.py in the refreshed world model, judged by the success model. "two rounds" records as many
+  episodes again with that policy, refreshes both models and goes on.
+- "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
+- "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
+  dynamics, and the success model as the judge. Their episodes are not counted as real ones.
+- "filtered cloning" is the control: SFT from the start on the demonstrations and the successes among the same attempts.
+- "extra SFT" goes on with the demonstrations alone, for the time of "RL, imagination". "RFT R3" is the paper's.
+
+All policies of a seed play the same starts, plain and with objects displaced, from x_0 = 0 and from sampled x_0. Every
+stage is a command of the repository, is printed, and is not run again once it is done. The JSON file gathers runs: for
+each suite and seed, outcomes start by start (1 = success), minutes of each training, and what the gate found.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import rounded, write
+from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
+from table_text import percent, points, share, table
+
+from vlarft.data import convert
+from vlarft.run.config import opt, parse
+from vlarft.statistics import paired_difference
+
+ARMS = (
+    "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, judged", "RL, imagination",
+    "RL, imagination, two rounds", "planning", "planning after RL",
+)  # fmt: skip
+NO_END = 10**6
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("runs/closed_loop", "folder for all runs")
+    out: str = opt("runs/closed_loop.json", "JSON file that gathers the runs")
+    suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks of each suite")
+    seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of SFT and of the arms")
+    arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    perturb: tuple[str, ...] = opt(("none", "object:2.5"), "starts to play; none = the plain ones")
+    episodes: int = opt(50, "initial states per task")
+    stage_preset: str = opt("tiny", "preset of the stages")
+    demos_per_task: int = opt(10, "demonstrations per task")
+    attempts: int = opt(32, "real episodes of the policy per task and round")
+    sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
+    refresh_steps: int = opt(1500, "steps of a refresh of the world model")
+    rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
+    simulator_steps: int = opt(120, "steps of reinforcement learning in the simulator")
+    candidates: int = opt(8, "chunks that planning chooses from")
+
+
+FREE = "out_dir", "out", "suites", "seeds", "arms"  # may differ in one JSON file
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(
+        suites=("tabletop_object",), tasks=("0",), seeds=(0,), perturb=("none",), episodes=2, stage_preset="smoke",
+        demos_per_task=6, attempts=8, sft_steps=4, refresh_steps=2, rl_steps=1, simulator_steps=1, candidates=2,
+    ),
+}  # fmt: skip
+
+
+class Runs:
+    """The runs of one suite and seed, each made when it is first asked for."""
+
+    def __init__(self, cfg: Config, suite: str, seed: int) -> None:
+        self.cfg, self.suite, self.seed = cfg, suite, seed
+        self.shared, self.own = Path(cfg.out_dir) / suite, Path(cfg.out_dir) / suite / f"seed{seed}"
+        self.preset = ["--preset", cfg.stage_preset]
+        self.where = ["--suites", suite, "--tasks", *cfg.tasks]
+
+    def stage(self, out_dir: Path, script: str, *words: object) -> Path:
+        return run_once(out_dir, script, *self.preset, *words)
+
+    @property
+    def demos(self) -> Path:
+        words = ["--demos-per-task", self.cfg.demos_per_task]
+        return self.stage(self.shared / "demos", "collect_demos.py", *self.where, *words)
+
+    @property
+    def world_model(self) -> Path:
+        tokenizer = self.stage(self.shared / "tokenizer", "train_tokenizer.py", "--demos", self.demos)
+        return self.stage(self.shared / "wm", "train_wm.py", "--demos", self.demos, "--tokenizer", tokenizer)
+
+    def sft(self, name: str, *words: object) -> Path:
+        return self.stage(self.own / name, "train_sft.py", "--demos", self.demos, *words, "--seed", self.seed)
+
+    @property
+    def policy(self) -> Path:
+        return self.sft("sft", "--steps", self.cfg.sft_steps)
+
+    def attempts(self, policy: Path, rounds: int = 1) -> Path:
+        """Real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
+        words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--policy", policy]
+        words += ["--policy-per-task", rounds * self.cfg.attempts, "--seed", 500_000 + 1000 * self.seed]
+        place = self.own / f"attempts_{rounds}"
+        if rounds == 1:
+            return run_once(place, "collect_demos.py", *words)
+        return with_attempts(self.own / f"attempts_{rounds - 1}", place, *words)
+
+    def models(self, rounds: int, before: Path, attempts: Path) -> list[object]:
+        """Flags of a world model refreshed on the attempts of all rounds, and of its success model."""
+        demos = ["--demos", self.demos, attempts]
+        refresh = ["--steps", self.cfg.refresh_steps, "--lr", 5e-4, "--validation-fraction", 0.25]
+        model = self.stage(self.own / f"wm_{rounds}", "train_wm.py", *demos, "--init", before, *refresh)
+        judge = self.stage(self.own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
+        return ["--world-model", model, "--success-model", judge]
+
+    def first_round(self) -> tuple[Path, list[object]]:
+        attempts = self.attempts(self.policy)
+        return attempts, self.models(1, self.world_model, attempts)
+
+    def rl(self, name: str, *words: object) -> Path:
+        more = ["--seed", self.seed, "--gate-threshold", "none"]
+        return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
+
+    def imagination(self) -> Path:
+        attempts, models = self.first_round()
+        words = ["--policy", self.policy, "--demos", self.demos, attempts, *models, "--steps", self.cfg.rl_steps]
+        return self.rl("RL, imagination", *words)
+
+    def two_rounds(self) -> Path:
+        models, policy = self.first_round()[1], self.imagination()
+        again = self.attempts(policy, 2)
+        models = self.models(2, models[1], again)
+        words = ["--policy", policy, "--demos", self.demos, again, *models, "--steps", self.cfg.rl_steps]
+        return self.rl("RL, imagination, two rounds", *words)
+
+    def simulator(self, name: str, *words: object) -> Path:
+        words = ["--world", "simulator", "--policy", self.policy, "--demos", self.demos, *self.where, *words]
+        return self.rl(name, *words, "--steps", self.cfg.simulator_steps)
+
+    def filtered(self) -> Path:
+        won = self.own / "won"
+        if not won.is_dir():
+            convert.main([str(self.attempts(self.policy)), str(won), "--format", "hdf5", "--kind", "expert"])
+        return self.sft("filtered", won, "--steps", self.cfg.sft_steps)
+
+    def extra(self) -> Path:
+        minutes = f"{read_lines(self.imagination() / 'log.jsonl')[-1]['minutes']:.2f}"
+        more = ["--lr", 3e-4, "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes]
+        return self.sft("extra_SFT", "--init", self.policy, *more)
+
+    def rft(self) -> Path:
+        words = ["--policy", self.policy, "--demos", self.demos, "--world-model", self.world_model]
+        return self.stage(self.own / "RFT_R3", "train_rft.py", *words, "--gate-threshold", "none", "--seed", self.seed)
+
+    def planning(self, policy: Path) -> tuple[Path, list[object]]:
+        return policy, ["--plan", self.cfg.candidates, *self.first_round()[1]]
+
+    def arm(self, name: str) -> tuple[Path, list[object]]:
+        """The policy of an arm, and flags with which eval_libero.py plays it."""
+        made: dict[str, Callable[[], Path]] = {
+            "SFT": lambda: self.policy,
+            "extra SFT": self.extra,
+            "filtered cloning": self.filtered,
+            "RFT R3": self.rft,
+            "RL, simulator": lambda: self.simulator(name),
+            "RL, simulator, judged": lambda: self.simulator(name, *self.first_round()[1][2:]),
+            "RL, imagination": self.imagination,
+            "RL, imagination, two rounds": self.two_rounds,
+        }
+        if name == "planning":
+            return self.planning(self.policy)
+        if name == "planning after RL":
+            return self.planning(self.imagination())
+        return made[name](), []
+
+
+def measure(cfg: Config, runs: Runs, name: str) -> dict:
+    """Outcomes of an arm's policy on all starts: kind of starts, x_0 -> a string of 0 and 1, in order of the starts."""
+    policy, flags = runs.arm(name)
+    starts, found = Starts(runs.suite, cfg.tasks, cfg.episodes, cfg.stage_preset), {}
+    for perturb in cfg.perturb:
+        for x0 in ("zero", "sampled"):
+            kind = f"{name}_{perturb}_{x0}".translate(str.maketrans(" ,:", "___"))
+            outcomes = starts.play(runs.own / "eval" / kind, policy, perturb, "--noise", x0, *map(str, flags))
+            found[f"{perturb}, {x0}"] = "".join(str(int(outcomes[start])) for start in sorted(outcomes))
+    log = policy / "log.jsonl"
+    minutes = read_lines(log)[-1]["minutes"] if log.is_file() else None
+    return {"commit": commit(), "outcomes": found, "minutes": minutes}
+
+
+def summary(report: dict) -> str:
+    """Success rates of all seeds together, and the difference from SFT on the same starts."""
+    rows, heads = [], ["suite", "arm", "seeds"]
+    for suite in dict.fromkeys(name.split("/")[0] for name in report["runs"]):
+        seeds = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
+        for arm in ("SFT", *ARMS):
+            having = [run for run in seeds if arm in run]
+            if not having:
+                continue
+            kinds = list(having[0][arm]["outcomes"])
+            heads = ["suite", "arm", "seeds", *(text for kind in kinds for text in (kind, "against SFT"))]
+            cells = []
+            for kind in kinds:
+                own, base = ("".join(run[which]["outcomes"][kind] for run in having) for which in (arm, "SFT"))
+                gain = paired_difference([c == "1" for c in base], [c == "1" for c in own])._asdict()
+                cells += [percent(share(own.count("1"), len(own))), points(None if arm == "SFT" else gain)]
+            rows.append([suite, arm, str(len(having)), *cells])
+    return table(heads, rows)
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; return what the JSON file holds."""
+    check_known(cfg.arms, ARMS, "arm")
+    report = read_report(cfg, "runs", free=FREE)
+    report = {"command": "python studies/closed_loop_study.py", "machine": machine(), **report}
+    for seed in cfg.seeds:
+        for suite in cfg.suites:
+            runs = Runs(cfg, suite, seed)
+            for name in ("SFT", *cfg.arms):
+                entry = report["runs"].setdefault(f"{suite}/{seed}", {})
+                entry[name] = rounded(measure(cfg, runs, name))
+                write(cfg.out, report)
+    print("\n" + summary(report))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
