@@ -85,6 +85,7 @@ class Config:
     )
     imagination: Literal["sample", "greedy"] = opt("greedy", "frame tokens of the imagination: sampled or greedy")
     horizon: int = opt(120, "actions of an imagined episode; the simulator has its own limit")
+    late_starts: float = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
@@ -121,6 +122,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+        if not 0 <= self.late_starts <= 1:
+            raise ValueError(f"--late-starts {self.late_starts}: a share in [0, 1]")
 
 
 PAPER = Config()
@@ -167,7 +170,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     held_out = headers["success_model"].get("held_out_episodes", [])
     episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
     options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
-    return ImaginedWorld(model, judge, episodes, **options, **sampling)
+    return ImaginedWorld(model, judge, episodes, **options, late_starts=cfg.late_starts, **sampling)
 
 
 def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str, float]:

@@ -43,8 +43,8 @@ class Sums:
     def parameters(self):
         yield torch.zeros(1)
 
-    def begin(self, frames):
-        self.begun = frames
+    def begin(self, frames, first):
+        self.begun, self.first = frames, first
         return torch.zeros(len(frames), 1)
 
     def rollout(self, state, actions, generator=None, **options):
@@ -141,6 +141,27 @@ def test_starts_depend_on_the_numbers_alone():
     for world, numbers in zip(names, ((0, 1), (0, 1), (0, 2))):
         world.begin(2, *numbers)
     assert names[0].names == names[1].names != names[2].names
+
+
+def test_late_starts_are_in_failures_of_a_policy():
+    def counting(number, **fields):
+        one = episode(number, 20)
+        one.images[:] = np.arange(20)[:, None, None, None]
+        one.proprio[:] = np.arange(20)[:, None] ** 2
+        return dataclasses.replace(one, **fields)
+
+    lost = counting(1, success=False, kind="policy")
+    others = [counting(2, success=True, kind="policy"), counting(3, success=False, kind="noisy")]
+    world = make(starts=40)
+    world.episodes, world.late_starts = [lost, *others], 0.5
+    observations = world.begin(2, 0)
+    assert not world.model.begun.any()  # the first frame is the context of all
+    at = torch.tensor([obs["agentview"][0, 0, 0] for obs in observations])
+    is_lost = torch.tensor([name == lost.name for name in world.names]).repeat_interleave(2)
+    assert not at[~is_lost].any() and 0.2 < (at[is_lost] > 0).float().mean() < 0.8 and 5 < at.max() < 15
+    assert torch.equal((world.model.first[:, 0, 0, 0] * 255).round(), at[::2].float())
+    assert torch.equal(world.proprio[:, 0], at.float() ** 2)
+    assert torch.equal(world.motion[:, 0], torch.where(at > 0, 2 * at - 1, 0).float())  # t^2 - (t - 1)^2
 
 
 def test_the_proprio_model_adds_up_motion():

@@ -1,6 +1,7 @@
 """A world model as the world of closed-loop reinforcement learning, judged by a success model. Not in the paper.
 
-An imagination starts at the first frame of a recorded episode, which stays the context of all its frames. After every
+An imagination starts at the first frame of a recorded episode, which stays the context of all its frames, or later in
+a recorded attempt of the policy, where a failure is nearer. After every
 chunk the policy sees the last imagined frame, and a proprio that adds up the robot's motion. No simulator and no robot
 is asked for anything.
 
@@ -33,6 +34,8 @@ class ImaginedWorld:
         starts: S, of each batch.
         horizon: actions after which an episode ends without success.
         camera: the policy's name of the frames.
+        late_starts: share of the starts that, where they fall on a failed attempt of a policy, lie at a random frame of
+            its first three quarters: one that a better action might still save.
         autocast: context for the world model's and the judge's forwards.
         sampling: `greedy`, `temperature`, `top_p`, ... of `WorldModel.rollout`.
     """
@@ -46,11 +49,12 @@ class ImaginedWorld:
         starts: int,
         horizon: int,
         camera: str,
+        late_starts: float = 0.0,
         autocast: AbstractContextManager,
         **sampling: Any,
     ) -> None:
         self.model, self.judge, self.episodes = model, judge, list(episodes)
-        self.num_starts, self.horizon, self.camera = starts, horizon, camera
+        self.num_starts, self.horizon, self.camera, self.late_starts = starts, horizon, camera, late_starts
         self.autocast, self.sampling = autocast, sampling
         self.device = next(model.parameters()).device
         self.names: list[str] = []
@@ -60,16 +64,23 @@ class ImaginedWorld:
 
     def begin(self, group: int, *numbers: int) -> list[dict[str, Any]]:
         """Put `group` imaginations at each start; the starts depend on `numbers` alone, see `World.begin`."""
-        rows = numpy_generator("imagined starts", *numbers).integers(len(self.episodes), size=self.num_starts)
-        chosen = [self.episodes[row] for row in rows]
+        rng = numpy_generator("imagined starts", *numbers)
+        chosen = [self.episodes[row] for row in rng.integers(len(self.episodes), size=self.num_starts)]
+        late, where = rng.random((2, self.num_starts))
+        frames = [
+            int(0.75 * share * len(e)) if e.kind == "policy" and not e.success and number < self.late_starts else 0
+            for e, number, share in zip(chosen, late, where, strict=True)
+        ]
         self.names, self.group, self.numbers, self.chunks = [e.name for e in chosen], group, numbers, 0
-        images = torch.from_numpy(np.stack([e.images[0] for e in chosen])).to(self.device)  # (S, H, W, C)
-        first = images.movedim(-1, 1).float() / 255
+        starts = list(zip(chosen, frames, strict=True))
+        context = self._stack([e.images[0] for e in chosen])  # (S, H, W, C)
+        images = self._stack([e.images[t] for e, t in starts])
+        first, now = (part.movedim(-1, 1).float() / 255 for part in (context, images))  # (S, C, H, W)
         with self.autocast:
-            self.state = self.model.begin(first)
-        proprio = torch.from_numpy(np.stack([e.proprio[0] for e in chosen])).to(self.device)
-        self.proprio = proprio.repeat_interleave(group, dim=0)  # (E, P)
-        self.motion = torch.zeros_like(self.proprio)
+            self.state = self.model.begin(first, now)
+        proprio = self._stack([e.proprio[t] for e, t in starts])  # (S, P)
+        motion = proprio - self._stack([e.proprio[max(t - 1, 0)] for e, t in starts])
+        self.proprio, self.motion = (part.repeat_interleave(group, dim=0) for part in (proprio, motion))  # (E, P)
         self.instructions = [e.instruction for e in chosen for _ in range(group)]
         count = len(self.proprio)
         self.referee = Referee(self.judge, first.repeat_interleave(group, dim=0), self.instructions)
@@ -104,6 +115,9 @@ class ImaginedWorld:
         images = (frames[:, -1].clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
         observations = [self._observation(e, images[row]) for row, e in enumerate(episodes)]
         return Answer(observations, success, steps, success | (self.steps[episodes] >= self.horizon))
+
+    def _stack(self, arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(self.device)
 
     def _observation(self, episode: int, image: Tensor) -> dict[str, Any]:
         return {
