@@ -44,7 +44,7 @@ from vlarft.data.convention import check_same_images
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import check_same_robot
-from vlarft.run.checkpoint import checkpoint_file, open_run, read_header, write_json
+from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
@@ -55,7 +55,7 @@ from vlarft.sim.replay import replay_frames
 from vlarft.sim.suites import check_cameras, simulator_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
-from vlarft.success import SuccessModel, check_instructions
+from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
 
@@ -294,7 +294,9 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
-        digests[path] = hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
+        # what plays: with a choice, also the models that choose
+        files = [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
+        digests[path] = "+".join(map(file_digest, files))
     return digests
 
 
@@ -311,21 +313,20 @@ def check_plan(cfg: Config) -> None:
     if others := [path for path in cfg.policies if path == "random" or path.endswith(".jsonl")]:
         raise ValueError(f"--plan chooses among a policy's chunks; {', '.join(others)} has none: evaluate it alone")
     tasks = [simulator_of(suite).suites[suite].tasks[task] for suite in cfg.suites for task in _tasks(cfg, suite)]
-    check_instructions(cfg.success_model, [task.instruction for task in tasks])
-    model = read_header(cfg.world_model)
-    size, rendered = model.config["tokenizer"]["image_size"], cfg.image_size
+    model, facts = WorldModel.load(cfg.world_model), read_header(cfg.world_model).extra
+    size = model.cfg.tokenizer.image_size
+    texts = [task.instruction for task in tasks]
+    check_judge(cfg.success_model, texts, facts, f"world model {cfg.world_model}", size[0], cfg.world_model)
     for path in cfg.policies:
-        policy = VLAPolicy.load(path)
-        check_same_robot(policy, WorldModel.load(cfg.world_model))
-        side = rendered or policy.vlm.image_size
-        if list(size) != [side, side]:
+        policy = Planner(VLAPolicy.load(path), model, SuccessModel.load(cfg.success_model)).policy
+        check_same_robot(policy, model)
+        side = cfg.image_size or policy.vlm.image_size
+        if size != (side, side):
             raise ValueError(
                 f"{cfg.world_model} imagines images of {size[0]}x{size[1]}, {path} is played with {side}x{side}: give "
                 f"--image-size {size[0]}"
             )
-        for name in ("world_model", "success_model"):
-            found = read_header(getattr(cfg, name)).extra
-            check_same_images(read_header(path).extra, f"policy {path}", found, f"{getattr(cfg, name)}")
+        check_same_images(read_header(path).extra, f"policy {path}", facts, f"world model {cfg.world_model}")
 
 
 def main(cfg: Config) -> dict:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import warn_other_contexts
-from vlarft.data.episodes import Episode, load_episodes
+from vlarft.data.episodes import Episode, load_episodes, warn_unknown_outcomes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
@@ -47,7 +47,7 @@ from vlarft.run.random import generator
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.statistics import bootstrap_interval, wilson_interval
-from vlarft.success import Agreement, SuccessModel, check_instructions, compare_outcomes
+from vlarft.success import Agreement, SuccessModel, check_judge, compare_outcomes
 from vlarft.world_model import WorldModel
 
 
@@ -201,7 +201,9 @@ def evaluate_episodes(
     """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk;
     with a judge, how its verdicts on imagined and on true frames agree with the recorded outcomes.
     """
-    chunk, verdicts = model.cfg.chunk, torch.zeros(len(episodes), 2)
+    chunk, true, verdicts = model.cfg.chunk, [e.success for e in episodes], torch.zeros(len(episodes), 2)
+    if judge is not None:
+        compare_outcomes(true, true)  # raises, before the work, if all have one outcome
     numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
     totals = torch.zeros(len(episodes), 2, max(chunks), 9, dtype=torch.float64)
     for replayed in imagined_episodes(
@@ -218,21 +220,20 @@ def evaluate_episodes(
         i = numbers[replayed.episode.name]
         totals[i, :, : chunks[i]] = chunk_totals(replayed, chunk, distance)
         if judge is not None:
-            both = torch.stack([replayed.imagined, replayed.true])  # (2, L, C, H, W)
             with autocast:
-                judged = judge.judge(both, both[:, 0], [replayed.episode.instruction] * 2).success
-            verdicts[i] = judge.solved(judged).any(1).float().cpu()
+                text, both = replayed.episode.instruction, (replayed.imagined, replayed.true)
+                verdicts[i] = torch.tensor([judge.highest(frames, text) for frames in both])
     totals = distributed.mean_tensor(totals) * distributed.world_size()  # one process has an episode, the others zeros
-    verdicts = distributed.mean_tensor(verdicts) * distributed.world_size() > 0.5
+    verdicts = distributed.mean_tensor(verdicts) * distributed.world_size()
     last = totals[torch.arange(len(episodes)), :, torch.tensor(chunks) - 1]  # (episodes, 2, 9)
     per_chunk = chunk_metrics(totals.sum(dim=0))  # name -> (2, chunks)
     methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
     methods["difference"] = lambda both: both[..., 0] - both[..., 1]
     outcomes = {}
-    if judge is not None:
-        true = [e.success for e in episodes]
-        found = {name: compare_outcomes(verdicts[:, i].tolist(), true) for i, name in enumerate(("imagined", "true"))}
-        outcomes = {name: {**one._asdict(), **rate_of(one)} for name, one in found.items()}
+    for name, highest in zip(("imagined", "true"), verdicts.T) if judge is not None else ():
+        found = compare_outcomes((highest >= judge.cfg.threshold).tolist(), true)
+        brier = (highest - torch.tensor(true).float()).square().mean().item()
+        outcomes[name] = {**found._asdict(), **rate_of(found), "balanced": found.balanced, "brier": brier}
     return {
         "outcomes": outcomes,
         "recorded": [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes],
@@ -387,7 +388,9 @@ def main(cfg: Config) -> dict:
         whole = spread_episodes(episodes, cfg.episodes)
         judge = None
         if cfg.success_model is not None:
-            check_instructions(cfg.success_model, [e.instruction for e in whole])
+            warn_unknown_outcomes(whole, "eval_wm.py --success-model")
+            texts, size = [e.instruction for e in whole], model.cfg.tokenizer.image_size[0]
+            check_judge(cfg.success_model, texts, extra, f"world model {path}", size, path)
             judge = SuccessModel.load(cfg.success_model, device)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
     if distributed.is_main():

@@ -18,7 +18,7 @@ the first one (docs/closed_loop.md).
 
 Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations of both. Writes one folder per stage
 and round into out_dir, and stages.json. The same command resumes: finished stages are skipped, the one that was cut
-short goes on; with a larger `--rounds` it adds rounds.
+short goes on; with a larger `--rounds` it adds rounds. Other options need another folder.
 """
 
 import json
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlarft.run.checkpoint import open_run
 from vlarft.run.config import opt, parse
 from vlarft.run.stages import run_stage
 
@@ -116,6 +117,7 @@ def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
     if cfg.rounds < 1:
         raise ValueError(f"--rounds {cfg.rounds}: give at least 1")
+    open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
         policy, world_model = run_round(cfg, number, policy, world_model)

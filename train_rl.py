@@ -35,6 +35,7 @@ Runs in one process. Results do not depend on the number of workers.
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ from vlarft.run.train_state import TrainState
 from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.sim.suites import check_cameras, simulator_of, task_index, task_names
-from vlarft.success import SuccessModel, check_instructions
+from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
@@ -104,7 +105,9 @@ class Config:
     clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
     mse_weight: float = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
     gate_threshold: float | None = opt(
-        0.9, "least share of held-out episodes whose imagined outcome is the true one; none: any", group="evaluation"
+        0.9,
+        "least mean of the shares of held-out successes and failures that imagination tells; none: any",
+        group="evaluation",
     )
     out_dir: str = opt("runs/rl", "folder that the run writes", group="run")
     save_interval: int = opt(5, "steps between checkpoints")
@@ -136,7 +139,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def simulated_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
+def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWorld:
     """Make the simulator's tasks, rendered as the policy sees them."""
     options = (("rendering", FAST),) if cfg.fast_rendering else ()
     size, places = cfg.image_size or policy.vlm.image_size, []
@@ -148,7 +151,8 @@ def simulated_world(cfg: Config, policy: VLAPolicy) -> SimulatedWorld:
     if cfg.success_model is not None:
         judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
         tasks = [simulator_of(place.suite).suites[place.suite].tasks[place.task] for place in places]
-        check_instructions(cfg.success_model, [task.instruction for task in tasks])
+        texts = [task.instruction for task in tasks]
+        check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size)
     return SimulatedWorld(places, cfg.starts, cfg.workers, judge)
 
 
@@ -164,13 +168,27 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
     check_same_robot(policy, model)
     headers = {name: read_header(getattr(cfg, name)).extra for name in ("world_model", "success_model")}
-    for name, header in headers.items():
-        check_same_images(extra, f"policy {cfg.policy}", header, f"{name.replace('_', ' ')} {getattr(cfg, name)}")
-    check_instructions(cfg.success_model, [e.instruction for e in episodes])
+    check_same_images(extra, f"policy {cfg.policy}", headers["world_model"], f"world model {cfg.world_model}")
+    texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
+    check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
+    check_horizon(cfg, judge, episodes)
     held_out = headers["success_model"].get("held_out_episodes", [])
     episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
     options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
     return ImaginedWorld(model, judge, episodes, **options, late_starts=cfg.late_starts, **sampling)
+
+
+def check_horizon(cfg: Config, judge: SuccessModel, episodes: list[Episode]) -> None:
+    """Refuse a horizon within which nothing can succeed; warn of one that recorded successes exceed."""
+    if cfg.horizon < judge.cfg.hold:
+        raise ValueError(f"--horizon {cfg.horizon}: a success is held for {judge.cfg.hold} frames; give more")
+    lengths = sorted(len(e) for e in episodes if e.success)
+    if lengths and (longer := sum(length > cfg.horizon for length in lengths)):
+        warnings.warn(
+            f"--horizon {cfg.horizon}: {longer} of {len(lengths)} recorded successes took longer, up to {lengths[-1]} "
+            "steps; imagined episodes end before they could",
+            stacklevel=2,
+        )
 
 
 def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str, float]:
@@ -184,14 +202,8 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
-    print(
-        f"outcome gate: {100 * found.agreement:.0f} % of {len(held_out)} held-out episodes have their true outcome in "
-        f"imagination; false successes {found.false_successes} of {found.true_failures}, false failures "
-        f"{found.false_failures} of {found.true_successes}",
-        file=sys.stderr,
-    )
     check_outcome_gate(found, cfg.gate_threshold)
-    return {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.agreement}
+    return {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
 
 
 def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> WindowSampler | None:
@@ -233,10 +245,11 @@ def episode_loss(cfg: Config, policy: VLAPolicy, chunks: Attempts, weight: Tenso
     """
     cond = policy.condition(chunks.context, chunks.proprio)
     scored = chain_log_prob(policy.head, policy.sigma_net, chunks.x, cond)  # (M, K, T, A) each
-    # Eq. (8) per action step, (M, T)
+    # Eq. (8) per action step, (M, T), of which only those count that were played
     log_prob, old_log_prob = (reduce_log_prob(v, per_step=True) for v in (scored.log_prob, chunks.log_prob))
-    surrogate, metrics = policy_loss(log_prob, old_log_prob, weight, clip=cfg.clip)  # Eqs. (9), (13): a mean
-    return surrogate * weight.numel(), metrics | {"sigma": scored.sigma.mean().item()}
+    ratios = log_prob[chunks.played], old_log_prob[chunks.played], weight[chunks.played]
+    surrogate, metrics = policy_loss(*ratios, clip=cfg.clip)  # Eqs. (9), (13): a mean
+    return surrogate * len(ratios[0]), metrics | {"sigma": scored.sigma.mean().item()}
 
 
 def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor) -> dict[str, float]:
@@ -276,9 +289,9 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     if cfg.mse_weight or cfg.world == "imagination":
         episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), successes_only=False)
     demonstrations = demonstrated(cfg, policy, extra, episodes)
-    if world is None and cfg.world == "simulator":
-        world = simulated_world(cfg, policy)
-    world = world or imagined_world(cfg, policy, extra, episodes)
+    if world is None:
+        simulated = cfg.world == "simulator"
+        world = simulated_world(cfg, policy, extra) if simulated else imagined_world(cfg, policy, extra, episodes)
     measured = {}
     if (
         isinstance(world, ImaginedWorld)
@@ -287,7 +300,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     ):
         measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
-    open_run(out_dir, cfg, ignore=("workers", "micro_chunks", "gate_threshold"))
+    open_run(out_dir, cfg, ignore=("workers", "micro_chunks"))
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     parameters = [p for group in groups for p in group["params"]]

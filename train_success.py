@@ -1,7 +1,8 @@
 """Beyond the paper: train a success model, the judge of imagined episodes, on real episodes with outcomes.
 
     python collect_demos.py --preset tiny --demos-per-task 0 --policy runs/sft --policy-per-task 32 --out-dir own
-    python train_wm.py --preset tiny --init runs/wm --demos demos own --steps 500 --out-dir runs/wm2
+    python train_wm.py --preset tiny --init runs/wm --demos demos own --validation-fraction 0.25 --steps 500 \\
+        --out-dir runs/wm2
     python train_success.py --preset tiny --demos demos own --world-model runs/wm2 --out-dir runs/success
 
 The model looks at a frame, the episode's first frame and the instruction, and gives a probability of success and a
@@ -15,10 +16,11 @@ Beside it, a small network is fitted that predicts the robot's proprio after eac
 which imagined frames do not have.
 
 Episodes that the world model holds out are held out here, so that judged imaginations are of episodes that neither
-model has seen. On them the threshold is chosen: the one with which judged and true outcomes agree best, with at most
-`--false-successes` of the failures judged a success.
+model has seen. On every second one, sorted by kind and outcome, the threshold is chosen: the one with which judged and
+true outcomes agree best, with at most `--false-successes` of the failures judged a success. The others measure how well
+that does, and are what the gate of train_rl.py asks about.
 
-Reads episodes of any format with outcomes (HDF5, LeRobot, RLDS) and a world model of train_wm.py; `--world-model none`
+Reads episodes with outcomes (HDF5, LeRobot) and a world model of train_wm.py; `--world-model none`
 leaves out the two imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt,
 log.jsonl, config.json. The same command resumes an interrupted run; imaginations are made again.
 
@@ -41,17 +43,18 @@ from vlarft.data import load_episodes, split_episodes
 from vlarft.data.augment import OFF, augment
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
+from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
 from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
+from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator, numpy_generator, seed_of
 from vlarft.run.train_state import TrainState
 from vlarft.success import PRESETS as SIZES
-from vlarft.success import SuccessModel, best_threshold, compare_outcomes, longest_held
+from vlarft.success import SuccessModel, best_threshold, compare_outcomes
 from vlarft.world_model import WorldModel
 
 LIGHT = replace(OFF, brightness=0.1, pixel_noise=0.01)
@@ -69,12 +72,12 @@ class Config:
     )
     validation_fraction: float = opt(0.1, "share of the episodes held out, without a world model")
     split_seed: int = opt(0, "seed of the choice of held-out episodes, without a world model")
-    episodes: int | None = opt(None, "episodes of each kind and outcome to train on, at most; none: all")
-    frames: int = opt(24, "frames of each episode beside the positive ones")
+    episodes: int | None = opt(200, "episodes of each kind and outcome to train on, at most; none: all")
+    frames: int = opt(8, "frames of each episode beside the positive ones")
     positive: int = opt(4, "last frames of a successful episode that show the success")
     margin: int = opt(12, "frames before these that are left out, neither success nor failure")
 
-    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the success model", group="model")
+    size: Literal["paper", "tiny", "smoke"] = opt("paper", "named sizes of the success model", group="model")
 
     steps: int = opt(10_000, "optimizer steps", group="optimisation")
     max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
@@ -102,14 +105,16 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+        if self.batch_size % 2:
+            raise ValueError(f"--batch-size {self.batch_size}: half of the frames are positive, give an even number")
         if not 0 <= self.false_successes < 1:
             raise ValueError(f"--false-successes {self.false_successes}: a share in [0, 1)")
 
 
-TINY = Config(size="tiny", steps=1500, validation_interval=500, save_interval=500, precision="fp32", episodes=150)
+TINY = Config(size="tiny", steps=1500, validation_interval=500, save_interval=500, precision="fp32", frames=24)
 PRESETS = {
     "paper": Config(),
-    "small": Config(size="small", steps=5000),
+    "small": Config(steps=5000),
     "tiny": TINY,
     "smoke": replace(
         TINY, size="smoke", steps=20, validation_interval=10, save_interval=10, batch_size=8, frames=4, warmup=2
@@ -132,6 +137,7 @@ class FrameTable(NamedTuple):
     episode: (N,) int64, row of `first_frames`
     instructions: of the episodes
     success, progress: (N,) float32, see `SuccessModel.loss`
+    positive, negative: rows of the two classes
     """
 
     frames: Tensor
@@ -140,15 +146,13 @@ class FrameTable(NamedTuple):
     instructions: list[str]
     success: Tensor
     progress: Tensor
+    positive: np.ndarray
+    negative: np.ndarray
 
     def batch(self, size: int, seed: int, step: int, device: torch.device) -> tuple:
         """Sample arguments of `SuccessModel.loss`: as many positive frames as others."""
         rng = numpy_generator("success batch", seed, step)
-        rows = []
-        for value in (1, 0):
-            having = (self.success == value).nonzero()[:, 0].numpy()
-            rows.append(rng.choice(having, size // 2))
-        picks = torch.from_numpy(np.concatenate(rows))
+        picks = torch.from_numpy(np.concatenate([rng.choice(of, size // 2) for of in (self.positive, self.negative)]))
         episode = self.episode[picks]
         images = torch.stack([self.frames[picks], self.first_frames[episode]], dim=1).to(device).float() / 255
         images = augment(images, LIGHT, crop_area=1.0, generator=generator(device, "success colours", seed, step))
@@ -171,14 +175,23 @@ def labels(episode: Episode, positive: int, margin: int) -> tuple[np.ndarray, np
     return success.astype(np.float32), np.minimum(steps / first, 1).astype(np.float32)
 
 
-def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
-    """Load training and held-out episodes: those that the world model holds out, where there is one.
+class Split(NamedTuple):
+    """Episodes to train on, to choose the threshold on, and to measure on."""
+
+    train: list[Episode]
+    threshold: list[Episode]
+    held_out: list[Episode]
+
+
+def load_split(cfg: Config) -> Split:
+    """Load and split the episodes; those that the world model holds out, where there is one, are not trained on.
 
     Raises:
-        ValueError: episodes of one outcome only, in either part; or a world model that names no held-out episodes among
-            them.
+        ValueError: a part lacks one of the outcomes; or a world model that names no held-out episodes among them.
     """
-    episodes = load_episodes(cfg.demos, cfg.camera, successes_only=False)
+    episodes, where = load_episodes(cfg.demos, cfg.camera, successes_only=False), " ".join(cfg.demos)
+    warn_unknown_outcomes(episodes, where)
+    episodes = [e for e in episodes if len(e) > 1]  # a first frame is compared with, not judged
     if cfg.world_model is None:
         train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
     else:
@@ -186,19 +199,21 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
         train, held_out = ([e for e in episodes if (e.name in names) == part] for part in (False, True))
         if not held_out:
             raise ValueError(
-                f"{cfg.world_model} holds out none of the {len(episodes)} episodes of {' '.join(cfg.demos)}: give the "
-                "episodes that it was trained on"
+                f"{cfg.world_model} holds out none of the {len(episodes)} episodes of {where}: give the episodes that "
+                "it was trained on"
             )
-    where = " ".join(cfg.demos)
+    held_out.sort(key=lambda e: (e.kind, e.success, e.name))
+    split = Split(train, held_out[::2], held_out[1::2])
     for part, chosen in (("training", train), ("held-out", held_out)):
         successes = sum(e.success for e in chosen)
-        if not 0 < successes < len(chosen):
+        if not (few := 1 if part == "training" else 2) <= successes <= len(chosen) - few:
             raise ValueError(
-                f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs both "
-                "outcomes. Record the policy's own attempts (collect_demos.py --policy, docs/world_model.md) and give "
-                "their folder with --demos; the world model must have been trained or refreshed on them"
+                f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs at "
+                f"least {few} of each outcome. Record the policy's own attempts (collect_demos.py --policy, "
+                "docs/closed_loop.md), give their folder with --demos, and train or refresh the world model on them "
+                "with a larger --validation-fraction"
             )
-    return train, held_out
+    return split
 
 
 def at_most(episodes: list[Episode], count: int | None) -> list[Episode]:
@@ -260,38 +275,56 @@ def frame_table(cfg: Config, found: Iterator[Version]) -> FrameTable:
         row = torch.full((len(picks),), rows[episode.name])
         columns.append((frames[picks], row, torch.from_numpy(success[picks]), torch.from_numpy(progress[picks])))
     frames, row, success, progress = (torch.cat(column) for column in zip(*columns, strict=True))
-    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress)
+    classes = ((success == value).nonzero()[:, 0].numpy() for value in (1, 0))
+    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress, *classes)
+
+
+def replayed(
+    cfg: Config, episodes: Sequence[Episode], model: WorldModel | None, autocast: AbstractContextManager
+) -> list[Version]:
+    """Whole episodes as recorded and, with a world model, as imagined."""
+    found = versions(cfg, episodes, None, autocast)
+    if model is None:
+        return list(found)
+    imagined = imagined_episodes(model, episodes, autocast=autocast, greedy=True, seed=cfg.seed)
+    return [*found, *(Version(one.episode, "imagined", to_uint8(one.imagined)) for one in imagined)]
 
 
 @torch.no_grad()
+def judged(model: SuccessModel, found: Sequence[Version], autocast: AbstractContextManager) -> dict[str, tuple]:
+    """Judge whole episodes: kind of frames -> the highest probability that each held, and the true outcomes."""
+    device, values = next(model.parameters()).device, {}
+    for episode, kind, frames in found:
+        with autocast:
+            highest = model.highest(frames.to(device).float() / 255, episode.instruction)
+        values.setdefault(kind, []).append((highest, episode.success))
+    return {kind: tuple(zip(*pairs, strict=True)) for kind, pairs in values.items()}
+
+
 def validate(
-    model: SuccessModel, held_out: Sequence[Version], cfg: Config, autocast: AbstractContextManager
+    model: SuccessModel,
+    to_choose: Sequence[Version],
+    to_measure: Sequence[Version],
+    cfg: Config,
+    autocast: AbstractContextManager,
 ) -> tuple[dict[str, float], float]:
-    """Judge whole held-out episodes.
+    """Choose the threshold on some whole episodes and measure on others, neither of them trained on.
 
     Returns:
         Metrics of each kind of frames: `agreement` of judged and true outcomes, `false_successes` and `false_failures`
-        as shares of the failures and successes, and the Brier score of an episode's highest value; and the threshold,
-        chosen on the imagined episodes where there are any.
+        as shares of the failures and successes, and the Brier score of an episode's highest probability; and the
+        threshold, chosen on the imagined episodes where there are any.
     """
-    device, values = next(model.parameters()).device, {}
-    for episode, kind, frames in held_out:
-        images = frames.to(device).float() / 255
-        with autocast:
-            judged = model.judge(images[None], images[:1], [episode.instruction]).success[0].cpu()
-        values.setdefault(kind, []).append((judged, episode.success))
-    chosen = values.get("imagined") or values["real"]
-    threshold = best_threshold(*zip(*chosen, strict=True), model.cfg.hold, cfg.false_successes)
+    values = judged(model, to_choose, autocast)
+    threshold = best_threshold(*values.get("imagined", values["real"]), cfg.false_successes)
     metrics = {}
-    for kind, found in values.items():
-        highest = torch.stack([longest_held(judged, model.cfg.hold) for judged, _ in found])
-        true = [success for _, success in found]
-        agreed = compare_outcomes((highest >= threshold).tolist(), true)
+    for kind, (highest, true) in judged(model, to_measure, autocast).items():
+        agreed = compare_outcomes([value >= threshold for value in highest], true)
         metrics |= {
             f"{kind}_agreement": agreed.agreement,
             f"{kind}_false_successes": agreed.false_successes / agreed.true_failures,
             f"{kind}_false_failures": agreed.false_failures / agreed.true_successes,
-            f"{kind}_brier": (highest - torch.tensor(true).float()).square().mean().item(),
+            f"{kind}_brier": float(np.mean([(value - success) ** 2 for value, success in zip(highest, true)])),
         }
     return metrics | {"threshold": threshold}, threshold
 
@@ -302,9 +335,8 @@ def main(cfg: Config) -> dict[str, float]:
     if distributed.world_size() > 1:
         raise ValueError("train_success.py runs in one process: leave torchrun out")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    train, held_out = load_split(cfg)
-    images = image_convention(train, cfg.camera)
-    world_model = None
+    split = load_split(cfg)
+    train, images, world_model = split.train, image_convention(split.train, cfg.camera), None
     if cfg.world_model is not None:
         world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
         path = checkpoint_file(cfg.world_model)
@@ -322,30 +354,30 @@ def main(cfg: Config) -> dict[str, float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
-    step, minutes, threshold = state.load(step=0, minutes=0.0, threshold=size.threshold)
+    new = {"step": 0, "minutes": 0.0, "threshold": size.threshold, "metrics": {}}
+    step, minutes, threshold, metrics = state.load(**new)
     if step == 0:
         model.robot.load_state_dict(fit_proprio_model(train, cfg.seed).state_dict())
 
     table = frame_table(cfg, versions(cfg, at_most(train, cfg.episodes), world_model, autocast))
-    whole = [v for v in versions(cfg, held_out, world_model, autocast) if v.kind != "decoded"]
-    log, clock, metrics = (
-        RunLog(cfg.out_dir, cfg.steps, "success", step),
-        Clock(cfg.steps, cfg.max_minutes, minutes),
-        {},
-    )
+    whole = [replayed(cfg, part, world_model, autocast) for part in (split.threshold, split.held_out)]
+    log, clock = RunLog(cfg.out_dir, cfg.steps, "success", step), Clock(cfg.steps, cfg.max_minutes, minutes)
     facts = {
         "instructions": sorted({e.instruction for e in train}),
         "train_episodes": [e.name for e in train],
-        "held_out_episodes": [e.name for e in held_out],
+        "threshold_episodes": [e.name for e in split.threshold],
+        "held_out_episodes": [e.name for e in split.held_out],
+        "world_model": None if cfg.world_model is None else file_digest(cfg.world_model),
         **images,
     }
 
     def save() -> None:
-        values = {"step": step, "minutes": clock.minutes, "threshold": threshold}
+        values = {"step": step, "minutes": clock.minutes, "threshold": threshold, "metrics": metrics}
         config = replace(size, threshold=threshold)
         state.save(values, model, config, {**facts, "metrics": metrics, "success": to_dict(cfg)})
 
-    while (share := clock.share(step)) < 1:
+    share = clock.share(step)
+    while share < 1:
         model.train()
         rate = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
         for group in optimizer.param_groups:
@@ -359,19 +391,16 @@ def main(cfg: Config) -> dict[str, float]:
         check_finite(line["loss"], step, line, partial(list, cfg.demos))
         optimizer.step()
         step += 1
-        last = clock.share(step) >= 1
-        if validates := step % cfg.validation_interval == 0 or last:
+        share = clock.share(step)
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
             model.eval()
             with clock.paused():
-                metrics, threshold = validate(model, whole, cfg, autocast)
+                metrics, threshold = validate(model, *whole, cfg, autocast)
         if validates or step % cfg.log_interval == 0:
             log.log(step - 1, {**line, "lr": rate, "minutes": clock.minutes, **(metrics if validates else {})})
-        if not last and state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if not metrics:  # the run was complete already
-        model.eval()
-        metrics, threshold = validate(model, whole, cfg, autocast)
     save()
     state.finish(log)
     return metrics

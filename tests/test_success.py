@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import h5py
@@ -11,7 +13,7 @@ import torch
 from conftest import write_moving_square
 
 import train_success
-from vlarft.data import load_episodes
+from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.run.checkpoint import read_header, save_model
@@ -19,7 +21,7 @@ from vlarft.success import (
     PRESETS,
     SuccessModel,
     best_threshold,
-    check_instructions,
+    check_judge,
     compare_outcomes,
     longest_held,
 )
@@ -94,21 +96,24 @@ def test_a_success_is_held():
 
 
 def test_thresholds_by_hand():
-    def constant(*levels):
-        return [torch.full((4,), level) for level in levels]
-
     true = [True, True, False, False, True]
-    assert best_threshold(constant(0.9, 0.8, 0.3, 0.1, 0.7), true, 3, 0.0) == pytest.approx(0.5)
+    assert best_threshold([0.9, 0.8, 0.3, 0.1, 0.7], true, 0.0) == pytest.approx(0.5)
     # one failure looks like a success: without false successes, two successes are given up
-    values = constant(0.9, 0.8, 0.85, 0.1, 0.7)
-    assert best_threshold(values, true, 3, 0.0) == pytest.approx(0.875)
-    assert best_threshold(values, true, 3, 0.5) == pytest.approx(0.4)
-    assert best_threshold(constant(0.5, 0.5, 0.9, 0.9, 0.5), true, 3, 0.0) == pytest.approx(0.95)  # nothing succeeds
+    highest = [0.9, 0.8, 0.85, 0.1, 0.7]
+    assert best_threshold(highest, true, 0.0) == pytest.approx(0.875)
+    assert best_threshold(highest, true, 0.5) == pytest.approx(0.4)
+    # no threshold is right: none is a success, even where probabilities saturate
+    assert best_threshold([0.5, 0.5, 0.9, 0.9, 0.5], true, 0.0) == pytest.approx(1.05)
+    assert best_threshold([1.0, 0.99, 1.0, 0.2, 0.9], true, 0.02) == pytest.approx(1.1)
+    assert best_threshold([0.0, 0.8, 0.0, 0.0, 0.9], true, 0.0) == pytest.approx(0.4)  # 0 is never a success
+    assert best_threshold([0.0, 0.0], [True, False], 0.99) > 0
 
 
 def test_agreement_by_hand():
     found = compare_outcomes([True, False, True, False], [True, True, False, False])
-    assert found == (2, 2, 1, 1) and found.agreement == 0.5
+    assert found == (2, 2, 1, 1) and found.agreement == found.balanced == 0.5
+    found = compare_outcomes([False] * 10, [True] + [False] * 9)
+    assert found.agreement == 0.9 and found.balanced == 0.5
     for same in ([True, True], [False], []):
         with pytest.raises(ValueError, match=f"{sum(same)} of {len(same)} episodes succeeded: both outcomes"):
             compare_outcomes(same, same)
@@ -154,9 +159,9 @@ def test_it_learns_what_the_instruction_asks_for():
         optimizer.zero_grad()
         model.loss(*table.batch(cfg.batch_size, 0, step, torch.device("cpu")))[0].backward()
         optimizer.step()
-    others = [lamps(i, bool(i // 2 % 2)) for i in range(100, 108)]
+    others = [lamps(i, bool(i // 2 % 2)) for i in range(100, 116)]
     held_out = list(train_success.versions(cfg, others, None, cast))
-    metrics, threshold = train_success.validate(model.eval(), held_out, cfg, cast)
+    metrics, threshold = train_success.validate(model.eval(), held_out[:8], held_out[8:], cfg, cast)
     assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
 
 
@@ -174,8 +179,9 @@ def test_versions_are_of_the_same_frames(places, world_model):
     assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
     table = train_success.frame_table(cfg, iter(found))
     assert len(table.first_frames) == len(table.instructions) == 2
-    real, imagined = (table.success[i * 8 : (i + 1) * 8] for i in (0, 4))
-    assert torch.equal(real, imagined)
+    real, other, imagined = (slice(i * 8, (i + 1) * 8) for i in (0, 2, 4))  # of episodes 0, 1 and 0
+    assert torch.equal(table.progress[real], table.progress[imagined])
+    assert not torch.equal(table.progress[real], table.progress[other])
 
 
 def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
@@ -187,10 +193,10 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     assert (
         header.extra["instructions"] == ["push the red square"] and header.config["threshold"] == metrics["threshold"]
     )
-    assert len(header.extra["held_out_episodes"]) == 4 and len(header.extra["train_episodes"]) == 8
-    check_instructions(config.out_dir, ["push the red square"])
-    with pytest.raises(ValueError, match="does not know the instruction 'push the blue square'"):
-        check_instructions(config.out_dir, ["push the red square", "push the blue square"])
+    held_out, others = header.extra["held_out_episodes"], header.extra["threshold_episodes"]
+    assert len(held_out) == len(others) == 2 and not set(held_out) & set(others)
+    assert {name.split("/")[0] for name in held_out} == {name.split("/")[0] for name in others} == {"expert", "policy"}
+    assert len(header.extra["train_episodes"]) == 8
 
     interrupted = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
     check = train_success.check_finite
@@ -213,6 +219,39 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
         assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
 
 
+def test_who_may_be_judged(config, tmp_path):
+    train_success.main(dataclasses.replace(config, steps=1))
+    images = read_header(config.world_model).extra
+    good = {"images": images, "name": "world model", "image_size": 64, "world_model": config.world_model}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_judge(config.out_dir, ["push the red square"], **good)
+    with pytest.raises(ValueError, match="does not know the instruction 'push the blue square'"):
+        check_judge(config.out_dir, ["push the red square", "push the blue square"], **good)
+    with pytest.raises(ValueError, match="judges images of 64x64, world model has 128x128"):
+        check_judge(config.out_dir, ["push the red square"], **{**good, "image_size": 128})
+    with pytest.raises(ValueError, match="success model .*eye_in_hand|eye_in_hand.* success model"):
+        check_judge(config.out_dir, ["push the red square"], **{**good, "images": {**images, "camera": "eye_in_hand"}})
+    model = WorldModel.load(config.world_model)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    save_model(tmp_path / "wm.safetensors", model, model.cfg, images)
+    with pytest.warns(UserWarning, match="trained on the imaginations of another world model"):
+        check_judge(config.out_dir, ["push the red square"], **{**good, "world_model": tmp_path / "wm.safetensors"})
+
+
+def test_unknown_outcomes_get_a_warning(places, tmp_path):
+    """They are kept as unknown by a conversion."""
+    shutil.copytree(places, tmp_path / "episodes")
+    for path in (tmp_path / "episodes" / "expert").iterdir():
+        with h5py.File(path, "r+") as file:
+            del file["data"]["demo_0"].attrs["success"]
+    convert.main([str(tmp_path / "episodes"), str(tmp_path / "again"), "--format", "hdf5"])
+    for place in ("episodes", "again"):
+        cfg = dataclasses.replace(SMOKE, demos=(str(tmp_path / place),), world_model=None, validation_fraction=0.4)
+        with pytest.warns(UserWarning, match=f"{place}: 1 of 12 episodes do not say whether they succeeded, first "):
+            train_success.load_split(cfg)
+
+
 def test_without_a_world_model(config):
     metrics = train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=3))
     assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)
@@ -228,11 +267,13 @@ def test_at_most_takes_from_each_kind_and_outcome(places):
 def test_errors(config, demos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--batch-size 1: give at least 2"):
         dataclasses.replace(config, batch_size=1)
+    with pytest.raises(ValueError, match="--batch-size 9: half of the frames are positive"):
+        dataclasses.replace(config, batch_size=9)
     with pytest.raises(ValueError, match=r"--false-successes 1.5: a share in \[0, 1\)"):
         dataclasses.replace(config, false_successes=1.5)
     with pytest.raises(ValueError, match="holds out none of the 6 episodes"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),)))
-    with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* needs both outcomes"):
+    with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* at least 1 of each outcome"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),), world_model=None, validation_fraction=0.34))
     model = WorldModel.load(config.world_model)
     extra = read_header(config.world_model).extra

@@ -1,11 +1,13 @@
 """Workers that die are replaced, and their jobs run again."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from vlarft.sim.workers import run_jobs
+from vlarft.sim.workers import Workers, run_jobs
 
 
 def square(number, folder):
@@ -31,6 +33,29 @@ def test_a_dead_worker_is_replaced(tmp_path, workers):
     assert sorted((job[0], result, deaths) for job, result, deaths in results) == [
         (0, 0, 0), (1, 1, 0), (2, 4, 0), (3, 9, 1), (4, 16, 0),
     ]  # fmt: skip
+
+
+def test_a_worker_that_dies_between_two_calls_is_replaced():
+    with Workers(1) as workers:
+        ((_, first, _),) = workers.run(os.getpid, [()])
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.5)
+        ((_, second, deaths),) = workers.run(os.getpid, [()])
+        assert second != first and deaths == 0
+
+
+def test_nothing_is_left_of_a_call_that_fails():
+    with Workers(2) as workers:
+        with pytest.raises(ValueError, match=r"no \d"):
+            list(workers.run(fail, [(1,), (2,), (3,)]))
+        assert not workers.running
+        assert sorted(result for _, result, _ in workers.run(abs, [(-1,), (-2,)])) == [1, 2]
+
+
+def test_workers_stay_for_the_next_call():
+    with Workers(1) as workers:
+        pids = [pid for _ in range(2) for _, pid, _ in workers.run(os.getpid, [()])]
+    assert pids[0] == pids[1] != os.getpid()
 
 
 def test_a_job_that_always_kills_is_given_up():

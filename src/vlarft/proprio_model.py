@@ -55,7 +55,7 @@ class ProprioModel(nn.Module):
 
         Args:
             proprio: (B, P), raw, before the first action.
-            motion: (B, P), its last change; 0 at the start of an episode.
+            motion: (B, P), its last change; 0 at the start of an episode, and where it is not known.
             actions: (B, T, A), raw.
 
         Returns:
@@ -108,7 +108,9 @@ def fit_proprio_model(
         rows = [starts[k] for k in rng.integers(len(starts), size=batch_size)]
         proprio = torch.from_numpy(np.stack([long_enough[i].proprio[t - 1 : t + horizon + 1] for i, t in rows]))
         actions = torch.from_numpy(np.stack([long_enough[i].actions[t : t + horizon] for i, t in rows]))
-        predicted, _ = model.rollout(proprio[:, 1], proprio[:, 1] - proprio[:, 0], actions)
+        # a quarter starts without the last motion, as where it is not known
+        motion = (proprio[:, 1] - proprio[:, 0]) * torch.from_numpy(rng.random((batch_size, 1)) > 0.25)
+        predicted, _ = model.rollout(proprio[:, 1], motion, actions)
         loss = F.smooth_l1_loss(predicted / model.motion_std, proprio[:, 2:] / model.motion_std)
         optimizer.zero_grad()
         loss.backward()

@@ -9,19 +9,21 @@ the robot's proprio after each action (proprio_model.py).
 Shapes: B frames or episodes, L frames of an episode, C colours, H, W pixels.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlarft.data.convention import check_same_images
 from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
 from vlarft.proprio_model import ProprioModel
-from vlarft.run.checkpoint import load_model, read_header
+from vlarft.run.checkpoint import file_digest, load_model, read_header
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ SMOKE = SuccessConfig(
     ),
     hidden=16,
 )
-PRESETS = {"paper": SuccessConfig(), "small": SuccessConfig(), "tiny": TINY, "smoke": SMOKE}
+PRESETS = {"paper": SuccessConfig(), "tiny": TINY, "smoke": SMOKE}
 
 
 class Judgement(NamedTuple):
@@ -143,6 +145,19 @@ class SuccessModel(nn.Module):
             "progress_loss": progress_loss,
             "right": right,
         }
+
+    @torch.no_grad()
+    def highest(self, frames: Tensor, instruction: str) -> float:
+        """Judge one whole episode: the largest probability that it holds, a success from the threshold on.
+
+        Args:
+            frames: (L, C, H, W) in [0, 1]; the first one is compared with, not judged.
+            instruction: its text.
+        """
+        if len(frames) < 2:
+            return 0.0
+        values = self.judge(frames[None, 1:], frames[:1], [instruction]).success[0]
+        return longest_held(values.float(), self.cfg.hold).item()
 
     @torch.no_grad()
     def judge(self, frames: Tensor, first_frames: Tensor, instructions: Sequence[str], at_once: int = 256) -> Judgement:
@@ -227,6 +242,11 @@ class Agreement(NamedTuple):
         episodes = self.true_successes + self.true_failures
         return 1 - (self.false_successes + self.false_failures) / episodes
 
+    @property
+    def balanced(self) -> float:
+        """Mean of the shares of successes and of failures that were judged right; 1/2 if all get one verdict."""
+        return 1 - (self.false_successes / self.true_failures + self.false_failures / self.true_successes) / 2
+
 
 def compare_outcomes(judged: Sequence[bool], true: Sequence[bool]) -> Agreement:
     """Count how judged outcomes agree with true ones.
@@ -248,27 +268,26 @@ def compare_outcomes(judged: Sequence[bool], true: Sequence[bool]) -> Agreement:
     )
 
 
-def best_threshold(success: Sequence[Tensor], true: Sequence[bool], hold: int, false_successes: float) -> float:
+def best_threshold(highest: Sequence[float], true: Sequence[bool], false_successes: float) -> float:
     """Choose the threshold with which judged outcomes agree best with true ones, without too many false successes.
 
     A false success is worse than a false failure: a policy that is rewarded for it learns to produce it.
 
     Args:
-        success: probabilities (L,) of each episode's frames.
+        highest: the largest probability that each episode held, see `SuccessModel.highest`.
         true: outcomes.
-        hold: see `SuccessConfig`.
         false_successes: the largest share of failures that may be judged a success.
 
     Returns:
-        A threshold between two episodes' values, so that neither lies on it.
+        A threshold halfway between two episodes' values, of equally good ones where these are furthest apart. It is
+        above 1 if no other has few enough false successes: then nothing is judged a success.
     """
-    # an episode is a success at every threshold up to this value
-    highest = torch.stack([longest_held(values, hold) for values in success])
-    values = highest.sort().values
-    candidates = torch.cat([values[:1] / 2, (values[1:] + values[:-1]) / 2, (values[-1:] + 1) / 2])
+    values = torch.tensor(highest, dtype=torch.float64)
+    borders = torch.cat([values.new_zeros(1), values.sort().values, values.new_full((1,), 1.2)])
+    candidates = ((borders[1:] + borders[:-1]) / 2).clamp_min(1e-6)  # an episode of 0 is never a success
     truth = torch.tensor(true)
-    judged = highest >= candidates[:, None]  # (candidates, episodes)
-    wrong = (judged != truth).sum(1)
+    judged = values >= candidates[:, None]  # (candidates, episodes)
+    wrong = (judged != truth).sum(1).double() - (borders[1:] - borders[:-1]) / 2  # of equal ones the widest gap
     share = (judged & ~truth).sum(1) / (~truth).sum().clamp_min(1)
     wrong[share > false_successes] = len(truth) + 1
     return float(candidates[wrong.argmin()])
@@ -281,16 +300,50 @@ def longest_held(success: Tensor, hold: int) -> Tensor:
     return success.unfold(0, hold, 1).min(-1).values.max()
 
 
-def check_instructions(path: str | Path, instructions: Sequence[str]) -> None:
-    """Check that a success model was trained on these instructions.
+def check_judge(
+    path: str | Path,
+    instructions: Sequence[str],
+    images: dict[str, Any],
+    name: str,
+    image_size: int | None = None,
+    world_model: str | Path | None = None,
+) -> None:
+    """Check that a success model can judge what it is shown.
+
+    Args:
+        path: the success model, a file or a run folder.
+        instructions: what the episodes are told.
+        images: facts of `image_convention` about their images, as checkpoints store them.
+        name: whose images they are, for the message.
+        image_size: their side [px]; None = not known.
+        world_model: that imagines them; None = they are real.
 
     Raises:
-        ValueError: it has never seen one of them; the message lists those that it knows.
+        ValueError: it has never seen an instruction (the message lists those that it knows), or was trained on another
+            camera, orientation or size.
+
+    Warns if it was trained on the imaginations of another world model.
     """
-    known = read_header(path).extra.get("instructions", [])
+    header = read_header(path)
+    check_same_images(images, name, header.extra, f"success model {path}")
+    known = header.extra.get("instructions", [])
     if unknown := [text for text in dict.fromkeys(instructions) if text not in known]:
         raise ValueError(
             f"success model {path} does not know the instruction {unknown[0]!r} ({len(unknown)} of "
             f"{len(set(instructions))} are new); it was trained on: {'; '.join(known)}. Train it on episodes of all "
             "tasks"
+        )
+    size = header.config["encoder"]["image_size"]
+    if image_size not in (None, size):
+        raise ValueError(
+            f"success model {path} judges images of {size}x{size}, {name} has {image_size}x{image_size}: bring them to "
+            "one size (--image-size, or vlarft.data.convert --size)"
+        )
+    theirs = header.extra.get("world_model")
+    if world_model is not None and theirs != (ours := file_digest(world_model)):
+        warnings.warn(
+            f"success model {path} was trained on the imaginations of another world model than {world_model} "
+            f"({theirs or 'none'}, not {ours}): its judgement of these may be off; train it again with --world-model "
+            f"{world_model}",
+            stacklevel=2,
         )

@@ -164,6 +164,8 @@ def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
                 success=episode.success,
                 attrs={"kind": episode.kind, "source": episode.name},
             )
+            if not episode.outcome_known:
+                del file["data"][f"demo_{counts.get(text, 0)}"].attrs["success"]
         counts[text] = counts.get(text, 0) + 1
         total += 1
     os.replace(tmp, root)

@@ -25,6 +25,7 @@ class Episode:
     actions: (T, A) float32, raw environment actions as executed, gripper last, -1 open and +1 close; the world model
         learns from them; in LIBERO A = 7
     intended: (T, A) float32, the demonstrator's actions before noise was added; the policy imitates them
+    outcome_known: False if `success` is a guess: the file does not say how the episode ended
     kind: who acted: "expert", "noisy" (an expert with strong noise) or "policy"
     states: (T, S) float64 simulator states, or None if the file has none
     name: suite/file/demo or data set/episode, unique in a data set; splits are stored by name
@@ -43,6 +44,7 @@ class Episode:
     kind: str = "expert"
     states: np.ndarray | None = None
     env_args: dict | None = None
+    outcome_known: bool = True
     cameras: Mapping[str, Images] = field(default_factory=dict)
     fps: float | None = None
     absolute: bool = False

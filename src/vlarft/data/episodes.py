@@ -5,6 +5,7 @@ formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` re
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -233,6 +234,22 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
     if low.min() >= 0 and low.min() < high.max():
         return [f"the gripper action lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"]
     return []
+
+
+def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:
+    """Warn of episodes that count as successes because their files do not say how they ended.
+
+    Args:
+        episodes: of which outcomes are needed.
+        where: their places, for the message.
+    """
+    if unknown := [e.name for e in episodes if not e.outcome_known]:
+        warnings.warn(
+            f"{where}: {len(unknown)} of {len(episodes)} episodes do not say whether they succeeded, first "
+            f"{unknown[0]}: they are taken as successes, which is right for demonstrations only. The attribute success "
+            "(HDF5) or the field success of meta/episodes (LeRobot) says it; RLDS has no place for it",
+            stacklevel=2,
+        )
 
 
 def split_episodes(

@@ -72,6 +72,7 @@ def read_hdf5(
                 actions=actions,
                 intended=intended,
                 success=success,
+                outcome_known="success" in demo.attrs,
                 kind=kind,
                 states=_dataset(demo, "states", where) if with_states else None,
                 env_args=env_args,

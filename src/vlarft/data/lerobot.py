@@ -68,6 +68,7 @@ class _Entry(NamedTuple):
     videos: dict[str, tuple[Path, float, float]]
     success: bool | None  # None: the metadata do not say
     kind: str
+    outcome_known: bool = True  # False: `success` is a guess
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def read_lerobot(
             actions=columns[action],
             intended=columns.get("intended_action", columns[action]),
             success=entry.success,
+            outcome_known=entry.outcome_known,
             kind=entry.kind,
             cameras=cameras,
             fps=float(info["fps"]),
@@ -306,7 +308,7 @@ def _with_outcomes(root: Path, entries: list[_Entry], features: dict, stated: bo
             highest = _highest(e.data, stamp(e.data), reward).get(e.index)
             unrewarded += [e] * (highest is not None and highest <= 0)
         unknown += [e] * (success is None and (stated or column is not None))
-        out.append(e._replace(success=success is not False))
+        out.append(e._replace(success=success is not False, outcome_known=success is not None))
     advice = "taken as successes; write true or false to the field success of meta/episodes, or remove them"
     if unknown:
         warnings.warn(

@@ -74,6 +74,7 @@ def read_rlds(
             proprio=proprio,
             actions=actions,
             intended=actions,
+            outcome_known=False,
             cameras=cameras,
         )
 

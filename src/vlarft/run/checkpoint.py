@@ -11,6 +11,7 @@ moved into place.
 A run folder may be given wherever a checkpoint is expected. Files of older versions still load, see migration.py.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -124,6 +125,11 @@ def checkpoint_file(path: str | Path) -> Path:
     """Return the model file that a path names: the file itself, or `model.safetensors` in a run folder."""
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
+
+
+def file_digest(path: str | Path) -> str:
+    """Return 16 hex digits that tell a model file (or that of a run folder) from any other."""
+    return hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
 
 
 def read_header(path: str | Path) -> Header:

@@ -39,7 +39,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes, also those that are running a job."""
+        """End the processes, those that run a job after it."""
         for pool in (*self.idle, *(pool for pool, _, _ in self.running.values())):
             pool.shutdown(wait=False, cancel_futures=True)
         self.idle, self.running = [], {}
@@ -60,13 +60,24 @@ class Workers:
         if self.count == 0:
             yield from ((job, function(*job), 0) for job in jobs)
             return
+        try:
+            yield from self._run(function, deque((job, 0) for job in jobs))
+        except BaseException:  # of a job, or the caller stops: nothing of this call is left for the next one
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Any], waiting: deque[tuple[tuple, int]]) -> Iterator[tuple[tuple, Any, int]]:
         context = multiprocessing.get_context("spawn")
-        waiting = deque((job, 0) for job in jobs)
         while waiting or self.running:
             while waiting and len(self.running) < self.count:
                 pool = self.idle.pop() if self.idle else ProcessPoolExecutor(1, context, self.start)
-                job, deaths = waiting.popleft()
-                self.running[pool.submit(function, *job)] = (pool, job, deaths)
+                job, deaths = waiting[0]
+                try:
+                    future = pool.submit(function, *job)
+                except BrokenProcessPool:  # it died while it was idle, over no job
+                    pool.shutdown(wait=False)
+                    continue
+                self.running[future] = (pool, *waiting.popleft())
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                 pool, job, deaths = self.running.pop(future)
                 try:
