@@ -194,7 +194,7 @@ class _Writer:
             "length": steps,
             "dataset_from_index": self.total,
             "dataset_to_index": self.total + steps,
-            "success": bool(episode.success) if episode.outcome_known else None,
+            "success": bool(episode.success),
             "kind": episode.kind,
         }
         pictures = {}
