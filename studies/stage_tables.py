@@ -148,6 +148,26 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
     return table(heads, rows)
 
 
+def imagination_gains_table(report: dict, better: str = "now", base: str = "before") -> str:
+    """Differences of two arms of imagination_study.py of one suite and seed each: means with intervals."""
+    pairs = [
+        (run, report["runs"][name.replace(f"/{better}/", f"/{base}/")])
+        for name, run in report["runs"].items()
+        if f"/{better}/" in name and name.replace(f"/{better}/", f"/{base}/") in report["runs"]
+    ]
+    columns = {
+        "PSNR, moving pixels": (lambda run: run["psnr_moving"][0], 1),
+        "SSIM": (lambda run: run["ssim"][0], 3),
+        "R3, perturbed chunks": (lambda run: run["r3"]["spearman"], 2),
+        "R3, the policy's chunks": (lambda run: run["r3_policy"]["gate_policy_true"], 2),
+        "last chunk: SSIM": (lambda run: run["last_chunk"]["imagined"]["ssim"], 3),
+        "PSNR, moving pixels of it": (lambda run: run["last_chunk"]["imagined"]["psnr_moving"], 1),
+        "CPU minutes": (lambda run: sum(run["minutes"]), 1),
+    }
+    cells = [over_seeds([of(one) - of(two) for one, two in pairs], digits) for of, digits in columns.values()]
+    return table(["runs", *columns], [[str(len(pairs)), *cells]])
+
+
 def longer_table(cells: dict, gates: dict) -> str:
     """World models of 1500 and of 13500 steps: the last row of their logs, and their gates."""
     rows = []

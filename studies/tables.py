@@ -155,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "world model": lambda: stage.wm_table(read("world_model")),
     "world model, imagination": lambda: stage.imagination_table(read("world_model")),
     "imagination": lambda: stage.imagination_arms_table(read("imagination"), ("before", "now")),
+    "imagination, gains": lambda: stage.imagination_gains_table(read("imagination")),
     "imagination, changes": lambda: stage.imagination_arms_table(
         read("imagination"), imagination_changes(), "tabletop_object", "0"
     ),
