@@ -506,6 +506,26 @@ def test_flags_of_arms_and_cells_are_those_of_the_scripts():
     assert set(found) == {None, "rwr", "symmetric", "simulator", "flow_sde", "gripper_x0", "kl"}
 
 
+def test_gains_of_imagination_by_hand():
+    def run(value):
+        last = {"imagined": {"ssim": value, "psnr_moving": value}}
+        figures = {"psnr_moving": [value, 0], "ssim": [value, 0], "r3": {"spearman": value}, "last_chunk": last}
+        return {**figures, "r3_policy": {"gate_policy_true": value}, "minutes": [value, value]}
+
+    runs = {
+        "a/now/0": run(2.0),
+        "a/before/0": run(1.0),
+        "b/now/0": run(5.0),
+        "b/before/0": run(2.0),
+        "b/now/1": run(9.0),
+    }
+    rows = stage_tables.imagination_gains_table({"runs": runs}).splitlines()
+    # differences 1 and 3, and of minutes 2 and 6; 12.71 is Student's quantile for two values
+    assert (
+        rows[2].startswith("| 2 | 2.0 [-10.7, 14.7] | 2.000 [-10.710, 14.710] |") and "| 4.0 [-21.4, 29.4] |" in rows[2]
+    )
+
+
 def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     """Every command parses, each stage has its inputs, and the JSON file holds outcomes that the summary counts."""
     commands = {}
