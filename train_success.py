@@ -28,6 +28,7 @@ Runs in one process.
 """
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -203,17 +204,25 @@ def load_split(cfg: Config) -> Split:
                 "it was trained on"
             )
     held_out.sort(key=lambda e: (e.kind, e.success, e.name))
-    split = Split(train, held_out[::2], held_out[1::2])
     for part, chosen in (("training", train), ("held-out", held_out)):
         successes = sum(e.success for e in chosen)
-        if not (few := 1 if part == "training" else 2) <= successes <= len(chosen) - few:
+        if not 0 < successes < len(chosen):
             raise ValueError(
-                f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs at "
-                f"least {few} of each outcome. Record the policy's own attempts (collect_demos.py --policy, "
-                "docs/closed_loop.md), give their folder with --demos, and train or refresh the world model on them "
-                "with a larger --validation-fraction"
+                f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs both "
+                "outcomes. Record the policy's own attempts (collect_demos.py --policy, docs/closed_loop.md), give "
+                "their folder with --demos, and train or refresh the world model on them with a larger "
+                "--validation-fraction"
             )
-    return split
+    parts = held_out[::2], held_out[1::2]
+    if not all(0 < sum(e.success for e in part) < len(part) for part in parts):
+        warnings.warn(
+            f"{successes} of the {len(held_out)} held-out episodes of {where} succeeded: too few of one outcome to "
+            "choose the threshold on some and to measure on others. All serve both, so the figures, and the gate of "
+            "train_rl.py, flatter the success model; hold out more (train_wm.py --validation-fraction)",
+            stacklevel=2,
+        )
+        parts = held_out, held_out
+    return Split(train, *parts)
 
 
 def at_most(episodes: list[Episode], count: int | None) -> list[Episode]:

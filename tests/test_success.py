@@ -252,6 +252,15 @@ def test_unknown_outcomes_get_a_warning(places, tmp_path):
             train_success.load_split(cfg)
 
 
+def test_few_held_out_episodes_serve_both(config, world_model, tmp_path):
+    model, extra = WorldModel.load(world_model), read_header(world_model).extra
+    few = {**extra, "held_out_episodes": extra["held_out_episodes"][:1] + extra["held_out_episodes"][-1:]}
+    save_model(tmp_path / "wm.safetensors", model, model.cfg, few)
+    with pytest.warns(UserWarning, match="1 of the 2 held-out episodes .* All serve both"):
+        split = train_success.load_split(dataclasses.replace(config, world_model=str(tmp_path / "wm.safetensors")))
+    assert split.threshold == split.held_out and len(split.held_out) == 2 and len(split.train) == 10
+
+
 def test_without_a_world_model(config):
     metrics = train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=3))
     assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)
@@ -273,7 +282,7 @@ def test_errors(config, demos, tmp_path, monkeypatch):
         dataclasses.replace(config, false_successes=1.5)
     with pytest.raises(ValueError, match="holds out none of the 6 episodes"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),)))
-    with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* at least 1 of each outcome"):
+    with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* needs both outcomes"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),), world_model=None, validation_fraction=0.34))
     model = WorldModel.load(config.world_model)
     extra = read_header(config.world_model).extra
