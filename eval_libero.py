@@ -29,7 +29,6 @@ seeded with 0 before every episode, so that an episode does not depend on those 
 """
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -43,7 +42,6 @@ from tqdm import tqdm
 from vlarft.data.convention import check_same_images
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.reward import check_same_robot
 from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
@@ -272,7 +270,7 @@ def check(cfg: Config) -> dict[str, str]:
         if path.endswith(".jsonl"):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"no recorded episodes at {path}")
-            digests[path] = digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            digests[path] = digest = file_digest(path)
             for suite, task in ((s, t) for s in cfg.suites for t in _tasks(cfg, s)):
                 if lost := set(range(cfg.episodes)) - set(_recording(path, digest).get((suite, task), {})):
                     raise ValueError(
@@ -313,13 +311,14 @@ def check_plan(cfg: Config) -> None:
     if others := [path for path in cfg.policies if path == "random" or path.endswith(".jsonl")]:
         raise ValueError(f"--plan chooses among a policy's chunks; {', '.join(others)} has none: evaluate it alone")
     tasks = [simulator_of(suite).suites[suite].tasks[task] for suite in cfg.suites for task in _tasks(cfg, suite)]
-    model, facts = WorldModel.load(cfg.world_model), read_header(cfg.world_model).extra
+    model, judge = WorldModel.load(cfg.world_model), SuccessModel.load(cfg.success_model)
+    facts = read_header(cfg.world_model).extra
     size = model.cfg.tokenizer.image_size
     texts = [task.instruction for task in tasks]
     check_judge(cfg.success_model, texts, facts, f"world model {cfg.world_model}", size[0], cfg.world_model)
     for path in cfg.policies:
-        policy = Planner(VLAPolicy.load(path), model, SuccessModel.load(cfg.success_model)).policy
-        check_same_robot(policy, model)
+        policy = VLAPolicy.load(path)
+        Planner(policy, model, judge, cfg.plan_chunks)  # raises if they do not fit together
         side = cfg.image_size or policy.vlm.image_size
         if size != (side, side):
             raise ValueError(

@@ -64,7 +64,7 @@ from vlarft.run.train_state import TrainState
 from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.sim.suites import check_cameras, simulator_of, task_index, task_names
-from vlarft.success import SuccessModel, check_judge
+from vlarft.success import SuccessModel, check_judge, check_same_proprio
 from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
@@ -91,7 +91,9 @@ class Config:
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
-    starts: int = opt(8, "starts per step, of the tasks in turn", group="optimisation")
+    starts: int = opt(
+        8, "starts per step: of the simulator's tasks in turn, or of random episodes", group="optimisation"
+    )
     group: int = opt(8, "episodes from each start (WoVR)")
     sigma_min: float = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units")
     sigma_max: float = opt(0.2, "upper bound of the standard deviation of a flow step")
@@ -157,7 +159,7 @@ def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWor
 
 
 def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> ImaginedWorld:
-    """Load world model and success model, check that they belong to this policy and can be trusted."""
+    """Load world model and success model, and check that they belong to this policy."""
     if cfg.success_model is None:
         raise ValueError("nobody tells an imagination's outcome: give --success-model, from train_success.py")
     if len(policy.cfg.cameras) > 1:
@@ -167,6 +169,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
     check_same_robot(policy, model)
+    check_same_proprio(policy, judge)
     headers = {name: read_header(getattr(cfg, name)).extra for name in ("world_model", "success_model")}
     check_same_images(extra, f"policy {cfg.policy}", headers["world_model"], f"world model {cfg.world_model}")
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]

@@ -15,9 +15,9 @@ the policy's 8 actions and one frame more.
 `--init` starts from a world model of this script, for example to learn from episodes that the policy has played since
 (docs/world_model.md), with a fresh optimizer and schedule: a new run. The world model keeps its sizes, its frozen
 tokenizer and its action ranges, and `--size`, `--factored-tokens` and `--tokenizer` are not read. It keeps its split,
-too: the episodes that it holds out must be among --demos and stay held out, all others train, new ones included, and
-`--split-seed` and `--validation-fraction` are not read. The log begins with a validation before the first step, on the
-same segments as those that follow.
+too: the episodes that it holds out must be among --demos and stay held out; of those that are new to it,
+`--validation-fraction` is held out as well; all others train. The log begins with a validation before the first step,
+on the same segments as those that follow.
 
 Differences from the paper and its public code:
 - the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
@@ -189,7 +189,7 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
                 f"(--demos {' '.join([seen] if isinstance(seen, str) else seen)} ...)"
             )
         held_out = [by_name[name] for name in names]  # in the stored order: the same segments are validated
-        known = {*names, *extra.get("train_episodes", [])}
+        known = {*names, *extra.get("train_episodes", by_name)}  # older files do not name them: then none is new
         train, new = ([e for e in episodes if (e.name in known) == part] for part in (True, False))
         train = [e for e in train if e.name not in set(names)]
         if len(new) > 1:

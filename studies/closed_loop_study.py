@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from records import rounded, write
 from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
@@ -71,6 +72,21 @@ PRESETS = {
 }  # fmt: skip
 
 
+class Models(NamedTuple):
+    """A world model and its success model, run folders."""
+
+    world_model: Path
+    success_model: Path
+
+    @property
+    def flags(self) -> list[object]:
+        return ["--world-model", self.world_model, *self.judge]
+
+    @property
+    def judge(self) -> list[object]:
+        return ["--success-model", self.success_model]
+
+
 class Runs:
     """The runs of one suite and seed, each made when it is first asked for."""
 
@@ -109,15 +125,15 @@ class Runs:
             return run_once(place, "collect_demos.py", *words)
         return with_attempts(self.own / f"attempts_{rounds - 1}", place, *words)
 
-    def models(self, rounds: int, before: Path, attempts: Path) -> list[object]:
-        """Flags of a world model refreshed on the attempts of all rounds, and of its success model."""
+    def models(self, rounds: int, before: Path, attempts: Path) -> Models:
+        """A world model refreshed on the attempts of all rounds, and its success model."""
         demos = ["--demos", self.demos, attempts]
         refresh = ["--steps", self.cfg.refresh_steps, "--lr", 5e-4, "--validation-fraction", 0.25]
         model = self.stage(self.own / f"wm_{rounds}", "train_wm.py", *demos, "--init", before, *refresh)
         judge = self.stage(self.own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
-        return ["--world-model", model, "--success-model", judge]
+        return Models(model, judge)
 
-    def first_round(self) -> tuple[Path, list[object]]:
+    def first_round(self) -> tuple[Path, Models]:
         attempts = self.attempts(self.policy)
         return attempts, self.models(1, self.world_model, attempts)
 
@@ -127,14 +143,14 @@ class Runs:
 
     def imagination(self) -> Path:
         attempts, models = self.first_round()
-        words = ["--policy", self.policy, "--demos", self.demos, attempts, *models, "--steps", self.cfg.rl_steps]
+        words = ["--policy", self.policy, "--demos", self.demos, attempts, *models.flags, "--steps", self.cfg.rl_steps]
         return self.rl("RL, imagination", *words)
 
     def two_rounds(self) -> Path:
         models, policy = self.first_round()[1], self.imagination()
         again = self.attempts(policy, 2)
-        models = self.models(2, models[1], again)
-        words = ["--policy", policy, "--demos", self.demos, again, *models, "--steps", self.cfg.rl_steps]
+        models = self.models(2, models.world_model, again)
+        words = ["--policy", policy, "--demos", self.demos, again, *models.flags, "--steps", self.cfg.rl_steps]
         return self.rl("RL, imagination, two rounds", *words)
 
     def simulator(self, name: str, *words: object) -> Path:
@@ -157,7 +173,7 @@ class Runs:
         return self.stage(self.own / "RFT_R3", "train_rft.py", *words, "--gate-threshold", "none", "--seed", self.seed)
 
     def planning(self, policy: Path) -> tuple[Path, list[object]]:
-        return policy, ["--plan", self.cfg.candidates, *self.first_round()[1]]
+        return policy, ["--plan", self.cfg.candidates, *self.first_round()[1].flags]
 
     def arm(self, name: str) -> tuple[Path, list[object]]:
         """The policy of an arm, and flags with which eval_libero.py plays it."""
@@ -167,7 +183,7 @@ class Runs:
             "filtered cloning": self.filtered,
             "RFT R3": self.rft,
             "RL, simulator": lambda: self.simulator(name),
-            "RL, simulator, judged": lambda: self.simulator(name, *self.first_round()[1][2:]),
+            "RL, simulator, judged": lambda: self.simulator(name, *self.first_round()[1].judge),
             "RL, imagination": self.imagination,
             "RL, imagination, two rounds": self.two_rounds,
         }

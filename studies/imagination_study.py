@@ -9,8 +9,8 @@ and trains for that preset's steps; `minutes` in the JSON file says whether it h
 the preset in one respect each. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds.
 Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
 perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
-(each episode's last chunk); future codes in use. Runs that are finished are not run again; the JSON file gathers
-several invocations.
+(each episode's last chunk); PSNR on moving pixels of the tokenizer alone; future codes in use. Runs that are finished
+are not run again; the JSON file gathers several invocations.
 """
 
 import json
@@ -155,6 +155,7 @@ def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
         "steps": [log["step"] + 1 for log in logs.values()],
         "minutes": [log["minutes"] for log in logs.values()],
         "codes": codes_in_use(folder / "tokenizer" / "model.safetensors", demos),
+        "tokenizer_psnr_moving": read_header(folder / "tokenizer").extra["metrics"]["val_psnr_moving"],
         "psnr_moving": [chunk[how]["psnr_moving"][-1] for how in ("imagined", "copy")],
         "ssim": [chunk[how]["ssim"][-1] for how in ("imagined", "copy")],
         "decoded_frames": results["sensitivity"]["true state"]["decoded frames"]["all"]["spearman"],

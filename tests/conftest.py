@@ -47,6 +47,20 @@ def write_moving_square(path: Path, demos: int, steps: int, seed: int, instructi
             )
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, start: Callable[[], object]) -> None:
+    """Start a run of a training script that is interrupted in step `last`, before that step's update."""
+    check = script.check_finite
+
+    def interrupt(loss, step, *rest):
+        if step == last:
+            raise KeyboardInterrupt
+        check(loss, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "check_finite", interrupt)
+        start()
+
+
 def libero_missing() -> str:
     """Why tests that need LIBERO and its assets are skipped; empty where both are here."""
     from vlarft.sim.libero_install import assets_folder, package_folder

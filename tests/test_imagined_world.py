@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import interrupted
 from test_success import places, world_model  # noqa: F401, fixtures
 
 import eval_wm
@@ -315,6 +316,10 @@ def test_refusals(config, tmp_path, policy_file):
     for world in ("imagination", "simulator"):
         with pytest.raises(ValueError, match=r"success model .*other.safetensors"):
             train_rl.main(dataclasses.replace(config, world=world, success_model=other))
+    other_robot = SuccessModel(dataclasses.replace(judge.cfg, proprio_dim=14))
+    save_model(other, other_robot, other_robot.cfg, header.extra)
+    with pytest.raises(ValueError, match="has 8 proprio and 7 action dimensions, the success model 14 and 7"):
+        train_rl.main(dataclasses.replace(config, success_model=other))
     with pytest.raises(ValueError, match="--horizon 2: a success is held for 3 frames"):
         train_rl.main(dataclasses.replace(config, horizon=2))
     with pytest.raises(ValueError, match=r"--late-starts 2: a share in \[0, 1\]"):
@@ -328,21 +333,12 @@ def test_resume_equals_no_interruption(config, tmp_path, monkeypatch, capsys, wo
     given = {"world": world, "success_model": None} if world == "simulator" else {"world": world}
     config = dataclasses.replace(config, steps=2, starts=1, **given)
     train_rl.main(config)
-    interrupted = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
-    check = train_rl.check_finite
-
-    def interrupt(loss, step, *rest):
-        if step == 1:
-            raise KeyboardInterrupt
-        check(loss, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_rl, "check_finite", interrupt)
-        train_rl.main(interrupted)
+    parts = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+    interrupted(monkeypatch, train_rl, 1, lambda: train_rl.main(parts))
     capsys.readouterr()
-    train_rl.main(interrupted)
+    train_rl.main(parts)
     assert "outcome gate" not in capsys.readouterr().err  # it has passed
-    one, other = (VLAPolicy.load(c.out_dir).state_dict() for c in (config, interrupted))
+    one, other = (VLAPolicy.load(c.out_dir).state_dict() for c in (config, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 

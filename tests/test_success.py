@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import write_moving_square
+from conftest import interrupted, write_moving_square
 
 import train_success
 from vlarft.data import convert, load_episodes
@@ -198,23 +198,13 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     assert {name.split("/")[0] for name in held_out} == {name.split("/")[0] for name in others} == {"expert", "policy"}
     assert len(header.extra["train_episodes"]) == 8
 
-    interrupted = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
-    check = train_success.check_finite
-
-    def interrupt(loss, step, *rest):
-        if step == 13:
-            raise KeyboardInterrupt
-        check(loss, step, *rest)
-
-    monkeypatch.setattr(train_success, "check_finite", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train_success.main(interrupted)
-    monkeypatch.setattr(train_success, "check_finite", check)
-    assert train_success.main(interrupted) == metrics
-    one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, interrupted))
+    parts = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+    interrupted(monkeypatch, train_success, 13, lambda: train_success.main(parts))
+    assert train_success.main(parts) == metrics
+    one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, parts))
     assert one["robot.proprio_std"].min() < 1 and one["robot.net.4.weight"].abs().max() > 0  # fitted
     assert all(torch.equal(v, other[k]) for k, v in one.items())
-    logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, interrupted)]
+    logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, parts)]
     for a, b in zip(*logs, strict=True):
         assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
 
@@ -245,8 +235,9 @@ def test_unknown_outcomes_get_a_warning(places, tmp_path):
     for path in (tmp_path / "episodes" / "expert").iterdir():
         with h5py.File(path, "r+") as file:
             del file["data"]["demo_0"].attrs["success"]
-    convert.main([str(tmp_path / "episodes"), str(tmp_path / "again"), "--format", "hdf5"])
-    for place in ("episodes", "again"):
+    for format in ("hdf5", "lerobot"):
+        convert.main([str(tmp_path / "episodes"), str(tmp_path / format), "--format", format, "--images", "png"])
+    for place in ("episodes", "hdf5", "lerobot"):
         cfg = dataclasses.replace(SMOKE, demos=(str(tmp_path / place),), world_model=None, validation_fraction=0.4)
         with pytest.warns(UserWarning, match=f"{place}: 1 of 12 episodes do not say whether they succeeded, first "):
             train_success.load_split(cfg)

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_moving_square
+from conftest import interrupted, write_moving_square
 
 import train_tokenizer
 import train_wm
@@ -110,23 +109,9 @@ def test_experts_only_leaves_noisy_attempts_to_the_validation(demos, tokenizer, 
     assert {e.kind for e in train} == {"expert", "noisy"}
 
 
-def interrupted(monkeypatch, last: int, start: Callable[[], object]) -> None:
-    """Start a run that is interrupted in step `last`."""
-    check = train_wm.check_finite
-
-    def interrupt(loss, step, *rest):
-        if step == last:
-            raise KeyboardInterrupt
-        check(loss, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_wm, "check_finite", interrupt)
-        start()
-
-
 def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     run(demos, tokenizer, tmp_path / "whole")
-    interrupted(monkeypatch, 5, lambda: run(demos, tokenizer, tmp_path / "parts"))
+    interrupted(monkeypatch, train_wm, 5, lambda: run(demos, tokenizer, tmp_path / "parts"))
     run(demos, tokenizer, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
@@ -170,8 +155,7 @@ def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_m
 def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
     """On which the segments of a validation depend."""
     names, model = sorted(e.name for e in load_episodes(demos)), WorldModel.load(world_model)
-    split = {"held_out_episodes": [names[4], names[1]], "train_episodes": [n for n in names if n not in names[1:5:3]]}
-    save_model(tmp_path / "model.safetensors", model, model.cfg, split)
+    save_model(tmp_path / "model.safetensors", model, model.cfg, {"held_out_episodes": [names[4], names[1]]})
     train, held_out = train_wm.load_split(replace(SMOKE, demos=(str(demos),), init=str(tmp_path)))
     assert [e.name for e in held_out] == [names[4], names[1]]
     assert sorted(e.name for e in train) == [name for i, name in enumerate(names) if i not in (1, 4)]
@@ -181,7 +165,7 @@ def test_an_interrupted_refresh_goes_on(demos, rollouts, world_model, tmp_path, 
     places = [demos, rollouts]
     refresh(places, world_model, tmp_path / "whole")
     for last in (1, 5):  # before the first checkpoint, and after the second
-        interrupted(monkeypatch, last, lambda: refresh(places, world_model, tmp_path / "parts"))
+        interrupted(monkeypatch, train_wm, last, lambda: refresh(places, world_model, tmp_path / "parts"))
     refresh(places, world_model, tmp_path / "parts")
     logs = [
         [{k: v for k, v in line.items() if k != "minutes"} for line in log_of(tmp_path / n)] for n in ("whole", "parts")

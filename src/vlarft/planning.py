@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlarft.flow import sample_ode
 from vlarft.policy import VLAPolicy
-from vlarft.success import SuccessModel
+from vlarft.reward import check_same_robot
+from vlarft.success import SuccessModel, check_same_proprio
 from vlarft.world_model import WorldModel
 
 
@@ -36,7 +37,7 @@ class Planner:
         chunks: chunks imagined ahead, the candidate included.
 
     Raises:
-        ValueError: no chunk, or a policy of several cameras.
+        ValueError: no chunk, a policy of several cameras, or models of another robot.
     """
 
     def __init__(self, policy: VLAPolicy, model: WorldModel, judge: SuccessModel, chunks: int = 2) -> None:
@@ -44,6 +45,8 @@ class Planner:
             raise ValueError(f"a plan of {chunks} chunks looks at nothing: give at least 1")
         if len(policy.cfg.cameras) > 1:
             raise ValueError(f"the policy sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
+        check_same_robot(policy, model)
+        check_same_proprio(policy, judge)
         self.policy, self.model, self.judge, self.chunks = policy, model, judge, chunks
 
     @torch.no_grad()

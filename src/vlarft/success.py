@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlarft.data.convention import check_same_images
 from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
+from vlarft.policy import VLAPolicy
 from vlarft.proprio_model import ProprioModel
 from vlarft.run.checkpoint import file_digest, load_model, read_header
 
@@ -298,6 +299,21 @@ def longest_held(success: Tensor, hold: int) -> Tensor:
     if len(success) < hold:
         return success.new_zeros(())
     return success.unfold(0, hold, 1).min(-1).values.max()
+
+
+def check_same_proprio(policy: VLAPolicy, judge: SuccessModel) -> None:
+    """Check that a success model predicts the proprio that a policy reads, from its actions.
+
+    Raises:
+        ValueError: another number of dimensions; the message names both.
+    """
+    flow, cfg = policy.cfg.flow, judge.cfg
+    ours, theirs = (flow.proprio_dim, flow.action_dim), (cfg.proprio_dim, cfg.action_dim)
+    if ours != theirs:
+        raise ValueError(
+            f"the policy has {ours[0]} proprio and {ours[1]} action dimensions, the success model {theirs[0]} and "
+            f"{theirs[1]}: train both on the same demonstrations"
+        )
 
 
 def check_judge(
