@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_noise_does_not_depend_on_the_others(policy):
     torch.testing.assert_close(last, all_of_them.x[all_of_them.episode == 1][2], atol=1e-4, rtol=0)
     assert not torch.allclose(last, some.x[some.episode == 1][1], atol=0.1)
     assert not torch.allclose(some.x[0], some.x[1], atol=0.1)  # of one start
+    x_0 = some.x[some.episode == 1][:, 0]
+    assert not torch.allclose(x_0[0], x_0[1], atol=0.1)  # of two chunks
 
 
 def test_weights_by_hand():
@@ -269,3 +272,16 @@ def test_success_ends_a_simulated_episode(tmp_path):
     for i in range(0, len(actions), 8):
         answer = world.step([0], chunks[None, i : i + 8])
     assert answer.success.tolist() == [True] and answer.done.tolist() == [True] and answer.steps.tolist() == [rest]
+
+    # a judge's episodes go on, as long as it sees no success
+    blind = SimpleNamespace(
+        cfg=SimpleNamespace(hold=3),
+        judge=lambda frames, *_: SimpleNamespace(success=torch.zeros(frames.shape[:2])),
+        solved=lambda values: values > 0.5,
+        parameters=lambda: iter([torch.zeros(1)]),
+    )
+    judged = SimulatedWorld(PLACES[:1], 1, 0, blind)
+    judged.begin(1, 3)
+    for i in range(0, len(actions), 8):
+        answer = judged.step([0], chunks[None, i : i + 8])
+    assert answer.success.tolist() == [False] and answer.done.tolist() == [False] and answer.steps.tolist() == [8]

@@ -255,6 +255,11 @@ def test_a_judge_in_the_simulator():
     assert not answer.done.any() and answer.steps.tolist() == [177]
     answer = world.step([0], torch.zeros(1, 8, 7))
     assert answer.done.all() and not answer.success.any() and answer.steps.tolist() == [3]
+    world = SimulatedWorld([PLACE], 1, 0, Bright(0.0, 181))  # held for longer than an episode has frames
+    world.begin(1, 0)
+    for chunk_steps in (176, 8):
+        answer = world.step([0], torch.zeros(1, chunk_steps, 7))
+    assert answer.done.all() and not answer.success.any() and answer.steps.tolist() == [4]
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +299,10 @@ def test_a_run_in_imagination(config, tmp_path, capsys):
     assert rows[0]["gate_true_failures"] == 1 and "gate" not in rows[1]
     assert "of 2 held-out episodes, too few of them attempts of the policy, have their" in capsys.readouterr().err
     assert read_header(config.out_dir).extra["rl"]["world"] == "imagination"
+    policy, held_out = VLAPolicy.load(config.policy), set(read_header(config.success_model).extra["held_out_episodes"])
+    episodes = load_episodes(config.demos, successes_only=False)
+    world = train_rl.imagined_world(config, policy, read_header(config.policy).extra, episodes)
+    assert {e.name for e in world.episodes} == {e.name for e in episodes} - held_out and len(held_out) == 2
     sampled = dataclasses.replace(config, imagination="sample", out_dir=str(tmp_path / "sampled"), precision="bf16")
     assert all(np.isfinite(v) for v in train_rl.main(sampled).values())
 

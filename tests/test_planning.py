@@ -78,7 +78,7 @@ def test_the_best_candidate_is_played(planner, monkeypatch):
 
 
 def test_the_imagination_is_of_the_chosen_chunk(planner):
-    """Frames of the first chunk are those of a rollout of it, from the present frame in the episode's context."""
+    """From the present frame in the episode's context; then of the policy's chunk from x_0 = 0 at its last frame."""
     frames = {}
     judge = planner.judge.judge
     planner.judge.judge = lambda images, *rest: frames.update(images=images) or judge(images, *rest)
@@ -89,6 +89,11 @@ def test_the_imagination_is_of_the_chosen_chunk(planner):
     now = torch.from_numpy(obs[0]["agentview"]).movedim(-1, 0)[None].float() / 255
     rollout = planner.model.rollout(first, actions, greedy=True, first_frame=now)
     torch.testing.assert_close(frames["images"][:, :8], rollout.frames[0], atol=1e-4, rtol=0)
+    last, proprio = rollout.frames[0, :, -1], torch.from_numpy(obs[0]["proprio"])[None].repeat(2, 1)
+    states, _ = planner.judge.robot.rollout(proprio, torch.zeros(2, 8), actions[0])
+    after = planner.policy.act(last.clamp(0, 1), [obs[0]["instruction"]] * 2, states[:, -1], noise=torch.zeros(2, 8, 7))
+    going_on = planner.model.rollout(rollout.state, after[None], greedy=True)
+    torch.testing.assert_close(frames["images"][:, 8:], going_on.frames[0], atol=1e-4, rtol=0)
 
 
 def test_other_candidates_have_their_own_noise(planner, monkeypatch):

@@ -16,6 +16,7 @@ import train_success
 from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
+from vlarft.imagined_episodes import imagined_episodes
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.success import (
     PRESETS,
@@ -84,7 +85,7 @@ def test_labels_by_hand():
     success, progress = train_success.labels(lamps(1, False), positive=3, margin=5)
     assert not success.any() and np.isnan(progress).all()
     short = dataclasses.replace(lamps(0, True), actions=np.zeros((2, 7), np.float32))
-    assert train_success.labels(short, positive=4, margin=12)[0].tolist() == [0, 1]
+    assert [values.tolist() for values in train_success.labels(short, positive=4, margin=12)] == [[0, 1], [0, 1]]
 
 
 def test_a_success_is_held():
@@ -177,6 +178,10 @@ def test_versions_are_of_the_same_frames(places, world_model):
     context = model.tokenizer.encode_context(images[:1])
     expected = train_success.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
     assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
+    replays = imagined_episodes(model, episodes, autocast=cast, greedy=True, seed=cfg.seed)
+    for version, replay in zip(found[4:], replays, strict=True):
+        assert torch.equal(version.frames, train_success.to_uint8(replay.imagined))
+        assert not torch.equal(version.frames, train_success.to_uint8(replay.true))
     table = train_success.frame_table(cfg, iter(found))
     assert len(table.first_frames) == len(table.instructions) == 2
     real, other, imagined = (slice(i * 8, (i + 1) * 8) for i in (0, 2, 4))  # of episodes 0, 1 and 0

@@ -66,9 +66,9 @@ def after(
     env, results = environment(place), {}
     for episode, (state, chunk) in chunks.items():
         env.set_state(state)
-        before, success, frames = env.num_steps, False, []
+        before, frames = env.num_steps, []
         for action in chunk:
-            success = env.step(action).success or success
+            success = env.step(action).success
             if with_frames:
                 frames.append(env.observe()[place.cameras[0]])
             done = env.num_steps >= env.horizon or (success and not with_frames)
