@@ -15,8 +15,8 @@ and, with R2 and R3, rollouts.png (best and worst imagination of the last step b
 resumes an interrupted run.
 
 Before the first step a trust gate (gate.py) asks on held-out starts whether the reward ranks action chunks by their
-distance to the demonstration's actions; if not, the run stops, unless `--gate-threshold none` is given. R1 is that
-distance and has no gate.
+distance to the demonstration's actions; if it does not, by more than chance, the run stops, unless
+`--gate-threshold none` is given. R1 is that distance and has no gate.
 
 The control, more supervised training for the same time: `train_sft.py --init SFT --max-minutes M`, M being the last
 `minutes` in this run's log.jsonl.
@@ -114,7 +114,7 @@ class Config:
         32, "held-out starts of trust gate and diagnosis; 0: no gate, and 16 for the diagnosis", group="evaluation"
     )
     gate_threshold: float | None = opt(
-        0.25, "least rank correlation of reward and action error; none: go on regardless"
+        0.25, "least rank correlation of reward and action error (upper end of its 95 % interval); none: any"
     )
     out_dir: str = opt("runs/rft", "folder that the run writes", group="run")
     save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts")

@@ -63,7 +63,12 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(pol
     ):
         check_gate(blind, 0.9, "r3")
     with pytest.raises(RuntimeError, match="or go on with --gate-threshold none"):
-        check_gate({**found, "gate": float("nan")}, 0.25, "r3")
+        check_gate(dict.fromkeys(found, float("nan")), 0.25, "r3")
+    unsure = {**blind, "gate_policy": 0.5, "gate_policy_se": 0.1, "gate_dataset": 0.1, "gate_dataset_se": 0.08}
+    with pytest.warns(UserWarning, match=r"0.10 ± 0.08 .* 0.25, by less than its error: more --gate-starts would tell"):
+        check_gate({**unsure, "gate": 0.1}, 0.25, "r3")  # 0.257 is not below
+    with pytest.raises(RuntimeError, match=r"0.10 ± 0.07"):
+        check_gate({**unsure, "gate": 0.1, "gate_dataset_se": 0.07}, 0.25, "r3")
 
 
 def test_true_error_decides_where_there_is_one(policy, held_out, world_model_file):

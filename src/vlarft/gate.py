@@ -10,6 +10,8 @@ without a simulator the gate asks whether the reward ranks chunks as R1 does.
 Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -124,26 +126,32 @@ def trust_gate(
 
 
 def check_gate(found: dict[str, float], threshold: float | None, reward: str) -> None:
-    """Stop a run whose reward cannot tell actions apart.
+    """Stop a run whose reward cannot tell actions apart; warn where the starts are too few to say.
 
     Args:
         found: what `trust_gate` returned.
-        threshold: lowest rank correlation to accept; None = accept any.
+        threshold: lowest rank correlation to accept; None = accept any. A run stops where a family's 95 % interval over
+            the starts lies below it.
         reward: the reward's name, for the message.
 
     Raises:
-        RuntimeError: the correlation is below the threshold.
+        RuntimeError: the interval of one of the families lies below the threshold.
     """
     if threshold is None or found["gate"] >= threshold:
         return
     suffix, error = ("_true", "true") if "gate_dataset_true" in found else ("", "action")
-    ranks = {
-        f: f"{found[f'gate_{f}{suffix}']:.2f} ± {found[f'gate_{f}{suffix}_se']:.2f}" for f in ("dataset", "policy")
-    }
-    raise RuntimeError(
+    pairs = {f: (found[f"gate_{f}{suffix}"], found[f"gate_{f}{suffix}_se"]) for f in ("dataset", "policy")}
+    ranks = {f: f"{value:.2f} ± {deviation:.2f}" for f, (value, deviation) in pairs.items()}
+    ranked = (
         f"trust gate: on held-out starts reward {reward} ranks chunks by their {error} error with Spearman "
         f"{ranks['dataset']} (± standard error) around the demonstrations' actions and {ranks['policy']} among chunks "
-        f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}. Train the world model "
+        f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}"
+    )
+    if all(value + 1.96 * deviation >= threshold for value, deviation in pairs.values()):
+        warnings.warn(f"{ranked}, by less than its error: more --gate-starts would tell", stacklevel=2)
+        return
+    raise RuntimeError(
+        f"{ranked}. Train the world model "
         "longer, or on attempts of this policy as well (collect_demos.py --policy; eval_wm.py measures it), try "
         "--imagination greedy or common, another --perceptual or --reward, or go on with --gate-threshold none"
     )
