@@ -5,10 +5,11 @@ laptop).
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
-Calls the stage scripts in order, each as the command that a user would type, and prints it. Ends with a table of
-success rates on the same starts, with 95 % intervals: the SFT policy; the same played from x_0 = 0, which costs no
-training; the SFT policy after extra SFT of the wall time that RFT took (at a tenth of the learning rate, as plain
-fine-tuning would go on); and after RFT. And the world model's metrics beside the baseline that copies the last frame.
+Calls the stage scripts, each as the command that a user would type, and prints it; two run side by side where neither
+waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy; the
+same played from x_0 = 0, which costs no training; the SFT policy after extra SFT of the wall time that RFT took (at a
+tenth of the learning rate, as plain fine-tuning would go on); and after RFT. And the world model's metrics beside the
+baseline that copies the last frame.
 
 Reads nothing. Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png,
 before_after.gif; further pictures come from the stages. The same command resumes an interrupted demo: finished stages
@@ -19,18 +20,20 @@ import json
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
-from vlarft.run.stages import run_stage
+from vlarft.run.stages import Stage, run_stages, seconds_left, wall_seconds
 from vlarft.sim.replay import replay_frames
 from vlarft.statistics import paired_difference
 
@@ -142,44 +145,37 @@ def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> 
     save_gif(path, [np.concatenate(pair, 1) for pair in zip(*films)], frames_per_second=10, hold_last=1.5)
 
 
-def run_stages(cfg: Config) -> str:
-    """Run every stage; returns the path of the SFT policy as the evaluations name it."""
+def stages(cfg: Config) -> list[Stage]:
+    """The stages in the order in which they start, side by side where they do not wait for each other."""
     out = Path(cfg.out_dir)
     model = {name: out / name / "model.safetensors" for name in ("tokenizer", "wm", "sft", "rft", "sft_extra")}
     demos = out / "demos"
     common = {"preset": cfg.stage_preset, "seed": cfg.seed}
 
-    def stage(name: str, script: str, **flags: object) -> None:
-        run_stage(out, name, ROOT / script, **common, **flags, out_dir=out / name)
+    def stage(name: str, script: str, after: tuple[str, ...], **flags: object) -> Stage:
+        return Stage(name, ROOT / script, {**common, **flags, "out_dir": out / name}, after)
 
-    first_start = cfg.seed * DEMOS_PER_SEED
-    run_stage(out, "collect", ROOT / "collect_demos.py", preset=cfg.stage_preset, seed=first_start, out_dir=demos)
-    stage("tokenizer", "train_tokenizer.py", split_seed=cfg.seed, demos=demos)
-    stage("wm", "train_wm.py", split_seed=cfg.seed, demos=demos, tokenizer=model["tokenizer"])
-    stage("eval_wm", "eval_wm.py", demos=demos, world_model=model["wm"], true_error=True)
-    stage("sft", "train_sft.py", split_seed=cfg.seed, demos=demos)
-    stage(
-        "rft",
-        "train_rft.py",
-        demos=demos,
-        policy=model["sft"],
-        world_model=model["wm"],
-        gate_threshold="none",  # a demo goes on whatever the trust gate finds, and prints it
-    )
-    log = read_log(out / "rft")
-    rft_minutes = sum(log[k][:, 1].sum() for k in ("policy_s", "world_model_s", "update_s")) / 60
-    stage(
-        "sft_extra",
-        "train_sft.py",
-        split_seed=cfg.seed,
-        demos=demos,
-        init=model["sft"],
-        max_minutes=f"{rft_minutes:.2f}",
-        lr=3e-4,  # a tenth of the peak: a restart at the peak would first undo what the first run learnt
-    )
-    stage("eval", "eval_libero.py", policies=[model[name] for name in ("sft", "sft_extra", "rft")])
-    stage("eval_zero", "eval_libero.py", policies=[model["sft"]], noise="zero")
-    return str(model["sft"])
+    def extra_sft() -> dict[str, object]:
+        log = read_log(out / "rft")
+        minutes = sum(log[k][:, 1].sum() for k in ("policy_s", "world_model_s", "update_s")) / 60
+        flags = {"split_seed": cfg.seed, "demos": demos, "init": model["sft"], "max_minutes": f"{minutes:.2f}"}
+        # a tenth of the peak: a restart at the peak would first undo what the first run learnt
+        return {**common, **flags, "lr": 3e-4, "out_dir": out / "sft_extra"}
+
+    first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
+    models = {"policy": model["sft"], "world_model": model["wm"]}
+    return [
+        Stage("collect", ROOT / "collect_demos.py", {**first_start, "out_dir": demos}),
+        stage("tokenizer", "train_tokenizer.py", ("collect",), split_seed=cfg.seed, demos=demos),
+        stage("sft", "train_sft.py", ("collect",), split_seed=cfg.seed, demos=demos),
+        stage("wm", "train_wm.py", ("tokenizer",), split_seed=cfg.seed, demos=demos, tokenizer=model["tokenizer"]),
+        stage("eval_zero", "eval_libero.py", ("sft",), policies=[model["sft"]], noise="zero"),
+        # a demo goes on whatever the trust gate finds, and prints it
+        stage("rft", "train_rft.py", ("sft", "wm"), demos=demos, **models, gate_threshold="none"),
+        stage("eval_wm", "eval_wm.py", ("wm",), demos=demos, world_model=model["wm"], true_error=True),
+        Stage("sft_extra", ROOT / "train_sft.py", extra_sft, ("rft",)),
+        stage("eval", "eval_libero.py", ("sft_extra",), policies=[model[n] for n in ("sft", "sft_extra", "rft")]),
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -187,13 +183,41 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "mujoco")}}
 
 
+def probe_seconds() -> float:
+    """Time a small training step on one thread, the fastest of some [s]: how fast this machine is now."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Flatten(), torch.nn.Linear(64 * 30 * 30, 128))
+    images, threads, times = torch.zeros(16, 32, 32, 32), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(10):
+        started = time.perf_counter()
+        network(images).sum().backward()
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return min(times)
+
+
+def expected_seconds(cfg: Config) -> dict[str, float]:
+    """Expect of each stage the time that it took in the committed run, by the speed of this machine; {} if unknown."""
+    path = ROOT / "results" / "demo.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if cfg.stage_preset != "tiny" or "probe_seconds" not in known:
+        return {}
+    pace = probe_seconds() / known["probe_seconds"]
+    return {name: pace * stage["seconds"] for name, stage in known["stages"].items()}
+
+
 def main(cfg: Config) -> dict:
     """Run what is missing; return what summary.json holds."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    sft = run_stages(cfg)
+    at_once, expected = min(2, os.cpu_count() or 1), expected_seconds(cfg)
+    if expected:
+        print(
+            f"about {seconds_left(stages(cfg), (), {}, expected, at_once) / 60:.0f} minutes on this machine", flush=True
+        )
+    ran = run_stages(out, stages(cfg), at_once, expected)
+    sft = str(out / "sft" / "model.safetensors")  # as the evaluations name it
     rows, log = success_rows(out, sft), read_log(out / "rft")
-    stages = json.loads((out / "stages.json").read_text())
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
     draw_before_after(out / "eval", [sft, rows["+ RFT"]["policy"]], out / "before_after.gif")
@@ -201,9 +225,10 @@ def main(cfg: Config) -> dict:
         "config": to_dict(cfg),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine()},
         "versions": versions(),
-        "stages": stages,
-        "minutes": sum(s["seconds"] for s in stages.values()) / 60,
-        "peak_gib": max(s["peak_bytes"] for s in stages.values()) / 2**30,
+        "probe_seconds": probe_seconds(),
+        "stages": ran,
+        "minutes": wall_seconds(ran) / 60,
+        "peak_gib": max(s["peak_bytes"] for s in ran.values()) / 2**30,
         "evaluation": rows,
         "world_model": json.loads((out / "eval_wm" / "results.json").read_text()),
         "trust_gate": {name: values[0, 1] for name, values in log.items() if name.startswith("gate")},

@@ -1,27 +1,31 @@
-"""Stage scripts one after the other: each a process of its own, none run twice, all to be resumed."""
+"""Stage scripts one after the other or side by side: each a process of its own, none run twice, all to be resumed."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vlarft.run.checkpoint import write_json
 
 
 class MemoryPeak(threading.Thread):
-    """Samples the memory of this process and all its descendants [bytes]: shared pages count once (Linux only)."""
+    """Samples the memory of a process and all its descendants [bytes]: shared pages count once (Linux only)."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
-        self.peak, self.over = 0, threading.Event()
+        self.root, self.peak, self.over = root, 0, threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(2.0):
-            self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(os.getpid())))
+            self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(self.root)))
 
 
 def _descendants(root: int) -> list[int]:
@@ -45,45 +49,200 @@ def _memory(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def run_stage(folder: Path, name: str, script: Path, /, **flags: object) -> dict:
-    """Run one stage script, with the command that a user would type, unless it already ended well.
+class Stage(NamedTuple):
+    """One stage of a pipeline.
+
+    name: of the stage, in stages.json and in what is printed.
+    script: its file.
+    flags: options and values, or a function that gives them once the stages before it have ended; a list is several
+        values, True and False are `--x` and `--no-x`.
+    after: names of the stages that it waits for.
+    """
+
+    name: str
+    script: Path
+    flags: Mapping[str, object] | Callable[[], Mapping[str, object]]
+    after: tuple[str, ...] = ()
+
+    def words(self) -> list[str]:
+        """The options as words of a command line."""
+        words = []
+        for flag, value in (self.flags() if callable(self.flags) else self.flags).items():
+            values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
+        return words
+
+
+class Running:
+    """A stage's process, in a session of its own: the terminal's Ctrl+C reaches its parent alone.
+
+    Args:
+        stage: what runs.
+        words: its options.
+        at_once: stages side by side; with more than one, each has its share of the threads, and its name before what
+            it prints.
+    """
+
+    def __init__(self, stage: Stage, words: list[str], at_once: int) -> None:
+        self.stage, self.started = stage, time.time()
+        environment, options = dict(os.environ), {}
+        if at_once > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+            environment.setdefault("TQDM_MININTERVAL", "30")  # a bar in a pipe is a line at every change
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        command = [sys.executable, "-u", str(stage.script), *words]
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+        self.memory, self.relay = MemoryPeak(self.process.pid), threading.Thread(target=self._print, daemon=True)
+        self.memory.start()
+        self.relay.start()
+
+    def _print(self) -> None:
+        for line in self.process.stdout or ():
+            if line.strip():
+                print(f"[{self.stage.name}] {line.rstrip()}", flush=True)
+
+    def end(self, before: dict) -> dict:
+        """Wait for the process; return its entry of stages.json, `before` being that of earlier tries."""
+        status = self.process.wait()
+        self.memory.over.set()
+        self.relay.join()
+        span = [self.started, time.time()]
+        return {
+            "seconds": before.get("seconds", 0.0) + span[1] - span[0],
+            "spans": [*before.get("spans", []), span],
+            "peak_bytes": max(before.get("peak_bytes", 0), self.memory.peak),
+            "done": status == 0,
+        }
+
+
+def seconds_left(
+    stages: Sequence[Stage],
+    ended: Collection[str],
+    running: Mapping[str, float],
+    expected: Mapping[str, float],
+    at_once: int,
+) -> float:
+    """Estimate how long the stages still take, from the time that each is expected to take.
+
+    Args:
+        stages: all, in their order.
+        ended: names of those that have ended.
+        running: how long those that run have run [s].
+        expected: time of each stage [s]; none for one that is not named.
+        at_once: stages side by side.
+    """
+    ended, passed = set(ended), 0.0
+    waiting = [stage for stage in stages if stage.name not in ended and stage.name not in running]
+    ends = {name: max(0.0, expected.get(name, 0.0) - already) for name, already in running.items()}
+    while waiting or ends:
+        for stage in [stage for stage in waiting if ended.issuperset(stage.after)][: at_once - len(ends)]:
+            waiting.remove(stage)
+            ends[stage.name] = passed + expected.get(stage.name, 0.0)
+        first = min(ends, key=ends.__getitem__)
+        passed = ends.pop(first)
+        ended.add(first)
+    return passed
+
+
+def run_stages(
+    folder: Path, stages: Sequence[Stage], at_once: int = 1, expected: Mapping[str, float] | None = None
+) -> dict[str, dict]:
+    """Run stage scripts, each with the command that a user would type, unless it already ended well.
+
+    A signal that ends this process (Ctrl+C, SIGTERM, SIGHUP) goes on to the stages, which save and end.
 
     Args:
         folder: its stages.json says what has run.
-        name: of the stage.
-        script: its file.
-        flags: options and values; a list is several values, True and False are `--x` and `--no-x`.
+        stages: in the order in which they start; those that wait for others come after them.
+        at_once: stages that run side by side.
+        expected: time of each stage [s], to say how long all still take; stages that have ended correct it.
 
     Returns:
-        {"command", "seconds", "peak_bytes", "done"}: time over all tries, and the memory of all processes together.
+        stages.json: name -> {"command", "seconds", "spans", "peak_bytes", "done"}; time over all tries, Unix times of
+        the tries, and the memory of the stage's processes together.
 
     Raises:
-        SystemExit: it failed; the message says so.
+        SystemExit: one failed; the message says which.
     """
-    done = folder / "stages.json"
-    stages = json.loads(done.read_text()) if done.is_file() else {}
-    words = ["python", script.name]
-    for flag, value in flags.items():
-        values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
-    command = shlex.join(words)
-    stage = stages.get(name, {})
-    if stage.get("command") == command and stage.get("done"):
-        print(f"\n[{name}] done in {stage['seconds']:.0f} s: {command}", flush=True)
-        return stage
-    print(f"\n[{name}] {command}", flush=True)
-    memory, started = MemoryPeak(), time.monotonic()
-    memory.start()
-    status = subprocess.run([sys.executable, str(script), *words[2:]]).returncode
-    memory.over.set()
-    before = stage if stage.get("command") == command else {}
-    stages[name] = {
-        "command": command,
-        "seconds": before.get("seconds", 0.0) + time.monotonic() - started,
-        "peak_bytes": max(before.get("peak_bytes", 0), memory.peak),
-        "done": status == 0,
-    }
-    write_json(done, stages)
-    if status:
-        raise SystemExit(f"[{name}] ended with status {status}; the same command goes on from there")
-    return stages[name]
+    path, took = folder / "stages.json", {}
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    waiting, running, ended = list(stages), [], set()
+
+    def end(one: Running) -> int:
+        running.remove(one)
+        name = one.stage.name
+        found[name] |= one.end(found[name])
+        write_json(path, found)
+        took[name] = time.time() - one.started
+        return one.process.returncode
+
+    def say_left() -> None:
+        timed = [name for name in took if name in expected]
+        pace = sum(took[name] for name in timed) / sum(expected[name] for name in timed) if timed else 1.0
+        here = {name: pace * seconds for name, seconds in expected.items()}
+        now = {one.stage.name: time.time() - one.started for one in running}
+        print(f"about {seconds_left(stages, ended, now, here, at_once) / 60:.0f} minutes left", flush=True)
+
+    with signals_end_this_process():
+        try:
+            while waiting or running:
+                for stage in [s for s in waiting if ended.issuperset(s.after)][: at_once - len(running)]:
+                    waiting.remove(stage)
+                    words = stage.words()
+                    command = shlex.join(["python", stage.script.name, *words])
+                    before = found.get(stage.name, {})
+                    if before.get("command") == command and before.get("done"):
+                        print(f"\n[{stage.name}] done in {before['seconds']:.0f} s: {command}", flush=True)
+                        ended.add(stage.name)
+                        break  # there may be more room, and more that can start
+                    print(f"\n[{stage.name}] {command}", flush=True)
+                    found[stage.name] = {**(before if before.get("command") == command else {}), "command": command}
+                    running.append(Running(stage, words, at_once))
+                else:
+                    time.sleep(0.1)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    if status := end(one):
+                        raise SystemExit(
+                            f"[{one.stage.name}] ended with status {status}; the same command goes on from there"
+                        )
+                    ended.add(one.stage.name)
+                    if expected and (waiting or running):
+                        say_left()
+        finally:  # of an error or a signal
+            for one in running:
+                one.process.terminate()
+            for one in list(running):
+                end(one)
+    return found
+
+
+@contextlib.contextmanager
+def signals_end_this_process() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, as Ctrl+C is a KeyboardInterrupt, so that `finally` clauses run."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_stage(folder: Path, name: str, script: Path, /, **flags: object) -> dict:
+    """Run one stage, see `run_stages`; returns what stages.json says of it."""
+    return run_stages(folder, [Stage(name, script, flags)])[name]
+
+
+def wall_seconds(stages: Mapping[str, dict]) -> float:
+    """Time during which at least one of the stages of a stages.json ran."""
+    total, until = 0.0, float("-inf")
+    for first, last in sorted(span for stage in stages.values() for span in stage.get("spans", [])):
+        total += max(0.0, last - max(first, until))
+        until = max(until, last)
+    return total

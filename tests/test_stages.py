@@ -1,0 +1,148 @@
+"""Stages of a pipeline: order, side by side, what fails or is stopped, what is not run again, the time it takes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlarft.run.stages import Stage, run_stage, run_stages, seconds_left, wall_seconds
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(options["--out-dir"])
+with open(folder / "log", "a") as log:
+    print("start", options["--name"], os.environ.get("OMP_NUM_THREADS"), file=log)
+other = options.get("--meets")  # wait until another stage has started as well
+while other and f"start {other}" not in (folder / "log").read_text():
+    time.sleep(0.01)
+print("said by", options["--name"])
+time.sleep(float(options.get("--wait", 0)))
+with open(folder / "log", "a") as log:
+    print("end", options["--name"], file=log)
+sys.exit(int(options.get("--status", 0)))
+"""
+
+
+@pytest.fixture()
+def stage(tmp_path):
+    """Makes stages of a script that logs when it starts and ends."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def make(name: str, *after: str, **flags: object) -> Stage:
+        return Stage(name, script, {"name": name, **flags, "out_dir": tmp_path}, after)
+
+    return make
+
+
+def log(folder: Path) -> list[str]:
+    return [" ".join(line.split()[:2]) for line in (folder / "log").read_text().splitlines()]
+
+
+def test_one_after_the_other(stage, tmp_path, capfd):
+    found = run_stages(tmp_path, [stage("a"), stage("b")])
+    assert log(tmp_path) == ["start a", "end a", "start b", "end b"] and list(found) == ["a", "b"]
+    assert found["a"]["command"] == f"python script.py --name a --out-dir {tmp_path}"
+    assert all(one["done"] and one["seconds"] > 0 for one in found.values())
+    assert json.loads((tmp_path / "stages.json").read_text()) == found
+    assert "said by a\n" in capfd.readouterr().out  # as the stage says it
+    assert run_stages(tmp_path, [stage("a"), stage("b")]) == found and len(log(tmp_path)) == 4
+    assert "[a] done in 0 s: python script.py --name a" in capfd.readouterr().out
+    run_stage(tmp_path, "b", stage("b").script, name="b", more=[1, 2, 3], out_dir=tmp_path)  # another command
+    assert (
+        len(log(tmp_path)) == 6 and "--more 1 2 3" in json.loads((tmp_path / "stages.json").read_text())["b"]["command"]
+    )
+
+
+def test_side_by_side(stage, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    flags = []
+
+    def late() -> dict:
+        flags.append(log(tmp_path))
+        return {"name": "c", "out_dir": tmp_path}
+
+    first = [
+        stage("a", meets="b"),
+        stage("b", meets="a"),
+        Stage("c", stage("c").script, late, ("a", "b")),
+        stage("d", "a"),
+    ]
+    found = run_stages(tmp_path, first, at_once=2, expected=dict.fromkeys("abc", 60.0))
+    assert (
+        {"end a", "end b"} <= set(flags[0])
+        and set(found) == set("abcd")
+        and set(log(tmp_path)[:2])
+        == {
+            "start a",
+            "start b",
+        }
+    )
+    said = capfd.readouterr().out
+    assert "[a] said by a" in said and "about 0 minutes left" in said
+    threads = str(max(1, os.cpu_count() // 2))
+    assert (tmp_path / "log").read_text().splitlines()[0].split()[2] == threads
+    assert wall_seconds(found) < sum(one["seconds"] for one in found.values())
+
+
+def test_a_failure_stops_the_others(stage, tmp_path):
+    stages = [stage("a", meets="b", status=3), stage("b", wait=60), stage("c", "a")]
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match=r"\[a\] ended with status 3; the same command goes on from there"):
+        run_stages(tmp_path, stages, at_once=2)
+    found = json.loads((tmp_path / "stages.json").read_text())
+    assert time.monotonic() - started < 30 and "end b" not in log(tmp_path)
+    assert not found["a"]["done"] and not found["b"]["done"] and "c" not in found
+    again = run_stages(tmp_path, [stage("a", meets="b", status=3)._replace(flags=stage("a").flags)])
+    assert again["a"]["done"] and len(again["a"]["spans"]) == 1  # of this command
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_stages(stage, tmp_path, number):
+    """A stage that saves when it is told to end is waited for."""
+    script = tmp_path / "saves.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "def save(*_):\n"
+        "    time.sleep(0.3)\n"
+        "    Path(sys.argv[2], 'saved').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "Path(sys.argv[2], 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        "from pathlib import Path; from vlarft.run.stages import run_stage; "
+        f"run_stage(Path({str(tmp_path)!r}), 's', Path({str(script)!r}), out_dir={str(tmp_path)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) != 0 and (tmp_path / "saved").exists()
+    assert json.loads((tmp_path / "stages.json").read_text())["s"]["done"] is False
+
+
+def test_time_left_by_hand():
+    a, b, c, d = (
+        Stage(name, Path("x"), {}, after) for name, after in (("a", ()), ("b", ()), ("c", ("a",)), ("d", ("b",)))
+    )
+    expected = {"a": 10.0, "b": 4.0, "c": 5.0}  # d takes no time
+    assert seconds_left([a, b, c, d], (), {}, expected, 2) == 15  # b and d beside a, then c
+    assert seconds_left([a, b, c, d], (), {}, expected, 1) == 19
+    assert seconds_left([a, b, c, d], ("b",), {"a": 7.0}, expected, 2) == 8
+    assert seconds_left([a, b, c, d], ("b", "d"), {"a": 12.0}, expected, 2) == 5  # overdue
+    assert seconds_left([], (), {}, expected, 2) == 0
+
+
+def test_wall_time_by_hand():
+    stages = {"a": {"spans": [[0, 10], [20, 25]]}, "b": {"spans": [[5, 12]]}, "older": {"seconds": 3.0}}
+    assert wall_seconds(stages) == 17 and wall_seconds({}) == 0
