@@ -77,6 +77,7 @@ class Config:
     max_speed: float = opt(0.6, "upper bound of the expert's speed")
     idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
     max_attempts: int = opt(20, "starts tried for one demonstration")
+    horizon: int | None = opt(None, "steps after which an attempt without success ends; none: the suite's limit")
     keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")
     noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
     noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts [action units]")
@@ -92,8 +93,9 @@ class Config:
 
     def __post_init__(self) -> None:
         others = self.noisy_per_task or self.policy_per_task
-        for name, least in {"demos_per_task": 0 if others else 1, "image_size": 1, "max_attempts": 1}.items():
-            if getattr(self, name) < least:
+        counts = {"demos_per_task": 0 if others else 1, "image_size": 1, "max_attempts": 1, "horizon": 1}
+        for name, least in counts.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.demos_per_task > FIRST_NOISY:
             raise ValueError(f"demos_per_task must be at most {FIRST_NOISY}, got {self.demos_per_task}")
@@ -195,7 +197,9 @@ def make_demo(job: Job) -> Made:
     """Make one demonstration (in a worker) and write it to the parts of its task, or say why there is none."""
     config = job.config
     kind = "policy" if job.index >= FIRST_ON_POLICY else "noisy" if job.index >= FIRST_NOISY else "expert"
-    env = _environment(job.suite, job.task, config.image_size, config.eye_in_hand, config.fast_rendering)
+    env = _environment(
+        job.suite, job.task, config.image_size, config.eye_in_hand, config.fast_rendering, config.horizon
+    )
     for attempt in range(config.max_attempts):
         start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
@@ -253,9 +257,13 @@ def _policy(path: str) -> VLAPolicy:
 
 
 @lru_cache(maxsize=2)
-def _environment(suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool) -> Env:
+def _environment(
+    suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool, horizon: int | None = None
+) -> Env:
     cameras = ("agentview", "eye_in_hand") if eye_in_hand else None  # the first
-    return make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
+    env = make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
+    env.horizon = min(env.horizon, horizon or env.horizon)
+    return env
 
 
 def _content(config: Config) -> dict:
@@ -292,7 +300,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
     found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
-    found = {"fast_rendering": False, "policy_noise": 0.1, **found}  # older files have no such settings
+    found = {"fast_rendering": False, "policy_noise": 0.1, "horizon": None, **found}  # older files lack some
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")

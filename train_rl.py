@@ -85,7 +85,7 @@ class Config:
         None, "judge of the outcome: run folder or file of train_success.py; none: the simulator's true outcome"
     )
     imagination: Literal["sample", "greedy"] = opt("greedy", "frame tokens of the imagination: sampled or greedy")
-    horizon: int = opt(120, "actions of an imagined episode; the simulator has its own limit")
+    horizon: int = opt(220, "actions after which an episode without success ends; the simulator's limit at the latest")
     late_starts: float = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
@@ -132,7 +132,9 @@ class Config:
 
 
 PAPER = Config()
-TABLETOP = replace(PAPER, suites=("tabletop_object",), image_size=None, lr=1e-4, sigma_lr=1e-3, precision="fp32")
+TABLETOP = replace(
+    PAPER, suites=("tabletop_object",), image_size=None, horizon=80, lr=1e-4, sigma_lr=1e-3, precision="fp32"
+)
 PRESETS = {
     "paper": PAPER,
     "small": TABLETOP,
@@ -148,7 +150,7 @@ def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWor
     for suite in cfg.suites:
         check_cameras(suite, policy.cfg.cameras, cfg.policy)
         for task in cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))):
-            places.append(Place(suite, task_index(suite, task), size, policy.cfg.cameras, options))
+            places.append(Place(suite, task_index(suite, task), size, policy.cfg.cameras, options, cfg.horizon))
     judge = None
     if cfg.success_model is not None:
         judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
@@ -174,22 +176,21 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     check_same_images(extra, f"policy {cfg.policy}", headers["world_model"], f"world model {cfg.world_model}")
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
-    check_horizon(cfg, judge, episodes)
+    if cfg.horizon < judge.cfg.hold:
+        raise ValueError(f"--horizon {cfg.horizon}: a success is held for {judge.cfg.hold} frames; give more")
     held_out = headers["success_model"].get("held_out_episodes", [])
     episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
     options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
     return ImaginedWorld(model, judge, episodes, **options, late_starts=cfg.late_starts, **sampling)
 
 
-def check_horizon(cfg: Config, judge: SuccessModel, episodes: list[Episode]) -> None:
-    """Refuse a horizon within which nothing can succeed; warn of one that recorded successes exceed."""
-    if cfg.horizon < judge.cfg.hold:
-        raise ValueError(f"--horizon {cfg.horizon}: a success is held for {judge.cfg.hold} frames; give more")
+def check_horizon(cfg: Config, episodes: list[Episode]) -> None:
+    """Warn of a horizon that recorded successes exceed."""
     lengths = sorted(len(e) for e in episodes if e.success)
     if lengths and (longer := sum(length > cfg.horizon for length in lengths)):
         warnings.warn(
             f"--horizon {cfg.horizon}: {longer} of {len(lengths)} recorded successes took longer, up to {lengths[-1]} "
-            "steps; imagined episodes end before they could",
+            "steps; episodes end before they could",
             stacklevel=2,
         )
 
@@ -291,6 +292,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     episodes = []
     if cfg.mse_weight or cfg.world == "imagination":
         episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), successes_only=False)
+        check_horizon(cfg, episodes)
     demonstrations = demonstrated(cfg, policy, extra, episodes)
     if world is None:
         simulated = cfg.world == "simulator"

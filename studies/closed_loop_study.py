@@ -55,6 +55,7 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(10, "demonstrations per task")
     attempts: int = opt(32, "real episodes of the policy per task and round")
+    horizon: int = opt(80, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
     refresh_steps: int = opt(1500, "steps of a refresh of the world model")
     rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
@@ -101,7 +102,7 @@ class Runs:
 
     @property
     def demos(self) -> Path:
-        words = ["--demos-per-task", self.cfg.demos_per_task]
+        words = ["--demos-per-task", self.cfg.demos_per_task, "--horizon", self.cfg.horizon]
         return self.stage(self.shared / "demos", "collect_demos.py", *self.where, *words)
 
     @property
@@ -120,6 +121,7 @@ class Runs:
         """Real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
         words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--policy", policy]
         words += ["--policy-per-task", rounds * self.cfg.attempts, "--seed", 500_000 + 1000 * self.seed]
+        words += ["--horizon", self.cfg.horizon]
         place = self.own / f"attempts_{rounds}"
         if rounds == 1:
             return run_once(place, "collect_demos.py", *words)
@@ -138,7 +140,7 @@ class Runs:
         return attempts, self.models(1, self.world_model, attempts)
 
     def rl(self, name: str, *words: object) -> Path:
-        more = ["--seed", self.seed, "--gate-threshold", "none"]
+        more = ["--seed", self.seed, "--gate-threshold", "none", "--horizon", self.cfg.horizon]
         return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
 
     def imagination(self) -> Path:

@@ -20,13 +20,14 @@ from vlarft.success import Referee, SuccessModel
 
 
 class Place(NamedTuple):
-    """One task, and how its observations are rendered."""
+    """One task, how its observations are rendered, and the most actions of an episode, if fewer than the suite has."""
 
     suite: str
     task: int
     image_size: int
     cameras: tuple[str, ...]
     options: tuple[tuple[str, object], ...] = ()
+    horizon: int | None = None
 
 
 class Played(NamedTuple):
@@ -43,7 +44,9 @@ class Played(NamedTuple):
 @functools.lru_cache(maxsize=10)  # the tasks of a suite
 def environment(place: Place) -> Env:
     """Make a task's environment, once in each process."""
-    return make_env(place.suite, place.task, place.image_size, cameras=place.cameras, **dict(place.options))
+    env = make_env(place.suite, place.task, place.image_size, cameras=place.cameras, **dict(place.options))
+    env.horizon = min(env.horizon, place.horizon or env.horizon)
+    return env
 
 
 def first(place: Place, seed: int) -> Played:
