@@ -16,7 +16,7 @@ from vlarft.flow import chain_log_prob
 from vlarft.grpo import advantages
 from vlarft.policy import VLAPolicy
 from vlarft.run.random import generator
-from vlarft.sim.simulated_world import Place, SimulatedWorld
+from vlarft.sim.simulated_world import Place, SimulatedWorld, environment
 from vlarft.sim.suites import make_env
 
 SMOKE = train_rl.PRESETS["smoke"]
@@ -239,6 +239,11 @@ def test_the_horizon_ends_a_simulated_episode():
     assert not world.step([1], still).done.any()
     answer = world.step([1], still)
     assert answer.done.tolist() == [True] and answer.success.tolist() == [False] and answer.steps.tolist() == [1]
+    world = SimulatedWorld([PLACES[0]._replace(horizon=5)], 1, 0)
+    world.begin(1, 0)
+    answer = world.step([0], still[:, :8])
+    assert answer.done.tolist() == [True] and answer.steps.tolist() == [5]
+    assert environment(PLACES[0]._replace(horizon=999)).horizon == 180  # the suite's limit at the latest
 
 
 def test_workers_change_nothing():

@@ -183,10 +183,11 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
 def test_attempts_of_a_policy_alone_lie_beside_demonstrations(tmp_path, policy_file):
     settings = config(tmp_path / "demos", tasks=("0",), demos_per_task=1, image_size=64)
     main(settings)
-    options = {"policy": str(policy_file), "policy_per_task": 1}
+    options = {"policy": str(policy_file), "policy_per_task": 1, "horizon": 21}
     alone = dataclasses.replace(settings, out_dir=str(tmp_path / "own"), demos_per_task=0, **options)
     (path,) = main(alone)
     both = load_episodes([tmp_path / "demos", tmp_path / "own"], successes_only=False)
+    assert len(both[1]) == 21 and not both[1].success
     assert [(e.kind, e.name.split("/")[-1]) for e in both] == [("expert", "demo_0"), ("policy", "demo_20000")]
     main(dataclasses.replace(alone, policy_per_task=2))  # of this policy or of another
     with h5py.File(path) as file:
@@ -224,6 +225,7 @@ def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
         (["--suites", "tabletop_goal", "--tasks", "fly"], "unknown task 'fly' of tabletop_goal; give 0..9 or one of"),
         (["--preset", "huge"], "huge"),
         (["--demos-per-task", "0"], "demos_per_task must be at least 1, got 0"),
+        (["--horizon", "0"], "horizon must be at least 1, got 0"),
         (["--min-speed", "0.9"], "need 0 < min_speed <= max_speed <= 1"),
         (["--seed", "-1"], "seed must be 0"),
         (["--colour", "red"], "--colour"),
