@@ -192,7 +192,7 @@ def test_attempts_of_a_policy_alone_lie_beside_demonstrations(tmp_path, policy_f
     main(dataclasses.replace(alone, policy_per_task=2))  # of this policy or of another
     with h5py.File(path) as file:
         assert set(file["data"]) == {"demo_20000", "demo_20001"}
-    main(dataclasses.replace(alone, demos_per_task=1, out_dir=str(tmp_path / "with_expert"), policy_per_task=1))
+    main(dataclasses.replace(alone, demos_per_task=1, horizon=None, out_dir=str(tmp_path / "with_expert")))
     with pytest.raises(ValueError, match=r"demos and \S+/with_expert both have .*/demo_0' .*--demos-per-task 0"):
         load_episodes([tmp_path / "demos", tmp_path / "with_expert"], successes_only=False)
 
