@@ -6,7 +6,7 @@
 
 Reads the world model and the held-out episodes of the demonstrations that it names. Writes out_dir/results.json,
 rollouts.png (rows: true, imagined; columns: time), rollouts.gif; of four whole episodes, episodes.png (columns: ends of
-chunks) and episodes.gif (left true, right imagined).
+chunks) and episodes.gif (left recorded, right imagined).
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
 repeats the start frame, over all pixels and over those that move.
@@ -15,7 +15,8 @@ Whole episodes (not in the paper): the recorded actions of an episode are replay
 the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
 absolute error on pixels that never move, which shows drift; and all of them in each episode's last chunk, which may be
 shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying. With `--success-model`:
-how many imagined and true episodes that model gives their recorded outcome.
+how many imagined and true episodes that model gives their recorded outcome; the films then show the first true and
+false success and failure by its verdict on imagined frames.
 
 Sensitivity to actions (not in the paper): each start's recorded action chunk is perturbed (noise, gripper flips), all
 chunks are imagined, and the rewards R3 (imagined against imagined frames) and R2 (imagined against recorded frames) are
@@ -230,13 +231,17 @@ def evaluate_episodes(
     methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
     methods["difference"] = lambda both: both[..., 0] - both[..., 1]
     outcomes = {}
+    recorded = [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes]
     for name, highest in zip(("imagined", "true"), verdicts.T) if judge is not None else ():
-        found = compare_outcomes((highest >= judge.cfg.threshold).tolist(), true)
+        judged = (highest >= judge.cfg.threshold).tolist()
+        for row, verdict in zip(recorded, judged, strict=True):
+            row[f"success_by_{name}"] = verdict
+        found = compare_outcomes(judged, true)
         brier = (highest - torch.tensor(true).float()).square().mean().item()
         outcomes[name] = {**found._asdict(), **rate_of(found), "balanced": found.balanced, "brier": brier}
     return {
         "outcomes": outcomes,
-        "recorded": [{"name": e.name, "kind": e.kind, "success": e.success, "frames": len(e)} for e in episodes],
+        "recorded": recorded,
         "chunks": {"episodes": (totals[:, 0, :, 0] > 0).sum(dim=0).tolist()}
         | {
             method: {name: of(values.T).tolist() for name, values in per_chunk.items()}
@@ -323,21 +328,38 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
 
 
-def draw_episodes(model: WorldModel, episodes: list[Episode], out_dir: Path, autocast) -> None:
-    """Greedy imaginations of up to four whole episodes as a picture and as an animation."""
-    films = list(imagined_episodes(model, spread_episodes(episodes, 4), autocast=autocast, greedy=True))
+def to_film(episodes: list[Episode], recorded: list[dict]) -> dict[str, str]:
+    """Choose up to four whole episodes, name -> title: spread over kinds and tasks or, where they were judged, the
+    first of each verdict on the imagined frames.
+    """
+    if "success_by_imagined" not in recorded[0]:
+        return {e.name: "imagined" for e in spread_episodes(episodes, 4)}
+    first = {}
+    for row in recorded:
+        right, outcome = (
+            row["success_by_imagined"] == row["success"],
+            "success" if row["success_by_imagined"] else "failure",
+        )
+        first.setdefault(f"{'true' if right else 'false'} {outcome}", row["name"])
+    return {name: title for title, name in first.items()}
+
+
+def draw_episodes(model: WorldModel, episodes: list[Episode], titles: dict[str, str], out_dir: Path, autocast) -> None:
+    """Greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
+    chosen = [e for e in episodes if e.name in titles]
+    films = list(imagined_episodes(model, chosen, autocast=autocast, greedy=True))
     rows = []
     for _, true, imagined in films:
         borders = [*range(0, len(true) - 1, model.cfg.chunk), len(true) - 1]
         rows += [true[borders], imagined[borders]]
-    save_png(out_dir / "episodes.png", grid(rows, ["true", "imagined"] * len(films), min_side=64))
+    labels = [label for film in films for label in ("recorded", titles[film.episode.name])]
+    save_png(out_dir / "episodes.png", grid(rows, labels, min_side=64))
     longest = max(len(film.true) for film in films)
     pictures = []
     # about 90 pictures at most; an episode that has ended shows its last frame
     for t in (*range(0, longest - 1, -(-longest // 90)), longest - 1):
         pairs = [[frames[min(t, len(frames) - 1)] for frames in (film.true, film.imagined)] for film in films]
-        two_a_row = [[image for pair in pairs[i : i + 2] for image in pair] for i in range(0, len(pairs), 2)]
-        pictures.append(grid(two_a_row, min_side=64))
+        pictures.append(grid(pairs, labels[1::2], min_side=64))
     save_gif(out_dir / "episodes.gif", pictures, frames_per_second=10, hold_last=1, colors=128)
 
 
@@ -412,7 +434,8 @@ def main(cfg: Config) -> dict:
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
         if cfg.episodes:
-            draw_episodes(model, whole, out_dir, autocast)
+            titles = to_film(whole, results["episodes"]["recorded"])
+            draw_episodes(model, whole, titles, out_dir, autocast)
         print(report(results))
     distributed.cleanup()
     return results

@@ -201,7 +201,7 @@ def test_main_writes_films_and_a_table(checkpoint, tmp_path, capsys):
     results = main(replace(CFG, **given))
     assert results["episodes"]["chunks"]["episodes"] == [2, 2] and "last chunk of each" in capsys.readouterr().out
     film, picture = Image.open(tmp_path / "episodes.gif"), Image.open(tmp_path / "episodes.png")
-    assert film.n_frames == 14 and film.size == (4 * 66 - 2, 64)  # two episodes side by side
+    assert film.n_frames == 14 and film.size[1] == 2 * 66 - 2  # two episodes
     assert picture.size[1] == 4 * 66 - 2 and np.asarray(picture)[:, -160:].std() > 5  # frames 0, 8 and 13
 
 
@@ -226,6 +226,18 @@ def test_episodes_can_be_left_out(checkpoint, tmp_path, capsys):
 def test_long_films_show_every_second_frame(tmp_path):
     from PIL import Image
 
-    eval_wm.draw_episodes(Brighter(), [episode(n) for n in (3, 100, 5)], tmp_path, NO_CAST)
+    episodes = [episode(n) for n in (3, 100, 5)]
+    titles = eval_wm.to_film(episodes, [{"name": e.name} for e in episodes])
+    assert titles == dict.fromkeys([e.name for e in episodes], "imagined")
+    eval_wm.draw_episodes(Brighter(), episodes, titles, tmp_path, NO_CAST)
     film = Image.open(tmp_path / "episodes.gif")
-    assert film.n_frames == 51 and film.size == (4 * 66 - 2, 2 * 66 - 2)  # and the last
+    assert film.n_frames == 51 and film.size[1] == 3 * 66 - 2  # and the last
+
+
+def test_films_of_judged_episodes_show_each_verdict_once():
+    verdicts = [(True, True), (False, True), (False, True), (False, False), (True, True)]  # recorded, imagined
+    rows = [
+        {"name": str(i), "success": recorded, "success_by_imagined": imagined}
+        for i, (recorded, imagined) in enumerate(verdicts)
+    ]
+    assert eval_wm.to_film([], rows) == {"0": "true success", "1": "false success", "3": "true failure"}
