@@ -55,11 +55,11 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(10, "demonstrations per task")
     attempts: int = opt(32, "real episodes of the policy per task and round")
-    horizon: int = opt(80, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
+    horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
     refresh_steps: int = opt(1500, "steps of a refresh of the world model")
-    rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
-    simulator_steps: int = opt(120, "steps of reinforcement learning in the simulator")
+    rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
+    simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
 
 

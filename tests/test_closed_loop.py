@@ -69,8 +69,9 @@ def policy(policy_file):
     return policy
 
 
-def attempts_of(policy, world, group=2):
-    return play(policy, world, group, (0, 0), functools.partial(generator, "cpu", "episode chains", 0, 0))
+def attempts_of(policy, world, group=2, **options):
+    stream = functools.partial(generator, "cpu", "episode chains", 0, 0)
+    return play(policy, world, group, (0, 0), stream, **options)
 
 
 @pytest.fixture
@@ -99,6 +100,15 @@ def test_noise_does_not_depend_on_the_others(policy):
     assert not torch.allclose(some.x[0], some.x[1], atol=0.1)  # of one start
     x_0 = some.x[some.episode == 1][:, 0]
     assert not torch.allclose(x_0[0], x_0[1], atol=0.1)  # of two chunks
+
+
+def test_from_zero_only_the_steps_are_noisy(policy, config):
+    attempts = attempts_of(policy, Toy(by_number), from_zero=True)
+    assert not attempts.x[:, 0].any() and attempts.x[:, 1].std() > 0.01
+    assert not torch.allclose(attempts.x[0, -1], attempts.x[1, -1], atol=0.05)  # of one start
+    train_rl.make_trainable(dataclasses.replace(config, sigma_max=policy.cfg.flow.sigma_max), policy)
+    weight = action_weights(attempts, advantages(attempts.success.float()))
+    assert train_rl.backward(config, policy, attempts, weight)["ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 def test_weights_by_hand():

@@ -147,8 +147,18 @@ def test_judging_in_parts_is_judging_at_once():
     torch.testing.assert_close(torch.stack([whole.success[1, 2], whole.progress[1, 2]]), one[0])
 
 
+def test_shifts_are_whole_pixels_and_the_same_for_both_images():
+    rows, columns = torch.arange(20.0)[:, None].expand(20, 30), torch.arange(30.0).expand(20, 30)
+    images = torch.stack([rows, columns]).expand(40, 2, 2, 20, 30)
+    found = train_success.shifted(images, torch.Generator().manual_seed(0))
+    assert torch.equal(found[:, 0], found[:, 1])
+    down, right = (found[:, 0, i, 10, 15] - (10, 15)[i] for i in (0, 1))
+    assert set(down.tolist()) == {-2, -1, 0, 1, 2} and set(right.tolist()) == {-3, -2, -1, 0, 1, 2, 3}
+    assert (found[:, 0, 0, 0] == down.clamp_min(0)[:, None]).all()  # the border is repeated
+
+
 def test_it_learns_what_the_instruction_asks_for():
-    cfg = dataclasses.replace(SMOKE, batch_size=32, margin=4, world_model=None)
+    cfg = dataclasses.replace(SMOKE, batch_size=32, positive=4, margin=4, world_model=None)
     episodes = [lamps(i, bool(i // 2 % 2)) for i in range(16)]
     cast = torch.autocast("cpu", enabled=False)
     table = train_success.frame_table(cfg, train_success.versions(cfg, episodes, None, cast))
@@ -156,7 +166,7 @@ def test_it_learns_what_the_instruction_asks_for():
     torch.manual_seed(0)
     model = SuccessModel(PRESETS["smoke"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(120):
+    for step in range(180):
         optimizer.zero_grad()
         model.loss(*table.batch(cfg.batch_size, 0, step, torch.device("cpu")))[0].backward()
         optimizer.step()
@@ -167,7 +177,7 @@ def test_it_learns_what_the_instruction_asks_for():
 
 
 def test_versions_are_of_the_same_frames(places, world_model):
-    cfg = dataclasses.replace(SMOKE, margin=4)
+    cfg = dataclasses.replace(SMOKE, positive=4, margin=4)
     model, cast = WorldModel.load(world_model), torch.autocast("cpu", enabled=False)
     episodes = load_episodes(places, successes_only=False)[:2]
     found = list(train_success.versions(cfg, episodes, model, cast))

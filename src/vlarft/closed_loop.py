@@ -85,6 +85,7 @@ def play(
     numbers: Sequence[int],
     stream: Callable[[int], torch.Generator],
     *,
+    from_zero: bool = False,
     bf16: bool = False,
 ) -> Attempts:
     """Play a group of episodes from each start with the stochastic policy, all of them side by side.
@@ -96,6 +97,7 @@ def play(
         numbers: what the starts depend on, for `World.begin`.
         stream: chunk number -> generator of all episodes' noise, so that an episode's noise does not depend on which
             others have ended.
+        from_zero: begin every chunk at x_0 = 0; the noise of the flow's steps is sampled all the same.
         bf16: encode the observations in bfloat16.
     """
     flow, device = policy.cfg.flow, policy.device
@@ -110,8 +112,9 @@ def play(
         # 1 + K: x_0 and the noise of the K steps
         shape = count, 1 + flow.num_steps, flow.chunk, flow.action_dim
         noise = torch.randn(shape, generator=stream(len(rows)), device=device)[active]
+        start = torch.zeros_like(noise[:, 0]) if from_zero else noise[:, 0]
         cond = policy.condition(context, inputs.proprio)
-        chain = sample_chain(policy.head, policy.sigma_net, cond, noise=noise[:, 0], step_noise=noise[:, 1:])
+        chain = sample_chain(policy.head, policy.sigma_net, cond, noise=start, step_noise=noise[:, 1:])
         answer = world.step(active, policy.normalizer.decode_actions(chain.x[:, -1]))  # x_K in raw units
         played = torch.arange(flow.chunk) < answer.steps[:, None]  # (B, T)
         episode = torch.tensor(active)
