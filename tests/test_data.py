@@ -242,6 +242,16 @@ def test_batches_depend_on_their_seed_alone():
     assert torch.equal(torch.cat(halves), one.index)
 
 
+def test_failures_are_half_of_the_windows_at_most():
+    won, lost = episode("won", 20), replace(episode("lost", 200), success=False)
+    for episodes, share in (([won, lost], 0.5), ([won, replace(lost, success=True)], 0.94), ([lost], 1.0)):
+        index = WindowSampler(episodes, num_frames=9).batch(2000, 0).index
+        assert (index[:, 0] == len(episodes) - 1).float().mean().item() == pytest.approx(share, abs=0.03)
+        assert len(set(index[index[:, 0] == len(episodes) - 1, 1].tolist())) > 180  # of 192
+    few = WindowSampler([replace(won, success=False), replace(lost, success=True)], num_frames=9)
+    assert (few.batch(2000, 0).index[:, 0] == 0).float().mean().item() == pytest.approx(12 / 204, abs=0.03)
+
+
 def test_context_frame_comes_from_before_the_segment():
     sampler = WindowSampler([episode("a", 60)], num_frames=9, context_lookback=15)
     batch = sampler.batch(200, 1)

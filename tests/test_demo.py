@@ -50,13 +50,13 @@ def smoke(tmp_path_factory) -> Demo:
 def test_whole_pipeline(smoke, capfd, monkeypatch):
     out = smoke.folder / "runs" / "demo"
     summary = json.loads((out / "summary.json").read_text())
-    names = ["collect", "tokenizer", "wm", "eval_wm", "sft", "rft", "sft_extra", "eval", "eval_zero"]
-    assert list(summary["stages"]) == names
+    names = ["collect", "few", "tokenizer", "sft_few", "rl", "wm", "eval_wm", "sft", "rft", "sft_extra"]
+    assert set(summary["stages"]) == {*names, "eval", "eval_zero", "eval_few"}
     assert all(s["done"] and s["peak_bytes"] > 2**27 for s in summary["stages"].values())
     rows = summary["evaluation"]
-    assert list(rows) == ["SFT", "SFT, x_0 = 0", "+ extra SFT", "+ RFT"]
-    assert [row["all"]["episodes"] for row in rows.values()] == [2, 2, 2, 2]
-    assert ["against_first" in row for row in rows.values()] == [False, True, True, True]
+    assert list(rows) == ["SFT", "SFT, x_0 = 0", "+ extra SFT", "+ RFT", "SFT of 2 a task", "+ RL, simulator"]
+    assert [row["all"]["episodes"] for row in rows.values()] == [2] * 6
+    assert ["against_first" in row for row in rows.values()] == [False, True, True, True, False, True]
     assert summary["versions"]["torch"] == version("torch") and {"python", "mujoco"} < set(summary["versions"])
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
         with Image.open(out / name) as image:
@@ -150,11 +150,11 @@ def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "read_log", lambda folder: seconds)
     stages = {s.name: s.flags() if callable(s.flags) else s.flags for s in demo.stages(demo.Config("x", 2))}
     assert {name: flags["seed"] for name, flags in stages.items()} == {
-        name: 2000 if name == "collect" else 2 for name in stages
+        name: 2000 if name in ("collect", "few") else 2 for name in stages
     }
-    assert len(stages) == 9 and stages["eval_zero"]["noise"] == "zero" and stages["sft_extra"]["max_minutes"] == "6.00"
+    assert len(stages) == 13 and stages["eval_zero"]["noise"] == "zero" and stages["sft_extra"]["max_minutes"] == "6.00"
     split = {name for name, flags in stages.items() if flags.get("split_seed") == 2}
-    assert split == {"tokenizer", "wm", "sft", "sft_extra"}
+    assert split == {"tokenizer", "wm", "sft", "sft_extra", "sft_few"}
     # no start seed serves two seeds of the demo
     assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
 

@@ -52,7 +52,10 @@ class Batch(NamedTuple):
 
 
 class WindowSampler:
-    """Sampler of windows, uniform over all possible starts in all episodes.
+    """Sampler of windows, uniform over all possible starts in all episodes; but failures make up half of them at most.
+
+    A failed attempt often goes on for long, with frames like those before, and among them the few in which something is
+    grasped or carried would hardly be seen.
 
     A batch is a pure function of its seed, so a resumed run sees the same batches as an uninterrupted one.
 
@@ -97,6 +100,9 @@ class WindowSampler:
                 stacklevel=2,
             )
         self.starts = np.array(starts)  # (N, 2)
+        failed = np.array([not self.episodes[i].success for i, _ in starts])
+        mostly = len(starts) / 2 < failed.sum() < len(starts)
+        self._halves = (np.flatnonzero(~failed), np.flatnonzero(failed)) if mostly else ()
         if num_workers is None:
             num_workers = min(4, max(1, (os.cpu_count() or 1) // 2))
         self.num_workers = num_workers if any(isinstance(e.images, Frames) for e in episodes) else 0
@@ -138,6 +144,9 @@ class WindowSampler:
         """Sample starts (B, 2) and lookbacks (B,) in [0, 1) of a share of a batch."""
         rng = numpy_generator("windows", *seed)
         picks, lookback = rng.integers(len(self.starts), size=batch_size), rng.random(batch_size)
+        if self._halves:
+            successes, failures = (half[rng.integers(len(half), size=batch_size)] for half in self._halves)
+            picks = np.where(rng.random(batch_size) < 0.5, successes, failures)
         share = batch_size // part[1]
         rows = slice(part[0] * share, (part[0] + 1) * share)
         return self.starts[picks[rows]], lookback[rows]
