@@ -57,7 +57,9 @@ class Config:
     attempts: int = opt(32, "real episodes of the policy per task and round")
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
-    refresh_steps: int = opt(1500, "steps of a refresh of the world model")
+    tokenizer_steps: int = opt(5000, "steps of the tokenizer")
+    model_steps: int = opt(8000, "steps of the world model of demonstrations")
+    refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
@@ -68,7 +70,8 @@ PRESETS = {
     "paper": Config(),
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), perturb=("none",), episodes=2, stage_preset="smoke",
-        demos_per_task=6, attempts=8, sft_steps=4, refresh_steps=2, rl_steps=1, simulator_steps=1, candidates=2,
+        demos_per_task=6, attempts=8, tokenizer_steps=2, model_steps=2, sft_steps=4, refresh_steps=2, rl_steps=1,
+        simulator_steps=1, candidates=2,
     ),
 }  # fmt: skip
 
@@ -107,8 +110,10 @@ class Runs:
 
     @property
     def world_model(self) -> Path:
-        tokenizer = self.stage(self.shared / "tokenizer", "train_tokenizer.py", "--demos", self.demos)
-        return self.stage(self.shared / "wm", "train_wm.py", "--demos", self.demos, "--tokenizer", tokenizer)
+        words = ["--demos", self.demos, "--steps", self.cfg.tokenizer_steps]
+        tokenizer = self.stage(self.shared / "tokenizer", "train_tokenizer.py", *words)
+        words = ["--demos", self.demos, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
+        return self.stage(self.shared / "wm", "train_wm.py", *words)
 
     def sft(self, name: str, *words: object) -> Path:
         return self.stage(self.own / name, "train_sft.py", "--demos", self.demos, *words, "--seed", self.seed)
