@@ -58,6 +58,7 @@ from vlarft.tokenizer import FrameTokenizer, Reconstruction, TokenizerConfig
 from vlarft.tokenizer_loss import (
     WEIGHTINGS,
     adversarial_balance,
+    colour_weights,
     last_layer_gradient,
     reconstruction_loss,
     reconstruction_psnr,
@@ -304,7 +305,8 @@ def main(cfg: Config) -> dict[str, float]:
     train, held_out = load_split(cfg)
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
-    median_frame = sampler.sample_frames().median(dim=0).values
+    usual, weighting = sampler.sample_frames(), WEIGHTINGS[cfg.weighting]
+    median_frame, colour_weight = usual.median(dim=0).values, colour_weights(usual, weighting.rare)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **image_convention(train, cfg.camera), "context_lookback": cfg.context_lookback}
 
@@ -316,8 +318,9 @@ def main(cfg: Config) -> dict[str, float]:
     reconstruction = partial(
         reconstruction_loss,
         perceptual=distance,
-        weighting=WEIGHTINGS[cfg.weighting],
+        weighting=weighting,
         median_frame=median_frame.to(device),
+        colour_weight=colour_weight.to(device),
     )
 
     options = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": 0.0, "fused": True}  # decay: public recipe

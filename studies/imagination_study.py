@@ -9,8 +9,9 @@ and trains for that preset's steps; `minutes` in the JSON file says whether it h
 the preset in one respect each. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds.
 Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
 perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
-(each episode's last chunk); PSNR on moving pixels of the tokenizer alone; future codes in use. Runs that are finished
-are not run again; the JSON file gathers several invocations.
+(each episode's last chunk); PSNR on moving pixels of the tokenizer alone, and its error on what is carried
+(`carried_error`); future codes in use. Runs that are finished are not run again; the JSON file gathers several
+invocations.
 """
 
 import json
@@ -55,14 +56,14 @@ class Arm(NamedTuple):
 
 WIDE = {"width": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 512}
 CHANNELS = {"block_channels": (32, 64)}
-WEAK = {"still": 0.6}
+WEAK, PLAIN = {"still": 0.6}, {"rare": 1.0}
 BEFORE = Arm(
     both={"context_lookback": 0},
     tokenizer={"batch_size": 8, "steps": 1100},
     model={"steps": 1500},
     network={**CHANNELS, "compose": False},
     transformer=WIDE,
-    weighting=WEAK,
+    weighting={**WEAK, **PLAIN},
 )
 ARMS = {
     "before": BEFORE,
@@ -72,6 +73,7 @@ ARMS = {
     "composition without a loss of its own for what it hides": Arm(generated_loss=False),
     "tokenizer: channels and batch as before": Arm(network=CHANNELS, tokenizer={"batch_size": 8}),
     "codes of still patches: pulled to 0 as weakly as before": Arm(weighting=WEAK),
+    "pixels of rare colours: no heavier": Arm(weighting=PLAIN),
     "transformer: width as before": Arm(transformer=WIDE),
 }
 
@@ -154,6 +156,7 @@ def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
         "steps": [log["step"] + 1 for log in logs.values()],
         "minutes": [log["minutes"] for log in logs.values()],
         "codes": codes_in_use(folder / "tokenizer" / "model.safetensors", demos),
+        "carried_error": carried_error(folder / "tokenizer" / "model.safetensors", demos),
         "tokenizer_psnr_moving": read_header(folder / "tokenizer").extra["metrics"]["val_psnr_moving"],
         "psnr_moving": [chunk[how]["psnr_moving"][-1] for how in ("imagined", "copy")],
         "ssim": [chunk[how]["ssim"][-1] for how in ("imagined", "copy")],
@@ -176,6 +179,27 @@ def codes_in_use(tokenizer: Path, demos: Path) -> int:
     held_out = load_episodes(demos, successes_only=False, names=extra["held_out_episodes"])
     batch = WindowSampler(held_out, 9, 8, None).spread(64)
     return model.encode_future(batch.frames, model.encode_context(batch.context_frame)).unique().numel()
+
+
+@torch.no_grad()
+def carried_error(tokenizer: Path, demos: Path) -> list[float]:
+    """How well a tokenizer shows what is carried: mean absolute error of vivid pixels that differ from the episode's
+    first frame, over held-out successes, decoded with that frame as context; and of the first frame itself.
+    """
+    model, extra = FrameTokenizer.load(tokenizer), read_header(tokenizer).extra
+    totals, count = torch.zeros(2, dtype=torch.float64), 0
+    held_out = load_episodes(demos, successes_only=False, names=extra["held_out_episodes"])
+    for episode in (e for e in held_out if e.success):
+        frames = torch.from_numpy(episode.images[:]).movedim(-1, 1).float() / 255  # (L, C, H, W)
+        context = model.encode_context(frames[:1])
+        decoded = model.decode(model.encode_future(frames[None], context)[:, None], context)[0, 0]
+        largest, smallest = frames.amax(1), frames.amin(1)
+        vivid = (largest > 0.6) & (largest - smallest > 0.3)  # a block is, the hand, the table and the bin are not
+        moved = vivid & ((frames - frames[:1]).abs().amax(1) > 0.04)
+        errors = [(shown - frames).abs().mean(1)[moved] for shown in (decoded, frames[:1])]
+        totals += torch.tensor([error.sum() for error in errors])
+        count += len(errors[0])
+    return (totals / count).tolist()
 
 
 def main(cfg: Config) -> dict:

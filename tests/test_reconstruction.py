@@ -10,6 +10,7 @@ from vlarft.tokenizer import PRESETS, FrameTokenizer, Reconstruction
 from vlarft.tokenizer_loss import (
     Weighting,
     adversarial_balance,
+    colour_weights,
     last_layer_gradient,
     reconstruction_loss,
 )
@@ -47,6 +48,21 @@ def test_reconstruction_loss_by_hand():
     assert_close(parts["still_code"], torch.tensor(0.25 * 3 / 4))
     constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1) / 2)
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
+
+
+def test_rare_colours_weigh_more_where_they_are_and_where_they_were():
+    data = torch.zeros(1, 3, 10, 10)
+    data[0, 0, 0, 0] = 1.0  # one red pixel of 100
+    weights = colour_weights(data, largest=4.0)
+    assert weights.shape == (125,) and weights[0] == 1 and weights[124] == 4  # black; white, which never occurs
+    assert weights[4].item() == pytest.approx(2**0.5)  # red: sqrt(0.02 / 0.01)
+    context, frames = torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 3, 2, 2)
+    context[0, 0, 0, 0] = frames[0, 0, 0, 1, 1] = 1.0  # a red pixel goes from one corner to the other
+    unused = torch.zeros(1)
+    out = Reconstruction(context + 0.1, frames + 0.1, unused, unused, unused, unused)
+    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(rare=4.0), colour_weight=weights)
+    assert_close(parts["future_error"], torch.tensor(0.1 * (2 * 2**0.5 + 2) / 4))
+    assert_close(parts["context_error"], torch.tensor(0.1 * (2**0.5 + 3) / 4))
 
 
 def test_generated_frame_is_learnt_where_the_mask_hides_it():

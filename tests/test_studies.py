@@ -211,6 +211,8 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert found["steps"][0] > 1 and found["codes"] >= 1 and len(found["psnr_moving"]) == 2
     assert -1 <= found["r3_policy"]["gate_policy_true"] <= 1 and found["last_chunk"]["copy"]["still_error"] >= 0
     assert sizes == imagination_study.train_wm.SIZES  # an arm's sizes are gone after it
+    decoded, copied = report["runs"]["tabletop_object/now/0"]["carried_error"]
+    assert 0 < decoded < 1 and 0.15 < copied < 0.5  # a block's colour against what was there before
     report = imagination_study.main(dataclasses.replace(cfg, arms=("no composition",)))
     assert list(report["runs"]) == ["tabletop_object/now/0", "tabletop_object/no composition/0"]
     one, other = report["runs"].values()

@@ -15,6 +15,8 @@ from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.tokenizer import Reconstruction
 
 THRESHOLD = 0.04  # pixels differ when a channel differs by more than this
+COLOUR_LEVELS = 5  # of each channel, by which colours are told apart
+USUAL_SHARE = 0.02  # a colour that this share of the data's pixels has, or more, is not rare
 MARGIN = 2  # pixels around moving ones that the generated frame, too, has to show
 
 
@@ -26,6 +28,8 @@ class Weighting:
         square: weight of the squared error, added to L1.
         moving: weight of future pixels that differ from the context frame; the others have 1.
         unusual: weight of pixels, of context and future frames, that differ from the median frame of the data.
+        rare: largest factor on pixels whose colour is rare in the data, see `colour_weights`. A block in the hand is a
+            few pixels beside the hand's hundreds.
         pyramid: number of scales of the error, each half the one before; 1 = full resolution only.
         still: weight of the squared codes of patches without a moving pixel. It makes the code 0 mean "as in the
             context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
@@ -34,6 +38,7 @@ class Weighting:
     square: float = 0.0
     moving: float = 1.0
     unusual: float = 1.0
+    rare: float = 1.0
     pyramid: int = 1
     still: float = 0.0
 
@@ -42,8 +47,30 @@ class Weighting:
 # training learn the table and never the blocks. Squared errors, coarse scales and pixel weights make them count.
 WEIGHTINGS = {
     "uniform": Weighting(),
-    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, pyramid=3, still=2.0),
+    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, rare=4.0, pyramid=3, still=2.0),
 }
+
+
+def colour_weights(frames: Tensor, largest: float) -> Tensor:
+    """Compute a weight for each colour, sqrt(`USUAL_SHARE` / its share of the pixels), from 1 to `largest`.
+
+    Args:
+        frames: (B, C, H, W) in [0, 1], of the data.
+        largest: weight of colours that never occur.
+
+    Returns:
+        (`COLOUR_LEVELS` ** C,), by the index that `_colours` gives.
+    """
+    colours = _colours(frames)
+    counts = torch.bincount(colours.flatten(), minlength=COLOUR_LEVELS ** frames.shape[1])
+    return (USUAL_SHARE * colours.numel() / counts).sqrt().clamp(1, largest)  # no pixel: infinite, clamped
+
+
+def _colours(frames: Tensor) -> Tensor:
+    """Return an index of the colour of each pixel: (..., C, H, W) in [0, 1] -> (..., H, W) int64."""
+    levels = (frames * COLOUR_LEVELS).long().clamp(0, COLOUR_LEVELS - 1)
+    place = COLOUR_LEVELS ** torch.arange(frames.shape[-3], device=frames.device)
+    return (levels * place[:, None, None]).sum(dim=-3)
 
 
 def reconstruction_loss(
@@ -54,6 +81,7 @@ def reconstruction_loss(
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     weighting: Weighting = WEIGHTINGS["uniform"],
     median_frame: Tensor | None = None,
+    colour_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute L1 + perceptual distance on the context frame and on the future frames, each a mean over its pixels.
 
@@ -70,6 +98,8 @@ def reconstruction_loss(
         perceptual: distance from `metrics.perceptual`, added with weight 1 (public recipe), or None.
         weighting: weights of terms and pixels.
         median_frame: (C, H, W), the median of the data; needed where `weighting.unusual` is not 1.
+        colour_weight: `colour_weights` of the data; needed where `weighting.rare` is not 1. A pixel that moves has the
+            larger weight of its own colour and that of the context frame, so that what is gone counts as well.
 
     Returns:
         The scalar loss, and its parts.
@@ -81,6 +111,10 @@ def reconstruction_loss(
         weight = 1 + (weighting.unusual - 1) * _differs(frames, median_frame)  # (S, L, 1, H, W)
     moving = _differs(frames, context_frame[:, None])  # (S, L, 1, H, W)
     weight = torch.maximum(weight, 1 + (weighting.moving - 1) * moving)  # the larger one, where a pixel is both
+    if weighting.rare != 1:
+        rare, rare_before = colour_weight[_colours(frames)][:, :, None], colour_weight[_colours(context_frame)][:, None]
+        weight = weight * torch.where(moving > 0, torch.maximum(rare, rare_before[:, None]), rare)
+        context_weight = context_weight * rare_before
     context_error = _weighted_error(decoded_context, context_frame, context_weight, weighting)
     flat = (x.flatten(0, 1) for x in (decoded, frames, weight))  # (S * L, ., H, W)
     future_error = _weighted_error(*flat, weighting)
