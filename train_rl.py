@@ -69,6 +69,7 @@ from vlarft.success import SuccessModel, check_judge, check_same_proprio
 from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
+WARMUP = 3  # steps of linear warmup
 MSE_CHUNKS, MSE_DRAWS = 32, 4  # demonstrated chunks per update in the flow-matching term, pairs (tau, eps) for each
 
 
@@ -103,7 +104,6 @@ class Config:
     max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
     lr: float = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
     sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
-    warmup: int = opt(3, "steps of linear warmup")
     clip_norm: float = opt(1.0, "largest gradient norm")
     epochs: int = opt(1, "updates per batch of episodes; the clip acts from the second on")
     clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
@@ -142,7 +142,7 @@ PRESETS = {
     "paper": PAPER,
     "small": TABLETOP,
     "tiny": replace(TABLETOP, tasks=("0", "1", "2", "3")),
-    "smoke": replace(TABLETOP, tasks=("0",), starts=1, group=2, steps=2, warmup=1, save_interval=1, workers=0),
+    "smoke": replace(TABLETOP, tasks=("0",), starts=1, group=2, steps=2, save_interval=1, workers=0),
 }  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
 
         # update flow head and sigma net, Eq. (13)
         for group, name in zip(optimizer.param_groups, trained, strict=True):
-            group["lr"] = rates[name] * rate_factor(step, share, cfg.warmup, "constant")
+            group["lr"] = rates[name] * rate_factor(step, share, WARMUP, "constant")
         for epoch in range(cfg.epochs):
             optimizer.zero_grad(set_to_none=True)
             update = backward(cfg, policy, attempts, weight)

@@ -120,6 +120,7 @@ def test_a_signal_reaches_the_stages(stage, tmp_path, number):
         "time.sleep(60)\n"
     )
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in the background it is ignored
         "from pathlib import Path; from vlarft.run.stages import run_stage; "
         f"run_stage(Path({str(tmp_path)!r}), 's', Path({str(script)!r}), out_dir={str(tmp_path)!r})"
     )
