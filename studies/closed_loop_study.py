@@ -4,11 +4,12 @@
     python studies/closed_loop_study.py --arms "RL, simulator" "filtered cloning"
 
 The setting: 10 demonstrations a task, so that the SFT policy's mean is wrong, and x_0 = 0, which removes what the noise
-of x_0 adds, gains nothing. For each suite: demonstrations, tokenizer and world model, once. For each seed: the SFT
-policy; `attempts` real episodes of it a task, with their outcomes; a world model refreshed on them, and a success
-model. Then the arms, all from the SFT policy:
+of x_0 adds, gains nothing. For each suite: demonstrations, once. For each seed: the SFT policy; `attempts` real
+episodes of it a task, with their outcomes; a tokenizer and a world model of both, from nothing (a tokenizer of
+demonstrations alone does not show what a hand carries elsewhere), and a success model. Then the arms, all from the SFT
+policy:
 
-- "RL, imagination": train_rl.py in the refreshed world model, judged by the success model. "two rounds" records as many
+- "RL, imagination": train_rl.py in that world model, judged by the success model. "two rounds" records as many
   episodes again with that policy, refreshes both models and goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
@@ -58,7 +59,7 @@ class Config:
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
     tokenizer_steps: int = opt(5000, "steps of the tokenizer")
-    model_steps: int = opt(8000, "steps of the world model of demonstrations")
+    model_steps: int = opt(8000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
@@ -108,13 +109,6 @@ class Runs:
         words = ["--demos-per-task", self.cfg.demos_per_task, "--horizon", self.cfg.horizon]
         return self.stage(self.shared / "demos", "collect_demos.py", *self.where, *words)
 
-    @property
-    def world_model(self) -> Path:
-        words = ["--demos", self.demos, "--steps", self.cfg.tokenizer_steps]
-        tokenizer = self.stage(self.shared / "tokenizer", "train_tokenizer.py", *words)
-        words = ["--demos", self.demos, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
-        return self.stage(self.shared / "wm", "train_wm.py", *words)
-
     def sft(self, name: str, *words: object) -> Path:
         return self.stage(self.own / name, "train_sft.py", "--demos", self.demos, *words, "--seed", self.seed)
 
@@ -132,17 +126,24 @@ class Runs:
             return run_once(place, "collect_demos.py", *words)
         return with_attempts(self.own / f"attempts_{rounds - 1}", place, *words)
 
-    def models(self, rounds: int, before: Path, attempts: Path) -> Models:
-        """A world model refreshed on the attempts of all rounds, and its success model."""
-        demos = ["--demos", self.demos, attempts]
-        refresh = ["--steps", self.cfg.refresh_steps, "--lr", 5e-4, "--validation-fraction", 0.25]
-        model = self.stage(self.own / f"wm_{rounds}", "train_wm.py", *demos, "--init", before, *refresh)
-        judge = self.stage(self.own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
+    def models(self, rounds: int, attempts: Path) -> Models:
+        """A world model and its success model of demonstrations and attempts, refreshed in rounds after the first."""
+        demos, own = ["--demos", self.demos, attempts], self.own
+        if rounds == 1:
+            held_out = ["--validation-fraction", 0.2]
+            words = [*demos, *held_out, "--steps", self.cfg.tokenizer_steps]
+            tokenizer = self.stage(own / "tokenizer", "train_tokenizer.py", *words)
+            words = [*demos, *held_out, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
+        else:
+            words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
+            words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]
+        model = self.stage(own / f"wm_{rounds}", "train_wm.py", *words)
+        judge = self.stage(own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
         return Models(model, judge)
 
     def first_round(self) -> tuple[Path, Models]:
         attempts = self.attempts(self.policy)
-        return attempts, self.models(1, self.world_model, attempts)
+        return attempts, self.models(1, attempts)
 
     def rl(self, name: str, *words: object) -> Path:
         more = ["--seed", self.seed, "--gate-threshold", "none", "--horizon", self.cfg.horizon]
@@ -154,9 +155,9 @@ class Runs:
         return self.rl("RL, imagination", *words)
 
     def two_rounds(self) -> Path:
-        models, policy = self.first_round()[1], self.imagination()
+        policy = self.imagination()
         again = self.attempts(policy, 2)
-        models = self.models(2, models.world_model, again)
+        models = self.models(2, again)
         words = ["--policy", policy, "--demos", self.demos, again, *models.flags, "--steps", self.cfg.rl_steps]
         return self.rl("RL, imagination, two rounds", *words)
 
@@ -176,7 +177,7 @@ class Runs:
         return self.sft("extra_SFT", "--init", self.policy, *more)
 
     def rft(self) -> Path:
-        words = ["--policy", self.policy, "--demos", self.demos, "--world-model", self.world_model]
+        words = ["--policy", self.policy, "--demos", self.demos, "--world-model", self.first_round()[1].world_model]
         return self.stage(self.own / "RFT_R3", "train_rft.py", *words, "--gate-threshold", "none", "--seed", self.seed)
 
     def planning(self, policy: Path) -> tuple[Path, list[object]]:
