@@ -139,19 +139,39 @@ def success_rows(out: Path, policy: str, few: int) -> dict[str, dict]:
     return {"SFT": rows.pop("SFT"), "SFT, x_0 = 0": zero, **rows, **second}
 
 
-def draw_before_after(evaluation_dir: Path, policies: list[str], path: Path) -> None:
-    """GIF: SFT policy (left) and RFT policy (right) from the same start, one that RFT alone wins if there is one."""
-    before, after = (read_episodes(evaluation_dir, policy) for policy in policies)
+def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names: tuple[str, str]) -> dict[str, tuple]:
+    """The first start that only the later of two policies wins, and the first that only the earlier one wins, by title;
+    without any difference the first start.
+    """
+    found = {}
+    for title, won in ((f"{names[1]} alone wins", (False, True)), (f"{names[0]} alone wins", (True, False))):
+        differing = [start for start in before if (before[start]["success"], after[start]["success"]) == won]
+        if differing:
+            found[title] = min(differing)
+    return found or {f"{names[0]} and {names[1]} alike": min(before)}
 
-    def interest(start: tuple) -> tuple:
-        won = (before[start]["success"], after[start]["success"])
-        return {(False, True): 0, (True, True): 1, (True, False): 2, (False, False): 3}[won], start
 
-    start = min(before, key=interest)
-    films = [replay_frames(*start, e[start]["actions"]) for e in (before, after)]
-    length = max(map(len, films))
-    films = [f + [f[-1]] * (length - len(f)) for f in films]
-    save_gif(path, [np.concatenate(pair, 1) for pair in zip(*films)], frames_per_second=10, hold_last=1.5)
+def draw_before_after(pairs: dict[tuple[str, str], tuple[dict, dict]], path: Path) -> None:
+    """GIF: pairs of policies (left the earlier one) from the first starts at which they differ, one row a start.
+
+    Args:
+        pairs: names of two policies -> the episodes of each, see `read_episodes`.
+        path: of the GIF.
+    """
+    rows = {
+        title: [replay_frames(*start, episodes[start]["actions"], size=128) for episodes in both]
+        for names, both in pairs.items()
+        for title, start in first_differences(*both, names).items()
+    }
+    length = max(len(film) for films in rows.values() for film in films)
+    pictures = []
+    for t in range(length):  # an episode that has ended shows its last frame
+        shown = [
+            [torch.from_numpy(film[min(t, len(film) - 1)]).movedim(-1, 0) / 255 for film in films]
+            for films in rows.values()
+        ]
+        pictures.append(grid(shown, list(rows)))
+    save_gif(path, pictures, frames_per_second=10, hold_last=1.5)
 
 
 def stages(cfg: Config) -> list[Stage]:
@@ -235,7 +255,14 @@ def main(cfg: Config) -> dict:
     rows, log = success_rows(out, sft, FEW[cfg.stage_preset]), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
-    draw_before_after(out / "eval", [sft, rows["+ RFT"]["policy"]], out / "before_after.gif")
+    pairs = {
+        names: tuple(read_episodes(out / folder, rows[name]["policy"]) for name in of)
+        for names, folder, of in (
+            (("SFT", "RFT"), "eval", ("SFT", "+ RFT")),
+            (("SFT of few", "RL"), "eval_few", list(rows)[-2:]),
+        )
+    }
+    draw_before_after(pairs, out / "before_after.gif")
     summary = {
         "config": to_dict(cfg),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine()},
@@ -288,8 +315,8 @@ def print_summary(summary: dict, out: Path) -> None:
     ranks = [f"{gate[f'gate_{family}']:.2f} ± {gate[f'gate_{family}_se']:.2f}" for family in ("policy", "dataset")]
     print(f"trust gate, rank correlation of R3 and action error: {ranks[0]} among chunks sampled from the policy,")
     print(f"{ranks[1]} around the demonstrations' actions (± standard error; --gate-threshold is 0.25 by default)")
-    print(f"\npictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif,")
-    print("one start that RFT (right) wins and SFT (left) does not, if there is one: not representative")
+    print(f"\npictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif:")
+    print("the first starts that one policy alone wins (left the earlier policy), in both directions")
     if summary["config"]["stage_preset"] == "smoke":
         print("preset smoke only shows that the stages run; its numbers mean nothing")
     else:

@@ -159,6 +159,14 @@ def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):
     assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
 
 
+def test_films_show_the_first_starts_that_differ():
+    wins = {0: (True, True), 1: (True, False), 2: (False, True), 3: (False, True)}
+    before, after = ({("s", 0, k): {"success": won[i]} for k, won in reversed(wins.items())} for i in range(2))
+    found = demo.first_differences(before, after, ("A", "B"))
+    assert found == {"B alone wins": ("s", 0, 2), "A alone wins": ("s", 0, 1)}
+    assert demo.first_differences(after, after, ("A", "B")) == {"A and B alike": ("s", 0, 0)}
+
+
 def test_what_the_demo_expects_to_take(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(demo, "ROOT", tmp_path)
