@@ -13,7 +13,7 @@ go beyond the demonstrations: an SFT policy of 10 demonstrations a task, and the
 learning in the simulator, both from x_0 = 0. And the world model's metrics beside the baseline that copies the last
 frame.
 
-Reads nothing. Writes into out_dir one folder per stage and summary.json, demonstrations.png, curves.png,
+Reads nothing. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
 before_after.gif; further pictures come from the stages. The same command resumes an interrupted demo: finished stages
 are skipped, the one that was cut short goes on.
 """
@@ -296,20 +296,31 @@ def print_world_model(results: dict) -> None:
         print(f"  {reward:<38} {found[0]:13.2f} {found[1]:12.2f}")
 
 
+def success_table(evaluation: dict[str, dict]) -> str:
+    """The rows of `success_rows` as an aligned Markdown table."""
+    cells = [["policy", "success, 95 % interval", "episodes", "against SFT on the same starts"]]
+    for name, entry in evaluation.items():
+        rate, gain = entry["all"], entry.get("against_first")
+        interval = f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+        against = ""
+        if gain:
+            against = f"{100 * gain['difference']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points"
+        cells.append([name, interval, str(rate["episodes"]), against])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    rows = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells]
+    rows.insert(1, "-|-".join("-" * width for width in widths))
+    return "".join(f"| {row} |\n" for row in rows)
+
+
 def print_summary(summary: dict, out: Path) -> None:
     """Print the tables."""
     print("\nstage            minutes   peak memory")
     for name, stage in summary["stages"].items():
         print(f"  {name:<14} {stage['seconds'] / 60:7.1f}   {stage['peak_bytes'] / 2**30:6.2f} GiB")
     print(f"  {'all':<14} {summary['minutes']:7.1f}   {summary['peak_gib']:6.2f} GiB")
-    print("\npolicy           success   95 % interval     episodes   against SFT on the same starts")
-    for name, entry in summary["evaluation"].items():
-        r = entry["all"]
-        interval = f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}] %"
-        line = f"  {name:<14} {100 * r['rate']:5.1f} %   {interval:<17} {r['episodes']:8d}"
-        if d := entry.get("against_first"):
-            line += f"   {100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}] points"
-        print(line)
+    text = success_table(summary["evaluation"])
+    (out / "summary.md").write_text(text)
+    print(f"\n{text}")
     print_world_model(summary["world_model"])
     gate = summary["trust_gate"]
     ranks = [f"{gate[f'gate_{family}']:.2f} ± {gate[f'gate_{family}_se']:.2f}" for family in ("policy", "dataset")]

@@ -61,6 +61,7 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
         with Image.open(out / name) as image:
             assert min(image.size) >= 64, name
+    assert (out / "summary.md").read_text() in smoke.printed
     assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in smoke.printed
     assert "+ RFT" in smoke.printed and "SFT, x_0 = 0" in smoke.printed and "its numbers mean nothing" in smoke.printed
 
@@ -157,6 +158,18 @@ def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):
     assert split == {"tokenizer", "wm", "sft", "sft_extra", "sft_few"}
     # no start seed serves two seeds of the demo
     assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
+
+
+def test_the_table_is_aligned():
+    rate = {"rate": 0.5, "low": 0.25, "high": 0.75, "episodes": 4}
+    gain = {"difference": 0.1, "low": -0.2, "high": 0.3}
+    text = demo.success_table({"SFT": {"all": rate}, "+ RFT": {"all": rate, "against_first": gain}})
+    assert text.splitlines() == [
+        "| policy | success, 95 % interval | episodes | against SFT on the same starts |",
+        "| -------|------------------------|----------|------------------------------- |",
+        "| SFT    | 50.0 % [25.0, 75.0]    | 4        |                                |",
+        "| + RFT  | 50.0 % [25.0, 75.0]    | 4        | +10.0 [-20.0, +30.0] points    |",
+    ]
 
 
 def test_films_show_the_first_starts_that_differ():
