@@ -257,13 +257,10 @@ def _policy(path: str) -> VLAPolicy:
 
 
 @lru_cache(maxsize=2)
-def _environment(
-    suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool, horizon: int | None = None
-) -> Env:
+def _environment(suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool, horizon: int | None) -> Env:
     cameras = ("agentview", "eye_in_hand") if eye_in_hand else None  # the first
-    env = make_env(suite, task, image_size, cameras=cameras, **({"rendering": FAST} if fast else {}))
-    env.horizon = min(env.horizon, horizon or env.horizon)
-    return env
+    options = {"rendering": FAST} if fast else {}
+    return make_env(suite, task, image_size, cameras=cameras, horizon=horizon, **options)
 
 
 def _content(config: Config) -> dict:

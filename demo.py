@@ -151,18 +151,18 @@ def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names
     return found or {f"{names[0]} and {names[1]} alike": min(before)}
 
 
-def draw_before_after(pairs: dict[tuple[str, str], tuple[dict, dict]], path: Path) -> None:
+def draw_before_after(pairs: dict[tuple[str, str], tuple[Path, dict, dict]], path: Path) -> None:
     """GIF: pairs of policies (left the earlier one) from the first starts at which they differ, one row a start.
 
     Args:
-        pairs: names of two policies -> the episodes of each, see `read_episodes`.
+        pairs: names of two policies -> folder of the evaluation that played both, and their rows of `success_rows`.
         path: of the GIF.
     """
-    rows = {
-        title: [replay_frames(*start, episodes[start]["actions"], size=128) for episodes in both]
-        for names, both in pairs.items()
-        for title, start in first_differences(*both, names).items()
-    }
+    rows = {}
+    for names, (folder, *policies) in pairs.items():
+        both = [read_episodes(folder, row["policy"]) for row in policies]
+        for title, start in first_differences(*both, names).items():
+            rows[title] = [replay_frames(*start, episodes[start]["actions"], size=128) for episodes in both]
     length = max(len(film) for films in rows.values() for film in films)
     pictures = []
     for t in range(length):  # an episode that has ended shows its last frame
@@ -255,12 +255,10 @@ def main(cfg: Config) -> dict:
     rows, log = success_rows(out, sft, FEW[cfg.stage_preset]), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
+    few = list(rows.values())[-2:]
     pairs = {
-        names: tuple(read_episodes(out / folder, rows[name]["policy"]) for name in of)
-        for names, folder, of in (
-            (("SFT", "RFT"), "eval", ("SFT", "+ RFT")),
-            (("SFT of few", "RL"), "eval_few", list(rows)[-2:]),
-        )
+        ("SFT", "RFT"): (out / "eval", rows["SFT"], rows["+ RFT"]),
+        ("SFT of few", "RL"): (out / "eval_few", *few),
     }
     draw_before_after(pairs, out / "before_after.gif")
     summary = {

@@ -336,11 +336,8 @@ def to_film(episodes: list[Episode], recorded: list[dict]) -> dict[str, str]:
         return {e.name: "imagined" for e in spread_episodes(episodes, 4)}
     first = {}
     for row in recorded:
-        right, outcome = (
-            row["success_by_imagined"] == row["success"],
-            "success" if row["success_by_imagined"] else "failure",
-        )
-        first.setdefault(f"{'true' if right else 'false'} {outcome}", row["name"])
+        right = "true" if row["success_by_imagined"] == row["success"] else "false"
+        first.setdefault(f"{right} {'success' if row['success_by_imagined'] else 'failure'}", row["name"])
     return {name: title for title, name in first.items()}
 
 

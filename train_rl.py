@@ -1,7 +1,7 @@
 """Beyond the paper: closed-loop reinforcement learning of a VLA policy from the outcome of whole episodes.
 
 Stage II of the paper (train_rft.py) compares one chunk with a demonstration, at the demonstration's own states. Here
-the policy plays until it succeeds or time is up, and the outcome is the reward. Each step takes 8 starts; plays 8
+the policy plays until it succeeds or time is up, and the outcome is the reward. Each step takes 8 or 16 starts; plays 8
 episodes from each with the SDE policy (Eqs. 5 to 7), observing anew after every chunk; compares the outcomes within a
 group (Eq. 12); and updates flow head and sigma net by GRPO (Eqs. 8, 9 and 13). The vision-language model stays frozen.
 

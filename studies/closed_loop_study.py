@@ -146,7 +146,7 @@ class Runs:
         return attempts, self.models(1, attempts)
 
     def rl(self, name: str, *words: object) -> Path:
-        more = ["--seed", self.seed, "--gate-threshold", "none", "--horizon", self.cfg.horizon]
+        more = ["--seed", self.seed, "--gate-threshold", 0, "--horizon", self.cfg.horizon]  # 0: measure, and go on
         return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
 
     def imagination(self) -> Path:
@@ -203,7 +203,9 @@ class Runs:
 
 
 def measure(cfg: Config, runs: Runs, name: str) -> dict:
-    """Outcomes of an arm's policy on all starts: kind of starts, x_0 -> a string of 0 and 1, in order of the starts."""
+    """Outcomes of an arm's policy on all starts: kind of starts, x_0 -> a string of 0 and 1, in order of the starts;
+    minutes of its training, and what the gate found before.
+    """
     policy, flags = runs.arm(name)
     starts, found = Starts(runs.suite, cfg.tasks, cfg.episodes, cfg.stage_preset), {}
     for perturb in cfg.perturb:
@@ -211,9 +213,9 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
             kind = f"{name}_{perturb}_{x0}".translate(str.maketrans(" ,:", "___"))
             outcomes = starts.play(runs.own / "eval" / kind, policy, perturb, "--noise", x0, *map(str, flags))
             found[f"{perturb}, {x0}"] = "".join(str(int(outcomes[start])) for start in sorted(outcomes))
-    log = policy / "log.jsonl"
-    minutes = read_lines(log)[-1]["minutes"] if log.is_file() else None
-    return {"commit": commit(), "outcomes": found, "minutes": minutes}
+    log = read_lines(policy / "log.jsonl")
+    gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
+    return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
 
 
 def summary(report: dict) -> str:

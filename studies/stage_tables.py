@@ -115,7 +115,8 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
         }
     }
     heads = ["suite", "arm", "seeds", "PSNR, moving pixels", "SSIM", "R3, perturbed chunks", "R3, the policy's chunks"]
-    heads += ["last chunk: SSIM", "PSNR, moving pixels", "error of still pixels", "tokenizer: PSNR", "codes"]
+    heads += ["last chunk: SSIM", "PSNR, moving pixels", "error of still pixels"]
+    heads += ["tokenizer: PSNR", "error of carried pixels", "codes"]
     rows = []
     suites = dict.fromkeys(name.split("/")[0] for name in report["runs"])
     for suite in suites:
@@ -133,6 +134,7 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
                 "last psnr": ([chunk["imagined"]["psnr_moving"] for chunk in last], 1),
                 "still": ([chunk["imagined"]["still_error"] for chunk in last], 4),
                 "tokenizer": ([run["tokenizer_psnr_moving"] for run in runs], 1),
+                "carried": ([run["carried_error"][0] for run in runs], 2),
                 "codes": ([run["codes"] for run in runs], 0),
             }
             rows.append([suite, arm, str(len(runs)), *(over_seeds(*values) for values in found.values())])
@@ -145,7 +147,8 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
             "last psnr": ([chunk["psnr_moving"] for chunk in last], 1),
         }
         shown = [f"{sum(values) / len(values):.{digits}f}" for values, digits in columns.values()]
-        rows.append([suite, "first frame copied", "", *shown[:2], "", "", *shown[2:], "0", "", ""])
+        carried = sum(run["carried_error"][1] for run in copies) / len(copies)
+        rows.append([suite, "first frame copied", "", *shown[:2], "", "", *shown[2:], "0", "", f"{carried:.2f}", ""])
     return table(heads, rows)
 
 

@@ -535,7 +535,8 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     def note(place, script, *words):
         commands[str(place.relative_to(tmp_path))] = script, [str(word) for word in words]
         place.mkdir(parents=True, exist_ok=True)
-        (place / "log.jsonl").write_text('{"minutes": 2.0}\n')
+        gate = {"gate": 0.9, "gate_false_successes": 1.0} if "--world-model" in words else {}
+        (place / "log.jsonl").write_text(json.dumps({"minutes": 1.0, **gate}) + '\n{"minutes": 2.0}\n')
         return place
 
     def add(before, place, *words):
@@ -557,6 +558,9 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     report = closed_loop_study.main(dataclasses.replace(cfg, seeds=(0, 3)))
     assert list(report["runs"]) == ["tabletop_object/0", "tabletop_object/3"]
     assert list(report["runs"]["tabletop_object/0"]) == ["SFT", *closed_loop_study.ARMS]
+    arms = report["runs"]["tabletop_object/0"]
+    assert arms["RL, imagination"]["gate"] == {"gate": 0.9, "gate_false_successes": 1.0} and not arms["SFT"]["gate"]
+    assert arms["RL, simulator"]["minutes"] == 2.0
     row = next(r for r in capfd.readouterr().out.splitlines() if r.startswith("| tabletop_object | RL, simulator | 2"))
     assert "| 100.0 % [67.6, 100.0] | +50.0 [" in row
     for place, (script, words) in commands.items():

@@ -44,7 +44,7 @@ class Env(ABC):
 
     available_cameras: names of the images that the simulator can render; the first is the default.
     suite, task_index, task_name, instruction: the task.
-    horizon: control steps after which an episode ends; may be set to fewer than the suite has.
+    horizon: control steps after which an episode ends.
     cameras: names of the images that `observe` renders.
     num_steps: control steps since the start.
     num_rejected: perturbed starts that the last `reset` rejected.

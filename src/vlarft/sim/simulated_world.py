@@ -44,9 +44,8 @@ class Played(NamedTuple):
 @functools.lru_cache(maxsize=10)  # the tasks of a suite
 def environment(place: Place) -> Env:
     """Make a task's environment, once in each process."""
-    env = make_env(place.suite, place.task, place.image_size, cameras=place.cameras, **dict(place.options))
-    env.horizon = min(env.horizon, place.horizon or env.horizon)
-    return env
+    options = {"cameras": place.cameras, "horizon": place.horizon, **dict(place.options)}
+    return make_env(place.suite, place.task, place.image_size, **options)
 
 
 def first(place: Place, seed: int) -> Played:

@@ -93,6 +93,7 @@ def make_env(
     image_size: int | tuple[int, int] = 64,
     *,
     cameras: Sequence[str] | None = None,
+    horizon: int | None = None,
     **options,
 ) -> Env:
     """Make the environment of one task.
@@ -102,6 +103,7 @@ def make_env(
         task: index or name of a task of the suite.
         image_size: side of the square images in pixels, or (height, width).
         cameras: names of the images that `Env.observe` renders; None = the simulator's first, () = none.
+        horizon: control steps after which an episode ends, if fewer than the suite has.
         options: further arguments of the environment's class.
 
     Raises:
@@ -112,7 +114,9 @@ def make_env(
     cameras = simulator.env.available_cameras[:1] if cameras is None else tuple(cameras)
     check_cameras(suite, cameras)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    return simulator.env(suite, index, size, cameras, **options)
+    env = simulator.env(suite, index, size, cameras, **options)
+    env.horizon = min(env.horizon, horizon or env.horizon)
+    return env
 
 
 def make_expert(env: Env, seed: int, **settings: float) -> Demonstrator:
