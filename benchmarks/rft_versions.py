@@ -40,9 +40,14 @@ class Config:
     compile: bool = opt(False, "compile pixel decoder and perceptual network in all versions")
     micro_starts: int | None = opt(None, "starts per backward pass; none: all")
     repeats: int = opt(3, "timed steps of each version")
+    versions: tuple[Literal["straightforward", "as released"], ...] = opt(
+        ("straightforward", "as released"), "what ours is compared with"
+    )
 
 
 PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", policy="smoke", starts=2, group=3, repeats=1)}
+
+WINDOWS_AT_ONCE = 16  # tokenised together: all 256 of a step of the paper would take 365 GiB
 
 
 def update(cfg: train_rft.Config, policy: VLAPolicy, optimizer: torch.optim.Optimizer, rollouts: Rollouts) -> None:
@@ -154,20 +159,22 @@ class Workload:
 
     def _imagined(self, rows: Batch, actions: Tensor) -> Tensor:
         """Imagine frames (S * G, 1, T, C, H, W) of actions (S * G, 1, T, A); all frames of a window are tokenised."""
-        import transformers
+        transformers = rollout_benchmark.import_transformers()
 
         tokenizer, layout = self.world_model.tokenizer, self.world_model.layout
-        context = tokenizer.encode_context(rows.frames[:, 0])
-        first = tokenizer.encode_future(rows.frames, context)[:, 0]
+        windows = rows.frames.split(WINDOWS_AT_ONCE)
+        contexts = [tokenizer.encode_context(part[:, 0]) for part in windows]
+        first = [tokenizer.encode_future(part, own)[:, 0] for part, own in zip(windows, contexts, strict=True)]
         ids = layout.action_ids(self.world_model.action_bins.encode(actions[:, 0]))
         tokens = rollout_benchmark.generate_frames(
             self.llama,
             layout,
-            layout.prefix(context.tokens, first),
+            layout.prefix(torch.cat([own.tokens for own in contexts]), torch.cat(first)),
             ids,
             lambda: transformers.StaticCache(config=self.llama.config, max_cache_len=layout.length(ids.shape[1])),
         )
-        return tokenizer.decode(tokens, context)[:, None]
+        parts = zip(tokens.split(WINDOWS_AT_ONCE), contexts, strict=True)
+        return torch.cat([tokenizer.decode(part, own) for part, own in parts])[:, None]
 
     def _updated(
         self,

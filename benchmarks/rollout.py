@@ -24,6 +24,7 @@ from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -80,9 +81,20 @@ class Config:
 PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke", starts=2, group=3, frames=2, repeats=1)}
 
 
+def import_transformers() -> ModuleType:
+    """Import transformers without torchvision where that was built for another torch and cannot be imported."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        sys.modules["torchvision"] = None
+    import transformers
+
+    return transformers
+
+
 def llama_of(model: WorldModel) -> torch.nn.Module:
     """Copy transformer and head into transformers' `LlamaForCausalLM`."""
-    import transformers
+    transformers = import_transformers()
 
     t, layout = model.cfg.transformer, model.layout
     config = transformers.LlamaConfig(
@@ -139,7 +151,7 @@ class Workload:
     @torch.no_grad()
     def generate(self, kind: Literal["growing", "static", "shared"]) -> Tensor:
         """Imagine the same tokens with `generate`."""
-        import transformers
+        transformers = import_transformers()
 
         group, num_frames = self.actions.shape[1:3]
         ids = self.prefix.repeat_interleave(group, 0)  # (B, P)
@@ -168,7 +180,7 @@ def generate_frames(
         actions: (B, T, A) tokens of the actions.
         cache: called once per frame; returns an empty cache, or one filled with the tokens so far.
     """
-    import transformers
+    transformers = import_transformers()
 
     def future_codes_only(ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, layout.num_future_codes :] = -torch.inf

@@ -1,0 +1,224 @@
+"""Run the measurements that need a GPU, the most telling first, within the minutes for which one is lent.
+
+    python benchmarks/gpu_queue.py --minutes 9                  on a GPU: all that fits
+    python benchmarks/gpu_queue.py --only "world model"         eight minutes of training, alone
+    python benchmarks/gpu_queue.py --device cpu                 everything at smoke size, on any machine
+    python benchmarks/gpu_queue.py --write-list                 rewrites benchmarks/gpu_queue.md, and runs nothing
+
+Every item is a process of its own with a time limit of its own; what is left of it is killed, and the next one starts.
+Nothing is downloaded. A part that this machine lacks is replaced, and the item's entry says by what. `out_dir` gets a
+file for each item as soon as it ends, and queue.json: for each item its command, state, seconds, and the end of what it
+printed. Copy the files of items that passed to results/. Status 1 where an item failed or ran out of time.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from vlarft.run.checkpoint import write_json
+from vlarft.run.config import opt, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+TAIL = 2000  # characters of an item's output that are kept
+
+
+class Item(NamedTuple):
+    """One measurement.
+
+    what: it tells, for gpu_queue.md.
+    seconds: after which it is killed.
+    script: of benchmarks/.
+    flags: on a GPU; {lpips} stands for lpips, or ssim where lpips is missing.
+    smoke: flags at smoke size on any machine, beside `--preset smoke`.
+    alone: runs only if it is asked for by name.
+    """
+
+    what: str
+    seconds: int
+    script: str
+    flags: str
+    smoke: str = ""
+    alone: bool = False
+
+    def words(self, device: str, out: Path, lpips: str) -> list[str]:
+        """The command line."""
+        flags = self.flags.format(lpips=lpips) if device == "cuda" else f"--preset smoke {self.smoke}"
+        words = [sys.executable, str(ROOT / "benchmarks" / self.script), *flags.split()]
+        return [*words, "--device", device, "--out", str(out)]
+
+
+QUEUE = {
+    "check": Item(
+        "public outputs, CUDA graphs, bfloat16, compilation, every stage at smoke size",
+        120, "gpu_check.py", "", "--no-stages",
+    ),
+    "rft step": Item(
+        "one GRPO step of preset `paper`, 16 x 16 x 8 frames: seconds per phase, share of peak FLOP/s, peak memory",
+        90, "rft_step.py", "--sizes paper --policy paper --perceptual {lpips} --repeats 2 --versions",
+    ),
+    "rollout": Item(
+        "rollouts of preset `paper`, batched and single, against transformers' `generate`",
+        100, "rollout.py", "--sizes paper --starts 4 --repeats 2",
+    ),
+    "policy": Item(
+        "policy, preset `paper`: chunk latency, training steps a second at batch 16, peak memory, with and without "
+        "compilation",
+        110, "policy.py", "--whole --compile",
+    ),
+    "pixels": Item(
+        "pixel decode and image reward at the paper's sizes",
+        45, "pixels.py", "--sizes paper --perceptual {lpips} --repeats 2",
+    ),
+    "training": Item(
+        "training steps of tokenizer and world model, preset `paper`",
+        60, "training.py", "--sizes paper --segments 4 --repeats 3",
+    ),
+    "world model": Item(
+        "the strongest Tabletop world model of eight minutes: four suites, preset `small`, bfloat16",
+        560, "gpu_world_model.py", "", alone=True,
+    ),
+}  # fmt: skip
+BY_HAND = {
+    "one GRPO step against the straightforward pipeline and the public release's computation, 4 starts": (
+        "python benchmarks/rft_step.py --sizes paper --policy paper --device cuda --starts 4",
+        "results/rft_step_gpu_versions.json",
+    ),
+    "speedup of each optimisation of the rollout": (
+        "python benchmarks/undone.py --sizes paper --device cuda --out results/undone_gpu.json",
+        "results/undone_gpu.json",
+    ),
+    "world-model study: which factors raise action sensitivity": (
+        "python studies/wm_study.py --out results/world_model_gpu.json",
+        "results/world_model_gpu.json",
+    ),
+    "step times of preset `paper` on 8 GPUs, to compare with the predictions of `docs/scaling.md`": (
+        "torchrun --nproc-per-node 8 train_sft.py --preset paper --init random --demos DEMOS --steps 100",
+        "results/scaling_8gpu.jsonl",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    minutes: float = opt(9.0, "no item starts that could end after this [min]")
+    only: tuple[str, ...] = opt((), "names of the items to run; none: all but those that run alone")
+    device: Literal["cuda", "cpu"] = opt("cuda", "where to run; cpu: at smoke size")
+    out_dir: str = opt("runs/gpu_queue", "folder to write")
+    write_list: bool = opt(False, "rewrite benchmarks/gpu_queue.md, and run nothing")
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.only) - set(QUEUE):
+            raise ValueError(f"unknown item {sorted(unknown)[0]!r}: there are {', '.join(QUEUE)}")
+
+
+PRESETS = {"paper": Config()}
+
+
+def file_name(item: str) -> str:
+    return item.replace(" ", "_") + "_gpu.json"
+
+
+def state_of(result: Path) -> str:
+    """State of a committed result: missing, or the commit at which it was measured."""
+    if not result.is_file():
+        return "missing"
+    found = json.loads(result.read_text()) if result.suffix == ".json" else {}
+    return f"measured at {found['commit'][:7]}" if "commit" in found else "measured"
+
+
+def listing() -> str:
+    """Text of gpu_queue.md."""
+    lines = [
+        "# Measurements that need a GPU",
+        "",
+        "Written by `python benchmarks/gpu_queue.py --write-list`. `python benchmarks/gpu_queue.py` runs those of the",
+        "first table in this order, each within its time; copy the files that it writes to `results/`.",
+        "",
+        "| item | measures | limit [s] | result | state |",
+        "|---|---|---|---|---|",
+    ]
+    for name, item in QUEUE.items():
+        alone = "; only with `--only`" if item.alone else ""
+        result = f"results/{file_name(name)}"
+        lines.append(f"| {name}{alone} | {item.what} | {item.seconds} | `{result}` | {state_of(ROOT / result)} |")
+    lines += ["", "By hand, since they take longer or need more GPUs:", ""]
+    lines += ["| measurement | command | result | state |", "|---|---|---|---|"]
+    for what, (command, result) in BY_HAND.items():
+        lines.append(f"| {what} | `{command}` | `{result}` | {state_of(ROOT / result)} |")
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """The checkout's commit, or "unknown" outside git."""
+    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def run_item(words: list[str], limit: float) -> dict[str, object]:
+    """Run a command for at most `limit` seconds: its state, seconds, and the end of its output."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        state = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        state = "out of time"
+    finally:  # also on Ctrl+C, and for what the process itself started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if state == "out of time":
+        output, _ = process.communicate()
+    return {"state": state, "seconds": round(time.monotonic() - started, 1), "output": output[-TAIL:]}
+
+
+def main(cfg: Config) -> dict:
+    """Run the queue; return what queue.json holds.
+
+    Raises:
+        RuntimeError: torch finds no GPU, and one is asked for.
+    """
+    if cfg.write_list:
+        (ROOT / "benchmarks" / "gpu_queue.md").write_text(listing())
+        return {}
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU here: --device cpu runs the queue at smoke size")
+    started, out = time.monotonic(), Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    lpips = "lpips" if importlib.util.find_spec("lpips") else "ssim"
+    report: dict[str, dict] = {}
+    for name in cfg.only or [name for name, item in QUEUE.items() if not item.alone]:
+        item, result = QUEUE[name], out / file_name(name)
+        words = item.words(cfg.device, result, lpips)
+        entry = report[name] = {"command": " ".join(words[1:])}
+        if "{lpips}" in item.flags and lpips == "ssim":
+            entry["replaced"] = "lpips is not installed here: ssim in its place"
+        if time.monotonic() - started + item.seconds > 60 * cfg.minutes and not item.alone:
+            entry["state"] = "not started: too little time left"
+        else:
+            print(f"{name}: at most {item.seconds} s", flush=True)
+            entry |= run_item(words, item.seconds)
+            if result.is_file():
+                write_json(result, {**json.loads(result.read_text()), "commit": commit()})
+        print(f"{name}: {entry['state']}, {entry.get('seconds', 0)} s", flush=True)
+        if entry["state"] in ("failed", "out of time"):
+            print(entry["output"], flush=True)
+        write_json(out / "queue.json", report)
+    print("\n" + "\n".join(f"{name:<12} {e['state']:<34} {e.get('seconds', 0):>6} s" for name, e in report.items()))
+    return report
+
+
+if __name__ == "__main__":
+    made = main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    sys.exit(any(entry["state"] in ("failed", "out of time") for entry in made.values()))

@@ -1,0 +1,127 @@
+"""The GPU queue: limits, failures, what it leaves behind; the checks; a world model in pieces and joined again."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlarft.world_model import WorldModel
+
+
+@pytest.fixture
+def queue(load_benchmark):
+    return load_benchmark("gpu_queue")
+
+
+def item(queue, tmp_path: Path, name: str, text: str, seconds: int = 20, flags: str = ""):
+    """An item whose script is `text`."""
+    script = tmp_path / f"{name}.py"
+    script.write_text(f"import json, subprocess, sys, time\nout = sys.argv[-1]\n{text}\n")
+    return queue.Item("", seconds, str(script), flags)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, monkeypatch, capsys):
+    child = "import time; time.sleep(60)"
+    items = {
+        "bad": item(queue, tmp_path, "bad", "print('so it was'); raise ValueError('broken')"),
+        "slow": item(
+            queue, tmp_path, "slow",
+            f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+            "open(out + '.pid', 'w').write(str(child.pid))\ntime.sleep(60)",
+            seconds=3,
+        ),
+        "good": item(queue, tmp_path, "good", "json.dump({'ratio': 2}, open(out, 'w'))", flags="{lpips}"),
+        "late": item(queue, tmp_path, "late", "", seconds=3600),
+        "alone": item(queue, tmp_path, "alone", "")._replace(alone=True),
+    }  # fmt: skip
+    monkeypatch.setattr(queue, "QUEUE", items)
+    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: None)
+    report = queue.main(queue.Config(device="cpu", out_dir=str(tmp_path / "out")))
+    states = {name: entry["state"] for name, entry in report.items()}
+    assert states == {
+        "bad": "failed", "slow": "out of time", "good": "passed", "late": "not started: too little time left"
+    }  # fmt: skip
+    assert "so it was" in report["bad"]["output"] and "ValueError: broken" in report["bad"]["output"]
+    assert 3 <= report["slow"]["seconds"] < 15
+    pid, until = int((tmp_path / "out" / "slow_gpu.json.pid").read_text()), time.monotonic() + 5
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(pid)
+    assert report["good"]["replaced"] == "lpips is not installed here: ssim in its place"
+    made = json.loads((tmp_path / "out" / "good_gpu.json").read_text())
+    assert made["ratio"] == 2 and made["commit"] == queue.commit()
+    assert json.loads((tmp_path / "out" / "queue.json").read_text()) == report
+    assert "slow         out of time" in capsys.readouterr().out
+
+
+def test_flags_of_the_items(queue):
+    words = queue.QUEUE["rft step"].words("cuda", Path("o.json"), "ssim")
+    assert " ".join(words[2:]) == (
+        "--sizes paper --policy paper --perceptual ssim --repeats 2 --versions --device cuda --out o.json"
+    )
+    for entry in queue.QUEUE.values():
+        assert "--preset smoke" in " ".join(entry.words("cpu", Path("o.json"), "ssim"))
+    assert sum(entry.seconds for entry in queue.QUEUE.values() if not entry.alone) <= 540
+    with pytest.raises(ValueError, match="unknown item 'fast': there are check, rft step"):
+        queue.Config(only=("fast",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_before_anything_runs(queue, load_benchmark, tmp_path):
+    with pytest.raises(RuntimeError, match="torch finds no GPU here: --device cpu runs the queue at smoke size"):
+        queue.main(queue.Config(out_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RuntimeError, match="torch finds no GPU here"):
+        load_benchmark("gpu_world_model").main(load_benchmark("gpu_world_model").PRESETS["smoke"])
+
+
+def test_the_list_is_up_to_date(queue):
+    assert (queue.ROOT / "benchmarks" / "gpu_queue.md").read_text() == queue.listing()
+
+
+def test_checks_that_fail_are_named_and_the_others_run(load_benchmark, tmp_path, monkeypatch):
+    benchmark = load_benchmark("gpu_check")
+    cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "c.json"), stages=False)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute
+    report = benchmark.main(cfg)
+    assert {name: found["passed"] for name, found in report["checks"].items()} == {
+        "static decoding": True, "bfloat16": True, "compiled decoder": True
+    }  # fmt: skip
+    rollout = WorldModel.rollout_tokens
+
+    def broken(self, *args, static=None, **kwargs):
+        return rollout(self, *args, static=static, **kwargs) * (0 if static else 1)
+
+    monkeypatch.setattr(WorldModel, "rollout_tokens", broken)
+    report = benchmark.main(cfg)
+    assert not report["checks"]["static decoding"]["passed"] and report["checks"]["bfloat16"]["passed"]
+    assert "AssertionError: {'equal_tokens'" in report["checks"]["static decoding"]["error"]
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(json.dumps(report))
+
+
+def test_pieces_joined_are_the_model_in_bfloat16(load_benchmark, world_model_file, tmp_path, monkeypatch):
+    benchmark = load_benchmark("gpu_world_model")
+    model = Path(world_model_file)
+    monkeypatch.setattr(benchmark, "PIECE", 100_000)
+    pieces = benchmark.split(model, tmp_path)
+    assert len(pieces) > 1
+    benchmark.main(replace(benchmark.Config(), join=str(tmp_path), out=str(tmp_path / "wm")))
+    before, after = load_file(model), load_file(tmp_path / "wm" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        rounded = value.to(torch.bfloat16).to(value.dtype) if value.dtype == torch.float32 else value
+        assert torch.equal(after[name], rounded)
+    assert WorldModel.load(tmp_path / "wm").cfg == WorldModel.load(model).cfg
+    with pytest.raises(FileNotFoundError, match="no world_model_0.safetensors in"):
+        benchmark.join(tmp_path / "wm", tmp_path)
