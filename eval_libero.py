@@ -18,7 +18,8 @@ Reads policies: a checkpoint of train_sft.py or train_rft.py, or its run folder;
 episodes.jsonl of an earlier evaluation (or of studies/libero_experts.py), whose actions are replayed open loop.
 Writes out_dir/episodes.jsonl (one line an episode, appended as they end: the same command resumes an interrupted
 evaluation), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
-out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them.
+out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them. Each
+worker has its own copy of the policy, on the GPU where there is one.
 
 Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
 starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
@@ -105,14 +106,18 @@ PRESETS = {
 }
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.lru_cache(maxsize=2)
 def _policy(path: str, digest: str) -> VLAPolicy:
-    return VLAPolicy.load(path).for_playing()
+    return VLAPolicy.load(path, _device()).for_playing()
 
 
 @functools.lru_cache(maxsize=1)
 def _planner(path: str, digest: str, world_model: str, success_model: str, chunks: int) -> Planner:
-    models = WorldModel.load(world_model), SuccessModel.load(success_model)
+    models = WorldModel.load(world_model, _device()), SuccessModel.load(success_model, _device())
     return Planner(_policy(path, digest), *(model.requires_grad_(False) for model in models), chunks)
 
 

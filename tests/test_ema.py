@@ -44,3 +44,11 @@ def test_state_round_trip():
         ValueError, match=r"averages are of 1 weights \(head.bias, ...\), expected 2.*remove train_state"
     ):
         fresh.load_state_dict({"head.bias": torch.zeros(2)})
+
+
+def test_averages_that_were_read_to_the_cpu_go_where_the_weights_are():
+    elsewhere = [torch.nn.Parameter(torch.zeros(2, device="meta"))]
+    ema = EMA(elsewhere, 0.5)
+    ema.load_state_dict({0: torch.ones(2)})
+    assert ema.averages[0].device.type == "meta"
+    ema.update(0)

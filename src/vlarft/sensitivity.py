@@ -185,10 +185,11 @@ def evaluate_sensitivity(
             for k in range(i, min(i + batch_size, len(chunks))):
                 episode, start = batch.index[k].tolist()
                 outcome = outcomes.play(episodes[episode], start, chunks[k].numpy())
-                truth = rewards(outcome.frames[None, 1:], outcome.frames[None, 0], distance)
+                true_frames = outcome.frames.to(device)
+                truth = rewards(true_frames[None, 1:], true_frames[None, 0], distance)
                 scores.setdefault("true frames", []).append(truth)
                 with autocast:
-                    decoded = reconstruct(model.tokenizer, outcome.frames.to(device), batch.context_frame[k].to(device))
+                    decoded = reconstruct(model.tokenizer, true_frames, batch.context_frame[k].to(device))
                 scores.setdefault("decoded frames", []).append(rewards(decoded[None, 1:], decoded[None, 0], distance))
                 errors.setdefault("true frames", []).append(-truth)
                 errors.setdefault("true state", []).append(outcome.state_error[None, 1:].mean(-1))

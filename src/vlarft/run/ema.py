@@ -46,7 +46,7 @@ class EMA:
                 f"expected {len(self.averages)}, numbered from 0: another version wrote them; remove train_state.pt to "
                 "start anew"
             )
-        self.averages = [place(state[i], p) for i, p in zip(state, self.parameters)]
+        self.averages = [place(state[i], p).to(p.device) for i, p in zip(state, self.parameters)]  # read to the CPU
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
