@@ -58,7 +58,7 @@ class Config:
     attempts: int = opt(32, "real episodes of the policy per task and round")
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
-    tokenizer_steps: int = opt(5000, "steps of the tokenizer")
+    tokenizer_steps: int = opt(8000, "steps of the tokenizer")
     model_steps: int = opt(8000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
