@@ -61,7 +61,7 @@ def test_a_sound_set_passes(tmp_path, capsys):
     for line in ("format: hdf5", "episodes: 12", "frames: 720", "fps: 20.0", "agentview: ['64 x 64']", "  lift it: 6"):
         assert line in text
     assert "action 0: moves proprio 0 by 0.04 per unit and step" in text and "agentview: upright (row of motion" in text
-    assert "'open': 0.08, 'closed': 0.02" in text
+    assert "with the command:\n  open: 0.08\n  closed: 0.02" in text
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["errors"] == [] and report["warnings"] == [], report["warnings"]
     assert report["facts"]["actions"]["max"][6] == 1 and len(report["facts"]["proprio"]["mean"]) == 8
@@ -175,7 +175,8 @@ def test_errors_set_the_exit_status(tmp_path, capsys):
 
     root = make(tmp_path / "a", percent)
     assert main([str(root), "--picture", str(tmp_path / "a.png")]) == 1
-    assert "ERROR: suite/task0_demo/demo_0: the gripper action lies in [0, 100]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "ERROR: suite/task0_demo/demo_0: the gripper action (dimension 6) lies in [0, 100]" in text
     assert main([str(root), "--camera", "front", "--picture", str(tmp_path / "b.png")]) == 1
     assert "ERROR: " in (text := capsys.readouterr().out) and "has no camera 'front'; it has agentview" in text
     assert not (tmp_path / "b.png").exists()

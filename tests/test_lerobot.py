@@ -295,11 +295,13 @@ def test_broken_tables_are_refused(tmp_path):
     path.write_bytes(content)
     rewrite(root, "action", lambda c: pa.array([[*row[:6], 50 * row[6]] for row in c.to_pylist()]))
     with pytest.raises(
-        ValueError, match=r"set/episode_000000: the gripper action lies in \[-50, 50\]; .*--gripper LOW"
+        ValueError, match=r"set/episode_000000: the gripper action \(dimension 6\) lies in \[-50, 50\]; .*--gripper LOW"
     ):
         load_episodes(root)
     rewrite(root, "action", lambda c: pa.array([[*row[:6], float(row[6] > 0)] for row in c.to_pylist()]))
-    with pytest.raises(ValueError, match=r"the gripper action lies in \[0, 1\], never below 0; expected -1 open"):
+    with pytest.raises(
+        ValueError, match=r"gripper action \(dimension 6\) lies in \[0, 1\], never below 0; expected -1 open"
+    ):
         load_episodes(root)
     path.write_bytes(content)
     for values, text in (

@@ -22,8 +22,8 @@ class Episode:
 
     images: (T, H, W, 3) uint8, upright, frame t observed before action t; an array, or `Frames` decoded on access
     proprio: (T, P) float32; in LIBERO P = 8: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]
-    actions: (T, A) float32, raw environment actions as executed, gripper last, -1 open and +1 close; the world model
-        learns from them; in LIBERO A = 7
+    actions: (T, A) float32, raw environment actions as executed; the world model learns from them; in LIBERO A = 7, and
+        the last is the gripper
     intended: (T, A) float32, the demonstrator's actions before noise was added; the policy imitates them
     outcome_known: False if `success` is a guess: the file does not say how the episode ended
     kind: who acted: "expert", "noisy" (an expert with strong noise) or "policy"
@@ -32,6 +32,9 @@ class Episode:
     cameras: images of all cameras by name; `images` is one of them
     fps: control steps per second, or None if the file does not state them
     absolute: actions are target positions, so that holding still repeats the last one; False: they are motions
+    gripper_dims: action dimensions that are binary gripper commands, -1 open and +1 close; () if there are none; None
+        if the file does not say: then the last is taken for one
+    held_dims: further dimensions that are target positions, whatever the others are: continuous grippers, fingers
     """
 
     name: str
@@ -48,9 +51,23 @@ class Episode:
     cameras: Mapping[str, Images] = field(default_factory=dict)
     fps: float | None = None
     absolute: bool = False
+    gripper_dims: tuple[int, ...] | None = None
+    held_dims: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Action dimensions that are, or are taken for, binary gripper commands."""
+        return (self.actions.shape[1] - 1,) if self.gripper_dims is None else self.gripper_dims
+
+    @property
+    def repeated(self) -> np.ndarray:
+        """(A,) bool: dimensions that stand still if their last value is repeated; the others do so at 0."""
+        out = np.full(self.actions.shape[1], self.absolute)
+        out[[*self.grippers, *self.held_dims]] = True
+        return out
 
 
 def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
@@ -105,7 +122,7 @@ def check_lengths(where: str, **columns: object) -> None:
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
-    """Find steps whose intended action neither moves nor changes the gripper, by the rule of the public pipelines.
+    """Find steps whose intended action neither moves nor changes a gripper, by the rule of the public pipelines.
 
     Args:
         episode: T steps.
@@ -114,8 +131,8 @@ def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
     Returns:
         (T,) bool.
     """
-    motion, gripper = episode.intended[:, :-1], episode.intended[:, -1]
-    if episode.absolute:
-        motion = np.diff(motion, axis=0, prepend=np.inf)
-    same = np.diff(gripper, prepend=gripper[:1]) == 0
-    return (np.abs(motion).max(1) < threshold) & same
+    motion, repeated = episode.intended.copy(), episode.repeated
+    motion[:, repeated] = np.diff(motion[:, repeated], axis=0, prepend=motion[:1, repeated])
+    still = (np.abs(motion) < threshold).all(1)
+    still[0] &= not episode.absolute  # the first target may be a motion
+    return still

@@ -210,6 +210,8 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
         ("number of action dimensions", "train on one robot", lambda e: e.actions.shape[1]),
         ("number of proprio dimensions", "train on one robot", lambda e: e.proprio.shape[1]),
         ("kind of actions (absolute)", "convert them to one kind", lambda e: e.absolute),
+        ("gripper dimensions", "convert them with --gripper-dims", lambda e: e.grippers),
+        ("held dimensions", "convert them with --held-dims", lambda e: e.held_dims),
     ):
         first = {}
         for e in episodes:
@@ -222,18 +224,34 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
 
 
 def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
-    """Return a message if the last action dimension is not a gripper command from -1 (open) to +1 (closed)."""
-    low, high = (np.array([getattr(e.actions[:, -1], f)() for e in episodes]) for f in ("min", "max"))
-    fix = (
-        "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
-        "--gripper LOW HIGH, the values of open and closed"
-    )
-    worst = int(np.argmax(np.maximum(-low, high)))
-    if max(-low.min(), high.max()) > 1 + 1e-4:
-        return [f"{episodes[worst].name}: the gripper action lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"]
-    if low.min() >= 0 and low.min() < high.max():
-        return [f"the gripper action lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"]
-    return []
+    """Return a message for each gripper dimension without commands of -1 (open) and +1 (closed); the first robot's."""
+    problems = []
+    for dim in episodes[0].grippers:
+        columns = [e.actions[:, dim] for e in episodes]
+        low, high = (np.array([getattr(c, f)() for c in columns]) for f in ("min", "max"))
+        what = f"the gripper action (dimension {dim})"
+        fix = (
+            "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
+            "--gripper LOW HIGH, the values of open and closed"
+        )
+        worst = int(np.argmax(np.maximum(-low, high)))
+        between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
+        if max(-low.min(), high.max()) > 1 + 1e-4:
+            problem = f"{episodes[worst].name}: {what} lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"
+        elif low.min() >= 0 and low.min() < high.max():
+            problem = f"{what} lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"
+        elif between > 0.1:
+            problem = (
+                f"{what}{', the last, as the files do not name one,' * (episodes[0].gripper_dims is None)} lies "
+                f"between -0.9 and 0.9 in {between:.0%} of the steps, so it is not binary. Say what it is: "
+                f"--held-dims {dim} of python -m vlarft.data.convert marks a continuous gripper, --gripper-dims the "
+                'binary ones, or none; or write "vlarft": {"gripper_dims": [], "held_dims": []} into meta/info.json '
+                "(LeRobot), with the numbers of the dimensions"
+            )
+        else:
+            continue
+        problems.append(problem)
+    return problems
 
 
 def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:

@@ -78,6 +78,7 @@ def read_hdf5(
                 env_args=env_args,
                 cameras=cameras,
                 fps=None if fps is None else float(fps),
+                gripper_dims=(6,),
             )
 
 

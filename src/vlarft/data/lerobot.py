@@ -6,13 +6,16 @@
 
 Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. The writer
 (`lerobot_writer.py`) adds what other programs ignore: the frame feature `intended_action`, the episode columns
-`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json. All versions mean the same by `success` of an
-episode: true, false, or null for unknown. Where it is not given, the frame feature `next.success` says it.
+`success` and `kind`, and {"vlarft": {"absolute": bool, "gripper_dims": [6], "held_dims": []}} in info.json, see
+`Episode`. Without gripper_dims, the names of the action feature say which dimensions are grippers. All versions mean
+the same by `success` of an episode: true, false, or null for unknown. Where it is not given, the frame feature
+`next.success` says it.
 """
 
 import functools
 import json
 import math
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +35,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 ACTION, STATE = ("action", "actions"), ("observation.state", "state")
 OUTCOMES = ("next.success", "is_episode_successful", "success")  # of frames: the episode succeeded if any is true
 REWARDS = ("next.reward", "reward")
+GRIPPER = re.compile(r"grip|grasp|claw", re.IGNORECASE)  # in the name of an action dimension
 KINDS = ("expert", "failed", "noisy", "policy")
 
 
@@ -118,7 +122,9 @@ def read_lerobot(
     action, state = (_feature(features, names, meta) for names in (ACTION, STATE))
     entries, tasks = _entries(root, info, [k for k in keys.values() if features[k]["dtype"] == "video"])
     read, without = 0, []
-    absolute = bool(info.get("vlarft", {}).get("absolute", False))
+    about = info.get("vlarft") or {}
+    if not isinstance(about, dict):
+        raise ValueError(f'{meta}: vlarft is {about!r}, expected an object such as {{"gripper_dims": [6]}}')
     for entry in entries:
         name, where = f"{root.resolve().name}/episode_{entry.index:06d}", f"{entry.data}: episode {entry.index}"
         if not keep(name, entry.success, entry.kind):
@@ -137,6 +143,7 @@ def read_lerobot(
             short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in has.items()
         }
         check_lengths(where, **columns, **cameras)
+        grippers, held = _grippers(about, features[action], columns[action].shape[1], meta)
         yield Episode(
             name=name,
             instruction=_instruction(table, rows, tasks, entry, where),
@@ -149,7 +156,9 @@ def read_lerobot(
             kind=entry.kind,
             cameras=cameras,
             fps=float(info["fps"]),
-            absolute=absolute,
+            absolute=bool(about.get("absolute", False)),
+            gripper_dims=grippers,
+            held_dims=held,
         )
     if without:
         key = keys[picked]
@@ -172,6 +181,27 @@ def _cameras(features: dict) -> dict[str, str]:
 def _depth(feature: dict) -> bool:
     about = {**feature, **(feature.get("info") or {}), **(feature.get("video_info") or {})}
     return bool(about.get("video.is_depth_map") or about.get("is_depth_map"))
+
+
+def _grippers(about: dict, feature: dict, width: int, meta: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Return `Episode.gripper_dims` and `held_dims`, as info.json states them, else by the names of the dimensions."""
+    stated = {key: about[key] for key in ("gripper_dims", "held_dims") if about.get(key) is not None}
+    for key, dims in stated.items():
+        if not isinstance(dims, list) or any(type(i) is not int or not 0 <= i < width for i in dims):
+            raise ValueError(
+                f"{meta}: vlarft.{key} is {dims!r}, expected action dimensions, a list from 0 .. {width - 1}"
+            )
+    if stated:
+        return tuple(stated.get("gripper_dims", ())), tuple(stated.get("held_dims", ()))
+    names = feature.get("names") or ()
+    if isinstance(names, dict):  # {"motors": ["x", "y"]} or {"x": 0, "y": 1}
+        numbered = all(isinstance(i, int) for i in names.values())
+        names = sorted(names, key=names.get) if numbered else names.values()
+    names = [str(n) for group in names for n in (group if isinstance(group, list) else [group])]
+    kinds = {re.sub(r"[\W\d_]+", "", n) for n in names}  # motor_0, motor_1, ... say nothing
+    if len(names) != width or (len(kinds) == 1 and not GRIPPER.search(names[0])):
+        return None, ()
+    return tuple(i for i, n in enumerate(names) if GRIPPER.search(n)), ()
 
 
 def _feature(features: dict, names: tuple[str, ...], where: Path) -> str:
