@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.data.episodes import Episode, read_episodes
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 
 SIZE = 64  # px, the image size of the smoke presets
@@ -59,6 +60,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(script, "check_finite", interrupt)
         start()
+
+
+def every_camera(path: Path) -> list[Episode]:
+    """All episodes of a place with all of their cameras; `load_episodes` reads one."""
+    return list(read_episodes(path, None, lambda *_: True))
 
 
 def libero_missing() -> str:

@@ -149,6 +149,20 @@ def test_what_usually_breaks_training_is_named(tmp_path, change, text):
     assert report.errors == []
 
 
+def test_joints_are_not_taken_for_fingers_and_heights(tmp_path):
+    """DROID's Franka: eight numbers as in LIBERO, but seven joints and a gripper that is 1 when it is closed."""
+
+    def joints(i, c):
+        turn(i, c)
+        c["proprio"][:, 7] = c["proprio"][:, 6] < 0.02
+        c["proprio"][:, 6] = 0.79
+
+    report, _ = check(make(tmp_path, joints))
+    assert report.facts["orientation"] == {"agentview": "not judged: proprio is not LIBERO's; see the picture"}
+    assert not any("inverted" in w or "upside" in w for w in report.warnings), report.warnings
+    assert "mean finger opening (proprio 6, 7) with the command" not in report.facts
+
+
 def test_contents_that_are_warned_about(tmp_path):
     def cut(i, c):
         for name in c:

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import every_camera
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
@@ -344,7 +345,7 @@ def libero_original(path, compression=None, chunks=None):
 def test_original_files_are_read_in_any_storage(tmp_path, compression, chunks):
     path = tmp_path / "libero_goal" / "put_demo.hdf5"
     views = libero_original(path, compression, chunks)
-    episode = load_episodes(tmp_path, "eye_in_hand")[0]
+    (episode,) = every_camera(tmp_path)
     assert (episode.instruction, episode.fps, episode.images.shape) == (
         "put the bowl on the stove",
         20,

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
     if not episodes:
         report.errors = report.errors or [f"{path} has no complete demonstrations"]
         return report, []
-    report.errors += same_robot(episodes) + gripper_problems(episodes)
+    if report.errors:
+        report.warnings.append(f"only {len(episodes)} episodes can be read: convert with --skip-bad copies these")
+    report.errors += same_robot(episodes) or gripper_problems(episodes)
     _contents(report, episodes)
     if len({(e.actions.shape[1], e.proprio.shape[1]) for e in episodes}) == 1:
         _numbers(report, episodes)
@@ -76,24 +78,14 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
 
 def _read(report: Report, episodes: list[Episode], path: str | Path, camera: str | None) -> None:
     """Read into `episodes` those whose files hold all frames; every fault becomes an error."""
+    errors: list[Exception] = []
     try:
         report.facts["format"] = demo_files(path)[0]
-        for episode in read_episodes(path, camera, lambda *_: True, budget=Budget(64 << 20)):
-            if camera:
-                name = next(n for n, images in episode.cameras.items() if images is episode.images)
-                episode = replace(episode, cameras={name: episode.images})
-            faults = []
-            for images in episode.cameras.values():
-                try:
-                    if isinstance(images, Frames):
-                        images.check(thorough=True)
-                except (ValueError, OSError) as error:
-                    faults.append(str(error))
-            report.errors += [fault for fault in faults if fault not in report.errors]  # episodes share files
-            if not faults:
-                episodes.append(episode)
+        for episode in read_episodes(path, camera, lambda *_: True, budget=Budget(64 << 20), bad=errors.append):
+            episodes.append(episode)
     except (ValueError, OSError, ImportError) as error:
-        report.errors.append(str(error))
+        errors.append(error)
+    report.errors += dict.fromkeys(map(str, errors))  # episodes of one file may share one
 
 
 def _contents(report: Report, episodes: Sequence[Episode]) -> None:

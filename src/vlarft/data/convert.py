@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
-from vlarft.data.episodes import demo_files, read_episodes
+from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
@@ -217,6 +217,7 @@ def main(argv: Sequence[str]) -> None:
     add("--held-dims", type=int, nargs="*", metavar="DIM", help="continuous grippers and other target positions")
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
     add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
+    add("--skip-bad", action="store_true", help="leave out episodes that cannot be read, and list them")
     add("--kind", choices=("expert", "noisy", "policy"), help="label all episodes; policies learn from expert only")
     args = parser.parse_args(argv)
     if args.centre_crop and not args.size:
@@ -235,11 +236,13 @@ def main(argv: Sequence[str]) -> None:
         "held_dims": args.held_dims,
     }
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
-    # which camera is read as Episode.images does not matter: all are in Episode.cameras
-    camera = args.camera[0] if args.camera else None
-    source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, budget=Budget(0))
+    camera = args.camera[0] if args.camera and len(args.camera) == 1 else None  # one or all: not which is the first
+    errors: list[Exception] = []
+    options = {"with_states": with_states, "budget": Budget(0), "bad": errors.append if args.skip_bad else None}
+    source = read_episodes(args.src, camera, lambda *_: True, **options)
     first = next(source, None)
     if first is None:
+        warn_left_out(errors)
         raise FileNotFoundError(f"{args.src} has no demonstrations")
     fps = args.fps or first.fps
     if fps is None:
@@ -262,6 +265,7 @@ def main(argv: Sequence[str]) -> None:
         count = write_hdf5(args.dst, episodes, fps)
     else:
         count = write_lerobot(args.dst, episodes, fps, images=args.images, codec=args.codec, crf=args.crf)
+    warn_left_out(errors)
     print(f"{count} episodes -> {args.dst}")
 
 

@@ -6,13 +6,14 @@ formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` re
 
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import KINDS, Episode
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
@@ -65,29 +66,81 @@ def read_episodes(
     *,
     with_states: bool = False,
     budget: Budget | None = None,
+    bad: Callable[[Exception], None] | None = None,
 ) -> Iterator[Episode]:
     """Yield the episodes at `path`, each checked on its own but for its images (`Frames.check`).
 
     Arguments and errors are those of `load_episodes`, but:
 
     Args:
-        camera: None picks the first.
+        camera: None reads all cameras, the first for `Episode.images`.
         keep: (name, success, kind) -> whether to read an episode.
         budget: limit on the decoded frames that are kept; None: `CACHE_BYTES` of them.
+        bad: takes the errors of episodes and files that cannot be read, which are left out; images are then checked
+            thoroughly. None raises the first error.
     """
     kind, places = demo_files(path)
     if with_states and kind != "hdf5":
         raise ValueError(f"{path} ({kind}) holds no simulator states; they are in HDF5 demonstrations only")
     budget = budget or Budget(CACHE_BYTES)
+    unknown: dict[str, str] = {}  # name -> kind
     if kind == "rlds":
         check_shards(places)
+
+    def keep_and_note(name: str, success: bool, kind: str) -> bool:
+        if kind not in KINDS:
+            unknown[name] = kind
+        return keep(name, success, kind)
+
     for place in places:
         if kind == "hdf5":
-            yield from read_hdf5(place, camera, budget, keep, with_states)
+            reads = read_hdf5(place, camera, budget, keep_and_note, with_states)
         elif kind == "rlds":
-            yield from read_rlds(place, camera, budget, keep)
+            reads = read_rlds(place, camera, budget, keep_and_note)
         else:
-            yield from read_lerobot(place, camera, budget, keep)
+            reads = read_lerobot(place, camera, budget, keep_and_note)
+        while True:
+            try:
+                episode = next(reads)()
+            except StopIteration:  # after an error of the file, too
+                break
+            except (ValueError, OSError) as error:
+                if bad is None:
+                    raise
+                bad(error)
+                continue
+            faults = [] if bad is None or episode is None else _image_faults(episode)
+            for fault in faults:
+                bad(fault)
+            if episode is not None and not faults:
+                yield episode
+    if unknown:
+        warnings.warn(
+            f"{path}: kind is {dict(Counter(unknown.values()))}, expected {', '.join(KINDS)}: policies do not learn "
+            "from these episodes; relabel them with python -m vlarft.data.convert --kind",
+            stacklevel=2,
+        )
+
+
+def _image_faults(episode: Episode) -> list[Exception]:
+    """Return the errors that a walk through the files of an episode's images finds."""
+    faults = []
+    for images in episode.cameras.values():
+        try:
+            if isinstance(images, Frames):
+                images.check(thorough=True)
+        except (ValueError, OSError) as error:
+            faults.append(error)
+    return faults
+
+
+def warn_left_out(errors: Sequence[Exception]) -> None:
+    """Warn of episodes that were left out, each with its error; episodes of one file may share it."""
+    if errors:
+        lines = dict.fromkeys(map(str, errors))
+        warnings.warn(
+            "\n  ".join([f"{len(errors)} episodes or files cannot be read and are left out:", *lines]), stacklevel=3
+        )
 
 
 def load_episodes(
@@ -98,6 +151,7 @@ def load_episodes(
     with_states: bool = False,
     names: Sequence[str] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    skip_bad: bool = False,
 ) -> list[Episode]:
     """Read demonstrations; their images stay on disk until they are accessed.
 
@@ -107,12 +161,14 @@ def load_episodes(
 
     Args:
         path: a folder (searched at any depth) or one file; or several places, each of any format.
-        camera: its images become `Episode.images`; "agentview" and "eye_in_hand" also match the names that other
-            formats give to LIBERO's two cameras.
+        camera: the only one that is read; "agentview" and "eye_in_hand" also match the names that other formats give to
+            LIBERO's two cameras.
         successes_only: read successful experts only; other attempts train world models, never policies.
         with_states: also read simulator states, to evaluate world models against true outcomes; HDF5 only.
         names: read only the episodes of these names, in this order.
         cache_bytes: decoded frames kept in memory, over all episodes; while there is room, none is decoded twice.
+        skip_bad: leave out episodes that cannot be read, and list them in a warning. Goes through all packets and
+            image headers of `camera`, as `data.check` does, which reads the files once.
 
     Returns:
         Episodes in order of place, file and demonstration number.
@@ -132,7 +188,10 @@ def load_episodes(
         return (wanted is None or name in wanted) and (not successes_only or (success and kind == "expert"))
 
     places, budget = [path] if isinstance(path, str | Path) else list(path), Budget(cache_bytes)
-    found = {p: list(read_episodes(p, camera, keep, with_states=with_states, budget=budget)) for p in places}
+    errors: list[Exception] = []
+    options = {"with_states": with_states, "budget": budget, "bad": errors.append if skip_bad else None}
+    found = {p: list(read_episodes(p, camera, keep, **options)) for p in places}
+    warn_left_out(errors)
     if empty := [p for p, episodes in found.items() if not episodes and not names]:
         raise FileNotFoundError(f"{empty[0]} has no {'successful ' if successes_only else ''}demonstrations")
     found = {p: episodes for p, episodes in found.items() if episodes}
@@ -158,9 +217,9 @@ def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
             f"{place} has two episodes of the name {twice[0]!r}, in folders of one name; rename one of them"
         )
     for e in episodes:
-        if isinstance(e.images, Frames):  # other cameras are not read, and may be missing
+        if isinstance(e.images, Frames):
             e.images.check()
-    if problems := same_robot(episodes) + gripper_problems(episodes):
+    if problems := same_robot(episodes) or gripper_problems(episodes):
         raise ValueError(f"{place}: {problems[0]}")
 
 
@@ -265,7 +324,7 @@ def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:
         warnings.warn(
             f"{where}: {len(unknown)} of {len(episodes)} episodes do not say whether they succeeded, first "
             f"{unknown[0]}: they are taken as successes, which is right for demonstrations only. The attribute success "
-            "(HDF5) or the field success of meta/episodes (LeRobot) says it; RLDS has no place for it",
+            "(HDF5), the field success of meta/episodes (LeRobot) or of episode_metadata (RLDS) says it",
             stacklevel=2,
         )
 
