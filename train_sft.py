@@ -62,7 +62,7 @@ from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator as make_generator
 from vlarft.run.random import seed_of
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 
 AUGMENTATIONS = {
     "full": Augmentation(),
@@ -316,6 +316,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS))
     learned = {"policy": policy, "ema": ema, "optimizer": optimizer}
+    check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}

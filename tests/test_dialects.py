@@ -1,6 +1,7 @@
 """What data sets say of outcomes, splits and kinds, in every format; bad episodes; metadata with any field wrong."""
 
 import copy
+import gzip
 import json
 import warnings
 
@@ -203,6 +204,32 @@ def test_robomimic_files_are_refused_by_name(tmp_path):
         ValueError, match=r"data/demo_0 has obs/robot0_eef_pos: a robomimic file, which is not read; copy"
     ):
         load_episodes(path)
+
+
+def test_copies_are_named(tmp_path):
+    root = tmp_path / "all"
+    for folder in ("set", "set_old"):
+        test_lerobot.make(root / folder, kind="image", lengths=(14, 11))
+    text = "2 of 4 episodes have the actions and proprio of another, first set_old/episode_000000 those of set/epis"
+    with pytest.warns(UserWarning, match=text):
+        load_episodes(root)
+
+
+def test_other_containers_of_tfds_are_named(tmp_path):
+    root = tmp_path / "droid" / "1.0.0"
+    root.mkdir(parents=True)
+    path = root / "droid-train.array_record-00000-of-00001"
+    path.write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"array_record-00000-of-00001 is a TFDS file of another container.*as TFRecord"
+    ):
+        load_episodes(root)
+    path.unlink()
+    rlds(root, [test_rlds.content(0)])
+    path = next(root.iterdir())
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"tfrecord-00000-of-00001 is compressed with gzip: decompress it"):
+        load_episodes(root)
 
 
 WRONG = ("missing", None, "x", 7, 7.5, [1], {})

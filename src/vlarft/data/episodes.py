@@ -19,6 +19,7 @@ from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
 from vlarft.data.rlds import check_shards, read_rlds
 
+OTHER_TFDS = "*.array_record*", "*.riegeli*"
 CACHE_BYTES = 1 << 30  # decoded frames kept in memory; a smaller data set is decoded only once
 
 
@@ -47,6 +48,11 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
         "hdf5": [*path.rglob("*.hdf5"), *path.rglob("*.h5")],
         "rlds": [p for p in path.rglob("*.tfrecord*") if p.is_file()],
     }
+    if other := next((p for n in OTHER_TFDS for p in path.rglob(n) if not any(formats.values())), None):
+        raise ValueError(
+            f"{other} is a TFDS file of another container than TFRecord; rewrite the data set as TFRecord with TFDS "
+            "(tfds convert_format)"
+        )
     formats = {kind: sorted(places) for kind, places in formats.items() if places}
     if not formats:
         raise FileNotFoundError(
@@ -202,7 +208,20 @@ def load_episodes(
     for place, episodes in found.items():
         check_episodes(place, episodes)
     check_places(found, camera)
+    _warn_equal([e for episodes in found.values() for e in episodes])
     return list(by_name.values()) if names is None else [by_name[n] for n in names]
+
+
+def _warn_equal(episodes: Sequence[Episode]) -> None:
+    """Warn of episodes with the same numbers as another: copies of it may be held out while it is trained on."""
+    first: dict[tuple[bytes, bytes], str] = {}
+    names = [(first.setdefault((e.actions.tobytes(), e.proprio.tobytes()), e.name), e.name) for e in episodes]
+    if twice := [(one, other) for one, other in names if one != other]:
+        warnings.warn(
+            f"{len(twice)} of {len(episodes)} episodes have the actions and proprio of another, first {twice[0][1]} "
+            f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them",
+            stacklevel=3,
+        )
 
 
 def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
