@@ -162,8 +162,8 @@ def load_episodes(
     """Read demonstrations; their images stay on disk until they are accessed.
 
     The format is detected: LIBERO's HDF5, original or written here; LeRobotDataset v3.0, v2.1 and v2.0; RLDS TFRecords.
-    Images are returned upright: LIBERO's are turned by 180 degrees, as public policies see them. Actions are raw, the
-    gripper last, -1 open and +1 close.
+    Images are returned upright: LIBERO's are turned by 180 degrees, as public policies see them. Actions are raw,
+    gripper commands -1 open and +1 close.
 
     Args:
         path: a folder (searched at any depth) or one file; or several places, each of any format.
@@ -185,8 +185,8 @@ def load_episodes(
             episodes that differ in fps or in the width of actions or proprio, a gripper in other units, a video of
             `camera` that lacks frames; places whose episodes do not fit together, see `check_places`.
 
-    Warns of episodes whose outcome is not known, which are taken as successes, and of those without `camera`, which are
-    left out.
+    Warns of episodes whose outcome is not known, which are taken as successes, of those without `camera`, which are
+    left out, of copies, and of splits that the files state.
     """
     wanted = None if names is None else set(names)
 
