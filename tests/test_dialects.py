@@ -213,6 +213,7 @@ def test_copies_are_named(tmp_path):
     text = "2 of 4 episodes have the actions and proprio of another, first set_old/episode_000000 those of set/epis"
     with pytest.warns(UserWarning, match=text):
         load_episodes(root)
+    assert any("2 of 4 episodes have the actions and proprio of another" in w for w in check(root)[0].warnings)
 
 
 def test_other_containers_of_tfds_are_named(tmp_path):

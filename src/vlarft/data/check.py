@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from vlarft.data.episode import Episode, no_ops
-from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
+from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.pictures import grid, save_png
@@ -63,6 +63,7 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
         return report, []
     if report.errors:
         report.warnings.append(f"only {len(episodes)} episodes can be read: convert with --skip-bad copies these")
+    report.warnings += copies(episodes)
     report.errors += same_robot(episodes) or gripper_problems(episodes)
     _contents(report, episodes)
     if len({(e.actions.shape[1], e.proprio.shape[1]) for e in episodes}) == 1:

@@ -208,20 +208,21 @@ def load_episodes(
     for place, episodes in found.items():
         check_episodes(place, episodes)
     check_places(found, camera)
-    _warn_equal([e for episodes in found.values() for e in episodes])
+    for text in copies([e for episodes in found.values() for e in episodes]):
+        warnings.warn(text, stacklevel=2)
     return list(by_name.values()) if names is None else [by_name[n] for n in names]
 
 
-def _warn_equal(episodes: Sequence[Episode]) -> None:
-    """Warn of episodes with the same numbers as another: copies of it may be held out while it is trained on."""
+def copies(episodes: Sequence[Episode]) -> list[str]:
+    """Return a message if episodes have the same numbers as others: such copies may be held out and trained on."""
     first: dict[tuple[bytes, bytes], str] = {}
     names = [(first.setdefault((e.actions.tobytes(), e.proprio.tobytes()), e.name), e.name) for e in episodes]
     if twice := [(one, other) for one, other in names if one != other]:
-        warnings.warn(
+        return [
             f"{len(twice)} of {len(episodes)} episodes have the actions and proprio of another, first {twice[0][1]} "
-            f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them",
-            stacklevel=3,
-        )
+            f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them"
+        ]
+    return []
 
 
 def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
