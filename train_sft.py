@@ -62,7 +62,7 @@ from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator as make_generator
 from vlarft.run.random import seed_of
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 
 AUGMENTATIONS = {
     "full": Augmentation(),
@@ -180,7 +180,9 @@ PRESETS = {
 }
 
 
-def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAPolicy:
+def build_policy(
+    cfg: Config, action_dim: int = 7, proprio_dim: int = 8, grippers: tuple[int, ...] | None = None
+) -> VLAPolicy:
     """The policy to train: that of `init`, or random weights of the named size and the robot's dimensions.
 
     Raises:
@@ -196,7 +198,8 @@ def build_policy(cfg: Config, action_dim: int = 7, proprio_dim: int = 8) -> VLAP
     torch.manual_seed(seed_of("weights", cfg.seed))
     sizes = SIZES[cfg.size]
     dims = {"action_dim": action_dim, "proprio_dim": proprio_dim}
-    return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=replace(sizes.flow, **dims)))
+    flow = replace(sizes.flow, **dims)
+    return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=flow, gripper_dims=grippers))
 
 
 def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) -> None:
@@ -205,6 +208,12 @@ def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) 
     Raises:
         ValueError: they are another robot's or in other units.
     """
+    grippers = list(episodes[0].grippers), list(policy.normalizer.gripper_dims)
+    if episodes[0].actions.shape[1] == policy.cfg.flow.action_dim and grippers[0] != grippers[1]:
+        raise ValueError(
+            f"the gripper dimensions of {episodes[0].name} are {grippers[0]}, of the policy {grippers[1]}: they belong "
+            "to another robot, or the data set says so by mistake (python -m vlarft.data.convert --gripper-dims)"
+        )
     columns = ([getattr(e, name) for e in episodes] for name in ("intended", "proprio"))
     columns = [torch.from_numpy(np.concatenate(column)) for column in columns]  # (all steps, A), (all steps, P)
     if refit or not policy.normalizer.fitted:
@@ -286,7 +295,7 @@ def main(cfg: Config) -> dict[str, float]:
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **image_convention(train, cfg.camera), "sft": to_dict(cfg)}
 
-    policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1])
+    policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1], train[0].grippers)
     fit_normalizer(policy, train, cfg.refit_statistics)
     lora = choose_trained(policy, cfg)
     policy.to(device).train()
@@ -307,6 +316,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS))
     learned = {"policy": policy, "ema": ema, "optimizer": optimizer}
+    check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}

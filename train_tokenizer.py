@@ -52,7 +52,7 @@ from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.tokenizer import PRESETS as SIZES
 from vlarft.tokenizer import FrameTokenizer, Reconstruction, TokenizerConfig
 from vlarft.tokenizer_loss import (
@@ -329,6 +329,7 @@ def main(cfg: Config) -> dict[str, float]:
     named = {"size": SIZES, "augment": AUGMENTATIONS, "weighting": WEIGHTINGS, "discriminator": DISCRIMINATORS}
     state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
     learned = {"networks": networks, "optimizers": optimizers}
+    check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=0.0)
     resumed_at = step

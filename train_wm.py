@@ -51,7 +51,7 @@ from vlarft.run.config import opt, parse
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import PRESETS as SIZES
 from vlarft.world_model import WorldModel
@@ -338,6 +338,7 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
     state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
+    check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})
     resumed_at = step

@@ -103,8 +103,8 @@ def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
 def one_sided(cfg: Config, parts: Parts, reward: RewardKind, seed: int = 0) -> dict[str, float | list[float]]:
     """How much of a reward's variance around the demonstrations' actions is odd in the noise, and where it pulls to."""
     dataset, policy = parts.batch.intended, parts.policy  # (S, T, A)
-    half = (policy.normalizer.action_high - policy.normalizer.action_low) / 2
-    unit = torch.cat([half, half.new_zeros(1)])  # the gripper stays
+    unit = policy.normalizer.action_unit()
+    unit[policy.normalizer.grippers] = 0  # grippers stay
     shape = (len(dataset), cfg.samples, *dataset.shape[1:])
     noise = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # (S, P, T, A)
     bins = parts.model.action_bins

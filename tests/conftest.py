@@ -16,9 +16,33 @@ import pytest
 import torch
 
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.data.episodes import Episode, read_episodes
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 
+# Words of the reasons for which a test may be skipped where CI is set; the test extra brings all else.
+SKIPS = {
+    "LIBERO": "installed by hand, with gigabytes of assets",
+    "renderer": "OpenGL on a server without a display",
+    "robomimic": "a reference with old dependencies",
+    "lerobot": "a reference that pins other versions of torch",
+    "C++ compiler": "of the machine, not of Python",
+}
 SIZE = 64  # px, the image size of the smoke presets
+
+
+def unlisted_skips(reports: list[pytest.TestReport]) -> list[str]:
+    """Reasons of skipped tests that contain no word of SKIPS."""
+    reasons = {r.longrepr[2] if isinstance(r.longrepr, tuple) else str(r.longrepr) for r in reports}
+    return sorted(reason for reason in reasons if not any(word in reason for word in SKIPS))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run of CI that skips tests for a reason that is not listed: a skipped test notices nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter and (reasons := unlisted_skips(reporter.stats.get("skipped", []))):
+        reporter.write_line("skipped for reasons that conftest.SKIPS does not list: " + "; ".join(reasons), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def write_moving_square(path: Path, demos: int, steps: int, seed: int, instruction: str, low: float = -1.0) -> None:
@@ -59,6 +83,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(script, "check_finite", interrupt)
         start()
+
+
+def every_camera(path: Path) -> list[Episode]:
+    """All episodes of a place with all of their cameras; `load_episodes` reads one."""
+    return list(read_episodes(path, None, lambda *_: True))
 
 
 def libero_missing() -> str:

@@ -61,7 +61,7 @@ def test_a_sound_set_passes(tmp_path, capsys):
     for line in ("format: hdf5", "episodes: 12", "frames: 720", "fps: 20.0", "agentview: ['64 x 64']", "  lift it: 6"):
         assert line in text
     assert "action 0: moves proprio 0 by 0.04 per unit and step" in text and "agentview: upright (row of motion" in text
-    assert "'open': 0.08, 'closed': 0.02" in text
+    assert "with the command:\n  open: 0.08\n  closed: 0.02" in text
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["errors"] == [] and report["warnings"] == [], report["warnings"]
     assert report["facts"]["actions"]["max"][6] == 1 and len(report["facts"]["proprio"]["mean"]) == 8
@@ -149,6 +149,20 @@ def test_what_usually_breaks_training_is_named(tmp_path, change, text):
     assert report.errors == []
 
 
+def test_joints_are_not_taken_for_fingers_and_heights(tmp_path):
+    """DROID's Franka: eight numbers as in LIBERO, but seven joints and a gripper that is 1 when it is closed."""
+
+    def joints(i, c):
+        turn(i, c)
+        c["proprio"][:, 7] = c["proprio"][:, 6] < 0.02
+        c["proprio"][:, 6] = 0.79
+
+    report, _ = check(make(tmp_path, joints))
+    assert report.facts["orientation"] == {"agentview": "not judged: proprio is not LIBERO's; see the picture"}
+    assert not any("inverted" in w or "upside" in w for w in report.warnings), report.warnings
+    assert "mean finger opening (proprio 6, 7) with the command" not in report.facts
+
+
 def test_contents_that_are_warned_about(tmp_path):
     def cut(i, c):
         for name in c:
@@ -175,7 +189,8 @@ def test_errors_set_the_exit_status(tmp_path, capsys):
 
     root = make(tmp_path / "a", percent)
     assert main([str(root), "--picture", str(tmp_path / "a.png")]) == 1
-    assert "ERROR: suite/task0_demo/demo_0: the gripper action lies in [0, 100]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "ERROR: suite/task0_demo/demo_0: the gripper action (dimension 6) lies in [0, 100]" in text
     assert main([str(root), "--camera", "front", "--picture", str(tmp_path / "b.png")]) == 1
     assert "ERROR: " in (text := capsys.readouterr().out) and "has no camera 'front'; it has agentview" in text
     assert not (tmp_path / "b.png").exists()

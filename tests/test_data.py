@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import every_camera
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
@@ -16,12 +17,17 @@ from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
 
 
+def random_actions(rng, steps):
+    """Six random motions, and a gripper that opens and closes."""
+    return np.concatenate([rng.uniform(-1, 1, (steps, 6)), rng.choice([-1.0, 1.0], (steps, 1))], 1)
+
+
 def arrays(steps, seed=0, size=(6, 8)):
     rng = np.random.default_rng(seed)
     return {
         "images": {"agentview": rng.integers(0, 256, (steps, *size, 3), dtype=np.uint8)},
-        "actions": rng.uniform(-1, 1, (steps, 7)),
-        "intended_actions": rng.uniform(-1, 1, (steps, 7)),
+        "actions": random_actions(rng, steps),
+        "intended_actions": random_actions(rng, steps),
         "proprio": rng.uniform(-1, 1, (steps, 8)),
         "states": rng.normal(size=(steps, 5)),
     }
@@ -325,7 +331,7 @@ def libero_original(path, compression=None, chunks=None):
         data.attrs["problem_info"] = json.dumps({"language_instruction": "put the bowl on the stove"})
         demo = data.create_group("demo_0")
         demo.attrs["num_samples"] = 15
-        demo["actions"] = rng.uniform(-1, 1, (15, 7))
+        demo["actions"] = random_actions(rng, 15)
         demo["obs/ee_states"], demo["obs/gripper_states"] = rng.normal(size=(15, 6)), rng.normal(size=(15, 2))
         for name, images in views.items():
             demo.create_dataset(f"obs/{name}_rgb", data=images, compression=compression, chunks=chunks)
@@ -339,7 +345,7 @@ def libero_original(path, compression=None, chunks=None):
 def test_original_files_are_read_in_any_storage(tmp_path, compression, chunks):
     path = tmp_path / "libero_goal" / "put_demo.hdf5"
     views = libero_original(path, compression, chunks)
-    episode = load_episodes(tmp_path, "eye_in_hand")[0]
+    (episode,) = every_camera(tmp_path)
     assert (episode.instruction, episode.fps, episode.images.shape) == (
         "put the bowl on the stove",
         20,
@@ -435,11 +441,15 @@ def test_gripper_in_other_units_is_refused(tmp_path):
     with h5py.File(path, "a") as file:
         for demo in file["data"].values():
             demo["actions"][:, 6] = np.linspace(0, 1, len(demo["actions"]))
-    with pytest.raises(ValueError, match=r"the gripper action lies in \[0, 1\], never below 0; .*data.convert"):
+    with pytest.raises(
+        ValueError, match=r"the gripper action \(dimension 6\) lies in \[0, 1\], never below 0; .*data.convert"
+    ):
         load_episodes(path)
     with h5py.File(path, "a") as file:
         file["data/demo_1/actions"][:, 6] = 80
-    with pytest.raises(ValueError, match=r"s/a_demo/demo_1: the gripper action lies in \[80, 80\]; expected -1 open"):
+    with pytest.raises(
+        ValueError, match=r"s/a_demo/demo_1: the gripper action \(dimension 6\) lies in \[80, 80\]; expected -1 open"
+    ):
         load_episodes(path)
 
 

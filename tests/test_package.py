@@ -6,7 +6,9 @@ import configparser
 import dataclasses
 import graphlib
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +89,17 @@ def test_import_is_light_and_silent():
     code = "import sys, vlarft; print(sorted({'torch', 'mujoco', 'h5py', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_skips_fail_in_ci(tmp_path):
+    """Unless the reason is listed in conftest.SKIPS."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name, status in (("LIBERO's assets are not at x", 0), ("could not import 'lpips'", 1)):
+        (tmp_path / "test_one.py").write_text(f"import pytest\n\ndef test():\n    pytest.skip({name!r})\n")
+        command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tmp_path)]
+        for ci, expected in (("1", status), ("", 0)):
+            run = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, cwd=tmp_path)
+            assert run.returncode == expected, run.stdout
 
 
 def test_public_names_resolve():

@@ -28,7 +28,7 @@ def test_perturbations():
     actions = torch.zeros(2, 4, 3)
     actions[..., 2] = -1
     how, unit = Perturbations((0.1, 5.0), 2, 3), torch.tensor([1.0, 0.5, 1.0])
-    chunks, labels = perturb(actions, how, low, high, unit, torch.Generator().manual_seed(0))
+    chunks, labels = perturb(actions, how, low, high, unit, torch.Generator().manual_seed(0), (2,))
     assert chunks.shape == (2, 1 + 2 * 2 + 3, 4, 3)
     assert labels == ["noise 0.1"] * 2 + ["noise 5"] * 2 + ["gripper flip"] * 3
     assert torch.equal(chunks[:, 0], actions)

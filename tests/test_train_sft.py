@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,19 @@ def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
         [{k: v for k, v in json.loads(line).items() if k not in ("step_s", "minutes")} for line in log] for log in logs
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_resume_with_other_episodes_is_refused(demos, tmp_path):
+    """New recordings would move episodes that were trained on to the held-out part."""
+    path, cfg = tmp_path / "mine" / "squares", config(tmp_path / "mine", tmp_path / "run", steps=1)
+    shutil.copytree(demos / "squares", path)
+    train_sft.main(cfg)
+    write_moving_square(path / "push_green_demo.hdf5", 2, 14, 7, "push the green square")
+    text = r"run was begun with \d+ train episodes, today there are \d+ \(first that differs: squares/push_green_demo/d"
+    with pytest.raises(ValueError, match=text):
+        train_sft.main(cfg)
+    (path / "push_green_demo.hdf5").unlink()
+    train_sft.main(cfg)
 
 
 def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):

@@ -79,7 +79,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
     record(raw, 8)
     assert check([str(raw), "--picture", str(tmp_path / "check.png")]) == 1
     text = capsys.readouterr().out
-    assert "the gripper action lies in [0, 100]" in text and "convert with --absolute" in text
+    assert "the gripper action (dimension 5) lies in [0, 100]" in text and "convert with --absolute" in text
     options = ["--size", "64", "64", "--centre-crop", "--gripper", "100", "0", "--absolute"]
     convert([str(raw), str(demos), "--format", "lerobot", *options])
     assert check([str(demos), "--camera", "front", "--picture", str(tmp_path / "check.png")]) == 0

@@ -100,10 +100,9 @@ def trust_gate(
         if count < 3:
             raise ValueError(f"trust gate: {count} {name} per start; a ranking needs at least 3")
     reference, normalizer = batch.intended, policy.normalizer  # (S, T, A)
-    # raw units per normalised one, (A,); the gripper is not scaled
-    unit = torch.cat([(normalizer.action_high - normalizer.action_low) / 2, normalizer.action_high.new_ones(1)]).cpu()
-    noise = generator("cpu", "perturbations", seed)
-    around, _ = perturb(reference.cpu(), perturbed, bins.low.cpu(), bins.high.cpu(), unit, noise)  # (S, 1 + P, T, A)
+    noise, ranges = generator("cpu", "perturbations", seed), (bins.low.cpu(), bins.high.cpu())
+    unit, grippers = normalizer.action_unit().cpu(), normalizer.gripper_dims
+    around, _ = perturb(reference.cpu(), perturbed, *ranges, unit, noise, grippers)  # (S, 1 + P, T, A)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16, at_once=at_once)
     chain = policy.sample_group(context, batch.proprio, samples, generator(context.device, "gate chains", seed))
     sampled = normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, samples))  # (S, P, T, A)

@@ -2,9 +2,10 @@
 
 Only this module converts: the policy computes in normalised actions, the environment and the world model take raw ones.
 
-Shapes: A action dim (7), P proprio dim (8).
+Shapes: A action dim (7), G gripper dims (1), P proprio dim (8).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,22 +17,40 @@ GripperEncoding = Literal["zero_one_open", "identity"]
 class Normalizer(nn.Module):
     """Quantile normalisation. The quantiles are buffers, so that they are saved and loaded with the policy.
 
-    Motion, all action dimensions but the last, maps the 1 % and 99 % quantiles of the training actions to [-1, 1] and
-    clips; proprio likewise. The gripper is not scaled: "zero_one_open" (OpenVLA's convention) maps the environment's
+    Motion, all action dimensions but the grippers', maps the 1 % and 99 % quantiles of the training actions to [-1, 1]
+    and clips; proprio likewise. Grippers are not scaled: "zero_one_open" (OpenVLA's convention) maps the environment's
     -1 open / +1 close to 1 open / 0 close; "identity" keeps -1 / +1. A constant dimension (quantiles closer than 1e-6)
     maps to 0 and decodes to its constant.
 
     Args:
-        action_dim: A, gripper last.
+        action_dim: A.
         proprio_dim: P.
-        gripper: encoding of the last action dimension.
+        gripper: encoding of the gripper dimensions.
+        gripper_dims: action dimensions that are binary gripper commands; None: the last.
+
+    Raises:
+        ValueError: gripper dimensions outside 0 .. A - 1.
     """
 
-    def __init__(self, action_dim: int = 7, proprio_dim: int = 8, gripper: GripperEncoding = "zero_one_open") -> None:
+    def __init__(
+        self,
+        action_dim: int = 7,
+        proprio_dim: int = 8,
+        gripper: GripperEncoding = "zero_one_open",
+        gripper_dims: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.gripper = gripper
-        self.register_buffer("action_low", -torch.ones(action_dim - 1))
-        self.register_buffer("action_high", torch.ones(action_dim - 1))
+        self.gripper_dims = (action_dim - 1,) if gripper_dims is None else tuple(sorted(gripper_dims))
+        if outside := set(self.gripper_dims) - set(range(action_dim)):
+            raise ValueError(f"gripper dimensions {sorted(outside)} do not lie in 0 .. {action_dim - 1}")
+        motion = [i for i in range(action_dim) if i not in self.gripper_dims]
+        order = torch.tensor([*motion, *self.gripper_dims])  # of the columns while motion and grippers are apart
+        self.register_buffer("motion", order[: len(motion)], persistent=False)
+        self.register_buffer("grippers", order[len(motion) :], persistent=False)
+        self.register_buffer("back", order.argsort(), persistent=False)
+        self.register_buffer("action_low", -torch.ones(len(motion)))
+        self.register_buffer("action_high", torch.ones(len(motion)))
         self.register_buffer("proprio_low", -torch.ones(proprio_dim))
         self.register_buffer("proprio_high", torch.ones(proprio_dim))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
@@ -40,14 +59,14 @@ class Normalizer(nn.Module):
         """Fit the 1 % and 99 % quantiles to a training split; return the normaliser itself.
 
         Args:
-            actions: (N, A) raw environment actions, gripper -1 open / +1 close.
+            actions: (N, A) raw environment actions, grippers -1 open / +1 close.
             proprio: (N, P) position in metres, axis-angle in radians, finger positions in metres.
 
         Raises:
             ValueError: wrong widths, NaN or infinite values, or a gripper outside [-1, 1].
         """
         for name, values, width in (
-            ("actions", actions, len(self.action_low) + 1),
+            ("actions", actions, len(self.back)),
             ("proprio", proprio, len(self.proprio_low)),
         ):
             if values.ndim != 2 or values.shape[1] != width:
@@ -55,14 +74,14 @@ class Normalizer(nn.Module):
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).any(1).nonzero()[0])
                 raise ValueError(f"{name} has NaN or infinite values, first in row {bad}; repair the demonstrations")
-        gripper = actions[:, -1]
-        if gripper.abs().max() > 1 + 1e-4:
+        gripper = actions[:, self.grippers]
+        if (gripper.abs() > 1 + 1e-4).any():
             raise ValueError(
                 "gripper actions must lie in [-1, 1] (-1 open, +1 close), "
                 f"got [{gripper.min():.3g}, {gripper.max():.3g}]"
             )
         levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
-        for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
+        for name, values in (("action", actions[:, self.motion]), ("proprio", proprio)):
             # sort and interpolate here: torch.quantile refuses more than 16M values
             ordered = values.double().sort(0).values  # (N, D)
             position = levels * (len(ordered) - 1)  # (2,), fractional rows of the two quantiles
@@ -78,7 +97,7 @@ class Normalizer(nn.Module):
         """Set the 1 % and 99 % quantiles from stored statistics of a data set, in raw units.
 
         Args:
-            action_low, action_high: (A - 1,), without the gripper.
+            action_low, action_high: (A - G,), without the grippers.
             proprio_low, proprio_high: (P,).
 
         Raises:
@@ -109,38 +128,46 @@ class Normalizer(nn.Module):
         Raises:
             ValueError: other widths, or a dimension with more than half of its values outside the quantiles' range.
         """
-        width = len(self.action_low) + 1, len(self.proprio_low)
+        width = len(self.back), len(self.proprio_low)
         if (actions.shape[1], proprio.shape[1]) != width:
             raise ValueError(
                 f"the demonstrations have {actions.shape[1]} action and {proprio.shape[1]} proprio dimensions, the "
                 f"policy {width[0]} and {width[1]}: they belong to another robot"
             )
-        for name, values in (("action", actions[:, :-1]), ("proprio", proprio)):
+        for name, values in (("action", actions[:, self.motion]), ("proprio", proprio)):
             low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            if not len(low):
+                continue
             # (D,), share of values outside; a constant dimension, outside by any rounding, is not counted
             out = ((values < low) | (values > high)).float().mean(0) * (high - low >= 1e-6)
             worst = int(out.argmax())
             if out[worst] > 0.5:
+                dim = int(self.motion[worst]) if name == "action" else worst
                 raise ValueError(
                     f"the policy's statistics come from another robot or other units: {out[worst]:.0%} of {name} "
-                    f"{worst} lie outside [{low[worst]:.3g}, {high[worst]:.3g}], its 1 % and 99 % quantiles; fit them "
+                    f"{dim} lie outside [{low[worst]:.3g}, {high[worst]:.3g}], its 1 % and 99 % quantiles; fit them "
                     "anew (train_sft.py --refit-statistics) if the change is intended"
                 )
 
     def encode_actions(self, actions: Tensor) -> Tensor:
         """Normalise raw environment actions (..., A), float32."""
-        motion = _to_unit(actions[..., :-1].float(), self.action_low, self.action_high)
-        gripper = actions[..., -1:].float()
+        motion = _to_unit(actions[..., self.motion].float(), self.action_low, self.action_high)  # (..., A - G)
+        gripper = actions[..., self.grippers].float()  # (..., G)
         if self.gripper == "zero_one_open":
             gripper = (1 - gripper) / 2
-        return torch.cat([motion, gripper], -1)
+        return torch.cat([motion, gripper], -1)[..., self.back]
 
     def decode_actions(self, actions: Tensor) -> Tensor:
-        """Convert normalised actions (..., A) to raw ones, float32: motion clipped to its range, gripper -1 or +1."""
-        motion = _from_unit(actions[..., :-1].float().clamp(-1, 1), self.action_low, self.action_high)
-        gripper = actions[..., -1:].float()
+        """Convert normalised actions (..., A) to raw ones, float32: motion clipped to its range, grippers -1 or +1."""
+        motion = _from_unit(actions[..., self.motion].float().clamp(-1, 1), self.action_low, self.action_high)
+        gripper = actions[..., self.grippers].float()
         closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0  # 0 is closed in the former
-        return torch.cat([motion, torch.where(closed, 1.0, -1.0)], -1)
+        return torch.cat([motion, torch.where(closed, 1.0, -1.0)], -1)[..., self.back]
+
+    def action_unit(self) -> Tensor:
+        """Return the raw units per normalised one, (A,): half of a motion's range; 1 for a gripper."""
+        half = (self.action_high - self.action_low) / 2
+        return torch.cat([half, half.new_ones(len(self.gripper_dims))])[self.back]
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         """Normalise raw proprio (..., P) to [-1, 1], clipped, float32.

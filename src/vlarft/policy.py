@@ -42,7 +42,8 @@ class PolicyConfig:
     vlm: VLMConfig = field(default_factory=VLMConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     cameras: tuple[str, ...] = ("agentview",)  # names of an observation's images, in the order of their tokens
-    gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes the last action dim
+    gripper: GripperEncoding = "zero_one_open"  # how the normaliser encodes gripper commands
+    gripper_dims: tuple[int, ...] | None = None  # action dims that are binary gripper commands; None: the last
     crop_area: float = 1.0  # share of the image area that the central crop keeps; 0.9 if trained with random crops
     # hidden width of the auxiliary head that predicts the hand position at the next gripper event; None: no such head
     key_head_dim: int | None = None
@@ -156,7 +157,7 @@ class VLAPolicy(nn.Module):
         self.vlm = VLM(cfg.vlm)
         self.head = FlowHead(cfg.flow)
         self.sigma_net = SigmaNet(cfg.flow) if cfg.has_sigma_net else None
-        self.normalizer = Normalizer(cfg.flow.action_dim, cfg.flow.proprio_dim, gripper=cfg.gripper)
+        self.normalizer = Normalizer(cfg.flow.action_dim, cfg.flow.proprio_dim, cfg.gripper, cfg.gripper_dims)
         self.key_head = self.key_embed = None
         if cfg.key_token and not cfg.key_head_dim:
             raise ValueError("PolicyConfig: key_token needs a key head; set key_head_dim")
@@ -453,7 +454,7 @@ class VLAPolicy(nn.Module):
             num_steps: Euler steps of the deterministic flow.
             step_noise: (B, K, T, A), standard normal noise of the K steps, see `flow.sample_chain`; None = use the ODE.
         Returns:
-            (B, T, A) raw actions, float32: motion inside the training range, gripper -1 open or +1 close. For a single
+            (B, T, A) raw actions, float32: motion inside the training range, grippers -1 open or +1 close. For a single
             observation outside a list: (T, A), from noise (T, A).
         Raises:
             ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images,

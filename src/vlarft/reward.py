@@ -182,14 +182,14 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
     ):
         if in_policy != in_model:
             raise ValueError(f"{name}: the policy has {in_policy}, the world model has {in_model}; {advice}")
-    low, high = policy.normalizer.action_low, policy.normalizer.action_high  # (A - 1,)
-    wm_low, wm_high = world_model.action_bins.low[:-1], world_model.action_bins.high[:-1]  # (A - 1,)
+    low, high, motion = policy.normalizer.action_low, policy.normalizer.action_high, policy.normalizer.motion
+    wm_low, wm_high = world_model.action_bins.low[motion], world_model.action_bins.high[motion]  # (A - G,)
     # quantiles of intended actions lie inside the range of the executed ones, up to the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3
     outside = ((low < wm_low - slack) | (high > wm_high + slack)).nonzero().flatten().tolist()
     if outside:
         i = outside[0]
         raise ValueError(
-            f"action ranges differ: in dimension {i} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world model "
-            f"was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
+            f"action ranges differ: in dimension {motion[i]} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world "
+            f"model was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
         )

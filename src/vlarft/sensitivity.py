@@ -58,21 +58,27 @@ class Perturbations:
 def half_range(episodes: Sequence[Episode]) -> Tensor:
     """Compute the raw units per normalised one, (A,): half of each action's range in a policy's normaliser.
 
-    It is fitted to the successful expert episodes, or to all if there are none; 1 for the gripper, which is not scaled.
+    It is fitted to the successful expert episodes, or to all if there are none; 1 for grippers, which are not scaled.
     """
     expert = [e for e in episodes if e.success and e.kind == "expert"] or episodes
     actions, proprio = (np.concatenate([getattr(e, name) for e in expert]) for name in ("actions", "proprio"))
-    fitted = Normalizer(actions.shape[1], proprio.shape[1]).fit(torch.from_numpy(actions), torch.from_numpy(proprio))
-    return torch.cat([(fitted.action_high - fitted.action_low) / 2, torch.ones(1)])
+    normalizer = Normalizer(actions.shape[1], proprio.shape[1], gripper_dims=episodes[0].grippers)
+    return normalizer.fit(torch.from_numpy(actions), torch.from_numpy(proprio)).action_unit()
 
 
 def perturb(
-    actions: Tensor, how: Perturbations, low: Tensor, high: Tensor, unit: Tensor, draws: torch.Generator
+    actions: Tensor,
+    how: Perturbations,
+    low: Tensor,
+    high: Tensor,
+    unit: Tensor,
+    draws: torch.Generator,
+    grippers: Sequence[int],
 ) -> tuple[Tensor, list[str]]:
-    """Perturb recorded chunks, by noise on the motion or by flips of the gripper command.
+    """Perturb recorded chunks, by noise on the motion or by flips of the gripper commands.
 
     Noise has its size in normalised units, as a policy's exploration has: a dimension that the demonstrations hardly
-    use gets hardly any. The gripper command, the last dimension, gets none; all chunks stay inside the recorded ranges.
+    use gets hardly any. Gripper commands get none; all chunks stay inside the recorded ranges.
 
     Args:
         actions: (S, T, A) raw.
@@ -80,24 +86,25 @@ def perturb(
         low, high: (A,) raw ranges.
         unit: (A,) raw units per normalised one.
         draws: source of the random numbers.
+        grippers: dimensions of the gripper commands; if there are none, none are flipped.
 
     Returns:
         (S, 1 + P, T, A), the recorded chunk first; and P labels.
     """
     starts, steps, dim = actions.shape
-    chunks, labels = [actions], []
+    chunks, labels, grippers = [actions], [], list(grippers)
     for size in how.noise:
         for _ in range(how.draws):
             noise = torch.randn(starts, steps, dim, generator=draws) * size * unit
-            noise[..., -1] = 0
+            noise[..., grippers] = 0
             chunks.append((actions + noise).clamp(low, high))
             labels.append(f"noise {size:g}")
-    for _ in range(how.flips):
+    for _ in range(how.flips if grippers else 0):
         since = torch.randint(steps, (starts, 1), generator=draws)
         flipped = torch.arange(steps) >= since  # (S, T)
         chunk = actions.clone()
-        mirrored = low[-1] + high[-1] - chunk[..., -1]  # open for close, and close for open
-        chunk[..., -1] = torch.where(flipped, mirrored, chunk[..., -1])
+        mirrored = (low + high)[grippers] - chunk[..., grippers]  # open for close, and close for open
+        chunk[..., grippers] = torch.where(flipped[..., None], mirrored, chunk[..., grippers])
         chunks.append(chunk)
         labels.append("gripper flip")
     return torch.stack(chunks, dim=1), labels
@@ -158,9 +165,8 @@ def evaluate_sensitivity(
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
-    chunks, labels = perturb(
-        batch.actions, how, low, high, half_range(episodes), generator("cpu", "perturbations", seed)
-    )
+    noise, grippers = generator("cpu", "perturbations", seed), episodes[0].grippers
+    chunks, labels = perturb(batch.actions, how, low, high, half_range(episodes), noise, grippers)
     scores: dict[str, list[Tensor]] = {}
     errors: dict[str, list[Tensor]] = {"action": [(chunks[:, 1:] - chunks[:, :1]).abs().mean(dim=(2, 3))]}
     modes = {"greedy": {"greedy": True}, "common": {"common_random_numbers": True}, "independent": {}}

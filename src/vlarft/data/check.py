@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from vlarft.data.episode import Episode, no_ops
-from vlarft.data.episodes import demo_files, gripper_problems, read_episodes, same_robot
+from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.pictures import grid, save_png
@@ -61,11 +61,14 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
     if not episodes:
         report.errors = report.errors or [f"{path} has no complete demonstrations"]
         return report, []
-    report.errors += same_robot(episodes) + gripper_problems(episodes)
+    if report.errors:
+        report.warnings.append(f"only {len(episodes)} episodes can be read: convert with --skip-bad copies these")
+    report.warnings += copies(episodes)
+    report.errors += same_robot(episodes) or gripper_problems(episodes)
     _contents(report, episodes)
     if len({(e.actions.shape[1], e.proprio.shape[1]) for e in episodes}) == 1:
         _numbers(report, episodes)
-        _gripper(report, episodes)
+        _grippers(report, episodes)
         _motion(report, episodes)
     try:
         _images(report, episodes)
@@ -76,24 +79,14 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
 
 def _read(report: Report, episodes: list[Episode], path: str | Path, camera: str | None) -> None:
     """Read into `episodes` those whose files hold all frames; every fault becomes an error."""
+    errors: list[Exception] = []
     try:
         report.facts["format"] = demo_files(path)[0]
-        for episode in read_episodes(path, camera, lambda *_: True, budget=Budget(64 << 20)):
-            if camera:
-                name = next(n for n, images in episode.cameras.items() if images is episode.images)
-                episode = replace(episode, cameras={name: episode.images})
-            faults = []
-            for images in episode.cameras.values():
-                try:
-                    if isinstance(images, Frames):
-                        images.check(thorough=True)
-                except (ValueError, OSError) as error:
-                    faults.append(str(error))
-            report.errors += [fault for fault in faults if fault not in report.errors]  # episodes share files
-            if not faults:
-                episodes.append(episode)
+        for episode in read_episodes(path, camera, lambda *_: True, budget=Budget(64 << 20), bad=errors.append):
+            episodes.append(episode)
     except (ValueError, OSError, ImportError) as error:
-        report.errors.append(str(error))
+        errors.append(error)
+    report.errors += dict.fromkeys(map(str, errors))  # episodes of one file may share one
 
 
 def _contents(report: Report, episodes: Sequence[Episode]) -> None:
@@ -146,7 +139,7 @@ def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
         q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
         rows = {"min": low, "q01": q01, "mean": values.mean(0), "std": values.std(0), "q99": q99, "max": high}
         report.facts[name] = {k: [float(f"{x:.4g}") for x in v] for k, v in rows.items()}
-        motion = range(values.shape[1] - (name == "actions"))
+        motion = [i for i in range(values.shape[1]) if name == "proprio" or i not in episodes[0].grippers]
         if constant := [i for i in range(values.shape[1]) if high[i] - low[i] < 1e-6]:
             report.warnings.append(f"{name} {constant} never change: missing columns, or a joint that is not used")
         if narrow := [i for i in motion if q99[i] - q01[i] < 1e-6 < high[i] - low[i]]:
@@ -160,20 +153,42 @@ def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
                 report.warnings.append(f"actions {outlier} have outliers, over 20 times their usual range: glitches?")
 
 
-def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
-    """Report gripper commands; warn if the fingers open when +1 (close) is commanded."""
-    gripper = _joined(episodes, "intended")[:, -1]
-    values = np.unique(gripper.round(4))
-    facts = report.facts["gripper"] = {
-        "range": [float(gripper.min()), float(gripper.max())],
-        "values": values.tolist() if len(values) <= 6 else f"{len(values)} different ones",
-        "closed in": f"{(gripper > 0).mean():.0%} of the steps",
-    }
-    if len(values) == 1:
-        report.warnings.append(f"the gripper command is always {values[0]:g}")
-        return
+def _grippers(report: Report, episodes: Sequence[Episode]) -> None:
+    """Report which dimensions are grippers, and their commands; warn of those that look otherwise."""
+    first, actions = episodes[0], _joined(episodes, "intended")
+    dims = ", ".join(map(str, first.grippers)) or "none"
+    source = "assumed: the files do not say" if first.gripper_dims is None else "as the files say"
+    report.facts["gripper dimensions"] = f"{dims} ({source})"
+    report.facts |= {"held dimensions": ", ".join(map(str, first.held_dims))} if first.held_dims else {}
+    for dim, column in enumerate(actions.T):
+        values = np.unique(column.round(4))
+        if dim not in first.grippers:
+            if np.isin(values, (-1, 1)).all() and dim not in first.held_dims:
+                report.warnings.append(
+                    f"action {dim} is only ever -1 or +1, but no gripper command: is it one? (convert --gripper-dims)"
+                )
+            continue
+        report.facts[f"gripper, action {dim}"] = {
+            "range": [float(column.min()), float(column.max())],
+            "values": values.tolist() if len(values) <= 6 else f"{len(values)} different ones",
+            "closed in": f"{(column > 0).mean():.0%} of the steps",
+        }
+        if len(values) == 1:
+            report.warnings.append(f"the gripper command is always {values[0]:g}")
+    if first.grippers == (actions.shape[1] - 1,) and _is_liberos(episodes):
+        _fingers(report, episodes)
+
+
+def _is_liberos(episodes: Sequence[Episode]) -> bool:
+    """Return whether proprio ends with two fingers' positions that mirror each other, as LIBERO's eight numbers do."""
     if any(e.proprio.shape[1] != 8 for e in episodes):
-        return
+        return False
+    fingers = _joined(episodes, "proprio")[:, 6:]  # [m]
+    return bool(np.abs(fingers).max() < 0.1 and np.abs(fingers.sum(1)).mean() < 0.01)
+
+
+def _fingers(report: Report, episodes: Sequence[Episode]) -> None:
+    """Warn if LIBERO's fingers open when +1 (close) is commanded."""
     steady = 5  # steps after which the fingers have followed a command
     width, closed = [], []
     for e in episodes:
@@ -184,7 +199,9 @@ def _gripper(report: Report, episodes: Sequence[Episode]) -> None:
     width, closed = np.concatenate(width), np.concatenate(closed)
     if min(closed.sum(), (~closed).sum()) >= 50:
         means = {"open": float(width[~closed].mean()), "closed": float(width[closed].mean())}
-        facts["mean finger opening (proprio 6, 7) with the command"] = {k: float(f"{v:.4g}") for k, v in means.items()}
+        report.facts["mean finger opening (proprio 6, 7) with the command"] = {
+            k: float(f"{v:.4g}") for k, v in means.items()
+        }
         if means["closed"] > 1.05 * means["open"]:
             report.warnings.append(
                 "the fingers are further apart when the gripper command is positive: the sign looks inverted; "
@@ -201,7 +218,8 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
         report.warnings.append(
             f"{share:.0%} of the steps are no-ops; a policy learns to stop: convert with --drop-no-ops"
         )
-    dims = range(min(episodes[0].actions.shape[1] - 1, episodes[0].proprio.shape[1]))
+    dims = range(min(episodes[0].actions.shape[1], episodes[0].proprio.shape[1]))
+    dims = [i for i in dims if i not in episodes[0].grippers]
     long = [e for e in episodes if len(e) > 12]
     if not long:
         return
@@ -259,20 +277,20 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def _images(report: Report, episodes: Sequence[Episode]) -> None:
     """Report which way is up; warn of black or frozen frames and of videos with few keyframes. Decodes a sample."""
     picked = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(12, len(episodes))).round().astype(int)]
+    known = _is_liberos(episodes)  # then proprio 2 is the hand's height
     report.facts["orientation"] = {}
     for name in dict.fromkeys(n for e in picked for n in e.cameras):
         rows, hands, frozen, black, seen = [], [], 0, 0, 0
         for e in (e for e in picked if name in e.cameras):
             images = e.cameras[name]
-            gap = max(1, min(4, len(e) // 4))
+            gap, idle = max(1, min(4, len(e) // 4)), no_ops(e, 1e-3)
             for t in np.linspace(0, len(e) - 1 - gap, 12).astype(int) if len(e) > gap else ():
                 frames = images[t : t + gap + 1]
                 one, two = frames[0].astype(np.int16), frames[-1].astype(np.int16)
                 seen, black = seen + 1, black + (one.max() < 16)
-                commanded = np.abs(e.actions[t : t + gap, :-1]).max() > 1e-3
-                frozen += bool(commanded and (one == two).all())
+                frozen += not idle[t : t + gap].all() and (one == two).all()
                 moving = np.abs(two - one).max(-1) > 24  # what moves is mostly the hand: higher up, in a lower row
-                if moving.sum() > 0.0005 * moving.size and e.proprio.shape[1] >= 3:
+                if moving.sum() > 0.0005 * moving.size and known:
                     rows.append(np.flatnonzero(moving.any(1)).mean() / moving.shape[0])
                     hands.append(e.proprio[t, :3])
         if seen and black > 0.1 * seen:
@@ -292,10 +310,11 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
                 )
         r = _partial_correlation(np.array(rows), np.array(hands)) if len(rows) >= 20 else None
         if r is None:
-            report.facts["orientation"][name] = "too little motion to tell"
+            reason = "too little motion to tell" if known else "not judged: proprio is not LIBERO's; see the picture"
+            report.facts["orientation"][name] = reason
             continue
         verdict = "upright" if r < -0.3 else "upside down?" if r > 0.3 else "no clear sign"
-        report.facts["orientation"][name] = f"{verdict} (row of motion against proprio 2, taken as height: r {r:.2f})"
+        report.facts["orientation"][name] = f"{verdict} (row of motion against the hand's height: r {r:.2f})"
         if r > 0.3:
             report.warnings.append(
                 f"camera {name}: motion is lower in the image when the hand is higher (r {r:.2f}): upside down? Look "

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
-from vlarft.data.episodes import demo_files, read_episodes
+from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
@@ -63,31 +63,44 @@ def change(
     drop_no_ops: bool = False,
     absolute: bool | None = None,
     kind: str | None = None,
+    gripper_dims: Sequence[int] | None = None,
+    held_dims: Sequence[int] | None = None,
 ) -> Episode:
     """Return the episode in other units or image sizes; images that change are loaded into memory.
 
     Args:
         episode: as read.
-        gripper: values of the last action dimension that mean open and closed; mapped to -1 and +1 and clipped.
+        gripper: values of the gripper dimensions that mean open and closed; mapped to -1 and +1 and clipped.
         size: height and width of all images [px].
         centre_crop: see `resize`.
         turn: turn all images by 180 degrees.
         drop_no_ops: leave out steps that neither move nor change the gripper.
         absolute: label actions as target positions (True) or motions (False).
         kind: label of the episode; "noisy" and "policy" train world models, never policies.
+        gripper_dims, held_dims: label these action dimensions as `Episode` says; if one is given, the other is empty.
 
     Raises:
-        ValueError: all steps are no-ops.
+        ValueError: all steps are no-ops, action dimensions that there are not, or a gripper to map and none.
     """
+    if gripper_dims is not None or held_dims is not None:
+        labels, width = (tuple(gripper_dims or ()), tuple(held_dims or ())), episode.actions.shape[1]
+        if wrong := [i for i in (*labels[0], *labels[1]) if not 0 <= i < width or (i in labels[0] and i in labels[1])]:
+            raise ValueError(
+                f"{episode.name} has action dimensions 0 .. {width - 1}, each a gripper's or held or neither; got "
+                f"--gripper-dims {list(labels[0])}, --held-dims {list(labels[1])}: {wrong[0]} does not fit"
+            )
+        episode = replace(episode, gripper_dims=labels[0], held_dims=labels[1])
     if absolute is not None:
         episode = replace(episode, absolute=absolute)
     if kind is not None:
         episode = replace(episode, kind=kind)
     if gripper is not None:
+        if not episode.grippers:
+            raise ValueError(f"{episode.name} has no gripper dimension to convert; name it with --gripper-dims")
 
         def mapped(actions: np.ndarray) -> np.ndarray:
-            out = actions.copy()
-            out[:, -1] = np.clip(2 * (actions[:, -1] - gripper[0]) / (gripper[1] - gripper[0]) - 1, -1, 1)
+            out, dims = actions.copy(), list(episode.grippers)
+            out[:, dims] = np.clip(2 * (actions[:, dims] - gripper[0]) / (gripper[1] - gripper[0]) - 1, -1, 1)
             return out
 
         actions = mapped(episode.actions)
@@ -138,11 +151,12 @@ def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
     total = 0
     for episode in episodes:
         widths = episode.actions.shape[1], episode.proprio.shape[1]
-        if widths != (7, 8) or episode.absolute:
+        if widths != (7, 8) or episode.absolute or (episode.grippers, episode.held_dims) != ((6,), ()):
             raise ValueError(
                 f"{episode.name} has {widths[0]} action and {widths[1]} proprio dimensions"
-                f"{', absolute actions' * episode.absolute}; LIBERO's HDF5 layout holds 7 and 8, motions: "
-                "give --format lerobot"
+                f"{', absolute actions' * episode.absolute}, grippers {list(episode.grippers)} and held dimensions "
+                f"{list(episode.held_dims)}; LIBERO's HDF5 layout holds 7 and 8, motions, the gripper last: give "
+                "--format lerobot"
             )
         text = episode.instruction
         if text not in files:
@@ -199,8 +213,11 @@ def main(argv: Sequence[str]) -> None:
     add("--centre-crop", action="store_true", help="before --size, crop the centre to its aspect ratio")
     add("--turn", action="store_true", help="turn all images by 180 degrees")
     add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
+    add("--gripper-dims", type=int, nargs="*", metavar="DIM", help="binary gripper dimensions, from 0; or none")
+    add("--held-dims", type=int, nargs="*", metavar="DIM", help="continuous grippers and other target positions")
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
     add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
+    add("--skip-bad", action="store_true", help="leave out episodes that cannot be read, and list them")
     add("--kind", choices=("expert", "noisy", "policy"), help="label all episodes; policies learn from expert only")
     args = parser.parse_args(argv)
     if args.centre_crop and not args.size:
@@ -215,13 +232,17 @@ def main(argv: Sequence[str]) -> None:
         "drop_no_ops": args.drop_no_ops,
         "absolute": args.absolute,
         "kind": args.kind,
+        "gripper_dims": args.gripper_dims,
+        "held_dims": args.held_dims,
     }
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
-    # which camera is read as Episode.images does not matter: all are in Episode.cameras
-    camera = args.camera[0] if args.camera else None
-    source = read_episodes(args.src, camera, lambda *_: True, with_states=with_states, budget=Budget(0))
+    camera = args.camera[0] if args.camera and len(args.camera) == 1 else None  # one or all: not which is the first
+    errors: list[Exception] = []
+    options = {"with_states": with_states, "budget": Budget(0), "bad": errors.append if args.skip_bad else None}
+    source = read_episodes(args.src, camera, lambda *_: True, **options)
     first = next(source, None)
     if first is None:
+        warn_left_out(errors)
         raise FileNotFoundError(f"{args.src} has no demonstrations")
     fps = args.fps or first.fps
     if fps is None:
@@ -244,6 +265,7 @@ def main(argv: Sequence[str]) -> None:
         count = write_hdf5(args.dst, episodes, fps)
     else:
         count = write_lerobot(args.dst, episodes, fps, images=args.images, codec=args.codec, crf=args.crf)
+    warn_left_out(errors)
     print(f"{count} episodes -> {args.dst}")
 
 

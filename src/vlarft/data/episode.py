@@ -3,8 +3,10 @@
 Shapes: T steps, H and W pixels, A action dim, P proprio dim, S simulator state dim.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,8 @@ Images = np.ndarray | Frames  # uint8 (T, H, W, 3)
 
 # LIBERO's cameras: their names in its HDF5 files -> their names in LeRobot and RLDS copies of LIBERO
 CAMERAS = {"agentview": ("image",), "eye_in_hand": ("image2", "wrist_image")}
+KINDS = ("expert", "failed", "noisy", "policy")
+OUTCOMES = {"true": True, "1": True, "false": False, "0": False}  # as text
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,19 @@ class Episode:
 
     images: (T, H, W, 3) uint8, upright, frame t observed before action t; an array, or `Frames` decoded on access
     proprio: (T, P) float32; in LIBERO P = 8: position 3 [m], axis-angle 3 [rad], finger positions 2 [m]
-    actions: (T, A) float32, raw environment actions as executed, gripper last, -1 open and +1 close; the world model
-        learns from them; in LIBERO A = 7
+    actions: (T, A) float32, raw environment actions as executed; the world model learns from them; in LIBERO A = 7, and
+        the last is the gripper
     intended: (T, A) float32, the demonstrator's actions before noise was added; the policy imitates them
     outcome_known: False if `success` is a guess: the file does not say how the episode ended
     kind: who acted: "expert", "noisy" (an expert with strong noise) or "policy"
     states: (T, S) float64 simulator states, or None if the file has none
     name: suite/file/demo or data set/episode, unique in a data set; splits are stored by name
-    cameras: images of all cameras by name; `images` is one of them
+    cameras: images by name of the cameras that were read, one or all; `images` is one of them
     fps: control steps per second, or None if the file does not state them
     absolute: actions are target positions, so that holding still repeats the last one; False: they are motions
+    gripper_dims: action dimensions that are binary gripper commands, -1 open and +1 close; () if there are none; None
+        if the file does not say: then the last is taken for one
+    held_dims: further dimensions that are target positions, whatever the others are: continuous grippers, fingers
     """
 
     name: str
@@ -48,9 +55,23 @@ class Episode:
     cameras: Mapping[str, Images] = field(default_factory=dict)
     fps: float | None = None
     absolute: bool = False
+    gripper_dims: tuple[int, ...] | None = None
+    held_dims: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Action dimensions that are, or are taken for, binary gripper commands."""
+        return (self.actions.shape[1] - 1,) if self.gripper_dims is None else self.gripper_dims
+
+    @property
+    def repeated(self) -> np.ndarray:
+        """(A,) bool: dimensions that stand still if their last value is repeated; the others do so at 0."""
+        out = np.full(self.actions.shape[1], self.absolute)
+        out[[*self.grippers, *self.held_dims]] = True
+        return out
 
 
 def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
@@ -71,6 +92,38 @@ def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> 
     raise ValueError(
         f"{where} has no camera {name!r}; it has {', '.join(cameras) or 'none'}: give --camera one of them"
     )
+
+
+def read_outcome(value: Any, where: str) -> bool | None:
+    """Return whether an episode succeeded, from a file's field: a bool, 0 or 1, or one of these as text.
+
+    Args:
+        value: of the field; None, or the NaN that pandas writes for it: not known.
+        where: file and episode, for errors.
+
+    Raises:
+        ValueError: any other value.
+    """
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    text = value.decode() if isinstance(value, bytes) else value
+    if isinstance(text, str):
+        value = OUTCOMES.get(text.strip().lower(), value)
+    if value is None or (isinstance(value, float | np.floating) and value != value):
+        return None
+    if isinstance(value, bool | int | float | np.generic) and value in (0, 1):
+        return bool(value)
+    raise ValueError(f"{where}: success is {value!r}, expected true, false or null; rewrite or remove the field")
+
+
+def warn_splits(where: str, splits: Sequence[str]) -> None:
+    """Warn of the splits into which a file divides its episodes, if they are several: all episodes are read."""
+    if len(splits) > 1:
+        warnings.warn(
+            f"{where} divides its episodes into {', '.join(splits)}: all are read, and --validation-fraction holds out "
+            "others; remove those that must not be trained on",
+            stacklevel=2,
+        )
 
 
 def check_numbers(values: np.ndarray, where: str, width: int | None = None) -> np.ndarray:
@@ -105,7 +158,7 @@ def check_lengths(where: str, **columns: object) -> None:
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
-    """Find steps whose intended action neither moves nor changes the gripper, by the rule of the public pipelines.
+    """Find steps whose intended action neither moves nor changes a gripper, by the rule of the public pipelines.
 
     Args:
         episode: T steps.
@@ -114,8 +167,8 @@ def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
     Returns:
         (T,) bool.
     """
-    motion, gripper = episode.intended[:, :-1], episode.intended[:, -1]
-    if episode.absolute:
-        motion = np.diff(motion, axis=0, prepend=np.inf)
-    same = np.diff(gripper, prepend=gripper[:1]) == 0
-    return (np.abs(motion).max(1) < threshold) & same
+    motion, repeated = episode.intended.copy(), episode.repeated
+    motion[:, repeated] = np.diff(motion[:, repeated], axis=0, prepend=motion[:1, repeated])
+    still = (np.abs(motion) < threshold).all(1)
+    still[0] &= not episode.absolute  # the first target may be a motion
+    return still

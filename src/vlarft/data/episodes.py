@@ -6,18 +6,20 @@ formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` re
 
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import KINDS, Episode
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
 from vlarft.data.rlds import check_shards, read_rlds
 
+OTHER_TFDS = "*.array_record*", "*.riegeli*"
 CACHE_BYTES = 1 << 30  # decoded frames kept in memory; a smaller data set is decoded only once
 
 
@@ -46,6 +48,11 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
         "hdf5": [*path.rglob("*.hdf5"), *path.rglob("*.h5")],
         "rlds": [p for p in path.rglob("*.tfrecord*") if p.is_file()],
     }
+    if other := next((p for n in OTHER_TFDS for p in path.rglob(n) if not any(formats.values())), None):
+        raise ValueError(
+            f"{other} is a TFDS file of another container than TFRecord; rewrite the data set as TFRecord with TFDS "
+            "(tfds convert_format)"
+        )
     formats = {kind: sorted(places) for kind, places in formats.items() if places}
     if not formats:
         raise FileNotFoundError(
@@ -65,29 +72,81 @@ def read_episodes(
     *,
     with_states: bool = False,
     budget: Budget | None = None,
+    bad: Callable[[Exception], None] | None = None,
 ) -> Iterator[Episode]:
     """Yield the episodes at `path`, each checked on its own but for its images (`Frames.check`).
 
     Arguments and errors are those of `load_episodes`, but:
 
     Args:
-        camera: None picks the first.
+        camera: None reads all cameras, the first for `Episode.images`.
         keep: (name, success, kind) -> whether to read an episode.
         budget: limit on the decoded frames that are kept; None: `CACHE_BYTES` of them.
+        bad: takes the errors of episodes and files that cannot be read, which are left out; images are then checked
+            thoroughly. None raises the first error.
     """
     kind, places = demo_files(path)
     if with_states and kind != "hdf5":
         raise ValueError(f"{path} ({kind}) holds no simulator states; they are in HDF5 demonstrations only")
     budget = budget or Budget(CACHE_BYTES)
+    unknown: dict[str, str] = {}  # name -> kind
     if kind == "rlds":
         check_shards(places)
+
+    def keep_and_note(name: str, success: bool, kind: str) -> bool:
+        if kind not in KINDS:
+            unknown[name] = kind
+        return keep(name, success, kind)
+
     for place in places:
         if kind == "hdf5":
-            yield from read_hdf5(place, camera, budget, keep, with_states)
+            reads = read_hdf5(place, camera, budget, keep_and_note, with_states)
         elif kind == "rlds":
-            yield from read_rlds(place, camera, budget, keep)
+            reads = read_rlds(place, camera, budget, keep_and_note)
         else:
-            yield from read_lerobot(place, camera, budget, keep)
+            reads = read_lerobot(place, camera, budget, keep_and_note)
+        while True:
+            try:
+                episode = next(reads)()
+            except StopIteration:  # after an error of the file, too
+                break
+            except (ValueError, OSError) as error:
+                if bad is None:
+                    raise
+                bad(error)
+                continue
+            faults = [] if bad is None or episode is None else _image_faults(episode)
+            for fault in faults:
+                bad(fault)
+            if episode is not None and not faults:
+                yield episode
+    if unknown:
+        warnings.warn(
+            f"{path}: kind is {dict(Counter(unknown.values()))}, expected {', '.join(KINDS)}: policies do not learn "
+            "from these episodes; relabel them with python -m vlarft.data.convert --kind",
+            stacklevel=2,
+        )
+
+
+def _image_faults(episode: Episode) -> list[Exception]:
+    """Return the errors that a walk through the files of an episode's images finds."""
+    faults = []
+    for images in episode.cameras.values():
+        try:
+            if isinstance(images, Frames):
+                images.check(thorough=True)
+        except (ValueError, OSError) as error:
+            faults.append(error)
+    return faults
+
+
+def warn_left_out(errors: Sequence[Exception]) -> None:
+    """Warn of episodes that were left out, each with its error; episodes of one file may share it."""
+    if errors:
+        lines = dict.fromkeys(map(str, errors))
+        warnings.warn(
+            "\n  ".join([f"{len(errors)} episodes or files cannot be read and are left out:", *lines]), stacklevel=3
+        )
 
 
 def load_episodes(
@@ -98,21 +157,24 @@ def load_episodes(
     with_states: bool = False,
     names: Sequence[str] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    skip_bad: bool = False,
 ) -> list[Episode]:
     """Read demonstrations; their images stay on disk until they are accessed.
 
     The format is detected: LIBERO's HDF5, original or written here; LeRobotDataset v3.0, v2.1 and v2.0; RLDS TFRecords.
-    Images are returned upright: LIBERO's are turned by 180 degrees, as public policies see them. Actions are raw, the
-    gripper last, -1 open and +1 close.
+    Images are returned upright: LIBERO's are turned by 180 degrees, as public policies see them. Actions are raw,
+    gripper commands -1 open and +1 close.
 
     Args:
         path: a folder (searched at any depth) or one file; or several places, each of any format.
-        camera: its images become `Episode.images`; "agentview" and "eye_in_hand" also match the names that other
-            formats give to LIBERO's two cameras.
+        camera: the only one that is read; "agentview" and "eye_in_hand" also match the names that other formats give to
+            LIBERO's two cameras.
         successes_only: read successful experts only; other attempts train world models, never policies.
         with_states: also read simulator states, to evaluate world models against true outcomes; HDF5 only.
         names: read only the episodes of these names, in this order.
         cache_bytes: decoded frames kept in memory, over all episodes; while there is room, none is decoded twice.
+        skip_bad: leave out episodes that cannot be read, and list them in a warning. Goes through all packets and
+            image headers of `camera`, as `data.check` does, which reads the files once.
 
     Returns:
         Episodes in order of place, file and demonstration number.
@@ -123,8 +185,8 @@ def load_episodes(
             episodes that differ in fps or in the width of actions or proprio, a gripper in other units, a video of
             `camera` that lacks frames; places whose episodes do not fit together, see `check_places`.
 
-    Warns of episodes whose outcome is not known, which are taken as successes, and of those without `camera`, which are
-    left out.
+    Warns of episodes whose outcome is not known, which are taken as successes, of those without `camera`, which are
+    left out, of copies, and of splits that the files state.
     """
     wanted = None if names is None else set(names)
 
@@ -132,7 +194,10 @@ def load_episodes(
         return (wanted is None or name in wanted) and (not successes_only or (success and kind == "expert"))
 
     places, budget = [path] if isinstance(path, str | Path) else list(path), Budget(cache_bytes)
-    found = {p: list(read_episodes(p, camera, keep, with_states=with_states, budget=budget)) for p in places}
+    errors: list[Exception] = []
+    options = {"with_states": with_states, "budget": budget, "bad": errors.append if skip_bad else None}
+    found = {p: list(read_episodes(p, camera, keep, **options)) for p in places}
+    warn_left_out(errors)
     if empty := [p for p, episodes in found.items() if not episodes and not names]:
         raise FileNotFoundError(f"{empty[0]} has no {'successful ' if successes_only else ''}demonstrations")
     found = {p: episodes for p, episodes in found.items() if episodes}
@@ -143,7 +208,21 @@ def load_episodes(
     for place, episodes in found.items():
         check_episodes(place, episodes)
     check_places(found, camera)
+    for text in copies([e for episodes in found.values() for e in episodes]):
+        warnings.warn(text, stacklevel=2)
     return list(by_name.values()) if names is None else [by_name[n] for n in names]
+
+
+def copies(episodes: Sequence[Episode]) -> list[str]:
+    """Return a message if episodes have the same numbers as others: such copies may be held out and trained on."""
+    first: dict[tuple[bytes, bytes], str] = {}
+    names = [(first.setdefault((e.actions.tobytes(), e.proprio.tobytes()), e.name), e.name) for e in episodes]
+    if twice := [(one, other) for one, other in names if one != other]:
+        return [
+            f"{len(twice)} of {len(episodes)} episodes have the actions and proprio of another, first {twice[0][1]} "
+            f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them"
+        ]
+    return []
 
 
 def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
@@ -158,9 +237,9 @@ def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
             f"{place} has two episodes of the name {twice[0]!r}, in folders of one name; rename one of them"
         )
     for e in episodes:
-        if isinstance(e.images, Frames):  # other cameras are not read, and may be missing
+        if isinstance(e.images, Frames):
             e.images.check()
-    if problems := same_robot(episodes) + gripper_problems(episodes):
+    if problems := same_robot(episodes) or gripper_problems(episodes):
         raise ValueError(f"{place}: {problems[0]}")
 
 
@@ -210,6 +289,8 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
         ("number of action dimensions", "train on one robot", lambda e: e.actions.shape[1]),
         ("number of proprio dimensions", "train on one robot", lambda e: e.proprio.shape[1]),
         ("kind of actions (absolute)", "convert them to one kind", lambda e: e.absolute),
+        ("gripper dimensions", "convert them with --gripper-dims", lambda e: e.grippers),
+        ("held dimensions", "convert them with --held-dims", lambda e: e.held_dims),
     ):
         first = {}
         for e in episodes:
@@ -222,18 +303,34 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
 
 
 def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
-    """Return a message if the last action dimension is not a gripper command from -1 (open) to +1 (closed)."""
-    low, high = (np.array([getattr(e.actions[:, -1], f)() for e in episodes]) for f in ("min", "max"))
-    fix = (
-        "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
-        "--gripper LOW HIGH, the values of open and closed"
-    )
-    worst = int(np.argmax(np.maximum(-low, high)))
-    if max(-low.min(), high.max()) > 1 + 1e-4:
-        return [f"{episodes[worst].name}: the gripper action lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"]
-    if low.min() >= 0 and low.min() < high.max():
-        return [f"the gripper action lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"]
-    return []
+    """Return a message for each gripper dimension without commands of -1 (open) and +1 (closed); the first robot's."""
+    problems = []
+    for dim in episodes[0].grippers:
+        columns = [e.actions[:, dim] for e in episodes]
+        low, high = (np.array([getattr(c, f)() for c in columns]) for f in ("min", "max"))
+        what = f"the gripper action (dimension {dim})"
+        fix = (
+            "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
+            "--gripper LOW HIGH, the values of open and closed"
+        )
+        worst = int(np.argmax(np.maximum(-low, high)))
+        between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
+        if max(-low.min(), high.max()) > 1 + 1e-4:
+            problem = f"{episodes[worst].name}: {what} lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"
+        elif low.min() >= 0 and low.min() < high.max():
+            problem = f"{what} lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"
+        elif between > 0.1:
+            problem = (
+                f"{what}{', the last, as the files do not name one,' * (episodes[0].gripper_dims is None)} lies "
+                f"between -0.9 and 0.9 in {between:.0%} of the steps, so it is not binary. Say what it is: "
+                f"--held-dims {dim} of python -m vlarft.data.convert marks a continuous gripper, --gripper-dims the "
+                'binary ones, or none; or write "vlarft": {"gripper_dims": [], "held_dims": []} into meta/info.json '
+                "(LeRobot), with the numbers of the dimensions"
+            )
+        else:
+            continue
+        problems.append(problem)
+    return problems
 
 
 def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:
@@ -247,7 +344,7 @@ def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:
         warnings.warn(
             f"{where}: {len(unknown)} of {len(episodes)} episodes do not say whether they succeeded, first "
             f"{unknown[0]}: they are taken as successes, which is right for demonstrations only. The attribute success "
-            "(HDF5) or the field success of meta/episodes (LeRobot) says it; RLDS has no place for it",
+            "(HDF5), the field success of meta/episodes (LeRobot) or of episode_metadata (RLDS) says it",
             stacklevel=2,
         )
 

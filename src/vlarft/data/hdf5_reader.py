@@ -15,24 +15,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlarft.data.episode import Episode, Images, check_lengths, check_numbers, pick_camera
+from vlarft.data.episode import Episode, Images, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, Frames, map_file
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file
 
 if TYPE_CHECKING:
     import h5py
 
+ROBOMIMIC = "obs/robot0_eef_pos"
 NAME = re.compile(r"([A-Z_]+SCENE\d+_)?(?P<task>.+)_demo\.(hdf5|h5)")  # KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
 
 
 def read_hdf5(
     path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
-) -> Iterator[Episode]:
-    """Yield the demonstrations of one file.
+) -> Iterator[Callable[[], Episode | None]]:
+    """Yield functions that read a demonstration each, to be called while the file is open; None: it is not to be kept.
 
     Args:
         path: the file.
-        camera: camera of `Episode.images`, stored as `obs/<camera>_rgb`; None picks the first.
+        camera: camera stored as `obs/<camera>_rgb`; None reads all, the first for `Episode.images`.
         budget: limit on the decoded frames that are kept.
         keep: (name, success, kind) -> whether to read a demonstration.
         with_states: also read the simulator states.
@@ -43,42 +44,64 @@ def read_hdf5(
     """
     with open_demo_file(path) as file:
         data, content = file["data"], map_file(path)
-        turned = data.attrs.get("image_convention", "") != "upright"
+        warn_splits(f"{path}: mask", sorted(file["mask"]) if "mask" in file else [])  # robomimic's filter keys
+        turned = _text(data.attrs.get("image_convention", "")) != "upright"
         instruction = _instruction(data, path)
         env_args = _table(data, "env_args", path) or None
         fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
-        for key in demo_names(data):
+
+        def read(key: str) -> Episode | None:
             name, demo, where = f"{path.parent.name}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
-            success, kind = bool(demo.attrs.get("success", True)), str(demo.attrs.get("kind", "expert"))
-            if not keep(name, success, kind):
-                continue
+            kind = _text(demo.attrs.get("kind", "expert"))
+            if not keep(name, True, kind):
+                return None
+            success = read_outcome(demo.attrs.get("success"), where)
+            if not keep(name, success is not False, kind):
+                return None
+            if ROBOMIMIC in demo:
+                raise ValueError(
+                    f"{where} has {ROBOMIMIC}: a robomimic file, which is not read; copy its observations to the names "
+                    "of LIBERO's layout (docs/data.md) with a few lines of h5py"
+                )
+            keys = [k for k in (sorted(demo["obs"]) if "obs" in demo else ()) if k.endswith("_rgb")]
+            keys = {k.removesuffix("_rgb"): f"obs/{k}" for k in keys}
+            picked = pick_camera(keys, camera, where)
             cameras = {
-                k.removesuffix("_rgb"): _images(demo["obs"][k], f"{where}/obs/{k}", content, turned, budget, path)
-                for k in (sorted(demo["obs"]) if "obs" in demo else ())
-                if k.endswith("_rgb")
+                name: _images(_item(demo, k, where), f"{where}/{k}", content, turned, budget, path)
+                for name, k in keys.items()
+                if camera is None or name == picked
             }
-            images = cameras[pick_camera(cameras, camera, where)]
+            images = cameras[picked]
             actions = _numbers(demo, "actions", 7, where)
             intended = _numbers(demo, "intended_actions", 7, where) if "intended_actions" in demo else actions
             proprio = np.concatenate(
                 [_numbers(demo, "obs/ee_states", 6, where), _numbers(demo, "obs/gripper_states", 2, where)], 1
             )
             check_lengths(where, actions=actions, images=images, proprio=proprio, intended_actions=intended)
-            yield Episode(
+            return Episode(
                 name=name,
                 instruction=instruction,
                 images=images,
                 proprio=proprio,
                 actions=actions,
                 intended=intended,
-                success=success,
-                outcome_known="success" in demo.attrs,
+                success=success is not False,
+                outcome_known=success is not None,
                 kind=kind,
                 states=_dataset(demo, "states", where) if with_states else None,
                 env_args=env_args,
                 cameras=cameras,
                 fps=None if fps is None else float(fps),
+                gripper_dims=(6,),
             )
+
+        for key in demo_names(data):
+            yield functools.partial(read, key)
+
+
+def _text(value: object) -> str:
+    """Return an attribute that holds text; h5py gives texts of fixed length as bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _images(
@@ -89,6 +112,8 @@ def _images(
     if len(shape) != 4 or shape[-1] != 3 or dataset.dtype != np.uint8:
         raise ValueError(f"{where} must be uint8 (T, H, W, 3), got {dataset.dtype} {shape}")
     start, size = dataset.id.get_offset(), int(np.prod(shape))
+    if Path(dataset.file.filename) != path:  # a link to another file
+        return Frames(_Slices(Path(dataset.file.filename), dataset.name, turned, 1), shape, budget, where)
     if start is not None and dataset.chunks is None:
         images = content[start : start + size].reshape(shape)
         return images[:, ::-1, ::-1] if turned else images
@@ -196,9 +221,16 @@ def _dataset(demo: "h5py.Group", key: str, where: str) -> np.ndarray:
         there = sorted(demo[group]) if group and group in demo else sorted(demo)
         raise ValueError(f"{where} has no {key}; it has {', '.join(there)}. Collect it again")
     try:
-        return demo[key][()]
+        return _item(demo, key, where)[()]
     except OSError as error:
         raise ValueError(f"{where}/{key} cannot be read ({error}); the file is damaged") from error
+
+
+def _item(demo: "h5py.Group", key: str, where: str) -> "h5py.Dataset":
+    try:
+        return demo[key]
+    except KeyError as error:  # a link to a file or an object that is not there
+        raise ValueError(f"{where}/{key} cannot be opened ({error}); copy the file that it links to") from error
 
 
 def _numbers(demo: "h5py.Group", key: str, width: int, where: str) -> np.ndarray:

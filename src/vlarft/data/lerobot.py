@@ -6,15 +6,18 @@
 
 Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. The writer
 (`lerobot_writer.py`) adds what other programs ignore: the frame feature `intended_action`, the episode columns
-`success` and `kind`, and {"vlarft": {"absolute": bool}} in info.json. All versions mean the same by `success` of an
-episode: true, false, or null for unknown. Where it is not given, the frame feature `next.success` says it.
+`success` and `kind`, and {"vlarft": {"absolute": bool, "gripper_dims": [6], "held_dims": []}} in info.json, see
+`Episode`. Without gripper_dims, the names of the action feature say which dimensions are grippers. All versions mean
+the same by `success` of an episode: true, false, or null for unknown. Where it is not given, the frame feature
+`next.success` says it.
 """
 
 import functools
 import json
 import math
+import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
+from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, EncodedImages, Frames
 from vlarft.data.video import VideoFrames, stamp
 from vlarft.run.lfs import refuse_pointer
@@ -32,7 +35,8 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 ACTION, STATE = ("action", "actions"), ("observation.state", "state")
 OUTCOMES = ("next.success", "is_episode_successful", "success")  # of frames: the episode succeeded if any is true
 REWARDS = ("next.reward", "reward")
-KINDS = ("expert", "failed", "noisy", "policy")
+TYPES = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
+GRIPPER = re.compile(r"grip|grasp|claw", re.IGNORECASE)  # in the name of an action dimension
 
 
 def import_parquet() -> Any:
@@ -75,7 +79,7 @@ def read_info(root: Path) -> dict[str, Any]:
     """Read meta/info.json of the data set at `root`.
 
     Raises:
-        ValueError: not JSON, a missing field, or an unsupported version.
+        ValueError: not JSON, a field that is missing or of another type, or an unsupported version.
     """
     path = root / "meta" / "info.json"
     refuse_pointer(path)
@@ -83,9 +87,20 @@ def read_info(root: Path) -> dict[str, Any]:
         info = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
-    for key in ("codebase_version", "fps", "features", "data_path"):
-        if key not in info:
-            raise ValueError(f"{path} has no field {key!r}; it has {', '.join(sorted(info))}")
+    info = _field({"info": info}, "info", str(path), dict)
+    for key, kind in (("codebase_version", str), ("fps", float), ("features", dict), ("data_path", str)):
+        _field(info, key, str(path), kind)
+    for key, kind in (("chunks_size", int), ("video_path", str), ("splits", dict), ("vlarft", dict)):
+        if info.get(key) is not None:
+            _field(info, key, str(path), kind)
+    if min(info["fps"], info.get("chunks_size") or 1) <= 0:
+        raise ValueError(f"{path}: fps and chunks_size must be positive, got {info['fps']}, {info.get('chunks_size')}")
+    for key in info["features"]:
+        feature = _field(info["features"], key, f"{path}: features", dict)
+        if _field(feature, "dtype", f"{path}: feature {key}", str) in ("video", "image"):
+            shape = _field(feature, "shape", f"{path}: feature {key}", list)
+            if len(shape) != 3 or not all(isinstance(n, int) for n in shape):
+                raise ValueError(f"{path}: feature {key}: shape is {shape}, expected height, width and channels")
     if info["codebase_version"] not in VERSIONS:
         raise ValueError(
             f"{path}: codebase_version {info['codebase_version']!r}, expected one of {', '.join(VERSIONS)}; "
@@ -96,13 +111,13 @@ def read_info(root: Path) -> dict[str, Any]:
 
 def read_lerobot(
     root: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
-) -> Iterator[Episode]:
-    """Yield the episodes of one data set. Videos are not opened: see `Frames.check`.
+) -> Iterator[Callable[[], Episode]]:
+    """Yield functions that read an episode each. Videos are not opened: see `Frames.check`.
 
     Args:
         root: folder that contains meta/, data/ and videos/.
-        camera: camera of `Episode.images`: its feature key, or the key's last part; episodes recorded without it are
-            left out. None picks an episode's first.
+        camera: its feature key, or the key's last part; episodes recorded without it are left out. None reads all, the
+            first for `Episode.images`.
         budget: limit on the decoded frames that are kept.
         keep: (name, success, kind) -> whether to read an episode.
 
@@ -111,33 +126,28 @@ def read_lerobot(
         ValueError: truncated file, missing camera or feature, NaN, lengths or fps that differ.
     """
     info, meta = read_info(root), root / "meta" / "info.json"
+    warn_splits(str(meta), [f"{k} {v}" for k, v in (info.get("splits") or {}).items()])
     features = info["features"]
     keys = _cameras(features)
     name_of = {**{key: name for name, key in keys.items()}, **{name: name for name in keys}}
     picked = name_of[pick_camera(name_of if camera in name_of else keys, camera, str(meta))]
     action, state = (_feature(features, names, meta) for names in (ACTION, STATE))
-    entries, tasks = _entries(root, info, [k for k in keys.values() if features[k]["dtype"] == "video"])
-    read, without = 0, []
-    absolute = bool(info.get("vlarft", {}).get("absolute", False))
-    for entry in entries:
-        name, where = f"{root.resolve().name}/episode_{entry.index:06d}", f"{entry.data}: episode {entry.index}"
-        if not keep(name, entry.success, entry.kind):
-            continue
-        has = {n: key for n, key in keys.items() if features[key]["dtype"] == "image" or key in entry.videos}
-        if picked not in has if camera else not has:
-            without.append(name)
-            continue
-        read += 1
-        table = _columns(
-            entry.data, stamp(entry.data), (action, state, *(k for k in ("intended_action",) if k in features))
-        )
+    used = {picked: keys[picked]} if camera else keys
+    entries, tasks = _entries(root, info, [k for k in used.values() if features[k]["dtype"] == "video"])
+    about = info.get("vlarft") or {}
+
+    def read(entry: _Entry, name: str, has: dict[str, str]) -> Episode:
+        where = f"{entry.data}: episode {entry.index}"
+        wanted = action, state, *(k for k in ("intended_action",) if k in features)
+        table = _columns(entry.data, stamp(entry.data), wanted)
         first, rows = _rows(table, entry, float(info["fps"]), where)
         columns = {k: check_numbers(v[rows], f"{where}: {k}") for k, v in table.items() if k not in SCALARS}
         cameras = {
             short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in has.items()
         }
         check_lengths(where, **columns, **cameras)
-        yield Episode(
+        grippers, held = _grippers(about, features[action], columns[action].shape[1], meta)
+        return Episode(
             name=name,
             instruction=_instruction(table, rows, tasks, entry, where),
             images=cameras[picked if picked in cameras else next(iter(cameras))],
@@ -149,15 +159,29 @@ def read_lerobot(
             kind=entry.kind,
             cameras=cameras,
             fps=float(info["fps"]),
-            absolute=absolute,
+            absolute=bool(about.get("absolute", False)),
+            gripper_dims=grippers,
+            held_dims=held,
         )
+
+    count, without = 0, []
+    for entry in entries:
+        name = f"{root.resolve().name}/episode_{entry.index:06d}"
+        if not keep(name, entry.success, entry.kind):
+            continue
+        has = {n: key for n, key in used.items() if features[key]["dtype"] == "image" or key in entry.videos}
+        if not has:
+            without.append(name)
+            continue
+        count += 1
+        yield functools.partial(read, entry, name, has)
     if without:
         key = keys[picked]
         text = (
-            f"{root}: {len(without)} of {read + len(without)} episodes have no camera {picked!r} (meta/episodes has no "
+            f"{root}: {len(without)} of {count + len(without)} episodes have no camera {picked!r} (meta/episodes has "
+            f"no videos/{key}/chunk_index for them), first {without[0]}"
         )
-        text += f"videos/{key}/chunk_index for them), first {without[0]}"
-        if not read:
+        if not count:
             raise ValueError(f"{text}; give --camera another of {', '.join(keys)}")
         warnings.warn(f"{text}: left out", stacklevel=2)
 
@@ -174,6 +198,28 @@ def _depth(feature: dict) -> bool:
     return bool(about.get("video.is_depth_map") or about.get("is_depth_map"))
 
 
+def _grippers(about: dict, feature: dict, width: int, meta: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Return `Episode.gripper_dims` and `held_dims`, as info.json states them, else by the names of the dimensions."""
+    stated = {key: about[key] for key in ("gripper_dims", "held_dims") if about.get(key) is not None}
+    for key, dims in stated.items():
+        if not isinstance(dims, list) or any(type(i) is not int or not 0 <= i < width for i in dims):
+            raise ValueError(
+                f"{meta}: vlarft.{key} is {dims!r}, expected action dimensions, a list from 0 .. {width - 1}"
+            )
+    if stated:
+        return tuple(stated.get("gripper_dims", ())), tuple(stated.get("held_dims", ()))
+    names = feature.get("names")
+    names = names if isinstance(names, list | dict) else ()
+    if isinstance(names, dict):  # {"motors": ["x", "y"]} or {"x": 0, "y": 1}
+        numbered = all(isinstance(i, int) for i in names.values())
+        names = sorted(names, key=names.get) if numbered else names.values()
+    names = [str(n) for group in names for n in (group if isinstance(group, list) else [group])]
+    kinds = {re.sub(r"[\W\d_]+", "", n) for n in names}  # motor_0, motor_1, ... say nothing
+    if len(names) != width or (len(kinds) == 1 and not GRIPPER.search(names[0])):
+        return None, ()
+    return tuple(i for i, n in enumerate(names) if GRIPPER.search(n)), ()
+
+
 def _feature(features: dict, names: tuple[str, ...], where: Path) -> str:
     for name in names:
         if name in features:
@@ -188,35 +234,27 @@ def _entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[_Entry
         raise ValueError(f"{meta / 'info.json'} has video features ({', '.join(video_keys)}) and no video_path")
     rows, tasks = _tables(meta) if new else _json_tables(meta)
     stated = any("success" in row for _, row in rows)
-    entries, kinds = [], Counter()
+    entries = []
     for path, row in rows:
-        index = int(_field(row, "episode_index", str(path)))
+        index = _field(row, "episode_index", str(path), int)
         where = f"{path}: episode {index}"
         if new:
-            place = {f"{n}_index": int(_field(row, f"data/{n}_index", where)) for n in ("chunk", "file")}
+            place = {f"{n}_index": _field(row, f"data/{n}_index", where, int) for n in ("chunk", "file")}
             videos = {k: _video_place(root, info, row, k, where) for k in video_keys}
         else:
-            place = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
-            videos = {k: (root / info["video_path"].format(video_key=k, **place), 0.0) for k in video_keys}
-        kind = row.get("kind") or "expert"
-        if kind not in KINDS:
-            kinds[str(kind)] += 1
+            place = {"episode_chunk": index // int(info.get("chunks_size") or 1000), "episode_index": index}
+            videos = {k: (_place(root, info, "video_path", video_key=k, **place), 0.0) for k in video_keys}
+        texts = row.get("tasks") or []
         entry = _Entry(
             index,
-            int(_field(row, "length", where)),
-            list(row.get("tasks") or ()),
-            root / info["data_path"].format(**place),
+            _field(row, "length", where, int),
+            [texts] if isinstance(texts, str) else _field({"tasks": texts}, "tasks", where, list),
+            _place(root, info, "data_path", **place),
             {k: (*place, math.inf) for k, place in videos.items() if place},
-            _outcome(row.get("success"), where),
-            kind,
+            read_outcome(row.get("success"), where),
+            str(row.get("kind") or "expert"),
         )
         entries.append(entry)
-    if kinds:
-        warnings.warn(
-            f"{rows[0][0]}: kind is {dict(kinds)}, expected {', '.join(KINDS)}: policies do not learn from these "
-            "episodes; relabel them with python -m vlarft.data.convert --kind",
-            stacklevel=2,
-        )
     entries.sort(key=lambda e: e.index)
     entries = _with_ends(_with_outcomes(root, entries, info["features"], stated))
     return entries, tasks
@@ -244,16 +282,31 @@ def _tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
 def _json_tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
     """Read the metadata of v2.x: (file, row) of each episode, and task_index -> instruction."""
     path, tasks = meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl")
-    texts = {int(_field(row, "task_index", str(path))): _field(row, "task", str(path)) for row in tasks}
+    texts = {_field(row, "task_index", str(path), int): _field(row, "task", str(path), str) for row in tasks}
     return [(meta / "episodes.jsonl", row) for row in _json_lines(meta / "episodes.jsonl")], texts
 
 
-def _field(row: dict, name: str, where: str) -> Any:
+def _field(row: dict, name: str, where: str, kind: type) -> Any:
+    """Return row[name], which must be one of TYPES; numbers are converted."""
     if name not in row:
         raise ValueError(f"{where} has no field {name}; it has {', '.join(sorted(row))}")
     if row[name] is None:
         raise ValueError(f"{where}: {name} is null; fill it in, or remove the episode")
-    return row[name]
+    value, numeric = row[name], kind in (int, float)
+    if not isinstance(value, int | float if numeric else kind) or (numeric and value != kind(value)):
+        raise ValueError(f"{where}: {name} is {value!r:.80}, expected {TYPES[kind]}")
+    return kind(value) if numeric else value
+
+
+def _place(root: Path, info: dict, name: str, **fields: Any) -> Path:
+    """Return the file that a pattern of info.json names."""
+    try:
+        return root / info[name].format(**fields)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{root / 'meta' / 'info.json'}: {name} is {info[name]!r} ({type(error).__name__}: {error}), expected a "
+            f"pattern with the fields {', '.join(fields)}"
+        ) from error
 
 
 def _video_place(root: Path, info: dict, row: dict, key: str, where: str) -> tuple[Path, float] | None:
@@ -261,9 +314,8 @@ def _video_place(root: Path, info: dict, row: dict, key: str, where: str) -> tup
     names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
     if all(row.get(n) is None for n in names):
         return None
-    chunk, file, start = (_field(row, n, where) for n in names)
-    path = info["video_path"].format(video_key=key, chunk_index=int(chunk), file_index=int(file))
-    return root / path, float(start)
+    chunk, file, start = (_field(row, n, where, kind) for n, kind in zip(names, (int, int, float)))
+    return _place(root, info, "video_path", video_key=key, chunk_index=chunk, file_index=file), start
 
 
 def _with_ends(entries: list[_Entry]) -> list[_Entry]:
@@ -276,15 +328,6 @@ def _with_ends(entries: list[_Entry]) -> list[_Entry]:
     return [
         e._replace(videos={k: (p, start, ends[p, start]) for k, (p, start, _) in e.videos.items()}) for e in entries
     ]
-
-
-def _outcome(value: Any, where: str) -> bool | None:
-    """Return whether an episode succeeded; None: not known (null, or the NaN that pandas writes for it)."""
-    if value is None or value != value:
-        return None
-    if value in (0, 1):  # which includes False and True
-        return bool(value)
-    raise ValueError(f"{where}: success is {value!r}, expected true, false or null; rewrite or remove the field")
 
 
 def _with_outcomes(root: Path, entries: list[_Entry], features: dict, stated: bool) -> list[_Entry]:
@@ -330,7 +373,10 @@ def _highest(path: Path, written: int, column: str) -> dict[int, float | None]:
     """Return episode_index -> highest value of a frame column (true is 1) in a data file; None: all are null."""
     from pyarrow import compute, types
 
-    file = open_parquet(path)
+    try:
+        file = open_parquet(path)
+    except (ValueError, OSError):
+        return {}  # said when the episode is read
     if not {column, "episode_index"} <= set(file.schema_arrow.names):
         return {}
     table = file.read(columns=["episode_index", column])
@@ -350,9 +396,10 @@ def _json_lines(path: Path) -> list[dict]:
         raise FileNotFoundError(f"{path} is missing; the data set was copied without it")
     refuse_pointer(path)
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} does not consist of JSON lines ({error})") from error
+    return [_field({"a line": row}, "a line", str(path), dict) for row in rows]
 
 
 SCALARS = ("episode_index", "frame_index", "timestamp", "task_index")
@@ -421,8 +468,7 @@ def _images(
     entry: _Entry, key: str, feature: dict, first: int, info: dict, root: Path, budget: Budget, where: str
 ) -> Frames:
     """Return an episode's images of a camera; no file is opened, see `Frames.check`."""
-    fps, where = float(info["fps"]), f"{where}: {key}"
-    shape = [int(n) for n in feature["shape"]]
+    fps, where, shape = float(info["fps"]), f"{where}: {key}", feature["shape"]
     size = tuple(shape[1:] if shape[0] == 3 and shape[-1] != 3 else shape[:2])
     if feature["dtype"] == "image":
         blobs = functools.partial(_pictures, root, entry.data, key, first)
@@ -443,7 +489,10 @@ def _group_starts(path: Path, written: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _group(path: Path, written: int, key: str, number: int) -> Any:
     """Read one row group's column of encoded images."""
-    return open_parquet(path).read_row_group(number, columns=[key])[key].combine_chunks()
+    file = open_parquet(path)
+    if key not in file.schema_arrow.names:
+        raise ValueError(f"{path} has no column {key}; it has {', '.join(file.schema_arrow.names)}")
+    return file.read_row_group(number, columns=[key])[key].combine_chunks()
 
 
 def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) -> list[bytes]:
@@ -453,9 +502,14 @@ def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) ->
     for number in range(np.searchsorted(starts, lo, "right") - 1, np.searchsorted(starts, hi, "left")):
         begin, end = max(lo, starts[number]), min(hi, starts[number + 1])
         for row in _group(path, stamp(path), key, number).slice(begin - starts[number], end - begin).to_pylist():
-            if not row or not (row.get("bytes") or row.get("path")):
+            row = {"bytes": row} if isinstance(row, bytes) else row or {}
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}: {key} holds {type(row).__name__}, expected image files as bytes, or their paths"
+                )
+            if not (row.get("bytes") or row.get("path")):
                 raise ValueError(f"{path}: {key} has an empty image in rows {begin} .. {end - 1}")
-            if not row["bytes"]:
+            if not row.get("bytes"):
                 refuse_pointer(root / row["path"])
-            out.append(row["bytes"] or (root / row["path"]).read_bytes())
+            out.append(row.get("bytes") or (root / row["path"]).read_bytes())
     return out

@@ -147,7 +147,7 @@ class _Writer:
         self.shapes = _shapes(first)
         if not self._cameras:
             raise ValueError(f"{first.name} has no images in Episode.cameras; expected those of one camera at least")
-        self.absolute, self.has_intended = first.absolute, first.intended is not first.actions
+        self.about, self.has_intended = _about(first), first.intended is not first.actions
         if images == "video":
             for key, shape in self.shapes.items():
                 if len(shape) == 3 and (shape[0] % 2 or shape[1] % 2):
@@ -168,9 +168,10 @@ class _Writer:
         return [key for key, shape in self.shapes.items() if len(shape) == 3]
 
     def add(self, episode: Episode) -> None:
-        if _shapes(episode) != self.shapes or episode.absolute != self.absolute:
+        if (_shapes(episode), _about(episode)) != (self.shapes, self.about):
             raise ValueError(
-                f"{episode.name} has {_shapes(episode)}, the episodes before it {self.shapes}; one robot a set"
+                f"{episode.name} has {_shapes(episode)}, {_about(episode)}, the episodes before it {self.shapes}, "
+                f"{self.about}; one robot a set"
             )
         number, steps, task = (
             len(self.entries),
@@ -276,7 +277,7 @@ class _Writer:
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.videos else None,
             "features": {k: self._feature(k, shape) for k, shape in self.shapes.items()},
-            "vlarft": {"absolute": self.absolute},
+            "vlarft": self.about,
         }
         if self.has_intended:
             info["features"]["intended_action"] = self._feature("intended_action", self.shapes["action"])
@@ -304,6 +305,12 @@ def _shapes(episode: Episode) -> dict[str, tuple[int, ...]]:
     """Return feature key -> shape of one frame's value."""
     shapes = {"observation.state": episode.proprio.shape[1:], "action": episode.actions.shape[1:]}
     return {**shapes, **{camera_key(name): tuple(images.shape[1:]) for name, images in episode.cameras.items()}}
+
+
+def _about(episode: Episode) -> dict[str, Any]:
+    """Return what info.json says of the actions; a gripper that is only assumed to be the last dimension stays so."""
+    stated = {"gripper_dims": list(episode.gripper_dims or ()), "held_dims": list(episode.held_dims)}
+    return {"absolute": episode.absolute, **({} if episode.gripper_dims is None else stated)}
 
 
 def _png(image: np.ndarray) -> bytes:

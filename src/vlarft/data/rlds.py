@@ -2,16 +2,19 @@
 
 An episode is one tf.train.Example. Its features are flat lists over the steps: steps/action (7 floats per step),
 steps/observation/state (8), steps/language_instruction, and steps/observation/<camera>: JPEG or PNG files, already
-turned as public policies see them. The gripper is LIBERO's, -1 open and +1 close. Checksums are verified on opening.
+turned as public policies see them. The gripper is LIBERO's, -1 open and +1 close. An episode failed if
+episode_metadata/success says so, or if its path there has a folder failure, as in DROID. Checksums are verified on
+opening.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera
+from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, EncodedImages, Frames, decode_image
 from vlarft.data.tfrecord import Blobs, Feature, parse_example, read_records
 
@@ -20,27 +23,31 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG")
 
 
 def check_shards(files: list[Path]) -> None:
-    """Check that every data set has all the shards that its file names count (-00001-of-00016).
+    """Check that every data set has all the shards that its file names count (-00001-of-00016); warn of its splits.
 
     Raises:
         ValueError: a shard is missing; the message names the first.
     """
+    splits: dict[Path, set[str]] = {}
     for path in files:
         if match := SHARD.match(path.name):
+            splits.setdefault(path.parent, set()).add(match["split"].partition(".")[0].rpartition("-")[2])
             for number in range(int(match["count"])):
                 other = path.with_name(f"{match['split']}-{number:05d}-of-{match['count']}")
                 if not other.is_file():
                     raise ValueError(f"{other} is missing beside {path.name}: the download is incomplete")
+    for folder, names in splits.items():
+        warn_splits(str(folder), sorted(names))
 
 
 def read_rlds(
     path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool]
-) -> Iterator[Episode]:
-    """Yield the episodes of one TFRecord file.
+) -> Iterator[Callable[[], Episode | None]]:
+    """Yield functions that read an episode of a TFRecord file each; None: it is not to be kept.
 
     Args:
         path: the file.
-        camera: image feature of `Episode.images`, without steps/observation/; None picks the first.
+        camera: image feature, without steps/observation/; None reads all, the first for `Episode.images`.
         budget: limit on the decoded frames that are kept.
         keep: (name, success, kind) -> whether to read an episode.
 
@@ -49,34 +56,65 @@ def read_rlds(
     """
     # episodes are named after the data set, not its version: libero_spatial_no_noops/1.0.0/<file>
     folder = path.parent.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name) else path.parent
-    for number, (content, at) in enumerate(read_records(path)):
-        name, where = f"{folder.name}/{path.name}/episode_{number}", f"{path}: record {number}"
-        if not keep(name, True, "expert"):
-            continue
+
+    def read(content: np.ndarray, at: int, name: str, where: str) -> Episode | None:
         try:
             features = parse_example(content, at)
         except ValueError as error:
             raise ValueError(f"{where} is {error}") from error
-        cameras = {
-            key.removeprefix("steps/observation/"): _frames(content, feature, budget, f"{where}/{key}")
+        success = _outcome(content, features, where)
+        if not keep(name, success is not False, "expert"):
+            return None
+        keys = {
+            key.removeprefix("steps/observation/"): key
             for key, feature in sorted(features.items())
             if key.startswith("steps/observation/") and _is_image(content, feature)
         }
-        images = cameras[pick_camera(cameras, camera, where)]
+        picked = pick_camera(keys, camera, where)
+        cameras = {
+            name: _frames(content, features[key], budget, f"{where}/{key}")
+            for name, key in keys.items()
+            if camera is None or name == picked
+        }
+        images = cameras[picked]
         actions, proprio = (
             _numbers(features, key, len(images), where) for key in ("steps/action", "steps/observation/state")
         )
         check_lengths(where, actions=actions, **cameras)
-        yield Episode(
+        return Episode(
             name=name,
             instruction=_instruction(content, features, where),
             images=images,
             proprio=proprio,
             actions=actions,
             intended=actions,
-            outcome_known=False,
+            success=success is not False,
+            outcome_known=success is not None,
             cameras=cameras,
         )
+
+    for number, (content, at) in enumerate(read_records(path)):
+        name = f"{folder.name}/{path.name}/episode_{number}"
+        if keep(name, True, "expert"):
+            yield functools.partial(read, content, at, name, f"{path}: record {number}")
+
+
+def _outcome(content: np.ndarray, features: dict[str, Feature], where: str) -> bool | None:
+    """Return whether an episode succeeded, by its metadata or a folder of its path, as in DROID; None: not known."""
+    about = {}
+    for key, value in features.items():
+        if key.startswith("episode_metadata/"):
+            texts = isinstance(value, Blobs)
+            items = _texts(content, value) if texts else value.tolist()
+            about[key.removeprefix("episode_metadata/")] = items[0] if len(items) else None
+    if (success := read_outcome(about.get("success"), f"{where}/episode_metadata")) is not None:
+        return success
+    folders = {part for key, value in about.items() if key.endswith("path") for part in str(value).split("/")}
+    return False if "failure" in folders else True if "success" in folders else None
+
+
+def _texts(content: np.ndarray, places: Blobs) -> list[str]:
+    return [content[o : o + n].tobytes().decode() for o, n in zip(places.offsets.tolist(), places.sizes.tolist())]
 
 
 def _is_image(content: np.ndarray, feature: Feature) -> bool:
@@ -111,7 +149,7 @@ def _instruction(content: np.ndarray, features: dict[str, Feature], where: str) 
     texts = features.get("steps/language_instruction")
     if not isinstance(texts, Blobs) or not len(texts.offsets):
         raise ValueError(f"{where} has no steps/language_instruction; it has {', '.join(sorted(features))}")
-    unique = {content[o : o + n].tobytes().decode() for o, n in zip(texts.offsets.tolist(), texts.sizes.tolist())}
+    unique = set(_texts(content, texts))
     if len(unique) != 1 or not next(iter(unique)).strip():
         raise ValueError(f"{where}/steps/language_instruction must be one text, got {sorted(unique)[:3]}")
     return unique.pop().strip()

@@ -103,6 +103,8 @@ def read_records(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """
     refuse_pointer(path)
     content, at, number = map_file(path), 0, 0
+    if content[:2].tobytes() == b"\x1f\x8b":
+        raise ValueError(f"{path} is compressed with gzip: decompress it (gunzip < FILE > COPY), keeping its name")
     while at < len(content):
         head = content[at : at + 12]
         if len(head) < 12:

@@ -62,7 +62,7 @@ class WindowSampler:
     Args:
         episodes: episodes of one split.
         num_frames: L. Windows lie within their episode; shorter episodes are left out, with a warning that names one.
-        chunk: T. Actions beyond the episode's end are padded: no motion and the gripper held, or the last target.
+        chunk: T. Actions beyond the episode's end are padded: no motion, the last gripper command or target.
         context_lookback: the context frame is sampled from up to this many frames before the segment (RLVR-World: 15);
             0: it is the segment's first frame; None: that or any earlier frame of the episode.
         num_workers: threads that decode images from disk and prefetch the next batch; 0 decodes in the caller, None
@@ -192,8 +192,8 @@ class WindowSampler:
         actions, intended, proprio, keys = [], [], [], []
         for i, t in starts:
             episode = self.episodes[i]
-            actions.append(_padded(episode.actions, t, self.chunk, episode.absolute))
-            intended.append(_padded(episode.intended, t, self.chunk, episode.absolute))
+            actions.append(_padded(episode.actions, t, self.chunk, episode.repeated))
+            intended.append(_padded(episode.intended, t, self.chunk, episode.repeated))
             proprio.append(episode.proprio[t])
             keys.append(self.key_positions[i][t])
         frames, contexts = zip(*images)
@@ -235,14 +235,13 @@ def _to_float(images: np.ndarray) -> Tensor:
     return rearrange(torch.from_numpy(images), "... h w c -> ... c h w").float() / 255
 
 
-def _padded(actions: np.ndarray, start: int, chunk: int, absolute: bool) -> np.ndarray:
-    """Return (chunk, A) actions from `start`, padded with the last target, or with no motion and the gripper held."""
+def _padded(actions: np.ndarray, start: int, chunk: int, repeated: np.ndarray) -> np.ndarray:
+    """Return (chunk, A) actions from `start`, padded with the last value where `repeated`, with no motion elsewhere."""
     rows = actions[start : start + chunk]
     if len(rows) == chunk:
         return rows
     padding = np.repeat(actions[-1:], chunk - len(rows), axis=0)
-    if not absolute:
-        padding[:, :-1] = 0
+    padding[:, ~repeated] = 0
     return np.concatenate([rows, padding])
 
 
@@ -251,11 +250,11 @@ def _key_positions(episode: Episode) -> np.ndarray:
 
     The first three proprio dimensions are taken as the hand position, for any robot.
     """
-    closed = episode.intended[:, -1] > 0
+    closed = episode.intended[:, list(episode.grippers)] > 0  # (T, G)
     out = np.empty((len(episode), min(3, episode.proprio.shape[1])), np.float32)
     position = episode.proprio[-1, :3]
     for t in reversed(range(len(episode))):
-        if t + 1 < len(episode) and closed[t + 1] != closed[t]:
+        if t + 1 < len(episode) and (closed[t + 1] != closed[t]).any():
             position = episode.proprio[t + 1, :3]
         out[t] = position
     return out

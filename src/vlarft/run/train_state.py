@@ -13,7 +13,7 @@ up. Processes on several nodes need a shared out_dir.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import load_train_state, save_model, save_train_state, write_atomic
+from vlarft.run.checkpoint import load_train_state, read_header, save_model, save_train_state, write_atomic
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog
+
+EPISODES = "train_episodes", "held_out_episodes"  # lists of names in a model's file
 
 Part = nn.Module | torch.optim.Optimizer | EMA | Mapping[str, Any]  # a mapping: of parts
 
@@ -229,6 +231,30 @@ class TrainState:
             for key in path[:-1]:
                 branch = branch[key]
             branch[path[-1]] = room[_name(path)]
+
+
+def check_same_episodes(out_dir: str | Path, names: Mapping[str, Sequence[str]]) -> None:
+    """Check that a run goes on with the episodes that it began with: others would move what it holds out.
+
+    Args:
+        out_dir: the run's folder; a new run has no state there.
+        names: EPISODES, as they go into the model's file.
+
+    Raises:
+        ValueError: episodes were added, removed or renamed since.
+    """
+    folder = Path(out_dir)
+    if not (folder / "train_state.pt").is_file() or not (folder / "model.safetensors").is_file():
+        return
+    before = read_header(folder / "model.safetensors").extra
+    for part in EPISODES:
+        other = set(before.get(part, names[part])) ^ set(names[part])
+        if other:
+            raise ValueError(
+                f"{folder} was begun with {len(before[part])} {part.replace('_', ' ')}, today there are "
+                f"{len(names[part])} (first that differs: {min(other)}): the files in --demos have changed, and with "
+                "them what is held out. Give those that it was begun with, or choose another --out-dir"
+            )
 
 
 def _state(part: Part) -> dict:
