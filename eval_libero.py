@@ -31,10 +31,9 @@ seeded with 0 before every episode, so that an episode does not depend on those 
 import functools
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
@@ -43,8 +42,9 @@ from vlarft.data.convention import check_same_images
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header, write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
+from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
@@ -65,10 +65,10 @@ class Config:
         ("runs/sft",), "run folders, checkpoints, episodes.jsonl files, or random; the first is the baseline", "model"
     )
     noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
-    num_flow_steps: int = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
-    execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
-    plan: int = opt(1, "chunks of different x_0 that are imagined, the best of which is played; 1: no choice")
-    plan_chunks: int = opt(2, "chunks that --plan imagines ahead, the candidate included")
+    num_flow_steps: Rows = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
+    execute: Rows = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
+    plan: Rows = opt(1, "chunks of different x_0 that are imagined, the best of which is played; 1: no choice")
+    plan_chunks: Rows = opt(2, "chunks that --plan imagines ahead, the candidate included")
     world_model: str | None = opt(None, "world model that --plan imagines with: run folder or file")
     success_model: str | None = opt(None, "success model that --plan chooses by: run folder or file")
 
@@ -78,21 +78,23 @@ class Config:
         group="evaluation",
     )
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
-    episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)")
+    episodes: Annotated[int, Range(1, NUM_INITIAL_STATES)] = opt(
+        NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)"
+    )
     perturb: str | None = opt(
         None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
-    image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
+    image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
-    batch_size: int = opt(10, "episodes that a worker plays side by side, with one policy call for all")
+    batch_size: Rows = opt(10, "episodes that a worker plays side by side, with one policy call for all")
 
     out_dir: str = opt("runs/eval", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of x_0")
-    workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
-    animate: int = opt(0, "episodes per policy to film, the same starts for every policy")
-    animate_failed: int = opt(0, "failed episodes per policy to film")
+    seed: Whole = opt(0, "seed of x_0")
+    workers: Processes = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
+    animate: Whole = opt(0, "episodes per policy to film, the same starts for every policy")
+    animate_failed: Whole = opt(0, "failed episodes per policy to film")
     animate_starts: tuple[str, ...] = opt((), "episodes to film, as suite/task number/initial state")
-    animate_size: int = opt(160, "side of the films [px]")
+    animate_size: Side = opt(160, "side of the films [px]")
     animate_format: Literal["gif", "mp4"] = opt("gif", "format of the films")
 
 
@@ -252,11 +254,9 @@ def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; returns path -> digest of each checkpoint."""
     for suite in cfg.suites:
         _tasks(cfg, suite)
-    if not 1 <= cfg.episodes <= NUM_INITIAL_STATES:
-        raise ValueError(f"episodes must lie in 1..{NUM_INITIAL_STATES}, got {cfg.episodes}")
     if len({checkpoint_file(path).resolve() for path in cfg.policies}) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
-    if cfg.execute < 1 or (cfg.execute > 8 and "random" in cfg.policies):
+    if cfg.execute > 8 and "random" in cfg.policies:
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     _perturbation(cfg)
     check_plan(cfg)
@@ -286,7 +286,7 @@ def check(cfg: Config) -> dict[str, str]:
         for suite in cfg.suites:
             check_cameras(suite, header.config.get("cameras", PolicyConfig.cameras), path)
         chunk = header.config["flow"]["chunk"]
-        if not 1 <= cfg.execute <= chunk:
+        if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
@@ -300,8 +300,6 @@ def check(cfg: Config) -> dict[str, str]:
 
 def check_plan(cfg: Config) -> None:
     """Find what is wrong with --plan before the first episode."""
-    if cfg.plan < 1 or cfg.plan_chunks < 1:
-        raise ValueError(f"plan and plan_chunks must be at least 1, got {cfg.plan} and {cfg.plan_chunks}")
     if cfg.plan == 1:
         return
     if cfg.world_model is None or cfg.success_model is None:
@@ -379,4 +377,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__)

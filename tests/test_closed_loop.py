@@ -204,8 +204,8 @@ def test_resume_equals_no_interruption(config, tmp_path):
 
 
 def test_errors(config, monkeypatch):
-    with pytest.raises(ValueError, match="--group 1: give at least 2"):
-        dataclasses.replace(config, group=1)
+    with pytest.raises(ValueError, match="--sigma-min 0.3 exceeds --sigma-max 0.2"):
+        dataclasses.replace(config, sigma_min=0.3, sigma_max=0.2)
     with pytest.raises(ValueError, match="unknown suite 'tabletop_objects'"):
         train_rl.main(dataclasses.replace(config, world="simulator", suites=("tabletop_objects",)))
     with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):

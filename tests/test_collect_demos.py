@@ -224,10 +224,9 @@ def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
         (["--suites", "tabletop_moon"], "unknown suite 'tabletop_moon'; the suites are: tabletop_spatial"),
         (["--suites", "tabletop_goal", "--tasks", "fly"], "unknown task 'fly' of tabletop_goal; give 0..9 or one of"),
         (["--preset", "huge"], "huge"),
-        (["--demos-per-task", "0"], "demos_per_task must be at least 1, got 0"),
-        (["--horizon", "0"], "horizon must be at least 1, got 0"),
-        (["--min-speed", "0.9"], "need 0 < min_speed <= max_speed <= 1"),
-        (["--seed", "-1"], "seed must be 0"),
+        (["--demos-per-task", "0"], "--demos-per-task 0: nothing to collect"),
+        (["--min-speed", "0.9"], "--min-speed 0.9 exceeds --max-speed 0.6"),
+        (["--seed", "970001"], "970001: give a number in [0, 970000]"),
         (["--colour", "red"], "--colour"),
     ],
 )

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from vlarft.data.episodes import demo_files, read_episodes
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
+from vlarft.run.config import Parser, Positive, Range, Side, reader
+from vlarft.run.script import clear_errors
 
 
 def resize(images: np.ndarray, size: tuple[int, int], centre_crop: bool) -> np.ndarray:
@@ -183,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
         FileExistsError: DST exists.
         FileNotFoundError, ValueError: no demonstrations, unknown fps, and the errors of reading and writing.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlarft.data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -193,12 +196,20 @@ def main(argv: Sequence[str]) -> None:
     add("--camera", nargs="+", help="cameras to keep; default all")
     add("--images", choices=("video", "png"), default="video", help="images of a LeRobot set: mp4, or lossless PNG")
     add("--codec", choices=("h264", "av1"), default="h264", help="video codec")
-    add("--crf", type=int, default=18, help="video quality; lower is better and larger")
-    add("--fps", type=float, help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="resize all images [px]")
+    add(
+        "--crf", type=reader(Annotated[int, Range(0, 51)]), default=18, help="video quality; lower is better and larger"
+    )
+    add("--fps", type=reader(Positive), help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
+    add("--size", type=reader(Side), nargs=2, metavar=("H", "W"), help="resize all images [px]")
     add("--centre-crop", action="store_true", help="before --size, crop the centre to its aspect ratio")
     add("--turn", action="store_true", help="turn all images by 180 degrees")
-    add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
+    add(
+        "--gripper",
+        type=reader(float),
+        nargs=2,
+        metavar=("OPEN", "CLOSED"),
+        help="gripper actions that mean open and closed",
+    )
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
     add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
     add("--kind", choices=("expert", "noisy", "policy"), help="label all episodes; policies learn from expert only")
@@ -248,4 +259,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with clear_errors():
+        main(sys.argv[1:])
