@@ -311,7 +311,8 @@ def _merge(config: Config, suite: str, task: int) -> None:
             write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
             for source in [path, *parts] if path.exists() else parts:
                 with open_demo_file(source) as other:
-                    for name in demo_names(other["data"]):
+                    # a part that is in the file already: a kill came between moving the file and removing its parts
+                    for name in (name for name in demo_names(other["data"]) if name not in data):
                         other.copy(f"data/{name}", data)
             names = demo_names(data)
             data.attrs["num_demos"] = len(names)

@@ -31,6 +31,7 @@ seeded with 0 before every episode, so that an episode does not depend on those 
 import functools
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,7 +42,15 @@ from tqdm import tqdm
 from vlarft.data.convention import check_same_images
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header, write_json
+from vlarft.run.checkpoint import (
+    checkpoint_file,
+    file_digest,
+    model_digest,
+    open_run,
+    read_header,
+    write_atomic,
+    write_json,
+)
 from vlarft.run.config import Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.run.script import run_script
@@ -292,10 +301,41 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
-        # what plays: with a choice, also the models that choose
-        files = [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
-        digests[path] = "+".join(map(file_digest, files))
+        digests[path] = "+".join(map(model_digest, players(cfg, path)))
     return digests
+
+
+def players(cfg: Config, path: str) -> list[str]:
+    """What plays: the policy and, with a choice, the models that choose."""
+    return [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
+
+
+def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
+    """What an interrupted evaluation already played, by policies that have not changed since. Says what it leaves out,
+    and takes it and a line that a kill cut short out of episodes.jsonl.
+    """
+    log = Path(cfg.out_dir) / "episodes.jsonl"
+    text, records, others = log.read_text() if log.is_file() else "", [], 0
+    places = {checkpoint_file(path).resolve(): path for path in cfg.policies}
+    known = {path: {digest} for path, digest in digests.items()}
+    for path in (path for path in known if text and Path(path).exists()):  # older versions took the files' digests
+        known[path].add("+".join(map(file_digest, players(cfg, path))))
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
+        if record["digest"] in known.get(path, ()):
+            records.append({**record, "policy": path, "digest": digests[path]})
+        else:
+            others += 1
+    if others:
+        print(f"{log}: {others} episodes of policies that have changed since are played again", file=sys.stderr)
+    kept = "".join(json.dumps(r) + "\n" for r in records)
+    if kept != text:
+        write_atomic(log, lambda tmp: tmp.write_text(kept))
+    return records
 
 
 def check_plan(cfg: Config) -> None:
@@ -333,21 +373,8 @@ def main(cfg: Config) -> dict:
     open_run(
         out_dir, cfg, ignore=("workers", "animate", *(f"animate_{k}" for k in ("failed", "starts", "size", "format")))
     )
-    log = out_dir / "episodes.jsonl"
-
-    # what an interrupted evaluation already played, by checkpoints that have not changed since
-    lines = log.read_text().splitlines() if log.is_file() else []
-    records, places = [], {checkpoint_file(path).resolve(): path for path in cfg.policies}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
-            continue
-        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
-        if digests.get(path) == record["digest"]:
-            records.append({**record, "policy": path})
+    records = earlier_records(cfg, digests)
     done = {(r["policy"], r["suite"], r["task"], r["init_state"]) for r in records}
-    log.write_text("".join(json.dumps(r) + "\n" for r in records))
 
     jobs = []
     for path in cfg.policies:
@@ -359,7 +386,7 @@ def main(cfg: Config) -> dict:
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
     with (
-        log.open("a", buffering=1) as file,
+        (out_dir / "episodes.jsonl").open("a", buffering=1) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
         for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=one_thread):

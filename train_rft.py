@@ -431,6 +431,7 @@ def main(
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
+    began = step
     while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II; share: how much of the run is done
         # stream(name, seed, step): random numbers that depend on its arguments alone, so that a resume repeats them
         stream, seconds, measured = partial(generator, device), {}, {}
@@ -479,14 +480,14 @@ def main(
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
 
-    save()
     after, chunks = diagnosis()
-    if distributed.is_main():
-        picture_actions(out_dir / "actions.png", before, chunks)
-        # no metrics: the run was complete already; the last step is imagined again, from the same random numbers
-        if metrics and isinstance(score, ImageScorer):
-            imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
-            picture(out_dir / "rollouts.png", reward, imagined)
+    if step > began:  # else the run was complete already
+        if distributed.is_main():  # before the state, which says that it is
+            picture_actions(out_dir / "actions.png", before, chunks)
+            if isinstance(score, ImageScorer):  # the last step is imagined again, from the same random numbers
+                imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
+                picture(out_dir / "rollouts.png", reward, imagined)
+        save()
     state.finish(log)
     return metrics | after
 

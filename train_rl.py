@@ -330,6 +330,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rl": to_dict(cfg)})
 
+    began = step
     while (share := clock.share(step)) < 1:
         started = clock.minutes
 
@@ -376,7 +377,8 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
 
-    save()
+    if step > began:
+        save()
     world.close()
     state.finish(log)
     return metrics

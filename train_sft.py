@@ -327,7 +327,8 @@ def main(cfg: Config) -> dict[str, float]:
         weights = merge_state_dict(weights, lora) if lora else weights
         state.save({"step": step, "minutes": clock.minutes}, policy, policy.cfg, {**facts, "step": step}, weights)
 
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         started = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
@@ -351,18 +352,18 @@ def main(cfg: Config) -> dict[str, float]:
         ema.update(step)
 
         step += 1
+        share = clock.share(step)
         line = {**totals, "lr": lr, "step_s": time.monotonic() - started, "minutes": clock.minutes}
-        validates = step % cfg.validation_interval == 0
-        if validates:
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
             line |= (metrics := evaluate())
         if validates or step % cfg.log_interval == 0:
             log.log(step - 1, line)
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if not metrics or step % cfg.validation_interval:
-        log.log(step - 1, metrics := evaluate())
-    save()
+    if step > began:
+        save()
+    metrics = metrics or evaluate()  # the run was complete already
     state.finish(log)
     return metrics
 

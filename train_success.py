@@ -47,7 +47,7 @@ from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
 from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header
+from vlarft.run.checkpoint import checkpoint_file, model_digest, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
@@ -392,7 +392,7 @@ def main(cfg: Config) -> dict[str, float]:
         "train_episodes": [e.name for e in train],
         "threshold_episodes": [e.name for e in split.threshold],
         "held_out_episodes": [e.name for e in split.held_out],
-        "world_model": None if cfg.world_model is None else file_digest(cfg.world_model),
+        "world_model": None if cfg.world_model is None else model_digest(cfg.world_model),
         **images,
     }
 
@@ -401,7 +401,7 @@ def main(cfg: Config) -> dict[str, float]:
         config = replace(size, threshold=threshold)
         state.save(values, model, config, {**facts, "metrics": metrics, "success": to_dict(cfg)})
 
-    share = clock.share(step)
+    began, share = step, clock.share(step)
     while share < 1:
         model.train()
         rate = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
@@ -426,7 +426,8 @@ def main(cfg: Config) -> dict[str, float]:
         if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    save()
+    if step > began:
+        save()
     state.finish(log)
     return metrics
 

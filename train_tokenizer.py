@@ -340,11 +340,10 @@ def main(cfg: Config) -> dict[str, float]:
     optimizers = {name: torch.optim.AdamW(network.parameters(), **options) for name, network in networks.items()}
 
     named = {"size": SIZES, "augment": AUGMENTATIONS, "weighting": WEIGHTINGS, "discriminator": DISCRIMINATORS}
-    state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
     learned = {"networks": networks, "optimizers": optimizers}
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=0.0)
-    resumed_at = step
     log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
 
     def evaluate() -> dict[str, float]:
@@ -354,7 +353,8 @@ def main(cfg: Config) -> dict[str, float]:
         values = {"step": step, "metrics": metrics, "balance": balance, "minutes": clock.minutes}
         state.save(values, model, cfg.network(), {**facts, "metrics": metrics, "steps": step})
 
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         adversarial = cfg.gan_start is not None and step >= cfg.gan_start
         discriminator = networks["discriminator"] if adversarial else None
         totals, batches = {}, []
@@ -386,18 +386,17 @@ def main(cfg: Config) -> dict[str, float]:
         check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         step += 1
-        validates = step % cfg.validation_interval == 0
-        if validates:
+        share = clock.share(step)
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
             metrics = evaluate()
         if validates or step % cfg.log_interval == 0:
             used = torch.cat([b.tokens for b in batches]).unique().numel()
             fresh = metrics if validates else {}
             log.log(step - 1, {**totals, "codes_used": used, "lr": lr, "minutes": clock.minutes, **fresh})
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if state_path is None or step > resumed_at:
-        metrics = metrics if step % cfg.validation_interval == 0 else evaluate()
+    if step > began:
         save()
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")

@@ -337,10 +337,9 @@ def main(cfg: Config) -> dict[str, float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
-    state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})
-    resumed_at = step
     log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)
 
     def save() -> None:
@@ -349,7 +348,8 @@ def main(cfg: Config) -> dict[str, float]:
 
     if cfg.init and step == 0:
         log.log(-1, validate(model, validation, rollouts, device, autocast)[0])
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
@@ -372,20 +372,20 @@ def main(cfg: Config) -> dict[str, float]:
         optimizer.step()
 
         step += 1
-        validates = step % cfg.validation_interval == 0
-        if validates:
-            metrics, _ = validate(model, validation, rollouts, device, autocast)
+        share = clock.share(step)
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
+            metrics, imagined = validate(model, validation, rollouts, device, autocast)
         if validates or step % cfg.log_interval == 0:
             fresh = metrics if validates else {}
             log.log(step - 1, {**totals, "lr": lr, "minutes": clock.minutes, **fresh})
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    metrics, imagined = validate(model, validation, rollouts, device, autocast)
-    if state_path is None or step > resumed_at:
+    if step > began:
+        if distributed.is_main():  # before the state, which says that the run is complete
+            draw_rollouts(rollouts.frames, imagined, Path(cfg.out_dir) / "rollouts.png")
         save()
     if distributed.is_main():
-        draw_rollouts(rollouts.frames, imagined, Path(cfg.out_dir) / "rollouts.png")
         print("world model: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     state.finish(log)
     return metrics

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import files_of
 
 import train_rl
 from vlarft.closed_loop import Answer, Attempts, action_weights, play
@@ -201,6 +202,9 @@ def test_resume_equals_no_interruption(config, tmp_path):
     assert all(torch.equal(value, resumed["policy"][key]) for key, value in whole["policy"].items())
     for slots, others in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(slots[k], others[k]) for k in slots)
+    before = files_of(config.out_dir)
+    train_rl.main(config, world=Toy(by_action))  # a finished run is left as it is
+    assert files_of(config.out_dir) == before
 
 
 def test_errors(config, monkeypatch):

@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from conftest import ended
 
 from vlarft.run.script import clear_errors, only_writer
 
@@ -114,13 +113,4 @@ def test_a_stage_ends_with_its_parent(tmp_path):
     pid = int(line.split()[1])
     parent.kill()
     parent.wait()
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":  # nobody here to reap it
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the stage outlived its parent")
+    assert ended(pid)

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, write_moving_square
+from conftest import files_of, interrupted, write_moving_square
 
 import train_success
 from vlarft.data import convert, load_episodes
@@ -222,6 +222,8 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, parts)]
     for a, b in zip(*logs, strict=True):
         assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
+    before = files_of(config.out_dir)
+    assert train_success.main(config) == metrics and files_of(config.out_dir) == before  # it is left as it is
 
 
 def test_who_may_be_judged(config, tmp_path):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import files_of
 
 import train_rft
 from vlarft.data import WindowSampler, load_episodes
@@ -78,6 +80,24 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch):
     for slots, others in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(slots[k], others[k]) for k in slots)
     assert [row["step"] for row in log_of(tmp_path / "interrupted")] == [0, 1, 2]
+    before = files_of(rft_config.out_dir)
+    train_rft.main(rft_config)  # a finished run is left as it is
+    assert files_of(rft_config.out_dir) == before
+
+
+def test_a_policy_that_diverges_is_not_saved(rft_config):
+    """A head whose actions are no numbers is found before a world model, a simulator or a robot gets them."""
+
+    def diverges(cfg, policy, rollouts):
+        value = 0 * sum(p.sum() for p in policy.head.parameters())
+        with torch.no_grad():
+            for parameter in policy.head.parameters():
+                parameter.fill_(torch.nan)
+        return value, {}
+
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        train_rft.main(rft_config, loss=diverges)
+    assert not (Path(rft_config.out_dir) / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,8 @@ def main(argv: Sequence[str]) -> None:
         "absolute": args.absolute,
         "kind": args.kind,
     }
+    if args.src.resolve() in args.dst.resolve().parents:
+        raise ValueError(f"{args.dst} lies in {args.src}, whose files would be mixed with it: give a folder outside")
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
     # which camera is read as Episode.images does not matter: all are in Episode.cameras
     camera = args.camera[0] if args.camera else None
