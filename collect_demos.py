@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.policy import VLAPolicy
+from vlarft.run.checkpoint import write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
@@ -213,12 +214,14 @@ def make_demo(job: Job) -> Made:
         )
     kind = "failed" if kind == "expert" and not success else kind
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
-    tmp = part.with_suffix(".tmp")
-    with import_h5py().File(tmp, "w") as file:
+    # in memory, since HDF5 crashes where a disk is full
+    with import_h5py().File("part", "w", driver="core", backing_store=False) as file:
         attrs = {"seed": start_seed, "attempt": attempt, "kind": kind}
         attrs |= {"policy": config.policy} if kind == "policy" else {"speed": speed}
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
-    os.replace(tmp, part)
+        file.flush()
+        content = file.id.get_file_image()
+    write_atomic(part, lambda tmp: tmp.write_bytes(content))
     return Made(job, None)
 
 
@@ -282,9 +285,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
     if jobs and not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
-        tmp = settings.with_suffix(".tmp")
-        tmp.write_text(json.dumps(_content(config)))
-        os.replace(tmp, settings)
+        write_json(settings, _content(config))
     return iter(jobs)
 
 
@@ -302,23 +303,29 @@ def _merge(config: Config, suite: str, task: int) -> None:
     path = demo_path(config, suite, task)
     parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
     if parts:
-        tmp = path.with_suffix(".tmp")
-        with import_h5py().File(tmp, "w") as file:
-            data = file.create_group("data")
-            args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
-            simulator = simulator_of(suite)
-            described = simulator.suites[suite].tasks[task]
-            write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
-            for source in [path, *parts] if path.exists() else parts:
-                with open_demo_file(source) as other:
-                    # a part that is in the file already: a kill came between moving the file and removing its parts
-                    for name in (name for name in demo_names(other["data"]) if name not in data):
-                        other.copy(f"data/{name}", data)
-            names = demo_names(data)
-            data.attrs["num_demos"] = len(names)
-            data.attrs["total"] = sum(int(data[name].attrs["num_samples"]) for name in names)
-        os.replace(tmp, path)
+        sources = [path, *parts] if path.exists() else parts
+        needed = sum(source.stat().st_size for source in sources)
+        if (free := shutil.disk_usage(path.parent).free) < 1.1 * needed:  # HDF5 crashes where a disk is full
+            raise OSError(f"{path} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free: its parts are kept")
+        write_atomic(path, lambda tmp: _write_task(tmp, sources, config, suite, task))
     shutil.rmtree(_parts(path), ignore_errors=True)
+
+
+def _write_task(path: Path, sources: list[Path], config: Config, suite: str, task: int) -> None:
+    with import_h5py().File(path, "w") as file:
+        data = file.create_group("data")
+        args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
+        simulator = simulator_of(suite)
+        described = simulator.suites[suite].tasks[task]
+        write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
+        for source in sources:
+            with open_demo_file(source) as other:
+                # a part that is in the file already: a kill came between moving the file and removing its parts
+                for name in (name for name in demo_names(other["data"]) if name not in data):
+                    other.copy(f"data/{name}", data)
+        names = demo_names(data)
+        data.attrs["num_demos"] = len(names)
+        data.attrs["total"] = sum(int(data[name].attrs["num_samples"]) for name in names)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,10 @@ def test_run_folder_of_another_configuration(tmp_path):
     with pytest.raises(ValueError, match="another configuration: steps: 3 against 4.*--out-dir"):
         checkpoint.open_run(tmp_path, RunConfig(str(tmp_path), steps=4))
     checkpoint.open_run(tmp_path, RunConfig("elsewhere", workers=8), ignore=("workers",))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable JSON"):
-        checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+    for damaged in (b"{", b"\xff", b"[1]", b"[" * 99999):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="config.json is not readable JSON"):
+            checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
 
 
 def test_run_folder_with_other_spellings_of_its_paths(tmp_path, monkeypatch):
@@ -233,14 +234,14 @@ def test_weights_of_a_diverged_run_are_refused(tmp_path, value):
         checkpoint.load_model(tmp_path / "m.safetensors", Net, NetConfig)
 
 
-def test_a_run_folder_that_lacks_a_file(tmp_path):
+def test_a_run_folder_that_lacks_a_file(tmp_path, capsys):
     config = RunConfig(str(tmp_path))
     checkpoint.open_run(tmp_path, config)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="has a model but no train_state.pt to go on from"):
-        checkpoint.open_run(tmp_path, config)
-    (tmp_path / "train_state.pt.tmp").touch()  # killed during the first save
+    (tmp_path / "model.safetensors").write_bytes(b"trained")
     assert checkpoint.open_run(tmp_path, config) is None
+    assert "train_state.pt is missing: the run starts anew; its model is kept as" in capsys.readouterr().err
+    assert (tmp_path / "model_before.safetensors").read_bytes() == b"trained"
+    (tmp_path / "train_state.pt").touch()
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has model.safetensors but no config.json"):
+    with pytest.raises(ValueError, match=r"has train_state.pt but no config.json"):
         checkpoint.open_run(tmp_path, config)

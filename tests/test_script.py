@@ -86,12 +86,12 @@ def test_one_process_writes_a_folder(tmp_path):
 
 
 def test_left_overs_are_removed(tmp_path):
-    for name in ("model.safetensors.tmp", "notes.txt", "train_state.pt.tmp"):
+    for name in ("model.safetensors.tmp", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "folder.of.tmp").mkdir()
     with only_writer(tmp_path):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.txt", "train_state.pt.tmp", "folder.of.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.txt", "folder.of.tmp"}
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
@@ -114,3 +114,18 @@ def test_a_stage_ends_with_its_parent(tmp_path):
     parent.kill()
     parent.wait()
     assert ended(pid)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vlarft.data.convert", "nothing", "new", "--format", "hdf5"], "nothing does not exist"),
+        (["vlarft.pretrained", "tokenizer", "nothing", "--out", "new"], "nothing"),
+        (["vlarft.data.check"], "the following arguments are required: path"),
+        (["vlarft.sim.check", "--suites", "moon"], "invalid choice: 'moon'"),
+    ],
+)
+def test_tools_say_a_mistake_in_one_line(tmp_path, words, message):
+    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ERROR: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -263,8 +264,9 @@ def open_run(
     path = out_dir / "config.json"
     if path.is_file():
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            if not isinstance(stored := json.loads(path.read_text()), dict):
+                raise ValueError(f"a {type(stored).__name__}, expected an object")
+        except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
             raise ValueError(
                 f"{path} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
@@ -286,13 +288,10 @@ def open_run(
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, given)
     state = out_dir / "train_state.pt"
-    # a kill during the first save leaves a model alone, but beside a part of the state
-    parts = ("train_state.pt", "train_state.pt.tmp", "shards_a")
-    if (out_dir / "model.safetensors").exists() and not any((out_dir / name).exists() for name in parts):
-        raise ValueError(
-            f"{out_dir} has a model but no train_state.pt to go on from: choose another --out-dir, or remove "
-            "model.safetensors to train anew"
-        )
+    model, kept = out_dir / "model.safetensors", out_dir / "model_before.safetensors"
+    if is_main() and model.exists() and not state.exists():  # removed, or the first save was cut short
+        os.replace(model, kept)
+        print(f"{state} is missing: the run starts anew; its model is kept as {kept}", file=sys.stderr)
     return state if state.is_file() else None
 
 

@@ -132,6 +132,6 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}\n")
         file.flush()
         for left in folder.glob("*.*.tmp"):  # of `checkpoint.write_atomic`, by a process that was killed
-            if left.is_file() and left.name != "train_state.pt.tmp":  # that one tells `checkpoint.open_run` of the kill
+            if left.is_file():
                 left.unlink()
         yield

@@ -9,6 +9,9 @@
 Several processes fill the shards folder that train_state.pt does not name; then a new train_state.pt, which names it,
 is moved into place. So train_state.pt names a complete state at all times, even if a save is killed or the disk fills
 up. Processes on several nodes need a shared out_dir.
+
+train_state.pt is read with `weights_only`, which executes nothing. The index of the shards is a pickle: go on from
+states of several processes only where you trust who wrote them.
 """
 
 import shutil
