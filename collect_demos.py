@@ -30,20 +30,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.policy import VLAPolicy
-from vlarft.run.config import opt, parse
+from vlarft.run.checkpoint import write_atomic, write_json
+from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
+from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.gl import FAST
@@ -53,6 +54,7 @@ from vlarft.sim.workers import one_thread, run_jobs
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
 FIRST_ON_POLICY = 20_000  # demo_<20000 + j> is on-policy attempt j
 ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
+Demos = Annotated[int, Range(0, FIRST_NOISY)]
 
 
 def _tasks(config: Config, suite: str) -> list[int]:
@@ -66,45 +68,38 @@ class Config:
 
     suites: tuple[str, ...] = opt(tuple(TABLETOP_SUITES), "suites to collect", group="data")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names, in every suite given; none: all")
-    demos_per_task: int = opt(50, "demonstrations per task (LIBERO: 50); 0: only the extra attempts below")
-    image_size: int = opt(256, "side of the images [px]")
+    demos_per_task: Demos = opt(50, "demonstrations per task (LIBERO: 50); 0: only the extra attempts below")
+    image_size: Side = opt(256, "side of the images [px]")
     eye_in_hand: bool = opt(False, "also store the wrist camera")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
-    action_noise: float = opt(0.2, "standard deviation of the expert's action noise [action units]")
-    min_speed: float = opt(
+    action_noise: NotNegative = opt(0.2, "standard deviation of the expert's action noise [action units]")
+    min_speed: ShareAbove0 = opt(
         0.4, "lower bound of the expert's speed, uniform per demonstration; 1 is 2 cm a step (LIBERO: 1.2 cm)"
     )
-    max_speed: float = opt(0.6, "upper bound of the expert's speed")
-    idle_steps: int = opt(8, "steps recorded after success, hand still and gripper open")
-    max_attempts: int = opt(20, "starts tried for one demonstration")
-    horizon: int | None = opt(None, "steps after which an attempt without success ends; none: the suite's limit")
+    max_speed: ShareAbove0 = opt(0.6, "upper bound of the expert's speed")
+    idle_steps: Whole = opt(8, "steps recorded after success, hand still and gripper open")
+    max_attempts: Count = opt(20, "starts tried for one demonstration")
+    horizon: Count | None = opt(None, "steps after which an attempt without success ends; none: the suite's limit")
     keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")
-    noisy_per_task: int = opt(0, "extra attempts with strong noise per task, marked as noisy")
-    noisy_action_noise: float = opt(0.8, "action noise of the noisy attempts [action units]")
-    noisy_gripper_flips: float = opt(0.15, "share of reversed gripper commands in the noisy attempts")
+    noisy_per_task: Demos = opt(0, "extra attempts with strong noise per task, marked as noisy")
+    noisy_action_noise: NotNegative = opt(0.8, "action noise of the noisy attempts [action units]")
+    noisy_gripper_flips: Share = opt(0.15, "share of reversed gripper commands in the noisy attempts")
 
     policy: str | None = opt(None, "policy that makes further attempts: a run folder or its model.safetensors", "model")
-    policy_per_task: int = opt(0, "extra attempts of --policy per task, marked as policy")
-    policy_noise: float = opt(0.1, "action noise of these attempts [action units]")
+    policy_per_task: Demos = opt(0, "extra attempts of --policy per task, marked as policy")
+    policy_noise: NotNegative = opt(0.1, "action noise of these attempts [action units]")
 
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5", group="run")
-    seed: int = opt(0, "seed of the first demonstration's start; the others follow")
-    workers: int | None = opt(None, "worker processes; none: one per CPU core")
+    seed: Annotated[int, Range(0, ATTEMPT_STRIDE - 3 * FIRST_NOISY)] = opt(
+        0, "seed of the first demonstration's start; the others follow"
+    )
+    workers: Processes | None = opt(None, "worker processes; none: one per CPU core")
 
     def __post_init__(self) -> None:
-        others = self.noisy_per_task or self.policy_per_task
-        counts = {"demos_per_task": 0 if others else 1, "image_size": 1, "max_attempts": 1, "horizon": 1}
-        for name, least in counts.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.demos_per_task > FIRST_NOISY:
-            raise ValueError(f"demos_per_task must be at most {FIRST_NOISY}, got {self.demos_per_task}")
-        if not 0.0 < self.min_speed <= self.max_speed <= 1.0:
-            raise ValueError(
-                f"need 0 < min_speed <= max_speed <= 1, got min_speed={self.min_speed}, max_speed={self.max_speed}"
-            )
-        if self.seed < 0 or self.seed + FIRST_NOISY * 3 > ATTEMPT_STRIDE:
-            raise ValueError(f"seed must be 0..{ATTEMPT_STRIDE - 3 * FIRST_NOISY}, got {self.seed}")
+        if not (self.demos_per_task or self.noisy_per_task or self.policy_per_task):
+            raise ValueError("--demos-per-task 0: nothing to collect; give --noisy-per-task or --policy-per-task")
+        if self.min_speed > self.max_speed:
+            raise ValueError(f"--min-speed {self.min_speed} exceeds --max-speed {self.max_speed}")
         if self.policy_per_task and not self.policy:
             raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
         for suite in self.suites:
@@ -219,12 +214,14 @@ def make_demo(job: Job) -> Made:
         )
     kind = "failed" if kind == "expert" and not success else kind
     part = _parts(demo_path(config, job.suite, job.task)) / f"demo_{job.index}.hdf5"
-    tmp = part.with_suffix(".tmp")
-    with import_h5py().File(tmp, "w") as file:
+    # in memory, since HDF5 crashes where a disk is full
+    with import_h5py().File("part", "w", driver="core", backing_store=False) as file:
         attrs = {"seed": start_seed, "attempt": attempt, "kind": kind}
         attrs |= {"policy": config.policy} if kind == "policy" else {"speed": speed}
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
-    os.replace(tmp, part)
+        file.flush()
+        content = file.id.get_file_image()
+    write_atomic(part, lambda tmp: tmp.write_bytes(content))
     return Made(job, None)
 
 
@@ -288,9 +285,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
     if jobs and not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
-        tmp = settings.with_suffix(".tmp")
-        tmp.write_text(json.dumps(_content(config)))
-        os.replace(tmp, settings)
+        write_json(settings, _content(config))
     return iter(jobs)
 
 
@@ -308,23 +303,30 @@ def _merge(config: Config, suite: str, task: int) -> None:
     path = demo_path(config, suite, task)
     parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
     if parts:
-        tmp = path.with_suffix(".tmp")
-        with import_h5py().File(tmp, "w") as file:
-            data = file.create_group("data")
-            args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
-            simulator = simulator_of(suite)
-            described = simulator.suites[suite].tasks[task]
-            write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
-            for source in [path, *parts] if path.exists() else parts:
-                with open_demo_file(source) as other:
-                    for name in demo_names(other["data"]):
-                        other.copy(f"data/{name}", data)
-            names = demo_names(data)
-            data.attrs["num_demos"] = len(names)
-            data.attrs["total"] = sum(int(data[name].attrs["num_samples"]) for name in names)
-        os.replace(tmp, path)
+        sources = [path, *parts] if path.exists() else parts
+        needed = sum(source.stat().st_size for source in sources)
+        if (free := shutil.disk_usage(path.parent).free) < 1.1 * needed:  # HDF5 crashes where a disk is full
+            raise OSError(f"{path} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free: its parts are kept")
+        write_atomic(path, lambda tmp: _write_task(tmp, sources, config, suite, task))
     shutil.rmtree(_parts(path), ignore_errors=True)
 
 
+def _write_task(path: Path, sources: list[Path], config: Config, suite: str, task: int) -> None:
+    with import_h5py().File(path, "w") as file:
+        data = file.create_group("data")
+        args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
+        simulator = simulator_of(suite)
+        described = simulator.suites[suite].tasks[task]
+        write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))
+        for source in sources:
+            with open_demo_file(source) as other:
+                # a part that is in the file already: a kill came between moving the file and removing its parts
+                for name in (name for name in demo_names(other["data"]) if name not in data):
+                    other.copy(f"data/{name}", data)
+        names = demo_names(data)
+        data.attrs["num_demos"] = len(names)
+        data.attrs["total"] = sum(int(data[name].attrs["num_samples"]) for name in names)
+
+
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__)

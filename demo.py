@@ -21,7 +21,6 @@ are skipped, the one that was cut short goes on.
 import json
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,8 +32,9 @@ import torch
 
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.run.checkpoint import write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
+from vlarft.run.script import run_script
 from vlarft.run.stages import Stage, run_stages, seconds_left, wall_seconds
 from vlarft.sim.replay import replay_frames
 from vlarft.statistics import paired_difference
@@ -47,7 +47,7 @@ class Config:
     """One run of the pipeline."""
 
     out_dir: str = opt("runs/demo", "folder that the demo writes", group="run")
-    seed: int = opt(0, "seed of every stage")
+    seed: Whole = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
 
 
@@ -333,4 +333,4 @@ def print_summary(summary: dict, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__)

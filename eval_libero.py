@@ -35,7 +35,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
@@ -43,9 +43,18 @@ from tqdm import tqdm
 from vlarft.data.convention import check_same_images
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
-from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header, write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.checkpoint import (
+    checkpoint_file,
+    file_digest,
+    model_digest,
+    open_run,
+    read_header,
+    write_atomic,
+    write_json,
+)
+from vlarft.run.config import Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
+from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
@@ -66,10 +75,10 @@ class Config:
         ("runs/sft",), "run folders, checkpoints, episodes.jsonl files, or random; the first is the baseline", "model"
     )
     noise: PlayNoise = opt("sampled", "x_0 of the ODE: sampled, zero, gripper (0 elsewhere); or the stochastic policy")
-    num_flow_steps: int = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
-    execute: int = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
-    plan: int = opt(1, "chunks of different x_0 that are imagined, the best of which is played; 1: no choice")
-    plan_chunks: int = opt(2, "chunks that --plan imagines ahead, the candidate included")
+    num_flow_steps: Rows = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
+    execute: Rows = opt(8, "actions of a chunk that are executed before the next is planned (8: the whole chunk)")
+    plan: Rows = opt(1, "chunks of different x_0 that are imagined, the best of which is played; 1: no choice")
+    plan_chunks: Rows = opt(2, "chunks that --plan imagines ahead, the candidate included")
     world_model: str | None = opt(None, "world model that --plan imagines with: run folder or file")
     success_model: str | None = opt(None, "success model that --plan chooses by: run folder or file")
 
@@ -79,21 +88,23 @@ class Config:
         group="evaluation",
     )
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
-    episodes: int = opt(NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)")
+    episodes: Annotated[int, Range(1, NUM_INITIAL_STATES)] = opt(
+        NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)"
+    )
     perturb: str | None = opt(
         None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
-    image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
+    image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
-    batch_size: int = opt(10, "episodes that a worker plays side by side, with one policy call for all")
+    batch_size: Rows = opt(10, "episodes that a worker plays side by side, with one policy call for all")
 
     out_dir: str = opt("runs/eval", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of x_0")
-    workers: int = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
-    animate: int = opt(0, "episodes per policy to film, the same starts for every policy")
-    animate_failed: int = opt(0, "failed episodes per policy to film")
+    seed: Whole = opt(0, "seed of x_0")
+    workers: Processes = opt(os.cpu_count() or 1, "worker processes, one thread each; 0 plays in this process")
+    animate: Whole = opt(0, "episodes per policy to film, the same starts for every policy")
+    animate_failed: Whole = opt(0, "failed episodes per policy to film")
     animate_starts: tuple[str, ...] = opt((), "episodes to film, as suite/task number/initial state")
-    animate_size: int = opt(160, "side of the films [px]")
+    animate_size: Side = opt(160, "side of the films [px]")
     animate_format: Literal["gif", "mp4"] = opt("gif", "format of the films")
 
 
@@ -257,11 +268,9 @@ def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; returns path -> digest of each checkpoint."""
     for suite in cfg.suites:
         _tasks(cfg, suite)
-    if not 1 <= cfg.episodes <= NUM_INITIAL_STATES:
-        raise ValueError(f"episodes must lie in 1..{NUM_INITIAL_STATES}, got {cfg.episodes}")
     if len({checkpoint_file(path).resolve() for path in cfg.policies}) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
-    if cfg.execute < 1 or (cfg.execute > 8 and "random" in cfg.policies):
+    if cfg.execute > 8 and "random" in cfg.policies:
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     _perturbation(cfg)
     check_plan(cfg)
@@ -291,22 +300,51 @@ def check(cfg: Config) -> dict[str, str]:
         for suite in cfg.suites:
             check_cameras(suite, header.config.get("cameras", PolicyConfig.cameras), path)
         chunk = header.config["flow"]["chunk"]
-        if not 1 <= cfg.execute <= chunk:
+        if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
-        # what plays: with a choice, also the models that choose
-        files = [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
-        digests[path] = "+".join(map(file_digest, files))
+        digests[path] = "+".join(map(model_digest, players(cfg, path)))
     return digests
+
+
+def players(cfg: Config, path: str) -> list[str]:
+    """What plays: the policy and, with a choice, the models that choose."""
+    return [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
+
+
+def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
+    """What an interrupted evaluation already played, by policies that have not changed since. Says what it leaves out,
+    and takes it and a line that a kill cut short out of episodes.jsonl.
+    """
+    log = Path(cfg.out_dir) / "episodes.jsonl"
+    text, records, others = log.read_text() if log.is_file() else "", [], 0
+    places = {checkpoint_file(path).resolve(): path for path in cfg.policies}
+    known = {path: {digest} for path, digest in digests.items()}
+    for path in (path for path in known if text and Path(path).exists()):  # older versions took the files' digests
+        known[path].add("+".join(map(file_digest, players(cfg, path))))
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
+        if record["digest"] in known.get(path, ()):
+            records.append({**record, "policy": path, "digest": digests[path]})
+        else:
+            others += 1
+    if others:
+        print(f"{log}: {others} episodes of policies that have changed since are played again", file=sys.stderr)
+    kept = "".join(json.dumps(r) + "\n" for r in records)
+    if kept != text:
+        write_atomic(log, lambda tmp: tmp.write_text(kept))
+    return records
 
 
 def check_plan(cfg: Config) -> None:
     """Find what is wrong with --plan before the first episode."""
-    if cfg.plan < 1 or cfg.plan_chunks < 1:
-        raise ValueError(f"plan and plan_chunks must be at least 1, got {cfg.plan} and {cfg.plan_chunks}")
     if cfg.plan == 1:
         return
     if cfg.world_model is None or cfg.success_model is None:
@@ -340,21 +378,8 @@ def main(cfg: Config) -> dict:
     open_run(
         out_dir, cfg, ignore=("workers", "animate", *(f"animate_{k}" for k in ("failed", "starts", "size", "format")))
     )
-    log = out_dir / "episodes.jsonl"
-
-    # what an interrupted evaluation already played, by checkpoints that have not changed since
-    lines = log.read_text().splitlines() if log.is_file() else []
-    records, places = [], {checkpoint_file(path).resolve(): path for path in cfg.policies}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
-            continue
-        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
-        if digests.get(path) == record["digest"]:
-            records.append({**record, "policy": path})
+    records = earlier_records(cfg, digests)
     done = {(r["policy"], r["suite"], r["task"], r["init_state"]) for r in records}
-    log.write_text("".join(json.dumps(r) + "\n" for r in records))
 
     jobs = []
     for path in cfg.policies:
@@ -366,7 +391,7 @@ def main(cfg: Config) -> dict:
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
     with (
-        log.open("a", buffering=1) as file,
+        (out_dir / "episodes.jsonl").open("a", buffering=1) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
         for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=one_thread):
@@ -384,4 +409,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__)

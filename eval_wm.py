@@ -25,7 +25,6 @@ recorded state and plays them. Spearman's rank correlation and the share of pair
 mean over starts.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,9 +41,10 @@ from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
 from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Positive, Rows, ShareAbove0, Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.random import generator
+from vlarft.run.script import run_script
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.statistics import bootstrap_interval, wilson_interval
@@ -65,25 +65,25 @@ class Config:
     world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
     greedy: bool = opt(False, "imagine greedily, not sampling, for the metrics of segments and episodes")
-    temperature: float = opt(1.0, "temperature of sampled rollouts")
-    top_p: float = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
+    temperature: Positive = opt(1.0, "temperature of sampled rollouts")
+    top_p: ShareAbove0 = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
 
-    segments: int = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
-    episodes: int = opt(
+    segments: Rows = opt(1024, "held-out segments for the frame metrics, evenly spaced", group="evaluation")
+    episodes: Whole = opt(
         64, "held-out episodes replayed whole, evenly spaced over suites, kinds, tasks; 0 leaves it out"
     )
-    batch_size: int = opt(16, "segments, episodes or starts imagined at once")
+    batch_size: Rows = opt(16, "segments, episodes or starts imagined at once")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     success_model: str | None = opt(
         None, "judge of the whole episodes, imagined and true: run folder or file of train_success.py"
     )
-    starts: int = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
+    starts: Whole = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
     perturb: Perturbations = field(default_factory=Perturbations)
     true_error: bool = opt(False, "also compare with the simulator's outcome (Tabletop demonstrations)")
 
     out_dir: str = opt("runs/wm/eval", "folder that the evaluation writes", group="run")
-    seed: int = opt(0, "seed of perturbations and rollouts")
+    seed: Whole = opt(0, "seed of perturbations and rollouts")
 
 
 TINY = Config(segments=128, episodes=32, greedy=True, perceptual="ssim", starts=12, precision="fp32")
@@ -439,4 +439,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__)

@@ -22,13 +22,13 @@ short goes on; with a larger `--rounds` it adds rounds. Other options need anoth
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vlarft.run.checkpoint import open_run
-from vlarft.run.config import opt, parse
+from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
+from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
 
 ROOT = Path(__file__).resolve().parent
@@ -43,16 +43,16 @@ class Config:
     demos: str = opt("demos", "demonstrations of both")
     suites: tuple[str, ...] = opt(("tabletop_object",), "suites to record and to evaluate")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "task numbers or names in each suite")
-    rounds: int = opt(2, "rounds of recording and learning", group="optimisation")
-    episodes: int = opt(32, "episodes recorded per task and round")
-    refresh_steps: int = opt(1000, "optimizer steps of each refresh of the world model")
-    refresh_lr: float = opt(5e-4, "peak learning rate of the refresh")
-    validation_fraction: float = opt(0.25, "share of the new episodes that both models hold out, for the gate")
-    gate_threshold: float | None = opt(
+    rounds: Count = opt(2, "rounds of recording and learning", group="optimisation")
+    episodes: Count = opt(32, "episodes recorded per task and round")
+    refresh_steps: Count = opt(1000, "optimizer steps of each refresh of the world model")
+    refresh_lr: Rate = opt(5e-4, "peak learning rate of the refresh")
+    validation_fraction: ProperShare = opt(0.25, "share of the new episodes that both models hold out, for the gate")
+    gate_threshold: Share | None = opt(
         0.9, "least share of held-out episodes whose imagined outcome is the true one; none: any", group="evaluation"
     )
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
-    seed: int = opt(0, "seed of every stage")
+    seed: Whole = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
 
 
@@ -115,8 +115,6 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
 
 def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
-    if cfg.rounds < 1:
-        raise ValueError(f"--rounds {cfg.rounds}: give at least 1")
     open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
@@ -136,4 +134,4 @@ def percent(value: float, low: float, high: float) -> str:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    run_script(main, Config, PRESETS, __doc__)

@@ -48,7 +48,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -68,10 +68,11 @@ from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import load_model, open_run, read_header
 from vlarft.run.clock import Clock, rate_factor
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Range, Rate, Rows, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
 from vlarft.world_model import WorldModel
 
@@ -81,6 +82,9 @@ DIAGNOSIS_STARTS = 16  # where there is no gate
 HELD_OUT = 0.02  # share of the episodes, for a policy that names none (49:1, Sec. 4.2)
 
 
+Correlation = Annotated[float, Range(-1, 1)]
+
+
 @dataclass(frozen=True)
 class Config:
     """One fine-tuning; the defaults are the paper's (Table 7) and, where it gives none, the public code's."""
@@ -88,52 +92,51 @@ class Config:
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file of train_sft.py", group="data")
     world_model: str = opt("runs/wm", "frozen world model: run folder or file of train_wm.py")
     demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
-    starts: int = opt(
+    starts: Rows = opt(
         16, "start states per step, all processes together (batch size in Table 7)", group="rollouts and reward"
     )
-    group: int = opt(16, "rollouts per start (Table 7)")
+    group: Annotated[int, Range(2, 1024)] = opt(16, "rollouts per start (Table 7)")
     reward: RewardKind = opt("r3", "verified reward (Table 4; divergence is not in the paper)")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term of Eq. (11)")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     imagination: Imagination = opt("sample", "frame tokens: sampled, sampled with common random numbers, or greedy")
-    sigma_min: float = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units (public code)")
-    sigma_max: float = opt(0.2, "upper bound of the standard deviation of a flow step (public code)")
-    steps: int = opt(400, "GRPO steps (Sec. 4.3)", group="optimisation")
-    max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
-    lr: float = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
-    sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
-    warmup: int = opt(10, "steps of linear warmup (public code)")
-    clip_norm: float = opt(1.0, "largest gradient norm (public code)")
-    epochs: int = opt(1, "updates per batch of rollouts (public code); the clip of Eq. (13) acts from the second on")
-    clip: float = opt(0.2, "epsilon of Eq. (13): the ratio is clipped to 1 +- this")
+    sigma_min: Positive = opt(
+        0.08, "lower bound of the standard deviation of a flow step, normalised units (public code)"
+    )
+    sigma_max: Positive = opt(0.2, "upper bound of the standard deviation of a flow step (public code)")
+    steps: Count = opt(400, "GRPO steps (Sec. 4.3)", group="optimisation")
+    max_minutes: Positive | None = opt(None, "stop after this wall time, even before `steps` [min]")
+    lr: Rate = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
+    sigma_lr: Rate = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
+    warmup: Whole = opt(10, "steps of linear warmup (public code)")
+    clip_norm: Positive = opt(1.0, "largest gradient norm (public code)")
+    epochs: Count = opt(1, "updates per batch of rollouts (public code); the clip of Eq. (13) acts from the second on")
+    clip: ProperShare = opt(0.2, "epsilon of Eq. (13): the ratio is clipped to 1 +- this")
     per_step: bool = opt(False, "one advantage and ratio per action step; the paper has one per chunk")
     divide_by_std: bool = opt(False, "divide the advantage by the group's std (public code); Eq. (12) does not")
-    mse_weight: float = opt(0.01, "lambda_mse, weight of the flow-matching term (Eq. 13, Table 7)")
-    entropy_weight: float = opt(0.003, "alpha, weight of the entropy (Eq. 13, Table 7)")
-    gate_starts: int = opt(
+    mse_weight: NotNegative = opt(0.01, "lambda_mse, weight of the flow-matching term (Eq. 13, Table 7)")
+    entropy_weight: NotNegative = opt(0.003, "alpha, weight of the entropy (Eq. 13, Table 7)")
+    gate_starts: Whole = opt(
         32, "held-out starts of trust gate and diagnosis; 0: no gate, and 16 for the diagnosis", group="evaluation"
     )
-    gate_threshold: float | None = opt(
+    gate_threshold: Correlation | None = opt(
         0.25, "least rank correlation of reward and action error (upper end of its 95 % interval); none: any"
     )
     out_dir: str = opt("runs/rft", "folder that the run writes", group="run")
-    save_interval: int = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts")
-    keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
+    save_interval: Count = opt(20, "steps between checkpoints, each with a diagnosis on held-out starts")
+    keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
-    seed: int = opt(0, "seed of starts, chains and imagination")
+    seed: Whole = opt(0, "seed of starts, chains and imagination")
     precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
-    micro_starts: int | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
+    micro_starts: Rows | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt(
         "replicate", "vision-language model with several processes: sharded, or whole on each"
     )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "starts", "epochs", "micro_starts", "save_interval", "keep_interval")
-        for name, least in {**dict.fromkeys(counts, 1), "group": 2, "gate_starts": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+        if self.sigma_min > self.sigma_max:
+            raise ValueError(f"--sigma-min {self.sigma_min} exceeds --sigma-max {self.sigma_max}")
 
 
 PAPER = Config()
@@ -428,6 +431,7 @@ def main(
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rft": to_dict(cfg)})
 
+    began = step
     while (share := clock.share(step)) < 1:  # Algorithm 1, Stage II; share: how much of the run is done
         # stream(name, seed, step): random numbers that depend on its arguments alone, so that a resume repeats them
         stream, seconds, measured = partial(generator, device), {}, {}
@@ -476,18 +480,17 @@ def main(
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
 
-    save()
     after, chunks = diagnosis()
-    if distributed.is_main():
-        picture_actions(out_dir / "actions.png", before, chunks)
-        # no metrics: the run was complete already; the last step is imagined again, from the same random numbers
-        if metrics and isinstance(score, ImageScorer):
-            imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
-            picture(out_dir / "rollouts.png", reward, imagined)
+    if step > began:  # else the run was complete already
+        if distributed.is_main():  # before the state, which says that it is
+            picture_actions(out_dir / "actions.png", before, chunks)
+            if isinstance(score, ImageScorer):  # the last step is imagined again, from the same random numbers
+                imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
+                picture(out_dir / "rollouts.png", reward, imagined)
+        save()
     state.finish(log)
     return metrics | after
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

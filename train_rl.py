@@ -35,12 +35,11 @@ Runs in one process. Results do not depend on the number of workers.
 """
 
 import os
-import sys
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +57,24 @@ from vlarft.reward import check_same_robot
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import load_model, open_run, read_header
 from vlarft.run.clock import Clock, rate_factor
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import (
+    Count,
+    NotNegative,
+    Positive,
+    Processes,
+    ProperShare,
+    Range,
+    Rate,
+    Rows,
+    Share,
+    Side,
+    Whole,
+    opt,
+    to_dict,
+)
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator, seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
 from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
@@ -87,50 +101,46 @@ class Config:
         None, "judge of the outcome: run folder or file of train_success.py; none: the simulator's true outcome"
     )
     imagination: Literal["sample", "greedy"] = opt("greedy", "frame tokens of the imagination: sampled or greedy")
-    horizon: int = opt(220, "actions after which an episode without success ends; the simulator's limit at the latest")
-    late_starts: float = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
+    horizon: Count = opt(
+        220, "actions after which an episode without success ends; the simulator's limit at the latest"
+    )
+    late_starts: Share = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
-    image_size: int | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
+    image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
-    starts: int = opt(
+    starts: Rows = opt(
         8, "starts per step: of the simulator's tasks in turn, or of random episodes", group="optimisation"
     )
-    group: int = opt(8, "episodes from each start (WoVR)")
+    group: Annotated[int, Range(2, 1024)] = opt(8, "episodes from each start (WoVR)")
     noise: Literal["sampled", "zero"] = opt("sampled", "x_0 of every chunk; zero: the flow steps' noise alone explores")
-    sigma_min: float = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units")
-    sigma_max: float = opt(0.2, "upper bound of the standard deviation of a flow step")
-    steps: int = opt(100, "GRPO steps")
-    max_minutes: float | None = opt(None, "stop after this wall time, even before `steps` [min]")
-    lr: float = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
-    sigma_lr: float = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
-    clip_norm: float = opt(1.0, "largest gradient norm")
-    epochs: int = opt(1, "updates per batch of episodes; the clip acts from the second on")
-    clip: float = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
-    mse_weight: float = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
-    gate_threshold: float | None = opt(
+    sigma_min: Positive = opt(0.08, "lower bound of the standard deviation of a flow step, normalised units")
+    sigma_max: Positive = opt(0.2, "upper bound of the standard deviation of a flow step")
+    steps: Count = opt(100, "GRPO steps")
+    max_minutes: Positive | None = opt(None, "stop after this wall time, even before `steps` [min]")
+    lr: Rate = opt(1e-6, "AdamW learning rate of the flow head (Table 7)")
+    sigma_lr: Rate = opt(1e-5, "AdamW learning rate of the sigma net (Table 7)")
+    clip_norm: Positive = opt(1.0, "largest gradient norm")
+    epochs: Count = opt(1, "updates per batch of episodes; the clip acts from the second on")
+    clip: ProperShare = opt(0.2, "the ratio is clipped to 1 +- this (Eq. 13)")
+    mse_weight: NotNegative = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
+    gate_threshold: Share | None = opt(
         0.9,
         "least mean of the shares of held-out successes and failures that imagination tells; none: any",
         group="evaluation",
     )
     out_dir: str = opt("runs/rl", "folder that the run writes", group="run")
-    save_interval: int = opt(5, "steps between checkpoints")
-    keep_interval: int | None = opt(None, "steps between copies of the model that are kept; none: no copies")
+    save_interval: Count = opt(5, "steps between checkpoints")
+    keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
-    seed: int = opt(0, "seed of starts and chains")
-    workers: int = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
+    seed: Whole = opt(0, "seed of starts and chains")
+    workers: Processes = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
     precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
-    micro_chunks: int = opt(64, "chunks per backward pass, to bound memory")
+    micro_chunks: Rows = opt(64, "chunks per backward pass, to bound memory")
 
     def __post_init__(self) -> None:
-        least = {"group": 2, "seed": 0, "workers": 0, "mse_weight": 0}
-        counts = ("steps", "starts", "epochs", "micro_chunks", "save_interval", "keep_interval", "horizon")
-        for name, bound in {**dict.fromkeys(counts, 1), **least}.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
-        if not 0 <= self.late_starts <= 1:
-            raise ValueError(f"--late-starts {self.late_starts}: a share in [0, 1]")
+        if self.sigma_min > self.sigma_max:
+            raise ValueError(f"--sigma-min {self.sigma_min} exceeds --sigma-max {self.sigma_max}")
 
 
 PAPER = Config()
@@ -320,6 +330,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         values = {"step": step, "minutes": clock.minutes}
         state.save(values, policy, policy.cfg, {**extra, "rl": to_dict(cfg)})
 
+    began = step
     while (share := clock.share(step)) < 1:
         started = clock.minutes
 
@@ -366,12 +377,12 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         if step < cfg.steps and state.due(step, cfg.save_interval):
             save()
 
-    save()
+    if step > began:
+        save()
     world.close()
     state.finish(log)
     return metrics
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

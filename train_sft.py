@@ -57,11 +57,12 @@ from vlarft.policy import SupervisedObjective, VLAPolicy
 from vlarft.run import distributed, memory, migration, preemption
 from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, Decay, rate_factor
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator as make_generator
 from vlarft.run.random import seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState, check_same_episodes
 
 AUGMENTATIONS = {
@@ -78,8 +79,8 @@ class Config:
 
     demos: tuple[str, ...] = opt(("demos",), "folders or files of demonstrations (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
-    split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
+    validation_fraction: ProperShare = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
+    split_seed: Whole = opt(0, "seed of the choice of held-out episodes; the same for every stage")
     augment: Literal["full", "light", "none"] = opt(
         "full", "full: crop and colours (public code); light: brightness and noise"
     )
@@ -90,34 +91,36 @@ class Config:
     )
     refit_statistics: bool = opt(False, "fit the normaliser of --init to these demonstrations")
     train: Literal["all", "head"] = opt("all", "train the whole policy, or its flow head alone")
-    lora_rank: int | None = opt(64, "rank of adapters on the VLM, which is frozen otherwise; none: train its weights")
+    lora_rank: Rows | None = opt(64, "rank of adapters on the VLM, which is frozen otherwise; none: train its weights")
 
-    steps: int = opt(150_000, "optimizer steps", group="optimisation")
-    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
-    batch_size: int = opt(16, "chunks per step, over all processes")
-    accumulate: int = opt(1, "micro-batches per step and process")
+    steps: Count = opt(150_000, "optimizer steps", group="optimisation")
+    max_minutes: Positive | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: Rows = opt(16, "chunks per step, over all processes")
+    accumulate: Rows = opt(1, "micro-batches per step and process")
     checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
-    lr: float = opt(1e-4, "peak learning rate of AdamW")
-    warmup: int = opt(0, "steps of linear warmup")
+    lr: Rate = opt(1e-4, "peak learning rate of AdamW")
+    warmup: Whole = opt(0, "steps of linear warmup")
     schedule: Decay = opt("constant", "learning rate after the warmup")
-    clip_norm: float = opt(1.0, "largest gradient norm")
+    clip_norm: Positive = opt(1.0, "largest gradient norm")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
-    ema: float | None = opt(None, "decay of the averaged weights that are exported; none: no average")
+    ema: ShareBelow1 | None = opt(None, "decay of the averaged weights that are exported; none: no average")
     objective: SupervisedObjective = opt(
         "matching", "Eq. (4), or L1 error of the chunk made from x_0 (not in the paper)"
     )
-    noise_samples: int = opt(1, "samples of (tau, x_0) per image; of x_0 for objective regression")
-    key_weight: float = opt(0.0, "weight of the auxiliary loss on the hand position at the next gripper event")
-    key_batch: int = opt(0, "further images per step for the loss of --key-weight alone, over all processes")
+    noise_samples: Rows = opt(1, "samples of (tau, x_0) per image; of x_0 for objective regression")
+    key_weight: NotNegative = opt(0.0, "weight of the auxiliary loss on the hand position at the next gripper event")
+    key_batch: Whole = opt(0, "further images per step for the loss of --key-weight alone, over all processes")
 
-    validation_interval: int = opt(1000, "steps between validations", group="evaluation")
-    validation_segments: int = opt(256, "held-out chunks of a validation")
+    validation_interval: Count = opt(1000, "steps between validations", group="evaluation")
+    validation_segments: Rows = opt(256, "held-out chunks of a validation")
 
     out_dir: str = opt("runs/sft", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of the weights, the batches and the noise")
-    log_interval: int = opt(10, "steps between log lines")
-    save_interval: int = opt(1000, "steps between checkpoints")
-    keep_interval: int | None = opt(None, "steps between copies of the policy that are kept (model_001000.safetensors)")
+    seed: Whole = opt(0, "seed of the weights, the batches and the noise")
+    log_interval: Count = opt(10, "steps between log lines")
+    save_interval: Count = opt(1000, "steps between checkpoints")
+    keep_interval: Count | None = opt(
+        None, "steps between copies of the policy that are kept (model_001000.safetensors)"
+    )
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     frozen: distributed.Frozen = opt("shard", "frozen weights with several processes: sharded, or whole on each")
 
@@ -334,7 +337,8 @@ def main(cfg: Config) -> dict[str, float]:
         weights = merge_state_dict(weights, lora) if lora else weights
         state.save({"step": step, "minutes": clock.minutes}, policy, policy.cfg, {**facts, "step": step}, weights)
 
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         started = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
@@ -358,22 +362,21 @@ def main(cfg: Config) -> dict[str, float]:
         ema.update(step)
 
         step += 1
+        share = clock.share(step)
         line = {**totals, "lr": lr, "step_s": time.monotonic() - started, "minutes": clock.minutes}
-        validates = step % cfg.validation_interval == 0
-        if validates:
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
             line |= (metrics := evaluate())
         if validates or step % cfg.log_interval == 0:
             log.log(step - 1, line)
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if not metrics or step % cfg.validation_interval:
-        log.log(step - 1, metrics := evaluate())
-    save()
+    if step > began:
+        save()
+    metrics = metrics or evaluate()  # the run was complete already
     state.finish(log)
     return metrics
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

@@ -27,7 +27,6 @@ log.jsonl, config.json. The same command resumes an interrupted run; imagination
 Runs in one process.
 """
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -48,11 +47,12 @@ from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
 from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, file_digest, open_run, read_header
+from vlarft.run.checkpoint import checkpoint_file, model_digest, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
-from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.config import Count, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.random import generator, numpy_generator, seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
 from vlarft.success import PRESETS as SIZES
 from vlarft.success import SuccessModel, best_threshold, compare_outcomes
@@ -72,45 +72,38 @@ class Config:
     world_model: str | None = opt(
         "runs/wm", "world model that replays them: run folder or file; none: real frames only"
     )
-    validation_fraction: float = opt(0.1, "share of the episodes held out, without a world model")
-    split_seed: int = opt(0, "seed of the choice of held-out episodes, without a world model")
-    episodes: int | None = opt(200, "episodes of each kind and outcome to train on, at most; none: all")
-    frames: int = opt(8, "frames of each episode beside the positive ones")
-    positive: int = opt(4, "last frames of a successful episode that show the success")
-    margin: int = opt(12, "frames before these that are left out, neither success nor failure")
+    validation_fraction: ProperShare = opt(0.1, "share of the episodes held out, without a world model")
+    split_seed: Whole = opt(0, "seed of the choice of held-out episodes, without a world model")
+    episodes: Count | None = opt(200, "episodes of each kind and outcome to train on, at most; none: all")
+    frames: Count = opt(8, "frames of each episode beside the positive ones")
+    positive: Count = opt(4, "last frames of a successful episode that show the success")
+    margin: Whole = opt(12, "frames before these that are left out, neither success nor failure")
 
     size: Literal["paper", "tiny", "smoke"] = opt("paper", "named sizes of the success model", group="model")
 
-    steps: int = opt(10_000, "optimizer steps", group="optimisation")
-    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
-    batch_size: int = opt(64, "frames per step, half of them positive")
-    lr: float = opt(1e-3, "peak learning rate of AdamW")
-    warmup: int = opt(100, "steps of linear warmup")
+    steps: Count = opt(10_000, "optimizer steps", group="optimisation")
+    max_minutes: Positive | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: Rows = opt(64, "frames per step, half of them positive")
+    lr: Rate = opt(1e-3, "peak learning rate of AdamW")
+    warmup: Whole = opt(100, "steps of linear warmup")
     schedule: Decay = opt("cosine", "learning rate after the warmup")
-    clip_norm: float = opt(1.0, "largest gradient norm")
+    clip_norm: Positive = opt(1.0, "largest gradient norm")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
 
-    false_successes: float = opt(
+    false_successes: ShareBelow1 = opt(
         0.02, "largest share of held-out failures that the threshold may judge a success", group="evaluation"
     )
-    validation_interval: int = opt(1000, "steps between validations")
+    validation_interval: Count = opt(1000, "steps between validations")
 
     out_dir: str = opt("runs/success", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of the weights, the frames and the imaginations")
-    log_interval: int = opt(50, "steps between log lines")
-    save_interval: int = opt(1000, "steps between checkpoints")
+    seed: Whole = opt(0, "seed of the weights, the frames and the imaginations")
+    log_interval: Count = opt(50, "steps between log lines")
+    save_interval: Count = opt(1000, "steps between checkpoints")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
 
     def __post_init__(self) -> None:
-        least = {"frames": 1, "positive": 1, "margin": 0, "steps": 1, "batch_size": 2, "episodes": 1, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
         if self.batch_size % 2:
             raise ValueError(f"--batch-size {self.batch_size}: half of the frames are positive, give an even number")
-        if not 0 <= self.false_successes < 1:
-            raise ValueError(f"--false-successes {self.false_successes}: a share in [0, 1)")
 
 
 TINY = Config(
@@ -399,7 +392,7 @@ def main(cfg: Config) -> dict[str, float]:
         "train_episodes": [e.name for e in train],
         "threshold_episodes": [e.name for e in split.threshold],
         "held_out_episodes": [e.name for e in split.held_out],
-        "world_model": None if cfg.world_model is None else file_digest(cfg.world_model),
+        "world_model": None if cfg.world_model is None else model_digest(cfg.world_model),
         **images,
     }
 
@@ -408,7 +401,7 @@ def main(cfg: Config) -> dict[str, float]:
         config = replace(size, threshold=threshold)
         state.save(values, model, config, {**facts, "metrics": metrics, "success": to_dict(cfg)})
 
-    share = clock.share(step)
+    began, share = step, clock.share(step)
     while share < 1:
         model.train()
         rate = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
@@ -433,11 +426,11 @@ def main(cfg: Config) -> dict[str, float]:
         if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    save()
+    if step > began:
+        save()
     state.finish(log)
     return metrics
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__.splitlines()[0]))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

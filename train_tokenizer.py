@@ -28,7 +28,6 @@ Differences from the paper and the public recipe:
 - presets tiny and smoke: no GAN, no augmentation, weighted pixels.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,10 +47,22 @@ from vlarft.nets.frame_networks import ResBlock
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, rate_factor
-from vlarft.run.config import opt, parse
+from vlarft.run.config import (
+    Count,
+    NotNegative,
+    Positive,
+    ProperShare,
+    Rate,
+    Rows,
+    ShareBelow1,
+    Side,
+    Whole,
+    opt,
+)
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.tokenizer import PRESETS as SIZES
 from vlarft.tokenizer import FrameTokenizer, Reconstruction, TokenizerConfig
@@ -81,44 +92,46 @@ class Config:
 
     demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
-    validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
-    split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
-    segment: int = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
-    future_frames: int = opt(7, "frames picked at random from each segment of a batch")
-    context_lookback: int | None = opt(
+    validation_fraction: ProperShare = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
+    split_seed: Whole = opt(0, "seed of the choice of held-out episodes; the same for every stage")
+    segment: Rows = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
+    future_frames: Rows = opt(7, "frames picked at random from each segment of a batch")
+    context_lookback: Whole | None = opt(
         15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
     )
     augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the networks", group="model")
-    image_size: tuple[int, int] | None = opt(None, "height and width of the images [px]; none: those of --size")
+    image_size: tuple[Side, Side] | None = opt(None, "height and width of the images [px]; none: those of --size")
 
-    steps: int = opt(150_000, "optimizer steps", group="optimisation")
-    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
-    batch_size: int = opt(16, "segments per step, over all processes (public recipe)")
-    accumulate: int = opt(1, "micro-batches per step and process")
+    steps: Count = opt(150_000, "optimizer steps", group="optimisation")
+    max_minutes: Positive | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: Rows = opt(16, "segments per step, over all processes (public recipe)")
+    accumulate: Rows = opt(1, "micro-batches per step and process")
     checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
-    lr: float = opt(5e-4, "peak learning rate of AdamW, with cosine decay to 0 (public recipe)")
-    warmup: int = opt(5000, "steps of linear warmup (public recipe)")
-    beta2: float = opt(0.999, "decay of AdamW's second moment (public recipe)")
-    clip_norm: float = opt(1.0, "largest gradient norm (public recipe)")
+    lr: Rate = opt(5e-4, "peak learning rate of AdamW, with cosine decay to 0 (public recipe)")
+    warmup: Whole = opt(5000, "steps of linear warmup (public recipe)")
+    beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment (public recipe)")
+    clip_norm: Positive = opt(1.0, "largest gradient norm (public recipe)")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance beside L1")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     weighting: Literal["uniform", "small_objects"] = opt(
         "uniform", "pixel weights; small_objects: more on what moves or is rarely there"
     )
-    gan_start: int | None = opt(10_000, "first step with the adversarial loss; none: never (public recipe)")
-    gan_weight: float = opt(0.1, "weight of the adversarial loss (public recipe)")
+    gan_start: Whole | None = opt(10_000, "first step with the adversarial loss; none: never (public recipe)")
+    gan_weight: NotNegative = opt(0.1, "weight of the adversarial loss (public recipe)")
 
-    validation_interval: int = opt(2000, "steps between validations", group="evaluation")
-    validation_segments: int = opt(64, "held-out segments of a validation")
+    validation_interval: Count = opt(2000, "steps between validations", group="evaluation")
+    validation_segments: Rows = opt(64, "held-out segments of a validation")
 
     out_dir: str = opt("runs/tokenizer", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of the weights and the batches")
-    log_interval: int = opt(20, "steps between log lines")
-    save_interval: int = opt(2000, "steps between checkpoints")
-    keep_interval: int | None = opt(None, "steps between copies of the model that are kept (model_002000.safetensors)")
+    seed: Whole = opt(0, "seed of the weights and the batches")
+    log_interval: Count = opt(20, "steps between log lines")
+    save_interval: Count = opt(2000, "steps between checkpoints")
+    keep_interval: Count | None = opt(
+        None, "steps between copies of the model that are kept (model_002000.safetensors)"
+    )
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
 
     def __post_init__(self) -> None:
@@ -327,12 +340,11 @@ def main(cfg: Config) -> dict[str, float]:
     optimizers = {name: torch.optim.AdamW(network.parameters(), **options) for name, network in networks.items()}
 
     named = {"size": SIZES, "augment": AUGMENTATIONS, "weighting": WEIGHTINGS, "discriminator": DISCRIMINATORS}
-    state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
     learned = {"networks": networks, "optimizers": optimizers}
     check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=0.0)
-    resumed_at = step
     log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)
 
     def evaluate() -> dict[str, float]:
@@ -342,7 +354,8 @@ def main(cfg: Config) -> dict[str, float]:
         values = {"step": step, "metrics": metrics, "balance": balance, "minutes": clock.minutes}
         state.save(values, model, cfg.network(), {**facts, "metrics": metrics, "steps": step})
 
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         adversarial = cfg.gan_start is not None and step >= cfg.gan_start
         discriminator = networks["discriminator"] if adversarial else None
         totals, batches = {}, []
@@ -374,18 +387,17 @@ def main(cfg: Config) -> dict[str, float]:
         check_finite(totals["loss"], step, totals, partial(sampler.names, cfg.batch_size, cfg.seed, step))
 
         step += 1
-        validates = step % cfg.validation_interval == 0
-        if validates:
+        share = clock.share(step)
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
             metrics = evaluate()
         if validates or step % cfg.log_interval == 0:
             used = torch.cat([b.tokens for b in batches]).unique().numel()
             fresh = metrics if validates else {}
             log.log(step - 1, {**totals, "codes_used": used, "lr": lr, "minutes": clock.minutes, **fresh})
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if state_path is None or step > resumed_at:
-        metrics = metrics if step % cfg.validation_interval == 0 else evaluate()
+    if step > began:
         save()
     if distributed.is_main():
         print("tokenizer: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
@@ -394,5 +406,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

@@ -30,12 +30,11 @@ Differences from the paper and its public code:
   work, see docs/world_model.md.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +46,17 @@ from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
-from vlarft.run.config import opt, parse
+from vlarft.run.config import Count, Positive, ProperShare, Range, Rate, Rows, ShareBelow1, Whole, opt
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.random import generator, seed_of
+from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import PRESETS as SIZES
 from vlarft.world_model import WorldModel
+
+HalfAtMost = Annotated[float, Range(0, 0.5)]  # a mean of shares that are spread up to twice the mean
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Config:
     demos: tuple[str, ...] = opt(("demos",), "folders or files of episodes (HDF5, LeRobot, RLDS)", group="data")
     camera: str = opt("agentview", "camera of the demonstrations")
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
-    validation_fraction: float = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
-    split_seed: int = opt(0, "seed of the choice of held-out episodes; the same for every stage")
-    context_lookback: int | None = opt(
+    validation_fraction: ProperShare = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
+    split_seed: Whole = opt(0, "seed of the choice of held-out episodes; the same for every stage")
+    context_lookback: Whole | None = opt(
         15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
     )
 
@@ -75,35 +77,33 @@ class Config:
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a world model from scratch")
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
-    steps: int = opt(150_000, "optimizer steps (Table 5)", group="optimisation")
-    max_minutes: float | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
-    batch_size: int = opt(16, "segments per step, over all processes (Table 5)")
-    accumulate: int = opt(1, "micro-batches per step and process")
+    steps: Count = opt(150_000, "optimizer steps (Table 5)", group="optimisation")
+    max_minutes: Positive | None = opt(None, "stop after this wall time; the schedule then follows the clock [min]")
+    batch_size: Rows = opt(16, "segments per step, over all processes (Table 5)")
+    accumulate: Rows = opt(1, "micro-batches per step and process")
     checkpoint_activations: bool = opt(False, "recompute activations in the backward pass, for less memory")
-    lr: float = opt(5e-5, "peak learning rate of AdamW (Table 5)")
-    warmup: int = opt(5000, "steps of linear warmup (public code)")
+    lr: Rate = opt(5e-5, "peak learning rate of AdamW (Table 5)")
+    warmup: Whole = opt(5000, "steps of linear warmup (public code)")
     schedule: Decay = opt("constant", "learning rate after the warmup (public code: constant)")
-    beta2: float = opt(0.999, "decay of AdamW's second moment")
-    clip_norm: float = opt(1.0, "largest gradient norm (public code)")
+    beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment")
+    clip_norm: Positive = opt(1.0, "largest gradient norm (public code)")
     precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
-    stale: float = opt(
+    stale: HalfAtMost = opt(
         0.0, "mean share of input frames that show the first frame instead, at most 0.5 (docs/world_model.md)"
     )
 
-    validation_interval: int = opt(2000, "steps between validations", group="evaluation")
-    validation_segments: int = opt(256, "held-out segments of the validation loss")
-    rollout_segments: int = opt(64, "held-out segments that each validation imagines, greedily")
+    validation_interval: Count = opt(2000, "steps between validations", group="evaluation")
+    validation_segments: Rows = opt(256, "held-out segments of the validation loss")
+    rollout_segments: Rows = opt(64, "held-out segments that each validation imagines, greedily")
 
     out_dir: str = opt("runs/wm", "folder that the run writes", group="run")
-    seed: int = opt(0, "seed of the weights and the batches")
+    seed: Whole = opt(0, "seed of the weights and the batches")
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.stale <= 0.5:  # a segment's share goes up to twice the mean
-            raise ValueError(f"--stale {self.stale}: the mean share of stale frames must lie in 0..0.5")
-
-    log_interval: int = opt(20, "steps between log lines")
-    save_interval: int = opt(2000, "steps between checkpoints")
-    keep_interval: int | None = opt(None, "steps between copies of the model that are kept (model_002000.safetensors)")
+    log_interval: Count = opt(20, "steps between log lines")
+    save_interval: Count = opt(2000, "steps between checkpoints")
+    keep_interval: Count | None = opt(
+        None, "steps between copies of the model that are kept (model_002000.safetensors)"
+    )
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     frozen: distributed.Frozen = opt("shard", "frozen tokenizer with several processes: sharded, or whole on each")
 
@@ -337,11 +337,10 @@ def main(cfg: Config) -> dict[str, float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
-    state_path = open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
     check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})
-    resumed_at = step
     log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)
 
     def save() -> None:
@@ -350,7 +349,8 @@ def main(cfg: Config) -> dict[str, float]:
 
     if cfg.init and step == 0:
         log.log(-1, validate(model, validation, rollouts, device, autocast)[0])
-    while (share := clock.share(step)) < 1:
+    began, share = step, clock.share(step)
+    while share < 1:
         optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
@@ -373,25 +373,24 @@ def main(cfg: Config) -> dict[str, float]:
         optimizer.step()
 
         step += 1
-        validates = step % cfg.validation_interval == 0
-        if validates:
-            metrics, _ = validate(model, validation, rollouts, device, autocast)
+        share = clock.share(step)
+        if validates := step % cfg.validation_interval == 0 or share >= 1:
+            metrics, imagined = validate(model, validation, rollouts, device, autocast)
         if validates or step % cfg.log_interval == 0:
             fresh = metrics if validates else {}
             log.log(step - 1, {**totals, "lr": lr, "minutes": clock.minutes, **fresh})
-        if state.due(step, cfg.save_interval):
+        if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    metrics, imagined = validate(model, validation, rollouts, device, autocast)
-    if state_path is None or step > resumed_at:
+    if step > began:
+        if distributed.is_main():  # before the state, which says that the run is complete
+            draw_rollouts(rollouts.frames, imagined, Path(cfg.out_dir) / "rollouts.png")
         save()
     if distributed.is_main():
-        draw_rollouts(rollouts.frames, imagined, Path(cfg.out_dir) / "rollouts.png")
         print("world model: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f"  -> {cfg.out_dir}")
     state.finish(log)
     return metrics
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

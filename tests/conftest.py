@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +71,25 @@ def write_moving_square(path: Path, demos: int, steps: int, seed: int, instructi
                 proprio=proprio,
                 states=np.zeros((steps, 3)),
             )
+
+
+def ended(pid: int) -> bool:
+    """Whether a process of another parent has ended, or does so within ten seconds."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":  # nobody here takes note of it
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def files_of(folder: Path | str) -> dict[str, bytes]:
+    """All files of a run folder, to see whether a command changes any."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, start: Callable[[], object]) -> None:

@@ -124,9 +124,10 @@ def test_run_folder_of_another_configuration(tmp_path):
     with pytest.raises(ValueError, match="another configuration: steps: 3 against 4.*--out-dir"):
         checkpoint.open_run(tmp_path, RunConfig(str(tmp_path), steps=4))
     checkpoint.open_run(tmp_path, RunConfig("elsewhere", workers=8), ignore=("workers",))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable JSON"):
-        checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
+    for damaged in (b"{", b"\xff", b"[1]", b"[" * 99999):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="config.json is not readable JSON"):
+            checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
 
 
 def test_run_folder_with_other_spellings_of_its_paths(tmp_path, monkeypatch):
@@ -172,3 +173,75 @@ def test_truncated_training_state(tmp_path):
 def test_json_is_readable(tmp_path):
     checkpoint.write_json(tmp_path / "deep" / "a.json", {"x": [1]})
     assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1]}
+
+
+def test_equal_models_make_equal_files(tmp_path):
+    net = Net(NetConfig())
+    for number in range(6):
+        checkpoint.save_model(tmp_path / f"{number}.safetensors", net, NetConfig(), {"a": 1, "b": [2]})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_model_is_known_by_what_it_computes_with(tmp_path):
+    path, net = tmp_path / "m.safetensors", Net(NetConfig())
+    checkpoint.save_model(path, net, NetConfig(), {"out_dir": "here"})
+    one = checkpoint.model_digest(path)
+    checkpoint.save_model(path, net, NetConfig(), {"out_dir": "there", "more": 1})
+    assert checkpoint.model_digest(path) == one
+    checkpoint.save_model(path, Other(NetConfig()), NetConfig(), state_dict=net.state_dict())
+    assert checkpoint.model_digest(path) != one
+    with torch.no_grad():
+        net.linear.bias.add_(1)
+    checkpoint.save_model(path, net, NetConfig())
+    assert checkpoint.model_digest(path) != one
+
+
+def test_files_of_older_versions_have_three_entries(tmp_path):
+    net, path = Net(NetConfig(5)), tmp_path / "m.safetensors"
+    save_file(net.state_dict(), path, {"class": "Net", "config": '{"width": 5}', "extra": '{"split": ["a"]}'})
+    assert checkpoint.read_header(path) == ("Net", {"width": 5}, {"split": ["a"]})
+    assert torch.equal(checkpoint.load_model(path, Net, NetConfig)[0].linear.weight, net.linear.weight)
+    checkpoint.model_digest(path)
+
+
+@pytest.mark.parametrize(
+    "header", ["{", "[1]", '{"class": "Net"}', '{"class": "Net", "config": 3, "extra": {}}', "[" * 9999]
+)
+def test_a_damaged_header_is_refused(tmp_path, header):
+    save_file({"w": torch.zeros(1)}, tmp_path / "f.safetensors", metadata={"vlarft": header})
+    with pytest.raises(ValueError, match="f.safetensors was not written by vlarft"):
+        checkpoint.read_header(tmp_path / "f.safetensors")
+
+
+def test_sizes_are_compared_before_they_are_allocated(tmp_path):
+    """A terabyte, by the configuration; and sizes that no network can have."""
+    path = tmp_path / "m.safetensors"
+    tensors = Net(NetConfig()).state_dict()
+    checkpoint.save_model(path, Net(NetConfig()), NetConfig(2**38), state_dict=tensors)
+    with pytest.raises(ValueError, match=r"linear.weight has shape \(1, 2\), expected \(1, 274877906944\)"):
+        checkpoint.load_model(path, Net, NetConfig)
+    checkpoint.save_model(path, Net(NetConfig()), NetConfig(-1), state_dict=tensors)
+    with pytest.raises(ValueError, match="m.safetensors: no Net has the sizes of its config"):
+        checkpoint.load_model(path, Net, NetConfig)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_diverged_run_are_refused(tmp_path, value):
+    net = Net(NetConfig())
+    torch.nn.init.constant_(net.linear.bias, value)
+    checkpoint.save_model(tmp_path / "m.safetensors", net, NetConfig())
+    with pytest.raises(ValueError, match="m.safetensors has NaN or infinite weights, first in linear.bias"):
+        checkpoint.load_model(tmp_path / "m.safetensors", Net, NetConfig)
+
+
+def test_a_run_folder_that_lacks_a_file(tmp_path, capsys):
+    config = RunConfig(str(tmp_path))
+    checkpoint.open_run(tmp_path, config)
+    (tmp_path / "model.safetensors").write_bytes(b"trained")
+    assert checkpoint.open_run(tmp_path, config) is None
+    assert "train_state.pt is missing: the run starts anew; its model is kept as" in capsys.readouterr().err
+    assert (tmp_path / "model_before.safetensors").read_bytes() == b"trained"
+    (tmp_path / "train_state.pt").touch()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has train_state.pt but no config.json"):
+        checkpoint.open_run(tmp_path, config)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import files_of
 
 import train_rl
 from vlarft.closed_loop import Answer, Attempts, action_weights, play
@@ -201,11 +202,14 @@ def test_resume_equals_no_interruption(config, tmp_path):
     assert all(torch.equal(value, resumed["policy"][key]) for key, value in whole["policy"].items())
     for slots, others in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(slots[k], others[k]) for k in slots)
+    before = files_of(config.out_dir)
+    train_rl.main(config, world=Toy(by_action))  # a finished run is left as it is
+    assert files_of(config.out_dir) == before
 
 
 def test_errors(config, monkeypatch):
-    with pytest.raises(ValueError, match="--group 1: give at least 2"):
-        dataclasses.replace(config, group=1)
+    with pytest.raises(ValueError, match="--sigma-min 0.3 exceeds --sigma-max 0.2"):
+        dataclasses.replace(config, sigma_min=0.3, sigma_max=0.2)
     with pytest.raises(ValueError, match="unknown suite 'tabletop_objects'"):
         train_rl.main(dataclasses.replace(config, world="simulator", suites=("tabletop_objects",)))
     with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):

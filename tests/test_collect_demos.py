@@ -124,6 +124,31 @@ def test_repeating_the_command_makes_nothing_and_more_demos_extend(collected, tm
             np.testing.assert_array_equal(file[f"data/{name}/actions"], whole[f"data/{name}/actions"])
 
 
+@pytest.mark.parametrize("where", ["os.replace", "shutil.rmtree"])
+def test_a_collection_killed_while_it_is_merged_goes_on(tmp_path, monkeypatch, where):
+    """Before the file is moved into place, and after it, when all parts are in the file already."""
+    settings = config(tmp_path, tasks=("0",), demos_per_task=1)
+    (path,) = main(settings)
+    first = path.read_bytes()
+    more = dataclasses.replace(settings, demos_per_task=2)
+    real = collect_demos.os.replace
+
+    def killed(*paths, **options):
+        if where == "shutil.rmtree" or paths[1] == path:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"collect_demos.{where}", killed)
+        main(more)
+    assert (path.read_bytes() == first) == (where == "os.replace")
+    monkeypatch.setattr(collect_demos, "make_demo", lambda job: pytest.fail("made again"))
+    main(more)
+    with h5py.File(path) as file:
+        assert list(file["data"]) == ["demo_0", "demo_1"] and file["data"].attrs["num_demos"] == 2
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_other_settings_in_the_same_folder_are_refused(collected):
     folder, _ = collected
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 7 now\); give another --out-dir"):
@@ -224,10 +249,9 @@ def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
         (["--suites", "tabletop_moon"], "unknown suite 'tabletop_moon'; the suites are: tabletop_spatial"),
         (["--suites", "tabletop_goal", "--tasks", "fly"], "unknown task 'fly' of tabletop_goal; give 0..9 or one of"),
         (["--preset", "huge"], "huge"),
-        (["--demos-per-task", "0"], "demos_per_task must be at least 1, got 0"),
-        (["--horizon", "0"], "horizon must be at least 1, got 0"),
-        (["--min-speed", "0.9"], "need 0 < min_speed <= max_speed <= 1"),
-        (["--seed", "-1"], "seed must be 0"),
+        (["--demos-per-task", "0"], "--demos-per-task 0: nothing to collect"),
+        (["--min-speed", "0.9"], "--min-speed 0.9 exceeds --max-speed 0.6"),
+        (["--seed", "970001"], "970001: give a number in [0, 970000]"),
         (["--colour", "red"], "--colour"),
     ],
 )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 from typing import Literal
 
 import pytest
 
-from vlarft.run.config import differences, from_dict, opt, parse, to_dict
+from vlarft.run.config import NotNegative, Rows, Share, differences, from_dict, opt, parse, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Config:
     flag: bool = opt(False, "on or off")
     limit: int | None = opt(None, "no limit when none")
     names: tuple[str, ...] | None = opt(None, "some names")
+    share: Share | None = opt(0.5, "a share")
+    sizes: tuple[Rows, ...] = opt((1,), "some sizes")
+    weight: NotNegative = opt(0.0, "a weight")
 
 
 PRESETS = {"paper": Config(), "tiny": Config(lr=1.0, limit=4, flag=True)}
@@ -41,10 +45,14 @@ def test_round_trip_through_json():
         ({"kind": "c"}, "one of a, b, got 'c'"),
         ({"model": {"width": True}}, "Config.model.width must be int, got True"),
         ({"model": 3}, "Config.model"),
+        ({"share": 1.5}, "Config.share 1.5: give a number in [0, 1]"),
+        ({"sizes": [1, 0]}, "Config.sizes 0: give a number in [1, 65536]"),
+        ({"weight": float("inf")}, "Config.weight inf: give a number in [0, 1e+09]"),
+        ({"weight": "heavy"}, "Config.weight must be float, got 'heavy'"),
     ],
 )
 def test_from_dict_names_the_field(values, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_dict(Config, values)
 
 
@@ -78,7 +86,11 @@ def test_command_line():
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
         (["--kind", "c"], "invalid choice: 'c'"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
-        (["--lr", "nan"], "expected a number"),
+        (["--lr", "nan"], "expected a finite number, got nan"),
+        (["--weight=-inf"], "expected a finite number, got -inf"),
+        (["--weight=-1"], "argument --weight: -1: give a number in [0, 1e+09]"),
+        (["--share", "2"], "argument --share: 2: give a number in [0, 1]"),
+        (["--sizes", "3", "70000"], "argument --sizes: 70000: give a number in [1, 65536]"),
         (["--limit", "1.5"], "invalid int value: '1.5'"),
     ],
 )
@@ -86,7 +98,8 @@ def test_command_line_errors(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Config, PRESETS, argv)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert message in text and text.startswith("ERROR: ") and text.count("\n") == 1
 
 
 def test_help_shows_every_field(capsys):

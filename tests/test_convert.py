@@ -12,6 +12,7 @@ from conftest import every_camera
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.convert import main, resize
 from vlarft.data.hdf5 import write_demo, write_task_attrs
+from vlarft.data.lerobot_writer import write_lerobot
 
 
 def sources(root, steps=13, size=(32, 48), wide=7):
@@ -208,3 +209,33 @@ def test_benchmark_runs_at_smoke_size(tmp_path, load_benchmark):
     for name in ("hdf5", "hdf5 original", "lerobot mp4", "lerobot png", "rlds"):
         assert results[name]["windows_per_s"] > 0
     assert "cached_times_faster" not in results["hdf5 original"] and results["lerobot mp4"]["ahead_waits"] > 0
+
+
+@pytest.mark.parametrize("images", ["video", "png"])
+def test_nothing_is_written_outside_the_folder(tmp_path, images):
+    """A camera's name, any text in RLDS, is part of a path in a LeRobot set."""
+    episode = sources(tmp_path / "hdf5")[0]
+    hostile = replace(episode, cameras={"../../../../../outside": episode.images})
+    with pytest.raises(ValueError, match=r"has a camera .*\.\./outside'.* out of .*deep/dst"):
+        write_lerobot(tmp_path / "deep" / "dst", iter([hostile]), 10, images=images)
+    assert {path.name for path in tmp_path.iterdir()} <= {"hdf5", "deep"} and not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gripper", "nan", "1"], "argument --gripper: expected a finite number, got nan"),
+        (["--crf", "999"], "argument --crf: 999: give a number in [0, 51]"),
+        (["--fps", "0"], "argument --fps: 0: give a number in (0, 1e+09]"),
+    ],
+)
+def test_numbers_have_a_range(tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "b"), "--format", "hdf5", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_is_not_written_into_its_source(tmp_path):
+    sources(tmp_path / "hdf5")
+    with pytest.raises(ValueError, match="hdf5/new lies in .*hdf5, whose files would be mixed with it"):
+        main([str(tmp_path / "hdf5"), str(tmp_path / "hdf5" / "new"), "--format", "lerobot"])

@@ -331,8 +331,6 @@ def test_refusals(config, tmp_path, policy_file):
         train_rl.main(dataclasses.replace(config, success_model=other))
     with pytest.raises(ValueError, match="--horizon 2: a success is held for 3 frames"):
         train_rl.main(dataclasses.replace(config, horizon=2))
-    with pytest.raises(ValueError, match=r"--late-starts 2: a share in \[0, 1\]"):
-        dataclasses.replace(config, late_starts=2)
     with pytest.warns(UserWarning, match="--horizon 13: 6 of 6 recorded successes took longer, up to 14 steps"):
         train_rl.main(dataclasses.replace(config, horizon=13, steps=1))
 

@@ -96,3 +96,12 @@ def test_statistics_of_another_robot():
         normalizer.check(actions, proprio)
     with pytest.raises(ValueError, match="demonstrations have 7 action and 9 proprio dimensions, the policy 7 and 8"):
         normalizer.check(actions, torch.zeros(10, 9))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_actions_that_are_no_numbers_are_refused(value):
+    """Infinity too, which the clip to the training range would hide."""
+    actions = torch.zeros(2, 7)
+    actions[1, 3] = value
+    with pytest.raises(FloatingPointError, match="the policy's actions are NaN or infinite"):
+        Normalizer().decode_actions(actions)

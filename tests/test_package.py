@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from vlarft.run.config import command_line
+from vlarft.run.config import command_line, from_dict, parse, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -148,9 +148,24 @@ def test_scripts_have_few_flags(path):
     """The flags that argparse has, --preset and dotted ones included."""
     fields = {f.name for f in dataclasses.fields(importlib.import_module(path.stem).Config)}
     for parser in command_lines(path):
-        flags = [a.dest for a in parser._actions if a.option_strings and a.dest != "help"]
+        flags = [a.dest for a in parser._actions if a.option_strings and a.dest not in ("help", "debug")]
         assert len(flags) <= 35, flags
         assert {"preset", *fields} == {name.split(".")[0] for name in flags}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_every_number_has_a_range(path, capsys):
+    """Stated in its type, held to on the command line; presets are within."""
+    module = importlib.import_module(path.stem)
+    for name, preset in module.PRESETS.items():
+        from_dict(module.Config, to_dict(preset), name)
+        for action in command_line(preset, module.PRESETS)._actions:
+            if action.metavar in ("INT", "FLOAT"):
+                for value in ("-999999999999", "999999999999"):
+                    with pytest.raises(SystemExit) as stop:
+                        parse(module.Config, module.PRESETS, ["--preset", name, f"{action.option_strings[0]}={value}"])
+                    assert stop.value.code == 2
+                    assert f": {value}: give a number in " in capsys.readouterr().err, action.dest
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -161,7 +176,7 @@ def test_help_fits_two_screens(path):
     headings = [line[:-1] for line in lines if re.fullmatch(r"[a-z]+:", line)]
     order = ["options", "data", "model", "optimisation", "evaluation", "run"]
     assert headings == [name for name in order if name in headings] and "run" in headings
-    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "preset")]
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "debug", "preset")]
     for action in flags:
         assert len(action.help.split()) > 2 and not action.help.startswith(("of ", "that ")), action.dest
     summary = importlib.import_module(path.stem).__doc__.split("\n\n")[0]

@@ -140,7 +140,6 @@ def test_evaluation_with_a_choice(config, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan": 0}, "plan and plan_chunks must be at least 1, got 0 and 1"),
         ({"success_model": None}, "--plan 2 imagines and judges: give --world-model and --success-model"),
         ({"noise": "stochastic"}, "--plan chooses among chunks of the deterministic flow"),
         ({"policies": ("random",)}, "--plan chooses among a policy's chunks; random has none"),

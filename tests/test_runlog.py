@@ -1,6 +1,7 @@
 """log: one line per step, none lost, none twice."""
 
 import json
+import os
 
 import pytest
 
@@ -46,3 +47,22 @@ def test_loss_that_is_no_number(loss):
     check_finite(1.0, 0, {}, lambda: pytest.fail("names are for the error alone"))
     with pytest.raises(FloatingPointError, match=r"at step 7 \(lr=0.5\).*is from episodes suite/a, suite/b$"):
         check_finite(loss, 7, {"lr": 0.5}, lambda: ["suite/a", "suite/b"])
+
+
+def test_nothing_is_lost_where_a_resume_is_killed(tmp_path, monkeypatch):
+    """The rows that go on are written beside the old ones, which they then replace."""
+    log = RunLog(tmp_path, 4, "wm")
+    for step in range(3):
+        log.log(step, {"loss": 1.0})
+    log.close()
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def killed(*paths):
+            raise KeyboardInterrupt
+
+        patch.setattr(os, "replace", killed)
+        RunLog(tmp_path, 4, "wm", start_step=2)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    RunLog(tmp_path, 4, "wm", start_step=3).close()  # a finished run: nothing is written
+    assert (tmp_path / "log.jsonl").read_bytes() == before and not (tmp_path / "tensorboard").exists()

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import write_moving_square
+from conftest import files_of, write_moving_square
 from safetensors.torch import load_file
 from small_text import tokenizer_json
 from test_pretrained_policy import PAPER
@@ -106,6 +106,8 @@ def test_resume_is_bitwise(demos, tmp_path, monkeypatch, changes):
         [{k: v for k, v in json.loads(line).items() if k not in ("step_s", "minutes")} for line in log] for log in logs
     ]
     assert timeless[0] == timeless[1]
+    before = files_of(tmp_path / "a")
+    assert train_sft.main(cfg) == expected and files_of(tmp_path / "a") == before  # a finished run is left as it is
 
 
 def test_resume_with_other_episodes_is_refused(demos, tmp_path):

@@ -244,3 +244,53 @@ def test_states_that_do_not_fit(tmp_path):
     (tmp_path / "shards_a" / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"shards_a, the tensors of .*train_state.pt, is not readable"):
         TrainState(tmp_path, {"networks": {"net": net}}).load(step=0)
+
+
+def saved_net(folder: Path) -> tuple[nn.Module, torch.optim.Optimizer, TrainState]:
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = TrainState(folder, {"net": net, "optimizer": optimizer})
+    state.save({"step": 1}, net, NetConfig(), {})
+    return net, optimizer, state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, value):
+    net, _, state = saved_net(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    torch.nn.init.constant_(net.bias, value)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite weights after 2 steps \(bias\): not saved"):
+        state.save({"step": 2}, net, NetConfig(), {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def changed_state(folder: Path, change) -> None:
+    state = load_train_state(folder / "train_state.pt")
+    change(state)
+    checkpoint.save_train_state(folder, state)
+
+
+def test_a_folder_that_the_state_names_is_one_of_the_runs(tmp_path):
+    """A later save would remove it."""
+    net, optimizer, _ = saved_net(tmp_path / "run")
+    (tmp_path / "victim").mkdir()
+    changed_state(tmp_path / "run", lambda state: state.update(shards="../victim"))
+    with pytest.raises(ValueError, match="names the folder '../victim', expected shards_a or shards_b"):
+        TrainState(tmp_path / "run", {"net": net, "optimizer": optimizer}).load(step=0)
+    assert (tmp_path / "victim").is_dir()
+
+
+def test_moments_of_another_shape_are_refused(tmp_path):
+    """A fused optimizer would write beyond them."""
+    net, optimizer, _ = saved_net(tmp_path)
+    changed_state(tmp_path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)))
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(1, 1\), expected \(2, 3\)"):
+        TrainState(tmp_path, {"net": net, "optimizer": optimizer}).load(step=0)
+
+
+def test_averages_of_another_shape_are_refused():
+    parameters = list(nn.Linear(3, 2).parameters())
+    with pytest.raises(ValueError, match=r"the saved average of weight 1 has shape \(1,\)"):
+        EMA(parameters, 0.9).load_state_dict({0: torch.zeros(2, 3), 1: torch.zeros(1)})

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import files_of
 
 import train_tokenizer
 from train_tokenizer import PRESETS, Config, main, train_batch
@@ -90,9 +91,9 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
     assert all(torch.equal(whole[k], parts[k]) for k in whole) and "discriminator.convs.0.left" in whole
     states = [load_train_state(tmp_path / n / "train_state.pt") for n in ("whole", "parts")]
     assert states[0]["balance"] == states[1]["balance"] > 0
-    before = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    before = files_of(tmp_path / "whole")
     run(demos, tmp_path / "whole", cfg)  # a finished run is left as it is
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
+    assert files_of(tmp_path / "whole") == before
 
 
 @pytest.mark.parametrize(

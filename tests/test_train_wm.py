@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interrupted, write_moving_square
+from conftest import files_of, interrupted, write_moving_square
 
 import train_tokenizer
 import train_wm
@@ -116,6 +116,9 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (WorldModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    before = files_of(tmp_path / "whole")
+    metrics = run(demos, tokenizer, tmp_path / "whole")  # a finished run is left as it is
+    assert files_of(tmp_path / "whole") == before and metrics["val_loss"] == log_of(tmp_path / "whole")[-1]["val_loss"]
 
 
 def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tmp_path):

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ended
 
 from vlarft.sim.workers import Workers, run_jobs
 
@@ -67,3 +70,37 @@ def test_a_job_that_always_kills_is_given_up():
 def test_an_exception_is_no_death(workers):
     with pytest.raises(ValueError, match="no 1"):
         list(run_jobs(fail, [(1,)], workers))
+
+
+def stop_once(folder):
+    """Stops its process, as Ctrl+Z would, the first time."""
+    mark = Path(folder) / "stopped"
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return 7
+
+
+def test_a_stuck_worker_is_replaced(tmp_path, capsys):
+    with Workers(1, patience=5) as workers:
+        ((_, result, deaths),) = workers.run(stop_once, [(str(tmp_path),)])
+    assert (result, deaths) == (7, 1)
+    assert "a worker computed nothing for" in capsys.readouterr().err
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """And leave Ctrl+C to it."""
+    (tmp_path / "parent.py").write_text(
+        "import os, signal, time\nfrom vlarft.sim.workers import Workers\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(1) as workers:\n"
+        "        ((_, pid, _),) = workers.run(os.getpid, [()])\n"
+        "        ((_, handler, _),) = workers.run(signal.getsignal, [(signal.SIGINT,)])\n"
+        "        print(pid, handler == signal.SIG_IGN, flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True)
+    pid, ignores = parent.stdout.readline().split()
+    parent.kill()
+    parent.wait()
+    assert ignores == "True" and ended(int(pid))

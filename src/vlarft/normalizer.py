@@ -158,7 +158,13 @@ class Normalizer(nn.Module):
         return torch.cat([motion, gripper], -1)[..., self.back]
 
     def decode_actions(self, actions: Tensor) -> Tensor:
-        """Convert normalised actions (..., A) to raw ones, float32: motion clipped to its range, grippers -1 or +1."""
+        """Convert normalised actions (..., A) to raw ones, float32: motion clipped to its range, grippers -1 or +1.
+
+        Raises:
+            FloatingPointError: NaN or infinite ones, which the clip would hide; no robot may get them.
+        """
+        if not torch.isfinite(actions).all():
+            raise FloatingPointError("the policy's actions are NaN or infinite: its weights have diverged")
         motion = _from_unit(actions[..., self.motion].float().clamp(-1, 1), self.action_low, self.action_high)
         gripper = actions[..., self.grippers].float()
         closed = gripper < 0.5 if self.gripper == "zero_one_open" else gripper > 0  # 0 is closed in the former

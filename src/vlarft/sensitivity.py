@@ -21,7 +21,7 @@ from vlarft.data.windows import Batch
 from vlarft.metrics import PerceptualDistance
 from vlarft.normalizer import Normalizer
 from vlarft.reward import image_reward
-from vlarft.run.config import opt
+from vlarft.run.config import NotNegative, Rows, Whole, opt
 from vlarft.run.random import generator
 from vlarft.statistics import rank_agreement
 from vlarft.tokenizer import FrameTokenizer
@@ -50,9 +50,11 @@ class Outcomes(Protocol):
 class Perturbations:
     """How recorded chunks are perturbed."""
 
-    noise: tuple[float, ...] = opt((0.05, 0.15, 0.4), "noise sizes, standard deviation in normalised action units")
-    draws: int = opt(6, "perturbed chunks per noise size and start")
-    flips: int = opt(3, "perturbed chunks per start whose gripper command is flipped from a random step on")
+    noise: tuple[NotNegative, ...] = opt(
+        (0.05, 0.15, 0.4), "noise sizes, standard deviation in normalised action units"
+    )
+    draws: Rows = opt(6, "perturbed chunks per noise size and start")
+    flips: Whole = opt(3, "perturbed chunks per start whose gripper command is flipped from a random step on")
 
 
 def half_range(episodes: Sequence[Episode]) -> Tensor:

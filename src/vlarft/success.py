@@ -24,7 +24,7 @@ from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
 from vlarft.policy import VLAPolicy
 from vlarft.proprio_model import ProprioModel
-from vlarft.run.checkpoint import file_digest, load_model, read_header
+from vlarft.run.checkpoint import file_digest, load_model, model_digest, read_header
 
 
 @dataclass(frozen=True)
@@ -356,7 +356,8 @@ def check_judge(
             "one size (--image-size, or vlarft.data.convert --size)"
         )
     theirs = header.extra.get("world_model")
-    if world_model is not None and theirs != (ours := file_digest(world_model)):
+    # older success models name their world model's file
+    if world_model is not None and theirs not in (ours := model_digest(world_model), file_digest(world_model)):
         warnings.warn(
             f"success model {path} was trained on the imaginations of another world model than {world_model} "
             f"({theirs or 'none'}, not {ours}): its judgement of these may be off; train it again with --world-model "

@@ -41,7 +41,7 @@ class FSQ(nn.Module):
 
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
-        self.dim, self.num_codes = len(levels), math.prod(levels)
+        self.sizes, self.dim, self.num_codes = levels, len(levels), math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
         self.register_buffer("basis", torch.tensor(basis), persistent=False)  # int64

@@ -183,9 +183,8 @@ class WorldModel(nn.Module):
         """Describe what ids stand for, (vocabulary, F): one-hot FSQ digits, or an action value and its sinusoids."""
         blocks = []
         for fsq in (self.tokenizer.future_fsq, self.tokenizer.context_fsq):  # in the order of their ids
-            blocks.append(
-                torch.cat([F.one_hot(digit).float() for digit in fsq.digits(torch.arange(fsq.num_codes)).T], 1)
-            )
+            digits = fsq.digits(torch.arange(fsq.num_codes)).T  # one row per scalar
+            blocks.append(torch.cat([F.one_hot(row, n).float() for row, n in zip(digits, fsq.sizes, strict=True)], 1))
         value = torch.linspace(-1, 1, self.cfg.action_bins)[:, None]
         phases = value * torch.tensor([1.0, 2.0, 4.0, 8.0]) * torch.pi / 2
         blocks.append(torch.cat([2 * value, phases.sin(), phases.cos()], dim=1))

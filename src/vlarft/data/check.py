@@ -28,7 +28,9 @@ from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
+from vlarft.run.config import Parser
 from vlarft.run.pictures import grid, save_png
+from vlarft.run.script import clear_errors
 
 WINDOW = 9  # frames of a training window
 FEW = 10  # fewer episodes are warned about
@@ -378,7 +380,7 @@ def render(report: Report) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return the exit status: 1 if there are errors, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlarft.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="folder or file of demonstrations")
@@ -400,4 +402,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with clear_errors():
+        sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
+from vlarft.run.config import Parser, Positive, Range, Side, Whole, reader
+from vlarft.run.script import clear_errors
 
 
 def resize(images: np.ndarray, size: tuple[int, int], centre_crop: bool) -> np.ndarray:
@@ -197,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
         FileExistsError: DST exists.
         FileNotFoundError, ValueError: no demonstrations, unknown fps, and the errors of reading and writing.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlarft.data.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -207,14 +210,22 @@ def main(argv: Sequence[str]) -> None:
     add("--camera", nargs="+", help="cameras to keep; default all")
     add("--images", choices=("video", "png"), default="video", help="images of a LeRobot set: mp4, or lossless PNG")
     add("--codec", choices=("h264", "av1"), default="h264", help="video codec")
-    add("--crf", type=int, default=18, help="video quality; lower is better and larger")
-    add("--fps", type=float, help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="resize all images [px]")
+    add(
+        "--crf", type=reader(Annotated[int, Range(0, 51)]), default=18, help="video quality; lower is better and larger"
+    )
+    add("--fps", type=reader(Positive), help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
+    add("--size", type=reader(Side), nargs=2, metavar=("H", "W"), help="resize all images [px]")
     add("--centre-crop", action="store_true", help="before --size, crop the centre to its aspect ratio")
     add("--turn", action="store_true", help="turn all images by 180 degrees")
-    add("--gripper", type=float, nargs=2, metavar=("OPEN", "CLOSED"), help="gripper actions that mean open and closed")
-    add("--gripper-dims", type=int, nargs="*", metavar="DIM", help="binary gripper dimensions, from 0; or none")
-    add("--held-dims", type=int, nargs="*", metavar="DIM", help="continuous grippers and other target positions")
+    add(
+        "--gripper",
+        type=reader(float),
+        nargs=2,
+        metavar=("OPEN", "CLOSED"),
+        help="gripper actions that mean open and closed",
+    )
+    add("--gripper-dims", type=reader(Whole), nargs="*", metavar="DIM", help="binary gripper dimensions, or none")
+    add("--held-dims", type=reader(Whole), nargs="*", metavar="DIM", help="continuous grippers, other target positions")
     add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
     add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
     add("--skip-bad", action="store_true", help="leave out episodes that cannot be read, and list them")
@@ -235,6 +246,8 @@ def main(argv: Sequence[str]) -> None:
         "gripper_dims": args.gripper_dims,
         "held_dims": args.held_dims,
     }
+    if args.src.resolve() in args.dst.resolve().parents:
+        raise ValueError(f"{args.dst} lies in {args.src}, whose files would be mixed with it: give a folder outside")
     with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
     camera = args.camera[0] if args.camera and len(args.camera) == 1 else None  # one or all: not which is the first
     errors: list[Exception] = []
@@ -270,4 +283,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with clear_errors():
+        main(sys.argv[1:])

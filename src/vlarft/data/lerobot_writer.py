@@ -147,6 +147,10 @@ class _Writer:
         self.shapes = _shapes(first)
         if not self._cameras:
             raise ValueError(f"{first.name} has no images in Episode.cameras; expected those of one camera at least")
+        if outside := [key for key in self.shapes if ".." in Path(key).parts]:  # a name is a folder's here
+            raise ValueError(
+                f"{first.name} has a camera {outside[0]!r}, which leads out of {root}: leave it out (--camera)"
+            )
         self.about, self.has_intended = _about(first), first.intended is not first.actions
         if images == "video":
             for key, shape in self.shapes.items():

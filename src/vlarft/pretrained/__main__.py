@@ -28,6 +28,8 @@ import torch
 from vlarft.pretrained.policy import convert_policy
 from vlarft.pretrained.world_model import convert_tokenizer, convert_world_model, read_action_ranges
 from vlarft.run.checkpoint import save_model
+from vlarft.run.config import Parser, Side, reader
+from vlarft.run.script import clear_errors
 from vlarft.tokenizer import FrameTokenizer
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         FileExistsError: `--out` exists; and the errors of the functions that convert.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlarft.pretrained", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     for command in commands.values():
         command.add_argument("path", type=Path, metavar="FOLDER", help="downloaded repository, or its file of weights")
         command.add_argument("--out", type=Path, required=True, help="file to write, by convention *.safetensors")
-    size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    size = {"type": reader(Side), "nargs": 2, "metavar": ("H", "W")}
     commands["tokenizer"].add_argument("--image-size", **size, help="image size [px]; default: that of config.json")
     commands["tokenizer"].add_argument("--interpolate-positions", **size, help="resample positions from this grid")
     commands["world-model"].add_argument(
@@ -88,4 +90,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with clear_errors():
+        main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """Checkpoints and run folders: atomic writes; files of other programs are refused.
 
 A model is one safetensors file whose header holds its class and its config as JSON, so the file alone is enough to load
-it. Training state (optimizer, step, ...) lies beside it, see train_state.py. Every file is written to `NAME.tmp` and
-moved into place.
+it; equal models make equal files. Training state (optimizer, step, ...) lies beside it, see train_state.py. Every file
+is written to `NAME.tmp` and moved into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -112,13 +113,14 @@ def save_model(
     weights = model.state_dict() if state_dict is None else state_dict
     # clone: safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    metadata = {
+    header = {
         # fully_shard replaces a module's class by a subclass, FSDP<name>: store the original's name
         "class": next(c.__name__ for c in type(model).__mro__ if not c.__name__.startswith("FSDP")),
-        "config": json.dumps(to_dict(config)),
-        "extra": json.dumps(extra or {}),
+        "config": to_dict(config),
+        "extra": extra or {},
     }
-    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=metadata))
+    # one entry: safetensors writes several in random order
+    write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata={"vlarft": json.dumps(header)}))
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -128,8 +130,22 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def file_digest(path: str | Path) -> str:
-    """Return 16 hex digits that tell a model file (or that of a run folder) from any other."""
+    """Return 16 hex digits that tell a file (a run folder's model) from any other."""
     return hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
+
+
+def model_digest(path: str | Path) -> str:
+    """Return 16 hex digits that tell a model from any other by its class, config and tensors: those of a run that was
+    repeated elsewhere are equal, although its file names another folder.
+    """
+    path, header = checkpoint_file(path), read_header(path)
+    with path.open("rb") as file:
+        table = json.loads(file.read(int.from_bytes(file.read(8), "little")))  # safetensors: length, JSON, tensors
+        table.pop("__metadata__")
+        digest = hashlib.sha256(json.dumps([header.cls, header.config, table], sort_keys=True).encode())
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_header(path: str | Path) -> Header:
@@ -154,13 +170,20 @@ def read_header(path: str | Path) -> Header:
             f"{path} is not a readable safetensors file ({error}); it is truncated or of another format: "
             "copy or train it again"
         ) from error
-    if not {"class", "config", "extra"} <= set(metadata):
+    try:
+        if "vlarft" in metadata:
+            header = json.loads(metadata["vlarft"])
+        else:  # of an older version
+            header = {**metadata, **{name: json.loads(metadata[name]) for name in ("config", "extra")}}
+        found = Header(*(header[name] for name in ("class", "config", "extra")))
+        if not (isinstance(found.config, dict) and isinstance(found.extra, dict)):
+            raise TypeError(f"{type(found.config).__name__} and {type(found.extra).__name__}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} was not written by vlarft: its header has {sorted(metadata) or 'no metadata'}, "
-            "expected class, config and extra"
-        )
-    config, extra = (json.loads(metadata[name]) for name in ("config", "extra"))
-    return Header(metadata["class"], config, migration.extra(extra))
+            f"expected class, config and extra ({type(error).__name__}: {error})"
+        ) from error
+    return found._replace(extra=migration.extra(found.extra))
 
 
 def load_model(
@@ -173,33 +196,47 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a truncated file, one of another program or class, or tensors that are missing, unexpected or of
-        another shape (each is named).
+        ValueError: a truncated file, one of another program or class, or tensors that are missing, unexpected, of
+        another shape (each is named) or not finite.
     """
     path = checkpoint_file(path)
     header = read_header(path)
     if header.cls != model_class.__name__:
         raise ValueError(f"{path} holds a {header.cls}, expected a {model_class.__name__}")
     config = migration.model_config(header.cls, header.config, str(path))
-    model = model_class(from_dict(config_class, config, f"{path}: {config_class.__name__}"))
+    config = from_dict(config_class, config, f"{path}: {config_class.__name__}")
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+    try:
+        with torch.device("meta"):  # allocates nothing
+            expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+    except (RuntimeError, ArithmeticError, LookupError, TypeError) as error:  # negative sizes, a division by zero, ...
+        raise ValueError(f"{path}: no {model_class.__name__} has the sizes of its config ({error})") from error
+    compare_shapes(expected, shapes, f"{path} does not fit {model_class.__name__}")
+    model = model_class(config)
     load_weights(model, load_file(path), str(path))
     return model.to(device).eval(), header.extra
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Load a state dict strictly; the error lists tensors that are missing, unexpected or of another shape."""
-    expected = model.state_dict()
-    problems = [f"missing {k}" for k in expected if k not in tensors]
-    problems += [f"unexpected {k}" for k in tensors if k not in expected]
+    """Load a state dict strictly; errors name tensors that are missing, unexpected, of another shape or not finite."""
+    expected, found = ({k: tuple(v.shape) for k, v in some.items()} for some in (model.state_dict(), tensors))
+    compare_shapes(expected, found, f"{where} does not fit {type(model).__name__}")
+    if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{where} has NaN or infinite weights, first in {wrong[0]}: the run that wrote it diverged")
+    model.load_state_dict(tensors)
+
+
+def compare_shapes(expected: dict[str, tuple], found: dict[str, tuple], problem: str) -> None:
+    """Raise a ValueError that lists names that are missing, unexpected or of another shape, if there are any."""
+    problems = [f"missing {k}" for k in expected if k not in found]
+    problems += [f"unexpected {k}" for k in found if k not in expected]
     problems += [
-        f"{k} has shape {tuple(tensors[k].shape)}, expected {tuple(expected[k].shape)}"
-        for k in expected
-        if k in tensors and tensors[k].shape != expected[k].shape
+        f"{k} has shape {found[k]}, expected {expected[k]}" for k in expected if k in found and found[k] != expected[k]
     ]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"{where} does not fit {type(model).__name__}: {shown}")
-    model.load_state_dict(tensors)
+        raise ValueError(f"{problem}: {shown}")
 
 
 def open_run(
@@ -220,15 +257,16 @@ def open_run(
         Path of the `train_state.pt` to resume from, or None if the run starts anew.
 
     Raises:
-        ValueError: the folder belongs to another configuration (the message lists the fields that differ), or its run
-            used an option that was removed since.
+        ValueError: the folder belongs to another configuration (the message lists the fields that differ), its run used
+            an option that was removed since, or one of its files is missing.
     """
     out_dir, given = Path(out_dir), to_dict(config)
     path = out_dir / "config.json"
     if path.is_file():
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            if not isinstance(stored := json.loads(path.read_text()), dict):
+                raise ValueError(f"a {type(stored).__name__}, expected an object")
+        except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
             raise ValueError(
                 f"{path} is not readable JSON ({error}); remove the folder or choose another --out-dir"
             ) from error
@@ -242,10 +280,18 @@ def open_run(
                 f"{out_dir} holds a run of another configuration: {'; '.join(lines)} (stored against given). "
                 "Choose another --out-dir, remove the folder, or give the stored values to resume."
             )
+    elif left := [name for name in ("model.safetensors", "train_state.pt") if (out_dir / name).exists()]:
+        raise ValueError(
+            f"{out_dir} has {left[0]} but no config.json, which says what run it is of: choose another --out-dir"
+        )
     elif is_main():
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, given)
     state = out_dir / "train_state.pt"
+    model, kept = out_dir / "model.safetensors", out_dir / "model_before.safetensors"
+    if is_main() and model.exists() and not state.exists():  # removed, or the first save was cut short
+        os.replace(model, kept)
+        print(f"{state} is missing: the run starts anew; its model is kept as {kept}", file=sys.stderr)
     return state if state.is_file() else None
 
 

@@ -5,14 +5,15 @@ A script declares one flat frozen `Config`, whose fields carry their help, and a
     @dataclass(frozen=True)
     class Config:
         out_dir: str = opt("runs/wm", "folder that the run writes")
-        lr: float = opt(5e-5, "AdamW learning rate (Sec. 4)")
+        lr: Positive = opt(5e-5, "AdamW learning rate (Sec. 4)")
 
     PRESETS = {"paper": Config(), "tiny": Config(lr=1e-3)}
     if __name__ == "__main__":
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+        run_script(main, Config, PRESETS, __doc__)
 
 `--preset tiny` picks the instance and every other flag overrides one field. A field whose type is itself a frozen
-dataclass becomes dotted flags, `--perturb.flips 3`.
+dataclass becomes dotted flags, `--perturb.flips 3`. A number's type states its range (`Count`, `Positive`, ...), which
+command line and JSON are held to; infinity and NaN are in none.
 """
 
 import argparse
@@ -22,9 +23,41 @@ import inspect
 import math
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ConfigT = TypeVar("ConfigT")
+
+
+class Range(NamedTuple):
+    """The values that a number may take; the ends belong to it unless it is open there."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def has(self, value: float) -> bool:
+        """Whether the value lies in it; NaN never does."""
+        inside = self.low <= value <= self.high
+        return inside and not (self.open_low and value == self.low) and not (self.open_high and value == self.high)
+
+    def __str__(self) -> str:
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+MOST = 10**9  # of everything that is counted or measured: a larger number is a slip
+Count = Annotated[int, Range(1, MOST)]
+Rows = Annotated[int, Range(1, 2**16)]  # computed at once: a batch
+Side = Annotated[int, Range(1, 4096)]  # of an image [px]
+Whole = Annotated[int, Range(0, MOST)]
+Positive = Annotated[float, Range(0, MOST, open_low=True)]
+NotNegative = Annotated[float, Range(0, MOST)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelow1 = Annotated[float, Range(0, 1, open_high=True)]
+ProperShare = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+ShareAbove0 = Rate = Annotated[float, Range(0, 1, open_low=True)]  # Rate: of learning
+Processes = Annotated[int, Range(0, 1024)]
 
 
 def opt(default: Any, help: str, group: str | None = None) -> Any:
@@ -40,7 +73,7 @@ def opt(default: Any, help: str, group: str | None = None) -> Any:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    return get_type_hints(cls, include_extras=True)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -94,14 +127,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     wrong = ValueError(f"{where} must be {_type_name(hint)}, got {value!r}")
     if hint is Any:
         return value
+    if origin is Annotated:
+        value = _convert(args[0], value, where)
+        if not args[1].has(value):
+            raise ValueError(f"{where} {value}: give a number {args[1]}")
+        return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        for candidate in (a for a in args if a is not type(None)):
+        others = [a for a in args if a is not type(None)]
+        for candidate in others:
             try:
                 return _convert(candidate, value, where)
             except ValueError:
-                continue
+                if len(others) == 1 and get_origin(candidate) is Annotated:
+                    raise  # it says more than the union
         raise wrong
     if origin is Literal:
         if value not in args:
@@ -128,6 +168,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return _type_name(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
@@ -151,26 +193,38 @@ def parse(config_class: type[ConfigT], presets: Mapping[str, ConfigT], argv: Seq
     # a small parser reads --preset first: its instance gives the defaults that the full parser shows, and a missing
     # value elsewhere does not hide a misspelt preset
     if any(a == "--preset" or a.startswith("--preset=") for a in argv):
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=list(presets), default=default)
         base = presets[first.parse_known_args(argv)[0].preset]
     else:
         base = presets[default]
     parser = command_line(base, presets, doc)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"}
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "debug")}
     try:
         return _override(base, given, "")
     except ValueError as error:  # a config's own __post_init__ refused a value
         parser.error(str(error))
 
 
-def command_line(base: Any, presets: Mapping[str, Any], doc: str = "") -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, with `--debug` for `script.clear_errors`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"ERROR: {message} (--help lists what there is)\n")
+
+
+def command_line(base: Any, presets: Mapping[str, Any], doc: str = "") -> Parser:
     """Make the parser of `parse`; its help shows the values of the preset `base`."""
 
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=34, width=120)
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=inspect.cleandoc(doc).partition("\n\n")[0],
         allow_abbrev=False,
         formatter_class=layout,
@@ -205,18 +259,18 @@ def _add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, base: 
             parser.add_argument(
                 flag,
                 choices=choices,
-                type=_reader(inner, optional),
+                type=reader(inner, optional),
                 metavar=f"{{{','.join(map(str, choices))}}}",
                 **options,
             )
         elif get_origin(inner) is tuple:
             item = get_args(inner)[0]
             parser.add_argument(
-                flag, nargs="+", type=_reader(item, optional), metavar=_type_name(item).upper(), **options
+                flag, nargs="+", type=reader(item, optional), metavar=_type_name(item).upper(), **options
             )
         else:
             kind = _type_name(inner).upper()
-            parser.add_argument(flag, type=_reader(inner, optional), metavar=kind, **options)
+            parser.add_argument(flag, type=reader(inner, optional), metavar=kind, **options)
 
 
 def _shown(value: Any) -> str:
@@ -226,7 +280,10 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _reader(hint: Any, optional: bool) -> Any:
+def reader(hint: Any, optional: bool = False) -> Any:
+    """Make argparse's `type` for values of an annotation; `optional` reads "none" as None."""
+    hint, within = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
+
     def read(text: str) -> Any:
         if optional and text.lower() == "none":
             return None
@@ -237,8 +294,10 @@ def _reader(hint: Any, optional: bool) -> Any:
                 raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
             return text.lower() == "true"
         value = hint(text)
-        if isinstance(value, float) and math.isnan(value):
-            raise argparse.ArgumentTypeError("expected a number, got nan")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+        if within and not within.has(value):
+            raise argparse.ArgumentTypeError(f"{text}: give a number {within}")
         return value
 
     read.__name__ = _type_name(hint)  # argparse prints it: "invalid int value: 'x'"

@@ -249,9 +249,18 @@ def cpu_copy(value: Tensor) -> Tensor:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, whole tensors or shards, into an optimizer whose parameters may be sharded."""
+    """Load a state dict, whole tensors or shards, into an optimizer whose parameters may be sharded.
+
+    Raises:
+        ValueError: it is of other parameters; fused optimizers would write beyond smaller moments.
+    """
     # state dicts number the parameters over all groups, in this order
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entry in state["state"].items():
+        for name, value in entry.items():
+            if value.ndim and value.shape != parameters[i].shape:
+                expected = tuple(parameters[i].shape)
+                raise ValueError(f"{name} of parameter {i} has shape {tuple(value.shape)}, expected {expected}")
     slots = {i: {k: place(v, parameters[i]) for k, v in entry.items()} for i, entry in state["state"].items()}
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 

@@ -38,7 +38,7 @@ class EMA:
         """Restore the averages of a `state_dict`, whole tensors or shards.
 
         Raises:
-            ValueError: its keys are not those of this average.
+            ValueError: its keys or shapes are not those of this average.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
@@ -46,6 +46,8 @@ class EMA:
                 f"expected {len(self.averages)}, numbered from 0: another version wrote them; remove train_state.pt to "
                 "start anew"
             )
+        if wrong := [i for i, p in zip(state, self.parameters) if state[i].shape != p.shape]:
+            raise ValueError(f"the saved average of weight {wrong[0]} has shape {tuple(state[wrong[0]].shape)}")
         self.averages = [place(state[i], p).to(p.device) for i, p in zip(state, self.parameters)]  # read to the CPU
 
     @contextlib.contextmanager

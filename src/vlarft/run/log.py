@@ -1,12 +1,14 @@
 """The log of a run: one line per step on the terminal, the same numbers in out_dir/log.jsonl."""
 
+import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from vlarft.run.checkpoint import write_atomic
 from vlarft.run.distributed import is_main
 
 
@@ -25,12 +27,11 @@ class RunLog:
 
     def __init__(self, out_dir: str | Path, total_steps: int, name: str, start_step: int = 0) -> None:
         self.path = Path(out_dir) / "log.jsonl"
-        self.total_steps, self.name = total_steps, name
-        self.started = time.monotonic()
-        self.file = self.writer = None
+        self.total_steps, self.name, self.start_step = total_steps, name, start_step
+        self.file = None
         if not is_main():
             return
-        kept = []
+        text = ""
         if start_step and self.path.is_file():
             for line in self.path.read_text().splitlines():
                 try:
@@ -38,15 +39,19 @@ class RunLog:
                 except json.JSONDecodeError:  # cut short when the process was killed
                     continue
                 if entry["step"] < start_step:
-                    kept.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", buffering=1)  # line by line: a kill loses one line at most
-        self.file.writelines(line + "\n" for line in kept)
+                    text += line + "\n"
+        if not self.path.is_file() or self.path.read_text() != text:
+            write_atomic(self.path, lambda tmp: tmp.write_text(text))
+        self.file = self.path.open("a", buffering=1)  # line by line: a kill loses one line at most
+
+    @functools.cached_property
+    def tensorboard(self) -> Any:
+        """Its writer, made with the first line; None if it is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            return
-        self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard"), purge_step=start_step)
+            return None
+        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of step `step` (0-based; -1: before the first)."""
@@ -54,9 +59,9 @@ class RunLog:
             return
         values = {k: float(v) for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.writer is not None:
+        if self.tensorboard is not None:
             for k, v in values.items():
-                self.writer.add_scalar(k, v, step)
+                self.tensorboard.add_scalar(k, v, step)
         width = len(str(self.total_steps))
         shown = "  ".join(f"{k} {_short(v)}" for k, v in values.items())
         print(f"{self.name} {step + 1:>{width}}/{self.total_steps}  {shown}", file=sys.stderr, flush=True)
@@ -65,8 +70,8 @@ class RunLog:
         """Close the files at the end of the run."""
         if self.file is not None:
             self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        if vars(self).get("tensorboard") is not None:
+            self.tensorboard.close()
 
 
 def _short(value: float) -> str:
@@ -91,6 +96,7 @@ def check_finite(loss: float, step: int, metrics: Mapping[str, float], episodes:
     if wrong := [f"{k} is {v}" for k, v in {"loss": loss, **norms}.items() if not math.isfinite(v)]:
         shown = ", ".join(f"{k}={_short(float(v))}" for k, v in metrics.items())
         raise FloatingPointError(
-            f"{' and '.join(wrong)} at step {step} ({shown}); the last checkpoint is untouched: "
-            f"lower the learning rate or check the data; this batch is from episodes {', '.join(episodes())}"
+            f"{' and '.join(wrong)} at step {step} ({shown}); the last checkpoint is untouched, and the same command "
+            "goes on from it. If it stops here again, check the data, or begin in another --out-dir with a lower "
+            f"learning rate; this batch is from episodes {', '.join(episodes())}"
         )

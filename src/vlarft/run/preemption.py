@@ -1,16 +1,17 @@
 """Stop on a signal: a run saves at its next step boundary and exits with a special code.
 
 SLURM sends SIGTERM before it takes a node away (preemption, time limit); torchrun passes it on to its processes.
-SIGUSR1 is what users have SLURM send earlier (`--signal=USR1@300`).
+SIGUSR1 is what users have SLURM send earlier (`--signal=USR1@300`). Ctrl+C is SIGINT; a second one does not wait.
 """
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 
 from vlarft.run import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes the run
 
 _received = False
@@ -23,9 +24,15 @@ def deferred() -> Iterator[None]:
 
     def note(number: int, frame: object) -> None:
         global _received
+        if number == signal.SIGINT:
+            if _received:
+                raise KeyboardInterrupt
+            print("stopping after this step; Ctrl+C again stops at once, without saving", file=sys.stderr)
         _received = True
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    # what runs in the background, or under nohup, goes on ignoring Ctrl+C
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:

@@ -1,19 +1,18 @@
 """Stage scripts one after the other or side by side: each a process of its own, none run twice, all to be resumed."""
 
-import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vlarft.run.checkpoint import write_json
+from vlarft.run.script import PARENT, signals_end_this_process
 
 
 class MemoryPeak(threading.Thread):
@@ -74,7 +73,7 @@ class Stage(NamedTuple):
 
 
 class Running:
-    """A stage's process, in a session of its own: the terminal's Ctrl+C reaches its parent alone.
+    """A stage's process, in a session of its own: the terminal's Ctrl+C reaches its parent alone. It ends with it.
 
     Args:
         stage: what runs.
@@ -85,7 +84,7 @@ class Running:
 
     def __init__(self, stage: Stage, words: list[str], at_once: int) -> None:
         self.stage, self.started = stage, time.time()
-        environment, options = dict(os.environ), {}
+        environment, options = {**os.environ, PARENT: str(os.getpid())}, {}
         if at_once > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
             environment.setdefault("TQDM_MININTERVAL", "30")  # a bar in a pipe is a line at every change
@@ -214,24 +213,6 @@ def run_stages(
             for one in list(running):
                 end(one)
     return found
-
-
-@contextlib.contextmanager
-def signals_end_this_process() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, as Ctrl+C is a KeyboardInterrupt, so that `finally` clauses run."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_stage(folder: Path, name: str, script: Path, /, **flags: object) -> dict:

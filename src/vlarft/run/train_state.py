@@ -9,6 +9,9 @@
 Several processes fill the shards folder that train_state.pt does not name; then a new train_state.pt, which names it,
 is moved into place. So train_state.pt names a complete state at all times, even if a save is killed or the disk fills
 up. Processes on several nodes need a shared out_dir.
+
+train_state.pt is read with `weights_only`, which executes nothing. The index of the shards is a pickle: go on from
+states of several processes only where you trust who wrote them.
 """
 
 import shutil
@@ -73,6 +76,11 @@ class TrainState:
         """
         path = self.out_dir / "train_state.pt"
         state = load_train_state(path) if path.is_file() else values
+        if missing := [name for name in (*self.parts, *values) if name not in state and state is not values]:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}: another version of this script wrote it; "
+                "remove it to start the run anew, or choose another --out-dir"
+            )
         # nodes with local disks would resume from different steps; the minimum is the maximum of the negative
         steps = distributed.max_across_ranks({"last": state["step"], "first": -state["step"]})
         first, last = abs(int(steps["first"])), int(steps["last"])
@@ -83,18 +91,15 @@ class TrainState:
             )
         if state is values:
             return tuple(values.values())
-        if missing := [name for name in (*self.parts, *values) if name not in state]:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)}: another version of this script wrote it; "
-                "remove it to start the run anew, or choose another --out-dir"
-            )
         self.shards = state.get("shards")
+        if self.shards not in (None, "shards_a", "shards_b"):  # a later save removes the folder
+            raise ValueError(f"{path} names the folder {self.shards!r}, expected shards_a or shards_b")
         if self.shards:
             self._read_shards(state)
         for name, part in self.parts.items():
             try:
                 _load(part, state[name])
-            except RuntimeError as error:  # torch's, for missing weights and other shapes
+            except (RuntimeError, ValueError, LookupError, TypeError) as error:  # missing weights, other shapes
                 raise ValueError(
                     f"{path}: {name} has other weights than today's networks of this size ({error}); finish the run "
                     "with the version that began it, or choose another --out-dir"
@@ -132,11 +137,18 @@ class TrainState:
 
         Raises:
             OSError: not writable, or no space left; the previous save is untouched.
+            FloatingPointError: a weight is not finite; nothing is written.
             SystemExit: the run was told to stop (`due`) and is saved; the code is preemption.EXIT_CODE.
         """
         self.wait()
         if weights is None:
             weights = distributed.full_state_dict(model)
+        wrong = [name for name, value in weights.items() if not value.isfinite().all()]
+        if distributed.max_across_ranks({"wrong": len(wrong)})["wrong"]:  # the main process alone has the weights
+            raise FloatingPointError(
+                f"NaN or infinite weights after {values['step']} steps ({', '.join(wrong[:3])}): not saved; begin in "
+                "another --out-dir with a lower learning rate"
+            )
         state = {**values, **{name: _state(part) for name, part in self.parts.items()}}
         if self.writer is None:
             self._write(state, model, config, extra, weights)
@@ -215,8 +227,17 @@ class TrainState:
         folder = self.out_dir / self.shards
         room, targets = {}, _targets(self.parts)
         for path, meta in _leaves({name: state[name] for name in self.parts}):
+            try:
+                target = _target(targets, path)
+            except LookupError:
+                target = None
+            if target is None or meta.shape not in (target.shape, torch.Size()):  # () is AdamW's step
+                raise ValueError(
+                    f"{self.out_dir / 'train_state.pt'}: {_name(path)} of shape {tuple(meta.shape)} does not fit "
+                    "today's networks of this size; choose another --out-dir"
+                )
             # sharded for today's processes: dcp.load cuts the saved shards to fit, however many processes saved them
-            room[_name(path)] = distributed.empty_as(_target(targets, path), meta.shape, meta.dtype)
+            room[_name(path)] = distributed.empty_as(target, meta.shape, meta.dtype)
         try:
             alone = self.group is None
             dcp.load(room, storage_reader=dcp.FileSystemReader(folder), process_group=self.group, no_dist=alone)

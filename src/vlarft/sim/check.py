@@ -18,6 +18,8 @@ from importlib import metadata
 
 import numpy as np
 
+from vlarft.run.config import Parser
+from vlarft.run.script import clear_errors
 from vlarft.sim.gl import find_backend
 from vlarft.sim.libero_install import ASSETS_VARIABLE, assets_folder, assets_label, import_libero, package_folder
 from vlarft.sim.libero_tasks import LIBERO_SUITES
@@ -111,7 +113,7 @@ def report(tests: Sequence[tuple[str, Callable[[], str]]]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlarft.sim.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -140,4 +142,5 @@ def _version(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with clear_errors():
+        sys.exit(main(sys.argv[1:]))

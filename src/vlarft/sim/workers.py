@@ -1,11 +1,20 @@
-"""Jobs in worker processes that may die: each worker is a process of its own and is replaced when it dies."""
+"""Jobs in worker processes that may die: each worker is a process of its own and is replaced when it dies.
+
+A worker ends with the process that started it, however that one ends, and leaves Ctrl+C to it.
+"""
 
 import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,22 +24,54 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def _begin(start: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    if start:
+        start()
+
+
+def _computed(pool: ProcessPoolExecutor) -> float:
+    """Processor time of a worker so far [s]; Linux only, elsewhere every worker counts as busy."""
+    try:
+        (pid,) = pool._processes  # Python has no public way to a pool's processes before 3.14
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):  # it ended meanwhile, or there is no /proc
+        return time.monotonic()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class _Running(NamedTuple):
+    pool: ProcessPoolExecutor
+    job: tuple
+    deaths: int  # of workers over this job
+
+
 class Workers:
     """Worker processes that stay for several calls of `run`, with what they have cached; use it in a `with`.
 
     A worker that dies (out of memory, a crash in a driver) takes one job with it; another worker gets that job. An
-    exception in a job kills no worker and is raised by `run`.
+    exception in a job kills no worker and is raised by `run`. One that computes nothing for `patience` seconds (it was
+    stopped, or waits for a driver) is killed, which is a death.
 
     Args:
         count: number of processes; 0 runs the jobs in this one.
         start: called once in each worker.
         max_deaths: workers that may die over one job.
+        patience: time for which a job may compute nothing [s].
     """
 
-    def __init__(self, count: int, start: Callable[[], None] | None = None, max_deaths: int = 3) -> None:
-        self.count, self.start, self.max_deaths = count, start, max_deaths
+    def __init__(
+        self, count: int, start: Callable[[], None] | None = None, max_deaths: int = 3, patience: float = 600.0
+    ) -> None:
+        self.count, self.start, self.max_deaths, self.patience = count, start, max_deaths, patience
         self.idle: list[ProcessPoolExecutor] = []
-        self.running: dict[Future, tuple[ProcessPoolExecutor, tuple, int]] = {}
+        self.running: dict[Future, _Running] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -40,7 +81,7 @@ class Workers:
 
     def close(self) -> None:
         """End the processes, those that run a job after it."""
-        for pool in (*self.idle, *(pool for pool, _, _ in self.running.values())):
+        for pool in (*self.idle, *(one.pool for one in self.running.values())):
             pool.shutdown(wait=False, cancel_futures=True)
         self.idle, self.running = [], {}
 
@@ -70,15 +111,22 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         while waiting or self.running:
             while waiting and len(self.running) < self.count:
-                pool = self.idle.pop() if self.idle else ProcessPoolExecutor(1, context, self.start)
+                pool = self.idle.pop() if self.idle else ProcessPoolExecutor(1, context, _begin, (self.start,))
                 job, deaths = waiting[0]
                 try:
                     future = pool.submit(function, *job)
                 except BrokenProcessPool:  # it died while it was idle, over no job
                     pool.shutdown(wait=False)
                     continue
-                self.running[future] = (pool, *waiting.popleft())
-            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                self.running[future] = _Running(pool, *waiting.popleft())
+            computed = {future: _computed(one.pool) for future, one in self.running.items()}
+            done = wait(self.running, self.patience, return_when=FIRST_COMPLETED).done
+            for future, one in self.running.items() if not done else ():
+                if _computed(one.pool) - computed[future] < 0.01 * self.patience:
+                    print(f"a worker computed nothing for {self.patience:.0f} s and is replaced", file=sys.stderr)
+                    for process in one.pool._processes.values():
+                        process.kill()
+            for future in done:
                 pool, job, deaths = self.running.pop(future)
                 try:
                     result = future.result()
