@@ -54,6 +54,7 @@ from vlarft.tokenizer import FrameTokenizer
 
 OUTCOMES = ("same", "named", "unnamed", "other", "raw", "memory")  # exit statuses of a trial, from 10
 MEMORY = 8 * 2**30  # what a trial may map, bytes
+CLOCK = ("minutes", "step_s", "seconds", "chunk_ms")  # what a clock says in the rows of a log
 
 
 def fork(trial: Callable[[], int], seconds: float, kill_after: float | None = None) -> int | str:
@@ -165,7 +166,7 @@ def rows(path: Path, *without: str) -> list[dict]:
 
 
 def trained(folder: Path) -> list:
-    return [model_digest(folder), rows(folder / "log.jsonl", "minutes", "step_s")]
+    return [model_digest(folder), rows(folder / "log.jsonl", *CLOCK)]
 
 
 def interrupt(one: Writer, kills: int, full: bool, scratch: Path) -> Counter[str]:
@@ -244,7 +245,7 @@ def places() -> Iterator[tuple[Path, dict[str, Format], dict[str, Writer]]]:
             "collect_demos.py": script(
                 collect_demos.main, collection, lambda p: [f.read_bytes() for f in sorted(p.rglob("*.hdf5"))]
             ),
-            "eval_libero.py": script(eval_libero.main, evaluation, lambda p: rows(p / "episodes.jsonl", "chunk_ms")),
+            "eval_libero.py": script(eval_libero.main, evaluation, lambda p: rows(p / "episodes.jsonl", *CLOCK)),
         }
         yield root, formats, writers
 

@@ -35,11 +35,11 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def take(self, size: int) -> bool:
         """Reserve `size` bytes if they are left; return whether they were."""
-        with self._lock:
+        with self.lock:
             if self.used + size > self.limit:
                 return False
             self.used += size
@@ -61,7 +61,9 @@ class Frames:
     def __init__(self, source: Source, shape: Sequence[int], budget: Budget, where: str) -> None:
         self.source, self.budget, self.where = source, budget, where
         self.shape = tuple(int(n) for n in shape)
-        self._kept: dict[int, np.ndarray] = {}
+        # one array: a copy per frame, between decoders' buffers, leaves the heap in pieces that are never given back
+        self._frames: np.ndarray | None = None
+        self._kept: set[int] = set()  # the rows of it that are decoded
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -94,11 +96,10 @@ class Frames:
         return self._range(0, len(self)).astype(dtype or self.dtype, copy=False)
 
     def _range(self, lo: int, hi: int) -> np.ndarray:
-        kept = [self._kept.get(t) for t in range(lo, hi)]
         if hi == lo:
             return np.zeros((0, *self.shape[1:]), self.dtype)
-        if all(frame is not None for frame in kept):
-            return np.stack(kept)
+        if self._kept.issuperset(range(lo, hi)):
+            return self._frames[lo:hi].copy()
         first, images = self.source.read(lo, hi)
         if images.shape[1:] != self.shape[1:] or len(images) < hi - first:
             raise ValueError(
@@ -106,9 +107,13 @@ class Frames:
                 f"expected up to frame {hi - 1} of {self.shape[1]} x {self.shape[2]}; the file is damaged, or its "
                 "metadata belongs to another file"
             )
-        for t, image in enumerate(images, first):
+        for t, image in enumerate(images[: len(self) - first], first):  # the last chunk may be longer
             if t not in self._kept and self.budget.take(image.nbytes):
-                self._kept[t] = image.copy()  # a view would keep its neighbours alive
+                with self.budget.lock:
+                    if self._frames is None:
+                        self._frames = np.empty(self.shape, self.dtype)  # takes no memory where it is not written
+                self._frames[t] = image
+                self._kept.add(t)
         return images[lo - first : hi - first]
 
 
