@@ -29,6 +29,9 @@ SKIPS = {
     "lerobot": "a reference that pins other versions of torch",
     "C++ compiler": "of the machine, not of Python",
 }
+# Some tests send Ctrl+C, which what a shell runs in the background ignores, and so do the processes that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 SIZE = 64  # px, the image size of the smoke presets
 
 

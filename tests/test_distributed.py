@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def here(script: str, *arguments: object) -> None:
 def launch(processes: int, script: str, *arguments: object, stop: Path | None = None) -> None:
     """Run a script under the variables that torchrun sets; fails with the output of the first process that failed.
 
-    With `stop`, the run's folder, the first process alone is told to stop, before the first step: all leave after it.
+    With `stop`, the run's folder, the first process alone is told to stop as training starts: all leave after one step.
     """
     port, workers = ranks.free_port(), []
     for rank in range(processes):
@@ -60,7 +61,8 @@ def launch(processes: int, script: str, *arguments: object, stop: Path | None = 
     for worker, output in zip(workers, outputs):
         assert worker.returncode == (75 if stop else 0), output[-3000:]
     if stop:
-        assert f"told to stop: saved step 1 in {stop}; the same command goes on from there" in outputs[0]
+        said = rf"told to stop: saved step \d+ in {stop}; the same command goes on from there"
+        assert re.search(said, outputs[0]), outputs[0][-3000:]
 
 
 def log_of(folder: Path) -> list[dict]:

@@ -222,7 +222,8 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     """Load a state dict strictly; errors name tensors that are missing, unexpected, of another shape or not finite."""
     expected, found = ({k: tuple(v.shape) for k, v in some.items()} for some in (model.state_dict(), tensors))
     compare_shapes(expected, found, f"{where} does not fit {type(model).__name__}")
-    if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
+    values = {name: value for name, value in tensors.items() if not value.is_meta}
+    if wrong := [name for name, value in values.items() if not value.isfinite().all()]:
         raise ValueError(f"{where} has NaN or infinite weights, first in {wrong[0]}: the run that wrote it diverged")
     model.load_state_dict(tensors)
 
