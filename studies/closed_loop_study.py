@@ -13,7 +13,7 @@ policy:
   episodes again with that policy, refreshes both models and goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
-  dynamics, and the success model as the judge. Their episodes are not counted as real ones.
+  dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.
 - "filtered cloning" is the control: SFT from the start on the demonstrations and the successes among the same attempts.
 - "extra SFT" goes on with the demonstrations alone, for the time of "RL, imagination". "RFT R3" is the paper's.
 
@@ -85,11 +85,7 @@ class Models(NamedTuple):
 
     @property
     def flags(self) -> list[object]:
-        return ["--world-model", self.world_model, *self.judge]
-
-    @property
-    def judge(self) -> list[object]:
-        return ["--success-model", self.success_model]
+        return ["--world-model", self.world_model, "--success-model", self.success_model]
 
 
 class Runs:
@@ -141,6 +137,12 @@ class Runs:
         judge = self.stage(own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
         return Models(model, judge)
 
+    @property
+    def judge_of_true_frames(self) -> Path:
+        """A success model of the first round's episodes as recorded, with a threshold for such frames."""
+        demos = ["--demos", self.demos, self.attempts(self.policy), "--validation-fraction", 0.2]
+        return self.stage(self.own / "success_true", "train_success.py", *demos, "--world-model", "none")
+
     def first_round(self) -> tuple[Path, Models]:
         attempts = self.attempts(self.policy)
         return attempts, self.models(1, attempts)
@@ -191,7 +193,7 @@ class Runs:
             "filtered cloning": self.filtered,
             "RFT R3": self.rft,
             "RL, simulator": lambda: self.simulator(name),
-            "RL, simulator, judged": lambda: self.simulator(name, *self.first_round()[1].judge),
+            "RL, simulator, judged": lambda: self.simulator(name, "--success-model", self.judge_of_true_frames),
             "RL, imagination": self.imagination,
             "RL, imagination, two rounds": self.two_rounds,
         }
