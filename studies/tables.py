@@ -25,7 +25,6 @@ import figures
 import outcomes
 import speed_tables as speed
 import stage_tables as stage
-from closed_loop_study import summary
 from findings import findings_table
 from labels import CELLS
 from outcomes import GRIPPER, LONG, RESAMPLED, ZERO
@@ -160,7 +159,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "imagination, changes": lambda: stage.imagination_arms_table(
         read("imagination"), imagination_changes(), "tabletop_object", "0"
     ),
-    "closed loop": lambda: summary(read("closed_loop")),
     "libero": lambda: stage.libero_table(result("libero_sft"), result("libero_sft_zero")),
     "demo": lambda: stage.demo_table(result("demo")),
     "demo, world model": lambda: stage.demo_world_model_table(result("demo")),
