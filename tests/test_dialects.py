@@ -299,3 +299,56 @@ def test_png_columns_as_plain_bytes(tmp_path):
     for episode, true in zip(every_camera(root), images, strict=True):
         np.testing.assert_array_equal(episode.images[:], true)
     assert check(root)[0].errors == []
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    test_data.write(tmp_path / "elsewhere" / "suite" / "a_demo.hdf5")
+    root = tmp_path / "demos"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "elsewhere" / "suite")
+    (root / "again").symlink_to(tmp_path / "elsewhere" / "suite")
+    (root / "loop").symlink_to(root)
+    assert len(load_episodes(root)) == 3
+
+
+def test_lost_demonstrations_are_counted(tmp_path):
+    path = tmp_path / "s" / "a_demo.hdf5"
+    test_data.write(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1"]
+    with pytest.warns(UserWarning, match=r"a_demo.hdf5: num_demos is 3, and 2 demonstrations are complete"):
+        assert len(load_episodes(tmp_path)) == 2
+
+
+def test_damage_inside_a_file_is_named(tmp_path):
+    path = tmp_path / "s" / "a_demo.hdf5"
+    test_data.write(path)
+    content, messages = path.read_bytes(), set()
+    for start in range(600, len(content), 997):  # behind the header
+        path.write_bytes(content[:start] + bytes(64) + content[start + 64 :])
+        try:
+            load_episodes(tmp_path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            messages.add(str(error).partition(" cannot be read (")[2][:8])
+    assert messages & {"KeyError", "RuntimeE", "OSError:"}
+
+
+def test_images_that_rows_name_stay_inside_the_set(tmp_path):
+    test_lerobot.make(tmp_path / "set", kind="image")
+    (tmp_path / "secret.png").write_bytes(test_lerobot.png(np.zeros((64, 64, 3), np.uint8))["bytes"])
+    key = "observation.images.image"
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "nowhere.png"):
+        rows = [{"bytes": None, "path": name}]
+        test_lerobot.rewrite(tmp_path / "set", key, lambda c, rows=rows: pa.array(rows * len(c)))
+        with pytest.raises(ValueError, match=f"{key} names the image '{name}': there is no such file in"):
+            load_episodes(tmp_path / "set")[0].images[0]
+
+
+def test_images_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    from PIL import Image
+
+    test_lerobot.make(tmp_path / "set", kind="image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"episode 0: observation.images.image, frame 0 is not a readable image"):
+        load_episodes(tmp_path / "set")[0].images[0]

@@ -6,9 +6,9 @@ import reliability
 
 @pytest.mark.slow
 def test_damaged_files_crash_nothing():
-    found = reliability.main(["--files", "4", "--only", "files"])
-    assert len(found) == 6 and all(sum(counts.values()) == 4 for counts in found.values())
-    assert not any(counts[bad] for counts in found.values() for bad in ("crash", "hang", "memory"))
+    found = reliability.main(["--files", "12", "--only", "files"])
+    assert len(found) == 6 and all(sum(counts.values()) == 12 for counts in found.values())
+    assert not any(counts[bad] for counts in found.values() for bad in ("crash", "hang", "memory", "raw", "unnamed"))
 
 
 @pytest.mark.slow

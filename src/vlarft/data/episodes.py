@@ -4,6 +4,7 @@ A new format is a file like rlds.py, whose reader yields `Episode`s, and a line 
 formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` read it then.
 """
 
+import os
 import random
 import warnings
 from collections import Counter
@@ -19,7 +20,7 @@ from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
 from vlarft.data.rlds import check_shards, read_rlds
 
-OTHER_TFDS = "*.array_record*", "*.riegeli*"
+OTHER_TFDS = ".array_record", ".riegeli"
 CACHE_BYTES = 1 << 30  # decoded frames kept in memory; a smaller data set is decoded only once
 
 
@@ -43,12 +44,13 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
         raise FileNotFoundError(
             f"demonstrations: {path} does not exist; make some with: python collect_demos.py --out-dir {path}"
         )
+    files = _files(path)
     formats = {
-        "lerobot": [p.parent.parent for p in path.rglob("meta/info.json")],
-        "hdf5": [*path.rglob("*.hdf5"), *path.rglob("*.h5")],
-        "rlds": [p for p in path.rglob("*.tfrecord*") if p.is_file()],
+        "lerobot": [p.parent.parent for p in files if p.parts[-2:] == ("meta", "info.json")],
+        "hdf5": [p for p in files if p.suffix in (".hdf5", ".h5")],
+        "rlds": [p for p in files if ".tfrecord" in p.name],
     }
-    if other := next((p for n in OTHER_TFDS for p in path.rglob(n) if not any(formats.values())), None):
+    if other := next((p for n in OTHER_TFDS for p in files if n in p.name and not any(formats.values())), None):
         raise ValueError(
             f"{other} is a TFDS file of another container than TFRecord; rewrite the data set as TFRecord with TFDS "
             "(tfds convert_format)"
@@ -63,6 +65,18 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
         examples = "; ".join(f"{kind}: {places[0]}" for kind, places in formats.items())
         raise ValueError(f"{path} has demonstrations of several formats ({examples}): give the folder of one of them")
     return next(iter(formats.items()))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder, those of linked folders as well, each folder's once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names]
+    return found
 
 
 def read_episodes(

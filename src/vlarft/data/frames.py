@@ -134,12 +134,13 @@ def decode_image(blob: Any, where: str) -> np.ndarray:
     """Decode the content of an image file (PNG, JPEG, ...) to uint8 (H, W, 3).
 
     Raises:
-        ValueError: not an image, or damaged.
+        ValueError: not an image, damaged, or of more pixels than Pillow opens (179 million).
     """
+    pillow = import_pillow()
     try:
-        with import_pillow().open(io.BytesIO(blob)) as picture:
+        with pillow.open(io.BytesIO(blob)) as picture:
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
         raise ValueError(f"{where} is not a readable image ({error}); the file is damaged") from error
 
 
@@ -149,12 +150,13 @@ def image_size(blob: Any, where: str) -> tuple[int, int]:
     Raises:
         ValueError: empty, not an image, or (PNG) damaged.
     """
+    pillow = import_pillow()
     try:
-        with import_pillow().open(io.BytesIO(blob)) as picture:
+        with pillow.open(io.BytesIO(blob)) as picture:
             width, height = picture.size
             picture.verify()
             return height, width
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
         raise ValueError(
             f"{where} is not a readable image ({len(blob)} bytes, {error}); the file is damaged"
         ) from error

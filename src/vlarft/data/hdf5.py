@@ -19,12 +19,14 @@ and the reader turns them by 180 degrees, as the public pipelines do.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlarft.data.damage import damage_named
 from vlarft.run.lfs import refuse_pointer
 from vlarft.run.optional import optional
 
@@ -155,7 +157,15 @@ def demo_names(data: "h5py.Group") -> list[str]:
     """
     names = sorted((k for k in data if DEMO.match(k)), key=lambda k: int(DEMO.match(k).group(1)))
     complete = [k for k in names if "num_samples" in data[k].attrs]
-    return complete if complete or "num_demos" in data.attrs else names
+    if not complete and "num_demos" not in data.attrs:
+        return names
+    if (promised := int(data.attrs.get("num_demos", 0))) > len(complete):
+        warnings.warn(
+            f"{data.file.filename}: num_demos is {promised}, and {len(complete)} demonstrations are complete: some are "
+            "lost, or were taken out",
+            stacklevel=2,
+        )
+    return complete
 
 
 def open_demo_file(path: str | Path) -> "h5py.File":
@@ -176,8 +186,9 @@ def open_demo_file(path: str | Path) -> "h5py.File":
             f"{path} is not a readable HDF5 file ({error}); it is truncated or has another format: "
             "remove it and collect or copy it again"
         ) from error
-    if "data" not in file:
-        keys = list(file)
+    with damage_named(str(path)):
+        there, keys = "data" in file, list(file)
+    if not there:
         file.close()
         raise ValueError(
             f"{path} has no group 'data' (found {keys}); expected LIBERO's layout, see vlarft/data/hdf5.py"

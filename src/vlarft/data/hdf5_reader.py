@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlarft.data.damage import damage_named
 from vlarft.data.episode import Episode, Images, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, Frames, map_file
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file
@@ -43,14 +44,20 @@ def read_hdf5(
         ValueError: truncated file, missing camera or dataset, NaN, wrong widths.
     """
     with open_demo_file(path) as file:
-        data, content = file["data"], map_file(path)
-        warn_splits(f"{path}: mask", sorted(file["mask"]) if "mask" in file else [])  # robomimic's filter keys
-        turned = _text(data.attrs.get("image_convention", "")) != "upright"
-        instruction = _instruction(data, path)
-        env_args = _table(data, "env_args", path) or None
-        fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
+        with damage_named(str(path)):
+            data, content = file["data"], map_file(path)
+            warn_splits(f"{path}: mask", sorted(file["mask"]) if "mask" in file else [])  # robomimic's filter keys
+            turned = _text(data.attrs.get("image_convention", "")) != "upright"
+            instruction = _instruction(data, path)
+            env_args = _table(data, "env_args", path) or None
+            fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
+            names = demo_names(data)
 
         def read(key: str) -> Episode | None:
+            with damage_named(f"{path}: data/{key}"):
+                return read_demo(key)
+
+        def read_demo(key: str) -> Episode | None:
             name, demo, where = f"{path.parent.name}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
             kind = _text(demo.attrs.get("kind", "expert"))
             if not keep(name, True, kind):
@@ -95,7 +102,7 @@ def read_hdf5(
                 gripper_dims=(6,),
             )
 
-        for key in demo_names(data):
+        for key in names:
             yield functools.partial(read, key)
 
 
@@ -178,10 +185,8 @@ class _Slices:
 
     def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
         first, last = lo - lo % self.rows, hi + -hi % self.rows
-        try:
+        with damage_named(f"{self.path}: {self.key}"):
             images = _open(self.path, os.getpid())[self.key][first:last]
-        except OSError as error:
-            raise ValueError(f"{self.path}: {self.key} cannot be read ({error}); the file is damaged") from error
         return first, images[:, ::-1, ::-1] if self.turned else images
 
     def check(self, shape: tuple[int, ...], thorough: bool) -> None:
@@ -220,10 +225,8 @@ def _dataset(demo: "h5py.Group", key: str, where: str) -> np.ndarray:
         group = key.rpartition("/")[0]
         there = sorted(demo[group]) if group and group in demo else sorted(demo)
         raise ValueError(f"{where} has no {key}; it has {', '.join(there)}. Collect it again")
-    try:
+    with damage_named(f"{where}/{key}"):
         return _item(demo, key, where)[()]
-    except OSError as error:
-        raise ValueError(f"{where}/{key} cannot be read ({error}); the file is damaged") from error
 
 
 def _item(demo: "h5py.Group", key: str, where: str) -> "h5py.Dataset":

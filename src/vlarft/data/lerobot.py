@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlarft.data.damage import damage_named
 from vlarft.data.episode import Episode, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, EncodedImages, Frames
 from vlarft.data.video import VideoFrames, stamp
@@ -85,7 +86,7 @@ def read_info(root: Path) -> dict[str, Any]:
     refuse_pointer(path)
     try:
         info = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     info = _field({"info": info}, "info", str(path), dict)
     for key, kind in (("codebase_version", str), ("fps", float), ("features", dict), ("data_path", str)):
@@ -269,8 +270,10 @@ def _tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
     for path in files:
         file = open_parquet(path)
         names = [n for n in file.schema_arrow.names if not n.startswith("stats/")]
-        rows += [(path, row) for row in file.read(columns=names).to_pylist()]
-    table = open_parquet(meta / "tasks.parquet").read()
+        with damage_named(str(path)):
+            rows += [(path, row) for row in file.read(columns=names).to_pylist()]
+    with damage_named(str(meta / "tasks.parquet")):
+        table = open_parquet(meta / "tasks.parquet").read()
     text = [
         n for n in table.column_names if n != "task_index"
     ]  # the index of a pandas table, whose name may be missing
@@ -379,7 +382,8 @@ def _highest(path: Path, written: int, column: str) -> dict[int, float | None]:
         return {}  # said when the episode is read
     if not {column, "episode_index"} <= set(file.schema_arrow.names):
         return {}
-    table = file.read(columns=["episode_index", column])
+    with damage_named(str(path)):
+        table = file.read(columns=["episode_index", column])
     values = table[column]
     if types.is_nested(values.type):  # features of shape [1] may be lists
         values = compute.list_element(values, 0)
@@ -397,7 +401,7 @@ def _json_lines(path: Path) -> list[dict]:
     refuse_pointer(path)
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not consist of JSON lines ({error})") from error
     return [_field({"a line": row}, "a line", str(path), dict) for row in rows]
 
@@ -412,7 +416,8 @@ def _columns(path: Path, written: int, wanted: tuple[str, ...]) -> dict[str, np.
     names = file.schema_arrow.names
     if missing := [n for n in (*wanted, "episode_index") if n not in names]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}")
-    table = file.read(columns=[n for n in (*wanted, *SCALARS) if n in names])
+    with damage_named(str(path)):
+        table = file.read(columns=[n for n in (*wanted, *SCALARS) if n in names])
     matrices = {n: _matrix(table[n].combine_chunks(), f"{path}: {n}") for n in table.column_names}
     return {n: matrix[:, 0] if n in SCALARS else matrix for n, matrix in matrices.items()}
 
@@ -492,7 +497,8 @@ def _group(path: Path, written: int, key: str, number: int) -> Any:
     file = open_parquet(path)
     if key not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column {key}; it has {', '.join(file.schema_arrow.names)}")
-    return file.read_row_group(number, columns=[key])[key].combine_chunks()
+    with damage_named(f"{path}: {key}"):
+        return file.read_row_group(number, columns=[key])[key].combine_chunks()
 
 
 def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) -> list[bytes]:
@@ -509,7 +515,14 @@ def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) ->
                 )
             if not (row.get("bytes") or row.get("path")):
                 raise ValueError(f"{path}: {key} has an empty image in rows {begin} .. {end - 1}")
-            if not row.get("bytes"):
-                refuse_pointer(root / row["path"])
-            out.append(row.get("bytes") or (root / row["path"]).read_bytes())
+            out.append(row.get("bytes") or _picture(root, row["path"], f"{path}: {key}"))
     return out
+
+
+def _picture(root: Path, name: str, where: str) -> bytes:
+    """Read an image file that a row names, which must lie below `root`."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not (root / path).is_file():
+        raise ValueError(f"{where} names the image {name!r}: there is no such file in {root}")
+    refuse_pointer(root / path)
+    return (root / path).read_bytes()
