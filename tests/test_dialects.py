@@ -320,6 +320,30 @@ def test_lost_demonstrations_are_counted(tmp_path):
         assert len(load_episodes(tmp_path)) == 2
 
 
+def test_lost_episodes_of_lerobot_are_counted(tmp_path):
+    test_lerobot.make(tmp_path / "set", kind="image")
+    test_lerobot.edit(tmp_path / "set", total_episodes=12)
+    with pytest.warns(UserWarning, match=r"info.json: total_episodes is 12, the metadata list 3: the others are lost"):
+        assert len(load_episodes(tmp_path / "set")) == 3
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_cut_shards_are_refused(tmp_path, records):
+    root = tmp_path / "droid" / "1.0.0"
+    episodes = [test_rlds.content(i) for i in range(2)]
+    rlds(root, episodes[:records])
+    about = {"splits": [{"name": "train", "shardLengths": ["2"]}]}
+    (root / "dataset_info.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"train.tfrecord-00000-of-00001 has {records} of 2 records: the download"):
+        load_episodes(tmp_path)
+    rlds(root, episodes)
+    assert len(load_episodes(tmp_path)) == 2
+    (root / "dataset_info.json").unlink()
+    rlds(root, [])
+    with pytest.raises(ValueError, match="has 0 of 1 records"):
+        load_episodes(tmp_path)
+
+
 def test_damage_inside_a_file_is_named(tmp_path):
     path = tmp_path / "s" / "a_demo.hdf5"
     test_data.write(path)

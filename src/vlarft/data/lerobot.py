@@ -256,6 +256,12 @@ def _entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[_Entry
             str(row.get("kind") or "expert"),
         )
         entries.append(entry)
+    if isinstance(promised := info.get("total_episodes"), int) and promised > len(entries):
+        warnings.warn(
+            f"{meta / 'info.json'}: total_episodes is {promised}, the metadata list {len(entries)}: the others are "
+            "lost, or were taken out",
+            stacklevel=2,
+        )
     entries.sort(key=lambda e: e.index)
     entries = _with_ends(_with_outcomes(root, entries, info["features"], stated))
     return entries, tasks

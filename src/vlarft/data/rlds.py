@@ -8,6 +8,7 @@ opening.
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,10 +94,26 @@ def read_rlds(
             cameras=cameras,
         )
 
+    count = 0
     for number, (content, at) in enumerate(read_records(path)):
-        name = f"{folder.name}/{path.name}/episode_{number}"
+        count, name = number + 1, f"{folder.name}/{path.name}/episode_{number}"
         if keep(name, True, "expert"):
             yield functools.partial(read, content, at, name, f"{path}: record {number}")
+    if count < (promised := _promised(path)):
+        raise ValueError(f"{path} has {count} of {promised} records: the download is incomplete")
+
+
+def _promised(path: Path) -> int:
+    """Return how many records dataset_info.json says that a shard has; 1 where it does not say."""
+    about, match = path.with_name("dataset_info.json"), SHARD.match(path.name)
+    if match and about.is_file():
+        try:
+            splits = {split["name"]: split["shardLengths"] for split in json.loads(about.read_text())["splits"]}
+            name, _, number = path.name.partition(".tfrecord-")
+            return int(splits[name.rpartition("-")[2]][int(number.partition("-")[0])])
+        except (ValueError, LookupError, TypeError):
+            pass  # of another program than TFDS
+    return 1
 
 
 def _outcome(content: np.ndarray, features: dict[str, Feature], where: str) -> bool | None:
