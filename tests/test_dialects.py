@@ -327,6 +327,18 @@ def test_lost_episodes_of_lerobot_are_counted(tmp_path):
         assert len(load_episodes(tmp_path / "set")) == 3
 
 
+@pytest.mark.parametrize("text", [None, "  "])
+def test_an_instruction_is_a_text(tmp_path, text):
+    test_lerobot.make(tmp_path / "set", kind="image")
+    path = tmp_path / "set" / "meta" / "tasks.parquet"
+    tasks = pq.read_table(path)
+    name = next(n for n in tasks.column_names if n != "task_index")
+    column = pa.array([text] * len(tasks), pa.string())
+    pq.write_table(tasks.set_column(tasks.column_names.index(name), name, column), path)
+    with pytest.raises(ValueError, match=f"has no instruction: meta/tasks has {text!r} for its task_index"):
+        load_episodes(tmp_path / "set")
+
+
 @pytest.mark.parametrize("records", [0, 1])
 def test_cut_shards_are_refused(tmp_path, records):
     root = tmp_path / "droid" / "1.0.0"

@@ -470,9 +470,9 @@ def _instruction(table: dict, rows: slice, tasks: dict[int, str], entry: _Entry,
     if len(numbers) > 1:
         raise ValueError(f"{where} has {len(numbers)} task_index values; split it into episodes of one task each")
     text = tasks.get(numbers.pop(), "") if numbers else entry.tasks[0] if entry.tasks else ""
-    if not str(text).strip():
-        raise ValueError(f"{where} has no instruction: meta/tasks has no text for its task_index")
-    return str(text).strip()
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where} has no instruction: meta/tasks has {text!r} for its task_index, expected a text")
+    return text.strip()
 
 
 def _images(
