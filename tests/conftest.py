@@ -27,6 +27,7 @@ SKIPS = {
     "renderer": "OpenGL on a server without a display",
     "robomimic": "a reference with old dependencies",
     "lerobot": "a reference that pins other versions of torch",
+    "openpi-client": "a client that pins numpy below 2",
     "C++ compiler": "of the machine, not of Python",
 }
 # Some tests send Ctrl+C, which what a shell runs in the background ignores, and so do the processes that it starts.

@@ -1,0 +1,18 @@
+"""A suite of vlarft for LeRobot's EnvHub: upload this file as env.py, and `lerobot-eval --env.type=user/name` plays it.
+
+Every episode starts from one of the 50 evaluation states of its task: seed s from state s modulo 50, so that 50
+consecutive seeds play each once. Images are observation.images.agentview, the state is observation.state.
+"""
+
+from typing import Any
+
+from vlarft.sim.gym import vector_envs
+
+SUITE = "tabletop_object"  # or tabletop_spatial, _goal, _long; libero_spatial, _object, _goal, _10
+TASKS = None  # numbers or names; None: all ten
+OPTIONS: dict[str, Any] = {"image_size": 64}  # further arguments of vlarft.sim.gym.task_env
+
+
+def make_env(n_envs: int = 1, use_async_envs: bool = False, cfg: Any = None) -> dict[str, dict[int, Any]]:
+    """Make {suite: {task: vector environment}}, as LeRobot calls it; `cfg` is LeRobot's and not needed here."""
+    return vector_envs(SUITE, TASKS, n_envs=n_envs, use_async_envs=use_async_envs, **OPTIONS)
