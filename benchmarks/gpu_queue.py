@@ -64,7 +64,7 @@ QUEUE = {
     ),
     "rft step": Item(
         "one GRPO step of preset `paper`, 16 x 16 x 8 frames: seconds per phase, share of peak FLOP/s, peak memory",
-        90, "rft_step.py", "--sizes paper --policy paper --perceptual {lpips} --repeats 2 --versions",
+        90, "rft_step.py", "--sizes paper --policy paper --perceptual {lpips} --repeats 2 --versions none",
     ),
     "rollout": Item(
         "rollouts of preset `paper`, batched and single, against transformers' `generate`",

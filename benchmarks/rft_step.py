@@ -140,12 +140,12 @@ def main(cfg: Config) -> dict:
     """
     work = Workload(cfg)
     known = {"straightforward": work.straightforward, "as released": work.as_released}
-    versions = {"ours": work.ours, **{name: known[name] for name in cfg.versions}}
+    versions = {"ours": work.ours, **{name: known[name] for name in cfg.versions or ()}}
     works = dict.fromkeys(versions, work)
     if cfg.device == "cpu":
         low = work.in_bfloat16()
         versions["ours, bfloat16"] = low.ours
-        if "as released" in cfg.versions:
+        if "as released" in (cfg.versions or ()):
             versions["as released, bfloat16"] = low.as_released
         works |= dict.fromkeys(versions.keys() - works.keys(), low)
     found: dict[str, Rollouts] = {}

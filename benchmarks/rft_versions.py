@@ -40,8 +40,8 @@ class Config:
     compile: bool = opt(False, "compile pixel decoder and perceptual network in all versions")
     micro_starts: int | None = opt(None, "starts per backward pass; none: all")
     repeats: int = opt(3, "timed steps of each version")
-    versions: tuple[Literal["straightforward", "as released"], ...] = opt(
-        ("straightforward", "as released"), "what ours is compared with"
+    versions: tuple[Literal["straightforward", "as released"], ...] | None = opt(
+        ("straightforward", "as released"), "what ours is compared with; none: ours alone"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlarft.run.config import parse
 from vlarft.world_model import WorldModel
 
 
@@ -65,13 +66,17 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, mon
     assert "slow         out of time" in capsys.readouterr().out
 
 
-def test_flags_of_the_items(queue):
+def test_flags_of_the_items(queue, load_benchmark):
     words = queue.QUEUE["rft step"].words("cuda", Path("o.json"), "ssim")
     assert " ".join(words[2:]) == (
-        "--sizes paper --policy paper --perceptual ssim --repeats 2 --versions --device cuda --out o.json"
+        "--sizes paper --policy paper --perceptual ssim --repeats 2 --versions none --device cuda --out o.json"
     )
     for entry in queue.QUEUE.values():
-        assert "--preset smoke" in " ".join(entry.words("cpu", Path("o.json"), "ssim"))
+        benchmark = load_benchmark(entry.script.removesuffix(".py"))
+        for device in ("cuda", "cpu"):
+            words = entry.words(device, Path("o.json"), "ssim")
+            cfg = parse(benchmark.Config, benchmark.PRESETS, words[2:])
+            assert (cfg.device, cfg.out) == (device, "o.json") and ("smoke" in words) == (device == "cpu")
     assert sum(entry.seconds for entry in queue.QUEUE.values() if not entry.alone) <= 540
     with pytest.raises(ValueError, match="unknown item 'fast': there are check, rft step"):
         queue.Config(only=("fast",))
