@@ -62,7 +62,7 @@ def test_starts_as_the_base_and_merges_exactly():
     from_state.load_state_dict(merge_state_dict(model.state_dict(), CFG))
     assert merge_lora(model) == 2
     assert not has_lora(model) and list(model.state_dict()) == list(network().state_dict())
-    torch.testing.assert_close(model(x), adapted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(x), adapted, atol=1e-5, rtol=1e-5)  # another order of additions
     assert all(torch.equal(model.state_dict()[k], v) for k, v in from_state.state_dict().items())
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import eval_wm
+import serve_policy
 import train_rft
 import train_sft
 import train_tokenizer
@@ -134,7 +135,7 @@ def test_commands_of_the_page_exist():
         "train_sft",
         "train_rft",
     }
-    scripts = {s.__name__: s for s in (train_tokenizer, train_wm, train_sft, train_rft, eval_wm)}
+    scripts = {s.__name__: s for s in (train_tokenizer, train_wm, train_sft, train_rft, eval_wm, serve_policy)}
     for name, rest in commands:
         given = {w.split("=")[0] for w in rest.split("#")[0].split() if w.startswith("--")}
         if name in scripts:

@@ -87,6 +87,32 @@ def signals_end_this_process() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Callable[[], None]]:
+    """Only note SIGINT, SIGTERM and SIGHUP. The function that it yields, called where nothing is half done, ends the
+    process by the first one that came: KeyboardInterrupt or SystemExit.
+    """
+    numbers: list[int] = []
+
+    def stop_if_told() -> None:
+        if numbers and numbers[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        if numbers:
+            print("told to stop; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(128 + numbers[0])
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # which alone may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, lambda number, _: numbers.append(number))
+    try:
+        yield stop_if_told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def follow(parent: int) -> None:
     """Send this process SIGTERM once the process that started it is gone, however that one died."""
 

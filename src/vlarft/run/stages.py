@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlarft.run.checkpoint import write_json
-from vlarft.run.script import PARENT, signals_end_this_process
+from vlarft.run.script import PARENT, signals_noted
 
 
 class MemoryPeak(threading.Thread):
@@ -182,9 +182,10 @@ def run_stages(
         now = {one.stage.name: time.time() - one.started for one in running}
         print(f"about {seconds_left(stages, ended, now, here, at_once) / 60:.0f} minutes left", flush=True)
 
-    with signals_end_this_process():
+    with signals_noted() as stop_if_told:  # a stage that has just started is known before a signal counts
         try:
             while waiting or running:
+                stop_if_told()
                 for stage in [s for s in waiting if ended.issuperset(s.after)][: at_once - len(running)]:
                     waiting.remove(stage)
                     words = stage.words()
