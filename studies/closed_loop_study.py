@@ -62,7 +62,7 @@ class Config:
     model_steps: int = opt(8000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
-    simulator_steps: int = opt(400, "steps of reinforcement learning in the simulator")
+    simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
 
 
