@@ -27,6 +27,7 @@ import torch
 
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse
+from vlarft.run.script import clear_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 2000  # characters of an item's output that are kept
@@ -220,5 +221,6 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    made = main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    with clear_errors():
+        made = main(parse(Config, PRESETS, sys.argv[1:], __doc__))
     sys.exit(any(entry["state"] in ("failed", "out of time") for entry in made.values()))

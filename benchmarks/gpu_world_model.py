@@ -23,6 +23,7 @@ from timing import machine
 
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.script import clear_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 15 * 2**20  # bytes
@@ -121,4 +122,5 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    with clear_errors():
+        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
