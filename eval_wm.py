@@ -43,6 +43,7 @@ from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
 from vlarft.run.config import Positive, Rows, ShareAbove0, Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator
 from vlarft.run.script import run_script
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
@@ -63,7 +64,7 @@ class Config:
     all_episodes: bool = opt(False, "use all episodes of --demos, which the world model must not have seen")
 
     world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
     greedy: bool = opt(False, "imagine greedily, not sampling, for the metrics of segments and episodes")
     temperature: Positive = opt(1.0, "temperature of sampled rollouts")
     top_p: ShareAbove0 = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")
@@ -392,7 +393,7 @@ def main(cfg: Config) -> dict:
     path = checkpoint_file(cfg.world_model)
     model, extra = WorldModel.load(path, device), read_header(path).extra
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     episodes = held_out_episodes(cfg, path)
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0

@@ -71,6 +71,7 @@ from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Range, Rate, Rows, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
@@ -127,7 +128,7 @@ class Config:
     keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: Whole = opt(0, "seed of starts, chains and imagination")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
+    precision: Precision = opt("bf16", "frozen networks; auto: bf16 on a GPU or with AMX, else fp32")
     micro_starts: Rows | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt(
@@ -261,7 +262,7 @@ def load_world_model(
         extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
     )
     distance = None if cfg.reward == "divergence" else perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
-    if cfg.precision == "bf16":
+    if in_bf16(cfg.precision, device):
         world_model.to_bfloat16()
         if distance is not None:
             distance.to_bfloat16()
@@ -330,7 +331,8 @@ def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> N
             used = ("prepare", "at_steps", "velocity", "log_sigma")  # called in place of forward
             distributed.shard(net, methods=[method for method in used if hasattr(net, method)])
     if "vlm" in trained or cfg.frozen == "shard":
-        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.precision == "bf16" and "vlm" not in trained)
+        half = in_bf16(cfg.precision, policy.device) and "vlm" not in trained
+        distributed.shard(policy.vlm, policy.vlm.blocks, bf16=half)
 
 
 def picture(path: Path, reward: Tensor, imagined: Imagined) -> None:
@@ -416,7 +418,7 @@ def main(
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
     # raises if the folder holds a run of another configuration; gate_threshold may differ
     open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
-    bf16 = cfg.precision == "bf16" and "vlm" not in trained  # of the context; what trains computes in float32
+    bf16 = in_bf16(cfg.precision, device) and "vlm" not in trained  # of the context; what trains computes in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below
     shard(policy, trained, cfg)

@@ -73,6 +73,7 @@ from vlarft.run.config import (
     to_dict,
 )
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
@@ -135,7 +136,7 @@ class Config:
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: Whole = opt(0, "seed of starts and chains")
     workers: Processes = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "number format of the frozen networks; what is trained is float32")
+    precision: Precision = opt("bf16", "frozen networks; auto: bf16 on a GPU or with AMX, else fp32")
     micro_chunks: Rows = opt(64, "chunks per backward pass, to bound memory")
 
     def __post_init__(self) -> None:
@@ -180,7 +181,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     if len(policy.cfg.cameras) > 1:
         raise ValueError(f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
     device, sampling = policy.device, {"greedy": cfg.imagination == "greedy"}
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
     check_same_robot(policy, model)
@@ -290,7 +291,8 @@ def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor)
 def demonstration_loss(cfg: Config, policy: VLAPolicy, demonstrations: WindowSampler, *numbers: int) -> Tensor:
     """Compute Eq. (4) on a batch of demonstrations, which depends on the seed and `numbers` alone."""
     batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, *numbers).to(policy.device)
-    context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=cfg.precision == "bf16")
+    bf16 = in_bf16(cfg.precision, policy.device)
+    context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)
     target, cond = policy.normalizer.encode_actions(batch.intended), policy.condition(context, batch.proprio)
     noise = generator(policy.device, "flow matching", cfg.seed, *numbers)
     return matching_loss(policy.head, target, cond, generator=noise, draws=MSE_DRAWS)[0]
@@ -336,7 +338,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
 
         # whole episodes, G from each of S starts; their random numbers depend on (seed, step) alone
         noise = partial(generator, device, "episode chains", cfg.seed, step)
-        options = {"from_zero": cfg.noise == "zero", "bf16": cfg.precision == "bf16"}
+        options = {"from_zero": cfg.noise == "zero", "bf16": in_bf16(cfg.precision, device)}
         attempts = play(policy, world, cfg.group, (cfg.seed, step), noise, **options)
 
         # the outcome is the reward; compare it with the others of its group, Eq. (12)

@@ -60,6 +60,7 @@ from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator as make_generator
 from vlarft.run.random import seed_of
 from vlarft.run.script import run_script
@@ -102,7 +103,7 @@ class Config:
     warmup: Whole = opt(0, "steps of linear warmup")
     schedule: Decay = opt("constant", "learning rate after the warmup")
     clip_norm: Positive = opt(1.0, "largest gradient norm")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
     ema: ShareBelow1 | None = opt(None, "decay of the averaged weights that are exported; none: no average")
     objective: SupervisedObjective = opt(
         "matching", "Eq. (4), or L1 error of the chunk made from x_0 (not in the paper)"
@@ -252,7 +253,7 @@ def compute_loss(
         images = augment(images, changes, crop_area=policy.cfg.crop_area, generator=generator)
     images = policy.preprocess(images, crop=not (train and changes.crop))  # (B, 1, 3, S, S)
     flow_rows = len(images) * cfg.batch_size // (cfg.batch_size + cfg.key_batch) if train else len(images)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device)):
         return policy(
             images,
             batch.instructions,
@@ -304,7 +305,7 @@ def main(cfg: Config) -> dict[str, float]:
     policy.to(device).train()
     if cfg.checkpoint_activations:
         distributed.recompute(policy.vlm.blocks)
-    distributed.shard(policy, policy.vlm.blocks, frozen=cfg.frozen, bf16=cfg.precision == "bf16")
+    distributed.shard(policy, policy.vlm.blocks, frozen=cfg.frozen, bf16=in_bf16(cfg.precision, device))
     chunk, rows = policy.cfg.flow.chunk, cfg.batch_size + cfg.key_batch
     data = WindowSampler(train, num_frames=1, chunk=chunk)
     validation = WindowSampler(held_out, num_frames=1, chunk=chunk).spread(cfg.validation_segments)

@@ -51,6 +51,7 @@ from vlarft.run.checkpoint import checkpoint_file, model_digest, open_run, read_
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, numpy_generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
@@ -88,7 +89,7 @@ class Config:
     warmup: Whole = opt(100, "steps of linear warmup")
     schedule: Decay = opt("cosine", "learning rate after the warmup")
     clip_norm: Positive = opt(1.0, "largest gradient norm")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
 
     false_successes: ShareBelow1 = opt(
         0.02, "largest share of held-out failures that the threshold may judge a success", group="evaluation"
@@ -359,7 +360,7 @@ def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     if distributed.world_size() > 1:
         raise ValueError("train_success.py runs in one process: leave torchrun out")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     split = load_split(cfg)
     train, images, world_model = split.train, image_convention(split.train, cfg.camera), None
     if cfg.world_model is not None:

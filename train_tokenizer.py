@@ -61,6 +61,7 @@ from vlarft.run.config import (
 )
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState, check_same_episodes
@@ -113,7 +114,7 @@ class Config:
     warmup: Whole = opt(5000, "steps of linear warmup (public recipe)")
     beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment (public recipe)")
     clip_norm: Positive = opt(1.0, "largest gradient norm (public recipe)")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance beside L1")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     weighting: Literal["uniform", "small_objects"] = opt(
@@ -205,7 +206,7 @@ def build_networks(cfg: Config, device: torch.device) -> dict[str, torch.nn.Modu
     blocks = [m for m in tokenizer.modules() if isinstance(m, ResBlock)]
     if cfg.checkpoint_activations:
         distributed.recompute(blocks)
-    networks = {"tokenizer": distributed.shard(tokenizer, blocks, bf16=cfg.precision == "bf16")}
+    networks = {"tokenizer": distributed.shard(tokenizer, blocks, bf16=in_bf16(cfg.precision, device))}
     if cfg.gan_start is not None:
         discriminator = Discriminator(DISCRIMINATORS[cfg.size], sizes.channels, sizes.image_size).to(device)
         networks["discriminator"] = distributed.shard(discriminator, methods=("generator_loss", "loss", "refresh"))
@@ -313,7 +314,7 @@ def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     distributed.local_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
 
     train, held_out = load_split(cfg)
     sampler = WindowSampler(train, cfg.segment, cfg.segment, cfg.context_lookback)

@@ -49,6 +49,7 @@ from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Positive, ProperShare, Range, Rate, Rows, ShareBelow1, Whole, opt
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
+from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState, check_same_episodes
@@ -87,7 +88,7 @@ class Config:
     schedule: Decay = opt("constant", "learning rate after the warmup (public code: constant)")
     beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment")
     clip_norm: Positive = opt(1.0, "largest gradient norm (public code)")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "autocast of the networks; master weights are float32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
     stale: HalfAtMost = opt(
         0.0, "mean share of input frames that show the first frame instead, at most 0.5 (docs/world_model.md)"
     )
@@ -263,7 +264,7 @@ def build_model(
     model.to(device)
     if cfg.checkpoint_activations:
         distributed.recompute(model.decoder.layers)
-    half = cfg.precision == "bf16"
+    half = in_bf16(cfg.precision, device)
     return distributed.shard(model.train(), model.decoder.layers, METHODS, frozen=cfg.frozen, bf16=half)
 
 
@@ -319,7 +320,7 @@ def main(cfg: Config) -> dict[str, float]:
     device = distributed.setup()
     distributed.local_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
 
     train, held_out = load_split(cfg)
     chunk = SIZES[cfg.size].chunk

@@ -1,0 +1,28 @@
+"""The number format of the networks' forward passes; weights, losses and whatever is reported stay float32."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+
+from vlarft.run import distributed
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@cache
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether to compute in bfloat16. `auto` asks the device, and the main process prints once what it chose.
+
+    A GPU has it since Ampere. On a processor it pays with AMX alone: AVX512-BF16 without AMX is slower than float32.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        half, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    else:
+        half = torch.cpu._is_amx_tile_supported()
+        what = "a processor with AMX" if half else "a processor without AMX"
+    if distributed.is_main():
+        print(f"precision auto: {'bfloat16' if half else 'float32'}, on {what}", flush=True)
+    return half
