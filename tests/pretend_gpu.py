@@ -1,0 +1,148 @@
+"""Run scripts on a pretended GPU: a device of its own, whose tensors lie in main memory and are computed there.
+
+    python tests/pretend_gpu.py train_sft --preset smoke --demos DEMOS --out-dir OUT + eval_wm --preset smoke ...
+
+Numbers are those of the CPU. But a tensor of the device and one of the CPU do not go together in one operation, as with
+a GPU: a script that forgets to move a tensor, or loads one into another place, ends with an error. Autocast, graphs and
+memory are not pretended: torch has them in C++ alone.
+"""
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the scripts are
+
+DEVICE = torch.device("privateuseone", 0)  # torch's place for a device from outside; `start` names it
+# CUDA takes CPU tensors here: as source or target of a copy, and as indices
+MIXED = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index_put", "_copy_from"}
+
+
+class Backend:
+    """What torch asks a device's module for."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        pass
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the device, around the CPU tensor that has its values."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor):
+        facts = {"dtype": values.dtype, "device": DEVICE, "strides": values.stride()}
+        facts["storage_offset"] = values.storage_offset()
+        tensor = torch.Tensor._make_wrapper_subclass(cls, values.size(), **facts)
+        tensor.values_ = values
+        return tensor
+
+    def tolist(self):
+        return self.values_.tolist()
+
+    def __format__(self, how: str) -> str:
+        return format(self.values_, how)
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.values_!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def run(func, args, kwargs):
+    """Compute an operation on the CPU; its results are on the device, or where it is told to put them."""
+    leaves, tree = tree_flatten((args, kwargs))
+    name = func._schema.name.split("::")[1]
+    strangers = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) and x.ndim]
+    if strangers and name not in MIXED:
+        raise RuntimeError(f"{func}: expected all tensors on one device, found {tuple(strangers[0].shape)} on the CPU")
+    moved = {"device": torch.device("cpu"), "pin_memory": False}
+    args, plain = tree_unflatten([getattr(x, "values_", x) for x in leaves], tree)
+    out = func(*args, **{key: moved[key] if key in moved and value else value for key, value in plain.items()})
+    if kwargs.get("device", DEVICE).type == "cpu":
+        return out
+    known = {id(x.values_): x for x in leaves if isinstance(x, OnDevice)}  # what is changed in place stays what it is
+
+    def placed(x):
+        return known[id(x)] if id(x) in known else OnDevice(x) if isinstance(x, torch.Tensor) else x
+
+    return tree_map(placed, out)
+
+
+def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Copy to the device, from it, or on it."""
+    plain = [t.values_ if isinstance(t, OnDevice) else t for t in (target, source)]
+    plain[0].copy_(plain[1])
+    return target
+
+
+class Generator(torch.Generator):
+    """A CPU generator, which gives the device as its own if it was made for that."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> "Generator":
+        made = super().__new__(cls)
+        made.place = torch.device(device)
+        return made
+
+    device = property(lambda self: self.place)
+
+
+def start() -> torch.library.Library:
+    """Make the device known to torch, as the one that `vlarft` finds; return what must be kept for it to stay so."""
+    global DEVICE
+    _setup_privateuseone_for_python_backend("pretended", Backend())
+    DEVICE = torch.device("pretended", 0)
+    library = torch.library.Library("aten", "IMPL")
+    for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
+        library.impl(op, lambda *args, op=op, **kwargs: run(op, args, kwargs), "PrivateUse1")
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    torch.Generator = Generator
+    return library
+
+
+def main(words: list[str]) -> None:
+    """Run the commands, which a + separates."""
+    library = start()
+    from vlarft.run import config, distributed
+
+    distributed.setup = lambda: DEVICE
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        (name, *options), words = words[:end], words[end + 1 :]
+        script = importlib.import_module(name)
+        script.main(config.parse(script.Config, script.PRESETS, options, script.__doc__))
+        print(f"on the device: {name}, {time.process_time():.1f} s", flush=True)
+    del library
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    os._exit(0)  # torch does not end by itself while it has a backend from Python
