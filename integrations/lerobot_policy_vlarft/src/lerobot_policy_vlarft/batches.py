@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlarft.data.episode import pick_camera
 
 IMAGES, STATE, TASK, ACTION, IS_PAD = "observation.image", "observation.state", "task", "action", "action_is_pad"

@@ -6,7 +6,7 @@ from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 
 CHUNK = 8  # steps of a chunk in every vlarft policy of the paper; `VlarftPolicy` compares
-IDENTITY = {kind: NormalizationMode.IDENTITY for kind in ("VISUAL", "STATE", "ACTION")}
+IDENTITY = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
 
 
 @PreTrainedConfig.register_subclass("vlarft")
@@ -69,7 +69,9 @@ class VlarftConfig(PreTrainedConfig):
             ValueError: one is missing.
         """
         if self.input_features and not self.image_features:
-            raise ValueError(f"input_features {', '.join(self.input_features)}: none is an image, which the policy needs")
+            raise ValueError(
+                f"input_features {', '.join(self.input_features)}: none is an image, which the policy needs"
+            )
         if self.input_features and self.robot_state_feature is None:
             raise ValueError(f"input_features {', '.join(self.input_features)}: no observation.state, which is needed")
         if self.output_features and self.action_feature is None:

@@ -5,7 +5,9 @@ Shapes: B batch, T chunk steps, A action dim, P proprio dim.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from torch import Tensor
+
 from vlarft.data.lerobot import read_grippers, read_info
 from vlarft.policy import PRESETS, PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import checkpoint_file, load_model
@@ -63,6 +66,12 @@ class VlarftPolicy(PreTrainedPolicy):
             )
         if dataset_meta is not None:  # the header's lists of episodes are those of another training
             self.facts = {"lerobot": {"dataset": dataset_meta.repo_id}}
+            if "intended_action" in dataset_meta.features:
+                warnings.warn(
+                    f"{dataset_meta.repo_id} has intended_action, the demonstrator's actions before noise was added; "
+                    "lerobot-train imitates the noisy ones in action: train_sft.py is better here",
+                    stacklevel=2,
+                )
         _check_robot(self.model, config, checkpoint)
         if dataset_stats is not None:
             _check_units(self.model, dataset_stats)
@@ -117,7 +126,7 @@ class VlarftPolicy(PreTrainedPolicy):
         return cls(config, dataset_stats, dataset_meta, checkpoint=file).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write config.json (lerobot's) and model.safetensors (vlarft's); `state_dict`: whole tensors, of a sharded run."""
+        """Write config.json (lerobot's) and model.safetensors (vlarft's); `state_dict`: whole tensors of sharded weights."""
         replace(self.config, checkpoint=None, size=None, pretrained_path=None)._save_pretrained(save_directory)
         weights = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         self.model.save(Path(save_directory) / "model.safetensors", self.facts, weights)
@@ -197,10 +206,8 @@ def _weights_file(place: str | Path, hub: dict[str, Any]) -> Path:
     if Path(place).exists():
         return checkpoint_file(place)
     try:
-        try:
+        with contextlib.suppress(EntryNotFoundError):  # weights alone are enough
             hf_hub_download(str(place), "config.json", **hub)
-        except EntryNotFoundError:
-            pass  # weights alone are enough
         return Path(hf_hub_download(str(place), "model.safetensors", **hub))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
@@ -219,7 +226,9 @@ def _new_model(
 ) -> VLAPolicy:
     """Make a policy of a named size for the data set's robot, its quantiles from the data set's statistics."""
     if stats is None or meta is None:
-        raise ValueError(f"policy.size {config.size} makes a new policy for lerobot-train; else give --policy.checkpoint")
+        raise ValueError(
+            f"policy.size {config.size} makes a new policy for lerobot-train; else give --policy.checkpoint"
+        )
     for key in (ACTION, STATE):
         if missing := [q for q in ("q01", "q99") if q not in stats.get(key, {})]:
             raise ValueError(
@@ -239,8 +248,8 @@ def _new_model(
         if not (actions["min"][i] >= -1.001 and actions["max"][i] <= 1.001 and square > 0.73):
             raise ValueError(
                 f"{place}: the gripper (action dimension {i}) lies in [{float(actions['min'][i]):.3g}, "
-                f"{float(actions['max'][i]):.3g}], expected the commands -1 (open) and +1 (close): convert the data set "
-                "with python -m vlarft.data.convert --gripper OPEN CLOSED, or say what it is with --held-dims"
+                f"{float(actions['max'][i]):.3g}], expected the commands -1 (open) and +1 (close): convert the data "
+                "set with python -m vlarft.data.convert --gripper OPEN CLOSED, or say what it is with --held-dims"
             )
     motion = model.normalizer.motion
     ranges = actions["q01"][motion], actions["q99"][motion], state["q01"], state["q99"]
@@ -274,6 +283,6 @@ def _check_units(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]]) -> No
             median = float(stats[key]["q50"][i]) if "q50" in stats.get(key, {}) else a
             if b - a >= 1e-6 and not a - 1e-4 <= median <= b + 1e-4:
                 raise ValueError(
-                    f"{key}: the data set's median of dimension {i}, {median:.3g}, lies outside [{a:.3g}, {b:.3g}], the "
-                    "policy's 1 % and 99 % quantiles: another robot, or other units"
+                    f"{key}: the data set's median of dimension {i}, {median:.3g}, lies outside [{a:.3g}, {b:.3g}], "
+                    "the policy's 1 % and 99 % quantiles: another robot, or other units"
                 )
