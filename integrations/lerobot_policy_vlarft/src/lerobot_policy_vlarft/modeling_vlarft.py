@@ -126,7 +126,7 @@ class VlarftPolicy(PreTrainedPolicy):
         return cls(config, dataset_stats, dataset_meta, checkpoint=file).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write config.json (lerobot's) and model.safetensors (vlarft's); `state_dict`: whole tensors of sharded weights."""
+        """Write config.json (lerobot's) and model.safetensors (vlarft's); `state_dict`: whole sharded tensors."""
         replace(self.config, checkpoint=None, size=None, pretrained_path=None)._save_pretrained(save_directory)
         weights = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         self.model.save(Path(save_directory) / "model.safetensors", self.facts, weights)

@@ -1,4 +1,4 @@
-"""Processors of a vlarft policy in lerobot: rename, batch and move. They do not normalise: the policy does so itself."""
+"""Processors of a vlarft policy in lerobot: rename, batch, move. They do not normalise: the policy does so itself."""
 
 from typing import Any
 
