@@ -142,7 +142,10 @@ def test_two_cameras(tmp_path):
 
 
 def test_saved_folders_are_lerobots_and_vlarfts(run, tmp_path):
-    policy, *_ = loaded(run, noise="zero", train="head")
+    policy = VlarftPolicy(VlarftConfig(device="cpu", checkpoint=str(run), noise="zero", train="head"))
+    decayed, others = (group["params"] for group in policy.get_optim_params())
+    head = list(policy.model.head.parameters())
+    assert len(decayed) + len(others) == len(head) and {p.ndim > 1 for p in decayed} == {True}
     policy.save_pretrained(tmp_path / "saved")
     config = PreTrainedConfig.from_pretrained(tmp_path / "saved")
     assert (config.noise, config.train, config.checkpoint) == ("zero", "head", None)
