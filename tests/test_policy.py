@@ -187,6 +187,20 @@ def test_key_loss_by_hand():
     assert metrics["key_loss"].item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_key_loss_of_a_robot_with_less_proprio_than_a_position(width):
+    policy = make(replace(CFG, flow=replace(CFG.flow, proprio_dim=width)), fitted=False)
+    policy.normalizer.fitted.fill_(True)  # quantiles -1 and 1: proprio is its own normalised value
+    images, texts, proprio, actions, key = loss_inputs(policy)
+    with torch.no_grad():
+        policy.key_head[2].weight.zero_()
+        policy.key_head[2].bias.copy_(torch.tensor([0.5, 0.3, 9.0]))
+    _, metrics = policy(images, texts, proprio[:, :width], actions, key[:, :width], key_weight=1.0)
+    error = (torch.tensor([0.5, 0.3])[:width] - key[:, :width]).abs()
+    by_hand = torch.where(error < 0.1, error.square() / 0.2, error - 0.05)
+    assert metrics["key_loss"].item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+
+
 def test_key_token_is_a_whole_share_of_the_mean():
     policy = make()
     images, _ = observations()

@@ -1,4 +1,8 @@
-"""A suite of vlarft for LeRobot's EnvHub: upload this file as env.py, and `lerobot-eval --env.type=user/name` plays it.
+"""A suite of vlarft for LeRobot's EnvHub: upload this file as env.py, and LeRobot's Python API makes it.
+
+    lerobot.envs.make_env("user/name", n_envs=4, trust_remote_code=True)
+
+For `lerobot-eval`, whose --env.type takes no repository, the plugin lerobot_policy_vlarft has --env.type=vlarft.
 
 Every episode starts from one of the 50 evaluation states of its task: seed s from state s modulo 50, so that 50
 consecutive seeds play each once. Images are observation.images.agentview, the state is observation.state.

@@ -348,7 +348,7 @@ class VLAPolicy(nn.Module):
         """Compute the loss of supervised fine-tuning: Eq. (4) or a regression, plus key_weight * the auxiliary loss.
 
         The auxiliary loss regresses the hand position at the demonstration's next gripper event from the vision
-        tokens (smooth L1 in normalised units, quadratic below 0.1, averaged over B and the three axes).
+        tokens (smooth L1 in normalised units, quadratic below 0.1, averaged over B and the axes).
 
         Args:
             images: (B, V, 3, S, S) from `preprocess`.
@@ -356,7 +356,7 @@ class VLAPolicy(nn.Module):
             proprio: (B, P), raw.
             actions: (F, T, A), raw, of the first F <= B rows. The other rows only enter the auxiliary loss, which does
                 not run the language model.
-            key_position: (B, 3) [m]; needed when key_weight > 0.
+            key_position: (B, min(3, P)) [m]; needed when key_weight > 0.
             generator, alpha, beta, draws: see `flow.matching_loss`.
             objective: "matching" is `flow.matching_loss`, "regression" `flow.regression_loss`.
             key_weight: weight of the auxiliary loss.
@@ -380,8 +380,9 @@ class VLAPolicy(nn.Module):
             if key is None:
                 raise ValueError("key_weight is set but the policy has no key head; set PolicyConfig.key_head_dim")
             # a hand position is the first three numbers of the proprio: pad it to P to normalise it like them
-            target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - 3)))[:, :3]
-            key_loss = F.smooth_l1_loss(key, target, beta=0.1)
+            width = key_position.shape[-1]  # fewer than three of a robot whose proprio has fewer
+            target = self.normalizer.encode_proprio(F.pad(key_position, (0, proprio.shape[-1] - width)))[:, :width]
+            key_loss = F.smooth_l1_loss(key[:, :width], target, beta=0.1)
             loss = loss + key_weight * key_loss
             metrics["key_loss"] = key_loss.detach()
         return loss, metrics

@@ -147,7 +147,7 @@ def read_lerobot(
             short: _images(entry, key, features[key], first, info, root, budget, where) for short, key in has.items()
         }
         check_lengths(where, **columns, **cameras)
-        grippers, held = _grippers(about, features[action], columns[action].shape[1], meta)
+        grippers, held = read_grippers(about, features[action], columns[action].shape[1], meta)
         return Episode(
             name=name,
             instruction=_instruction(table, rows, tasks, entry, where),
@@ -199,7 +199,7 @@ def _depth(feature: dict) -> bool:
     return bool(about.get("video.is_depth_map") or about.get("is_depth_map"))
 
 
-def _grippers(about: dict, feature: dict, width: int, meta: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+def read_grippers(about: dict, feature: dict, width: int, meta: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
     """Return `Episode.gripper_dims` and `held_dims`, as info.json states them, else by the names of the dimensions."""
     stated = {key: about[key] for key in ("gripper_dims", "held_dims") if about.get(key) is not None}
     for key, dims in stated.items():

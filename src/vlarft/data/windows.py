@@ -28,8 +28,8 @@ class Batch(NamedTuple):
     proprio: (B, P) raw, at t
     instructions: B strings
     context_frame: (B, C, H, W), the tokenizer's context: frame t, or an earlier one (`context_lookback`)
-    key_position: (B, 3) hand position [m] at the next change of the intended gripper command, or at the end of the
-        episode
+    key_position: (B, min(3, P)) hand position [m] at the next change of the intended gripper command, or at the
+        episode's end
     index: (B, 2) episode number and t
     """
 
@@ -246,7 +246,7 @@ def _padded(actions: np.ndarray, start: int, chunk: int, repeated: np.ndarray) -
 
 
 def _key_positions(episode: Episode) -> np.ndarray:
-    """Return (T, 3), per step the hand position at the next change of the intended gripper command, or at the end.
+    """Return (T, min(3, P)): the hand position at the next change of the intended gripper command, or at the end.
 
     The first three proprio dimensions are taken as the hand position, for any robot.
     """

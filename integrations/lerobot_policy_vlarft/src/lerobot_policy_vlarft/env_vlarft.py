@@ -1,0 +1,51 @@
+"""vlarft's simulators for `lerobot-eval --env.type=vlarft --env.task=tabletop_object`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import EnvConfig
+
+
+@EnvConfig.register_subclass("vlarft")
+@dataclass
+class VlarftEnv(EnvConfig):
+    """A suite; every episode starts from one of the 50 evaluation states of its task, seed s from state s modulo 50.
+
+    task: name of the suite: tabletop_object, tabletop_spatial, ..., libero_goal, ...
+    task_ids: numbers of its tasks; None: all
+    image_size: side of the images [px]
+    """
+
+    task: str | None = "tabletop_object"
+    task_ids: list[int] | None = None
+    image_size: int = 64
+    fps: int = 20
+    features: dict[str, PolicyFeature] = field(default_factory=dict)
+    features_map: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        self.features = {
+            "pixels/agentview": PolicyFeature(FeatureType.VISUAL, (size, size, 3)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
+            "action": PolicyFeature(FeatureType.ACTION, (7,)),
+        }
+        keys = ("observation.images.agentview", "observation.state", "action")
+        self.features_map = dict(zip(self.features, keys, strict=True))
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        """Not used: `create_envs` makes them."""
+        return {}
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gymnasium.vector.VectorEnv]]:
+        """Make {suite: {task: vector environment}}; errors as in `vlarft.sim.gym.vector_envs`."""
+        from vlarft.sim.gym import vector_envs
+
+        return vector_envs(
+            self.task, self.task_ids, n_envs=n_envs, use_async_envs=use_async_envs, image_size=self.image_size
+        )
