@@ -501,7 +501,7 @@ def test_a_run_of_an_older_version_goes_on(demos, tmp_path):
     inputs = {"train_tokenizer": {}, "train_wm": {"tokenizer": str(tmp_path / "train_tokenizer")}, "train_sft": {}}
     smoke = {script: dict(runs["smoke"]) for script, runs in RUNS.items()}
     network = {**smoke["train_tokenizer"]["model"], "compose": True}
-    smoke["train_tokenizer"] |= {"model": network, "still_weight": 2.0}  # as today's
+    smoke["train_tokenizer"] |= {"model": network, "still_weight": 0.5}  # as today's
     for script in ("train_tokenizer", "train_wm"):
         inputs[script]["context_lookback"] = 0
     for script, given in inputs.items():
