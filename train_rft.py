@@ -334,7 +334,7 @@ def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> N
         distributed.shard(policy.vlm, policy.vlm.blocks, bf16=cfg.precision == "bf16" and "vlm" not in trained)
 
 
-def save_group(out_dir: Path, batch: Batch, per_frame: Tensor, imagined: Imagined) -> None:
+def save_group(out_dir: Path, instructions: list[str], per_frame: Tensor, imagined: Imagined) -> None:
     """Write the group whose rewards (S, G, T) differ most: its reference, best and worst imagination over time.
 
     rollouts.png is for the eye. rollouts.npz has the frames (T, H, W, C), uint8, as `reference`, `best` and `worst`;
@@ -351,7 +351,7 @@ def save_group(out_dir: Path, batch: Batch, per_frame: Tensor, imagined: Imagine
         name: (255 * rearrange(value, "t c h w -> t h w c").float().clamp(0, 1)).round().byte().cpu().numpy()
         for name, value in frames.items()
     }
-    arrays |= {"reward": per_frame[start, order].cpu().numpy(), "instruction": np.array(batch.instructions[start])}
+    arrays |= {"reward": per_frame[start, order].cpu().numpy(), "instruction": np.array(instructions[start])}
 
     def write(tmp: Path) -> None:
         with tmp.open("wb") as file:  # given a name, numpy would append .npz to it
@@ -504,7 +504,7 @@ def main(
             picture_actions(out_dir / "actions.png", before, chunks)
             if isinstance(score, ImageScorer):  # the last step is imagined again, from the same random numbers
                 imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
-                save_group(out_dir, batch, per_frame, imagined)
+                save_group(out_dir, batch.instructions, per_frame, imagined)
         save()
     state.finish(log)
     return metrics | after

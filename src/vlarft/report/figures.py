@@ -42,12 +42,12 @@ class Picture(NamedTuple):
 
 
 class Track(NamedTuple):
-    """Frames as data URIs, each with a note; `small`: to be enlarged pixel by pixel."""
+    """Frames as data URIs, each with a note, and the largest width at which they are shown [px]."""
 
     label: str
     frames: list[str]
-    notes: list[str] = []  # noqa: RUF012, never changed
-    small: bool = False
+    notes: list[str]
+    width: int
 
 
 class Film(NamedTuple):
@@ -122,7 +122,8 @@ def film(title: str, paths: Mapping[str, Path]) -> Film:
     tracks = []
     for label, (frames, _) in films.items():
         shown = [*(frames[t] for t in times if t < len(frames) - 1), frames[-1]]
-        tracks.append(Track(label, [_encoded(frame) for frame in shown]))
+        width = 256 if len(films) > 1 else max(400, frames[0].width)
+        tracks.append(Track(label, [_encoded(frame) for frame in shown], [], width))
     return Film(title, tracks, interval * longest / len(times))
 
 
@@ -161,6 +162,7 @@ def plot(
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_POINTS)).round().astype(int)]
         axis.plot(*rows.T, label=label, marker="." if len(rows) < 30 else None)
     axis.set_xlabel(x_label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if len(series) > 1:
         axis.legend(fontsize="small")
     ends = [f"{label} from {decimal(rows[0, 1])} to {decimal(rows[-1, 1])}" for label, rows in series.items()]
@@ -188,10 +190,10 @@ def group_film(path: Path) -> tuple[Film, list[Picture]]:
             for name in ("reference", "best", "worst")
         }
         title, rows = f"A group of {len(reward)} rollouts: “{instruction}”", [by_number(row) for row in reward]
-    tracks = [Track("reference", frames["reference"], small=True)]
+    tracks = [Track("reference", frames["reference"], [], 256)]
     for name, values in (("best", reward[0]), ("worst", reward[-1])):
-        notes = [f"reward {decimal(value, '+.3f')}" for value in values]
-        tracks.append(Track(f"{name}, in all {decimal(values.sum(), '+.2f')}", frames[name], notes, small=True))
+        notes = [f"this frame: {decimal(value, '.3f')}" for value in values]
+        tracks.append(Track(f"{name}, reward {decimal(values.sum(), '.2f')}", frames[name], notes, 256))
     curves = plot("reward of each frame in a group", {"best": rows[0], "worst": rows[-1]}, "frame", rows[1:-1])
     return Film(title, tracks, 300), curves
 

@@ -19,7 +19,7 @@ from vlarft.report.figures import (
     rate_plot,
     span,
 )
-from vlarft.report.runs import Kind, find_runs, named, read_json, read_log
+from vlarft.report.runs import Kind, find_runs, named, read_config, read_json, read_log
 from vlarft.run.checkpoint import read_header, write_atomic
 from vlarft.run.optional import optional
 
@@ -56,6 +56,8 @@ def _rates_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
             p_value = decimal(gain["p_value"], ".2g")
         rows.append((name, percent(entry["all"]), str(entry["all"]["episodes"]), against, p_value))
     header = "policy", "success, 95 % interval", "episodes", "difference on the same starts [points]", "p (McNemar)"
+    if not any("against_first" in entry for entry in entries.values()):
+        header, rows = header[:3], [row[:3] for row in rows]
     return Table("Success rates", header, rows)
 
 
@@ -98,7 +100,7 @@ def train_section(folder: Path, kind: Kind, evaluated: bool) -> Section:
     section = Section(f"{kind.title}: {folder.resolve().name}")
     log = read_log(folder) if (folder / "log.jsonl").is_file() else {}
     if log:
-        section.facts["steps logged"] = str(int(max(rows[-1, 0] for rows in log.values())) + 1)
+        section.facts["steps done"] = str(int(max(rows[-1, 0] for rows in log.values())) + 1)
     elif kind.curves:
         section.notes.append("Nothing is logged yet.")
     if "minutes" in log:
@@ -145,7 +147,8 @@ def eval_section(folder: Path, kind: Kind) -> Section:
     with named(folder / "results.json", "a result of eval_libero.py"):
         entries = dict(zip(_short_names([e["policy"] for e in results["policies"]]), results["policies"], strict=True))
         section.tables.append(_rates_table(entries))
-        section.plots += rate_plot({name: entry["all"] for name, entry in entries.items()})
+        if len(entries) > 1:
+            section.plots += rate_plot({name: entry["all"] for name, entry in entries.items()})
         suites, tasks, rows = results["config"]["suites"], {}, []
         for suite in suites:
             names = list(next(iter(entries.values()))["suites"][suite]["tasks"])
@@ -195,7 +198,7 @@ def eval_wm_section(folder: Path, kind: Kind) -> Section:
         }
         section.facts["held-out episodes"] = str(results["held_out_episodes"])
         rows = [
-            (text, *(decimal(found[name][-1], ".3f") for found in both.values()))
+            (text, *(decimal(found[name][-1]) for found in both.values()))
             for name, text in names.items()
             if name in both["imagined"]
         ]
@@ -229,14 +232,17 @@ def eval_wm_section(folder: Path, kind: Kind) -> Section:
             caption = "Perturbed chunks: rank correlation ± standard error, within a start"
             header = "ranked by", *(f"with the error of: {truth}" for truth in ranked)
             section.tables.append(Table(caption, header, rows))
-    for name, title in (("rollouts.gif", "Chunks of held-out episodes"), ("episodes.gif", "Whole held-out episodes")):
-        if (folder / name).is_file():
-            section.films.append(film(f"{title}: true and imagined", {"": folder / name}))
+    titles = {
+        "rollouts.gif": "Held-out chunks: above true, below imagined",
+        "episodes.gif": "Whole held-out episodes: left recorded, right imagined from the first frame",
+    }
+    section.films += [film(title, {"": folder / name}) for name, title in titles.items() if (folder / name).is_file()]
     return section
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(str(one).removesuffix("/model.safetensors") for one in values)  # a run folder names its model
 
 
 def sections(runs: Sequence[Path]) -> list[Section]:
@@ -256,7 +262,7 @@ def sections(runs: Sequence[Path]) -> list[Section]:
         else:
             section = train_section(folder, kind, evaluated)
         if kind:
-            config = read_json(folder / "config.json") or read_json(folder / "results.json")["config"]
+            config = read_config(folder)
             section.options = {name: _plain(value) for name, value in config.items()}
             chosen = {name: _plain(config[name]) for name in kind.options if config.get(name) is not None}
             section.facts = {"script": kind.script, **chosen, **section.facts}

@@ -129,6 +129,12 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(rows) for name, rows in found.items()}
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a run's configuration, which an evaluation may have in its results; {} if there is none."""
+    config = read_json(folder / "config.json") or read_json(folder / "results.json").get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def _kind(folder: Path, config: Mapping[str, Any]) -> Kind | None:
     """Tell which script wrote a folder; None: a folder that is no run.
 
@@ -160,8 +166,7 @@ def find_runs(run: Path) -> list[tuple[Kind | None, Path]]:
     found = []
     for folder in sorted({run, *(path for pattern in ("*", "*/*") for path in run.glob(pattern) if path.is_dir())}):
         if any((folder / name).is_file() for name in FILES):
-            config = read_json(folder / "config.json") or read_json(folder / "results.json").get("config", {})
-            kind = _kind(folder, config)
+            kind = _kind(folder, read_config(folder))
             if kind or (folder / "stages.json").is_file() or (folder / "summary.json").is_file():
                 found.append((kind, folder))
     if not found:
