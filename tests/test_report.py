@@ -123,9 +123,12 @@ def test_what_the_page_says(page, runs):
         "<dt>steps done</dt><dd>12</dd>",
         "<dt>minutes</dt><dd>5.5</dd>",
         "<dt>held-out episodes</dt><dd>7</dd>",
-        'alt="cross-entropy [nats] by step: loss from 2 to 0.167"',
-        'alt="reward of each frame in a group by frame: best from 0 to -0.125; worst from -0.5 to -0.25"',
+        'alt="cross-entropy [nats] by step: loss from 2 at 1 to 0.167 at 12"',
+        'alt="reward of each frame in a group by frame: best from 0 at 1 to -0.125 at 2; worst ',
         "<div>best, reward -0.12</div>",
+        '"this frame: -0.125"',
+        "<div>sft: failure</div>",
+        "<div>rft: success</div>",
         "pick up the green block and place it in the bin, start 3",
     ):
         assert shown in text, shown

@@ -165,7 +165,10 @@ def plot(
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(series) > 1:
         axis.legend(fontsize="small")
-    ends = [f"{label} from {decimal(rows[0, 1])} to {decimal(rows[-1, 1])}" for label, rows in series.items()]
+    ends = [
+        f"{label} from {decimal(first[1])} at {first[0]:g} to {decimal(last[1])} at {last[0]:g}"
+        for label, first, last in ((label, rows[0], rows[-1]) for label, rows in series.items())
+    ]
     return [_drawn(axis, title, f"{title} by {x_label}: {'; '.join(ends)}")]
 
 
