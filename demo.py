@@ -14,8 +14,8 @@ learning in the simulator, both from x_0 = 0. And the world model's metrics besi
 frame.
 
 Reads nothing. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
-before_after.gif; further pictures come from the stages. The same command resumes an interrupted demo: finished stages
-are skipped, the one that was cut short goes on.
+before_after.gif and report.html, a page of all results; further pictures come from the stages. The same command resumes
+an interrupted demo: finished stages are skipped, the one that was cut short goes on.
 """
 
 import json
@@ -31,6 +31,8 @@ import numpy as np
 import torch
 
 from vlarft.data import WindowSampler, load_episodes
+from vlarft.report.page import write_report
+from vlarft.report.runs import read_log
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
@@ -55,15 +57,6 @@ PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset=
 DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
 FEW = {"tiny": 10, "smoke": 2}  # demonstrations a task of the policy that learns from whole episodes
 RL = {"tiny": {"steps": 50}, "smoke": {}}  # flags of train_rl.py
-
-
-def read_log(folder: Path) -> dict[str, np.ndarray]:
-    """log.jsonl of a run as one array per metric (steps that lack it are left out)."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    names = dict.fromkeys(k for row in rows for k in row)
-    return {
-        name: np.array([[row["step"], row[name]] for row in rows if name in row]) for name in names if name != "step"
-    }
 
 
 def draw_demonstrations(demos: Path, path: Path) -> None:
@@ -194,7 +187,7 @@ def stages(cfg: Config) -> list[Stage]:
     first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
     few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
     simulator = {"world": "simulator", "workers": max(1, (os.cpu_count() or 1) // 2), **RL[cfg.stage_preset]}
-    models = {"policy": model["sft"], "world_model": model["wm"]}
+    models, films = {"policy": model["sft"], "world_model": model["wm"]}, {"animate": 2, "animate_failed": 1}
     return [
         Stage("collect", ROOT / "collect_demos.py", {**first_start, "out_dir": demos}),
         Stage("few", ROOT / "collect_demos.py", few),
@@ -208,8 +201,10 @@ def stages(cfg: Config) -> list[Stage]:
         stage("eval_wm", "eval_wm.py", ("wm",), demos=demos, world_model=model["wm"], true_error=True),
         Stage("sft_extra", ROOT / "train_sft.py", extra_sft, ("rft",)),
         stage("eval_zero", "eval_libero.py", ("sft",), policies=[model["sft"]], noise="zero"),
-        stage("eval_few", "eval_libero.py", ("rl",), policies=[out / "sft_few", out / "rl"], noise="zero"),
-        stage("eval", "eval_libero.py", ("sft_extra",), policies=[model[n] for n in ("sft", "sft_extra", "rft")]),
+        stage("eval_few", "eval_libero.py", ("rl",), policies=[out / "sft_few", out / "rl"], noise="zero", **films),
+        stage(
+            "eval", "eval_libero.py", ("sft_extra",), policies=[model[n] for n in ("sft", "sft_extra", "rft")], **films
+        ),
     ]
 
 
@@ -274,6 +269,7 @@ def main(cfg: Config) -> dict:
         "trust_gate": {name: values[0, 1] for name, values in log.items() if name.startswith("gate")},
     }
     write_json(out / "summary.json", summary)
+    write_report([out], out / "report.html")
     print_summary(summary, out)
     return summary
 
@@ -324,7 +320,8 @@ def print_summary(summary: dict, out: Path) -> None:
     ranks = [f"{gate[f'gate_{family}']:.2f} ± {gate[f'gate_{family}_se']:.2f}" for family in ("policy", "dataset")]
     print(f"trust gate, rank correlation of R3 and action error: {ranks[0]} among chunks sampled from the policy,")
     print(f"{ranks[1]} around the demonstrations' actions (± standard error; --gate-threshold is 0.25 by default)")
-    print(f"\npictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif:")
+    print(f"\nall of it as one page: {out / 'report.html'}")
+    print(f"pictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif:")
     print("the first starts that one policy alone wins (left the earlier policy), in both directions")
     if summary["config"]["stage_preset"] == "smoke":
         print("preset smoke only shows that the stages run; its numbers mean nothing")

@@ -11,8 +11,8 @@ the world model stay frozen.
 Reads a policy of train_sft.py, a world model of train_wm.py (not with `--reward r1`) and the demonstrations that the
 policy was trained on (its checkpoint names episodes and camera). Writes to out_dir: model.safetensors (the whole policy
 with its sigma net), train_state.pt, log.jsonl, config.json, actions.png (action distributions before and after, Fig. 4)
-and, with R2 and R3, rollouts.png (best and worst imagination of the last step below the reference). The same command
-resumes an interrupted run.
+and, with R2 and R3, of the last step's group whose rewards differ most, rollouts.png (best and worst imagination below
+the reference) and rollouts.npz (their frames, and all rewards). The same command resumes an interrupted run.
 
 Before the first step a trust gate (gate.py) asks on held-out starts whether the reward ranks action chunks by their
 distance to the demonstration's actions; if it does not, by more than chance, the run stops, unless
@@ -50,6 +50,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ from vlarft.nets.action_head import Condition
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer, check_same_robot, make_scorer
 from vlarft.run import distributed, migration, preemption
-from vlarft.run.checkpoint import load_model, open_run, read_header
+from vlarft.run.checkpoint import load_model, open_run, read_header, write_atomic
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Range, Rate, Rows, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
@@ -335,13 +336,30 @@ def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> N
         distributed.shard(policy.vlm, policy.vlm.blocks, bf16=half)
 
 
-def picture(path: Path, reward: Tensor, imagined: Imagined) -> None:
-    """Write a PNG of the group whose rewards (S, G) differ most: reference, best and worst imagination over time."""
-    start = reward.std(1).argmax()
-    best, worst = reward[start].argmax(), reward[start].argmin()
-    rows = [imagined.reference[start], imagined.frames[start, best], imagined.frames[start, worst]]
-    labels = ["reference", *(f"{n} {reward[start, i]:.2f}" for n, i in (("best", best), ("worst", worst)))]
-    save_png(path, grid(rows, labels))
+def save_group(out_dir: Path, instructions: list[str], per_frame: Tensor, imagined: Imagined) -> None:
+    """Write the group whose rewards (S, G, T) differ most: its reference, best and worst imagination over time.
+
+    rollouts.png is for the eye. rollouts.npz has the frames (T, H, W, C), uint8, as `reference`, `best` and `worst`;
+    `reward` (G, T), from the best rollout to the worst; and the `instruction`.
+    """
+    start = int(per_frame.sum(-1).std(1).argmax())
+    order = per_frame[start].sum(-1).argsort(descending=True)
+    best, worst = order[0], order[-1]
+    frames = {"reference": imagined.reference[start], "best": imagined.frames[start, best]}
+    frames["worst"] = imagined.frames[start, worst]
+    totals = {name: f"{name} {per_frame[start, i].sum():.2f}" for name, i in (("best", best), ("worst", worst))}
+    save_png(out_dir / "rollouts.png", grid(list(frames.values()), [totals.get(name, name) for name in frames]))
+    arrays = {
+        name: (255 * rearrange(value, "t c h w -> t h w c").float().clamp(0, 1)).round().byte().cpu().numpy()
+        for name, value in frames.items()
+    }
+    arrays |= {"reward": per_frame[start, order].cpu().numpy(), "instruction": np.array(instructions[start])}
+
+    def write(tmp: Path) -> None:
+        with tmp.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez_compressed(file, **arrays)
+
+    write_atomic(out_dir / "rollouts.npz", write)
 
 
 @contextmanager
@@ -488,7 +506,7 @@ def main(
             picture_actions(out_dir / "actions.png", before, chunks)
             if isinstance(score, ImageScorer):  # the last step is imagined again, from the same random numbers
                 imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
-                picture(out_dir / "rollouts.png", reward, imagined)
+                save_group(out_dir, batch.instructions, per_frame, imagined)
         save()
     state.finish(log)
     return metrics | after

@@ -1,6 +1,7 @@
 """demo.py at smoke size: every stage script by its command, the pictures, a second call, and uses of its results."""
 
 import dataclasses
+import html
 import json
 import shlex
 import subprocess
@@ -18,8 +19,11 @@ from test_readme import blocks
 import collect_demos
 import demo
 import rl_rounds
+from vlarft.report.page import write_report
+from vlarft.report.runs import KINDS
 
 ROOT = Path(__file__).parents[1]
+CURVES = {kind.script: list(kind.curves) for kind in KINDS}  # that the report shows, by their titles
 
 
 def run_notebook(name: str) -> dict:
@@ -61,6 +65,12 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
         with Image.open(out / name) as image:
             assert min(image.size) >= 64, name
+    page = (out / "report.html").read_text()
+    titles = ["Pipeline: demo", "World model, evaluated: eval_wm", *CURVES["eval_wm.py"], *CURVES["train_rl.py"]]
+    titles += [title for name in ("tokenizer", "wm", "sft", "rft") for title in CURVES[f"train_{name}.py"]]
+    assert not [title for title in titles if html.escape(title) not in page], "a metric has another name in the log"
+    # before and after; two of the world model; a group; the starts that two evaluations filmed
+    assert page.count('class="film"') == 4 + 2 * 2
     assert (out / "summary.md").read_text() in smoke.printed
     assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in smoke.printed
     assert "+ RFT" in smoke.printed and "SFT, x_0 = 0" in smoke.printed and "its numbers mean nothing" in smoke.printed
@@ -84,6 +94,9 @@ def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd):
     assert list(stages) == ["own 1", "wm 1", "success 1", "rl 1", "eval 1"] and all(s["done"] for s in stages.values())
     assert "gain" in capfd.readouterr().out
     assert rl_rounds.main(cfg) == rows and "[rl 1] done in" in capfd.readouterr().out
+    write_report([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert not [title for title in CURVES["train_success.py"] if title not in page]
 
 
 def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
