@@ -1,6 +1,6 @@
 """Vision-language model: camera images and an instruction -> context z for the action head (Eq. 1).
 
-The token sequence is [first text token][patches of every camera][other text tokens][action queries][padding], read
+The token sequence is first text token | patches of every camera | other text tokens | action queries | padding, read
 causally by the decoder of `transformer.py` with Qwen2's options. The context is the last hidden state at the patches
 and at the learned action queries.
 
