@@ -1,4 +1,4 @@
-"""What mkdocs does beside rendering docs/: links lead to the repository's other files, and names of functions to the API.
+"""What mkdocs does beside rendering docs/: other files of the repository can be linked, and functions by their names.
 
 A file that a page links to, outside docs/, becomes part of the site below repository/, scripts as pages. On a
 code-hosting page the same links lead to the files themselves.
@@ -18,7 +18,7 @@ NAME = re.compile(r"`src/(vlarft/[\w/]+)\.py:([\w.]+)`")
 
 def links(page: File, text: str) -> Iterator[tuple[re.Match, str]]:
     """The links of a page to files: where each stands, and its target, from the top of the repository."""
-    place = page.src_uri.removeprefix("repository/") if page.src_uri.startswith("repository/") else f"docs/{page.src_uri}"
+    place = f"docs/{page.src_uri}".removeprefix("docs/repository/")
     for link in LINK.finditer(text):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(place), link[0]))
         if (ROOT / target).is_file():
@@ -38,11 +38,13 @@ def on_files(files, config):
             if in_site(target) in files.src_uris:
                 continue
             if target.endswith(".py"):
-                text = f"---\nsearch:\n  exclude: true\n---\n# {target}\n\n~~~python\n{(ROOT / target).read_text()}~~~\n"
+                code = (ROOT / target).read_text()
+                text = f"---\nsearch: {{exclude: true}}\n---\n# {target}\n\n~~~python\n{code}~~~\n"
                 files.append(File.generated(config, in_site(target), content=text))
             else:
-                files.append(File.generated(config, in_site(target), abs_src_path=str(ROOT / target)))
-                waiting += [files.get_file_from_path(in_site(target))] if target.endswith(".md") else []
+                file = File.generated(config, in_site(target), abs_src_path=str(ROOT / target))
+                files.append(file)
+                waiting += [file] if file.is_documentation_page() else []
     return files
 
 
