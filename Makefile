@@ -1,6 +1,7 @@
 # make demo              run the whole pipeline, without GPU or download; PRESET=smoke takes about a minute
 # make test              run the tests
 # make lint              check format and lint rules
+# make docs              the documentation as a site: open site/index.html
 # All set up .venv first: minutes, and up to 6 GB with a CUDA build of torch. TORCH chooses torch's version (2.11 or
 # later); PIP_FLAGS passes options to pip, such as an index with CPU builds.
 
@@ -9,9 +10,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PRESET ?= tiny
+SITE ?= site
 OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python demo.py --preset $(PRESET) --out-dir $(OUT)
@@ -23,10 +25,13 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-clean:
-	rm -rf $(VENV) runs
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir $(SITE)
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: setup.cfg pyproject.toml
+clean:
+	rm -rf $(VENV) runs site
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: setup.cfg pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): minutes, and up to 6 GB"
 	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)" --editable ".[$*]"

@@ -44,14 +44,23 @@ def test_readme_has_every_equation():
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    re.findall(r"`(src/vlarft/[\w/]+\.py|\w+\.py):([\w.]+)`", README),
+    sorted({pair for page in PAGES for pair in re.findall(r"`([\w/]+\.py):([\w.]+)`", page.read_text())}),
     ids=lambda v: v,
 )
-def test_readme_names_functions_that_exist(path, name):
+def test_pages_name_functions_that_exist(path, name):
+    if path.startswith("tests/"):
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path} has no {name}"
+        return
     value = importlib.import_module(path.removeprefix("src/").removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         value = getattr(value, part)
     assert value.__doc__, f"{path}:{name} has no docstring"
+
+
+def test_the_api_has_every_module():
+    shown = re.findall(r"^::: ([\w.]+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    modules = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in ROOT.glob("src/**/*.py")]
+    assert sorted(shown) == sorted(name for name in modules if not name.endswith("__"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

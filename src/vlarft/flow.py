@@ -70,6 +70,7 @@ def matching_loss(
         draws: pairs (tau, eps) per chunk.
         pairs: tau (S, draws) and eps (S, draws, T, A), these rows of the `matching_pairs` of a larger batch; None =
             sample them here.
+
     Returns:
         The scalar loss, and metrics {"flow_mse"}.
     """
@@ -103,6 +104,7 @@ def regression_loss(
         cond: condition of the same S contexts.
         generator: source of x_0, on the actions' device.
         draws: samples of x_0 per chunk.
+
     Returns:
         The scalar loss, and metrics {"chunk_l1"}.
     """
@@ -149,8 +151,10 @@ def transition(head: FlowHead, sigma_net: SigmaNet, x: torch.Tensor, k: int | to
         x: (B, T, A), x_k in normalised action units.
         k: flow step, 0..K-1: one for all rows, or (B,).
         cond: condition made by `head.prepare(..., sigma_net=sigma_net)`.
+
     Returns:
         Normal over (B, T, A), float32.
+
     Raises:
         ValueError: the condition was made without the sigma net.
     """
@@ -194,6 +198,7 @@ def sample_chain(
         noise: (B, T, A), x_0; None = sample it.
         step_noise: (B, K, T, A), standard normal noise of the K steps; None = sample it.
         step: distribution of a step; if not the default, give the same to `chain_log_prob`.
+
     Returns:
         The chain x (B, K + 1, T, A) and the log_prob (B, K, T, A) of each scalar of each step, float32.
     """
@@ -220,6 +225,7 @@ def chain_log_prob(
         x: (B, K + 1, T, A), chain of `sample_chain`.
         cond: as for sampling; its tensors may carry gradients.
         step: as for sampling.
+
     Returns:
         log_prob, entropy, mean and sigma, (B, K, T, A) each, float32.
     """

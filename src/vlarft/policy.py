@@ -137,6 +137,7 @@ class VLAPolicy(nn.Module):
 
     Args:
         cfg: sizes.
+
     Raises:
         ValueError: `flow.context_dim` is not the language model's width, `cameras` does not name `vlm.num_cameras`
             cameras, or a key token without its head.
@@ -181,6 +182,7 @@ class VLAPolicy(nn.Module):
 
         Args:
             compile: `torch.compile` the head's trunk; the first chunk of each batch size then takes a minute.
+
         Returns:
             The policy itself.
         """
@@ -195,6 +197,7 @@ class VLAPolicy(nn.Module):
         Args:
             sigma_min, sigma_max: bounds of a flow step's standard deviation, normalised action units.
             uses_x: give the net x_k besides (z, s, k), as the public code does.
+
         Raises:
             ValueError: an earlier fine-tuning left a sigma net with other settings; the message has both.
         """
@@ -224,8 +227,10 @@ class VLAPolicy(nn.Module):
         Args:
             images: uint8 (B, H, W, 3) or (B, V, H, W, 3); or floats in [0, 1], (B, 3, H, W) or (B, V, 3, H, W).
             crop: False for images that training has cropped at random already.
+
         Returns:
             (B, V, 3, S, S) float32 in [0, 1], cropped to the central `crop_area`, then resized as in `resize`.
+
         Raises:
             ValueError: another dtype or layout, or floats outside [0, 1].
         """
@@ -291,6 +296,7 @@ class VLAPolicy(nn.Module):
             instructions: B strings.
             bf16: autocast to bfloat16.
             at_once: frames per forward pass, to bound memory; None = all.
+
         Returns:
             (B, N, D) float32.
         """
@@ -321,6 +327,7 @@ class VLAPolicy(nn.Module):
             part: (index, count): these starts are one of `count` equal shares of a larger batch. The noise of the whole
                 batch is sampled and this share of it used, so that a run does not depend on the number of processes.
             step: see `flow.sample_chain`.
+
         Returns:
             The chain, S * G rows, start-major.
         """
@@ -360,8 +367,10 @@ class VLAPolicy(nn.Module):
             generator, alpha, beta, draws: see `flow.matching_loss`.
             objective: "matching" is `flow.matching_loss`, "regression" `flow.regression_loss`.
             key_weight: weight of the auxiliary loss.
+
         Returns:
             The scalar loss and metrics: flow_mse (chunk_l1 for a regression) and, with the auxiliary loss, key_loss.
+
         Raises:
             ValueError: key_weight without a key head.
         """
@@ -393,6 +402,7 @@ class VLAPolicy(nn.Module):
         Args:
             observations: B mappings with an image per camera of the configuration, (H, W, 3) uint8, upright, of any
                 resolution; "proprio" (P,), raw; "instruction". Other entries are ignored.
+
         Raises:
             ValueError: no observation; one that lacks an entry, or has one of another type or shape.
         """
@@ -454,9 +464,11 @@ class VLAPolicy(nn.Module):
             generator: source of x_0, on the policy's device.
             num_steps: Euler steps of the deterministic flow.
             step_noise: (B, K, T, A), standard normal noise of the K steps, see `flow.sample_chain`; None = use the ODE.
+
         Returns:
             (B, T, A) raw actions, float32: motion inside the training range, grippers -1 open or +1 close. For a single
             observation outside a list: (T, A), from noise (T, A).
+
         Raises:
             ValueError: unfitted normaliser, unequal batch sizes, NaN proprio, noise of another shape, bad images,
                 images without instructions and proprio, step noise for a policy without sigma net.

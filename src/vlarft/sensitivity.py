@@ -160,10 +160,10 @@ def evaluate_sensitivity(
         seed: seed of perturbations and imaginations.
 
     Returns:
-        [error][score][label] -> spearman, standard_error and pair_order, within starts and averaged over them. Errors:
-        "action" (L1), "true frames" (the negative reward on the simulator's frames), "true state" [m]. Scores: R2 and
-        R3 of each imagination; "true frames" and "action L1", errors as scores; "decoded frames", the simulator's
-        frames after the tokenizer, which is R3 with a perfect transformer.
+        `[error][score][label]` -> spearman, standard_error and pair_order, within starts and averaged over them.
+        Errors: "action" (L1), "true frames" (the negative reward on the simulator's frames), "true state" [m]. Scores:
+        R2 and R3 of each imagination; "true frames" and "action L1", errors as scores; "decoded frames", the
+        simulator's frames after the tokenizer, which is R3 with a perfect transformer.
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()

@@ -58,6 +58,7 @@ class Keys(NamedTuple):
         Args:
             message: from `unpack`.
             proprio_dim: P.
+
         Raises:
             ValueError: an entry is missing or has another type or shape; the message names the client's key.
         """
@@ -170,6 +171,7 @@ def policy_server(
         host, port: address to listen at; port 0 takes a free one, which `server.socket` knows.
         api_key: what clients have to send; None = nothing.
         max_bytes: connections with larger messages are closed.
+
     Raises:
         ImportError: websockets or msgpack is missing.
         OSError: the address is in use or none of this machine's.

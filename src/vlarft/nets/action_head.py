@@ -238,6 +238,7 @@ class SigmaNet(nn.Module):
             cond: condition of S contexts, from `prepare`.
             k: (B,) flow steps, 0..K-1.
             x: (B, T, A), read only with `sigma_uses_x`.
+
         Returns:
             (B, T, A), float32, between log sigma_min and log sigma_max.
         """

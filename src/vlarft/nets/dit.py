@@ -98,6 +98,7 @@ class DiT(nn.Module):
     Args:
         cfg: sizes.
         out_dim: width of the output per token.
+
     Raises:
         ValueError: a cross-attention block outside the depth.
     """

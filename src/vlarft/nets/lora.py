@@ -76,8 +76,10 @@ def add_lora(module: nn.Module, cfg: LoRAConfig) -> int:
     Args:
         module: e.g. the vision-language model.
         cfg: rank, alpha, dropout and which layers.
+
     Returns:
         The number of trainable parameters added.
+
     Raises:
         ValueError: bad rank, adapters already present, or no layer with a matching name.
     """

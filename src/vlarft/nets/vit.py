@@ -183,8 +183,10 @@ class ViT(nn.Module):
 
         Args:
             images: (B, 3, image_size, image_size), floats in [0, 1].
+
         Returns:
             (B, N, D); class and register tokens are removed.
+
         Raises:
             ValueError: images of another size.
         """
@@ -261,8 +263,10 @@ class ConvEncoder(nn.Module):
         Args:
             images: (B, 3 * num_images, image_size, image_size), floats in [0, 1].
             language: (B, film_dim) instruction embedding; needed exactly when the configuration has a film_dim.
+
         Returns:
             (B, num_keypoints, D).
+
         Raises:
             ValueError: another image size; instruction embedding missing, or given without `film_dim`.
         """

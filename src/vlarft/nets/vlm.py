@@ -1,6 +1,6 @@
 """Vision-language model: camera images and an instruction -> context z for the action head (Eq. 1).
 
-The token sequence is [first text token][patches of every camera][other text tokens][action queries][padding], read
+The token sequence is first text token | patches of every camera | other text tokens | action queries | padding, read
 causally by the decoder of `transformer.py` with Qwen2's options. The context is the last hidden state at the patches
 and at the learned action queries.
 
@@ -219,6 +219,7 @@ class VLM(nn.Module):
 
     Args:
         cfg: sizes.
+
     Raises:
         ValueError: encoders with different numbers of tokens, a vocabulary too small for byte tokens, or
             `bytes_per_token` below 1 or, with a text tokenizer's file, above 1.
@@ -287,8 +288,10 @@ class VLM(nn.Module):
         Args:
             images: (B, V, 3, H, W), floats in [0, 1], of the encoder's size.
             instructions: B strings.
+
         Returns:
             Context (B, P + Q, D): vision tokens first, action queries last; and the vision tokens (B, P, Dv).
+
         Raises:
             ValueError: wrong number of cameras or image size; an empty or too long instruction.
         """
@@ -359,6 +362,7 @@ class VLM(nn.Module):
             text: (B, n, D), right-padded.
             lengths: (B,), numbers of text tokens without padding.
             patches: (B, P, D).
+
         Returns:
             (B, n + P + Q, D); each row's queries follow its last text token directly.
         """

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from vlarft.run.checkpoint import write_json
 from vlarft.run.script import PARENT, signals_noted
 
+INSTALLED = Path(__file__).resolve().parents[1] / "stages"  # where a wheel has the stage scripts; setup.cfg maps them
+
 
 class MemoryPeak(threading.Thread):
     """Samples the memory of a process and all its descendants [bytes]: shared pages count once (Linux only)."""
@@ -70,6 +72,12 @@ class Stage(NamedTuple):
             values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
         return words
+
+    def command(self, words: Sequence[str]) -> str:
+        """The command line that a user would type: a file of the repository, or a module of an installed wheel."""
+        installed = self.script.parent == INSTALLED
+        place = ["-m", f"vlarft.stages.{self.script.stem}"] if installed else [self.script.name]
+        return shlex.join(["python", *place, *words])
 
 
 class Running:
@@ -189,7 +197,7 @@ def run_stages(
                 for stage in [s for s in waiting if ended.issuperset(s.after)][: at_once - len(running)]:
                     waiting.remove(stage)
                     words = stage.words()
-                    command = shlex.join(["python", stage.script.name, *words])
+                    command = stage.command(words)
                     before = found.get(stage.name, {})
                     if before.get("command") == command and before.get("done"):
                         print(f"\n[{stage.name}] done in {before['seconds']:.0f} s: {command}", flush=True)

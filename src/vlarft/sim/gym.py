@@ -149,6 +149,7 @@ def task_env(simulator: str, suite: str, task: int | str = 0, **options: Any) ->
         task: index or name of a task of the suite.
         options: image_size (64, LIBERO 256), cameras, horizon, evaluation, render_mode; see `suites.make_env`. With
             `evaluation`, episodes start from the 50 evaluation states, otherwise from starts of demonstrations.
+
     Raises:
         ValueError: unknown suite, task or camera.
         ImportError, FileNotFoundError: gymnasium, the simulator or its assets are missing.
@@ -186,6 +187,7 @@ def vector_envs(
         n_envs: environments of each task.
         use_async_envs: a process for each environment, all started now, instead of this one for all.
         options: see `task_env`.
+
     Returns:
         {suite: {index of the task: its vector environment}}.
     """

@@ -25,8 +25,10 @@ def camera_keys(cameras: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     Args:
         cameras: of the policy.
         keys: of a batch, or of a configuration's features.
+
     Returns:
         camera -> key.
+
     Raises:
         ValueError: no entry for a camera.
     """
@@ -83,9 +85,11 @@ def observations(batch: Mapping[str, Any], cameras: Iterable[str]) -> list[dict[
     Args:
         batch: of lerobot, as its processors or its data loader make it.
         cameras: of the policy.
+
     Returns:
         B mappings: an image per camera, uint8 (H, W, 3), "proprio" (P,), "instruction". lerobot divides the camera's
         8-bit images by 255, which is undone exactly.
+
     Raises:
         ValueError: an entry is missing or has another type, shape or range; the message names it.
     """
@@ -109,8 +113,10 @@ def padded_actions(batch: Mapping[str, Any], repeated: Tensor, chunk: int) -> Te
         batch: with action (B, T, A) and, from a data loader, action_is_pad (B, T).
         repeated: (A,) bool, dimensions that stand still if their last value is repeated (`Episode.repeated`).
         chunk: T of the policy.
+
     Returns:
         (B, T, A) float32.
+
     Raises:
         ValueError: no actions, or others than (B, T, A).
     """

@@ -36,6 +36,7 @@ class VlarftPolicy(PreTrainedPolicy):
         config: its `checkpoint` is loaded, unless `checkpoint` is given; with `size`, a new policy is made.
         dataset_stats, dataset_meta: of the data set of lerobot-train; otherwise None.
         checkpoint: run folder or model.safetensors.
+
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: neither checkpoint nor size; no policy of vlarft; a robot, cameras or units that do not fit.
@@ -112,6 +113,7 @@ class VlarftPolicy(PreTrainedPolicy):
             dataset_stats, dataset_meta: see the class.
             strict: weights that do not fit are an error in any case.
             hub: options of hf_hub_download: revision, cache_dir, local_files_only, ...
+
         Raises:
             FileNotFoundError: no such folder, file or repository.
             ValueError: see the class.
@@ -153,8 +155,10 @@ class VlarftPolicy(PreTrainedPolicy):
         Args:
             batch: see batches.py; actions raw, (B, T, A).
             reduction: "mean" over B, T, A; lerobot's weights per sample are not supported.
+
         Returns:
             The scalar loss and {"flow_mse"}.
+
         Raises:
             ValueError: an entry is missing or has another shape; another reduction.
         """
@@ -173,8 +177,10 @@ class VlarftPolicy(PreTrainedPolicy):
         Args:
             batch: see batches.py.
             noise: (B, T, A), x_0; None = as `config.noise` says, sampled from torch's generator or zero.
+
         Returns:
             (B, T, A) raw actions, float32: grippers -1 open or +1 close.
+
         Raises:
             ValueError: an entry is missing or has another shape.
         """

@@ -18,6 +18,7 @@ def make_vlarft_pre_post_processors(
     Args:
         config: of the policy.
         dataset_stats: of lerobot's data set; not used: the statistics are in the policy's checkpoint.
+
     Returns:
         Preprocessor (batch -> batch on the policy's device) and postprocessor (action -> action on the CPU).
     """
