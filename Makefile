@@ -1,4 +1,5 @@
 # make demo              run the whole pipeline, without GPU or download; PRESET=smoke takes about a minute
+# make play              play the repository's checkpoints before and after training: a page, in a minute
 # make test              run the tests
 # make lint              check format and lint rules
 # make docs              the documentation as a site: open site/index.html
@@ -13,10 +14,13 @@ PRESET ?= tiny
 SITE ?= site
 OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))
 
-.PHONY: demo test lint docs clean
+.PHONY: demo play test lint docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python demo.py --preset $(PRESET) --out-dir $(OUT)
+
+play: $(VENV)/.demo
+	$(VENV)/bin/python play.py
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope

@@ -26,15 +26,6 @@ ROOT = Path(__file__).parents[1]
 CURVES = {kind.script: list(kind.curves) for kind in KINDS}  # that the report shows, by their titles
 
 
-def run_notebook(name: str) -> dict:
-    """Run the code cells of a notebook in order; returns their variables."""
-    path, names = ROOT / "notebooks" / name, {"__name__": "notebook"}
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), str(path), "exec"), names)
-    return names
-
-
 class Demo(NamedTuple):
     folder: Path  # in which it ran, with its results in runs/demo
     printed: str
@@ -116,16 +107,6 @@ def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
     assert stages["rl 2"]["world_model"] == stages["success 2"]["world_model"] == tmp_path / "wm_2"
     assert stages["rl 2"]["success_model"] == tmp_path / "success_2" and stages["rl 2"]["gate_threshold"] == 0.9
     assert stages["eval 2"]["policies"] == [Path("sft"), tmp_path / "rl_2"]
-
-
-@pytest.mark.slow
-def test_notebooks_run(smoke, monkeypatch):
-    monkeypatch.setenv("DEMO", str(smoke.folder / "runs" / "demo"))
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    cells = run_notebook("imagination.ipynb")
-    assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
-    cells = run_notebook("rft_step.ipynb")
-    assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
 
 
 @pytest.mark.slow

@@ -113,6 +113,11 @@ def _frames(path: Path) -> tuple[list[Any], float]:
     return [f for f, time in zip(frames, times) for _ in range(max(1, round(time / interval)))], interval
 
 
+def track(label: str, frames: Sequence[np.ndarray], notes: Sequence[str] = (), width: int = 256) -> Track:
+    """Frames (H, W, 3), uint8, as a track of a film."""
+    return Track(label, [_encoded(_pillow().fromarray(frame)) for frame in frames], list(notes), width)
+
+
 def film(title: str, paths: Mapping[str, Path]) -> Film:
     """Films side by side, label -> file, with at most `MOST_FRAMES` frames."""
     films = {label: _frames(path) for label, path in paths.items()}
@@ -188,15 +193,12 @@ def group_film(path: Path) -> tuple[Film, list[Picture]]:
     """Show the group that train_rft.py wrote: its best and worst rollout beside their reference, and all rewards."""
     with named(path, "a group of train_rft.py"), np.load(path) as file:
         reward, instruction = file["reward"], str(file["instruction"])  # (G, T), the best rollout first
-        frames = {
-            name: [_encoded(_pillow().fromarray(frame)) for frame in file[name]]
-            for name in ("reference", "best", "worst")
-        }
+        frames = {name: file[name] for name in ("reference", "best", "worst")}  # (T, H, W, C)
         title, rows = f"A group of {len(reward)} rollouts: “{instruction}”", [by_number(row) for row in reward]
-    tracks = [Track("reference", frames["reference"], [], 256)]
+    tracks = [track("reference", frames["reference"])]
     for name, values in (("best", reward[0]), ("worst", reward[-1])):
         notes = [f"this frame: {decimal(value, '.3f')}" for value in values]
-        tracks.append(Track(f"{name}, reward {decimal(values.sum(), '.2f')}", frames[name], notes, 256))
+        tracks.append(track(f"{name}, reward {decimal(values.sum(), '.2f')}", frames[name], notes))
     curves = plot("reward of each frame in a group", {"best": rows[0], "worst": rows[-1]}, "frame", rows[1:-1])
     return Film(title, tracks, 300), curves
 

@@ -272,7 +272,7 @@ def sections(runs: Sequence[Path]) -> list[Section]:
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
-    """Write the page.
+    """Write the page of runs.
 
     Args:
         runs: run folders.
@@ -283,10 +283,14 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> None:
         ValueError: a folder without a run, or a damaged file, which is named.
         ImportError: matplotlib, pillow or jinja2 is missing.
     """
+    write_page(", ".join(str(run) for run in runs), sections([Path(run) for run in runs]), out)
+
+
+def write_page(title: str, parts: Sequence[Section], out: str | Path) -> None:
+    """Write a page of sections, see `write_report`."""
     with optional("a report needs jinja2", "plots"):
         import jinja2
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    title = ", ".join(str(run) for run in runs)
-    page = template.render(title=title, sections=sections([Path(run) for run in runs]))
+    page = template.render(title=title, sections=parts)
     write_atomic(out, lambda tmp: tmp.write_text(page, encoding="utf-8"))

@@ -1,0 +1,130 @@
+"""See what training changed: two policies play the same starts, and a world model imagines what they do.
+
+    python play.py                   with the checkpoints of this repository: a minute on two cores; or `make play`
+    python play.py --policies runs/demo/sft runs/demo/rft --world-model runs/demo/wm
+
+Both policies play the first `episodes` evaluation states of some tasks (eval_libero.py). Of each task, the page films
+the first start that one policy alone wins, or else the first one: what happened, and beside it what the world model
+imagines of the same actions, from the first frame alone to the episode's end.
+
+Reads checkpoints. Writes to out_dir the evaluation (eval/) and play.html, one file with its pictures; opens nothing.
+The same command plays no episode twice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlarft.policy import VLAPolicy
+from vlarft.report.figures import Film, track
+from vlarft.report.page import Section, sections, write_page
+from vlarft.reward import check_same_robot
+from vlarft.run.checkpoint import checkpoint_file
+from vlarft.run.config import Count, Side, opt
+from vlarft.run.script import run_script
+from vlarft.run.stages import run_stage
+from vlarft.sim.replay import replay_frames
+from vlarft.sim.suites import task_names
+from vlarft.world_model import WorldModel
+
+ROOT = Path(__file__).parent
+NAMES = "before", "after"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Two policies, a world model, and what they play."""
+
+    policies: tuple[str, str] = opt(
+        tuple(f"checkpoints/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="models"
+    )
+    world_model: str = opt("checkpoints/tabletop_world_model", "run of train_wm.py")
+
+    suite: str = opt("tabletop_object", "suite that all three were trained on", group="episodes")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or by words of their names")
+    episodes: Count = opt(6, "evaluation states of each task")
+    noise: Literal["zero", "sampled"] = opt("zero", "x_0 of the policies")
+
+    out_dir: str = opt("runs/play", "folder to write", group="run")
+    size: Side = opt(160, "side of the films [px]")
+
+
+PRESETS = {"tiny": Config(), "smoke": Config(tasks=("0",), episodes=1)}
+
+
+def chosen_starts(episodes: Sequence[Mapping[tuple, dict]]) -> list[tuple]:
+    """Choose of each task the first start at which the policies' outcomes differ, or else its first."""
+    chosen = {}
+    for start in sorted(
+        episodes[0], key=lambda start: (len({played[start]["success"] for played in episodes}) < 2, start)
+    ):
+        chosen.setdefault(start[:2], start)
+    return sorted(chosen.values())
+
+
+def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
+    """Imagine a whole episode from its first frame.
+
+    Args:
+        model: the world model.
+        start: suite, task, initial state.
+        actions: (L, A) raw.
+    Returns:
+        Frames (1 + L, H, W, 3), uint8; the first is the given one.
+    """
+    first = replay_frames(*start, actions[:0], size=model.cfg.tokenizer.image_size[0])[0]
+    frame = torch.from_numpy(first).movedim(-1, 0).float()[None] / 255  # (1, C, H, W)
+    rows = torch.from_numpy(actions)[None, None]  # (1, 1, L, A)
+    frames: Tensor = model.rollout(frame, rows, greedy=True).frames[0, 0]  # (L, C, H, W)
+    later = (frames.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+    return np.concatenate([first[None], later])
+
+
+def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:
+    """Films of the chosen starts: each policy's episode, and the same in imagination."""
+    found, names = [], task_names(cfg.suite)
+    for start in chosen_starts(episodes):
+        tracks = []
+        for name, played in zip(NAMES, episodes, strict=True):
+            record = played[start]
+            actions, outcome = np.array(record["actions"], np.float32), "success" if record["success"] else "failure"
+            tracks.append(track(f"{name}: {outcome}", replay_frames(*start, actions, size=cfg.size)))
+            shown = imagine(model, start, actions)
+            kept = [*range(0, len(shown) - 1, 2), len(shown) - 1]  # every second frame, as the films of what happened
+            tracks.append(track(f"{name}, imagined", shown[kept]))
+        found.append(Film(f"{names[start[1]].replace('_', ' ')}, start {start[2]}", tracks, 100))
+    return found
+
+
+def main(cfg: Config) -> Path:
+    """Play, imagine and write the page; returns its path."""
+    out = Path(cfg.out_dir)
+    model = WorldModel.load(cfg.world_model)
+    for path in cfg.policies:
+        check_same_robot(VLAPolicy.load(path), model)
+    flags = {"suites": [cfg.suite], "tasks": cfg.tasks, "episodes": cfg.episodes, "noise": cfg.noise}
+    run_stage(out, "eval", ROOT / "eval_libero.py", preset="tiny", policies=cfg.policies, **flags, out_dir=out / "eval")
+    records = [json.loads(line) for line in (out / "eval" / "episodes.jsonl").read_text().splitlines()]
+    episodes = [
+        {
+            (r["suite"], r["task"], r["init_state"]): r
+            for r in records
+            if Path(r["policy"]) in (Path(p), checkpoint_file(p))
+        }
+        for p in cfg.policies
+    ]
+    seen = Section("What happened, and what the world model imagines", films=films(cfg, model, episodes))
+    seen.facts = {"policies": ", ".join(cfg.policies), "world model": cfg.world_model}
+    write_page("before and after", [seen, *sections([out / "eval"])], out / "play.html")
+    print(f"the page, to open in a browser: {out / 'play.html'}")
+    return out / "play.html"
+
+
+if __name__ == "__main__":
+    run_script(main, Config, PRESETS, __doc__)

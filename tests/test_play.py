@@ -1,0 +1,86 @@
+"""The repository's checkpoints: play.py, its page and what it refuses; and the notebooks."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import files_of
+
+import play
+from vlarft.run.checkpoint import save_model
+from vlarft.world_model import WorldModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_notebook(name: str) -> dict:
+    """Run the code cells of a notebook in order; returns their variables."""
+    path, names = ROOT / "notebooks" / name, {"__name__": "notebook"}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    return names
+
+
+def records(*outcomes):
+    return {
+        ("suite", task, state): {"success": won}
+        for task, states in enumerate(outcomes)
+        for state, won in enumerate(states)
+    }
+
+
+def test_of_each_task_the_first_start_that_one_policy_alone_wins():
+    before = records([True, False, True], [False, False], [True, True])
+    after = records([True, True, False], [False, False], [True, False])
+    chosen = [("suite", 0, 1), ("suite", 1, 0), ("suite", 2, 1)]
+    assert play.chosen_starts([before, after]) == play.chosen_starts([after, before]) == chosen
+
+
+@pytest.mark.slow
+def test_the_page_of_the_repositorys_checkpoints(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)  # where the checkpoints are
+    config = dataclasses.replace(play.PRESETS["smoke"], out_dir=str(tmp_path / "play"), size=64)
+    page = play.main(config)
+    text, kept = page.read_text(), files_of(tmp_path / "play" / "eval")
+    assert all(f"{name}: " in text and f"{name}, imagined" in text for name in ("before", "after"))
+    assert text.count('type="range"') == 1
+    records = [json.loads(line) for line in (tmp_path / "play" / "eval" / "episodes.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["init_state"]) for r in records] == [(0, 0), (0, 0)]
+    assert play.main(config) == page and files_of(tmp_path / "play" / "eval") == kept  # nothing is played twice
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = dataclasses.replace(play.PRESETS["smoke"], out_dir=str(tmp_path / "play"))
+    with pytest.raises(ValueError, match="tabletop_before/model.safetensors holds a VLAPolicy, expected a WorldModel"):
+        play.main(dataclasses.replace(config, world_model="checkpoints/tabletop_before"))
+    model = WorldModel.load(config.world_model)
+    model.action_bins.set_range(model.action_bins.low / 10, model.action_bins.high / 10)
+    save_model(tmp_path / "model.safetensors", model, model.cfg)
+    with pytest.raises(ValueError, match="the world model"):  # of a robot that moves less
+        play.main(dataclasses.replace(config, world_model=str(tmp_path)))
+    assert not (tmp_path / "play" / "play.html").exists()
+
+
+def test_the_checkpoints_fit_a_repository():
+    folders = sorted((ROOT / "checkpoints").iterdir())
+    assert [f.name for f in folders] == ["tabletop_after", "tabletop_before", "tabletop_world_model"]
+    for folder in folders:
+        assert {"model.safetensors", "README.md"} <= set(os.listdir(folder))
+    assert sum(path.stat().st_size for path in (ROOT / "checkpoints").rglob("*") if path.is_file()) < 15e6
+
+
+@pytest.mark.slow
+def test_notebooks_run(tmp_path, monkeypatch):
+    for name in ("checkpoints", "collect_demos.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = run_notebook("imagination.ipynb")
+    assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
+    cells = run_notebook("rft_step.ipynb")
+    assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
