@@ -32,8 +32,8 @@ WHAT = {
     "tabletop_after": "The same policy after 200 steps of reinforcement learning on whole episodes in the simulator "
     "itself, by true outcomes. Of the world model it has seen nothing.",
     "tabletop_world_model": "World model of the 40 demonstrations and of 128 attempts of the first policy, most of "
-    "them failures, with a tokenizer of its own. It follows the hand; many blocks that are grasped stay behind or change "
-    "colour.",
+    "them failures, with a tokenizer of its own. It follows the hand; many blocks that are grasped stay behind or "
+    "change colour.",
 }
 
 
