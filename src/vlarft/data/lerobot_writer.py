@@ -89,14 +89,16 @@ def is_recorded(root: Path, count: int, new: int) -> bool:
 
     Raises:
         FileExistsError: something else is there.
+        ImportError: a package that writing needs is missing.
     """
+    import_parquet(), import_av()  # before hours are spent on the episodes
     if not root.exists():
         return False
     there = read_info(root).get("total_episodes") if (root / "meta" / "info.json").is_file() else None
     if new or there != count:
         raise FileExistsError(
-            f"{root} exists, with {there or 'no'} episodes; {count} are to be recorded, of which {new} are still to be "
-            "made. A LeRobot data set cannot be continued: remove it, or give another folder"
+            f"{root} exists, with {there or 'no'} episodes; {count} are to be recorded, {new} of them not made yet. A "
+            "LeRobot data set cannot be continued: remove it, or give another folder"
         )
     return True
 
