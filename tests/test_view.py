@@ -42,7 +42,7 @@ OUTCOMES = {
 
 def read_back(path):
     """(entity, what) -> values, one a step or one in all, of the only recording; and the timelines of each."""
-    chunk = pytest.importorskip("rerun.chunk", reason="rerun-sdk is not installed")
+    chunk = pytest.importorskip("rerun.chunk", reason="a rerun-sdk that reads its files is not installed")
     reader = chunk.RrdReader(str(path))
     assert len(reader.recordings()) == len(reader.blueprints()) == 1
     values, times = {}, {}
