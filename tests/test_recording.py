@@ -131,6 +131,9 @@ def test_a_killed_recording_is_no_data_set_and_the_command_goes_on(config, tmp_p
     before = (Path(config.lerobot) / "meta/info.json").stat().st_mtime_ns
     eval_libero.main(config)  # complete: nothing is written again
     assert (Path(config.lerobot) / "meta/info.json").stat().st_mtime_ns == before
+    (Path(config.out_dir) / "episodes.jsonl").unlink()  # as many episodes as there, but others
+    with pytest.raises(FileExistsError, match="with 2 episodes; 2 are to be recorded, 2 of them not made yet"):
+        eval_libero.main(config)
 
 
 def test_another_folder_or_package_is_asked_for_before_the_first_episode(config, tmp_path, monkeypatch):
