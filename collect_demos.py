@@ -178,8 +178,8 @@ def main(config: Config) -> list[Path]:
     for key in chosen:
         if not left[key]:
             _merge(config, *key)
-    if config.lerobot:
-        is_recorded(Path(config.lerobot), sum(map(_count, paths.values())) + len(todo), len(todo))
+    count = sum(map(_count, paths.values())) + len(todo)
+    recorded = not config.lerobot or is_recorded(Path(config.lerobot), count, len(todo))
     results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0, start=one_thread)
     problems: dict[tuple[str, int], list[str]] = {}
     for _, (job, problem), _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
@@ -196,7 +196,7 @@ def main(config: Config) -> list[Path]:
     if problems:
         missing = "\n".join(f"{len(own)} of {demo_path(config, *key).name}: {own[0]}" for key, own in problems.items())
         raise RuntimeError(f"demonstrations are missing; all others are kept:\n{missing}")
-    if config.lerobot and not is_recorded(Path(config.lerobot), sum(map(_count, paths.values())), 0):
+    if not recorded:
         write_lerobot(config.lerobot, _episodes(paths.values()), CONTROL_FREQ)
         print(f"{config.lerobot}: the same as a LeRobot data set")
     return list(paths.values())

@@ -101,6 +101,8 @@ def test_outcomes_are_in_the_frames_alone_as_well(config):
 def test_several_policies_have_a_data_set_each(config, tmp_path):
     config, _ = config
     eval_libero.main(dataclasses.replace(config, lerobot=None))
+    eval_libero.main(dataclasses.replace(config, lerobot=str(tmp_path / "later")))
+    assert len(every_camera(tmp_path / "later")) == 2
     recording = str(Path(config.out_dir) / "episodes.jsonl")
     both = dataclasses.replace(config, policies=(*config.policies, recording), out_dir=str(tmp_path / "both"))
     eval_libero.main(both)
