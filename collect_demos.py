@@ -5,11 +5,13 @@
     python collect_demos.py --preset paper --out-dir demos --workers 8     # four suites x ten tasks x 50, 256 px
     python collect_demos.py --preset libero --demos-per-task 20 --out-dir demos     # LIBERO-Object and LIBERO-Spatial
     python collect_demos.py --preset libero --suites libero_goal --out-dir demos    # another suite of LIBERO
+    python collect_demos.py --preset tiny --out-dir demos --lerobot demos_lerobot   # the same in LeRobot's layout
 
 Reads nothing but, with `--policy-per-task`, the policy. Writes <out_dir>/<suite>/<task>_demo.hdf5. The same command run
 again makes only what is missing: finished demonstrations wait in <task>_demo.parts, each written whole or not at all,
 until their task is complete. A worker process that dies is replaced. A task that the expert cannot do is reported at
-the end, when all others are made.
+the end, when all others are made. `--lerobot DIR` then also writes all of them as a LeRobot data set, which appears
+once it is whole; it cannot be continued, so that more demonstrations need another folder.
 
 Every frame stores the executed action, which the world model learns from, and the intended one, without the expert's
 noise, which a policy imitates. Demonstration i is the first success among the start seeds that belong to i, so the
@@ -30,7 +32,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +41,11 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from vlarft.data.episode import Episode
+from vlarft.data.episodes import read_episodes
+from vlarft.data.frames import Budget
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
+from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
@@ -47,6 +53,7 @@ from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
+from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.gl import FAST
 from vlarft.sim.record import PolicyPlayer, record
 from vlarft.sim.workers import one_thread, run_jobs
@@ -90,6 +97,9 @@ class Config:
     policy_noise: NotNegative = opt(0.1, "action noise of these attempts [action units]")
 
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5", group="run")
+    lerobot: str | None = opt(
+        None, "new folder for the demonstrations as a LeRobot data set as well, outside --out-dir"
+    )
     seed: Annotated[int, Range(0, ATTEMPT_STRIDE - 3 * FIRST_NOISY)] = opt(
         0, "seed of the first demonstration's start; the others follow"
     )
@@ -100,6 +110,8 @@ class Config:
             raise ValueError("--demos-per-task 0: nothing to collect; give --noisy-per-task or --policy-per-task")
         if self.min_speed > self.max_speed:
             raise ValueError(f"--min-speed {self.min_speed} exceeds --max-speed {self.max_speed}")
+        if self.lerobot and Path(self.out_dir).resolve() in (place := Path(self.lerobot).resolve(), *place.parents):
+            raise ValueError(f"--lerobot {self.lerobot} lies in --out-dir, whose files are HDF5: give a folder outside")
         if self.policy_per_task and not self.policy:
             raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
         for suite in self.suites:
@@ -124,6 +136,7 @@ PRESETS = {
 # Settings that only say how much is made and by whom; a collection can be continued with other values of these.
 NOT_CONTENT = (
     "out_dir",
+    "lerobot",
     "suites",
     "tasks",
     "demos_per_task",
@@ -152,6 +165,7 @@ def main(config: Config) -> list[Path]:
 
     Raises:
         ValueError: unknown suite or task, or a file made with other settings.
+        FileExistsError: `lerobot` is a folder that does not hold the demonstrations.
         RuntimeError: tasks lack demonstrations, for want of a success in `max_attempts` attempts or of a plan; all
             others have been made and kept.
     """
@@ -164,6 +178,8 @@ def main(config: Config) -> list[Path]:
     for key in chosen:
         if not left[key]:
             _merge(config, *key)
+    count = sum(map(_count, paths.values())) + len(todo)
+    recorded = not config.lerobot or is_recorded(Path(config.lerobot), count, len(todo))
     results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0, start=one_thread)
     problems: dict[tuple[str, int], list[str]] = {}
     for _, (job, problem), _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
@@ -180,6 +196,9 @@ def main(config: Config) -> list[Path]:
     if problems:
         missing = "\n".join(f"{len(own)} of {demo_path(config, *key).name}: {own[0]}" for key, own in problems.items())
         raise RuntimeError(f"demonstrations are missing; all others are kept:\n{missing}")
+    if not recorded:
+        write_lerobot(config.lerobot, _episodes(paths.values()), CONTROL_FREQ)
+        print(f"{config.lerobot}: the same as a LeRobot data set")
     return list(paths.values())
 
 
@@ -223,6 +242,18 @@ def make_demo(job: Job) -> Made:
         content = file.id.get_file_image()
     write_atomic(part, lambda tmp: tmp.write_bytes(content))
     return Made(job, None)
+
+
+def _count(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open_demo_file(path) as file:
+        return len(demo_names(file["data"]))
+
+
+def _episodes(paths: Iterable[Path]) -> Iterator[Episode]:
+    for path in paths:
+        yield from read_episodes(path, None, lambda *_: True, budget=Budget(0))
 
 
 def summary(path: Path) -> str:

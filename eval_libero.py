@@ -18,8 +18,10 @@ Reads policies: a checkpoint of train_sft.py or train_rft.py, or its run folder;
 episodes.jsonl of an earlier evaluation (or of studies/libero_experts.py), whose actions are replayed open loop.
 Writes out_dir/episodes.jsonl (one line an episode, appended as they end: the same command resumes an interrupted
 evaluation), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
-out_dir/*.gif or *.mp4. When a worker process dies, another plays its episodes again, and the report counts them. Each
-worker has its own copy of the policy, on the GPU where there is one.
+out_dir/*.gif or *.mp4. `--lerobot DIR` plays the recorded actions again at the end, and writes what the cameras of the
+policy saw at every step, and the outcomes, as a LeRobot data set, whole or not at all. When a worker process dies,
+another plays its episodes again, and the report counts them. Each worker has its own copy of the policy, on the GPU
+where there is one.
 
 Differences from the paper: none in the protocol. Options: `--execute 4` plans again after 4 actions; `--noise zero`
 starts the ODE at x_0 = 0, `--noise gripper` at 0 except in the gripper's dimension, and `--noise stochastic` samples
@@ -41,6 +43,7 @@ import torch
 from tqdm import tqdm
 
 from vlarft.data.convention import check_same_images
+from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import (
@@ -56,10 +59,11 @@ from vlarft.run.config import Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
+from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.replay import replay_frames
+from vlarft.sim.replay import replay_episodes, replay_frames
 from vlarft.sim.suites import check_cameras, simulator_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
@@ -106,6 +110,9 @@ class Config:
     animate_starts: tuple[str, ...] = opt((), "episodes to film, as suite/task number/initial state")
     animate_size: Side = opt(160, "side of the films [px]")
     animate_format: Literal["gif", "mp4"] = opt("gif", "format of the films")
+    lerobot: str | None = opt(
+        None, "new folder for the episodes as a LeRobot data set; with several policies DIR_policy0, DIR_policy1, ..."
+    )
 
 
 TABLETOP = {"suites": tuple(TABLETOP_SUITES), "image_size": None}
@@ -260,6 +267,30 @@ def film(cfg: Config, records: list[dict]) -> None:
                 save_gif(f"{name}.gif", frames, frames_per_second=10, hold_last=1.5)
 
 
+def recordings(cfg: Config, records: list[dict]) -> dict[str, Path]:
+    """LeRobot data sets that are still to be written: policy -> folder, none of which exists."""
+    found = {}
+    for number, path in enumerate(cfg.policies if cfg.lerobot else ()):
+        root = Path(cfg.lerobot if len(cfg.policies) == 1 else f"{cfg.lerobot}_policy{number}")
+        total = cfg.episodes * sum(len(_tasks(cfg, suite)) for suite in cfg.suites)
+        if not is_recorded(root, total, total - sum(r["policy"] == path for r in records)):
+            found[path] = root
+    return found
+
+
+def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path]) -> None:
+    """Play episodes again and write what the policies saw and did, in the order of suite, task and initial state."""
+    for path, root in folders.items():
+        own = [r for r in records if r["policy"] == path]
+        own.sort(key=lambda r: (cfg.suites.index(r["suite"]), r["task"], r["init_state"]))
+        options = {"size": cfg.image_size or 64, "perturb": _perturbation(cfg), **_rendering(cfg)}
+        if not path.endswith(".jsonl"):
+            policy = _policy(path, own[0]["digest"])
+            options |= {"size": cfg.image_size or policy.vlm.image_size, "cameras": policy.cfg.cameras}
+        episodes = tqdm(replay_episodes(own, **options), total=len(own), desc=f"recording {root}", disable=None)
+        print(f"{write_lerobot(root, episodes, CONTROL_FREQ)} episodes -> {root}")
+
+
 def _tasks(cfg: Config, suite: str) -> list[int]:
     return [task_index(suite, t) for t in (cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))))]
 
@@ -272,6 +303,8 @@ def check(cfg: Config) -> dict[str, str]:
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
     if cfg.execute > 8 and "random" in cfg.policies:
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
+    if cfg.lerobot and "random" in cfg.policies:
+        raise ValueError("--lerobot: the random policy's gripper neither opens nor closes, which training refuses")
     _perturbation(cfg)
     check_plan(cfg)
     if cfg.fast_rendering and (others := [s for s in cfg.suites if s not in LIBERO_SUITES]):
@@ -375,10 +408,10 @@ def main(cfg: Config) -> dict:
     """Play what is missing; return what results.json holds."""
     digests = check(cfg)
     out_dir = Path(cfg.out_dir)
-    open_run(
-        out_dir, cfg, ignore=("workers", "animate", *(f"animate_{k}" for k in ("failed", "starts", "size", "format")))
-    )
+    films = (f"animate_{k}" for k in ("failed", "starts", "size", "format"))
+    open_run(out_dir, cfg, ignore=("workers", "animate", *films, "lerobot"))
     records = earlier_records(cfg, digests)
+    folders = recordings(cfg, records)
     done = {(r["policy"], r["suite"], r["task"], r["init_state"]) for r in records}
 
     jobs = []
@@ -404,6 +437,7 @@ def main(cfg: Config) -> dict:
     results = summarise(cfg, records, digests)
     write_json(out_dir / "results.json", results)
     film(cfg, records)
+    write_recordings(cfg, records, folders)
     print_table(results)
     return results
 

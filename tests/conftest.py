@@ -29,6 +29,7 @@ SKIPS = {
     "lerobot": "a reference that pins other versions of torch",
     "openpi-client": "a client that pins numpy below 2",
     "C++ compiler": "of the machine, not of Python",
+    "rerun-sdk": "500 MB installed, viewer included",
     "Chromium": "a browser of the machine, and playwright to drive it",
 }
 # Some tests send Ctrl+C, which what a shell runs in the background ignores, and so do the processes that it starts.

@@ -39,6 +39,7 @@ class Episode:
     gripper_dims: action dimensions that are binary gripper commands, -1 open and +1 close; () if there are none; None
         if the file does not say: then the last is taken for one
     held_dims: further dimensions that are target positions, whatever the others are: continuous grippers, fingers
+    action_names, proprio_names: names of the dimensions; () if the file has none
     """
 
     name: str
@@ -57,6 +58,8 @@ class Episode:
     absolute: bool = False
     gripper_dims: tuple[int, ...] | None = None
     held_dims: tuple[int, ...] = ()
+    action_names: tuple[str, ...] = ()
+    proprio_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.actions)

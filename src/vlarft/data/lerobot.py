@@ -163,6 +163,8 @@ def read_lerobot(
             absolute=bool(about.get("absolute", False)),
             gripper_dims=grippers,
             held_dims=held,
+            action_names=tuple(_names(features[action], columns[action].shape[1])),
+            proprio_names=tuple(_names(features[state], columns[state].shape[1])),
         )
 
     count, without = 0, []
@@ -209,16 +211,22 @@ def read_grippers(about: dict, feature: dict, width: int, meta: Path) -> tuple[t
             )
     if stated:
         return tuple(stated.get("gripper_dims", ())), tuple(stated.get("held_dims", ()))
+    names = _names(feature, width)
+    kinds = {re.sub(r"[\W\d_]+", "", n) for n in names}  # motor_0, motor_1, ... say nothing
+    if not names or (len(kinds) == 1 and not GRIPPER.search(names[0])):
+        return None, ()
+    return tuple(i for i, n in enumerate(names) if GRIPPER.search(n)), ()
+
+
+def _names(feature: dict, width: int) -> list[str]:
+    """Return the names of a feature's dimensions; [] if it does not have one for each of them."""
     names = feature.get("names")
     names = names if isinstance(names, list | dict) else ()
     if isinstance(names, dict):  # {"motors": ["x", "y"]} or {"x": 0, "y": 1}
         numbered = all(isinstance(i, int) for i in names.values())
         names = sorted(names, key=names.get) if numbered else names.values()
     names = [str(n) for group in names for n in (group if isinstance(group, list) else [group])]
-    kinds = {re.sub(r"[\W\d_]+", "", n) for n in names}  # motor_0, motor_1, ... say nothing
-    if len(names) != width or (len(kinds) == 1 and not GRIPPER.search(names[0])):
-        return None, ()
-    return tuple(i for i, n in enumerate(names) if GRIPPER.search(n)), ()
+    return names if len(names) == width else []
 
 
 def _feature(features: dict, names: tuple[str, ...], where: Path) -> str:

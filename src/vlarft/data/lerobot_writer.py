@@ -1,7 +1,8 @@
 """Write a LeRobotDataset v3.0: parquet tables, and per camera mp4 files of ~200 MB, or PNG images in the tables.
 
 Layout and keys: see `lerobot.py`. LIBERO's cameras get the keys of its LeRobot copies (agentview: image, eye_in_hand:
-image2). Every second video frame is a keyframe, as in LeRobot's files, so that any window decodes quickly.
+image2). Every second video frame is a keyframe, as in LeRobot's files, so that any window decodes quickly. The field
+`success` of an episode says how it ended, and so does the frame feature `next.success`, true in a success's last frame.
 """
 
 import io
@@ -17,13 +18,15 @@ import numpy as np
 
 from vlarft.data.episode import CAMERAS, Episode
 from vlarft.data.frames import import_pillow
-from vlarft.data.lerobot import import_parquet
+from vlarft.data.lerobot import import_parquet, read_info
 from vlarft.data.video import import_av
 
 CHUNK_FILES, DATA_BYTES, VIDEO_BYTES = 1000, 100 << 20, 200 << 20  # LeRobot's defaults
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-INDICES = {"timestamp": "float32", **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")}
+SUCCESS = "next.success"
+SCALARS = {"timestamp": "float32", **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")}
+SCALARS[SUCCESS] = "bool"
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 ENCODERS = {"h264": ("libx264", {"bf": "0"}), "av1": ("libsvtav1", {"preset": "8"})}
 IMAGE_ROWS = 16  # rows of a row group with images, the smallest unit that is read
@@ -74,6 +77,30 @@ def write_lerobot(
     writer.finish(robot_type)
     os.replace(tmp, root)
     return len(writer.entries)
+
+
+def is_recorded(root: Path, count: int, new: int) -> bool:
+    """Return whether the data set of `count` episodes is at `root` already; False: nothing is.
+
+    Args:
+        root: folder of the data set.
+        count: episodes that it shall have.
+        new: how many of them are not made yet.
+
+    Raises:
+        FileExistsError: something else is there.
+        ImportError: a package that writing needs is missing.
+    """
+    import_parquet(), import_av()  # before hours are spent on the episodes
+    if not root.exists():
+        return False
+    there = read_info(root).get("total_episodes") if (root / "meta" / "info.json").is_file() else None
+    if new or there != count:
+        raise FileExistsError(
+            f"{root} exists, with {there or 'no'} episodes; {count} are to be recorded, {new} of them not made yet. A "
+            "LeRobot data set cannot be continued: remove it, or give another folder"
+        )
+    return True
 
 
 def camera_key(name: str) -> str:
@@ -152,6 +179,9 @@ class _Writer:
                 f"{first.name} has a camera {outside[0]!r}, which leads out of {root}: leave it out (--camera)"
             )
         self.about, self.has_intended = _about(first), first.intended is not first.actions
+        self.has_outcomes = first.outcome_known  # all frames of a set have the same columns
+        self.names = {"action": first.action_names, "observation.state": first.proprio_names}
+        self.names["intended_action"] = first.action_names
         if images == "video":
             for key, shape in self.shapes.items():
                 if len(shape) == 3 and (shape[0] % 2 or shape[1] % 2):
@@ -193,6 +223,9 @@ class _Writer:
             "index": self.total + grid,
             "task_index": np.full(steps, task),
         }
+        if self.has_outcomes:
+            ended = np.append(np.zeros(steps - 1, bool), episode.success)
+            indices[SUCCESS] = ended if episode.outcome_known else [None] * steps
         entry = {
             "episode_index": number,
             "tasks": [episode.instruction],
@@ -229,7 +262,7 @@ class _Writer:
         for key, array in values.items():
             flat = pa.array(np.ascontiguousarray(array, np.float32).ravel())
             arrays[key] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
-        table = pa.table({**arrays, **{k: pa.array(v) for k, v in indices.items()}})
+        table = pa.table({**arrays, **{k: pa.array(v, SCALARS[k]) for k, v in indices.items()}})
         if self.table is not None and self.place.bytes > DATA_BYTES:
             self.table.close()
             self.table = None
@@ -285,12 +318,13 @@ class _Writer:
         }
         if self.has_intended:
             info["features"]["intended_action"] = self._feature("intended_action", self.shapes["action"])
-        info["features"] |= {k: {"dtype": dtype, "shape": [1], "names": None} for k, dtype in INDICES.items()}
+        scalars = {k: v for k, v in SCALARS.items() if k != SUCCESS or self.has_outcomes}
+        info["features"] |= {k: {"dtype": dtype, "shape": [1], "names": None} for k, dtype in scalars.items()}
         (meta / "info.json").write_text(json.dumps(info, indent=2))
 
     def _feature(self, key: str, shape: tuple[int, ...]) -> dict[str, Any]:
         if len(shape) == 1:
-            return {"dtype": "float32", "shape": list(shape), "names": None}
+            return {"dtype": "float32", "shape": list(shape), "names": list(self.names[key]) or None}
         feature = {"dtype": "image", "shape": list(shape), "names": ["height", "width", "channel"]}
         if self.videos:
             about = {"height": shape[0], "width": shape[1], "codec": self.codec, "pix_fmt": "yuv420p", "fps": self.fps}

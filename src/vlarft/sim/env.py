@@ -16,6 +16,7 @@ import numpy as np
 from vlarft.sim.perturb import Perturbation
 
 NUM_INITIAL_STATES = 50  # per task, as in LIBERO
+CONTROL_FREQ = 20  # control steps per second, as in LIBERO
 
 Observation = Mapping[str, Any]  # camera -> image (H, W, 3) uint8, upright; "proprio": (P,) float32; "instruction": str
 

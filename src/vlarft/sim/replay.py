@@ -1,11 +1,16 @@
 """Recorded episodes played again, bit for bit and at any resolution, and other actions played from their states."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
 from vlarft.sensitivity import TrueOutcome
+from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env
 from vlarft.sim.tabletop import TabletopEnv
@@ -45,6 +50,51 @@ def replay_frames(
         if step % every == 0 or step == len(actions):
             frames.append(env.observe()[camera])
     return frames
+
+
+def replay_episodes(
+    records: Iterable[Mapping[str, Any]], *, size: int, perturb: Perturbation | None = None, **options
+) -> Iterator[Episode]:
+    """Play a policy's evaluation episodes again, and yield them as a data set holds them.
+
+    Args:
+        records: of `evaluate.play_episodes`; one simulator is made for those of one task that follow each other.
+        size: side of the images [px].
+        perturb: as in the recorded episodes.
+        options: further arguments of `make_env`; without `cameras`, the simulator's first camera is rendered.
+
+    Raises:
+        RuntimeError: an episode ends otherwise than it was recorded.
+    """
+    for (suite, task), group in groupby(records, lambda r: (r["suite"], r["task"])):
+        env = make_env(suite, task, image_size=size, **options)
+        for record in group:
+            env.reset(init_state=record["init_state"], perturb=perturb)
+            actions, observations, success = np.array(record["actions"], np.float32), [], False
+            for action in actions:
+                observations.append(env.observe())
+                success = env.step(action).success
+            name = f"{suite}/{task}/{record['init_state']}"
+            if success != record["success"]:
+                raise RuntimeError(
+                    f"episode {name} ended in {('failure', 'success')[record['success']]} when it was recorded, and in "
+                    f"{('failure', 'success')[success]} when its actions were played again: the simulator has changed "
+                    "since; evaluate into another --out-dir"
+                )
+            cameras = {camera: np.stack([obs[camera] for obs in observations]) for camera in env.cameras}
+            yield Episode(
+                name=name,
+                instruction=env.instruction,
+                images=cameras[env.cameras[0]],
+                proprio=np.stack([obs["proprio"] for obs in observations]),
+                actions=actions,
+                intended=actions,
+                success=success,
+                kind="policy",
+                cameras=cameras,
+                fps=CONTROL_FREQ,
+                gripper_dims=(6,),
+            )
 
 
 class TabletopOutcomes:
