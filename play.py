@@ -44,7 +44,7 @@ class Config:
     policies: tuple[str, str] = opt(
         tuple(f"checkpoints/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="models"
     )
-    world_model: str = opt("checkpoints/tabletop_world_model", "run of train_wm.py")
+    world_model: str = opt("checkpoints/tabletop_world_model", "its file, or a run of train_wm.py")
 
     suite: str = opt("tabletop_object", "suite that all three were trained on", group="episodes")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or by words of their names")
@@ -75,6 +75,7 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
         model: the world model.
         start: suite, task, initial state.
         actions: (L, A) raw.
+
     Returns:
         Frames (1 + L, H, W, 3), uint8; the first is the given one.
     """
