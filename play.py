@@ -42,11 +42,11 @@ class Config:
     """Two policies, a world model, and what they play."""
 
     policies: tuple[str, str] = opt(
-        tuple(f"checkpoints/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="models"
+        tuple(f"checkpoints/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="model"
     )
     world_model: str = opt("checkpoints/tabletop_world_model", "its file, or a run of train_wm.py")
 
-    suite: str = opt("tabletop_object", "suite that all three were trained on", group="episodes")
+    suite: str = opt("tabletop_object", "suite that all three were trained on", group="evaluation")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or by words of their names")
     episodes: Count = opt(6, "evaluation states of each task")
     noise: Literal["zero", "sampled"] = opt("zero", "x_0 of the policies")

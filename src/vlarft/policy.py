@@ -31,6 +31,7 @@ from vlarft.nets.vit import ConvEncoderConfig
 from vlarft.nets.vlm import VLM, VLMConfig
 from vlarft.normalizer import GripperEncoding, Normalizer
 from vlarft.run.checkpoint import load_model, save_model
+from vlarft.run.hub_model import HubModel
 
 SupervisedObjective = Literal["matching", "regression"]
 
@@ -132,7 +133,7 @@ class Inputs(NamedTuple):
     proprio: torch.Tensor
 
 
-class VLAPolicy(nn.Module):
+class VLAPolicy(HubModel, nn.Module):
     """Vision-language model, flow head, normaliser and, after reinforcement fine-tuning, the sigma net.
 
     Args:

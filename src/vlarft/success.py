@@ -25,6 +25,7 @@ from vlarft.nets.vlm import InstructionEncoder
 from vlarft.policy import VLAPolicy
 from vlarft.proprio_model import ProprioModel
 from vlarft.run.checkpoint import file_digest, load_model, model_digest, read_header
+from vlarft.run.hub_model import HubModel
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Judgement(NamedTuple):
     progress: Tensor
 
 
-class SuccessModel(nn.Module):
+class SuccessModel(HubModel, nn.Module):
     """Convolutional encoder of a frame and the episode's first frame, modulated by the instruction, and two outputs;
     and the robot's proprio model.
 

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlarft.nets.frame_networks import Encoder, FrameDecoder, TokenizerConfig
 from vlarft.run.checkpoint import load_model
+from vlarft.run.hub_model import HubModel
 from vlarft.run.memory import rows_at_once
 
 
@@ -138,7 +139,7 @@ def distinct_frames(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     return distinct, torch.stack([index for _, index in per_start])
 
 
-class FrameTokenizer(nn.Module):
+class FrameTokenizer(HubModel, nn.Module):
     """The four networks and the two quantisers."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:

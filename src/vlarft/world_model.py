@@ -30,6 +30,7 @@ from vlarft.nets.kv_cache import Cache, KVCache, StaticKVCache
 from vlarft.nets.static_decoding import StaticDecoding
 from vlarft.nets.transformer import Decoder, TransformerConfig
 from vlarft.run.checkpoint import load_model
+from vlarft.run.hub_model import HubModel
 from vlarft.run.memory import rows_at_once
 from vlarft.token_layout import TokenLayout
 from vlarft.token_sampling import Sampling
@@ -125,7 +126,7 @@ class ClosedLoop(NamedTuple):
     generator: torch.Generator | None
 
 
-class WorldModel(nn.Module):
+class WorldModel(HubModel, nn.Module):
     """Frozen tokenizer, action bins, embedding, decoder and head.
 
     Raises:

@@ -8,7 +8,8 @@ is written to `NAME.tmp` and moved into place.
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
     out_dir/train_state.pt     optimizer, step, ...; loaded with weights_only
 
-A run folder may be given wherever a checkpoint is expected. Files of older versions still load, see migration.py.
+A run folder may be given wherever a checkpoint is expected, or a name on the Hub, see hub.py. Files of older versions
+still load, see migration.py.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from torch import nn
 from vlarft.run import migration
 from vlarft.run.config import differences, from_dict, to_dict
 from vlarft.run.distributed import is_main
+from vlarft.run.hub import is_hub_name, model_file
 from vlarft.run.lfs import refuse_pointer
 
 # options that do not change what is trained: they may differ when a run is resumed
@@ -124,7 +126,12 @@ def save_model(
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """Return the model file that a path names: the file itself, or `model.safetensors` in a run folder."""
+    """Return the model file that a path names: the file itself, or `model.safetensors` in a run folder.
+
+    A name `hf:user/name[/path][@revision]` is a file on the Hub, see hub.py, which is downloaded first.
+    """
+    if is_hub_name(path):
+        return model_file(path)
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
 
@@ -215,6 +222,7 @@ def load_model(
     compare_shapes(expected, shapes, f"{path} does not fit {model_class.__name__}")
     model = model_class(config)
     load_weights(model, load_file(path), str(path))
+    model.checkpoint = path
     return model.to(device).eval(), header.extra
 
 
