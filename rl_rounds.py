@@ -21,12 +21,11 @@ and round into out_dir, and stages.json. The same command resumes: finished stag
 short goes on; with a larger `--rounds` it adds rounds. Other options need another folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlarft.run.checkpoint import open_run
+from vlarft.run.checkpoint import open_run, read_json
 from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
@@ -119,7 +118,7 @@ def main(cfg: Config) -> list[dict]:
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
         policy, world_model = run_round(cfg, number, policy, world_model)
-        results = json.loads((Path(cfg.out_dir) / f"eval_{number}" / "results.json").read_text())
+        results = read_json(Path(cfg.out_dir) / f"eval_{number}" / "results.json")
         rows += results["policies"][len(rows) > 0 :]
     for number, row in enumerate(rows):
         gain, rate = row.get("against_first"), row["all"]
