@@ -316,6 +316,9 @@ def players(cfg: Config, path: str) -> list[str]:
     return [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
 
 
+NEEDED = "suite", "task", "init_state", "success", "rejected_starts", "worker_deaths"  # of a record, to go on with it
+
+
 def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     """What an interrupted evaluation already played, by policies that have not changed since. Says what it leaves out,
     and takes it and a line that a kill cut short out of episodes.jsonl.
@@ -330,7 +333,7 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
         try:
             record = json.loads(line)
             path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
-            digest, *_ = (record[k] for k in ("digest", "suite", "task", "init_state", "success", "worker_deaths"))
+            digest, *_ = (record[key] for key in ("digest", *NEEDED))
         except (ValueError, LookupError, TypeError, RecursionError):
             damaged += 1
             continue

@@ -331,7 +331,7 @@ def prepared(
     """
     path, parts = Path(cfg.out_dir) / "imagined.pt", (split.threshold, split.held_out)
     about = {"world_model": digest, "episodes": [[e.name for e in part] for part in split]}
-    if path.is_file() and (kept := load_train_state(path))["about"] == about:
+    if path.is_file() and (kept := load_train_state(path)).get("about") == about:
         real = [list(versions(cfg, part, None, autocast)) for part in parts]
         imagined = [
             [Version(next(e for e in part if e.name == name), "imagined", frames) for name, frames in found]
@@ -461,9 +461,9 @@ def main(cfg: Config) -> dict[str, float]:
         if share < 1 and state.due(step, cfg.save_interval):
             save()
 
+    (Path(cfg.out_dir) / "imagined.pt").unlink(missing_ok=True)  # a kill after it leaves none behind
     save()
     state.finish(log)
-    (Path(cfg.out_dir) / "imagined.pt").unlink(missing_ok=True)
     return metrics
 
 

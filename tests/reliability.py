@@ -81,7 +81,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
 OUTCOMES = ("same", "named", "unnamed", "other", "raw", "memory")  # exit statuses of a trial, from 10
 MEMORY = 8 * 2**30  # what a trial may map, bytes
-CLOCK = ("minutes", "step_s", "seconds", "chunk_ms")  # what a clock says in the rows of a log
+CLOCK = "minutes", "chunk_ms", "seconds"  # what a clock says in the rows of a log, beside all that ends in _s
 
 
 def fork(trial: Callable[[], int], seconds: float, kill_after: float | None = None, group: bool = False) -> int | str:
@@ -197,7 +197,7 @@ class Writer(NamedTuple):
 def rows(path: Path, *without: str) -> list[dict]:
     """The rows of a .jsonl file but for what a clock says."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in without} for row in found]
+    return [{key: row[key] for key in row if key not in without and not key.endswith("_s")} for row in found]
 
 
 def trained(folder: Path) -> list:
@@ -354,8 +354,8 @@ def places() -> Iterator[Places]:
         convert.main([str(demos), str(root / "mp4"), "--format", "lerobot", "--fps", "20"])
         rlds_files(root / "rlds", [rlds_episode(0), rlds_episode(1)])
 
-        common = {"demos": (str(demos),), "validation_fraction": 0.2, "steps": 4, "save_interval": 1}
-        common |= {"log_interval": 1, "validation_interval": 3}
+        common = {"demos": (str(demos),), "validation_fraction": 0.2, "steps": 3, "save_interval": 1}
+        common |= {"log_interval": 1, "validation_interval": 2}
         models = {"policy": str(root / "sft"), "world_model": str(root / "wm")}
         tokenizer = replace(train_tokenizer.PRESETS["smoke"], **common)
         wm = replace(train_wm.PRESETS["smoke"], tokenizer=str(root / "tokenizer"), **common)
@@ -364,8 +364,8 @@ def places() -> Iterator[Places]:
         rl = replace(train_rl.PRESETS["smoke"], policy=str(root / "sft"), demos=(str(demos),), steps=3, horizon=8)
         rl = replace(rl, world="simulator", save_interval=1)
         both = (str(demos), str(attempts))
-        success = replace(train_success.PRESETS["smoke"], demos=both, world_model=str(root / "judged"), steps=6)
-        success = replace(success, save_interval=2, log_interval=1, validation_interval=3, margin=2, positive=2)
+        success = replace(train_success.PRESETS["smoke"], demos=both, world_model=str(root / "judged"), steps=3)
+        success = replace(success, save_interval=1, log_interval=1, validation_interval=3, margin=2, positive=2)
         play = {"policies": (str(root / "sft"),), "batch_size": 1, "episodes": 3}
         evaluation = replace(eval_libero.PRESETS["smoke"], **play, workers=0)
         collection = replace(collect_demos.PRESETS["smoke"], tasks=("0",), demos_per_task=2, workers=1)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import every_camera
 from PIL import Image
 
-from vlarft.data import WindowSampler, load_episodes
+from vlarft.data import WindowSampler, load_episodes, video
 from vlarft.data.check import check, sample_picture
 from vlarft.data.convert import main as convert
 from vlarft.data.episodes import read_episodes
@@ -216,6 +217,16 @@ def test_windows_decode_ahead_and_are_the_same(tmp_path):
             assert (one.index == two.index).all() and (one.frames == two.frames).all()
             assert (one.context_frame == two.context_frame).all()
     assert set(ahead._ahead) == {(4, (7, 4), (part, 2)) for part in (0, 1)}  # what comes next is under way
+
+
+def test_an_open_video_does_not_cross_a_fork(tmp_path, monkeypatch):
+    """Parent and child would move one another's place in the file."""
+    make(tmp_path / "set")
+    (path,) = tmp_path.rglob("*.mp4")
+    own = video._decoders.get(path)
+    assert video._decoders.get(path) is own
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert video._decoders.get(path) is not own
 
 
 def test_other_widths_and_names_are_read(tmp_path):

@@ -18,7 +18,7 @@ def test_resumed_log_reads_as_if_never_stopped(tmp_path, capsys):
         log.log(step, {"loss": 1.0 / (step + 1)})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # cut short by a kill
+        file.write('[1]\n{"step": "1"}\n{"step": 3, "lo')  # damaged, and cut short by a kill
     log = RunLog(tmp_path, 4, "wm", start_step=2)
     log.log(2, {"loss": 0.5})
     log.close()
