@@ -29,7 +29,9 @@ import json
 import os
 import platform
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -69,6 +71,7 @@ import train_tokenizer
 import train_wm
 from vlarft.data import convert, load_episodes
 from vlarft.policy import VLAPolicy
+from vlarft.proprio_model import fit_proprio_model
 from vlarft.run.checkpoint import load_model, load_train_state, model_digest, open_run, save_model, write_json
 from vlarft.run.log import RunLog
 from vlarft.run.script import only_writer
@@ -78,7 +81,7 @@ from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import WorldModel, WorldModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
+LIBC, PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = ctypes.CDLL(None), 1, 36  # of Linux' prctl
 OUTCOMES = ("same", "named", "unnamed", "other", "raw", "memory")  # exit statuses of a trial, from 10
 MEMORY = 8 * 2**30  # what a trial may map, bytes
 CLOCK = "minutes", "chunk_ms", "seconds"  # what a clock says in the rows of a log, beside all that ends in _s
@@ -93,6 +96,7 @@ def fork(trial: Callable[[], int], seconds: float, kill_after: float | None = No
         status = 1
         with contextlib.suppress(BaseException):
             os.setsid()
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
@@ -377,6 +381,7 @@ def places() -> Iterator[Places]:
         model, extra = load_model(root / "wm", WorldModel, WorldModelConfig)
         held_out = [e.name for e in load_episodes(both, successes_only=False)][1::2]
         save_model(root / "judged" / "model.safetensors", model, model.cfg, {**extra, "held_out_episodes": held_out})
+        train_success.fit_proprio_model = partial(fit_proprio_model, steps=20)  # nothing is written while it learns
         train_success.main(replace(success, out_dir=str(root / "success")))
         played = replace(evaluation, out_dir=str(root / "played"))
         eval_libero.main(played)
@@ -448,13 +453,7 @@ def places() -> Iterator[Places]:
             "train_rl.py": script(train_rl.main, rl),
             "train_success.py": script(train_success.main, success),
             "collect_demos.py": script(collect_demos.main, collection, collected),
-            "collect_demos.py, two workers": script(
-                collect_demos.main, replace(collection, workers=2), collected, disks=False
-            ),
             "eval_libero.py": script(eval_libero.main, evaluation, evaluated),
-            "eval_libero.py, two workers": script(
-                eval_libero.main, replace(evaluation, workers=2), evaluated, disks=False
-            ),
             "convert to HDF5": conversion("--format", "hdf5"),
             "convert to LeRobot, PNG": conversion("--format", "lerobot", "--images", "png"),
             "convert to LeRobot, mp4": conversion("--format", "lerobot"),
@@ -509,12 +508,11 @@ def places() -> Iterator[Places]:
         yield Places(root, formats, writers, {name: flags(cfg, steps=40) for name, cfg in multiple.items()}, commands)
 
 
-def gathered(path: Path, found: dict[str, Counter[str]], about: dict) -> None:
-    """Add what was found to a JSON file, in place of what it has of the same trials."""
+def gathered(path: Path, name: str, found: dict) -> None:
+    """Add what a trial found to a JSON file, in place of what it has of the same one."""
     report = json.loads(path.read_text()) if path.is_file() else {}
     report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    trials = report.get("trials", {}) | {name: {**counts, **about} for name, counts in found.items()}
-    report["trials"] = dict(sorted(trials.items()))
+    report["trials"] = dict(sorted((report.get("trials", {}) | {name: found}).items()))
     records.write(path, report)
 
 
@@ -525,13 +523,13 @@ def main(arguments: list[str]) -> dict[str, Counter[str]]:
     parser.add_argument("--disks", type=int, default=5, help="full disks of each script")
     parser.add_argument("--torchrun", type=int, default=1, help="0: nothing under torchrun")
     parser.add_argument("--commands", type=int, default=10**6, help="wrong command lines of each script, at most")
-    parser.add_argument("--only", default="", help="trials whose names contain this")
+    parser.add_argument("--only", default="", help="trials whose names contain this, a regular expression")
     parser.add_argument("--seed", type=int, default=0, help="seed of damage, times and sizes")
     parser.add_argument("--out", type=Path, help="JSON file that gathers the counts")
     options, found = parser.parse_args(arguments), {}
+    words = shlex.join(["tests/reliability.py", *arguments]).replace(f" --out {options.out}", "")
     torch.set_num_threads(1)
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed process leaves becomes a child of this one
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed process leaves becomes a child of this one
     with places() as (root, formats, writers, multiple, commands):
         trials: dict[str, Callable[[Path], Counter[str]]] = {}
         for name, one in formats.items():
@@ -547,17 +545,16 @@ def main(arguments: list[str]) -> dict[str, Counter[str]]:
             chosen = random.Random(options.seed).sample(lines, min(options.commands, len(lines)))
             trials[f"commands: {name}"] = lambda scratch, name=name, chosen=chosen: refuse(name, chosen)
         for name, trial in trials.items():
-            if options.only in name:
+            if re.search(options.only, name):
                 (scratch := root / "scratch").mkdir()
                 counts = trial(scratch)
                 shutil.rmtree(scratch)
                 if counts:
                     found[name] = counts
+                    if options.out:
+                        gathered(options.out, name, {**counts, "command": words})
                     print(f"{name:42} " + "  ".join(f"{k} {v}" for k, v in sorted(counts.items())), flush=True)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-    if options.out:
-        words = [word for word in arguments if word not in ("--out", str(options.out))]
-        gathered(options.out, found, {"command": " ".join(["tests/reliability.py", *words])})
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     return found
 
 

@@ -264,7 +264,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "a"]
     with pytest.raises(FileExistsError, match="run exists"), checkpoint.new_folder(tmp_path / "run"):
         pytest.fail("it is there")
-    for error, text in ((OSError(28, "No space"), r"could not write .*other \(.*No space"), (KeyboardInterrupt(), None)):
+    full = OSError(28, "No space")
+    for error, text in ((full, r"could not write .*other \(.*No space"), (KeyboardInterrupt(), None)):
         with pytest.raises(type(error), match=text), checkpoint.new_folder(tmp_path / "other"):
             raise error
     assert len(list(tmp_path.iterdir())) == 1

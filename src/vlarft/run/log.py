@@ -32,9 +32,10 @@ class RunLog:
         if not is_main():
             return
         before = self.path.read_bytes() if self.path.is_file() else None
-        kept = b"".join(line + b"\n" for line in (before or b"").splitlines() if _step(line) < start_step)
-        if not start_step:
-            kept = b""
+        lines = (before or b"").splitlines() if start_step else []
+        kept = b"".join(line + b"\n" for line in lines if _step(line) < start_step)
+        if damaged := sum(_step(line) == math.inf for line in lines):
+            print(f"{self.path}: {damaged} lines are no rows, as one that a kill cut short: left out", file=sys.stderr)
         if kept != before:
             write_atomic(self.path, lambda tmp: tmp.write_bytes(kept))
         self.file = self.path.open("ab", buffering=0)
