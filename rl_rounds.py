@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlarft.run.checkpoint import open_run, read_json
+from vlarft.data.episodes import demo_files
+from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
@@ -114,6 +115,9 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
 
 def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
+    demo_files(cfg.demos)  # these raise before anything is recorded
+    for path in (cfg.policy, cfg.world_model):
+        read_header(path)
     open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):

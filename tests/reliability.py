@@ -478,16 +478,7 @@ def places() -> Iterator[Places]:
         configs = {"train_rl.py": rl, "train_success.py": success, "collect_demos.py": collection}
         configs |= {**multiple, "eval_libero.py": evaluation, "eval_wm.py": measured, "rl_rounds.py": rounds}
         configs |= {"demo.py": demo.PRESETS["smoke"]}
-        commands = {
-            name: list(
-                bad_lines(
-                    type(cfg),
-                    flags(cfg, **out),
-                    others if name != "rl_rounds.py" else {"text": root / "text", "link to nothing": root / "link"},
-                )
-            )
-            for name, cfg in configs.items()
-        }
+        commands = {name: list(bad_lines(type(cfg), flags(cfg, **out), others)) for name, cfg in configs.items()}
         good = [str(demos), str(root / "converted"), "--format", "lerobot", "--images", "png"]
         wrong = [
             ["--crf", "52"],
@@ -504,7 +495,7 @@ def places() -> Iterator[Places]:
             *([str(path), *good[1:]] for path in others.values()),
             *([good[0], place, *good[2:]] for place in (str(root), str(demos), str(demos / "in"), str(root / "text"))),
         ]
-        commands["vlarft.data.check"] = [[str(others[name])] for name in ("missing", "link to nothing")] + [[], ["--x"]]
+        commands["vlarft.data.check"] = [[], ["--x"], [str(demos), "--json"], [str(demos), "--json", str(root)]]
         yield Places(root, formats, writers, {name: flags(cfg, steps=40) for name, cfg in multiple.items()}, commands)
 
 
