@@ -328,6 +328,14 @@ def test_broken_tables_are_refused(tmp_path):
     rewrite(root, "episode_index", lambda c: pa.array([min(v, 1) for v in c.to_pylist()]))
     with pytest.raises(ValueError, match=r"episode 1 has 31 rows, the metadata say 11 in a row"):
         load_episodes(root)
+    path.write_bytes(content)
+    table, good = pq.read_table(tasks := root / "meta" / "tasks.parquet"), tasks.read_bytes()
+    names = [name for name in table.column_names if name != "task_index"]
+    texts = pa.array([b"\x84"] * len(table)).view(pa.string())  # no UTF-8
+    pq.write_table(table.set_column(table.column_names.index(*names), *names, texts), tasks)
+    with pytest.raises(ValueError, match=r"tasks.parquet cannot be read \(UnicodeDecodeError: .* is damaged"):
+        load_episodes(root)
+    tasks.write_bytes(good)
     path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"file-000.parquet is not a readable parquet file"):
         load_episodes(root)
