@@ -241,7 +241,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
         )
     finally:
         if not mounted:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)  # readers may have a film open
 
 
 def interrupt(one: Writer, times: int, full: bool, scratch: Path, seed: int) -> Counter[str]:
@@ -496,7 +496,7 @@ def places() -> Iterator[Places]:
             *([good[0], place, *good[2:]] for place in (str(root), str(demos), str(demos / "in"), str(root / "text"))),
         ]
         commands["vlarft.data.check"] = [[], ["--x"], [str(demos), "--json"], [str(demos), "--json", str(root)]]
-        yield Places(root, formats, writers, {name: flags(cfg, steps=40) for name, cfg in multiple.items()}, commands)
+        yield Places(root, formats, writers, {name: flags(cfg, steps=10) for name, cfg in multiple.items()}, commands)
 
 
 def gathered(path: Path, name: str, found: dict) -> None:
