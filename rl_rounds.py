@@ -30,6 +30,7 @@ from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
+from vlarft.sim import task_index
 
 ROOT = Path(__file__).resolve().parent
 
@@ -54,6 +55,11 @@ class Config:
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
     seed: Whole = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            for task in self.tasks:
+                task_index(suite, task)  # raises
 
 
 PRESETS = {
