@@ -47,7 +47,7 @@ from vlarft.data.frames import Budget
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import write_atomic, write_json
+from vlarft.run.checkpoint import check_room, read_json, write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
@@ -309,7 +309,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
             _check_settings(config, json.loads(file["data"].attrs["env_args"]).get("collection", {}), path)
             done |= set(demo_names(file["data"]))
     if settings.exists():
-        _check_settings(config, json.loads(settings.read_text()), settings)
+        _check_settings(config, read_json(settings), settings)
         done |= {part.stem for part in _parts(path).glob("demo_*.hdf5")}
     counts = {0: config.demos_per_task, FIRST_NOISY: config.noisy_per_task, FIRST_ON_POLICY: config.policy_per_task}
     indices = [first + i for first, count in counts.items() for i in range(count)]
@@ -335,9 +335,7 @@ def _merge(config: Config, suite: str, task: int) -> None:
     parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
     if parts:
         sources = [path, *parts] if path.exists() else parts
-        needed = sum(source.stat().st_size for source in sources)
-        if (free := shutil.disk_usage(path.parent).free) < 1.1 * needed:  # HDF5 crashes where a disk is full
-            raise OSError(f"{path} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free: its parts are kept")
+        check_room(path, sum(source.stat().st_size for source in sources))
         write_atomic(path, lambda tmp: _write_task(tmp, sources, config, suite, task))
     shutil.rmtree(_parts(path), ignore_errors=True)
 

@@ -33,7 +33,7 @@ import torch
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.report.page import write_report
 from vlarft.report.runs import read_log
-from vlarft.run.checkpoint import write_json
+from vlarft.run.checkpoint import write_atomic, write_json
 from vlarft.run.config import Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.script import run_script
@@ -313,7 +313,7 @@ def print_summary(summary: dict, out: Path) -> None:
         print(f"  {name:<14} {stage['seconds'] / 60:7.1f}   {stage['peak_bytes'] / 2**30:6.2f} GiB")
     print(f"  {'all':<14} {summary['minutes']:7.1f}   {summary['peak_gib']:6.2f} GiB")
     text = success_table(summary["evaluation"])
-    (out / "summary.md").write_text(text)
+    write_atomic(out / "summary.md", lambda tmp: tmp.write_text(text))
     print(f"\n{text}")
     print_world_model(summary["world_model"])
     gate = summary["trust_gate"]

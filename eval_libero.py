@@ -47,6 +47,7 @@ from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.planning import Planner
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import (
+    append_line,
     checkpoint_file,
     file_digest,
     model_digest,
@@ -348,12 +349,15 @@ def players(cfg: Config, path: str) -> list[str]:
     return [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
 
 
+NEEDED = "suite", "task", "init_state", "success", "rejected_starts", "worker_deaths"  # of a record, to go on with it
+
+
 def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     """What an interrupted evaluation already played, by policies that have not changed since. Says what it leaves out,
     and takes it and a line that a kill cut short out of episodes.jsonl.
     """
     log = Path(cfg.out_dir) / "episodes.jsonl"
-    text, records, others = log.read_text() if log.is_file() else "", [], 0
+    text, records, others, damaged = log.read_text(errors="replace") if log.is_file() else "", [], 0, 0
     places = {checkpoint_file(path).resolve(): path for path in cfg.policies}
     known = {path: {digest} for path, digest in digests.items()}
     for path in (path for path in known if text and Path(path).exists()):  # older versions took the files' digests
@@ -361,15 +365,21 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
+            digest, *_ = (record[key] for key in ("digest", *NEEDED))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            damaged += 1
             continue
-        path = places.get(checkpoint_file(record["policy"]).resolve())  # its spelling may have been another one
-        if record["digest"] in known.get(path, ()):
+        if digest in known.get(path, ()):
             records.append({**record, "policy": path, "digest": digests[path]})
         else:
             others += 1
     if others:
         print(f"{log}: {others} episodes of policies that have changed since are played again", file=sys.stderr)
+    if damaged:
+        print(
+            f"{log}: {damaged} lines are no episodes, as one that a kill cut short, and are left out", file=sys.stderr
+        )
     kept = "".join(json.dumps(r) + "\n" for r in records)
     if kept != text:
         write_atomic(log, lambda tmp: tmp.write_text(kept))
@@ -424,14 +434,14 @@ def main(cfg: Config) -> dict:
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
     with (
-        (out_dir / "episodes.jsonl").open("a", buffering=1) as file,
+        (out_dir / "episodes.jsonl").open("ab", buffering=0) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
         for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=one_thread):
             for record in played:
                 record["worker_deaths"] = deaths
                 records.append(record)
-                file.write(json.dumps(record) + "\n")
+                append_line(file, json.dumps(record))
                 bar.update()
 
     results = summarise(cfg, records, digests)

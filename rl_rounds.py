@@ -21,15 +21,16 @@ and round into out_dir, and stages.json. The same command resumes: finished stag
 short goes on; with a larger `--rounds` it adds rounds. Other options need another folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlarft.run.checkpoint import open_run
+from vlarft.data.episodes import demo_files
+from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
+from vlarft.sim import task_index
 
 ROOT = Path(__file__).resolve().parent
 
@@ -54,6 +55,11 @@ class Config:
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
     seed: Whole = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            for task in self.tasks:
+                task_index(suite, task)  # raises
 
 
 PRESETS = {
@@ -115,11 +121,14 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
 
 def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
+    demo_files(cfg.demos)  # these raise before anything is recorded
+    for path in (cfg.policy, cfg.world_model):
+        read_header(path)
     open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
         policy, world_model = run_round(cfg, number, policy, world_model)
-        results = json.loads((Path(cfg.out_dir) / f"eval_{number}" / "results.json").read_text())
+        results = read_json(Path(cfg.out_dir) / f"eval_{number}" / "results.json")
         rows += results["policies"][len(rows) > 0 :]
     for number, row in enumerate(rows):
         gain, rate = row.get("against_first"), row["all"]

@@ -22,7 +22,7 @@ that does, and are what the gate of train_rl.py asks about.
 
 Reads episodes with outcomes (HDF5, LeRobot) and a world model of train_wm.py; `--world-model none`
 leaves out the two imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt,
-log.jsonl, config.json. The same command resumes an interrupted run; imaginations are made again.
+log.jsonl, config.json; and, while the run goes on, imagined.pt. The same command resumes an interrupted run.
 
 Runs in one process.
 """
@@ -33,6 +33,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -47,7 +48,14 @@ from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
 from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
-from vlarft.run.checkpoint import checkpoint_file, model_digest, open_run, read_header
+from vlarft.run.checkpoint import (
+    checkpoint_file,
+    load_train_state,
+    model_digest,
+    open_run,
+    read_header,
+    write_atomic,
+)
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
@@ -136,7 +144,6 @@ class FrameTable(NamedTuple):
     episode: (N,) int64, row of `first_frames`
     instructions: of the episodes
     success, progress: (N,) float32, see `SuccessModel.loss`
-    positive, negative: rows of the two classes
     """
 
     frames: Tensor
@@ -145,13 +152,12 @@ class FrameTable(NamedTuple):
     instructions: list[str]
     success: Tensor
     progress: Tensor
-    positive: np.ndarray
-    negative: np.ndarray
 
     def batch(self, size: int, seed: int, step: int, device: torch.device) -> tuple:
         """Sample arguments of `SuccessModel.loss`: as many positive frames as others."""
         rng = numpy_generator("success batch", seed, step)
-        picks = torch.from_numpy(np.concatenate([rng.choice(of, size // 2) for of in (self.positive, self.negative)]))
+        classes = (np.flatnonzero(self.success == value) for value in (1, 0))
+        picks = torch.from_numpy(np.concatenate([rng.choice(rows, size // 2) for rows in classes]))
         episode = self.episode[picks]
         images = torch.stack([self.frames[picks], self.first_frames[episode]], dim=1).to(device).float() / 255
         images = shifted(images, generator(device, "success shifts", seed, step))
@@ -301,8 +307,7 @@ def frame_table(cfg: Config, found: Iterator[Version]) -> FrameTable:
         row = torch.full((len(picks),), rows[episode.name])
         columns.append((frames[picks], row, torch.from_numpy(success[picks]), torch.from_numpy(progress[picks])))
     frames, row, success, progress = (torch.cat(column) for column in zip(*columns, strict=True))
-    classes = ((success == value).nonzero()[:, 0].numpy() for value in (1, 0))
-    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress, *classes)
+    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress)
 
 
 def replayed(
@@ -314,6 +319,33 @@ def replayed(
         return list(found)
     imagined = imagined_episodes(model, episodes, autocast=autocast, greedy=True, seed=cfg.seed)
     return [*found, *(Version(one.episode, "imagined", to_uint8(one.imagined)) for one in imagined)]
+
+
+def prepared(
+    cfg: Config, split: Split, model: WorldModel | None, digest: str | None, autocast: AbstractContextManager
+) -> tuple[FrameTable, list[list[Version]]]:
+    """Make the frames to train on and the whole episodes of the two other parts; what an interrupted run imagined for
+    them is read from out_dir/imagined.pt.
+
+    Args:
+        digest: of the world model's file; another one, or other episodes, are imagined anew.
+    """
+    path, parts = Path(cfg.out_dir) / "imagined.pt", (split.threshold, split.held_out)
+    about = {"world_model": digest, "episodes": [[e.name for e in part] for part in split]}
+    if path.is_file() and (kept := load_train_state(path)).get("about") == about:
+        real = [list(versions(cfg, part, None, autocast)) for part in parts]
+        imagined = [
+            [Version(next(e for e in part if e.name == name), "imagined", frames) for name, frames in found]
+            for part, found in zip(parts, kept["imagined"], strict=True)
+        ]
+        return FrameTable(*kept["table"]), [a + b for a, b in zip(real, imagined, strict=True)]
+    table = frame_table(cfg, versions(cfg, at_most(split.train, cfg.episodes), model, autocast))
+    whole = [replayed(cfg, part, model, autocast) for part in parts]
+    if model is not None:
+        imagined = [[(v.episode.name, v.frames) for v in part if v.kind == "imagined"] for part in whole]
+        kept = {"about": about, "table": list(table), "imagined": imagined}
+        write_atomic(path, lambda tmp: torch.save(kept, tmp))
+    return table, whole
 
 
 @torch.no_grad()
@@ -382,18 +414,21 @@ def main(cfg: Config) -> dict[str, float]:
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
     new = {"step": 0, "minutes": 0.0, "threshold": size.threshold, "metrics": {}}
     step, minutes, threshold, metrics = state.load(**new)
+    log, clock = RunLog(cfg.out_dir, cfg.steps, "success", step), Clock(cfg.steps, cfg.max_minutes, minutes)
+    if clock.share(step) >= 1:  # complete: nothing is imagined for it
+        state.finish(log)
+        return metrics
     if step == 0:
         model.robot.load_state_dict(fit_proprio_model(train, cfg.seed).state_dict())
 
-    table = frame_table(cfg, versions(cfg, at_most(train, cfg.episodes), world_model, autocast))
-    whole = [replayed(cfg, part, world_model, autocast) for part in (split.threshold, split.held_out)]
-    log, clock = RunLog(cfg.out_dir, cfg.steps, "success", step), Clock(cfg.steps, cfg.max_minutes, minutes)
+    digest = None if cfg.world_model is None else model_digest(cfg.world_model)
+    table, whole = prepared(cfg, split, world_model, digest, autocast)
     facts = {
         "instructions": sorted({e.instruction for e in train}),
         "train_episodes": [e.name for e in train],
         "threshold_episodes": [e.name for e in split.threshold],
         "held_out_episodes": [e.name for e in split.held_out],
-        "world_model": None if cfg.world_model is None else model_digest(cfg.world_model),
+        "world_model": digest,
         **images,
     }
 
@@ -402,7 +437,7 @@ def main(cfg: Config) -> dict[str, float]:
         config = replace(size, threshold=threshold)
         state.save(values, model, config, {**facts, "metrics": metrics, "success": to_dict(cfg)})
 
-    began, share = step, clock.share(step)
+    share = clock.share(step)
     while share < 1:
         model.train()
         rate = cfg.lr * rate_factor(step, share, cfg.warmup, cfg.schedule)
@@ -427,8 +462,8 @@ def main(cfg: Config) -> dict[str, float]:
         if share < 1 and state.due(step, cfg.save_interval):
             save()
 
-    if step > began:
-        save()
+    (Path(cfg.out_dir) / "imagined.pt").unlink(missing_ok=True)  # a kill after it leaves none behind
+    save()
     state.finish(log)
     return metrics
 

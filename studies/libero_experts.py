@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vlarft.run.checkpoint import append_line
 from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
@@ -76,10 +77,11 @@ def main(config: Config) -> dict:
         for task in config.tasks:
             if todo := [s for s in config.states if (suite, task, s) not in done]:
                 jobs.append((config, suite, task, todo))
-    with log.open("a", buffering=1) as file:
+    with log.open("ab", buffering=0) as file:
         for _, played, _ in tqdm(run_jobs(play, jobs, config.workers), total=len(jobs), desc="tasks", disable=None):
             records += played
-            file.writelines(json.dumps(record) + "\n" for record in played)
+            for record in played:
+                append_line(file, json.dumps(record))
     rows = []
     for suite in config.suites:
         for task in config.tasks:

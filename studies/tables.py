@@ -23,6 +23,7 @@ from pathlib import Path
 import cells
 import figures
 import outcomes
+import reliability_tables as reliability
 import speed_tables as speed
 import stage_tables as stage
 from findings import findings_table
@@ -176,6 +177,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "pixels, reward": lambda: speed.pixels_table(result("pixels")["reward"], "reward (L1 and SSIM)"),
     "distinct": lambda: speed.distinct_table(result("distinct")),
     "training": lambda: speed.training_table(result("training")),
+    "reliability, files": lambda: reliability.damaged_table(result("reliability")),
+    "reliability, writers": lambda: reliability.interrupted_table(result("reliability")),
+    "reliability, command lines": lambda: reliability.refused_table(result("reliability")),
+    "reliability, commands": lambda: reliability.commands_of(result("reliability")),
     "head": lambda: speed.head_table(result("policy")),
 }
 

@@ -126,7 +126,7 @@ def test_run_folder_of_another_configuration(tmp_path):
     checkpoint.open_run(tmp_path, RunConfig("elsewhere", workers=8), ignore=("workers",))
     for damaged in (b"{", b"\xff", b"[1]", b"[" * 99999):
         (tmp_path / "config.json").write_bytes(damaged)
-        with pytest.raises(ValueError, match="config.json is not readable JSON"):
+        with pytest.raises(ValueError, match="config.json (is not readable JSON|holds a list).*damaged"):
             checkpoint.open_run(tmp_path, RunConfig(str(tmp_path)))
 
 
@@ -245,3 +245,27 @@ def test_a_run_folder_that_lacks_a_file(tmp_path, capsys):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has train_state.pt but no config.json"):
         checkpoint.open_run(tmp_path, config)
+
+
+def test_a_line_that_cannot_be_written_names_its_file():
+    with (
+        open("/dev/full", "ab", buffering=0) as file,
+        pytest.raises(OSError, match="write /dev/full .*free some space"),
+    ):
+        checkpoint.append_line(file, "x")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "run.tmp").mkdir()
+    (tmp_path / "run.tmp" / "left").touch()  # by a kill
+    with checkpoint.new_folder(tmp_path / "run") as folder:
+        (folder / "a").touch()
+        assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "a"]
+    with pytest.raises(FileExistsError, match="run exists"), checkpoint.new_folder(tmp_path / "run"):
+        pytest.fail("it is there")
+    full = OSError(28, "No space")
+    for error, text in ((full, r"could not write .*other \(.*No space"), (KeyboardInterrupt(), None)):
+        with pytest.raises(type(error), match=text), checkpoint.new_folder(tmp_path / "other"):
+            raise error
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,12 +1,17 @@
 """Conversions: lossless round trips, units and sizes, and a LeRobot data set as its readers expect it."""
 
 import json
+import re
+import resource
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ranks
 from conftest import every_camera
 
 from vlarft.data import load_episodes, split_episodes
@@ -239,3 +244,21 @@ def test_a_folder_is_not_written_into_its_source(tmp_path):
     sources(tmp_path / "hdf5")
     with pytest.raises(ValueError, match="hdf5/new lies in .*hdf5, whose files would be mixed with it"):
         main([str(tmp_path / "hdf5"), str(tmp_path / "hdf5" / "new"), "--format", "lerobot"])
+
+
+def convert_on_a_full_disk(command: list[str]) -> None:
+    shutil.disk_usage = lambda place: SimpleNamespace(free=1000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError, match=re.escape(command[1])):
+        main(command)
+
+
+@pytest.mark.parametrize(
+    "options", [("hdf5",), ("lerobot", "--images", "png"), ("lerobot",)], ids=["hdf5", "png", "mp4"]
+)
+def test_a_full_disk_is_named_and_keeps_no_part(tmp_path, options):
+    """Where a write fails halfway; and, for HDF5, which crashes then, before it begins."""
+    sources(tmp_path / "src")
+    command = [str(tmp_path / "src"), str(tmp_path / "dst"), "--format", *options]
+    ranks.run(1, convert_on_a_full_disk, command)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]

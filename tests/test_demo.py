@@ -99,6 +99,11 @@ def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
         rows = [rate, {**rate, "against_first": {"difference": 0.1 * number, "low": 0.0, "high": 0.3}}]
         (tmp_path / f"eval_{number}" / "results.json").write_text(json.dumps({"policies": rows}))
     monkeypatch.setattr(rl_rounds, "run_stage", lambda folder, name, script, /, **flags: stages.update({name: flags}))
+    with pytest.raises(FileNotFoundError, match="demos"):  # before anything is recorded
+        rl_rounds.main(rl_rounds.Config(demos=str(tmp_path / "demos"), out_dir=str(tmp_path)))
+    assert not stages
+    for name in ("demo_files", "read_header"):
+        monkeypatch.setattr(rl_rounds, name, lambda path: None)
     rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path)))
     assert [row.get("against_first", {}).get("difference") for row in rows] == [None, 0.1, 0.2]
     assert [stages[f"own {n}"]["policy_per_task"] for n in (1, 2)] == [32, 64]

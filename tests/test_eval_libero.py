@@ -65,7 +65,7 @@ def test_worker_processes_play_the_same(config, tmp_path):
     assert [r["actions"] for r in records(config)] == [r["actions"] for r in records(parallel)]
 
 
-def test_interrupted_evaluation_goes_on(config, monkeypatch):
+def test_interrupted_evaluation_goes_on(config, monkeypatch, capsys):
     config = dataclasses.replace(config, batch_size=1)
     real, calls = eval_libero.play, []
 
@@ -80,10 +80,11 @@ def test_interrupted_evaluation_goes_on(config, monkeypatch):
         eval_libero.main(config)
     assert len(records(config)) == 1
     with (Path(config.out_dir) / "episodes.jsonl").open("a") as file:
-        file.write('{"policy": "cut sho')
+        file.write('[1]\n{"policy": "x"}\n{"policy": "cut sho')
     results = eval_libero.main(config)
     assert [c[-1] for c in calls] == [[0], [1], [1]]  # state 0 is not played again
-    assert results["policies"][0]["all"]["episodes"] == 2
+    assert results["policies"][0]["all"]["episodes"] == 2 and len(records(config)) == 2
+    assert "episodes.jsonl: 3 lines are no episodes" in capsys.readouterr().err
 
 
 def test_a_run_folder_is_its_checkpoint(config, policy_file, monkeypatch):

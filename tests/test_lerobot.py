@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import every_camera
 from PIL import Image
 
-from vlarft.data import WindowSampler, load_episodes
+from vlarft.data import WindowSampler, load_episodes, video
 from vlarft.data.check import check, sample_picture
 from vlarft.data.convert import main as convert
 from vlarft.data.episodes import read_episodes
@@ -218,6 +219,16 @@ def test_windows_decode_ahead_and_are_the_same(tmp_path):
     assert set(ahead._ahead) == {(4, (7, 4), (part, 2)) for part in (0, 1)}  # what comes next is under way
 
 
+def test_an_open_video_does_not_cross_a_fork(tmp_path, monkeypatch):
+    """Parent and child would move one another's place in the file."""
+    make(tmp_path / "set")
+    (path,) = tmp_path.rglob("*.mp4")
+    own = video._decoders.get(path)
+    assert video._decoders.get(path) is own
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert video._decoders.get(path) is not own
+
+
 def test_other_widths_and_names_are_read(tmp_path):
     """The keys of openpi's copies of LIBERO; a robot of other widths."""
     make(tmp_path / "set", "v2.1", "image")
@@ -317,6 +328,14 @@ def test_broken_tables_are_refused(tmp_path):
     rewrite(root, "episode_index", lambda c: pa.array([min(v, 1) for v in c.to_pylist()]))
     with pytest.raises(ValueError, match=r"episode 1 has 31 rows, the metadata say 11 in a row"):
         load_episodes(root)
+    path.write_bytes(content)
+    table, good = pq.read_table(tasks := root / "meta" / "tasks.parquet"), tasks.read_bytes()
+    names = [name for name in table.column_names if name != "task_index"]
+    texts = pa.array([b"\x84"] * len(table)).view(pa.string())  # no UTF-8
+    pq.write_table(table.set_column(table.column_names.index(*names), *names, texts), tasks)
+    with pytest.raises(ValueError, match=r"tasks.parquet cannot be read \(UnicodeDecodeError: .* is damaged"):
+        load_episodes(root)
+    tasks.write_bytes(good)
     path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"file-000.parquet is not a readable parquet file"):
         load_episodes(root)

@@ -1,21 +1,36 @@
 """The tool that breaks files and interrupts runs, at a size that proves little: it runs, and finds nothing."""
 
+import json
+
 import pytest
 import reliability
 
 
 @pytest.mark.slow
-def test_damaged_files_crash_nothing():
-    found = reliability.main(["--files", "12", "--only", "files"])
-    assert len(found) == 6 and all(sum(counts.values()) == 12 for counts in found.values())
-    assert not any(counts[bad] for counts in found.values() for bad in ("crash", "hang", "memory", "raw", "unnamed"))
-
-
-@pytest.mark.slow
-def test_a_run_that_is_interrupted_ends_as_one_that_is_not():
-    found = reliability.main(["--kills", "2", "--disks", "2", "--only", "train_sft"])
-    assert {name: counts["interruptions"] for name, counts in found.items()} == {
-        "kills: train_sft.py": 2,
-        "full disks: train_sft.py": 2,
+def test_nothing_is_lost_at_small_size(tmp_path):
+    what = [
+        "--files",
+        "4",
+        "--kills",
+        "2",
+        "--disks",
+        "2",
+        "--commands",
+        "12",
+        "--only",
+        "files|s: train_sft|s: convert to H",
+    ]
+    found = reliability.main([*what, "--torchrun", "0", "--out", str(tmp_path / "found.json")])
+    kinds = {
+        kind: [v for k, v in found.items() if k.startswith(kind)] for kind in ("files", "kills", "full", "commands")
     }
-    assert all(set(counts) == {"same", "interruptions"} for counts in found.values())
+    assert {kind: len(counts) for kind, counts in kinds.items()} == {"files": 13, "kills": 2, "full": 2, "commands": 1}
+    assert all(sum(counts.values()) == 4 for counts in kinds["files"])
+    assert all(counts["kills"] == 2 and counts["same"] == counts["runs"] for counts in kinds["kills"])
+    assert all(counts["full disks"] == 2 and counts["same"] == counts["runs"] for counts in kinds["full"])
+    assert kinds["commands"] == [{"one line": 12}]
+    bad = "crash", "hang", "memory", "raw", "unnamed", "orphans", "different", "refused for good"
+    assert not any(counts[name] for counts in found.values() for name in bad)
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["machine"] and report["trials"].keys() == found.keys()
+    assert all(one["command"].endswith("--torchrun 0") for one in report["trials"].values())

@@ -18,12 +18,13 @@ def test_resumed_log_reads_as_if_never_stopped(tmp_path, capsys):
         log.log(step, {"loss": 1.0 / (step + 1)})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # cut short by a kill
+        file.write('[1]\n{"step": "1"}\n{"step": 3, "lo')  # damaged, and cut short by a kill
     log = RunLog(tmp_path, 4, "wm", start_step=2)
     log.log(2, {"loss": 0.5})
     log.close()
     assert lines(tmp_path) == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
-    assert "wm 3/4  loss 0.5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "wm 3/4  loss 0.5" in said and "log.jsonl: 3 lines are no rows" in said
 
 
 def test_a_run_that_starts_anew_keeps_no_line(tmp_path):

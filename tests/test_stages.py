@@ -147,3 +147,9 @@ def test_time_left_by_hand():
 def test_wall_time_by_hand():
     stages = {"a": {"spans": [[0, 10], [20, 25]]}, "b": {"spans": [[5, 12]]}, "older": {"seconds": 3.0}}
     assert wall_seconds(stages) == 17 and wall_seconds({}) == 0
+
+
+def test_a_damaged_list_is_named(tmp_path):
+    (tmp_path / "stages.json").write_text('{"one": ')
+    with pytest.raises(ValueError, match=r"stages.json is not readable JSON .* damaged"):
+        run_stages(tmp_path, [])

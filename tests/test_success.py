@@ -215,7 +215,10 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
 
     parts = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
     interrupted(monkeypatch, train_success, 13, lambda: train_success.main(parts))
-    assert train_success.main(parts) == metrics
+    assert Path(parts.out_dir, "imagined.pt").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_success, "imagined_episodes", lambda *_, **__: pytest.fail("imagined again"))
+        assert train_success.main(parts) == metrics
     one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, parts))
     assert one["robot.proprio_std"].min() < 1 and one["robot.net.4.weight"].abs().max() > 0  # fitted
     assert all(torch.equal(v, other[k]) for k, v in one.items())
@@ -223,6 +226,8 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     for a, b in zip(*logs, strict=True):
         assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
     before = files_of(config.out_dir)
+    assert "imagined.pt" not in before
+    monkeypatch.setattr(train_success, "prepared", lambda *_: pytest.fail("prepared a run that is complete"))
     assert train_success.main(config) == metrics and files_of(config.out_dir) == before  # it is left as it is
 
 

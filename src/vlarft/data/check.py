@@ -12,7 +12,6 @@ Warnings come from statistics and may be wrong: check them against the picture.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections import Counter
@@ -28,6 +27,7 @@ from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
+from vlarft.run.checkpoint import write_json
 from vlarft.run.config import Parser
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.script import clear_errors
@@ -396,7 +396,7 @@ def main(argv: Sequence[str]) -> int:
         except (ValueError, OSError) as error:
             report.errors.append(str(error))
     if args.json:
-        args.json.write_text(json.dumps(vars(report), indent=2))
+        write_json(args.json, vars(report))
     print(render(report))
     return int(bool(report.errors))
 

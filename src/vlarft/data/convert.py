@@ -11,9 +11,7 @@ proprio dimensions; it gets one file per instruction. Episodes get new names, wh
 """
 
 import argparse
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +26,7 @@ from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import write_lerobot
+from vlarft.run.checkpoint import check_room, new_folder
 from vlarft.run.config import Parser, Positive, Range, Side, Whole, reader
 from vlarft.run.script import clear_errors
 
@@ -144,48 +143,45 @@ def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
         FileExistsError: `root` exists.
         ValueError: other dimensions, or absolute actions, which the layout cannot store.
     """
-    if root.exists():
-        raise FileExistsError(f"{root} exists; remove it, or give another folder")
-    tmp = root.with_name(root.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
     files: dict[str, Path] = {}
     counts: dict[str, int] = {}
     total = 0
-    for episode in episodes:
-        widths = episode.actions.shape[1], episode.proprio.shape[1]
-        if widths != (7, 8) or episode.absolute or (episode.grippers, episode.held_dims) != ((6,), ()):
-            raise ValueError(
-                f"{episode.name} has {widths[0]} action and {widths[1]} proprio dimensions"
-                f"{', absolute actions' * episode.absolute}, grippers {list(episode.grippers)} and held dimensions "
-                f"{list(episode.held_dims)}; LIBERO's HDF5 layout holds 7 and 8, motions, the gripper last: give "
-                "--format lerobot"
-            )
-        text = episode.instruction
-        if text not in files:
-            slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "task"
-            taken = {path.name for path in files.values()}
-            names = [f"{slug}_demo.hdf5", *(f"{slug}_{i}_demo.hdf5" for i in range(2, len(files) + 2))]
-            files[text] = tmp / next(name for name in names if name not in taken)
-        with import_h5py().File(files[text], "a") as file:
-            if "data" not in file:
-                write_task_attrs(file.create_group("data"), text, episode.env_args or {}, fps)
-            write_demo(
-                file["data"],
-                counts.get(text, 0),
-                images={_libero_name(name): np.asarray(images) for name, images in episode.cameras.items()},
-                actions=episode.actions,
-                intended_actions=episode.intended,
-                proprio=episode.proprio,
-                states=episode.states,
-                success=episode.success,
-                attrs={"kind": episode.kind, "source": episode.name},
-            )
-            if not episode.outcome_known:
-                del file["data"][f"demo_{counts.get(text, 0)}"].attrs["success"]
-        counts[text] = counts.get(text, 0) + 1
-        total += 1
-    os.replace(tmp, root)
+    with new_folder(root) as tmp:
+        for episode in episodes:
+            widths = episode.actions.shape[1], episode.proprio.shape[1]
+            if widths != (7, 8) or episode.absolute or (episode.grippers, episode.held_dims) != ((6,), ()):
+                raise ValueError(
+                    f"{episode.name} has {widths[0]} action and {widths[1]} proprio dimensions"
+                    f"{', absolute actions' * episode.absolute}, grippers {list(episode.grippers)} and held dimensions "
+                    f"{list(episode.held_dims)}; LIBERO's HDF5 layout holds 7 and 8, motions, the gripper last: give "
+                    "--format lerobot"
+                )
+            text = episode.instruction
+            if text not in files:
+                slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "task"
+                taken = {path.name for path in files.values()}
+                names = [f"{slug}_demo.hdf5", *(f"{slug}_{i}_demo.hdf5" for i in range(2, len(files) + 2))]
+                files[text] = tmp / next(name for name in names if name not in taken)
+            arrays = {_libero_name(name): np.asarray(images) for name, images in episode.cameras.items()}
+            check_room(files[text], sum(images.nbytes for images in arrays.values()))
+            with import_h5py().File(files[text], "a") as file:
+                if "data" not in file:
+                    write_task_attrs(file.create_group("data"), text, episode.env_args or {}, fps)
+                write_demo(
+                    file["data"],
+                    counts.get(text, 0),
+                    images=arrays,
+                    actions=episode.actions,
+                    intended_actions=episode.intended,
+                    proprio=episode.proprio,
+                    states=episode.states,
+                    success=episode.success,
+                    attrs={"kind": episode.kind, "source": episode.name},
+                )
+                if not episode.outcome_known:
+                    del file["data"][f"demo_{counts.get(text, 0)}"].attrs["success"]
+            counts[text] = counts.get(text, 0) + 1
+            total += 1
     return total
 
 

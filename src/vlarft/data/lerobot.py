@@ -293,7 +293,8 @@ def _tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
     ]  # the index of a pandas table, whose name may be missing
     if "task_index" not in table.column_names or len(text) != 1:
         raise ValueError(f"{meta / 'tasks.parquet'} must have task_index and one text, got {table.column_names}")
-    return rows, dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
+    with damage_named(str(meta / "tasks.parquet")):  # texts are decoded here
+        return rows, dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist()))
 
 
 def _json_tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
@@ -521,7 +522,10 @@ def _pictures(root: Path, path: Path, key: str, first: int, lo: int, hi: int) ->
     lo, hi = first + lo, first + hi
     for number in range(np.searchsorted(starts, lo, "right") - 1, np.searchsorted(starts, hi, "left")):
         begin, end = max(lo, starts[number]), min(hi, starts[number + 1])
-        for row in _group(path, stamp(path), key, number).slice(begin - starts[number], end - begin).to_pylist():
+        group = _group(path, stamp(path), key, number)
+        with damage_named(f"{path}: {key}"):
+            rows = group.slice(begin - starts[number], end - begin).to_pylist()
+        for row in rows:
             row = {"bytes": row} if isinstance(row, bytes) else row or {}
             if not isinstance(row, dict):
                 raise ValueError(

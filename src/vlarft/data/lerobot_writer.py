@@ -7,8 +7,6 @@ image2). Every second video frame is a keyframe, as in LeRobot's files, so that 
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +18,7 @@ from vlarft.data.episode import CAMERAS, Episode
 from vlarft.data.frames import import_pillow
 from vlarft.data.lerobot import import_parquet, read_info
 from vlarft.data.video import import_av
+from vlarft.run.checkpoint import new_folder
 
 CHUNK_FILES, DATA_BYTES, VIDEO_BYTES = 1000, 100 << 20, 200 << 20  # LeRobot's defaults
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -62,20 +61,15 @@ def write_lerobot(
         FileExistsError: `root` exists.
         ValueError: no episodes, episodes of different robots or cameras, or images of odd size for a video.
     """
-    root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists; remove it, or give another folder")
-    tmp = root.with_name(root.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    writer = None
-    for episode in episodes:
+    with new_folder(root) as tmp:
+        writer = None
+        for episode in episodes:
+            if writer is None:
+                writer = _Writer(tmp, episode, fps, images, codec, crf)
+            writer.add(episode)
         if writer is None:
-            writer = _Writer(tmp, episode, fps, images, codec, crf)
-        writer.add(episode)
-    if writer is None:
-        raise ValueError(f"no episodes to write to {root}")
-    writer.finish(robot_type)
-    os.replace(tmp, root)
+            raise ValueError(f"no episodes to write to {root}")
+        writer.finish(robot_type)
     return len(writer.entries)
 
 

@@ -6,6 +6,7 @@ decoders. A file is scanned once for the times of its frames.
 
 import functools
 import math
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -161,10 +162,10 @@ class _Decoders(threading.local):
     """The decoders of a thread; the least recently used ones are closed."""
 
     def __init__(self) -> None:
-        self.open: OrderedDict[tuple[Path, int], _Decoder] = OrderedDict()
+        self.open: OrderedDict[tuple[Path, int, int], _Decoder] = OrderedDict()
 
     def get(self, path: Path) -> _Decoder:
-        key = path, stamp(path)
+        key = path, stamp(path), os.getpid()  # an open file must not cross a fork: both would move its place
         if key not in self.open:
             self.open[key] = _Decoder(path)
             if len(self.open) > OPEN_DECODERS:

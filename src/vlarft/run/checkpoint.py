@@ -12,14 +12,17 @@ A run folder may be given wherever a checkpoint is expected, or a name on the Hu
 still load, see migration.py.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +48,8 @@ FREE = (
     "log_interval",
     "save_interval",
 )
+
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a write raises where there is no room
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -83,21 +88,88 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())  # else a power failure after the move could leave an empty file under its name
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the last two
-        free = shutil.disk_usage(path.parent).free / 2**30
+        failed = not_written(path, error)  # before the room is free again
         tmp.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {path} ({error}), {free:.2f} GiB were free. What was saved before is untouched: "
-            "free some space and give the same command again"
-        ) from error
+        raise failed from error
     os.umask(mask := os.umask(0))  # the umask can only be read by setting it
     os.chmod(tmp, 0o666 & ~mask)  # safetensors creates files that only their owner can read
     os.replace(tmp, path)
+
+
+@contextlib.contextmanager
+def new_folder(root: str | Path) -> Iterator[Path]:
+    """Yield the folder ROOT.tmp, empty, which becomes `root` at the end of the block; an error removes it.
+
+    Raises:
+        FileExistsError: `root` exists.
+        OSError: no space left; names `root`.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists; remove it, or give another folder")
+    tmp = root.with_name(root.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+    except BaseException as error:
+        full = isinstance(error, OSError) and (error.errno in FULL or any(f"errno = {n}" in str(error) for n in FULL))
+        failed = not_written(root, error) if full else None  # before the room is free again
+        shutil.rmtree(tmp, ignore_errors=True)
+        if failed:
+            raise failed from error
+        raise
+    os.replace(tmp, root)
+
+
+def check_room(path: str | Path, needed: float) -> None:
+    """Raise an OSError if a disk has less than `needed` bytes and a tenth: HDF5 crashes where it fills up."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if free < 1.1 * needed:
+        raise OSError(
+            errno.ENOSPC, f"{path} needs up to {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free: free some space"
+        )
+
+
+def not_written(path: str | Path, error: Exception) -> OSError:
+    """Make the error of a file that could not be written; those of the system do not name it where a disk is full."""
+    free = shutil.disk_usage(Path(path).parent).free / 2**30
+    return OSError(
+        f"could not write {path} ({error}), {free:.2f} GiB were free. What was saved before is untouched: "
+        "free some space and give the same command again"
+    )
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically, two spaces of indent, newline at the end."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomic(path, lambda tmp: tmp.write_text(text))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: not JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
+        raise ValueError(f"{path} is not readable JSON ({error}); the file is damaged") from error
+
+
+def append_line(file: FileIO, text: str) -> None:
+    """Append a line to a file opened with `open("ab", buffering=0)`: a kill cuts the last line at most.
+
+    Raises:
+        OSError: not writable, or no space left; names the file.
+    """
+    data = f"{text}\n".encode()
+    try:
+        while data:  # a disk that fills up takes a part, and none the next time
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise not_written(file.name, error) from error
 
 
 def save_model(
@@ -272,13 +344,8 @@ def open_run(
     out_dir, given = Path(out_dir), to_dict(config)
     path = out_dir / "config.json"
     if path.is_file():
-        try:
-            if not isinstance(stored := json.loads(path.read_text()), dict):
-                raise ValueError(f"a {type(stored).__name__}, expected an object")
-        except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
-            raise ValueError(
-                f"{path} is not readable JSON ({error}); remove the folder or choose another --out-dir"
-            ) from error
+        if not isinstance(stored := read_json(path), dict):
+            raise ValueError(f"{path} holds a {type(stored).__name__}, expected an object; the file is damaged")
         stored = stored if older is None else older(stored, str(path))
         stored = {**_defaults(config), **stored}  # options newer than the run have their defaults
         # take the given spelling of an equal path, so that `differences` lists real differences only

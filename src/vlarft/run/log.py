@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlarft.run.checkpoint import write_atomic
+from vlarft.run.checkpoint import append_line, write_atomic
 from vlarft.run.distributed import is_main
 
 
@@ -31,18 +31,14 @@ class RunLog:
         self.file = None
         if not is_main():
             return
-        text = ""
-        if start_step and self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # cut short when the process was killed
-                    continue
-                if entry["step"] < start_step:
-                    text += line + "\n"
-        if not self.path.is_file() or self.path.read_text() != text:
-            write_atomic(self.path, lambda tmp: tmp.write_text(text))
-        self.file = self.path.open("a", buffering=1)  # line by line: a kill loses one line at most
+        before = self.path.read_bytes() if self.path.is_file() else None
+        lines = (before or b"").splitlines() if start_step else []
+        kept = b"".join(line + b"\n" for line in lines if _step(line) < start_step)
+        if damaged := sum(_step(line) == math.inf for line in lines):
+            print(f"{self.path}: {damaged} lines are no rows, as one that a kill cut short: left out", file=sys.stderr)
+        if kept != before:
+            write_atomic(self.path, lambda tmp: tmp.write_bytes(kept))
+        self.file = self.path.open("ab", buffering=0)
 
     @functools.cached_property
     def tensorboard(self) -> Any:
@@ -58,7 +54,7 @@ class RunLog:
         if self.file is None:
             return
         values = {k: float(v) for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self.file, json.dumps({"step": step, **values}))
         if self.tensorboard is not None:
             for k, v in values.items():
                 self.tensorboard.add_scalar(k, v, step)
@@ -72,6 +68,15 @@ class RunLog:
             self.file.close()
         if vars(self).get("tensorboard") is not None:
             self.tensorboard.close()
+
+
+def _step(line: bytes) -> float:
+    """The step of a row; infinity for a line that is none, such as the one that a kill cut short."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else math.inf
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
 
 
 def _short(value: float) -> str:

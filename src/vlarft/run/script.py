@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlarft.run.checkpoint import append_line
 from vlarft.run.config import parse
 
 ConfigT = TypeVar("ConfigT")
@@ -144,19 +145,19 @@ def only_writer(folder: str | Path) -> Iterator[None]:
             f"--out-dir {folder} is a {'link to nothing' if folder.is_symlink() else 'file'}, not a folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with (folder / ".lock").open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            holder = file.read().decode().strip()
             raise ValueError(
-                f"{folder} is being written by {file.read().strip()}: wait until it ends, or choose another --out-dir"
+                f"{folder} is being written by {holder}: wait until it ends, or choose another --out-dir"
             ) from None
         except OSError as error:
             warnings.warn(f"{folder} cannot be locked ({error}): start no second process that writes it", stacklevel=3)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}\n")
-        file.flush()
+        append_line(file, f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}")
         for left in folder.glob("*.*.tmp"):  # of `checkpoint.write_atomic`, by a process that was killed
             if left.is_file():
                 left.unlink()

@@ -1,6 +1,5 @@
 """Stage scripts one after the other or side by side: each a process of its own, none run twice, all to be resumed."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlarft.run.checkpoint import write_json
+from vlarft.run.checkpoint import read_json, write_json
 from vlarft.run.script import PARENT, signals_noted
 
 INSTALLED = Path(__file__).resolve().parents[1] / "stages"  # where a wheel has the stage scripts; setup.cfg maps them
@@ -172,7 +171,7 @@ def run_stages(
         SystemExit: one failed; the message says which.
     """
     path, took = folder / "stages.json", {}
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     waiting, running, ended = list(stages), [], set()
 
     def end(one: Running) -> int:
