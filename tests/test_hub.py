@@ -145,7 +145,7 @@ def run_folder(policy_file, tmp_path) -> Path:
     digests = {str(folder): model_digest(folder), "random": "random"}
     start = {"suite": "tabletop_object", "task": 0, "rejected_starts": 0, "worker_deaths": 0}
     records = [
-        {**start, "policy": p, "digest": d, "init_state": s, "success": s == 1}
+        {**start, "policy": p, "digest": d, "init_state": s, "success": s == 1 and p != "random"}
         for p, d in digests.items()
         for s in (0, 1)
     ]
@@ -313,6 +313,9 @@ def test_converter_downloads_weights_and_no_code(hub, tmp_path):
         assert read_header(out).extra == {"source": name}
     read = {line.rpartition("/")[2] for line in hub.requests if line.startswith("GET /user/public/resolve")}
     assert read == {"config.json", "w.safetensors"}
+    hub.branches["user/public"] = {"v1": 0}
+    hub.repos["user/public"].append({"README.md": b"emptied"})
+    convert(["tokenizer", "hf:user/public@v1", "--out", str(tmp_path / "v1.safetensors")])
     with pytest.raises(FileNotFoundError, match="hf:user/public/z: the repository has no z"):
         convert(["tokenizer", "hf:user/public/z", "--out", str(tmp_path / "z.safetensors")])
 
