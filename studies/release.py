@@ -54,10 +54,9 @@ def export(run: Path, model: VLAPolicy | WorldModel, place: Path) -> None:
     """Write a run's model with its trained weights in bfloat16."""
     if isinstance(model, VLAPolicy) and model.sigma_net is not None:
         model.sigma_net, model.cfg = None, replace(model.cfg, has_sigma_net=False)
-    trained = dict(model.named_parameters())
-    weights = {k: v.to(torch.bfloat16) if k in trained else v for k, v in model.state_dict().items()}
     extra = read_header(run / "model.safetensors").extra
-    save_model(place / "model.safetensors", model, model.cfg, {k: extra[k] for k in KEPT if k in extra}, weights)
+    kept = {k: extra[k] for k in KEPT if k in extra}
+    save_model(place / "model.safetensors", model, model.cfg, kept, dtype=torch.bfloat16)
 
 
 def card(name: str, report: dict) -> str:

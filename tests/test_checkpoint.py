@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlarft.run import checkpoint
@@ -47,6 +48,23 @@ def test_round_trip(tmp_path):
     assert torch.equal(loaded.linear.weight, net.linear.weight)
     (tmp_path / "plain").touch()
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bfloat16_file_loads_as_float32(tmp_path):
+    """Parameters are rounded in the file; buffers, such as action ranges, are not."""
+    net = Net(NetConfig(5))
+    net.register_buffer("ranges", torch.tensor([1.001]))
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_model(path, net, NetConfig(5), dtype=torch.bfloat16)
+    stored = load_file(path)
+    assert stored["linear.weight"].dtype == stored["linear.bias"].dtype == torch.bfloat16
+    assert torch.equal(stored["ranges"], net.ranges) and net.linear.weight.dtype == torch.float32
+    del stored["ranges"]  # Net has none of its own
+    save_file(stored, path, safe_open(path, "pt").metadata())
+    loaded, _ = checkpoint.load_model(path, Net, NetConfig)
+    assert loaded.linear.weight.dtype == loaded.linear.bias.dtype == torch.float32
+    assert torch.equal(loaded.linear.weight, net.linear.weight.bfloat16().float())
+    assert not torch.equal(loaded.linear.weight, net.linear.weight)
 
 
 def test_missing_file(tmp_path):

@@ -217,6 +217,33 @@ def test_a_changed_model_is_not_published_as_its_file(policy_file, tmp_path):
     assert not (tmp_path / "pick").exists()
 
 
+def test_bfloat16(hub, run_folder, tmp_path):
+    """A rounded file loads as float32, says so, is published again as it is, without the exact weights' success."""
+    exact = VLAPolicy.load(run_folder)
+    exact.push_to_hub("user/exact", results=tmp_path / "eval")
+    with pytest.raises(
+        ValueError, match="results are of the weights before rounding: save_pretrained with dtype alone"
+    ):
+        exact.save_pretrained(tmp_path / "half", dtype=torch.bfloat16, results=tmp_path / "eval")
+    with pytest.raises(ValueError, match="dtype is torch.float16, expected torch.bfloat16"):
+        exact.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    exact = VLAPolicy.from_pretrained("user/exact")
+    exact.push_to_hub("user/half", dtype=torch.bfloat16, text="Played *once*.")
+    sizes = [len(hub.repos[name][-1]["model.safetensors"]) for name in ("user/exact", "user/half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    text = card(hub, "user/half")[1]
+    assert "rounded to bfloat16" in text and "Played *once*." in text and "Success, with" not in text
+    half = VLAPolicy.from_pretrained("user/half")
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    for name, value in exact.named_parameters():
+        assert torch.equal(half.get_parameter(name), value.bfloat16().float())
+    for name, value in exact.named_buffers():
+        assert torch.equal(half.get_buffer(name), value)
+    half.push_to_hub("user/again")
+    assert hub.repos["user/again"][-1]["model.safetensors"] == hub.repos["user/half"][-1]["model.safetensors"]
+
+
 def test_results_of_others(run_folder, policy_file, tmp_path):
     policy = VLAPolicy(VLAPolicy.load(policy_file).cfg)
     with pytest.raises(ValueError, match="load the model from the one that eval_libero.py played"):

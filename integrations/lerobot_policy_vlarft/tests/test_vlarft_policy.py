@@ -159,6 +159,17 @@ def test_saved_folders_are_lerobots_and_vlarfts(run, tmp_path):
     assert torch.equal(VLAPolicy.load(tmp_path / "whole").head.output.weight, policy.model.head.output.weight + 1)
 
 
+def test_folder_of_save_pretrained_plays(run, tmp_path):
+    """The config.json that vlarft writes for the Hub has no type, and is passed over."""
+    VLAPolicy.load(run).save_pretrained(tmp_path)
+    assert "type" not in json.loads((tmp_path / "config.json").read_text())
+    chunks = []
+    for place in (run, tmp_path):
+        policy, pre, _ = loaded(place)
+        chunks.append(policy.predict_action_chunk(pre(observations()[0]), torch.zeros(3, 8, 7)))
+    assert torch.equal(*chunks)
+
+
 def test_processors_do_not_normalise(run):
     policy, pre, post = loaded(run)
     pre_stats, _ = make_vlarft_pre_post_processors(policy.config, {"observation.state": {"mean": [9.0] * 8}})

@@ -173,7 +173,13 @@ def append_line(file: FileIO, text: str) -> None:
 
 
 def save_model(
-    path: str | Path, model: nn.Module, config: Any, extra: dict[str, Any] | None = None, state_dict: dict | None = None
+    path: str | Path,
+    model: nn.Module,
+    config: Any,
+    extra: dict[str, Any] | None = None,
+    state_dict: dict | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write weights, class name and config to one safetensors file.
 
@@ -183,8 +189,12 @@ def save_model(
         config: the model's (nested) dataclass.
         extra: JSON-safe facts that belong to the model: action ranges, the split it was trained on, ...
         state_dict: whole tensors to write instead of the model's parameters, which are shards under FSDP.
+        dtype: of the parameters in the file, bfloat16 halves it; buffers keep theirs. A model's own dtype is what it
+            loads with, float32.
     """
     weights = model.state_dict() if state_dict is None else state_dict
+    if dtype is not None:
+        weights = {**weights, **{k: weights[k].to(dtype) for k, _ in model.named_parameters()}}
     # clone: safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
     header = {

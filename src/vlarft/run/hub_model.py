@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from vlarft.run.checkpoint import model_digest, read_header, save_model, write_atomic, write_json
@@ -104,6 +104,8 @@ class HubModel:
         *,
         results: str | Path | Sequence[str | Path] = (),
         license: str = "unknown",
+        text: str = "",
+        dtype: torch.dtype | None = None,
         name: str = "user/name",
     ) -> None:
         """Write the folder that `push_to_hub` uploads, for example to read its card first.
@@ -112,11 +114,14 @@ class HubModel:
             folder: created if it is missing; its three files are replaced.
             results: results.json of eval_libero.py, or their folders, whose rates of this policy the card states.
             license: of the weights, as the Hub spells it: mit, apache-2.0, ...
+            text: Markdown that the card has below its description.
+            dtype: torch.bfloat16 halves the file: parameters are rounded, buffers are not, and all load as float32.
+                None: as in the file that the model was loaded from.
             name: on the Hub, for the card's example.
 
         Raises:
-            ValueError: weights that are no longer those of the file that the model was loaded from, or results of other
-                policies.
+            ValueError: weights that are no longer those of the file that the model was loaded from, results of other
+                policies or of weights before rounding, or another dtype.
             FileNotFoundError: no such results.
             ImportError: huggingface_hub is missing.
         """
@@ -125,21 +130,31 @@ class HubModel:
         paths = [results] if isinstance(results, str | Path) else results
         if paths and file is None:
             raise ValueError("results are of a file: load the model from the one that eval_libero.py played")
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, expected torch.bfloat16, or None for that of the model's file")
+        if paths and dtype is not None:
+            raise ValueError(
+                "results are of the weights before rounding: save_pretrained with dtype alone, evaluate that folder, "
+                "and publish what load returns of it with results"
+            )
         extra = {} if file is None else {**read_header(file).extra, **_training(file)}
-        if file is not None and not _holds(file, self):
+        stored = None if file is None else load_file(file)
+        if stored is not None and not _equal(stored, self.state_dict()):
             raise ValueError(
                 f"the model is no longer that of {file}, whose training the card would state: write it with "
                 "vlarft.run.checkpoint.save_model, and publish what load returns of that file"
             )
         if rows := [row for path in paths for row in _rates(Path(path), model_digest(file))]:
             extra["evaluations"] = rows
-        save_model(folder / MODEL, self, self.cfg, extra)
+        if dtype is not None:
+            extra = {k: v for k, v in extra.items() if k != "evaluations"} | {"rounded": "bfloat16"}
+        save_model(folder / MODEL, self, self.cfg, extra, stored, dtype=dtype)
         counts = {key: len(value) for key, value in extra.items() if key.endswith("_episodes")}
         facts = {key: value for key, value in extra.items() if key != "mean_frame"} | counts
         about = {"library_name": "vlarft", "class": type(self).__name__, "config": to_dict(self.cfg), "extra": facts}
         write_json(folder / "config.json", about)
-        text = model_card(self, extra, license, name)
-        write_atomic(folder / "README.md", lambda tmp: tmp.write_text(text))
+        card = model_card(self, extra, license, name, text)
+        write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))
 
     def push_to_hub(
         self,
@@ -147,6 +162,8 @@ class HubModel:
         *,
         results: str | Path | Sequence[str | Path] = (),
         license: str = "unknown",
+        text: str = "",
+        dtype: torch.dtype | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         message: str = "Upload a model of vlarft",
@@ -157,7 +174,7 @@ class HubModel:
 
         Args:
             name: "user/name".
-            results, license: see `save_pretrained`.
+            results, license, text, dtype: see `save_pretrained`.
             private: visibility of a new repository; None: the account's default.
             token: one that may write; None takes HF_TOKEN or what `hf auth login` stored.
             message: of the commit.
@@ -172,19 +189,15 @@ class HubModel:
         if place != HubName(place.repo, "", None):
             raise ValueError(f"{name}: expected user/name, a repository's main branch")
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, results=results, license=license, name=name)
+            self.save_pretrained(folder, results=results, license=license, text=text, dtype=dtype, name=name)
             files = {file.name: file for file in sorted(Path(folder).iterdir())}
             return upload(name, files, private, token, message)
 
 
-def _holds(file: Path, model: nn.Module) -> bool:
-    """Return whether a model file holds the model's weights."""
-    weights = model.state_dict()
-    with safe_open(file, framework="pt") as stored:
-        if set(stored.keys()) != set(weights):
-            return False
-        pairs = ((stored.get_tensor(name), value.cpu()) for name, value in weights.items())
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+def _equal(stored: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> bool:
+    """Return whether a file's tensors are these weights, which are float32 where the file has bfloat16."""
+    same_names = stored.keys() == weights.keys()
+    return same_names and all(torch.equal(stored[name].to(v.dtype), v.cpu()) for name, v in weights.items())
 
 
 def _training(file: Path) -> dict[str, Any]:
@@ -226,7 +239,7 @@ def command(stage: str, config: dict[str, Any]) -> str:
     return shlex.join(["python", f"train_{stage}.py", *Stage(stage, Path(), config).words()])
 
 
-def model_card(model: nn.Module, extra: dict[str, Any], license: str, name: str) -> str:
+def model_card(model: nn.Module, extra: dict[str, Any], license: str, name: str, text: str = "") -> str:
     """Return the README.md of a model.
 
     Args:
@@ -234,6 +247,7 @@ def model_card(model: nn.Module, extra: dict[str, Any], license: str, name: str)
         extra: of its header, completed by `save_pretrained`.
         license: of the weights.
         name: on the Hub.
+        text: Markdown below the description.
     """
     cls, size = type(model).__name__, sum(p.numel() for p in model.parameters())
     kind, cameras = KINDS[cls], ", ".join(getattr(model.cfg, "cameras", ()))
@@ -245,10 +259,13 @@ def model_card(model: nn.Module, extra: dict[str, Any], license: str, name: str)
         f"# {name.partition('/')[2]}\n",
         f"{kind.text} {size:,} parameters.\n",
     ]
+    lines += [f"{text.strip()}\n"] if text else []
     lines.append(f"- {kind.sizes.format(model=model, cameras=cameras)}")
     for key, what in (("train_episodes", "trained on"), ("held_out_episodes", "held out")):
         lines += [f"- {what}: {len(extra[key])} episodes"] if extra.get(key) else []
     lines += [f"- minutes of the last stage: {extra['minutes']:.1f}"] if "minutes" in extra else []
+    if "rounded" in extra:
+        lines.append(f"- parameters rounded to {extra['rounded']}, read as float32; held-out measures are from before")
     lines += [f"- converted from {extra['source']}"] if "source" in extra else []
     lines += [f"\n```python\nfrom vlarft import {cls}\n\nmodel = {cls}.from_pretrained({name!r})\n```"]
     configs = {stage: extra[stage] for stage in (*OWN_STAGE.values(), *STAGES) if isinstance(extra.get(stage), dict)}
