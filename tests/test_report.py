@@ -165,7 +165,7 @@ def test_parts_that_a_run_lacks_are_left_out(runs, tmp_path):
 
 
 def test_each_kind_is_told_by_an_option_of_its_script_alone():
-    scripts = {path.name for path in ROOT.glob("*.py")} - {"demo.py", "collect_demos.py", "serve_policy.py"}
+    scripts = {path.name for path in ROOT.glob("*.py")} - {"demo.py", "play.py", "collect_demos.py", "serve_policy.py"}
     assert {kind.script for kind in KINDS} == scripts
     fields = {name: importlib.import_module(Path(name).stem).Config.__dataclass_fields__ for name in scripts}
     for kind in KINDS:

@@ -16,10 +16,12 @@ from vlarft.data.windows import WindowSampler
 from vlarft.run.checkpoint import load_train_state, read_header
 from vlarft.run.config import parse
 from vlarft.tokenizer import FrameTokenizer
+from vlarft.tokenizer_loss import WEIGHTINGS
 
 SMOKE = replace(
     PRESETS["smoke"], steps=6, save_interval=2, validation_interval=3, log_interval=1, validation_fraction=0.2
 )
+STILL = WEIGHTINGS["small_objects"].still
 GAN = replace(SMOKE, gan_start=2, augment="full", weighting="uniform", context_lookback=5)
 
 
@@ -121,7 +123,7 @@ def test_adversarial_term_steps_both_networks(demos, tmp_path):
     rows = logs["with"]
     assert "balance" not in rows[0] and rows[1]["balance"] == 0 < rows[2]["balance"]  # known one step later
     for row in rows[1:]:
-        pixels = row["context_error"] + row["future_error"] + row["generated_error"] + 2.0 * row["still_code"]
+        pixels = row["context_error"] + row["future_error"] + row["generated_error"] + STILL * row["still_code"]
         assert row["loss"] == pytest.approx(pixels + 0.1 * row["balance"] * row["adversarial"], rel=1e-5)
         # before and after the tokenizer's step the discriminator sees the same decoded frames
         assert row["logit_decoded"] == pytest.approx(-row["adversarial"], abs=1e-5)
@@ -161,7 +163,7 @@ def test_crops_keep_a_share_of_the_area():
 def test_perceptual_term_is_added(demos, tmp_path):
     run(demos, tmp_path, steps=1, perceptual="ssim")
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    pixels = entry["context_error"] + entry["future_error"] + entry["generated_error"] + 2.0 * entry["still_code"]
+    pixels = entry["context_error"] + entry["future_error"] + entry["generated_error"] + STILL * entry["still_code"]
     assert entry["loss"] == pytest.approx(pixels + entry["perceptual"], rel=1e-5) and entry["still_code"] > 0
 
 
