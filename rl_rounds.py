@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlarft.data.episodes import demo_files
+from vlarft.data import load_episodes
 from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
 from vlarft.run.script import run_script
@@ -121,7 +121,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
 
 def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
-    demo_files(cfg.demos)  # these raise before anything is recorded
+    load_episodes(cfg.demos)  # these raise before anything is recorded
     for path in (cfg.policy, cfg.world_model):
         read_header(path)
     open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))

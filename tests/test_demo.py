@@ -102,7 +102,7 @@ def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="demos"):  # before anything is recorded
         rl_rounds.main(rl_rounds.Config(demos=str(tmp_path / "demos"), out_dir=str(tmp_path)))
     assert not stages
-    for name in ("demo_files", "read_header"):
+    for name in ("load_episodes", "read_header"):
         monkeypatch.setattr(rl_rounds, name, lambda path: None)
     rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path)))
     assert [row.get("against_first", {}).get("difference") for row in rows] == [None, 0.1, 0.2]
