@@ -25,6 +25,7 @@ from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 SKIPS = {
     "LIBERO": "installed by hand, with gigabytes of assets",
     "renderer": "OpenGL on a server without a display",
+    "OpenGL library": "of the machine, one of two that are tested",
     "robomimic": "a reference with old dependencies",
     "lerobot": "a reference that pins other versions of torch",
     "openpi-client": "a client that pins numpy below 2",
