@@ -18,6 +18,8 @@ def test_clock_counts_steps_or_minutes():
     assert Clock(100, minutes_before=1e9).share(25) == 0.25  # time counts only where it is limited
     assert Clock(100, max_minutes=2.0, minutes_before=1.0).share(25) == pytest.approx(0.5, abs=1e-3)
     assert Clock(100, max_minutes=1e9).share(25) == 0.25
+    late = Clock(100, max_minutes=1e-3, minutes_before=1.0)
+    assert late.share(0) < 1 <= late.share(1)  # one step at least
 
 
 def test_paused_time_does_not_count(monkeypatch):

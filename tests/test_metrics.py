@@ -112,6 +112,8 @@ def load_torchvision() -> None:
     """Import torchvision, whose own operators do not load beside a build of torch other than it was made for (its wheel
     for CUDA, torch's for the CPU). They serve detection alone: names in their place let the rest load.
     """
+    if sys.modules.get("torchvision", "") is None:  # hidden, see conftest.transformers
+        del sys.modules["torchvision"]
     for _ in range(20):
         try:
             importlib.import_module("torchvision")

@@ -37,12 +37,15 @@ class Clock:
         self.started += time.monotonic() - paused
 
     def share(self, step: int) -> float:
-        """Return the share of the run that is done after `step` steps, 1 or more at its end; a collective call."""
+        """Return the share of the run that is done after `step` steps, 1 or more at its end; a collective call.
+
+        A run makes one step at least, however short its time: one without a step would leave no model.
+        """
         share = step / self.steps
         if self.max_minutes is not None:  # clocks differ between processes, but all must stop at the same step
             minutes = distributed.mean_across_ranks({"minutes": self.minutes})["minutes"]
             share = max(share, minutes / self.max_minutes)
-        return share
+        return share if step else min(share, 1 - 1e-9)
 
 
 def rate_factor(step: int, share: float, warmup: int, decay: Decay) -> float:
