@@ -139,6 +139,19 @@ def demos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def both_outcomes(tmp_path_factory) -> Path:
+    """Folder of 12 episodes of 14 steps, half of them failures of a policy."""
+    folder = tmp_path_factory.mktemp("episodes")
+    for k, kind in enumerate(("expert", "policy")):
+        path = folder / kind / "push_red_demo.hdf5"
+        write_moving_square(path, 6, 14, k, "push the red square")
+        with import_h5py().File(path, "r+") as file:
+            for demo in file["data"].values():
+                demo.attrs.update(kind=kind, success=kind == "expert")
+    return folder
+
+
 @pytest.fixture
 def load_benchmark(monkeypatch) -> Callable[[str], ModuleType]:
     """Import a script of benchmarks/ or studies/, which are no packages."""

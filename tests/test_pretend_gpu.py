@@ -5,26 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import pytest
-from conftest import interrupted, write_moving_square
+from conftest import interrupted
 
 from vlarft.run.config import parse
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def episodes(tmp_path_factory) -> Path:
-    """Folder of 12 episodes of 14 steps, half of them failures of a policy."""
-    folder = tmp_path_factory.mktemp("episodes")
-    for k, kind in enumerate(("expert", "policy")):
-        path = folder / kind / "push_red_demo.hdf5"
-        write_moving_square(path, 6, 14, k, "push the red square")
-        with h5py.File(path, "r+") as file:
-            for demo in file["data"].values():
-                demo.attrs.update(kind=kind, success=kind == "expert")
-    return folder
 
 
 def on_the_device(*commands: tuple[object, ...]) -> subprocess.CompletedProcess:
@@ -34,9 +20,9 @@ def on_the_device(*commands: tuple[object, ...]) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_stages_move_their_tensors_to_the_device(episodes, tmp_path, monkeypatch):
+def test_stages_move_their_tensors_to_the_device(both_outcomes, tmp_path, monkeypatch):
     """And one that was interrupted goes on there, with its averaged weights."""
-    demos, smoke = ("--demos", episodes), ("--preset", "smoke", "--seed", 1)
+    demos, smoke = ("--demos", both_outcomes), ("--preset", "smoke", "--seed", 1)
     held_out = ("--validation-fraction", 0.34)
     names = ("tokenizer", "wm", "sft", "success", "rft", "divergence", "rl", "eval")
     tokenizer, wm, sft, success, rft, divergence, rl, evaluated = (tmp_path / name for name in names)

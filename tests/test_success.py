@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, interrupted, write_moving_square
+from conftest import files_of, interrupted
 
 import train_success
 from vlarft.data import convert, load_episodes
@@ -44,16 +44,8 @@ def lamps(index: int, success: bool) -> Episode:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory) -> Path:
-    """Folder of 12 episodes of 14 steps, half of them failures of a policy."""
-    folder = tmp_path_factory.mktemp("episodes")
-    for k, kind in enumerate(("expert", "policy")):
-        path = folder / kind / "push_red_demo.hdf5"
-        write_moving_square(path, 6, 14, k, "push the red square")
-        with h5py.File(path, "r+") as file:
-            for demo in file["data"].values():
-                demo.attrs.update(kind=kind, success=kind == "expert")
-    return folder
+def places(both_outcomes) -> Path:
+    return both_outcomes
 
 
 @pytest.fixture(scope="module")
