@@ -2,6 +2,7 @@
 
     python tests/mutate.py                     all breakages of tests/mutations.txt
     python tests/mutate.py --module flow       those of src/vlarft/flow.py
+    python tests/mutate.py --out results/mutations.json    counts and minutes by module, written at the end
 
 Each line says which test noticed.
 
@@ -26,8 +27,10 @@ that torch is imported once. Exits with 1 where a breakage survives without a re
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -41,7 +44,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import h5py  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests" / "mutations.txt"
@@ -143,6 +146,7 @@ def first_failure(output: str) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", help="name of one file, such as flow or train_wm")
+    parser.add_argument("--out", type=Path, help="JSON file of the counts")
     options = parser.parse_args(arguments)
     table = read_table(TABLE.read_text())
     chosen = [b for b in table if options.module in (None, Path(b.path).stem)]
@@ -183,6 +187,9 @@ def main(arguments: list[str]) -> int:
     for path, module in (*counts.items(), ("all", sum(counts.values(), Counter()))):
         total = module["caught"] + module["survived"] + module["no tests"]
         print(f"{path:36} {module['caught']:4} of {total:3} caught, {module['seconds'] / 60:5.1f} minutes")
+    if options.out:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        options.out.write_text(json.dumps({"machine": machine, "modules": counts}, indent=1) + "\n")
     for breakage, verdict in wrong:
         expected = "to survive" if breakage.survives else "to be caught"
         print(

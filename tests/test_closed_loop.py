@@ -92,6 +92,15 @@ def test_episodes_end_with_success_or_the_horizon(policy):
     assert attempts.played[0].tolist() == [True] * 3 + [False] * 5
 
 
+def test_the_world_gets_raw_actions(policy):
+    """What the flow ends with, decoded by the policy's normaliser, which is not the identity."""
+    world = Toy(by_number)
+    chunks = attempts_of(policy, world).x[:4, -1]  # the first chunk of each episode
+    played = torch.stack([torch.as_tensor(world.first[i]) for i in range(4)])
+    torch.testing.assert_close(played, policy.normalizer.decode_actions(chunks))
+    assert not torch.allclose(played[..., :3], chunks[..., :3], atol=0.05)
+
+
 def test_noise_does_not_depend_on_the_others(policy):
     """Nor do observations: the same episode has the same chain, whoever else is still playing."""
     some, all_of_them = (attempts_of(policy, Toy(ends)) for ends in (by_number, lambda i, chunk: 99))

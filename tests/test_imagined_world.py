@@ -71,14 +71,15 @@ class Bright:
     robot = Steady()
 
     def __init__(self, level: float, hold: int) -> None:
-        self.level, self.cfg = level, SimpleNamespace(hold=hold, threshold=0.5)
+        self.level, self.cfg = level, SimpleNamespace(hold=hold, threshold=0.75)
 
     def parameters(self):
         yield torch.zeros(1)
 
     def judge(self, frames, first_frames, instructions):
         self.seen = first_frames, instructions
-        return Judgement((frames.mean((2, 3, 4)) > self.level - 1e-6).float(), None)
+        bright = frames.mean((2, 3, 4)) > self.level - 1e-6
+        return Judgement(torch.where(bright, 0.9, 0.6), None)
 
     solved, highest = SuccessModel.solved, SuccessModel.highest
 

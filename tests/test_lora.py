@@ -43,6 +43,7 @@ def test_hand_computed():
     linear.weight.data = torch.tensor([[1.0, 2.0]])
     layer = LoRALinear(linear, LoRAConfig(rank=1, alpha=3.0))
     layer.lora_a.data, layer.lora_b.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0]])
+    assert not layer.weight.requires_grad and layer.lora_a.requires_grad and layer.lora_b.requires_grad
     # 1*5 + 2*1 = 7; 3/1 * 2 * (5 - 1) = 24
     assert layer(torch.tensor([5.0, 1.0])).item() == 31.0
     assert layer.merged().weight.tolist() == [[7.0, -4.0]]

@@ -1,5 +1,6 @@
 """mutate.py: its table, and a run on a project of one function."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,10 @@ def test_run_of_a_small_project(tmp_path, test, code, shown):
     (tmp_path / "tests" / "mutations.txt").write_text(TABLE)
     (tmp_path / "conftest.py").write_text("")  # puts the folder on the path
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    found = subprocess.run([sys.executable, "tests/mutate.py"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "tests/mutate.py", "--out", "counts.json"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == code, found.stdout + found.stderr
     assert all(text in found.stdout for text in shown), found.stdout
     assert (tmp_path / "half.py").read_text().endswith("return x / 2\n")
+    counts = json.loads((tmp_path / "counts.json").read_text())["modules"]["half.py"]
+    assert counts.get("caught", 0) + counts["survived"] == 2 and counts["survived"] == code + 1

@@ -79,8 +79,7 @@ def test_the_best_candidate_is_played(planner, monkeypatch):
 
 def test_the_imagination_is_of_the_chosen_chunk(planner):
     """From the present frame in the episode's context; then of the policy's chunk from x_0 = 0 at its last frame."""
-    frames = {}
-    judge = planner.judge.judge
+    frames, judge = {}, planner.judge.judge
     planner.judge.judge = lambda images, *rest: frames.update(images=images) or judge(images, *rest)
     obs, first = observations(1), torch.rand(1, 3, 64, 64)
     noise = torch.randn(1, 2, 8, 7, generator=torch.Generator().manual_seed(0))
@@ -94,6 +93,31 @@ def test_the_imagination_is_of_the_chosen_chunk(planner):
     after = planner.policy.act(last.clamp(0, 1), [obs[0]["instruction"]] * 2, states[:, -1], noise=torch.zeros(2, 8, 7))
     going_on = planner.model.rollout(rollout.state, after[None], greedy=True)
     torch.testing.assert_close(frames["images"][:, 8:], going_on.frames[0], atol=1e-4, rtol=0)
+
+
+def test_the_robot_goes_on_from_chunk_to_chunk(planner, monkeypatch):
+    """Each imagined chunk begins with the proprio and the motion that the last one ended with."""
+    asked, encode = [], planner.policy.normalizer.encode_proprio
+    monkeypatch.setattr(planner.policy.normalizer, "encode_proprio", lambda x: asked.append(x) or encode(x))
+    moves, rollout = [], planner.judge.robot.rollout
+
+    def robot(*arguments):
+        moves.append((*arguments, *rollout(*arguments)))
+        return moves[-1][3:]
+
+    monkeypatch.setattr(planner.judge.robot, "rollout", robot)
+    planner.judge.robot.motion_mean.fill_(0.1)
+    planner.chunks, noise = 3, torch.randn(1, 2, 8, 7, generator=torch.Generator().manual_seed(0))
+    plan = planner.choose(obs := observations(1), torch.rand(1, 3, 64, 64), noise)
+    start = torch.from_numpy(obs[0]["proprio"])[None]
+    proprio, motion, actions = moves[0][:3]
+    assert torch.equal(proprio, start.repeat(2, 1)) and not motion.any()
+    assert torch.equal(actions[plan.choice], plan.actions)
+    for (*_, states, moved), (proprio, motion, actions, *_) in zip(moves, moves[1:]):
+        assert torch.equal(proprio, states[:, -1]) and torch.equal(motion, moved) and motion.any()
+        assert not torch.equal(actions[plan.choice], plan.actions)  # those that follow
+    assert [torch.equal(x, y[0]) for x, y in zip(asked[1:], moves[1:], strict=True)] == [True, True]
+    assert torch.equal(asked[0], start)
 
 
 def test_other_candidates_have_their_own_noise(planner, monkeypatch):

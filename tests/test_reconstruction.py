@@ -1,5 +1,6 @@
 """Reconstruction losses: hand-computed values, the last layer's gradient against autograd."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from vlarft.tokenizer_loss import (
     colour_weights,
     last_layer_gradient,
     reconstruction_loss,
+    reconstruction_psnr,
 )
 
 
@@ -39,15 +41,30 @@ def test_reconstruction_loss_by_hand():
         out, context, frames, median_frame=torch.ones(1, 2, 2), weighting=Weighting(unusual=2.0)
     )
     assert_close(parts["future_error"], torch.tensor((1 + 2 * 0.5) / 4))
+    # Against a black one the white pixel is unusual and moves: it has the larger of both weights, not their sum.
+    both = Weighting(unusual=2.0, moving=3.0)
+    _, parts = reconstruction_loss(out, context, frames, median_frame=torch.zeros(1, 2, 2), weighting=both)
+    assert_close(parts["future_error"], torch.tensor(3.5 / 4))
     # Half resolution: one pixel of target 0.25 and decoded 0.125, averaged with the full resolution.
     _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(pyramid=2))
     assert_close(parts["future_error"], torch.tensor((1.5 / 4 + 0.125) / 2))
     # Four tokens of one pixel each, codes of square 0.25; the one that moves does not count.
     out.future_codes[0, 0, 0] = 9.0
-    _, parts = reconstruction_loss(out, context, frames, weighting=Weighting(still=0.1))
+    loss, parts = reconstruction_loss(out, context, frames, weighting=Weighting(still=0.1))
     assert_close(parts["still_code"], torch.tensor(0.25 * 3 / 4))
+    assert_close(loss, torch.tensor(0.25 + 1.5 / 4 + 0.1 * 0.25 * 3 / 4))
     constant = reconstruction_loss(out, context, frames, perceptual=lambda a, b: a.new_ones(1) / 2)
     assert_close(constant[0], torch.tensor(0.25 + 1.5 / 4 + 1.0))
+
+
+def test_psnr_of_what_moves_and_of_what_is_unusual():
+    context, frames, decoded_context = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    frames[..., 0, 0] = context[..., 1, 1] = 1.0  # two pixels move; one of the context is not as in the median frame
+    decoded = frames.clone()
+    decoded[..., 0, 0], decoded[..., 0, 1], decoded_context[..., 1, 1] = 0.9, 0.5, 0.9
+    found = reconstruction_psnr(decoded_context, decoded, context, frames, torch.zeros(1, 2, 2))
+    want = {"context": 0.01 / 4, "context_unusual": 0.01, "future": 0.26 / 4, "moving": 0.01 / 2, "moving_copy": 1.0}
+    assert found == pytest.approx({f"val_psnr_{name}": -10 * math.log10(mse) for name, mse in want.items()}, abs=1e-4)
 
 
 def test_rare_colours_weigh_more_where_they_are_and_where_they_were():
