@@ -1,6 +1,7 @@
 """Choosing at test time: one candidate is plain playing, the best one by hand, evaluation, every refusal."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_the_robot_goes_on_from_chunk_to_chunk(planner, monkeypatch):
     proprio, motion, actions = moves[0][:3]
     assert torch.equal(proprio, start.repeat(2, 1)) and not motion.any()
     assert torch.equal(actions[plan.choice], plan.actions)
-    for (*_, states, moved), (proprio, motion, actions, *_) in zip(moves, moves[1:]):
+    for (*_, states, moved), (proprio, motion, actions, *_) in itertools.pairwise(moves):
         assert torch.equal(proprio, states[:, -1]) and torch.equal(motion, moved) and motion.any()
         assert not torch.equal(actions[plan.choice], plan.actions)  # those that follow
     assert [torch.equal(x, y[0]) for x, y in zip(asked[1:], moves[1:], strict=True)] == [True, True]
