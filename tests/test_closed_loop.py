@@ -13,7 +13,9 @@ from conftest import files_of
 
 import train_rl
 from vlarft.closed_loop import Answer, Attempts, action_weights, play
-from vlarft.flow import chain_log_prob
+from vlarft.data.episodes import load_episodes
+from vlarft.data.windows import WindowSampler
+from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages
 from vlarft.policy import VLAPolicy
 from vlarft.run.random import generator
@@ -156,6 +158,17 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy, config
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
+def test_the_ratio_is_clipped(policy, config):
+    """Chunks that have become far more likely count 1 + clip for each action that was played."""
+    train_rl.make_trainable(dataclasses.replace(config, sigma_max=policy.cfg.flow.sigma_max), policy)
+    attempts = attempts_of(policy, Toy(by_number))
+    before = attempts._replace(log_prob=attempts.log_prob - 1)
+    loss, metrics = train_rl.episode_loss(
+        dataclasses.replace(config, clip=0.3), policy, before, attempts.played.float()
+    )
+    assert loss.item() == pytest.approx(-1.3 * attempts.played.sum().item(), rel=1e-5) and metrics["clip_frac"] == 1
+
+
 def test_what_succeeds_becomes_more_likely(policy, config):
     cfg = dataclasses.replace(config, mse_weight=0.0, steps=8, group=16, lr=4e-3)
     train_rl.main(cfg, world=Toy(by_action))
@@ -178,6 +191,31 @@ def test_without_a_mixed_group_there_is_no_update(config, policy_file):
     assert metrics["constant_groups"] == 1 and "grad_norm" not in metrics
     before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
     assert all(torch.equal(v, after.get_parameter(k)) for k, v in before.named_parameters())
+
+
+def test_the_flow_matching_term_imitates_what_was_intended(policy, config, monkeypatch):
+    windows = WindowSampler(load_episodes(config.demos, successes_only=False), 1, policy.cfg.flow.chunk)
+    batch = windows.batch(train_rl.MSE_CHUNKS, config.seed, 5)
+    noisy = batch._replace(actions=(batch.actions + 0.3).clamp(-1, 1))
+    monkeypatch.setattr(windows, "batch", lambda size, *numbers: {(train_rl.MSE_CHUNKS, 0, 5): noisy}[size, *numbers])
+    found = train_rl.demonstration_loss(config, policy, windows, 5)
+    context = policy.encode_frames(batch.frames[:, 0], batch.instructions)
+    target, cond = policy.normalizer.encode_actions(batch.intended), policy.condition(context, batch.proprio)
+    noise = generator("cpu", "flow matching", 0, 5)
+    expected = matching_loss(policy.head, target, cond, generator=noise, draws=train_rl.MSE_DRAWS)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_weight_of_the_flow_matching_term(config, tmp_path):
+    """Without a mixed group it is all that updates, with another batch in every step."""
+    norms, terms = {}, []
+    for weight in (0.5, 1.0):
+        cfg = dataclasses.replace(config, mse_weight=weight, out_dir=str(tmp_path / str(weight)))
+        train_rl.main(cfg, world=Toy(lambda i, chunk: 99))
+        rows = [json.loads(line) for line in Path(cfg.out_dir, "log.jsonl").read_text().splitlines()]
+        norms[weight], terms = rows[0]["grad_norm"], [row["mse"] for row in rows]
+    assert norms[1.0] == pytest.approx(2 * norms[0.5], rel=1e-4)
+    assert abs(terms[0] - terms[1]) > 0.02
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 3, "clip": 0.01}, {"precision": "bf16", "keep_interval": 1}])

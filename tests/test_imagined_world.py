@@ -186,6 +186,13 @@ def test_the_proprio_model_adds_up_motion():
     moved_by = torch.from_numpy(last.proprio[start + 8] - last.proprio[start]).abs().mean()
     assert states.shape == (1, 8, 8) and error.abs().mean() < 0.1 * moved_by
     torch.testing.assert_close(moved, states[:, 7] - states[:, 6])
+    # the last motion, where it is known, tells the next one
+    now, before, after = (torch.from_numpy(last.proprio[k : k + 30]) for k in (5, 4, 6))
+    known, unknown = (
+        (model.rollout(now, motion, torch.from_numpy(last.actions[5:35, None]))[0][:, 0] - after).abs().mean()
+        for motion in (now - before, torch.zeros_like(now))
+    )
+    assert known < 0.5 * unknown
     again = fit_proprio_model(episodes[:-1], 0, steps=300)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     with pytest.raises(ValueError, match="no episode is longer than 41 steps"):
