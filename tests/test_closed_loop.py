@@ -32,6 +32,7 @@ class Toy:
         self.ends, self.horizon, self.names = ends, horizon, ["toy/0", "toy/1"]
 
     def begin(self, group, *numbers):
+        self.numbers = numbers
         rng = np.random.default_rng(numbers)
         self.images = [rng.integers(0, 255, (64, 64, 3)).astype(np.uint8) for _ in range(2)]
         self.group, self.played, self.first = group, {}, {}
@@ -177,7 +178,8 @@ def test_what_succeeds_becomes_more_likely(policy, config):
 
 
 def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
-    metrics = train_rl.main(config, world=Toy(by_number))
+    metrics = train_rl.main(dataclasses.replace(config, seed=3), world=(world := Toy(by_number)))
+    assert world.numbers == (3, config.steps - 1)  # other starts in every step
     before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
     moved = {k for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
     assert moved and all(k.startswith("head.") for k in moved)

@@ -18,6 +18,7 @@ from test_pretrained_policy import PAPER
 
 from vlarft.data import convert
 from vlarft.data.augment import Augmentation, augment
+from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.nets.lora import LoRAConfig
 from vlarft.policy import PRESETS as POLICIES
 from vlarft.policy import VLAPolicy
@@ -50,8 +51,10 @@ class Killed(Exception):
 
 
 def test_trains_logs_and_writes_a_policy(demos, tmp_path):
-    metrics = train_sft.main(config(demos, tmp_path / "run"))
+    metrics = train_sft.main(config(demos, tmp_path / "run", seed=2))
     assert {"val_flow_mse", "val_key_loss"} <= set(metrics)
+    held_out = split_episodes(load_episodes(demos), SMOKE.validation_fraction, 0)[1]
+    assert read_header(tmp_path / "run").extra["held_out_episodes"] == [e.name for e in held_out]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3]
     assert {"loss", "flow_mse", "key_loss", "lr", "grad_norm", "step_s", "val_flow_mse"} <= set(lines[-1])

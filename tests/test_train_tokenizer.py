@@ -44,12 +44,13 @@ def networks(out_dir) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_trains_and_writes_its_files(demos, tmp_path):
-    metrics = run(demos, tmp_path / "run", steps=30, validation_interval=30, save_interval=30)
+    metrics = run(demos, tmp_path / "run", seed=2, steps=30, validation_interval=30, save_interval=30)
     found = losses(tmp_path / "run")
     assert len(found) == 30 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
     assert metrics["val_psnr_future"] > 8 and metrics["val_psnr_moving_copy"] < 20
     extra = read_header(tmp_path / "run" / "model.safetensors").extra
-    train, held_out = split_episodes(load_episodes(demos), 0.2, 0)
+    train, held_out = split_episodes(load_episodes(demos), 0.2, 0)  # by the split's seed
+    assert held_out != split_episodes(load_episodes(demos), 0.2, 2)[1]
     assert extra["held_out_episodes"] == [e.name for e in held_out] and len(extra["train_episodes"]) == len(train) == 5
     assert FrameTokenizer.load(tmp_path / "run" / "model.safetensors").cfg == SMOKE.network()
     from PIL import Image
