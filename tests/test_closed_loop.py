@@ -180,6 +180,8 @@ def test_what_succeeds_becomes_more_likely(policy, config):
 def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
     metrics = train_rl.main(dataclasses.replace(config, seed=3), world=(world := Toy(by_number)))
     assert world.numbers == (3, config.steps - 1)  # other starts in every step
+    groups = torch.load(f"{config.out_dir}/train_state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([config.lr * 2 / 3, config.sigma_lr * 2 / 3])  # warm-up
     before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
     moved = {k for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
     assert moved and all(k.startswith("head.") for k in moved)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -217,6 +218,8 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, parts)]
     for a, b in zip(*logs, strict=True):
         assert {**json.loads(a), "minutes": 0} == {**json.loads(b), "minutes": 0}
+    steps, last = config.steps, json.loads(logs[0][-1])
+    assert last["lr"] == pytest.approx(config.lr * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2)
     before = files_of(config.out_dir)
     assert "imagined.pt" not in before
     monkeypatch.setattr(train_success, "prepared", lambda *_: pytest.fail("prepared a run that is complete"))

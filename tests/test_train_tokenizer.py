@@ -1,6 +1,7 @@
 """train_tokenizer.py at smoke size: a run and its files, resume, schedule, errors."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from vlarft.data.windows import WindowSampler
 from vlarft.run.checkpoint import load_train_state, read_header
 from vlarft.run.config import parse
 from vlarft.tokenizer import FrameTokenizer
-from vlarft.tokenizer_loss import WEIGHTINGS
+from vlarft.tokenizer_loss import WEIGHTINGS, colour_weights
 
 SMOKE = replace(
     PRESETS["smoke"], steps=6, save_interval=2, validation_interval=3, log_interval=1, validation_fraction=0.2
@@ -47,6 +48,9 @@ def test_a_run_trains_and_writes_its_files(demos, tmp_path):
     metrics = run(demos, tmp_path / "run", seed=2, steps=30, validation_interval=30, save_interval=30)
     found = losses(tmp_path / "run")
     assert len(found) == 30 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+    state = load_train_state(tmp_path / "run" / "train_state.pt")
+    rate = state["optimizers"]["tokenizer"]["param_groups"][0]["lr"]  # of the last step: a cosine that ends at 0
+    assert rate == pytest.approx(SMOKE.lr * (1 + math.cos(math.pi * 29 / 30)) / 2)
     assert metrics["val_psnr_future"] > 8 and metrics["val_psnr_moving_copy"] < 20
     extra = read_header(tmp_path / "run" / "model.safetensors").extra
     train, held_out = split_episodes(load_episodes(demos), 0.2, 0)  # by the split's seed
@@ -123,6 +127,7 @@ def test_adversarial_term_steps_both_networks(demos, tmp_path):
         logs[name] = log_of(tmp_path / name)
     rows = logs["with"]
     assert "balance" not in rows[0] and rows[1]["balance"] == 0 < rows[2]["balance"]  # known one step later
+    assert len({row["balance"] for row in rows[1:]}) == 4
     for row in rows[1:]:
         pixels = row["context_error"] + row["future_error"] + row["generated_error"] + STILL * row["still_code"]
         assert row["loss"] == pytest.approx(pixels + 0.1 * row["balance"] * row["adversarial"], rel=1e-5)
@@ -131,6 +136,20 @@ def test_adversarial_term_steps_both_networks(demos, tmp_path):
     assert rows[2]["hinge"] != rows[1]["hinge"] and losses(tmp_path / "with")[:2] == losses(tmp_path / "without")[:2]
     one, two = networks(tmp_path / "with"), networks(tmp_path / "without")
     assert not torch.equal(one["tokenizer.cond_decoder.conv_out.weight"], two["tokenizer.cond_decoder.conv_out.weight"])
+
+
+def test_the_loss_gets_what_is_usual_in_the_training_frames(demos, tmp_path, monkeypatch):
+    given, loss = {}, train_tokenizer.reconstruction_loss
+    monkeypatch.setattr(
+        train_tokenizer, "reconstruction_loss", lambda *args, **options: given.update(options) or loss(*args, **options)
+    )
+    run(demos, tmp_path, steps=1)
+    train, _ = split_episodes(load_episodes(demos), 0.2, 0)
+    frames = WindowSampler(train, 9, 9).sample_frames()
+    weighting = WEIGHTINGS["small_objects"]
+    assert torch.equal(given["median_frame"], frames.median(dim=0).values) and given["median_frame"].std() > 0.01
+    assert torch.equal(given["colour_weight"], colour_weights(frames, weighting.rare))
+    assert given["weighting"] == weighting and given["perceptual"] is None
 
 
 def test_a_segment_is_augmented_as_one(demos):
