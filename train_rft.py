@@ -503,7 +503,7 @@ def main(
     after, chunks = diagnosis()
     if step > began:  # else the run was complete already
         if distributed.is_main():  # before the state, which says that it is
-            picture_actions(out_dir / "actions.png", before, chunks)
+            picture_actions(out_dir / "actions.png", before, chunks, policy.normalizer.gripper_dims)
             if isinstance(score, ImageScorer):  # the last step is imagined again, from the same random numbers
                 imagined = score.imagine(batch, actions, generator(device, "imagination", cfg.seed, step - 1))
                 save_group(out_dir, batch.instructions, per_frame, imagined)

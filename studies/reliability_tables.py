@@ -1,4 +1,4 @@
-"""Tables of docs/reliability.md from what tests/reliability.py counted."""
+"""Tables of docs/reliability.md from what tests/reliability.py and tests/mutate.py counted."""
 
 from collections.abc import Iterator
 
@@ -62,6 +62,21 @@ def refused_table(report: dict) -> str:
         rows.append([name, sum(found) + fatal, *found, fatal])
     heads = ["script", "wrong command lines", "one line, status 2", "more lines, status 2", "traceback", "accepted"]
     return table([*heads, "another status", "crash, hang, orphan"], text(total(rows)))
+
+
+def noticed_table(report: dict) -> str:
+    """Breakages of the code by folder, and how many of them its tests noticed."""
+    counts: dict[str, list[float]] = {}
+    for path, found in report["modules"].items():
+        folder = path.rpartition("/")[0] or "stage scripts"
+        broken = sum(found.get(verdict, 0) for verdict in ("caught", "survived", "no tests"))
+        so_far = counts.get(folder, [0, 0, 0, 0.0])
+        new = 1, broken, found.get("caught", 0), found["seconds"] / 60
+        counts[folder] = [a + b for a, b in zip(so_far, new, strict=True)]
+    rows = total([[folder, *found] for folder, found in sorted(counts.items())])
+    return table(
+        ["files of", "files", "breakages", "noticed", "minutes"], text([[*r[:4], f"{r[4]:.0f}"] for r in rows])
+    )
 
 
 def commands_of(report: dict) -> str:

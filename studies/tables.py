@@ -180,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability, files": lambda: reliability.damaged_table(result("reliability")),
     "reliability, writers": lambda: reliability.interrupted_table(result("reliability")),
     "reliability, command lines": lambda: reliability.refused_table(result("reliability")),
+    "reliability, breakages": lambda: reliability.noticed_table(result("mutations")),
     "reliability, commands": lambda: reliability.commands_of(result("reliability")),
     "head": lambda: speed.head_table(result("policy")),
 }

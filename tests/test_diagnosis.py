@@ -41,8 +41,9 @@ def test_a_policy_that_does_not(policy, held_out, world_model_file):  # noqa: F8
 
 
 def test_dims_of_another_robot_are_numbered(tmp_path):
-    assert action_names(7)[-1] == "gripper" and action_names(6) == ["0", "1", "2", "3", "4", "5"]
-    picture_actions(tmp_path / "actions.png", torch.zeros(2, 3, 8, 2), torch.ones(2, 3, 8, 2))  # no dim 2
+    assert action_names(7, (6,))[-1] == "gripper" and action_names(6, (5,)) == ["0", "1", "2", "3", "4", "5"]
+    assert action_names(7, ()) == action_names(7, (0, 6)) == ["0", "1", "2", "3", "4", "5", "6"]
+    picture_actions(tmp_path / "actions.png", torch.zeros(2, 3, 8, 2), torch.ones(2, 3, 8, 2), (1,))  # no dim 2
     assert (tmp_path / "actions.png").exists()
 
 

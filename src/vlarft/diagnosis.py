@@ -20,9 +20,11 @@ from vlarft.run.pictures import histograms, save_png
 from vlarft.run.random import generator
 
 
-def action_names(dim: int) -> list[str]:
-    """Name the action dims: LIBERO's seven; those of another robot are numbered."""
-    return ["x", "y", "z", "rx", "ry", "rz", "gripper"] if dim == 7 else [str(d) for d in range(dim)]
+def action_names(dim: int, grippers: Sequence[int]) -> list[str]:
+    """Name the action dims: LIBERO's, six and a binary gripper; those of another robot are numbered."""
+    if (dim, *grippers) == (7, 6):
+        return ["x", "y", "z", "rx", "ry", "rz", "gripper"]
+    return [str(d) for d in range(dim)]
 
 
 @torch.no_grad()
@@ -58,24 +60,27 @@ def diagnose(
     source = generator(context.device, "diagnosis imagination", seed)
     reward = score_in_parts(score, batch, mean[:, None], source, at_once)  # (S, 1): a group of one chunk
     error = (normalizer.encode_actions(mean) - normalizer.encode_actions(batch.intended)).abs().mean((0, 1)).tolist()
-    names = action_names(len(error))
+    names = action_names(len(error), normalizer.gripper_dims)
     metrics = {"reward_mean_action": reward.mean().item()}
     metrics |= {f"error_{name}": value for name, value in zip(names, error, strict=True)}
     metrics |= {f"std_{name}": value for name, value in zip(names, x.std(1).mean((0, 1)).tolist(), strict=True)}
     return metrics, chunks
 
 
-def picture_actions(path: Path, before: Tensor, after: Tensor, dims: Sequence[int] = (0, 2)) -> None:
+def picture_actions(
+    path: Path, before: Tensor, after: Tensor, grippers: Sequence[int], dims: Sequence[int] = (0, 2)
+) -> None:
     """Write histograms of actions before and after fine-tuning, from the same starts and x_0, as a PNG (Fig. 4).
 
     Args:
         path: file to write.
         before, after: raw chunks (S, D, T, A) that `diagnose` returned.
+        grippers: action dimensions that are binary gripper commands.
         dims: action dimensions, one panel each; x and z in the paper.
     """
     panels = {
         f"action {name}": {"before": before[..., d].flatten(), "after": after[..., d].flatten()}
-        for d, name in enumerate(action_names(before.shape[-1]))
+        for d, name in enumerate(action_names(before.shape[-1], grippers))
         if d in dims
     }
     save_png(path, histograms(panels))
