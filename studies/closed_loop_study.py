@@ -14,6 +14,7 @@ policy:
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
   dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.
+  "after filtered cloning" goes on from the policy of that arm, which knows more ways to succeed.
 - "filtered cloning" is the control: SFT from the start on the demonstrations and the successes among the same attempts.
 - "extra SFT" goes on with the demonstrations alone, for the time of "RL, imagination". "RFT R3" is the paper's.
 
@@ -37,8 +38,8 @@ from vlarft.run.config import opt, parse
 from vlarft.statistics import paired_difference
 
 ARMS = (
-    "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, judged", "RL, imagination",
-    "RL, imagination, two rounds", "planning", "planning after RL",
+    "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, after filtered cloning",
+    "RL, simulator, judged", "RL, imagination", "RL, imagination, two rounds", "planning", "planning after RL",
 )  # fmt: skip
 NO_END = 10**6
 
@@ -163,8 +164,8 @@ class Runs:
         words = ["--policy", policy, "--demos", self.demos, again, *models.flags, "--steps", self.cfg.rl_steps]
         return self.rl("RL, imagination, two rounds", *words)
 
-    def simulator(self, name: str, *words: object) -> Path:
-        words = ["--world", "simulator", "--policy", self.policy, "--demos", self.demos, *self.where, *words]
+    def simulator(self, name: str, policy: Path, *words: object) -> Path:
+        words = ["--world", "simulator", "--policy", policy, "--demos", self.demos, *self.where, *words]
         return self.rl(name, *words, "--steps", self.cfg.simulator_steps)
 
     def filtered(self) -> Path:
@@ -192,8 +193,11 @@ class Runs:
             "extra SFT": self.extra,
             "filtered cloning": self.filtered,
             "RFT R3": self.rft,
-            "RL, simulator": lambda: self.simulator(name),
-            "RL, simulator, judged": lambda: self.simulator(name, "--success-model", self.judge_of_true_frames),
+            "RL, simulator": lambda: self.simulator(name, self.policy),
+            "RL, simulator, after filtered cloning": lambda: self.simulator(name, self.filtered()),
+            "RL, simulator, judged": lambda: self.simulator(
+                name, self.policy, "--success-model", self.judge_of_true_frames
+            ),
             "RL, imagination": self.imagination,
             "RL, imagination, two rounds": self.two_rounds,
         }

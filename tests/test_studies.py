@@ -576,7 +576,9 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
                 assert str(Path(value).relative_to(tmp_path)) in commands, (place, field)
         if hasattr(found, "seed") and script in ("train_sft.py", "train_rl.py", "train_rft.py"):
             assert f"seed{found.seed}/" in place
-    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 4
+    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 5
+    _, words = commands["tabletop_object/seed3/RL_simulator_after_filtered_cloning"]
+    assert words[words.index("--policy") + 1].endswith("seed3/filtered")
     _, words = commands["tabletop_object/seed3/attempts_2"]
     found = parse(collect_demos.Config, collect_demos.PRESETS, words)
     assert found.policy_per_task == 64 and found.policy.endswith("seed3/RL_imagination")

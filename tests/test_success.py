@@ -138,6 +138,20 @@ def test_judging_in_parts_is_judging_at_once():
     torch.testing.assert_close(whole, parts)
     one = model(frames[1, 2:3], first[1:], ["b"]).sigmoid()
     torch.testing.assert_close(torch.stack([whole.success[1, 2], whole.progress[1, 2]]), one[0])
+    values = model.judge(frames[:1, 1:], frames[:1, 0], ["a"]).success[0]  # of an episode: against its first frame
+    assert model.highest(frames[0], "a") == pytest.approx(longest_held(values, model.cfg.hold).item())
+    # the frame, the episode's first frame and the instruction all count
+    frame, other = frames[:1, 0], torch.rand(1, 3, 64, 64)
+    found = [
+        model(a, b, [text])
+        for a, b, text in (
+            (frame, first[:1], "a"),
+            (other, first[:1], "a"),
+            (frame, other, "a"),
+            (frame, first[:1], "b"),
+        )
+    ]
+    assert all((value - found[0]).abs().max() > 1e-3 for value in found[1:])
 
 
 def test_shifts_are_whole_pixels_and_the_same_for_both_images():
