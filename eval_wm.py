@@ -97,11 +97,10 @@ PRESETS = {
 
 
 def own_rows(total: int, batch_size: int) -> Iterator[slice]:
-    """This process's share of `total` rows, in batches."""
+    """This process's share of the batches of `total` rows, which are the same for any number of processes."""
     rank, world = distributed.rank(), distributed.world_size()
-    first, last = total * rank // world, total * (rank + 1) // world
-    for i in range(first, last, batch_size):
-        yield slice(i, min(i + batch_size, last))
+    for i in range(rank * batch_size, total, world * batch_size):
+        yield slice(i, min(i + batch_size, total))
 
 
 def frame_sums(pred: Tensor, true: Tensor, moving: Tensor, distance: PerceptualDistance) -> Tensor:
@@ -131,7 +130,6 @@ def evaluate_frames(
 ) -> dict[str, dict]:
     """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
-    source = generator(device, "rollouts", cfg.seed, distributed.rank())
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)
@@ -144,7 +142,7 @@ def evaluate_frames(
                 greedy=cfg.greedy,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
-                generator=source,
+                generator=generator(device, "rollouts", cfg.seed, part.start),
                 first_frame=frames[:, 0],
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])

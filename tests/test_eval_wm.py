@@ -101,13 +101,37 @@ def test_identical_frames_count_as_100_db():
 
 
 def test_shares_of_the_processes(monkeypatch):
-    assert list(own_rows(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    """The same batches for any number of processes: each has its own random numbers."""
+    alone = list(own_rows(9, 2))
+    assert alone == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8), slice(8, 9)]
     monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 3)
-    rows = []
+    shares = []
     for rank in range(3):
         monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
-        rows += [i for part in own_rows(8, 2) for i in range(part.start, part.stop)]
-    assert rows == list(range(8))
+        shares.append(list(own_rows(9, 2)))
+    assert shares == [alone[0::3], alone[1::3], alone[2::3]]
+
+
+def test_sampled_rollouts_do_not_depend_on_the_processes(checkpoint, demos, monkeypatch):
+    model = WorldModel.load(checkpoint)
+    batch = WindowSampler(load_episodes(demos), 9, 8).spread(8)
+    cfg = replace(CFG, batch_size=2, greedy=False, top_p=1.0)
+
+    def measure(cfg=cfg):
+        return evaluate_frames(model, batch, ["a"] * 8, cfg, perceptual("ssim"), NO_CAST)["all"]["imagined"]["mse"]
+
+    whole = measure()
+    assert measure(replace(cfg, seed=1)) != whole
+    parts = []
+    monkeypatch.setattr(eval_wm.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(eval_wm.distributed, "mean_across_ranks", lambda found: parts.append(found) or found)
+    for rank in (0, 1):
+        monkeypatch.setattr(eval_wm.distributed, "rank", lambda rank=rank: rank)
+        measure()
+    monkeypatch.setattr(
+        eval_wm.distributed, "mean_across_ranks", lambda _: {k: (parts[0][k] + parts[1][k]) / 2 for k in parts[0]}
+    )
+    assert measure() == pytest.approx(whole, rel=1e-6)
 
 
 def test_errors(checkpoint, demos, tmp_path):
