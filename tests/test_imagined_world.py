@@ -247,6 +247,12 @@ def test_a_referee_of_parts_is_a_referee_of_the_whole():
     assert torch.equal(found, whole) and (whole <= 12).any()
 
 
+def test_a_referee_compares_with_the_episodes_own_first_frame():
+    judge, first = Bright(0.4, 3), torch.rand(3, 3, 8, 8)
+    Referee(judge, first, ["a", "b", "c"]).success_at([2, 0], torch.zeros(2, 4, 3, 8, 8))
+    assert torch.equal(judge.seen[0], first[[2, 0]]) and judge.seen[1] == ["c", "a"]
+
+
 PLACE = Place("tabletop_object", 0, 32, ("agentview",))
 
 
