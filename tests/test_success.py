@@ -103,6 +103,13 @@ def test_thresholds_by_hand():
     assert best_threshold([0.0, 0.0], [True, False], 0.99) > 0
 
 
+def test_a_share_of_false_successes_is_one_of_the_failures():
+    """One failure of two looks better than all eight successes: half of the failures, a tenth of the episodes."""
+    highest, true = [0.85, 0.1] + [0.8] * 8, [False, False] + [True] * 8
+    assert best_threshold(highest, true, 0.5) == pytest.approx(0.45)
+    assert best_threshold(highest, true, 0.2) > 0.85
+
+
 def test_agreement_by_hand():
     found = compare_outcomes([True, False, True, False], [True, True, False, False])
     assert found == (2, 2, 1, 1) and found.agreement == found.balanced == 0.5
