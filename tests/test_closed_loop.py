@@ -19,7 +19,7 @@ from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages
 from vlarft.policy import VLAPolicy
 from vlarft.run.random import generator
-from vlarft.sim.simulated_world import Place, SimulatedWorld, environment
+from vlarft.sim.simulated_world import Place, Played, SimulatedWorld, environment
 from vlarft.sim.suites import make_env
 
 SMOKE = train_rl.PRESETS["smoke"]
@@ -285,6 +285,10 @@ def test_a_simulated_episode_is_that_of_its_environment():
         "tabletop_object/1",
         "tabletop_object/0",
     ]
+    many = SimulatedWorld(PLACES, 100, 0)
+    many.workers = SimpleNamespace(run=lambda _, jobs: [(job, Played(*[None] * 5), 0.0) for job in jobs])
+    many.begin(1, 5, 7)
+    assert len(set(many.names)) == 100  # starts without number: none is met twice
     again = SimulatedWorld(PLACES, 3, 0).begin(2, 5, 7)
     assert all(np.array_equal(a["agentview"], b["agentview"]) for a, b in zip(observations, again))
     assert np.array_equal(observations[0]["agentview"], observations[1]["agentview"])  # a group has one start

@@ -50,6 +50,7 @@ class Sums:
 
     def rollout(self, state, actions, generator=None, **options):
         self.asked, self.options = actions, options
+        self.random = None if generator is None else torch.rand(1, generator=generator).item()
         if state.ndim == 4:  # a first frame, as `imagined_episodes` has it
             state = torch.zeros(len(state), 1)
         total = state[..., None] + actions[..., 0].cumsum(-1)  # (S, G, T)
@@ -128,6 +129,18 @@ def test_a_success_is_held_across_the_border_of_two_chunks():
     assert answer.success.tolist() == [True] and answer.steps.tolist() == [1]
     world.begin(1, 0)  # nothing is left of the last batch
     assert not world.step([0, 1], chunk(0, 0)).success.any()
+
+
+def test_every_chunk_is_sampled_with_random_numbers_of_its_own():
+    """They depend on the batch and on the number of the chunk."""
+    drawn = []
+    for numbers in ((3,), (3,), (4,)):
+        world = make()
+        world.begin(2, *numbers)
+        for _ in range(2):
+            world.step([0, 1, 2, 3], chunk(0, 0, 0, 0))
+            drawn.append(world.model.random)
+    assert drawn[:2] == drawn[2:4] and len(set(drawn)) == 4
 
 
 def test_the_horizon_ends_an_imagination():
