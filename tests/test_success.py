@@ -177,6 +177,8 @@ def test_it_learns_what_the_instruction_asks_for():
     cast = torch.autocast("cpu", enabled=False)
     table = train_success.frame_table(cfg, train_success.versions(cfg, episodes, None, cast))
     assert table.success.sum() == 8 * 4 and len(table.frames) == 8 * (4 + 4) + 8 * 4
+    few = table._replace(success=(torch.arange(96) == 5).float())  # one of 96: half of each batch all the same
+    assert few.batch(8, 0, 0, torch.device("cpu"))[3].sum() == 4
     torch.manual_seed(0)
     model = SuccessModel(PRESETS["smoke"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -188,6 +190,17 @@ def test_it_learns_what_the_instruction_asks_for():
     held_out = list(train_success.versions(cfg, others, None, cast))
     metrics, threshold = train_success.validate(model.eval(), held_out[:8], held_out[8:], cfg, cast)
     assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
+
+
+def test_an_episode_of_one_frame_is_left_out(config, monkeypatch):
+    """Its frame is the first one, with which others are compared."""
+    episodes = load_episodes(config.demos, successes_only=False)
+    one, *others = episodes
+    short = {name: getattr(one, name)[:1] for name in ("images", "proprio", "actions", "intended")}
+    monkeypatch.setattr(train_success, "load_episodes", lambda *_, **__: [dataclasses.replace(one, **short), *others])
+    split = train_success.load_split(config)
+    kept = {e.name for e in (*split.train, *split.threshold, *split.held_out)}
+    assert kept == {e.name for e in others}
 
 
 def test_versions_are_of_the_same_frames(places, world_model):
