@@ -6,6 +6,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -190,6 +191,30 @@ def test_it_learns_what_the_instruction_asks_for():
     held_out = list(train_success.versions(cfg, others, None, cast))
     metrics, threshold = train_success.validate(model.eval(), held_out[:8], held_out[8:], cfg, cast)
     assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
+
+
+def test_the_threshold_is_chosen_on_imagined_episodes_and_measured_on_others():
+    model = SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]), highest=lambda frames, _: round(frames.mean().item(), 2)
+    )
+
+    def shown(kind, success, level):
+        frames = torch.full((2, 3, 4, 4), round(255 * level), dtype=torch.uint8)
+        return train_success.Version(lamps(0, success), kind, frames)
+
+    chosen = [shown("real", True, 0.9), shown("real", False, 0.7)]
+    chosen += [shown("imagined", True, 0.5), shown("imagined", False, 0.3)]
+    measured = [shown("real", True, 0.45), shown("real", False, 0.35)]
+    measured += [shown("imagined", True, 0.35), shown("imagined", False, 0.6), shown("imagined", False, 0.1)]
+    cast = torch.autocast("cpu", enabled=False)
+    metrics, threshold = train_success.validate(model, chosen, measured, SMOKE, cast)
+    assert metrics.pop("threshold") == threshold == pytest.approx(0.4)
+    assert metrics == pytest.approx({
+        "real_agreement": 1, "real_false_successes": 0, "real_false_failures": 0,
+        "real_brier": (0.55**2 + 0.35**2) / 2,
+        "imagined_agreement": 1 / 3, "imagined_false_successes": 1 / 2, "imagined_false_failures": 1,
+        "imagined_brier": (0.65**2 + 0.6**2 + 0.1**2) / 3,
+    })  # fmt: skip
 
 
 def test_an_episode_of_one_frame_is_left_out(config, monkeypatch):
