@@ -56,14 +56,14 @@ class Arm(NamedTuple):
 
 WIDE = {"width": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_dim": 512}
 CHANNELS = {"block_channels": (32, 64)}
-PLAIN, GREY = {"rare": 1.0}, {"chroma": 0.0}
+PLAIN = {"rare": 1.0}
 BEFORE = Arm(
     both={"context_lookback": 0},
     tokenizer={"batch_size": 8, "steps": 1100},
     model={"steps": 1500},
     network={**CHANNELS, "compose": False},
     transformer=WIDE,
-    weighting={"still": 0.6, **PLAIN, **GREY},
+    weighting={"still": 0.6, **PLAIN},
 )
 ARMS = {
     "before": BEFORE,
@@ -74,7 +74,6 @@ ARMS = {
     "tokenizer: channels and batch as before": Arm(network=CHANNELS, tokenizer={"batch_size": 8}),
     "codes of still patches: pulled to 0 four times as strongly": Arm(weighting={"still": 2.0}),
     "pixels of rare colours: no heavier": Arm(weighting=PLAIN),
-    "colour errors: no heavier": Arm(weighting=GREY),
     "transformer: width as before": Arm(transformer=WIDE),
 }
 

@@ -28,9 +28,6 @@ class Weighting:
         square: weight of the squared error, added to L1.
         moving: weight of future pixels that differ from the context frame; the others have 1.
         unusual: weight of pixels, of context and future frames, that differ from the median frame of the data.
-        chroma: by how much more the colour part of an error counts: what is left of it without its mean over the
-            channels. The mean of differently coloured blocks is grey, as hand and table are, and minutes of training
-            otherwise learn the hand, and whatever it carries is grey.
         rare: largest factor on pixels whose colour is rare in the data, see `colour_weights`. A block in the hand is a
             few pixels beside the hand's hundreds.
         pyramid: number of scales of the error, each half the one before; 1 = full resolution only.
@@ -42,7 +39,6 @@ class Weighting:
     square: float = 0.0
     moving: float = 1.0
     unusual: float = 1.0
-    chroma: float = 0.0
     rare: float = 1.0
     pyramid: int = 1
     still: float = 0.0
@@ -52,7 +48,7 @@ class Weighting:
 # training learn the table and never the blocks. Squared errors, coarse scales and pixel weights make them count.
 WEIGHTINGS = {
     "uniform": Weighting(),
-    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, chroma=1.5, rare=4.0, pyramid=3, still=0.5),
+    "small_objects": Weighting(square=2.0, moving=6.0, unusual=6.0, rare=4.0, pyramid=3, still=0.5),
 }
 
 
@@ -214,17 +210,12 @@ def _differs(frames: Tensor, reference: Tensor) -> Tensor:
 
 
 def _weighted_error(decoded: Tensor, target: Tensor, weight: Tensor, weighting: Weighting) -> Tensor:
-    """Compute the mean of weight * (|e| + square * e^2) of images (B, C, H, W), averaged over the pyramid's scales.
-
-    e is the error, with its colour part 1 + chroma times as large.
-    """
+    """Compute the mean of weight * (|e| + square * e^2) of images (B, C, H, W), averaged over the pyramid's scales."""
     total = decoded.new_zeros(())
     for scale in range(weighting.pyramid):
         if scale:
             decoded, target, weight = (F.avg_pool2d(x, 2) for x in (decoded, target, weight))
         error = decoded - target
-        if weighting.chroma:
-            error = error + weighting.chroma * (error - error.mean(dim=1, keepdim=True))
         error = error.abs() if weighting.square == 0 else error.abs() + weighting.square * error.square()
         total = total + (error * weight).mean()
     return total / weighting.pyramid
