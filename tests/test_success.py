@@ -333,6 +333,18 @@ def test_without_a_world_model(config):
     assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)
 
 
+def test_another_robot_has_other_dimensions(config, monkeypatch):
+    episodes = [
+        dataclasses.replace(e, proprio=e.proprio[:, :3], actions=e.actions[:, :5], intended=e.intended[:, :5])
+        for e in load_episodes(config.demos, successes_only=False)
+    ]
+    monkeypatch.setattr(train_success, "load_episodes", lambda *_, **__: episodes)
+    train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=1))
+    robot = SuccessModel.load(config.out_dir).robot
+    states, _ = robot.rollout(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4, 5))
+    assert states.shape == (2, 4, 3)
+
+
 def test_at_most_takes_from_each_kind_and_outcome(places):
     episodes = load_episodes(places, successes_only=False)
     chosen = train_success.at_most(episodes, 2)
