@@ -211,11 +211,13 @@ def test_composition_shows_the_context_frame_where_the_mask_is_closed():
         assert (closed[..., 1::2] - frames[:, :1, ..., 1::2]).abs().mean() > 0.05
 
 
-def test_composing_decoder_sees_the_pixels_of_the_context():
+def test_composing_encoder_and_decoder_see_the_pixels_of_the_context():
     model = make(replace(SMALL, compose=True))
     frames = torch.rand(1, 2, 3, 16, 24)
     context = model.encode_context(frames[:, 0])
     tokens = model.encode_future(frames, context)
+    other = context._replace(frame=1 - frames[:, 0])  # same keys
+    assert not torch.equal(model.encode_future(frames, other), tokens)
     inverted = context._replace(pixels=model.cond_decoder.pixels(1 - frames[:, 0]))  # same tokens and keys
     assert not torch.allclose(model.decode(tokens, inverted), model.decode(tokens, context), atol=1e-3)
     with pytest.raises(ValueError, match="shows the context frame itself"):
