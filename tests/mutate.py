@@ -1,8 +1,8 @@
 """Break the code one line at a time and check that the module's tests notice: a developer's tool, takes minutes.
 
     python tests/mutate.py                     all breakages of tests/mutations.txt
-    python tests/mutate.py --module flow       those of src/vlarft/flow.py
-    python tests/mutate.py --out results/mutations.json    counts and minutes by module, written at the end
+    python tests/mutate.py --modules flow dit  those of src/vlarft/flow.py and src/vlarft/nets/dit.py
+    python tests/mutate.py --out results/mutations.json    gathers counts and seconds, module by module
 
 Each line says which test noticed.
 
@@ -143,17 +143,24 @@ def first_failure(output: str) -> str:
     return lines[0].split("::")[-1].split(" - ")[0] if lines else ""
 
 
+def gathered(path: Path, module: str, counts: Counter[str]) -> None:
+    """Put the counts of a module into a JSON file, in place of what it has of the same one."""
+    report = json.loads(path.read_text()) if path.is_file() else {"modules": {}}
+    report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    report["modules"] = dict(sorted((report["modules"] | {module: counts}).items()))
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--module", help="name of one file, such as flow or train_wm")
-    parser.add_argument("--out", type=Path, help="JSON file of the counts")
+    parser.add_argument("--modules", nargs="+", help="names of files, such as flow or train_wm")
+    parser.add_argument("--out", type=Path, help="JSON file that gathers the counts, also of several runs")
     options = parser.parse_args(arguments)
     table = read_table(TABLE.read_text())
-    chosen = [b for b in table if options.module in (None, Path(b.path).stem)]
-    if not chosen:
-        parser.error(
-            f"no breakages of {options.module}; there are some of {sorted({Path(b.path).stem for b in table})}"
-        )
+    known = {Path(b.path).stem for b in table}
+    if unknown := set(options.modules or ()) - known:
+        parser.error(f"no breakages of {', '.join(sorted(unknown))}; there are some of {sorted(known)}")
+    chosen = sorted((b for b in table if Path(b.path).stem in (options.modules or known)), key=lambda b: b.path)
     for breakage in chosen:  # before anything runs
         broken((ROOT / breakage.path).read_text(), breakage)
     counts: dict[str, Counter[str]] = {}  # verdicts by module
@@ -166,7 +173,7 @@ def main(arguments: list[str]) -> int:
             print(f"the tests fail before anything is broken\n{output[-3000:]}")
             return 1
         print(f"unbroken  {seconds:5.1f} s", flush=True)
-        for breakage in chosen:
+        for breakage, following in zip(chosen, [*chosen[1:], None], strict=True):
             path = folder / breakage.path
             text = path.read_text()
             path.write_text(broken(text, breakage))
@@ -183,13 +190,12 @@ def main(arguments: list[str]) -> int:
             module = counts.setdefault(breakage.path, Counter())
             module.update({verdict: 1, "seconds": round(seconds)})
             print(f"{verdict:9} {seconds:5.1f} s  {breakage.path}: {breakage.new.strip()}  [{detail}]", flush=True)
+            if options.out and (following is None or following.path != breakage.path):
+                gathered(options.out, breakage.path, module)
     print()
     for path, module in (*counts.items(), ("all", sum(counts.values(), Counter()))):
         total = module["caught"] + module["survived"] + module["no tests"]
         print(f"{path:36} {module['caught']:4} of {total:3} caught, {module['seconds'] / 60:5.1f} minutes")
-    if options.out:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        options.out.write_text(json.dumps({"machine": machine, "modules": counts}, indent=1) + "\n")
     for breakage, verdict in wrong:
         expected = "to survive" if breakage.survives else "to be caught"
         print(

@@ -44,7 +44,7 @@ def test_the_table_fits_the_code():
 
 def test_unknown_module(capsys):
     with pytest.raises(SystemExit):
-        main(["--module", "nothing"])
+        main(["--modules", "flow", "nothing"])
     assert "no breakages of nothing; there are some of ['action_bins'" in capsys.readouterr().err
 
 
@@ -63,10 +63,16 @@ def test_run_of_a_small_project(tmp_path, test, code, shown):
     (tmp_path / "tests" / "mutations.txt").write_text(TABLE)
     (tmp_path / "conftest.py").write_text("")  # puts the folder on the path
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "counts.json").write_text('{"modules": {"other.py": {"caught": 3}, "half.py": {"caught": 9}}}')
     command = [sys.executable, "tests/mutate.py", "--out", "counts.json"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == code, found.stdout + found.stderr
     assert all(text in found.stdout for text in shown), found.stdout
     assert (tmp_path / "half.py").read_text().endswith("return x / 2\n")
-    counts = json.loads((tmp_path / "counts.json").read_text())["modules"]["half.py"]
-    assert counts.get("caught", 0) + counts["survived"] == 2 and counts["survived"] == code + 1
+    modules = json.loads((tmp_path / "counts.json").read_text())["modules"]
+    counts = modules["half.py"]
+    assert (
+        modules["other.py"] == {"caught": 3}
+        and counts.get("caught", 0) + counts["survived"] == 2
+        and counts["survived"] == code + 1
+    )
