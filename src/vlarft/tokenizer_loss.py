@@ -32,8 +32,7 @@ class Weighting:
             few pixels beside the hand's hundreds.
         pyramid: number of scales of the error, each half the one before; 1 = full resolution only.
         still: weight of the squared codes of patches without a moving pixel. It makes the code 0 mean "as in the
-            context frame": tokens do not flicker where nothing moves, which makes them easier to predict. Four times as
-            heavy as in `WEIGHTINGS`, it can hold all codes at 0 for half of a short training.
+            context frame": tokens do not flicker where nothing moves, which makes them easier to predict.
     """
 
     square: float = 0.0
