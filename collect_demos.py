@@ -129,7 +129,7 @@ PRESETS = {
     "tiny": Config(
         **FOUR_BLOCKS, demos_per_task=150, action_noise=0.08, min_speed=0.8, max_speed=1.0, noisy_per_task=20
     ),
-    "smoke": Config(**FOUR_BLOCKS, demos_per_task=3),
+    "smoke": Config(**FOUR_BLOCKS, demos_per_task=3, workers=1),
     # the pace of LIBERO's own demonstrations
     "libero": Config(suites=("libero_object", "libero_spatial"), action_noise=0.1, min_speed=0.7, max_speed=1.0),
 }

@@ -121,7 +121,7 @@ PRESETS = {
     "paper": Config(),
     "small": Config(**TABLETOP),
     "tiny": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0", "1", "2", "3")),
-    "smoke": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0",), episodes=2, batch_size=2),
+    "smoke": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0",), episodes=2, batch_size=2, workers=0),
 }
 
 

@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import rounded, write
+from stage_tables import closed_loop_table
 from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
-from table_text import percent, points, share, table
 
 from vlarft.data import convert
 from vlarft.run.config import opt, parse
-from vlarft.statistics import paired_difference
 
 ARMS = (
     "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, after filtered cloning",
@@ -60,7 +59,7 @@ class Config:
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
     tokenizer_steps: int = opt(8000, "steps of the tokenizer")
-    model_steps: int = opt(8000, "steps of the world model")
+    model_steps: int = opt(24000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
@@ -224,26 +223,6 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
     return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
 
 
-def summary(report: dict) -> str:
-    """Success rates of all seeds together, and the difference from SFT on the same starts."""
-    rows, heads = [], ["suite", "arm", "seeds"]
-    for suite in dict.fromkeys(name.split("/")[0] for name in report["runs"]):
-        seeds = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
-        for arm in ("SFT", *ARMS):
-            having = [run for run in seeds if arm in run]
-            if not having:
-                continue
-            kinds = list(having[0][arm]["outcomes"])
-            heads = ["suite", "arm", "seeds", *(text for kind in kinds for text in (kind, "against SFT"))]
-            cells = []
-            for kind in kinds:
-                own, base = ("".join(run[which]["outcomes"][kind] for run in having) for which in (arm, "SFT"))
-                gain = paired_difference([c == "1" for c in base], [c == "1" for c in own])._asdict()
-                cells += [percent(share(own.count("1"), len(own))), points(None if arm == "SFT" else gain)]
-            rows.append([suite, arm, str(len(having)), *cells])
-    return table(heads, rows)
-
-
 def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
@@ -256,7 +235,7 @@ def main(cfg: Config) -> dict:
                 entry = report["runs"].setdefault(f"{suite}/{seed}", {})
                 entry[name] = rounded(measure(cfg, runs, name))
                 write(cfg.out, report)
-    print("\n" + summary(report))
+    print("\n" + closed_loop_table(report))
     return report
 
 

@@ -1,10 +1,13 @@
 """Tables of the studies of one stage each, of the demo and of the scripted experts, from their JSON files."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 
 from labels import note, training
-from table_text import difference, over_seeds, percent, points, share, table
+from table_text import difference, over_seeds, percent, points, share, signed, table
+
+from vlarft.statistics import paired_difference
 
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
 
@@ -170,6 +173,38 @@ def imagination_gains_table(report: dict, better: str = "now", base: str = "befo
     }
     cells = [over_seeds([of(one) - of(two) for one, two in pairs], digits) for of, digits in columns.values()]
     return table(["runs", *columns], [[str(len(pairs)), *cells]])
+
+
+STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
+NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
+
+
+def closed_loop_table(report: dict) -> str:
+    """Success of SFT, and gains of the other arms over it on the same starts, all seeds together; beside the gains on
+    plain starts from x_0 = 0, those of each seed (closed_loop_study.py). A gain whose interval excludes 0 is bold.
+    """
+    suites, rows, kinds = dict.fromkeys(name.split("/")[0] for name in report["runs"]), [], []
+    for suite in suites:
+        seeds = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
+        for arm in dict.fromkeys(arm for run in seeds for arm in run):
+            having = [run for run in seeds if arm in run]
+            kinds = list(having[0][arm]["outcomes"])
+            minutes = sum(run[arm]["minutes"] for run in having) / len(having)
+            cells = []
+            for kind in kinds:
+                pairs = [[[c == "1" for c in run[of]["outcomes"][kind]] for of in ("SFT", arm)] for run in having]
+                base, own = (list(chain(*outcomes)) for outcomes in zip(*pairs))
+                if arm == "SFT":
+                    cells.append(percent(share(sum(own), len(own))))
+                    continue
+                gain = paired_difference(base, own)
+                text = points(gain._asdict())
+                cells.append(f"**{text}**" if gain.low > 0 or gain.high < 0 else text)
+                if kind == kinds[0] and len(having) > 1:
+                    cells[-1] += f": {signed(paired_difference(*pair).difference for pair in pairs)}"
+            rows.append([suite, arm, str(len(having)), f"{minutes:.0f}", *cells])
+    heads = [f"{STARTS[starts]}, {NOISE[noise]}" for starts, noise in (kind.split(", ") for kind in kinds)]
+    return table(["suite", "arm", "seeds", "minutes", *heads], rows)
 
 
 def longer_table(cells: dict, gates: dict) -> str:

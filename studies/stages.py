@@ -27,8 +27,17 @@ def call(*words: object) -> str:
     command = [str(word) for word in words]
     line = shlex.join(["python", *command])
     print(f"\n{line}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
+    run_python(command)
     return line
+
+
+def run_python(command: Sequence[str]) -> None:
+    """Run a script of the repository in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
 
 
 def run_once(out_dir: Path, *words: object) -> Path:

@@ -1,12 +1,15 @@
 """Small fixtures: demonstrations, a world model and a policy that fit together, all untrained."""
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +23,7 @@ import torch
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.data.episodes import Episode, read_episodes
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
+from vlarft.run.script import run_script
 
 # Words of the reasons for which a test may be skipped where CI is set; the test extra brings all else.
 SKIPS = {
@@ -111,6 +115,36 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(script, "check_finite", interrupt)
         start()
+
+
+def run_in_fork(command: Sequence[str]) -> None:
+    """Run a script of the repository with its options, as a process of its own would, in a fork of this one.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise subprocess.CalledProcessError(status, command)
+        return
+    status = 1
+    try:
+        torch.set_num_threads(1)  # a fork has none of the threads that computed before
+        script = importlib.import_module(Path(command[0]).stem)  # on the path of pyproject.toml
+        sys.argv = list(command)
+        run_script(script.main, script.Config, script.PRESETS, script.__doc__)
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:  # without what this process would clean up at its end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def every_camera(path: Path) -> list[Episode]:
