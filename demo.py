@@ -6,12 +6,12 @@ laptop).
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
 Calls the stage scripts, each as the command that a user would type, and prints it; two run side by side where neither
-waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy; the
-same played from x_0 = 0, which costs no training; the SFT policy after extra SFT of the wall time that RFT took (at a
-tenth of the learning rate, as plain fine-tuning would go on); and after RFT. Then what the paper's method does not do,
-go beyond the demonstrations: an SFT policy of 10 demonstrations a task, and the same after closed-loop reinforcement
-learning in the simulator, both from x_0 = 0. And the world model's metrics beside the baseline that copies the last
-frame.
+waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy, the
+same after extra SFT (at a tenth of the learning rate, as plain fine-tuning would go on), and after RFT, with the reward
+and the sizes that were steadiest (docs/findings.md). Then what the paper's method does not do, go beyond the
+demonstrations: an SFT policy of 10 demonstrations a task, and the same after closed-loop reinforcement learning in the
+simulator. All of them are played from a sampled x_0 and from x_0 = 0, which costs no training. And the world model's
+metrics beside the baseline that copies the last frame.
 
 Reads nothing. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
 before_after.gif and report.html, a page of all results; further pictures come from the stages. The same command resumes
@@ -57,6 +57,10 @@ PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset=
 DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
 FEW = {"tiny": 10, "smoke": 2}  # demonstrations a task of the policy that learns from whole episodes
 RL = {"tiny": {"steps": 50}, "smoke": {}}  # flags of train_rl.py
+STEADIEST = {"reward": "divergence", "per_step": True}  # docs/findings.md; R3 with one advantage a chunk is the paper's
+RFT = {"tiny": {**STEADIEST, "steps": 80, "starts": 24, "group": 4}, "smoke": STEADIEST}
+EXTRA = {"tiny": {"steps": 1000}, "smoke": {}}  # about the time of RFT; a run beside it cannot know what RFT will take
+PLAYED = {"": "", "_zero": ", x_0 = 0"}  # folders of the evaluations, and how their rows are called
 
 
 def draw_demonstrations(demos: Path, path: Path) -> None:
@@ -96,13 +100,13 @@ def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
         axis.set_xlabel("step")
         axis.legend()
     axis = axes.flat[-1]
-    rates = [row["all"] for row in rows.values()]
-    heights = [100 * r["rate"] for r in rates]
+    rates = [row["all"] for row in reversed(rows.values())]
+    widths = [100 * r["rate"] for r in rates]
     errors = [[100 * (r["rate"] - r["low"]) for r in rates], [100 * (r["high"] - r["rate"]) for r in rates]]
-    axis.bar(list(rows), heights, yerr=errors, capsize=6, color=["#9aa", "#aaa", "#79c", "#c75", "#9aa", "#6a5"])
-    axis.tick_params("x", labelrotation=20)
+    colours = ["#79c" if "x_0 = 0" in name else "#9aa" for name in reversed(rows)]
+    axis.barh(list(reversed(rows)), widths, xerr=errors, capsize=4, color=colours)
     axis.set_title("success [%], 95 % intervals")
-    axis.set_ylim(0, 100)
+    axis.set_xlim(0, 100)
     figure.savefig(path, dpi=80)
 
 
@@ -112,24 +116,36 @@ def read_episodes(folder: Path, policy: str) -> dict[tuple, dict]:
     return {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == policy}
 
 
-def success_rows(out: Path, policy: str, few: int) -> dict[str, dict]:
-    """Rows of the table of success rates: "all" and, but for the first of each setting, "against_first" as in
-    eval_libero.py.
+def success_rows(out: Path, few: int) -> dict[str, dict]:
+    """Rows of the table of success rates, two for each policy: from a sampled x_0, and from x_0 = 0.
 
     Args:
         out: the demo's folder.
-        policy: the SFT policy, the first one that was evaluated; alone from x_0 = 0.
         few: demonstrations a task of the second setting.
+
+    Returns:
+        name -> "policy", "outcomes" (start by start, 1 = success), "all" (the rate), and the paired differences
+        "against_first" and "against_zero", from the SFT policy of the same setting played the one and the other way.
     """
-    names = "SFT", "+ extra SFT", "+ RFT"
-    rows = dict(zip(names, json.loads((out / "eval" / "results.json").read_text())["policies"], strict=True))
-    (zero,) = json.loads((out / "eval_zero" / "results.json").read_text())["policies"]
-    sampled, from_zero = (read_episodes(out / folder, policy) for folder in ("eval", "eval_zero"))
-    pairs = [(sampled[start]["success"], from_zero[start]["success"]) for start in sampled]
-    zero["against_first"] = paired_difference(*map(list, zip(*pairs)))._asdict()
-    first, learned = json.loads((out / "eval_few" / "results.json").read_text())["policies"]
-    second = {f"SFT of {few} a task": first, "+ RL, simulator": learned}  # both from x_0 = 0
-    return {"SFT": rows.pop("SFT"), "SFT, x_0 = 0": zero, **rows, **second}
+    settings = {"eval": ("SFT", "+ extra SFT", "+ RFT"), "eval_few": (f"SFT of {few} a task", "+ RL, simulator")}
+    rows = {}
+    for folder, names in settings.items():
+        won = {}
+        for ending, how in PLAYED.items():
+            found = json.loads((out / f"{folder}{ending}" / "results.json").read_text())["policies"]
+            for name, entry in zip(names, found, strict=True):
+                episodes = read_episodes(out / f"{folder}{ending}", entry["policy"])
+                won[name + how] = [bool(episodes[start]["success"]) for start in sorted(episodes)]
+                outcomes = "".join(str(int(success)) for success in won[name + how])
+                rows[name + how] = {"policy": entry["policy"], "outcomes": outcomes, "all": entry["all"]}
+        first, zero = (names[0] + how for how in PLAYED.values())
+        for name, own in won.items():
+            if name != first:
+                rows[name]["against_first"] = paired_difference(won[first], own)._asdict()
+            if name not in (first, zero):
+                rows[name]["against_zero"] = paired_difference(won[zero], own)._asdict()
+    order = [name + how for names in settings.values() for name in names for how in PLAYED.values()]
+    return {name: rows[name] for name in order}
 
 
 def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names: tuple[str, str]) -> dict[str, tuple]:
@@ -177,34 +193,34 @@ def stages(cfg: Config) -> list[Stage]:
     def stage(name: str, script: str, after: tuple[str, ...], **flags: object) -> Stage:
         return Stage(name, ROOT / script, {**common, **flags, "out_dir": out / name}, after)
 
-    def extra_sft() -> dict[str, object]:
-        log = read_log(out / "rft")
-        minutes = sum(log[k][:, 1].sum() for k in ("policy_s", "world_model_s", "update_s")) / 60
-        flags = {"split_seed": cfg.seed, "demos": demos, "init": model["sft"], "max_minutes": f"{minutes:.2f}"}
-        # a tenth of the peak: a restart at the peak would first undo what the first run learnt
-        return {**common, **flags, "lr": 3e-4, "out_dir": out / "sft_extra"}
-
     first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
     few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
     simulator = {"world": "simulator", "workers": max(1, (os.cpu_count() or 1) // 2), **RL[cfg.stage_preset]}
-    models, films = {"policy": model["sft"], "world_model": model["wm"]}, {"animate": 2, "animate_failed": 1}
+    data, of_few = ({"split_seed": cfg.seed, "demos": folder} for folder in (demos, out / "few"))
+    extra = {
+        "init": model["sft"],
+        "lr": 3e-4,
+        **EXTRA[cfg.stage_preset],
+    }  # at the peak it would first undo what it knows
+    rft = {"policy": model["sft"], "world_model": model["wm"], "gate_threshold": "none", **RFT[cfg.stage_preset]}
+    policies, films = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")]}, {"animate": 2, "animate_failed": 1}
+    few_policies = {"policies": [out / "sft_few", out / "rl"]}
     return [
         Stage("collect", ROOT / "collect_demos.py", {**first_start, "out_dir": demos}),
         Stage("few", ROOT / "collect_demos.py", few),
-        stage("tokenizer", "train_tokenizer.py", ("collect",), split_seed=cfg.seed, demos=demos),
-        stage("sft_few", "train_sft.py", ("few",), split_seed=cfg.seed, demos=out / "few"),
-        stage("wm", "train_wm.py", ("tokenizer",), split_seed=cfg.seed, demos=demos, tokenizer=model["tokenizer"]),
+        stage("tokenizer", "train_tokenizer.py", ("collect",), **data),
+        stage("sft_few", "train_sft.py", ("few",), **of_few),
+        stage("wm", "train_wm.py", ("tokenizer",), **data, tokenizer=model["tokenizer"]),
         stage("rl", "train_rl.py", ("sft_few",), policy=out / "sft_few", demos=out / "few", **simulator),
-        stage("sft", "train_sft.py", ("collect",), split_seed=cfg.seed, demos=demos),
+        stage("sft", "train_sft.py", ("collect",), **data),
+        stage("sft_extra", "train_sft.py", ("sft",), **data, **extra),
         # a demo goes on whatever the trust gate finds, and prints it
-        stage("rft", "train_rft.py", ("sft", "wm"), demos=demos, **models, gate_threshold="none"),
+        stage("rft", "train_rft.py", ("sft", "wm"), demos=demos, **rft),
+        stage("eval_few", "eval_libero.py", ("rl",), **few_policies),
+        stage("eval_few_zero", "eval_libero.py", ("rl",), **few_policies, noise="zero", **films),
         stage("eval_wm", "eval_wm.py", ("wm",), demos=demos, world_model=model["wm"], true_error=True),
-        Stage("sft_extra", ROOT / "train_sft.py", extra_sft, ("rft",)),
-        stage("eval_zero", "eval_libero.py", ("sft",), policies=[model["sft"]], noise="zero"),
-        stage("eval_few", "eval_libero.py", ("rl",), policies=[out / "sft_few", out / "rl"], noise="zero", **films),
-        stage(
-            "eval", "eval_libero.py", ("sft_extra",), policies=[model[n] for n in ("sft", "sft_extra", "rft")], **films
-        ),
+        stage("eval", "eval_libero.py", ("sft_extra", "rft"), **policies, **films),
+        stage("eval_zero", "eval_libero.py", ("sft_extra", "rft"), **policies, noise="zero"),
     ]
 
 
@@ -227,13 +243,13 @@ def probe_seconds() -> float:
 
 
 def expected_seconds(cfg: Config) -> dict[str, float]:
-    """Expect of each stage the time that it took in the committed run, by the speed of this machine; {} if unknown."""
+    """Expect of each stage the time that it took in a committed run, by the speed of this machine; {} if unknown."""
     path = ROOT / "results" / "demo.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if cfg.stage_preset != "tiny" or "probe_seconds" not in known:
+    if cfg.stage_preset != "tiny" or not path.is_file():
         return {}
+    known = next(iter(json.loads(path.read_text())["runs"].values()))
     pace = probe_seconds() / known["probe_seconds"]
-    return {name: pace * stage["seconds"] for name, stage in known["stages"].items()}
+    return {name: pace * seconds for name, seconds in known["seconds"].items()}
 
 
 def main(cfg: Config) -> dict:
@@ -246,14 +262,13 @@ def main(cfg: Config) -> dict:
             f"about {seconds_left(stages(cfg), (), {}, expected, at_once) / 60:.0f} minutes on this machine", flush=True
         )
     ran = run_stages(out, stages(cfg), at_once, expected)
-    sft = str(out / "sft" / "model.safetensors")  # as the evaluations name it
-    rows, log = success_rows(out, sft, FEW[cfg.stage_preset]), read_log(out / "rft")
+    rows, log = success_rows(out, FEW[cfg.stage_preset]), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
-    few = list(rows.values())[-2:]
+    few, learned = list(rows.values())[-3::2]  # both from x_0 = 0
     pairs = {
         ("SFT", "RFT"): (out / "eval", rows["SFT"], rows["+ RFT"]),
-        ("SFT of few", "RL"): (out / "eval_few", *few),
+        ("SFT of few", "RL"): (out / "eval_few_zero", few, learned),
     }
     draw_before_after(pairs, out / "before_after.gif")
     summary = {
@@ -291,19 +306,25 @@ def print_world_model(results: dict) -> None:
 
 
 def success_table(evaluation: dict[str, dict]) -> str:
-    """The rows of `success_rows` as an aligned Markdown table."""
-    cells = [["policy", "success, 95 % interval", "episodes", "against SFT on the same starts"]]
+    """The rows of `success_rows` as an aligned Markdown table, and a sentence on what x_0 = 0 does for free."""
+    cells = [["policy", "success, 95 % interval", "against SFT, same starts", "against SFT from x_0 = 0"]]
     for name, entry in evaluation.items():
-        rate, gain = entry["all"], entry.get("against_first")
+        rate = entry["all"]
         interval = f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
-        against = ""
-        if gain:
-            against = f"{100 * gain['difference']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points"
-        cells.append([name, interval, str(rate["episodes"]), against])
+        cells.append([name, interval, *(gain(entry.get(base)) for base in ("against_first", "against_zero"))])
     widths = [max(map(len, column)) for column in zip(*cells)]
     rows = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells]
     rows.insert(1, "-|-".join("-" * width for width in widths))
-    return "".join(f"| {row} |\n" for row in rows)
+    text, found = "".join(f"| {row} |\n" for row in rows), evaluation["+ RFT"]["against_zero"]
+    ahead = "is ahead of" if found["low"] > 0 else "is not ahead of"
+    return f"{text}\nRFT {ahead} the SFT policy from x_0 = 0, which costs no training: {gain(found)} points.\n"
+
+
+def gain(found: dict | None) -> str:
+    """A paired difference in percentage points; empty where there is none."""
+    if found is None:
+        return ""
+    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 
 def print_summary(summary: dict, out: Path) -> None:
@@ -318,10 +339,12 @@ def print_summary(summary: dict, out: Path) -> None:
     print_world_model(summary["world_model"])
     gate = summary["trust_gate"]
     ranks = [f"{gate[f'gate_{family}']:.2f} ± {gate[f'gate_{family}_se']:.2f}" for family in ("policy", "dataset")]
-    print(f"trust gate, rank correlation of R3 and action error: {ranks[0]} among chunks sampled from the policy,")
+    print(
+        f"trust gate, rank correlation of the reward and action error: {ranks[0]} among chunks sampled from the policy,"
+    )
     print(f"{ranks[1]} around the demonstrations' actions (± standard error; --gate-threshold is 0.25 by default)")
     print(f"\nall of it as one page: {out / 'report.html'}")
-    print(f"pictures in {out}: demonstrations.png, curves.png, eval_wm/, rft/rollouts.png, and before_after.gif:")
+    print(f"pictures in {out}: demonstrations.png, curves.png, eval_wm/, and before_after.gif:")
     print("the first starts that one policy alone wins (left the earlier policy), in both directions")
     if summary["config"]["stage_preset"] == "smoke":
         print("preset smoke only shows that the stages run; its numbers mean nothing")

@@ -175,14 +175,24 @@ def imagination_gains_table(report: dict, better: str = "now", base: str = "befo
     return table(["runs", *columns], [[str(len(pairs)), *cells]])
 
 
+def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
+    """A gain over all runs, bold where its interval excludes 0, and those of the runs.
+
+    Args:
+        pairs: for each run, outcomes of the base and of a policy on the same starts.
+    """
+    found = paired_difference(*(list(chain(*outcomes)) for outcomes in zip(*pairs)))
+    text = points(found._asdict())
+    text = f"**{text}**" if found.low > 0 or found.high < 0 else text
+    return text if len(pairs) == 1 else f"{text}: {signed(paired_difference(*pair).difference for pair in pairs)}"
+
+
 STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
 NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
 
 
 def closed_loop_table(report: dict) -> str:
-    """Success of SFT, and gains of the other arms over it on the same starts, all seeds together; beside the gains on
-    plain starts from x_0 = 0, those of each seed (closed_loop_study.py). A gain whose interval excludes 0 is bold.
-    """
+    """Success of SFT, and gains of the other arms over it on the same starts (closed_loop_study.py)."""
     suites, rows, kinds = dict.fromkeys(name.split("/")[0] for name in report["runs"]), [], []
     for suite in suites:
         seeds = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
@@ -193,15 +203,8 @@ def closed_loop_table(report: dict) -> str:
             cells = []
             for kind in kinds:
                 pairs = [[[c == "1" for c in run[of]["outcomes"][kind]] for of in ("SFT", arm)] for run in having]
-                base, own = (list(chain(*outcomes)) for outcomes in zip(*pairs))
-                if arm == "SFT":
-                    cells.append(percent(share(sum(own), len(own))))
-                    continue
-                gain = paired_difference(base, own)
-                text = points(gain._asdict())
-                cells.append(f"**{text}**" if gain.low > 0 or gain.high < 0 else text)
-                if kind == kinds[0] and len(having) > 1:
-                    cells[-1] += f": {signed(paired_difference(*pair).difference for pair in pairs)}"
+                own = list(chain(*(outcomes for _, outcomes in pairs)))
+                cells.append(percent(share(sum(own), len(own))) if arm == "SFT" else gains(pairs))
             rows.append([suite, arm, str(len(having)), f"{minutes:.0f}", *cells])
     heads = [f"{STARTS[starts]}, {NOISE[noise]}" for starts, noise in (kind.split(", ") for kind in kinds)]
     return table(["suite", "arm", "seeds", "minutes", *heads], rows)
@@ -233,24 +236,31 @@ def libero_table(sampled: dict, zero: dict) -> str:
 
 
 def demo_table(report: dict) -> str:
-    """Success of the demo's policies, in the order and with the names that it prints."""
-    rows = []
-    for name, policy in report["evaluation"].items():
-        apart = policy.get("against_first")
-        against = f"{points(apart)}, p = {apart['p_value']:.2g}" if apart else ""
-        rows.append([name, percent(policy["all"]), against])
-    return table(["policy", "success, 95 % interval", "against SFT on the same starts"], rows)
+    """Success of the demo's policies, and gains over the two ways to play the SFT policy of their setting, on the same
+    starts (demos.py).
+    """
+    runs, rows, first = [run["outcomes"] for run in report["runs"].values()], [], ""
+    for name in runs[0]:
+        zero = name.endswith(f", {NOISE['zero']}")
+        first = name if name.startswith("SFT") and not zero else first  # of each setting
+        own = "".join(run[name] for run in runs)
+        cells = [name, percent(share(own.count("1"), len(own)))]
+        bases = [first, f"{first}, {NOISE['zero']}"] if name.startswith("+") else [first] * zero
+        for base in bases:
+            cells.append(gains([[[c == "1" for c in run[of]] for of in (base, name)] for run in runs]))
+        rows.append([*cells, *[""] * (4 - len(cells))])
+    heads = ["policy", "success, 95 % interval", "gain over SFT: by run", "gain over SFT from x_0 = 0: by run"]
+    return table(heads, rows)
 
 
 def demo_world_model_table(report: dict) -> str:
-    """The demo's world model on held-out episodes, at the last frame, beside copying the first."""
-    frames = report["world_model"]["frames"]["all"]
+    """The demo's world model on held-out episodes, at the last frame, beside copying the first: means over runs."""
     names = {"psnr_moving": ("PSNR on moving pixels", "{:.1f} dB"), "psnr": ("PSNR on all pixels", "{:.1f} dB")}
     names["ssim"] = ("SSIM", "{:.2f}")
-    rows = [
-        [label, *(shown.format(frames[which][name][-1]) for which in ("imagined", "copy"))]
-        for name, (label, shown) in names.items()
-    ]
+    rows = []
+    for name, (label, shown) in names.items():
+        means = ([run["frames"][which][name] for run in report["runs"].values()] for which in ("imagined", "copy"))
+        rows.append([label, *(shown.format(sum(values) / len(values)) for values in means)])
     return table(["world model, held-out episodes", "imagined", "last frame copied"], rows)
 
 

@@ -4,14 +4,17 @@ import dataclasses
 import html
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import demos
 import numpy as np
 import pytest
+import stage_tables
 import torch
 from PIL import Image
 from test_readme import blocks
@@ -46,22 +49,25 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     out = smoke.folder / "runs" / "demo"
     summary = json.loads((out / "summary.json").read_text())
     names = ["collect", "few", "tokenizer", "sft_few", "rl", "wm", "eval_wm", "sft", "rft", "sft_extra"]
-    assert set(summary["stages"]) == {*names, "eval", "eval_zero", "eval_few"}
+    assert set(summary["stages"]) == {*names, "eval", "eval_zero", "eval_few", "eval_few_zero"}
     assert all(s["done"] and s["peak_bytes"] > 2**27 for s in summary["stages"].values())
     rows = summary["evaluation"]
-    assert list(rows) == ["SFT", "SFT, x_0 = 0", "+ extra SFT", "+ RFT", "SFT of 2 a task", "+ RL, simulator"]
-    assert [row["all"]["episodes"] for row in rows.values()] == [2] * 6
-    assert ["against_first" in row for row in rows.values()] == [False, True, True, True, False, True]
+    policies = "SFT", "+ extra SFT", "+ RFT", "SFT of 2 a task", "+ RL, simulator"
+    assert list(rows) == [name + how for name in policies for how in ("", ", x_0 = 0")]
+    assert [len(row["outcomes"]) for row in rows.values()] == [2] * 10
+    first, zero = ({name + how for name in (policies[0], policies[3])} for how in ("", ", x_0 = 0"))
+    assert {name for name, row in rows.items() if "against_first" not in row} == first
+    assert {name for name, row in rows.items() if "against_zero" not in row} == first | zero
     assert summary["versions"]["torch"] == version("torch") and {"python", "mujoco"} < set(summary["versions"])
-    for name in ("demonstrations.png", "curves.png", "before_after.gif", "rft/rollouts.png", "wm/rollouts.png"):
+    for name in ("demonstrations.png", "curves.png", "before_after.gif", "wm/rollouts.png"):
         with Image.open(out / name) as image:
             assert min(image.size) >= 64, name
     page = (out / "report.html").read_text()
     titles = ["Pipeline: demo", "World model, evaluated: eval_wm", *CURVES["eval_wm.py"], *CURVES["train_rl.py"]]
     titles += [title for name in ("tokenizer", "wm", "sft", "rft") for title in CURVES[f"train_{name}.py"]]
     assert not [title for title in titles if html.escape(title) not in page], "a metric has another name in the log"
-    # before and after; two of the world model; a group; the starts that two evaluations filmed
-    assert page.count('class="film"') == 4 + 2 * 2
+    # before and after; two of the world model; the starts that two evaluations filmed
+    assert page.count('class="film"') == 3 + 2 * 2
     assert (out / "summary.md").read_text() in smoke.printed
     assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in smoke.printed
     assert "+ RFT" in smoke.printed and "SFT, x_0 = 0" in smoke.printed and "its numbers mean nothing" in smoke.printed
@@ -71,6 +77,39 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     demo.main(dataclasses.replace(demo.PRESETS["smoke"], out_dir="runs/demo"))  # nothing is done again
     assert json.loads((out / "stages.json").read_text()) == before
     assert "[eval] done in" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_seeds_of_the_demo_are_gathered(smoke, tmp_path, monkeypatch, capfd):
+    called = []
+
+    def call(*words):
+        called.append([str(word) for word in words])
+        shutil.copytree(smoke.folder / "runs" / "demo", words[-1])
+
+    monkeypatch.setattr(demos, "call", call)
+    places = {"out_dir": str(tmp_path / "runs"), "out": str(tmp_path / "demos.json")}
+    cfg = dataclasses.replace(demos.PRESETS["smoke"], **places, seeds=(3, 5))
+    report = demos.main(cfg)
+    assert [words[: words.index("--out-dir")][-2:] for words in called] == [["--seed", "3"], ["--seed", "5"]]
+    assert json.loads((tmp_path / "demos.json").read_text()) == report and demos.main(cfg) == report
+    assert len(called) == 2  # none runs again
+    run = report["runs"]["5"]
+    assert set(run["seconds"]) == set(json.loads((smoke.folder / "runs" / "demo" / "stages.json").read_text()))
+    assert run["outcomes"]["SFT"] in ("00", "01", "10", "11") and run["frames"]["copy"]["ssim"] <= 1
+    assert "| + RL, simulator, x_0 = 0 |" in capfd.readouterr().out
+    assert "| SSIM | " in stage_tables.demo_world_model_table(report)
+
+
+def test_the_gains_of_the_demos_by_hand():
+    one = {"SFT": "01", "SFT, x_0 = 0": "11", "+ RFT": "11", "SFT of 10 a task": "00", "+ RL, simulator": "01"}
+    other = {**one, "+ RFT": "00", "SFT of 10 a task": "01"}
+    one, other = ({**run, "SFT of 10 a task, x_0 = 0": "10"} for run in (one, other))
+    rows = stage_tables.demo_table({"runs": {"0": {"outcomes": one}, "1": {"outcomes": other}}}).splitlines()[2:]
+    cells = {row.split(" | ")[0][2:]: row.rstrip(" |").split(" | ")[1:] for row in rows}
+    assert cells["SFT"] == ["50.0 % [15.0, 85.0]"] and cells["SFT, x_0 = 0"][1].endswith("]: +50.0, +50.0")
+    assert [cell.partition(": ")[2] for cell in cells["+ RFT"][1:]] == ["+50.0, -50.0", "+0.0, -100.0"]
+    assert cells["+ RFT"][1].startswith("+0.0 [") and cells["+ RL, simulator"][1].endswith("]: +50.0, +0.0")
 
 
 @pytest.mark.slow
@@ -143,30 +182,65 @@ def test_blocks_of_the_readme_run(smoke):
     assert names["chunk"].shape == (8, 7) and names["rollout"].frames.shape == (1, 2, 8, 3, 64, 64)
 
 
-def test_the_seed_reaches_every_stage(tmp_path, monkeypatch):
-    seconds = {f"{phase}_s": np.array([[0, 60.0], [1, 60.0]]) for phase in ("policy", "world_model", "update")}
-    monkeypatch.setattr(demo, "read_log", lambda folder: seconds)
-    stages = {s.name: s.flags() if callable(s.flags) else s.flags for s in demo.stages(demo.Config("x", 2))}
+def test_the_seed_reaches_every_stage():
+    stages = {stage.name: stage.flags for stage in demo.stages(demo.Config("x", 2))}
     assert {name: flags["seed"] for name, flags in stages.items()} == {
         name: 2000 if name in ("collect", "few") else 2 for name in stages
     }
-    assert len(stages) == 13 and stages["eval_zero"]["noise"] == "zero" and stages["sft_extra"]["max_minutes"] == "6.00"
+    assert len(stages) == 14 and {n for n, flags in stages.items() if flags.get("noise")} == {
+        "eval_zero",
+        "eval_few_zero",
+    }
     split = {name for name, flags in stages.items() if flags.get("split_seed") == 2}
     assert split == {"tokenizer", "wm", "sft", "sft_extra", "sft_few"}
     # no start seed serves two seeds of the demo
     assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
 
 
-def test_the_table_is_aligned():
+def test_the_table_is_aligned_and_says_what_costs_nothing():
     rate = {"rate": 0.5, "low": 0.25, "high": 0.75, "episodes": 4}
-    gain = {"difference": 0.1, "low": -0.2, "high": 0.3}
-    text = demo.success_table({"SFT": {"all": rate}, "+ RFT": {"all": rate, "against_first": gain}})
+    found = {"difference": 0.1, "low": -0.2, "high": 0.3}
+    rows = {"SFT": {"all": rate}, "+ RFT": {"all": rate, "against_first": found, "against_zero": found}}
+    text = demo.success_table(rows)
     assert text.splitlines() == [
-        "| policy | success, 95 % interval | episodes | against SFT on the same starts |",
-        "| -------|------------------------|----------|------------------------------- |",
-        "| SFT    | 50.0 % [25.0, 75.0]    | 4        |                                |",
-        "| + RFT  | 50.0 % [25.0, 75.0]    | 4        | +10.0 [-20.0, +30.0] points    |",
+        "| policy | success, 95 % interval | against SFT, same starts | against SFT from x_0 = 0 |",
+        "| -------|------------------------|--------------------------|------------------------- |",
+        "| SFT    | 50.0 % [25.0, 75.0]    |                          |                          |",
+        "| + RFT  | 50.0 % [25.0, 75.0]    | +10.0 [-20.0, +30.0]     | +10.0 [-20.0, +30.0]     |",
+        "",
+        "RFT is not ahead of the SFT policy from x_0 = 0, which costs no training: +10.0 [-20.0, +30.0] points.",
     ]
+    rows["+ RFT"]["against_zero"] = {**found, "low": 0.01}
+    assert demo.success_table(rows).splitlines()[-1].startswith("RFT is ahead of the SFT policy from x_0 = 0")
+
+
+def evaluated(folder: Path, **outcomes: str) -> None:
+    """An evaluation of some policies, with their outcomes start by start, as eval_libero.py leaves it."""
+    folder.mkdir()
+    results = [{"policy": policy, "all": won.count("1")} for policy, won in outcomes.items()]
+    (folder / "results.json").write_text(json.dumps({"policies": results}))
+    starts = [(policy, state, won == "1") for policy, all in outcomes.items() for state, won in enumerate(all)]
+    records = [
+        {"policy": policy, "suite": "s", "task": 0, "init_state": state, "success": won}
+        for policy, state, won in reversed(starts)
+    ]
+    (folder / "episodes.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def test_rows_compare_on_the_same_starts(tmp_path):
+    evaluated(tmp_path / "eval", sft="0100", extra="0101", rft="1000")
+    evaluated(tmp_path / "eval_zero", sft="1110", extra="0111", rft="1111")
+    evaluated(tmp_path / "eval_few", few="0000", rl="0001")
+    evaluated(tmp_path / "eval_few_zero", few="0001", rl="0011")
+    rows = demo.success_rows(tmp_path, 10)
+    assert list(rows)[-2:] == ["+ RL, simulator", "+ RL, simulator, x_0 = 0"] and rows["+ RFT"]["all"] == 1
+    assert rows["+ RFT, x_0 = 0"]["outcomes"] == "1111" and rows["SFT of 10 a task, x_0 = 0"]["policy"] == "few"
+    gains = {
+        name: [row.get(f"against_{b}", {}).get("difference") for b in ("first", "zero")] for name, row in rows.items()
+    }
+    assert gains["SFT"] == [None, None] and gains["SFT, x_0 = 0"] == [0.5, None]
+    assert gains["+ RFT"] == [0.0, -0.5] and gains["+ RFT, x_0 = 0"] == [0.75, 0.25]
+    assert gains["+ RL, simulator, x_0 = 0"] == [0.5, 0.25] and gains["+ RL, simulator"] == [0.25, 0.0]
 
 
 def test_films_show_the_first_starts_that_differ():
@@ -181,8 +255,8 @@ def test_what_the_demo_expects_to_take(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     assert demo.expected_seconds(demo.Config()) == {}  # nothing is known
-    known = {"probe_seconds": demo.probe_seconds(), "stages": {"sft": {"seconds": 100.0}}}
-    (tmp_path / "results" / "demo.json").write_text(json.dumps(known))
+    known = {"probe_seconds": demo.probe_seconds(), "seconds": {"sft": 100.0}}
+    (tmp_path / "results" / "demo.json").write_text(json.dumps({"runs": {"3": known}}))
     assert demo.expected_seconds(demo.PRESETS["smoke"]) == {}
     monkeypatch.setattr(demo, "probe_seconds", lambda: 2 * known["probe_seconds"])  # a slower machine
     assert demo.expected_seconds(demo.Config()) == {"sft": pytest.approx(200)}

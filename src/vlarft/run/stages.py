@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,20 +54,19 @@ class Stage(NamedTuple):
 
     name: of the stage, in stages.json and in what is printed.
     script: its file.
-    flags: options and values, or a function that gives them once the stages before it have ended; a list is several
-        values, True and False are `--x` and `--no-x`.
+    flags: options and values; a list is several values, True and False are `--x` and `--no-x`.
     after: names of the stages that it waits for.
     """
 
     name: str
     script: Path
-    flags: Mapping[str, object] | Callable[[], Mapping[str, object]]
+    flags: Mapping[str, object]
     after: tuple[str, ...] = ()
 
     def words(self) -> list[str]:
         """The options as words of a command line."""
         words = []
-        for flag, value in (self.flags() if callable(self.flags) else self.flags).items():
+        for flag, value in self.flags.items():
             values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{'no-' if value is False else ''}{flag.replace('_', '-')}", *map(str, values)]
         return words
