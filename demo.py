@@ -1,7 +1,7 @@
 """Run the whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
 laptop).
 
-    python demo.py                     preset tiny: about 20 minutes on 2 CPU cores
+    python demo.py                     preset tiny: about half an hour on 2 CPU cores
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
@@ -104,7 +104,10 @@ def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
     widths = [100 * r["rate"] for r in rates]
     errors = [[100 * (r["rate"] - r["low"]) for r in rates], [100 * (r["high"] - r["rate"]) for r in rates]]
     colours = ["#79c" if "x_0 = 0" in name else "#9aa" for name in reversed(rows)]
-    axis.barh(list(reversed(rows)), widths, xerr=errors, capsize=4, color=colours)
+    axis.barh(range(len(rows)), widths, xerr=errors, capsize=4, color=colours)
+    axis.set_yticks([])
+    for height, name in enumerate(reversed(rows)):
+        axis.text(1, height, name, va="center")
     axis.set_title("success [%], 95 % intervals")
     axis.set_xlim(0, 100)
     figure.savefig(path, dpi=80)

@@ -236,21 +236,24 @@ def libero_table(sampled: dict, zero: dict) -> str:
 
 
 def demo_table(report: dict) -> str:
-    """Success of the demo's policies, and gains over the two ways to play the SFT policy of their setting, on the same
-    starts (demos.py).
+    """Success of the demo's SFT policies, and gains of the others over the one above, played the same way on the same
+    starts; and RFT against what costs no training (demos.py).
     """
     runs, rows, first = [run["outcomes"] for run in report["runs"].values()], [], ""
-    for name in runs[0]:
-        zero = name.endswith(f", {NOISE['zero']}")
-        first = name if name.startswith("SFT") and not zero else first  # of each setting
-        own = "".join(run[name] for run in runs)
-        cells = [name, percent(share(own.count("1"), len(own)))]
-        bases = [first, f"{first}, {NOISE['zero']}"] if name.startswith("+") else [first] * zero
-        for base in bases:
-            cells.append(gains([[[c == "1" for c in run[of]] for of in (base, name)] for run in runs]))
-        rows.append([*cells, *[""] * (4 - len(cells))])
-    heads = ["policy", "success, 95 % interval", "gain over SFT: by run", "gain over SFT from x_0 = 0: by run"]
-    return table(heads, rows)
+    ways = "", f", {NOISE['zero']}"
+
+    def gain(name: str, base: str) -> str:
+        return gains([[[c == "1" for c in run[of]] for of in (base, name)] for run in runs])
+
+    for name in (name for name in runs[0] if not name.endswith(ways[1])):
+        if name.startswith("SFT"):
+            first, own = name, ["".join(run[name + way] for run in runs) for way in ways]
+            rows.append([name, *(percent(share(won.count("1"), len(won))) for won in own)])
+        else:
+            rows.append([name, *(gain(name + way, first + way) for way in ways)])
+        if name == "+ RFT":
+            rows.append([f"+ RFT, against {first}{ways[1]}", gain(name, first + ways[1]), ""])
+    return table(["policy", NOISE["sampled"], NOISE["zero"]], rows)
 
 
 def demo_world_model_table(report: dict) -> str:

@@ -139,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rough, compared": lambda: outcomes.rivals_table(read("rough")["runs"], ROUGH_RIVALS),
     "rough, chunks": lambda: outcomes.chunk_table(read("rough")["runs"]["tabletop_spatial"]),
     "rough, dimensions": lambda: outcomes.dimension_table(read("rough")["runs"], "tabletop_spatial"),
+    "closed loop": lambda: stage.closed_loop_table(read("closed_loop")),
     "failures": lambda: stage.failures_table(read("failures")["files"], failure_labels()),
     "clean": lambda: cells.cell_table(read("clean"), rival="study, R1"),
     "factors, 5200 steps": lambda: factors("four times as long", rival="plateau, regression"),
