@@ -200,11 +200,8 @@ def stages(cfg: Config) -> list[Stage]:
     few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
     simulator = {"world": "simulator", "workers": max(1, (os.cpu_count() or 1) // 2), **RL[cfg.stage_preset]}
     data, of_few = ({"split_seed": cfg.seed, "demos": folder} for folder in (demos, out / "few"))
-    extra = {
-        "init": model["sft"],
-        "lr": 3e-4,
-        **EXTRA[cfg.stage_preset],
-    }  # at the peak it would first undo what it knows
+    # a tenth of the peak: a restart at the peak would first undo what the first run learnt
+    extra = {"init": model["sft"], "lr": 3e-4, **EXTRA[cfg.stage_preset]}
     rft = {"policy": model["sft"], "world_model": model["wm"], "gate_threshold": "none", **RFT[cfg.stage_preset]}
     policies, films = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")]}, {"animate": 2, "animate_failed": 1}
     few_policies = {"policies": [out / "sft_few", out / "rl"]}

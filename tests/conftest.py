@@ -123,7 +123,6 @@ def run_in_fork(command: Sequence[str]) -> None:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -138,7 +137,7 @@ def run_in_fork(command: Sequence[str]) -> None:
         run_script(script.main, script.Config, script.PRESETS, script.__doc__)
         status = 0
     except SystemExit as error:
-        status = error.code
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:  # without what this process would clean up at its end
