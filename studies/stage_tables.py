@@ -9,6 +9,8 @@ from table_text import difference, over_seeds, percent, points, share, signed, t
 
 from vlarft.statistics import paired_difference
 
+STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
+NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
 
 
@@ -185,10 +187,6 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
     text = points(found._asdict())
     text = f"**{text}**" if found.low > 0 or found.high < 0 else text
     return text if len(pairs) == 1 else f"{text}: {signed(paired_difference(*pair).difference for pair in pairs)}"
-
-
-STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
-NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
 
 
 def closed_loop_table(report: dict) -> str:
