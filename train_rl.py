@@ -51,7 +51,7 @@ from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.imagined_world import ImaginedWorld
-from vlarft.outcome_gate import check_outcome_gate, outcome_gate
+from vlarft.outcome_gate import check_outcome_gate, outcome_gate, rank_policies, read_evaluation
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import check_same_robot
 from vlarft.run import distributed, preemption
@@ -130,10 +130,13 @@ class Config:
         "least mean of the shares of held-out successes and failures that imagination tells; none: any",
         group="evaluation",
     )
+    gate_evaluation: str | None = opt(
+        None,
+        "evaluation of several policies, by eval_libero.py: the gate tells whether imagination ranks them as played",
+    )
     out_dir: str = opt("runs/rl", "folder that the run writes", group="run")
     save_interval: Count = opt(5, "steps between checkpoints")
     keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
-    async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: Whole = opt(0, "seed of starts and chains")
     workers: Processes = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
     precision: Precision = opt("bf16", "frozen networks; auto: bf16 on a GPU or with AMX, else fp32")
@@ -180,22 +183,35 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
         raise ValueError("nobody tells an imagination's outcome: give --success-model, from train_success.py")
     if len(policy.cfg.cameras) > 1:
         raise ValueError(f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
-    device, sampling = policy.device, {"greedy": cfg.imagination == "greedy"}
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
+    device = policy.device
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
-    check_same_robot(policy, model)
-    check_same_proprio(policy, judge)
-    headers = {name: read_header(getattr(cfg, name)).extra for name in ("world_model", "success_model")}
-    check_same_images(extra, f"policy {cfg.policy}", headers["world_model"], f"world model {cfg.world_model}")
+    check_imagined(cfg, cfg.policy, policy, extra, model, judge)
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
     if cfg.horizon < judge.cfg.hold:
         raise ValueError(f"--horizon {cfg.horizon}: a success is held for {judge.cfg.hold} frames; give more")
-    held_out = headers["success_model"].get("held_out_episodes", [])
+    held_out = read_header(cfg.success_model).extra.get("held_out_episodes", [])
     episodes = [e for e in episodes if e.name not in held_out]  # those are for the gate
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     options = {"starts": cfg.starts, "horizon": cfg.horizon, "camera": policy.cfg.cameras[0], "autocast": autocast}
-    return ImaginedWorld(model, judge, episodes, **options, late_starts=cfg.late_starts, **sampling)
+    return ImaginedWorld(
+        model, judge, episodes, **options, late_starts=cfg.late_starts, greedy=cfg.imagination == "greedy"
+    )
+
+
+def check_imagined(
+    cfg: Config, path: str, policy: VLAPolicy, extra: dict, model: WorldModel, judge: SuccessModel
+) -> None:
+    """Check that world model and success model imagine what the policy at `path` sees and does.
+
+    Raises:
+        ValueError: another robot, or images of another convention.
+    """
+    check_same_robot(policy, model)
+    check_same_proprio(policy, judge)
+    imagined = read_header(cfg.world_model).extra
+    check_same_images(extra, f"policy {path}", imagined, f"world model {cfg.world_model}")
 
 
 def check_horizon(cfg: Config, episodes: list[Episode]) -> None:
@@ -211,17 +227,30 @@ def check_horizon(cfg: Config, episodes: list[Episode]) -> None:
 
 def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str, float]:
     """Compare imagined and recorded outcomes of the episodes that both models hold out; stop if they differ too often.
+    With --gate-evaluation, also compare imagined and true success rates of policies.
 
     Raises:
-        ValueError: there are none, or of one outcome only.
+        ValueError: there are no such episodes, or of one outcome only; see also `read_evaluation`.
         RuntimeError: see `check_outcome_gate`.
     """
+    evaluation = None if cfg.gate_evaluation is None else read_evaluation(cfg.gate_evaluation)
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
+    measured = {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
+    if evaluation is not None:
+
+        def load(path: str) -> VLAPolicy:
+            policy, extra = load_model(path, VLAPolicy, PolicyConfig, world.device)
+            check_imagined(cfg, path, policy, extra, world.model, world.judge)
+            return policy
+
+        options = {"horizon": cfg.horizon, "camera": world.camera, "autocast": world.autocast, **world.sampling}
+        unseen_world = ImaginedWorld(world.model, world.judge, held_out, starts=cfg.starts * cfg.group, **options)
+        measured["gate_rank"] = rank_policies(evaluation, load, unseen_world, cfg.seed)
     check_outcome_gate(found, cfg.gate_threshold)
-    return {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
+    return measured
 
 
 def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> WindowSampler | None:
@@ -324,7 +353,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     parameters = [p for group in groups for p in group["params"]]
-    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
+    state = TrainState(out_dir, {"policy": policy, "optimizer": optimizer}, keep_interval=cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(out_dir, cfg.steps, "rl", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}
 

@@ -9,8 +9,9 @@ episodes of it a task, with their outcomes; a tokenizer and a world model of bot
 demonstrations alone does not show what a hand carries elsewhere), and a success model. Then the arms, all from the SFT
 policy:
 
-- "RL, imagination": train_rl.py in that world model, judged by the success model. "two rounds" records as many
-  episodes again with that policy, refreshes both models and goes on.
+- "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
+  SFT policy along its training. "two rounds" records as many episodes again with that policy, refreshes both models and
+  goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
   dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.
@@ -41,6 +42,7 @@ ARMS = (
     "RL, simulator, judged", "RL, imagination", "RL, imagination, two rounds", "planning", "planning after RL",
 )  # fmt: skip
 NO_END = 10**6
+COPIES = 8  # of the SFT policy along its training
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,15 @@ class Runs:
 
     @property
     def policy(self) -> Path:
-        return self.sft("sft", "--steps", self.cfg.sft_steps)
+        copies = max(1, self.cfg.sft_steps // COPIES)
+        return self.sft("sft", "--steps", self.cfg.sft_steps, "--keep-interval", copies)
+
+    @property
+    def evaluation(self) -> Path:
+        """The copies of the SFT policy, played from x_0 = 0."""
+        copies = sorted(self.policy.glob("model_*.safetensors"))
+        words = [*self.where, "--policies", *copies, "--episodes", self.cfg.episodes, "--noise", "zero"]
+        return self.stage(self.own / "eval" / "copies", "eval_libero.py", *words)
 
     def attempts(self, policy: Path, rounds: int = 1) -> Path:
         """Real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
@@ -154,7 +164,7 @@ class Runs:
     def imagination(self) -> Path:
         attempts, models = self.first_round()
         words = ["--policy", self.policy, "--demos", self.demos, attempts, *models.flags, "--steps", self.cfg.rl_steps]
-        return self.rl("RL, imagination", *words)
+        return self.rl("RL, imagination", *words, "--gate-evaluation", self.evaluation)
 
     def two_rounds(self) -> Path:
         policy = self.imagination()

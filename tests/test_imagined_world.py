@@ -18,10 +18,17 @@ from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.imagined_world import ImaginedWorld
-from vlarft.outcome_gate import check_outcome_gate, outcome_gate
+from vlarft.outcome_gate import (
+    Evaluation,
+    check_outcome_gate,
+    imagined_rate,
+    outcome_gate,
+    rank_policies,
+    read_evaluation,
+)
 from vlarft.policy import VLAPolicy
 from vlarft.proprio_model import ProprioModel, fit_proprio_model
-from vlarft.run.checkpoint import read_header, save_model
+from vlarft.run.checkpoint import model_digest, read_header, save_model
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.success import Agreement, Judgement, Referee, SuccessModel
 from vlarft.world_model import Rollout
@@ -246,6 +253,81 @@ def test_the_gate_by_hand(capsys):
     nothing = Agreement(true_successes=1, true_failures=9, false_successes=0, false_failures=1)
     with pytest.raises(RuntimeError, match="0 of 9 failures .* 1 of 1 successes like a failure; .* 0.50"):
         check_outcome_gate(nothing, 0.9)
+
+
+class Mover:
+    """A policy that moves dimension 0 by a constant, and by x_0 beside it."""
+
+    cfg = SimpleNamespace(flow=SimpleNamespace(chunk=4, action_dim=7))
+    device = torch.device("cpu")
+
+    def __init__(self, speed: float, noise: float = 0.0) -> None:
+        self.speed, self.noise, self.seen = speed, noise, []
+
+    def act(self, observations, noise):
+        self.seen.append([obs["instruction"] for obs in observations])
+        return self.noise * noise + chunk(*[self.speed] * len(observations))
+
+
+def test_policies_are_ranked_by_what_they_reach_in_imagination(capsys):
+    # sums of 10 actions reach 10 * speed: a success from 6 on, held for two frames
+    policies = {"slow": Mover(0.2), "fast": Mover(0.7), "late": Mover(0.6)}
+    assert [imagined_rate(policy, make(starts=3), 5, from_zero=True) for policy in policies.values()] == [0, 1, 0]
+    assert [len(seen) for seen in policies["fast"].seen] == [3, 3, 3]  # after 4, 8 and 10 actions
+    load = {**policies, "late": Mover(0.9)}.__getitem__
+    world = make(starts=3)
+    for true, rank in (((0.1, 0.5, 0.9), 3**0.5 / 2), ((0.9, 0.5, 0.1), -(3**0.5) / 2), ((0.5, 0.5, 0.5), 0)):
+        evaluation = Evaluation(dict(zip(policies, true)), from_zero=True)
+        assert rank_policies(evaluation, load, world, 0) == pytest.approx(rank)
+    told = capsys.readouterr().err
+    assert "success 0 % in imagination, 10 % played: slow" in told and "3 policies, rank correlation of their" in told
+
+
+def test_x_0_of_imagined_policies():
+    """All policies get the same, and 0 where the evaluation had 0."""
+    rates = [imagined_rate(Mover(0.55, 1.0), make(starts=64), 5, from_zero=zero) for zero in (True, False, False)]
+    assert rates[0] == 0 and 0 < rates[1] == rates[2] < 1
+
+
+def evaluation(path: Path, policies: dict[str, float], **config) -> Path:
+    rows = [{"policy": p, "digest": model_digest(p), "all": {"rate": rate}} for p, rate in policies.items()]
+    settings = {"noise": "zero", "perturb": None, "plan": 1, **config}
+    path.write_text(json.dumps({"config": settings, "policies": rows}))
+    return path
+
+
+def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
+    policy = VLAPolicy.load(config.policy)
+    extra, paths = read_header(config.policy).extra, []
+    for number in range(3):
+        paths.append(str(tmp_path / f"{number}.safetensors"))
+        torch.nn.init.normal_(policy.head.output.bias)
+        policy.save(paths[-1], extra)
+    rates = dict(zip(paths, (0.1, 0.2, 0.6)))
+    given = evaluation(tmp_path / "results.json", rates)
+    assert read_evaluation(tmp_path) == read_evaluation(given) == Evaluation(rates, True)
+    assert not read_evaluation(evaluation(tmp_path / "sampled.json", rates, noise="sampled")).from_zero
+    train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))
+    assert capsys.readouterr().err.count("% in imagination, ") == 3
+    row = json.loads(Path(config.out_dir, "log.jsonl").read_text())
+    assert -1 <= row["gate_rank"] <= 1
+
+    few = evaluation(tmp_path / "few.json", dict(list(rates.items())[:2]))
+    for path, message in (
+        (few, "has 2 policies, an order needs 3 at least"),
+        (evaluation(tmp_path / "perturbed.json", rates, perturb="object:5"), "was played with {'perturb': 'object:5'}"),
+        (evaluation(tmp_path / "planned.json", rates, plan=8), "was played with {'plan': 8}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_evaluation(path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="other.json is no results.json of eval_libero.py"):
+        read_evaluation(tmp_path / "other.json")
+    with pytest.raises(FileNotFoundError, match="no evaluation at .*none.json"):
+        read_evaluation(tmp_path / "none.json")
+    policy.save(paths[0], extra)
+    with pytest.raises(ValueError, match=r"0.safetensors has changed since .*results.json was written"):
+        read_evaluation(given)
 
 
 def test_a_referee_of_parts_is_a_referee_of_the_whole():

@@ -33,6 +33,7 @@ from conftest import run_in_fork
 from PIL import Image
 
 import collect_demos
+import eval_libero
 import train_rft
 import train_sft
 import train_tokenizer
@@ -546,6 +547,9 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
         place.mkdir(parents=True, exist_ok=True)
         gate = {"gate": 0.9, "gate_false_successes": 1.0} if "--world-model" in words else {}
         (place / "log.jsonl").write_text(json.dumps({"minutes": 1.0, **gate}) + '\n{"minutes": 2.0}\n')
+        if "--keep-interval" in words:
+            for step in range(200, 1800, 200):
+                (place / f"model_{step:06d}.safetensors").touch()
         return place
 
     def add(before, place, *words):
@@ -591,6 +595,11 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 5
     _, words = commands["tabletop_object/seed3/RL_simulator_after_filtered_cloning"]
     assert words[words.index("--policy") + 1].endswith("seed3/filtered")
+    _, words = commands["tabletop_object/seed3/eval/copies"]
+    copies = parse(eval_libero.Config, eval_libero.PRESETS, words).policies
+    assert len(copies) == 8 and all(Path(copy).parent == tmp_path / "tabletop_object/seed3/sft" for copy in copies)
+    _, words = commands["tabletop_object/seed3/RL_imagination"]
+    assert words[words.index("--gate-evaluation") + 1] == str(tmp_path / "tabletop_object/seed3/eval/copies")
     _, words = commands["tabletop_object/seed3/attempts_2"]
     found = parse(collect_demos.Config, collect_demos.PRESETS, words)
     assert found.policy_per_task == 64 and found.policy.endswith("seed3/RL_imagination")

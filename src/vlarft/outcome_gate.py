@@ -6,19 +6,31 @@ one; above all, a failure should not be imagined as a success, which a policy wo
 
 Attempts of the policy count alone, where both of their outcomes are held out: a judge that knows a demonstration from a
 demonstration says nothing about them.
+
+A replay does not show how an imagination answers other actions than the recorded ones. An evaluation of several
+policies does: are their success rates in imagination in the order of those that were played?
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from vlarft.closed_loop import World
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes
+from vlarft.policy import VLAPolicy
+from vlarft.run.checkpoint import model_digest
+from vlarft.run.random import generator
+from vlarft.statistics import spearman
 from vlarft.success import Agreement, SuccessModel, compare_outcomes
 from vlarft.world_model import WorldModel
+
+FEWEST_POLICIES = 3  # that have an order worth a correlation; six tell more
 
 
 @torch.no_grad()
@@ -81,3 +93,89 @@ def check_outcome_gate(found: Agreement, threshold: float | None) -> None:
         "policy (collect_demos.py --policy), refresh the world model on them (train_wm.py --init) and train the "
         "success model again (train_success.py), or go on with --gate-threshold none"
     )
+
+
+class Evaluation(NamedTuple):
+    """Success rates of policies, by their paths, and whether their x_0 was 0."""
+
+    rates: dict[str, float]
+    from_zero: bool
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """Read a results.json of eval_libero.py, or that of a folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is another file; starts were perturbed or chunks planned, which imagination does not repeat; it
+            has too few policies; or a policy's file has changed since.
+    """
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no evaluation at {file}: give the --out-dir of eval_libero.py, or its results.json")
+    try:
+        found = json.loads(file.read_text())
+        settings, rows = found["config"], found["policies"]
+        rates = {row["policy"]: float(row["all"]["rate"]) for row in rows}
+        digests = {row["policy"]: row["digest"] for row in rows}
+        changed = {name: settings[name] for name in ("perturb", "plan") if settings.get(name) not in (None, 1)}
+        from_zero = settings["noise"] == "zero"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is no results.json of eval_libero.py ({type(error).__name__}: {error})") from error
+    if changed:
+        raise ValueError(f"{file} was played with {changed}: evaluate on plain starts, without planning")
+    if len(rates) < FEWEST_POLICIES:
+        raise ValueError(
+            f"{file} has {len(rates)} policies, an order needs {FEWEST_POLICIES} at least and better six: evaluate "
+            "several of different success, such as the copies of train_sft.py --keep-interval"
+        )
+    for policy, digest in digests.items():
+        if model_digest(policy) != digest:
+            raise ValueError(f"{policy} has changed since {file} was written: evaluate it again")
+    return Evaluation(rates, from_zero)
+
+
+@torch.no_grad()
+def imagined_rate(policy: VLAPolicy, world: World, *numbers: int, from_zero: bool) -> float:
+    """Play an episode from each start of a world with the policy's deterministic flow; return the share of successes.
+
+    Args:
+        policy: in eval mode.
+        world: what it acts in.
+        numbers: what starts and x_0 depend on.
+        from_zero: begin every chunk at x_0 = 0.
+    """
+    observations, flow = world.begin(1, *numbers), policy.cfg.flow
+    random = generator(policy.device, "imagined policies", *numbers)
+    active, success = list(range(len(observations))), 0
+    count = len(active)
+    while active:
+        noise = torch.randn(count, flow.chunk, flow.action_dim, generator=random, device=policy.device)[active]
+        answer = world.step(active, policy.act(observations, noise=noise * (not from_zero)))
+        success += int(answer.success.sum())
+        going = [row for row, done in enumerate(answer.done.tolist()) if not done]
+        active, observations = [active[row] for row in going], [answer.observations[row] for row in going]
+    return success / count
+
+
+def rank_policies(evaluation: Evaluation, load: Callable[[str], VLAPolicy], world: World, seed: int) -> float:
+    """Play the policies of an evaluation in a world, all from the same starts, and print their rates beside the true.
+
+    Args:
+        evaluation: of `read_evaluation`.
+        load: path -> policy, checked to belong to this world.
+        world: see `imagined_rate`.
+        seed: of starts and x_0.
+
+    Returns:
+        Spearman's rank correlation of imagined and true rates; 0 if either are all equal.
+    """
+    imagined = []
+    for path, rate in evaluation.rates.items():
+        imagined.append(imagined_rate(load(path), world, seed, from_zero=evaluation.from_zero))
+        print(
+            f"  success {100 * imagined[-1]:.0f} % in imagination, {100 * rate:.0f} % played: {path}", file=sys.stderr
+        )
+    rank = spearman(torch.tensor(imagined), torch.tensor(list(evaluation.rates.values()))).nan_to_num(0.0).item()
+    print(f"outcome gate: {len(imagined)} policies, rank correlation of their success {rank:.2f}", file=sys.stderr)
+    return rank
