@@ -131,3 +131,26 @@ def test_what_each_optimisation_gives(load_benchmark, transformers, tmp_path, mo
     monkeypatch.setattr(benchmark, "all_logits", lambda *args: before(*args).roll(1, -1))
     with pytest.raises(RuntimeError, match="logits of all tokens and ours agree on"):
         benchmark.main(cfg)
+
+
+def test_formats_of_training_steps(load_benchmark, demos, tmp_path, monkeypatch):
+    """The scripts themselves are run in turns; what is compared is the time between lines of their logs."""
+    benchmark = load_benchmark("precision")
+    cfg = replace(benchmark.PRESETS["smoke"], demos=str(demos), out=str(tmp_path / "p.json"))
+    monkeypatch.setattr(benchmark, "STAGES", {"SFT": "train_sft.py"})
+    found = benchmark.main(cfg)
+    assert json.loads((tmp_path / "p.json").read_text()) == found and found["auto"] in ("fp32", "bf16")
+    assert found["SFT"]["times_faster"] == found["SFT"]["fp32_s"] / found["SFT"]["bf16_s"] > 0
+    spent = iter([3.0, 1.0, 4.0, 2.0, 6.0, 1.5])
+    monkeypatch.setattr(benchmark, "seconds_per_step", lambda cfg, stage, precision: next(spent))
+    found = benchmark.main(replace(cfg, repeats=3))["SFT"]
+    assert found == {"fp32_s": 4.0, "bf16_s": 1.5, "times_faster": 4 / 1.5, "spread": [1.5, 6.0]}
+    with pytest.raises(ValueError, match="--steps 14: give 15 at least"):
+        replace(cfg, steps=14)
+
+
+def test_a_failing_stage_says_why(load_benchmark, tmp_path):
+    benchmark = load_benchmark("precision")
+    cfg = replace(benchmark.PRESETS["smoke"], demos=str(tmp_path / "none"), out=str(tmp_path / "p.json"))
+    with pytest.raises(RuntimeError, match=r"train_tokenizer.py failed: .*none"):
+        benchmark.main(cfg)
