@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import warn_other_contexts
+from vlarft.data.episode import pose_driven
 from vlarft.data.episodes import Episode, load_episodes, warn_unknown_outcomes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -393,9 +394,12 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     episodes = held_out_episodes(cfg, path)
+    if model.cfg.pose_dims and cfg.starts:
+        raise ValueError(f"--starts {cfg.starts} perturbs actions, but poses drive {path}: give --starts 0")
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
-    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
+    driven = [pose_driven(e, model.cfg.pose_dims) for e in episodes]
+    sampler = WindowSampler(driven, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 

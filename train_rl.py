@@ -208,7 +208,7 @@ def check_imagined(
     Raises:
         ValueError: another robot, or images of another convention.
     """
-    check_same_robot(policy, model)
+    check_same_robot(policy, model, closed_loop=True)
     check_same_proprio(policy, judge)
     imagined = read_header(cfg.world_model).extra
     check_same_images(extra, f"policy {path}", imagined, f"world model {cfg.world_model}")

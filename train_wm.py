@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_same_images, image_convention, warn_other_contexts
+from vlarft.data.episode import pose_driven
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
@@ -76,6 +77,11 @@ class Config:
     init: str | None = opt(None, "world model to start from: run folder or model.safetensors", group="model")
     tokenizer: str = opt("runs/tokenizer", "tokenizer of a world model from scratch: run folder or model.safetensors")
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a world model from scratch")
+    pose_dims: Whole = opt(
+        0,
+        "drive frames by this many leading proprio dimensions after each action, the hand's pose, and its gripper "
+        "commands; 0: by actions; with --init as there",
+    )
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
     steps: Count = opt(150_000, "optimizer steps (Table 5)", group="optimisation")
@@ -221,10 +227,12 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     return FrameTokenizer.load(path, device)
 
 
-def new_model(cfg: Config, tokenizer: FrameTokenizer, actions: Tensor) -> WorldModel:
-    """A world model with random weights around the tokenizer, with the ranges of the actions (all steps, A)."""
+def new_model(cfg: Config, tokenizer: FrameTokenizer, actions: Tensor, grippers: tuple[int, ...]) -> WorldModel:
+    """A world model with random weights around the tokenizer, with the ranges of what drives it (all steps, A)."""
     torch.manual_seed(seed_of("weights", cfg.seed))
     own = {"action_dim": actions.shape[1], "factored_tokens": cfg.factored_tokens}
+    if cfg.pose_dims:
+        own |= {"pose_dims": cfg.pose_dims, "gripper_dims": grippers}
     model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.action_bins.set_range(actions.amin(0), actions.amax(0))
@@ -245,6 +253,7 @@ def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
     for what, found, expected in (
         ("action dimensions", model.cfg.action_dim, actions.shape[1]),
         ("actions per segment", model.cfg.chunk, SIZES[cfg.size].chunk),
+        ("pose dimensions", model.cfg.pose_dims, cfg.pose_dims or model.cfg.pose_dims),
     ):
         if found != expected:
             raise ValueError(f"--init {path} has {found} {what}, this run {expected}: train a new one, without --init")
@@ -253,12 +262,17 @@ def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
 
 
 def build_model(
-    cfg: Config, episodes: Sequence[Episode], held_out: list[Episode], images: dict, device: torch.device
+    cfg: Config,
+    episodes: Sequence[Episode],
+    held_out: list[Episode],
+    grippers: tuple[int, ...],
+    images: dict,
+    device: torch.device,
 ) -> WorldModel:
     """The world model to train, new or that of `init`, sharded over the processes."""
     actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])  # (all steps, A)
     if cfg.init is None:
-        model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), actions)
+        model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), actions, grippers)
     else:
         model = load_init(cfg, images, actions)
     model.to(device)
@@ -323,6 +337,9 @@ def main(cfg: Config) -> dict[str, float]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
 
     train, held_out = load_split(cfg)
+    grippers = train[0].grippers
+    dims = cfg.pose_dims if cfg.init is None else read_header(cfg.init).config.get("pose_dims", 0)
+    train, held_out = ([pose_driven(e, dims) for e in part] for part in (train, held_out))
     chunk = SIZES[cfg.size].chunk
     sampler = WindowSampler(train, chunk + 1, chunk, cfg.context_lookback)
     held_out_windows = WindowSampler(held_out, chunk + 1, chunk, cfg.context_lookback)
@@ -334,7 +351,7 @@ def main(cfg: Config) -> dict[str, float]:
     names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
-    model = build_model(cfg, train, held_out, images, device)
+    model = build_model(cfg, train, held_out, grippers, images, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 

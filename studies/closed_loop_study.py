@@ -10,8 +10,8 @@ demonstrations alone does not show what a hand carries elsewhere), and a success
 policy:
 
 - "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
-  SFT policy along its training. "two rounds" records as many episodes again with that policy, refreshes both models and
-  goes on.
+  SFT policy along its training. Poses drive the world model; in "actions", the raw actions do, as in the paper. "two
+  rounds" records as many episodes again with that policy, refreshes both models and goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
   dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.
@@ -39,9 +39,11 @@ from vlarft.run.config import opt, parse
 
 ARMS = (
     "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, after filtered cloning",
-    "RL, simulator, judged", "RL, imagination", "RL, imagination, two rounds", "planning", "planning after RL",
+    "RL, simulator, judged", "RL, imagination", "RL, imagination, two rounds", "RL, imagination, actions", "planning",
+    "planning after RL",
 )  # fmt: skip
 NO_END = 10**6
+POSE_DIMS = 6  # position and axis-angle
 COPIES = 8  # of the SFT policy along its training
 
 
@@ -132,19 +134,20 @@ class Runs:
             return run_once(place, "collect_demos.py", *words)
         return with_attempts(self.own / f"attempts_{rounds - 1}", place, *words)
 
-    def models(self, rounds: int, attempts: Path) -> Models:
+    def models(self, rounds: int, attempts: Path, pose_dims: int = POSE_DIMS) -> Models:
         """A world model and its success model of demonstrations and attempts, refreshed in rounds after the first."""
-        demos, own = ["--demos", self.demos, attempts], self.own
+        demos, own, of = ["--demos", self.demos, attempts], self.own, "" if pose_dims else "_actions"
         if rounds == 1:
             held_out = ["--validation-fraction", 0.2]
             words = [*demos, *held_out, "--steps", self.cfg.tokenizer_steps]
             tokenizer = self.stage(own / "tokenizer", "train_tokenizer.py", *words)
             words = [*demos, *held_out, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
+            words += ["--pose-dims", pose_dims]
         else:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
             words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]
-        model = self.stage(own / f"wm_{rounds}", "train_wm.py", *words)
-        judge = self.stage(own / f"success_{rounds}", "train_success.py", *demos, "--world-model", model)
+        model = self.stage(own / f"wm_{rounds}{of}", "train_wm.py", *words)
+        judge = self.stage(own / f"success_{rounds}{of}", "train_success.py", *demos, "--world-model", model)
         return Models(model, judge)
 
     @property
@@ -153,18 +156,18 @@ class Runs:
         demos = ["--demos", self.demos, self.attempts(self.policy), "--validation-fraction", 0.2]
         return self.stage(self.own / "success_true", "train_success.py", *demos, "--world-model", "none")
 
-    def first_round(self) -> tuple[Path, Models]:
+    def first_round(self, pose_dims: int = POSE_DIMS) -> tuple[Path, Models]:
         attempts = self.attempts(self.policy)
-        return attempts, self.models(1, attempts)
+        return attempts, self.models(1, attempts, pose_dims)
 
     def rl(self, name: str, *words: object) -> Path:
         more = ["--seed", self.seed, "--gate-threshold", 0, "--horizon", self.cfg.horizon]  # 0: measure, and go on
         return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
 
-    def imagination(self) -> Path:
-        attempts, models = self.first_round()
+    def imagination(self, name: str = "RL, imagination", pose_dims: int = POSE_DIMS) -> Path:
+        attempts, models = self.first_round(pose_dims)
         words = ["--policy", self.policy, "--demos", self.demos, attempts, *models.flags, "--steps", self.cfg.rl_steps]
-        return self.rl("RL, imagination", *words, "--gate-evaluation", self.evaluation)
+        return self.rl(name, *words, "--gate-evaluation", self.evaluation)
 
     def two_rounds(self) -> Path:
         policy = self.imagination()
@@ -189,7 +192,7 @@ class Runs:
         return self.sft("extra_SFT", "--init", self.policy, *more)
 
     def rft(self) -> Path:
-        words = ["--policy", self.policy, "--demos", self.demos, "--world-model", self.first_round()[1].world_model]
+        words = ["--policy", self.policy, "--demos", self.demos, "--world-model", self.first_round(0)[1].world_model]
         return self.stage(self.own / "RFT_R3", "train_rft.py", *words, "--gate-threshold", "none", "--seed", self.seed)
 
     def planning(self, policy: Path) -> tuple[Path, list[object]]:
@@ -209,6 +212,7 @@ class Runs:
             ),
             "RL, imagination": self.imagination,
             "RL, imagination, two rounds": self.two_rounds,
+            "RL, imagination, actions": lambda: self.imagination(name, 0),
         }
         if name == "planning":
             return self.planning(self.policy)

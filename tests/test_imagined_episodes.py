@@ -38,8 +38,10 @@ def episode(length: int, name: str = "", **fields) -> Episode:
 class Brighter:
     """A world model that imagines the first frame, brighter by 0.01 with every step; it notes what it was asked."""
 
-    def __init__(self) -> None:
-        self.cfg, self.asked = MODELS["smoke"], []
+    controls = WorldModel.controls
+
+    def __init__(self, cfg=MODELS["smoke"]) -> None:
+        self.cfg, self.asked = cfg, []
 
     def parameters(self):
         yield torch.zeros(1)
@@ -48,6 +50,17 @@ class Brighter:
         self.asked.append((start, actions, options))
         steps = torch.arange(1, actions.shape[2] + 1)[:, None, None, None]
         return Rollout(torch.zeros(0), (start[:, None] + 0.01 * steps)[:, None], None)
+
+
+def test_what_drives_a_model_of_poses():
+    """The recorded pose after each action, and its gripper command."""
+    one = episode(6)
+    one.proprio[:] = np.arange(6)[:, None]
+    model = Brighter(replace(MODELS["smoke"], pose_dims=2, gripper_dims=(6,), action_dim=3))
+    list(imagined_episodes(model, [one], autocast=NO_CAST))
+    asked = model.asked[0][1][0, 0].numpy()  # (5, 3)
+    np.testing.assert_array_equal(asked[:, :2], one.proprio[1:, :2])
+    np.testing.assert_array_equal(asked[:, 2], one.actions[:-1, 6])
 
 
 def frames_of(one: Episode) -> torch.Tensor:

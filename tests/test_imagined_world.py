@@ -16,7 +16,7 @@ import train_rl
 import train_success
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, pose_driven
 from vlarft.imagined_world import ImaginedWorld
 from vlarft.outcome_gate import (
     Evaluation,
@@ -31,7 +31,8 @@ from vlarft.proprio_model import ProprioModel, fit_proprio_model
 from vlarft.run.checkpoint import model_digest, read_header, save_model
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.success import Agreement, Judgement, Referee, SuccessModel
-from vlarft.world_model import Rollout
+from vlarft.world_model import PRESETS as WORLD_MODELS
+from vlarft.world_model import Rollout, WorldModel
 
 NO_CAST = torch.autocast("cpu", enabled=False)
 
@@ -46,7 +47,8 @@ def episode(number: int, length: int = 10, success: bool = True) -> Episode:
 class Sums:
     """A world model whose frames show the sum of all first action dimensions so far, over 100."""
 
-    cfg = SimpleNamespace(chunk=4)
+    cfg = SimpleNamespace(chunk=4, pose_dims=0, gripper_dims=())
+    controls = WorldModel.controls
 
     def parameters(self):
         yield torch.zeros(1)
@@ -125,6 +127,21 @@ def test_imaginations_by_hand():
     assert world.model.asked[:, :, 0, 0].tolist() == [[1, 2], [3, 8]] and world.model.options == {"greedy": True}
     first, texts = world.judge.seen
     assert texts == [f"do {numbers[0]}", f"do {numbers[1]}"] and first.shape == (2, 3, 8, 8)
+
+
+def test_poses_drive_the_imagination():
+    """The pose after each action, as the robot's model predicts it, and the gripper command."""
+    world = make()
+    world.model.cfg = SimpleNamespace(chunk=4, pose_dims=3, gripper_dims=(6,))
+    world.begin(2, 3)
+    actions = chunk(1, 2, 3, 0)
+    actions[:, :, 6] = torch.tensor([-1.0, -1, 1, 1])
+    start = world.proprio[:, 0].clone()
+    world.step([0, 1, 2, 3], actions)
+    asked = world.model.asked.flatten(0, 1)  # (E, T, 4)
+    moved = start[:, None] + actions[..., 0].cumsum(1)
+    assert torch.equal(asked[..., :3], moved[..., None].expand(-1, -1, 3))
+    assert torch.equal(asked[..., 3], actions[..., 6])
 
 
 def test_a_success_is_held_across_the_border_of_two_chunks():
@@ -414,6 +431,24 @@ def test_a_run_in_imagination(config, tmp_path, capsys):
     assert {e.name for e in world.episodes} == {e.name for e in episodes} - held_out and len(held_out) == 2
     sampled = dataclasses.replace(config, imagination="sample", out_dir=str(tmp_path / "sampled"), precision="bf16")
     assert all(np.isfinite(v) for v in train_rl.main(sampled).values())
+
+
+def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path):
+    header, episodes = read_header(config.world_model), load_episodes(config.demos, successes_only=False)
+    model = WorldModel(dataclasses.replace(WORLD_MODELS["smoke"], pose_dims=6, gripper_dims=(6,)))
+    rows = torch.cat([torch.from_numpy(pose_driven(e, 6).actions) for e in episodes])
+    model.action_bins.set_range(rows.amin(0), rows.amax(0))
+    given = {"demos": config.demos, "world_model": str(tmp_path / "poses.safetensors")}
+    save_model(given["world_model"], model, model.cfg, header.extra)
+    judge = dataclasses.replace(train_success.PRESETS["smoke"], **given, steps=1, margin=4, out_dir=str(tmp_path / "s"))
+    train_success.main(judge)
+    found = train_rl.main(dataclasses.replace(config, **given, success_model=judge.out_dir, steps=1))
+    assert found["episode_steps"] <= 16
+    cfg = dataclasses.replace(eval_wm.PRESETS["smoke"], **given, episodes=4, out_dir=str(tmp_path / "eval_wm"))
+    with pytest.raises(ValueError, match="--starts 2 perturbs actions, but poses drive .*: give --starts 0"):
+        eval_wm.main(cfg)
+    found = eval_wm.main(dataclasses.replace(cfg, starts=0, success_model=judge.out_dir))
+    assert set(found["episodes"]["outcomes"]) == {"imagined", "true"}
 
 
 def test_refusals(config, tmp_path, policy_file):

@@ -9,6 +9,7 @@ from vlarft.data import Batch
 from vlarft.metrics import perceptual
 from vlarft.policy import VLAPolicy
 from vlarft.reward import action_reward, check_same_robot, image_reward, make_scorer
+from vlarft.world_model import PRESETS as WORLD_MODELS
 from vlarft.world_model import Rollout, WorldModel
 
 
@@ -137,7 +138,7 @@ def test_same_robot(policy_file, world_model_file):
     policy, model = VLAPolicy.load(policy_file), WorldModel.load(world_model_file)
     check_same_robot(policy, model)
     model.action_bins.high[1] = 0.05
-    with pytest.raises(ValueError, match=r"dimension 1 the policy emits \[-0.*\], the world model was trained on"):
+    with pytest.raises(ValueError, match=r"dimension 1 the policy has \[-0.*\], the world model was trained on"):
         check_same_robot(policy, model)
     model.cfg = dataclasses.replace(model.cfg, chunk=4)
     with pytest.raises(ValueError, match="chunk length: the policy has 8, the world model has 4"):
@@ -145,6 +146,25 @@ def test_same_robot(policy_file, world_model_file):
     policy.normalizer.fitted.fill_(False)
     with pytest.raises(ValueError, match="the policy's normaliser was never fitted: its actions have no units"):
         check_same_robot(policy, model)
+
+
+def test_a_world_model_of_poses_is_for_closed_loops(policy_file):
+    policy, cfg = VLAPolicy.load(policy_file), WORLD_MODELS["smoke"]
+    model = WorldModel(dataclasses.replace(cfg, pose_dims=6, gripper_dims=(6,)))
+    low, high = policy.normalizer.proprio_low[:6], policy.normalizer.proprio_high[:6]
+    one = torch.ones(1)
+    model.action_bins.set_range(torch.cat([low - 1e-2, -one]), torch.cat([high + 1e-2, one]))
+    check_same_robot(policy, model, closed_loop=True)
+    with pytest.raises(ValueError, match="poses drive the world model, here only actions are known"):
+        check_same_robot(policy, model)
+    model.action_bins.high[2] = low[2]
+    with pytest.raises(ValueError, match="proprio ranges differ: in dimension 2 the policy has"):
+        check_same_robot(policy, model, closed_loop=True)
+    model.cfg = dataclasses.replace(model.cfg, gripper_dims=(5,))
+    with pytest.raises(ValueError, match=r"gripper dimensions: the policy has \(6,\), the world model has \(5,\)"):
+        check_same_robot(policy, model, closed_loop=True)
+    with pytest.raises(ValueError, match="action_dim 7 must be pose_dims 5 and the 1 gripper_dims together"):
+        dataclasses.replace(cfg, pose_dims=5, gripper_dims=(6,))
 
 
 @pytest.mark.parametrize("term", ["ssim", "none"])

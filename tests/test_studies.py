@@ -592,12 +592,17 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
                 assert str(Path(value).relative_to(tmp_path)) in commands, (place, field)
         if hasattr(found, "seed") and script in ("train_sft.py", "train_rl.py", "train_rft.py"):
             assert f"seed{found.seed}/" in place
-    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 5
+    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 6
     _, words = commands["tabletop_object/seed3/RL_simulator_after_filtered_cloning"]
     assert words[words.index("--policy") + 1].endswith("seed3/filtered")
     _, words = commands["tabletop_object/seed3/eval/copies"]
     copies = parse(eval_libero.Config, eval_libero.PRESETS, words).policies
     assert len(copies) == 8 and all(Path(copy).parent == tmp_path / "tabletop_object/seed3/sft" for copy in copies)
+    for name, dims in (("wm_1", "6"), ("wm_1_actions", "0")):
+        _, words = commands[f"tabletop_object/seed3/{name}"]
+        assert words[words.index("--pose-dims") + 1] == dims
+    _, words = commands["tabletop_object/seed3/RL_imagination_actions"]
+    assert words[words.index("--world-model") + 1].endswith("seed3/wm_1_actions")
     _, words = commands["tabletop_object/seed3/RL_imagination"]
     assert words[words.index("--gate-evaluation") + 1] == str(tmp_path / "tabletop_object/seed3/eval/copies")
     _, words = commands["tabletop_object/seed3/attempts_2"]

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import files_of, interrupted, write_moving_square
@@ -146,6 +147,19 @@ def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tm
     extra = read_header(tmp_path / "three" / "model.safetensors").extra
     assert set(extra["train_episodes"]) == set(new.extra["train_episodes"])  # nothing was new
     assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}  # its last validation, by number
+
+
+def test_poses_drive_a_model_and_its_refresh(demos, tokenizer, tmp_path):
+    run(demos, tokenizer, tmp_path / "one", pose_dims=3, steps=2)
+    model, episodes = WorldModel.load(tmp_path / "one"), load_episodes(demos)
+    names = read_header(tmp_path / "one").extra["train_episodes"]
+    assert (model.cfg.pose_dims, model.cfg.gripper_dims, model.cfg.action_dim) == (3, (6,), 4)
+    poses = np.concatenate([e.proprio[:, :3] for e in episodes if e.name in names and e.success])
+    assert (model.action_bins.low[:3].numpy() >= poses.min(0)).all() and model.action_bins.low[3] == -1
+    refresh([demos], tmp_path / "one", tmp_path / "two", steps=1)
+    assert WorldModel.load(tmp_path / "two").cfg == model.cfg
+    with pytest.raises(ValueError, match="has 3 pose dimensions, this run 2: train a new one, without --init"):
+        refresh([demos], tmp_path / "one", tmp_path / "three", pose_dims=2)
 
 
 def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):

@@ -70,7 +70,7 @@ class ActionBins(nn.Module):
             warnings.warn(
                 f"{count} of {beyond.numel()} action values ({count / beyond.numel():.1%}, in dimensions {dims}) lie "
                 "outside the ranges that the world model was trained on and are clipped to them: it takes raw "
-                "environment actions, not normalised ones. This is said once",
+                "environment actions, or poses if they drive it, not normalised ones. This is said once",
                 stacklevel=3,
             )
 

@@ -1,4 +1,5 @@
-"""Whole episodes in imagination: the world model replays the recorded actions from an episode's first frame to its end.
+"""Whole episodes in imagination: the world model replays recorded actions from an episode's first frame to its end.
+If poses drive it, the recorded ones do: those that actions add up to would drift, and a true success be missed.
 
 Not in the paper, whose imaginations are one chunk long. The first frame is the context of all frames to come, and no
 later one is shown to the model, so errors add up as they would in an imagined attempt.
@@ -75,7 +76,7 @@ def imagined_episodes(
         first_frames = torch.stack([_to_float(e.images[:1], device)[0] for e in batch])  # (S, C, H, W)
         longest = len(batch[-1]) - 1  # actions; the one after the last frame leads to none
         # the last action once more, which is inside the recorded range; the frames after it are dropped
-        rows = [np.pad(e.actions[:-1], ((0, longest - (len(e) - 1)), (0, 0)), mode="edge") for e in batch]
+        rows = [np.pad(_controls(model, e), ((0, longest - (len(e) - 1)), (0, 0)), mode="edge") for e in batch]
         with autocast:
             rollout = model.rollout(
                 first_frames,
@@ -88,6 +89,12 @@ def imagined_episodes(
         for episode, frames in zip(batch, rollout.frames[:, 0], strict=True):
             true = _to_float(episode.images[:], device)
             yield ImaginedEpisode(episode, true, torch.cat([true[:1], frames[: len(episode) - 1]]))
+
+
+def _controls(model: WorldModel, episode: Episode) -> np.ndarray:
+    """Return what drives the model from an episode's first frame to its last: (L - 1, A)."""
+    actions, after = torch.from_numpy(episode.actions[:-1]), torch.from_numpy(episode.proprio[1:])
+    return model.controls(actions, after).numpy()
 
 
 def _to_float(images: Images, device: torch.device) -> Tensor:

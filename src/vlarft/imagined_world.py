@@ -98,15 +98,14 @@ class ImaginedWorld:
             self.actions = actions.new_zeros((len(self.proprio), *actions.shape[1:]))
         self.actions[index] = actions
         random = generator(self.device, "imagined frames", *self.numbers, self.chunks)
+        states, motion = self.judge.robot.rollout(self.proprio, self.motion, self.actions)  # (E, T, P)
+        controls = self.model.controls(self.actions, states).unflatten(0, (-1, self.group))
         with self.autocast:
-            rollout = self.model.rollout(
-                self.state, self.actions.unflatten(0, (-1, self.group)), generator=random, **self.sampling
-            )
+            rollout = self.model.rollout(self.state, controls, generator=random, **self.sampling)
             frames = rollout.frames.flatten(0, 1)[index].float()  # (B, T, C, H, W)
             first = self.referee.success_at(episodes, frames)  # (B,)
         self.state, self.chunks = rollout.state, self.chunks + 1
-        states, motion = self.judge.robot.rollout(self.proprio[index], self.motion[index], actions)
-        self.proprio[index], self.motion[index] = states[:, -1], motion
+        self.proprio[index], self.motion[index] = states[index, -1], motion[index]
 
         left = (self.horizon - self.steps[episodes]).clamp_max(actions.shape[1])  # (B,)
         success = first <= left

@@ -45,7 +45,7 @@ class Planner:
             raise ValueError(f"a plan of {chunks} chunks looks at nothing: give at least 1")
         if len(policy.cfg.cameras) > 1:
             raise ValueError(f"the policy sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
-        check_same_robot(policy, model)
+        check_same_robot(policy, model, closed_loop=True)
         check_same_proprio(policy, judge)
         self.policy, self.model, self.judge, self.chunks = policy, model, judge, chunks
 
@@ -81,10 +81,11 @@ class Planner:
                 seen = self.policy.preprocess(frames[-1][:, -1].clamp(0, 1))
                 still = noise.new_zeros(len(texts), 1, *noise.shape[2:])
                 chunk = self._act(seen, texts, proprio, still, num_steps).view_as(actions)
-            rollout = self.model.rollout(state, chunk, greedy=True)
+            states, motion = self.judge.robot.rollout(proprio, motion, chunk.flatten(0, 1))  # (B * N, T, P)
+            controls = self.model.controls(chunk, states.unflatten(0, chunk.shape[:2]))
+            rollout = self.model.rollout(state, controls, greedy=True)
             state = rollout.state
             frames.append(rollout.frames.flatten(0, 1).float())  # (B * N, T, C, H, W)
-            states, motion = self.judge.robot.rollout(proprio, motion, chunk.flatten(0, 1))
             proprio = states[:, -1]
         judged = self.judge.judge(torch.cat(frames, 1), first_frames.repeat_interleave(candidates, dim=0), texts)
         scores = (judged.success.amax(1) + judged.progress[:, -1]).view(-1, candidates)

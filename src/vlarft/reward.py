@@ -164,25 +164,39 @@ def make_scorer(
     return ImageScorer(world_model, perceptual, imagination, reference, part)
 
 
-def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
+def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop: bool = False) -> None:
     """Check that a policy and a world model were trained for the same robot.
 
+    Args:
+        policy, world_model: the two.
+        closed_loop: something predicts the robot's pose, so that poses may drive the world model.
+
     Raises:
-        ValueError: another chunk length, action dim or action range (the message names both values), or a policy whose
-            normaliser was never fitted.
+        ValueError: another chunk length, action dim or action range (the message names both values), a policy whose
+            normaliser was never fitted, or a world model that poses drive where only actions are known.
     """
     advice = "train both on the same demonstrations with the same settings"
     if not policy.normalizer.fitted:
         raise ValueError(
             "the policy's normaliser was never fitted: its actions have no units; train it with train_sft.py"
         )
-    for name, in_policy, in_model in (
-        ("chunk length", policy.cfg.flow.chunk, world_model.cfg.chunk),
-        ("action dim", policy.cfg.flow.action_dim, world_model.cfg.action_dim),
-    ):
+    if world_model.cfg.pose_dims and not closed_loop:
+        raise ValueError(
+            "poses drive the world model, here only actions are known: train one without --pose-dims (this one is for "
+            "train_rl.py and eval_libero.py --plan)"
+        )
+    ours, cfg = policy.normalizer, world_model.cfg
+    sizes = [("chunk length", policy.cfg.flow.chunk, cfg.chunk)]
+    if cfg.pose_dims:  # the pose is a part of the proprio
+        sizes.append(("gripper dimensions", ours.gripper_dims, cfg.gripper_dims))
+        what, motion = "proprio", torch.arange(cfg.pose_dims)
+        low, high = ours.proprio_low[: cfg.pose_dims], ours.proprio_high[: cfg.pose_dims]
+    else:
+        sizes.append(("action dim", policy.cfg.flow.action_dim, cfg.action_dim))
+        what, motion, low, high = "action", ours.motion, ours.action_low, ours.action_high
+    for name, in_policy, in_model in sizes:
         if in_policy != in_model:
             raise ValueError(f"{name}: the policy has {in_policy}, the world model has {in_model}; {advice}")
-    low, high, motion = policy.normalizer.action_low, policy.normalizer.action_high, policy.normalizer.motion
     wm_low, wm_high = world_model.action_bins.low[motion], world_model.action_bins.high[motion]  # (A - G,)
     # quantiles of intended actions lie inside the range of the executed ones, up to the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3
@@ -190,6 +204,6 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel) -> None:
     if outside:
         i = outside[0]
         raise ValueError(
-            f"action ranges differ: in dimension {motion[i]} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world "
+            f"{what} ranges differ: in dimension {motion[i]} the policy has [{low[i]:.3g}, {high[i]:.3g}], the world "
             f"model was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
         )

@@ -9,7 +9,8 @@ the transformer once per start; the G action chunks of a start share that part o
 rollout may go on for any number of chunks: an imagination keeps its context, and the tokens of a chunk's last frame are
 the dyn(f0) of the next.
 
-Actions are raw environment actions everywhere in this file; their ranges and bins are part of the model.
+Actions are raw environment actions everywhere in this file; their ranges and bins are part of the model. A model may
+instead be driven by where the robot goes (`pose_dims`): then `actions` are what `WorldModel.controls` makes of them.
 
 Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T actions, L = T + 1 frames, A action dim,
 Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
@@ -56,6 +57,10 @@ class WorldModelConfig:
         factored_tokens: add to each token's row, in the embedding and in the head, a learned linear function of what
             the token stands for: the digits of an FSQ code, the value of an action bin. What is learned for one token
             then carries over to similar ones. Off in the paper; made for short trainings.
+        pose_dims: what drives the frames. 0, the paper: actions. Else this many leading dimensions of the proprio that
+            follows an action, the hand's pose, and the action's gripper commands; `action_dim` counts both. Actions
+            have to be added up to know where the hand is; a pose says it (Ctrl-World).
+        gripper_dims: with `pose_dims`, the gripper commands' dimensions in raw actions.
     """
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -67,8 +72,15 @@ class WorldModelConfig:
     future_codes_only: bool = False
     slot_embedding: bool = False
     factored_tokens: bool = False
+    pose_dims: int = 0
+    gripper_dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.pose_dims and self.action_dim != self.pose_dims + len(self.gripper_dims):
+            raise ValueError(
+                f"action_dim {self.action_dim} must be pose_dims {self.pose_dims} and the {len(self.gripper_dims)} "
+                "gripper_dims together"
+            )
         if self.future_codes_only and self.loss_on_actions:
             raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
@@ -222,6 +234,20 @@ class WorldModel(HubModel, nn.Module):
         super().train(mode)
         self.tokenizer.eval()
         return self
+
+    def controls(self, actions: Tensor, proprio: Tensor) -> Tensor:
+        """Make what `rollout` takes as actions: the raw actions, or what they led to if poses drive the model.
+
+        Args:
+            actions: (..., A) raw.
+            proprio: (..., P) raw, after each action.
+
+        Returns:
+            (..., `action_dim`).
+        """
+        if not self.cfg.pose_dims:
+            return actions
+        return torch.cat([proprio[..., : self.cfg.pose_dims], actions[..., list(self.cfg.gripper_dims)]], dim=-1)
 
     @torch.no_grad()
     def tokenize(self, frames: Tensor, context_frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
