@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import warn_other_contexts
-from vlarft.data.episode import pose_driven
 from vlarft.data.episodes import Episode, load_episodes, warn_unknown_outcomes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -145,6 +144,7 @@ def evaluate_frames(
                 top_p=cfg.top_p,
                 generator=generator(device, "rollouts", cfg.seed, part.start),
                 first_frame=frames[:, 0],
+                proprio_after=batch.proprio_after[part, None].to(device),
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
         moving = moving_mask(true, copied)
@@ -320,7 +320,8 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     frames = batch.frames[picks].to(device)
     with autocast:
         context = batch.context_frame[picks].to(device)
-        rollout = model.rollout(context, batch.actions[picks, None].to(device), greedy=True, first_frame=frames[:, 0])
+        actions, after = (v[picks, None].to(device) for v in (batch.actions, batch.proprio_after))
+        rollout = model.rollout(context, actions, greedy=True, first_frame=frames[:, 0], proprio_after=after)
     imagined = torch.cat([frames[:, :1], rollout.frames[:, 0]], dim=1)
     rows = [row for pair in zip(frames, imagined, strict=True) for row in pair]
     save_png(out_dir / "rollouts.png", grid(rows, ["true", "imagined"] * len(picks)))
@@ -394,12 +395,9 @@ def main(cfg: Config) -> dict:
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     episodes = held_out_episodes(cfg, path)
-    if model.cfg.pose_dims and cfg.starts:
-        raise ValueError(f"--starts {cfg.starts} perturbs actions, but poses drive {path}: give --starts 0")
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
-    driven = [pose_driven(e, model.cfg.pose_dims) for e in episodes]
-    sampler = WindowSampler(driven, model.cfg.chunk + 1, model.cfg.chunk, lookback)
+    sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.episode import RobotState
 from vlarft.policy import VLAPolicy
 from vlarft.report.figures import Film, track
 from vlarft.report.page import Section, sections, write_page
@@ -29,6 +30,7 @@ from vlarft.run.checkpoint import checkpoint_file
 from vlarft.run.config import Count, Side, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
+from vlarft.sim import make_env
 from vlarft.sim.replay import replay_frames
 from vlarft.sim.suites import task_names
 from vlarft.world_model import WorldModel
@@ -79,10 +81,15 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
     Returns:
         Frames (1 + L, H, W, 3), uint8; the first is the given one.
     """
-    first = replay_frames(*start, actions[:0], size=model.cfg.tokenizer.image_size[0])[0]
+    suite, task, init_state = start
+    env = make_env(suite, task, image_size=model.cfg.tokenizer.image_size[0])
+    env.reset(init_state=init_state)
+    (camera,), seen = env.cameras, env.observe()
+    first, proprio = seen[camera], torch.from_numpy(seen["proprio"])[None]
+    robot = RobotState(proprio, torch.zeros_like(proprio))  # at rest
     frame = torch.from_numpy(first).movedim(-1, 0).float()[None] / 255  # (1, C, H, W)
     rows = torch.from_numpy(actions)[None, None]  # (1, 1, L, A)
-    frames: Tensor = model.rollout(frame, rows, greedy=True).frames[0, 0]  # (L, C, H, W)
+    frames: Tensor = model.rollout(frame, rows, greedy=True, robot=robot).frames[0, 0]  # (L, C, H, W)
     later = (frames.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
     return np.concatenate([first[None], later])
 

@@ -80,7 +80,7 @@ from vlarft.run.train_state import TrainState
 from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.sim.suites import check_cameras, simulator_of, task_index, task_names
-from vlarft.success import SuccessModel, check_judge, check_same_proprio
+from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
 WEIGHT_DECAY = 0.01  # AdamW, as train_rft.py
@@ -186,7 +186,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     device = policy.device
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
-    check_imagined(cfg, cfg.policy, policy, extra, model, judge)
+    check_imagined(cfg, cfg.policy, policy, extra, model)
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
     if cfg.horizon < judge.cfg.hold:
@@ -200,16 +200,13 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     )
 
 
-def check_imagined(
-    cfg: Config, path: str, policy: VLAPolicy, extra: dict, model: WorldModel, judge: SuccessModel
-) -> None:
-    """Check that world model and success model imagine what the policy at `path` sees and does.
+def check_imagined(cfg: Config, path: str, policy: VLAPolicy, extra: dict, model: WorldModel) -> None:
+    """Check that the world model imagines what the policy at `path` sees and does.
 
     Raises:
         ValueError: another robot, or images of another convention.
     """
     check_same_robot(policy, model, closed_loop=True)
-    check_same_proprio(policy, judge)
     imagined = read_header(cfg.world_model).extra
     check_same_images(extra, f"policy {path}", imagined, f"world model {cfg.world_model}")
 
@@ -243,7 +240,7 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
 
         def load(path: str) -> VLAPolicy:
             policy, extra = load_model(path, VLAPolicy, PolicyConfig, world.device)
-            check_imagined(cfg, path, policy, extra, world.model, world.judge)
+            check_imagined(cfg, path, policy, extra, world.model)
             return policy
 
         options = {"horizon": cfg.horizon, "camera": world.camera, "autocast": world.autocast, **world.sampling}

@@ -12,9 +12,6 @@ outcome as the label. The last frames of a success are positive, those shortly b
 negative; a failed episode has negatives only. So failures of the policy that is to be fine-tuned are needed, near
 misses above all: on demonstrations alone, every block beside the bin would be a block in the bin.
 
-Beside it, a small network is fitted that predicts the robot's proprio after each action (vlarft/proprio_model.py),
-which imagined frames do not have.
-
 Episodes that the world model holds out are held out here, so that judged imaginations are of episodes that neither
 model has seen. On every second one, sorted by kind and outcome, the threshold is chosen: the one with which judged and
 true outcomes agree best, with at most `--false-successes` of the failures judged a success. The others measure how well
@@ -46,7 +43,6 @@ from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
-from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import (
     checkpoint_file,
@@ -404,8 +400,7 @@ def main(cfg: Config) -> dict[str, float]:
     height, width = train[0].images.shape[1:3]
     if height != width:
         raise ValueError(f"{cfg.demos[0]} has images of {height}x{width}: a success model takes square ones")
-    dims = {"proprio_dim": train[0].proprio.shape[1], "action_dim": train[0].actions.shape[1]}
-    size = replace(size, encoder=replace(size.encoder, image_size=height), **dims)
+    size = replace(size, encoder=replace(size.encoder, image_size=height))
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
     open_run(cfg.out_dir, cfg)
@@ -418,8 +413,6 @@ def main(cfg: Config) -> dict[str, float]:
     if clock.share(step) >= 1:  # complete: nothing is imagined for it
         state.finish(log)
         return metrics
-    if step == 0:
-        model.robot.load_state_dict(fit_proprio_model(train, cfg.seed).state_dict())
 
     digest = None if cfg.world_model is None else model_digest(cfg.world_model)
     table, whole = prepared(cfg, split, world_model, digest, autocast)

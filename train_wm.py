@@ -10,7 +10,9 @@ model. Writes out_dir/model.safetensors (tokenizer, action ranges, weights, conf
 train_state.pt (the same command resumes), log.jsonl, config.json, rollouts.png.
 
 The actions are the executed ones, in raw environment units; their ranges are those of the training split. A segment has
-the policy's 8 actions and one frame more.
+the policy's 8 actions and one frame more. A small network that predicts the robot's proprio after each action
+(vlarft/proprio_model.py) is fitted first, and is a part of the model: a policy that acts in an imagination reads it,
+and with `--pose-dims` it drives the frames.
 
 `--init` starts from a world model of this script, for example to learn from episodes that the policy has played since
 (docs/world_model.md), with a fresh optimizer and schedule: a new run. The world model keeps its sizes, its frozen
@@ -23,6 +25,7 @@ Differences from the paper and its public code:
 - the loss is on frame tokens only, as in Eq. (3); the public code's is also on action tokens;
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
 - no weight decay (public code);
+- the model of the robot's proprio; without `--pose-dims`, nothing of the frames depends on it;
 - presets small, tiny and smoke: the context frame is the segment's first or any earlier frame of the episode, so that
   an imagination can keep its first frame as context for a whole episode;
 - presets tiny and smoke: cosine schedule, stale input frames, factored tokens; sizes tiny and smoke learn a vector for
@@ -36,14 +39,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_same_images, image_convention, warn_other_contexts
-from vlarft.data.episode import pose_driven
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
+from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
@@ -80,7 +84,7 @@ class Config:
     pose_dims: Whole = opt(
         0,
         "drive frames by this many leading proprio dimensions after each action, the hand's pose, and its gripper "
-        "commands; 0: by actions; with --init as there",
+        "commands; 0: by actions, the paper's; with --init as there",
     )
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
@@ -95,6 +99,7 @@ class Config:
     beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment")
     clip_norm: Positive = opt(1.0, "largest gradient norm (public code)")
     precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    robot_steps: Count = opt(1500, "steps of the small model of the robot's state, fitted before")
     stale: HalfAtMost = opt(
         0.0, "mean share of input frames that show the first frame instead, at most 0.5 (docs/world_model.md)"
     )
@@ -147,13 +152,14 @@ PRESETS = {
         validation_interval=10,
         validation_segments=8,
         rollout_segments=4,
+        robot_steps=2,
     ),
 }
 METHODS = ("tokenize", "token_loss", "rollout")  # of the sharded model, called from here
 
 
 class Tokens(NamedTuple):
-    """Segments as tokens: context (B, Nc), future (B, T + 1, Nf), and their raw actions (B, T, A)."""
+    """Segments as tokens: context (B, Nc), future (B, T + 1, Nf), and what drives them, actions or poses (B, T, C)."""
 
     context: Tensor
     future: Tensor
@@ -227,20 +233,32 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     return FrameTokenizer.load(path, device)
 
 
-def new_model(cfg: Config, tokenizer: FrameTokenizer, actions: Tensor, grippers: tuple[int, ...]) -> WorldModel:
-    """A world model with random weights around the tokenizer, with the ranges of what drives it (all steps, A)."""
+def controls(model: WorldModel, episodes: Sequence[Episode]) -> Tensor:
+    """What drives the frames of all episodes: (all steps, C). What the last action led to is not recorded."""
+    after = [np.concatenate([e.proprio[1:], e.proprio[-1:]]) for e in episodes]
+    columns = [e.actions for e in episodes], after
+    return model.controls(*(torch.from_numpy(np.concatenate(column)) for column in columns))
+
+
+def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode]) -> WorldModel:
+    """A world model with random weights around the tokenizer, fitted to ranges and robot of the episodes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
-    own = {"action_dim": actions.shape[1], "factored_tokens": cfg.factored_tokens}
+    first = episodes[0]
+    own = {"action_dim": first.actions.shape[1], "proprio_dim": first.proprio.shape[1]}
+    own |= {"factored_tokens": cfg.factored_tokens}
     if cfg.pose_dims:
-        own |= {"pose_dims": cfg.pose_dims, "gripper_dims": grippers}
+        own |= {"pose_dims": cfg.pose_dims, "gripper_dims": first.grippers}
     model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
-    model.action_bins.set_range(actions.amin(0), actions.amax(0))
+    if model.robot is not None and not (Path(cfg.out_dir) / "train_state.pt").is_file():  # a run that goes on has it
+        model.robot.load_state_dict(fit_proprio_model(episodes, cfg.seed, steps=cfg.robot_steps).state_dict())
+    driving = controls(model, episodes)
+    model.action_bins.set_range(driving.amin(0), driving.amax(0))
     return model
 
 
-def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
-    """The world model of `init`; warns of actions (all steps, A) outside its ranges.
+def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldModel:
+    """The world model of `init`; warns of actions outside its ranges.
 
     Raises:
         ValueError: it is for another robot, for chunks of another length or for images of another convention.
@@ -251,13 +269,13 @@ def load_init(cfg: Config, images: dict, actions: Tensor) -> WorldModel:
     warn_other_contexts(extra, f"world model {path}", cfg.context_lookback)
     model = WorldModel.load(path)
     for what, found, expected in (
-        ("action dimensions", model.cfg.action_dim, actions.shape[1]),
+        ("action dimensions", model.cfg.action_dim, episodes[0].actions.shape[1]),
         ("actions per segment", model.cfg.chunk, SIZES[cfg.size].chunk),
         ("pose dimensions", model.cfg.pose_dims, cfg.pose_dims or model.cfg.pose_dims),
     ):
         if found != expected:
             raise ValueError(f"--init {path} has {found} {what}, this run {expected}: train a new one, without --init")
-    model.action_bins.warn_outside(actions)
+    model.action_bins.warn_outside(controls(model, episodes))
     return model
 
 
@@ -265,16 +283,14 @@ def build_model(
     cfg: Config,
     episodes: Sequence[Episode],
     held_out: list[Episode],
-    grippers: tuple[int, ...],
     images: dict,
     device: torch.device,
 ) -> WorldModel:
     """The world model to train, new or that of `init`, sharded over the processes."""
-    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])  # (all steps, A)
     if cfg.init is None:
-        model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), actions, grippers)
+        model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), episodes)
     else:
-        model = load_init(cfg, images, actions)
+        model = load_init(cfg, images, episodes)
     model.to(device)
     if cfg.checkpoint_activations:
         distributed.recompute(model.decoder.layers)
@@ -286,7 +302,7 @@ def tokenize(model: WorldModel, batch: Batch, device: torch.device, autocast: to
     """A batch as tokens, in one pass of the frozen tokenizer."""
     with autocast:
         context, future = model.tokenize(batch.frames.to(device), batch.context_frame.to(device))
-    return Tokens(context, future, batch.actions.to(device))
+    return Tokens(context, future, model.controls(batch.actions, batch.proprio_after).to(device))
 
 
 @torch.no_grad()
@@ -310,7 +326,13 @@ def validate(
                 sums[name + key] = sums.get(name + key, 0.0) + float(value) * len(actions) / len(batch.actions)
     frames, start = rollouts.frames.to(device), rollouts.context_frame.to(device)
     with autocast:
-        imagined = model.rollout(start, rollouts.actions[:, None].to(device), greedy=True, first_frame=frames[:, 0])
+        imagined = model.rollout(
+            start,
+            rollouts.actions[:, None].to(device),
+            greedy=True,
+            first_frame=frames[:, 0],
+            proprio_after=rollouts.proprio_after[:, None].to(device),
+        )
     imagined, true, copied = imagined.frames[:, 0], frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
     moving = moving_mask(true, copied)
     sums["rollout_psnr"] = pooled_psnr(imagined, true)
@@ -337,9 +359,6 @@ def main(cfg: Config) -> dict[str, float]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
 
     train, held_out = load_split(cfg)
-    grippers = train[0].grippers
-    dims = cfg.pose_dims if cfg.init is None else read_header(cfg.init).config.get("pose_dims", 0)
-    train, held_out = ([pose_driven(e, dims) for e in part] for part in (train, held_out))
     chunk = SIZES[cfg.size].chunk
     sampler = WindowSampler(train, chunk + 1, chunk, cfg.context_lookback)
     held_out_windows = WindowSampler(held_out, chunk + 1, chunk, cfg.context_lookback)
@@ -351,11 +370,12 @@ def main(cfg: Config) -> dict[str, float]:
     names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
-    model = build_model(cfg, train, held_out, grippers, images, device)
+    model = build_model(cfg, train, held_out, images, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
-    open_run(cfg.out_dir, cfg, older=partial(migration.train_wm, size=SIZES))
+    # the robot is fitted before the first step: a run that goes on has it
+    open_run(cfg.out_dir, cfg, ("robot_steps",), older=partial(migration.train_wm, size=SIZES))
     check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})

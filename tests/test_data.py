@@ -11,7 +11,7 @@ from conftest import every_camera
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
-from vlarft.data.episode import no_ops, pose_driven
+from vlarft.data.episode import no_ops
 from vlarft.data.episodes import check_places
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
@@ -222,7 +222,11 @@ def test_window_by_hand():
     batch = sampler.windows(np.array([[0, 3]]))
     assert (batch.frames[0, :, 0, 0, 0] * 255).round().tolist() == list(range(3, 12))
     assert batch.frames.shape == (1, 9, 3, 4, 4)
-    assert batch.proprio[0, 0] == 3
+    assert batch.proprio[0, 0] == 3 and batch.motion[0, 0] == 1
+    assert batch.proprio_after[0, :, 0].tolist() == list(range(4, 12))
+    start, end = sampler.windows(np.array([[0, 0]])), sampler.windows(np.array([[0, 15]]))
+    assert not start.motion.any() and end.proprio_after[0, :, 0].tolist() == [16, 17, 18, 19, 19, 19, 19, 19]
+    assert all(torch.equal(a, b) for a, b in zip(batch.robot, (batch.proprio, batch.motion)))
     assert batch.intended[0, :, -1].tolist() == [-1] * 4 + [1] * 4
     assert batch.key_position[0].tolist() == [7, 7, 7]  # where the gripper closes
     assert batch.instructions == ["task a"]
@@ -456,19 +460,6 @@ def test_gripper_in_other_units_is_refused(tmp_path):
 def test_absolute_targets_are_repeated_beyond_the_end():
     sampler = WindowSampler([replace(episode("a", 5, gripper_change=2), absolute=True)], num_frames=1, chunk=8)
     assert sampler.windows(np.array([[0, 3]])).intended[0, 2:].unique(dim=0).tolist() == [[0.5] * 6 + [1]]
-
-
-def test_poses_in_place_of_actions():
-    proprio = np.arange(24, dtype=np.float32).reshape(3, 8)
-    actions = np.full((3, 7), 0.5, np.float32)
-    actions[:, 6] = [-1, 1, 1]
-    one = Episode("s/f/1", "push", np.zeros((3, 4, 4, 3), np.uint8), proprio, actions, actions + 1)
-    driven = pose_driven(one, 2)
-    assert driven.actions.tolist() == [[8, 9, -1], [16, 17, 1], [16, 17, 1]]  # the last pose is not recorded
-    assert driven.absolute and driven.grippers == (2,) and driven.repeated.all() and driven.intended is driven.actions
-    assert pose_driven(one, 0) is one and pose_driven(replace(one, gripper_dims=()), 8).grippers == ()
-    with pytest.raises(ValueError, match="s/f/1 has 8 proprio dimensions, --pose-dims asks for 9"):
-        pose_driven(one, 9)
 
 
 def test_no_ops_by_hand():

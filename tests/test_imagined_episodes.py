@@ -31,17 +31,15 @@ def episode(length: int, name: str = "", **fields) -> Episode:
     images = rng.integers(0, 200, (length, 64, 64, 3)).astype(np.uint8)
     images[:, :, :32] = images[:1, :, :32]
     actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
-    proprio = np.zeros((length, 8), np.float32)
+    proprio = rng.normal(size=(length, 8)).astype(np.float32)
     return Episode(name or f"suite/file/{length}", "push", images, proprio, actions, actions, **fields)
 
 
 class Brighter:
     """A world model that imagines the first frame, brighter by 0.01 with every step; it notes what it was asked."""
 
-    controls = WorldModel.controls
-
-    def __init__(self, cfg=MODELS["smoke"]) -> None:
-        self.cfg, self.asked = cfg, []
+    def __init__(self) -> None:
+        self.cfg, self.asked = MODELS["smoke"], []
 
     def parameters(self):
         yield torch.zeros(1)
@@ -50,17 +48,6 @@ class Brighter:
         self.asked.append((start, actions, options))
         steps = torch.arange(1, actions.shape[2] + 1)[:, None, None, None]
         return Rollout(torch.zeros(0), (start[:, None] + 0.01 * steps)[:, None], None)
-
-
-def test_what_drives_a_model_of_poses():
-    """The recorded pose after each action, and its gripper command."""
-    one = episode(6)
-    one.proprio[:] = np.arange(6)[:, None]
-    model = Brighter(replace(MODELS["smoke"], pose_dims=2, gripper_dims=(6,), action_dim=3))
-    list(imagined_episodes(model, [one], autocast=NO_CAST))
-    asked = model.asked[0][1][0, 0].numpy()  # (5, 3)
-    np.testing.assert_array_equal(asked[:, :2], one.proprio[1:, :2])
-    np.testing.assert_array_equal(asked[:, 2], one.actions[:-1, 6])
 
 
 def frames_of(one: Episode) -> torch.Tensor:
@@ -75,13 +62,15 @@ def test_recorded_actions_are_replayed_from_the_first_frame_to_the_last():
         assert_close(true, frames_of(one))
         want = true[:1] + 0.01 * torch.arange(len(one))[:, None, None, None]
         assert_close(imagined, want)
-    for (start, actions, _), batch in zip(model.asked, (replayed[:2], replayed[2:]), strict=True):
+    for (start, actions, options), batch in zip(model.asked, (replayed[:2], replayed[2:]), strict=True):
         assert actions.shape == (2, 1, len(batch[1].episode) - 1, 7)
         for row, (one, true, _) in enumerate(batch):
             assert torch.equal(start[row], true[0])
             steps = len(one) - 1  # action t leads from frame t to t + 1; the one after the last frame is not played
             assert actions[row, 0, :steps].tolist() == one.actions[:-1].tolist()
             assert (actions[row, 0, steps:] == actions[row, 0, steps - 1]).all()  # padding stays inside the ranges
+            after = options["proprio_after"][row, 0]
+            assert after[:steps].tolist() == one.proprio[1:].tolist() and (after[steps:] == after[steps - 1]).all()
 
 
 def test_batches_and_random_numbers_do_not_depend_on_the_number_of_processes():

@@ -16,7 +16,7 @@ import train_rl
 import train_success
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
-from vlarft.data.episode import Episode, pose_driven
+from vlarft.data.episode import Episode, RobotState
 from vlarft.imagined_world import ImaginedWorld
 from vlarft.outcome_gate import (
     Evaluation,
@@ -31,7 +31,6 @@ from vlarft.proprio_model import ProprioModel, fit_proprio_model
 from vlarft.run.checkpoint import model_digest, read_header, save_model
 from vlarft.sim.simulated_world import Place, SimulatedWorld
 from vlarft.success import Agreement, Judgement, Referee, SuccessModel
-from vlarft.world_model import PRESETS as WORLD_MODELS
 from vlarft.world_model import Rollout, WorldModel
 
 NO_CAST = torch.autocast("cpu", enabled=False)
@@ -47,38 +46,30 @@ def episode(number: int, length: int = 10, success: bool = True) -> Episode:
 class Sums:
     """A world model whose frames show the sum of all first action dimensions so far, over 100."""
 
-    cfg = SimpleNamespace(chunk=4, pose_dims=0, gripper_dims=())
-    controls = WorldModel.controls
+    cfg = SimpleNamespace(chunk=4)
 
     def parameters(self):
         yield torch.zeros(1)
 
-    def begin(self, frames, first):
-        self.begun, self.first = frames, first
-        return torch.zeros(len(frames), 1)
+    def begin(self, frames, first, robot):
+        self.begun, self.first, self.robot = frames, first, robot
+        return SimpleNamespace(total=torch.zeros(len(frames), 1), robot=RobotState(*(v[:, None] for v in robot)))
 
     def rollout(self, state, actions, generator=None, **options):
         self.asked, self.options = actions, options
         self.random = None if generator is None else torch.rand(1, generator=generator).item()
-        if state.ndim == 4:  # a first frame, as `imagined_episodes` has it
-            state = torch.zeros(len(state), 1)
-        total = state[..., None] + actions[..., 0].cumsum(-1)  # (S, G, T)
+        if isinstance(state, torch.Tensor):  # a first frame, as `imagined_episodes` has it
+            none = torch.zeros(len(state), 1, 8)
+            state = SimpleNamespace(total=torch.zeros(len(state), 1), robot=RobotState(none, none))
+        moved = actions[..., 0].cumsum(-1)  # (S, G, T): the robot moves as far, in all dimensions
+        total = state.total[..., None] + moved
         frames = (total / 100)[..., None, None, None].expand(*total.shape, 3, 8, 8)
-        return Rollout(None, frames, total[..., -1])
-
-
-class Steady:
-    """A robot that moves by its actions."""
-
-    def rollout(self, proprio, motion, actions):
-        states = proprio[:, None] + actions[..., :1].cumsum(1).expand(-1, -1, 8)
-        return states, states[:, -1] - proprio
+        robot = RobotState(state.robot.proprio + moved[..., -1:], actions[..., -1, :1].expand(-1, -1, 8))
+        return Rollout(None, frames, SimpleNamespace(total=total[..., -1], robot=robot))
 
 
 class Bright:
     """A judge that sees a success where a frame is brighter than a number."""
-
-    robot = Steady()
 
     def __init__(self, level: float, hold: int) -> None:
         self.level, self.cfg = level, SimpleNamespace(hold=hold, threshold=0.75)
@@ -127,21 +118,6 @@ def test_imaginations_by_hand():
     assert world.model.asked[:, :, 0, 0].tolist() == [[1, 2], [3, 8]] and world.model.options == {"greedy": True}
     first, texts = world.judge.seen
     assert texts == [f"do {numbers[0]}", f"do {numbers[1]}"] and first.shape == (2, 3, 8, 8)
-
-
-def test_poses_drive_the_imagination():
-    """The pose after each action, as the robot's model predicts it, and the gripper command."""
-    world = make()
-    world.model.cfg = SimpleNamespace(chunk=4, pose_dims=3, gripper_dims=(6,))
-    world.begin(2, 3)
-    actions = chunk(1, 2, 3, 0)
-    actions[:, :, 6] = torch.tensor([-1.0, -1, 1, 1])
-    start = world.proprio[:, 0].clone()
-    world.step([0, 1, 2, 3], actions)
-    asked = world.model.asked.flatten(0, 1)  # (E, T, 4)
-    moved = start[:, None] + actions[..., 0].cumsum(1)
-    assert torch.equal(asked[..., :3], moved[..., None].expand(-1, -1, 3))
-    assert torch.equal(asked[..., 3], actions[..., 6])
 
 
 def test_a_success_is_held_across_the_border_of_two_chunks():
@@ -200,7 +176,8 @@ def test_late_starts_are_in_failures_of_a_policy():
     assert not at[~is_lost].any() and 0.2 < (at[is_lost] > 0).float().mean() < 0.8 and 5 < at.max() < 15
     assert torch.equal((world.model.first[:, 0, 0, 0] * 255).round(), at[::2].float())
     assert torch.equal(world.proprio[:, 0], at.float() ** 2)
-    assert torch.equal(world.motion[:, 0], torch.where(at > 0, 2 * at - 1, 0).float())  # t^2 - (t - 1)^2
+    motion = world.model.robot.motion[:, 0].repeat_interleave(2)
+    assert torch.equal(motion, torch.where(at > 0, 2 * at - 1, 0).float())  # t^2 - (t - 1)^2
 
 
 def test_the_proprio_model_adds_up_motion():
@@ -218,28 +195,33 @@ def test_the_proprio_model_adds_up_motion():
     last, start = episodes[-1], 5
     proprio = torch.from_numpy(last.proprio[start : start + 1])
     motion = proprio - torch.from_numpy(last.proprio[start - 1 : start])
-    states, moved = model.rollout(proprio, motion, torch.from_numpy(last.actions[None, start : start + 8]))
+    actions = torch.from_numpy(last.actions[None, start : start + 8])
+    states, (end, moved) = model.rollout(RobotState(proprio, motion), actions)
     error = states[0] - torch.from_numpy(last.proprio[start + 1 : start + 9])
     moved_by = torch.from_numpy(last.proprio[start + 8] - last.proprio[start]).abs().mean()
-    assert states.shape == (1, 8, 8) and error.abs().mean() < 0.1 * moved_by
+    assert states.shape == (1, 8, 8) and torch.equal(end, states[:, -1]) and error.abs().mean() < 0.1 * moved_by
     torch.testing.assert_close(moved, states[:, 7] - states[:, 6])
     # the last motion, where it is known, tells the next one
     now, before, after = (torch.from_numpy(last.proprio[k : k + 30]) for k in (5, 4, 6))
     known, unknown = (
-        (model.rollout(now, motion, torch.from_numpy(last.actions[5:35, None]))[0][:, 0] - after).abs().mean()
+        (model.rollout(RobotState(now, motion), torch.from_numpy(last.actions[5:35, None]))[0][:, 0] - after)
+        .abs()
+        .mean()
         for motion in (now - before, torch.zeros_like(now))
     )
     assert known < 0.5 * unknown
     again = fit_proprio_model(episodes[:-1], 0, steps=300)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    with pytest.raises(ValueError, match="no episode is longer than 41 steps"):
-        fit_proprio_model(episodes, 0, horizon=40)
+    fit_proprio_model(episodes, 0, horizon=60, steps=1)  # as far as they go
+    short = dataclasses.replace(last, actions=last.actions[:2], proprio=last.proprio[:2])
+    with pytest.raises(ValueError, match="no episode has three steps"):
+        fit_proprio_model([short], 0)
 
 
 def test_an_untrained_proprio_model_moves_on_average():
     model = ProprioModel(8, 7)
     model.motion_mean.fill_(0.5)
-    states, _ = model.rollout(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2, 3, 7))
+    states, _ = model.rollout(RobotState(torch.zeros(2, 8), torch.zeros(2, 8)), torch.zeros(2, 3, 7))
     assert states[0, :, 0].tolist() == [0.5, 1.0, 1.5]
 
 
@@ -434,10 +416,9 @@ def test_a_run_in_imagination(config, tmp_path, capsys):
 
 
 def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path):
-    header, episodes = read_header(config.world_model), load_episodes(config.demos, successes_only=False)
-    model = WorldModel(dataclasses.replace(WORLD_MODELS["smoke"], pose_dims=6, gripper_dims=(6,)))
-    rows = torch.cat([torch.from_numpy(pose_driven(e, 6).actions) for e in episodes])
-    model.action_bins.set_range(rows.amin(0), rows.amax(0))
+    header, sizes = read_header(config.world_model), WorldModel.load(config.world_model).cfg
+    model = WorldModel(dataclasses.replace(sizes, pose_dims=6, gripper_dims=(6,)))
+    model.action_bins.set_range(-torch.ones(7), torch.ones(7))
     given = {"demos": config.demos, "world_model": str(tmp_path / "poses.safetensors")}
     save_model(given["world_model"], model, model.cfg, header.extra)
     judge = dataclasses.replace(train_success.PRESETS["smoke"], **given, steps=1, margin=4, out_dir=str(tmp_path / "s"))
@@ -445,10 +426,8 @@ def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path):
     found = train_rl.main(dataclasses.replace(config, **given, success_model=judge.out_dir, steps=1))
     assert found["episode_steps"] <= 16
     cfg = dataclasses.replace(eval_wm.PRESETS["smoke"], **given, episodes=4, out_dir=str(tmp_path / "eval_wm"))
-    with pytest.raises(ValueError, match="--starts 2 perturbs actions, but poses drive .*: give --starts 0"):
-        eval_wm.main(cfg)
-    found = eval_wm.main(dataclasses.replace(cfg, starts=0, success_model=judge.out_dir))
-    assert set(found["episodes"]["outcomes"]) == {"imagined", "true"}
+    found = eval_wm.main(dataclasses.replace(cfg, success_model=judge.out_dir))
+    assert set(found["episodes"]["outcomes"]) == {"imagined", "true"} and found["sensitivity"]
 
 
 def test_refusals(config, tmp_path, policy_file):
@@ -469,10 +448,15 @@ def test_refusals(config, tmp_path, policy_file):
     for world in ("imagination", "simulator"):
         with pytest.raises(ValueError, match=r"success model .*other.safetensors"):
             train_rl.main(dataclasses.replace(config, world=world, success_model=other))
-    other_robot = SuccessModel(dataclasses.replace(judge.cfg, proprio_dim=14))
-    save_model(other, other_robot, other_robot.cfg, header.extra)
-    with pytest.raises(ValueError, match="has 8 proprio and 7 action dimensions, the success model 14 and 7"):
-        train_rl.main(dataclasses.replace(config, success_model=other))
+    model = WorldModel.load(config.world_model)
+    for dims, message in (
+        (14, "proprio dim: the policy has 8, the world model has 14"),
+        (0, "does not predict the robot"),
+    ):
+        robot = WorldModel(dataclasses.replace(model.cfg, proprio_dim=dims))
+        save_model(other, robot, robot.cfg, read_header(config.world_model).extra)
+        with pytest.raises(ValueError, match=message):
+            train_rl.main(dataclasses.replace(config, world_model=other))
     with pytest.raises(ValueError, match="--horizon 2: a success is held for 3 frames"):
         train_rl.main(dataclasses.replace(config, horizon=2))
     with pytest.warns(UserWarning, match="--horizon 13: 6 of 6 recorded successes took longer, up to 14 steps"):
@@ -505,7 +489,8 @@ def test_eval_wm_judges_whole_episodes(config, tmp_path, capsys):
     )
     found = eval_wm.main(cfg)["episodes"]["outcomes"]
     assert set(found) == {"imagined", "true"} and found["true"]["true_failures"] == found["true"]["true_successes"] == 2
-    assert found["imagined"]["low"] <= found["imagined"]["agreement"] <= found["imagined"]["high"]
+    low, value, high = (found["imagined"][name] for name in ("low", "agreement", "high"))
+    assert low - 1e-9 <= value <= high + 1e-9
     assert 0 <= found["true"]["brier"] <= 1 and 0 <= found["true"]["balanced"] <= 1
     assert "judged by the success model, imagined frames: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="both outcomes are needed"):

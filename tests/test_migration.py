@@ -411,7 +411,9 @@ def test_every_preset_resumes_or_says_what_changed(tmp_path, script, preset):
     store(tmp_path, RUNS[script][preset])
     cfg = replace(SCRIPTS[script].PRESETS[preset], out_dir=str(tmp_path))
     assert open_run(tmp_path, cfg, older=OLDER[script]) is None
-    newer = {"keep_interval", "init"} - set(RUNS[script][preset])  # options that older runs did without
+    newer = {"keep_interval", "init", "pose_dims", "robot_steps"} - set(
+        RUNS[script][preset]
+    )  # options that older runs did without
     assert OLDER[script](RUNS[script][preset], "") | {"out_dir": str(tmp_path)} == {
         name: value for name, value in to_dict(cfg).items() if name not in newer
     }
@@ -515,3 +517,11 @@ def test_a_run_of_an_older_version_goes_on(demos, tmp_path):
         store(tmp_path / script, smoke[script] | common | given | {"weight_decay": 0.5})
         with pytest.raises(ValueError, match=f"{script}/config.json: this run used weight_decay 0.5, which is gone"):
             SCRIPTS[script].main(cfg)
+
+
+def test_an_older_success_model_is_refused():
+    assert migration.model_config("SuccessModel", {"hold": 3}, "judge.safetensors") == {"hold": 3}
+    with pytest.raises(
+        ValueError, match="judge.safetensors is of an older version, which kept the model of the robot's"
+    ):
+        migration.model_config("SuccessModel", {"hold": 3, "proprio_dim": 8}, "judge.safetensors")

@@ -12,6 +12,7 @@ from test_imagined_world import success_model  # noqa: F401, fixtures
 from test_success import places, world_model  # noqa: F401
 
 import eval_libero
+from vlarft.data.episode import RobotState
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import read_header, save_model
@@ -87,11 +88,12 @@ def test_the_imagination_is_of_the_chosen_chunk(planner):
     planner.choose(obs, first, noise)
     actions = torch.stack([planner.policy.act(obs, noise=noise[:, n])[0] for n in (0, 1)])[None]
     now = torch.from_numpy(obs[0]["agentview"]).movedim(-1, 0)[None].float() / 255
-    rollout = planner.model.rollout(first, actions, greedy=True, first_frame=now)
+    proprio = torch.from_numpy(obs[0]["proprio"])[None]
+    robot = RobotState(proprio, torch.zeros(1, 8))
+    rollout = planner.model.rollout(first, actions, greedy=True, first_frame=now, robot=robot)
     torch.testing.assert_close(frames["images"][:, :8], rollout.frames[0], atol=1e-4, rtol=0)
-    last, proprio = rollout.frames[0, :, -1], torch.from_numpy(obs[0]["proprio"])[None].repeat(2, 1)
-    states, _ = planner.judge.robot.rollout(proprio, torch.zeros(2, 8), actions[0])
-    after = planner.policy.act(last.clamp(0, 1), [obs[0]["instruction"]] * 2, states[:, -1], noise=torch.zeros(2, 8, 7))
+    last, proprio = rollout.frames[0, :, -1], rollout.state.robot.proprio[0]
+    after = planner.policy.act(last.clamp(0, 1), [obs[0]["instruction"]] * 2, proprio, noise=torch.zeros(2, 8, 7))
     going_on = planner.model.rollout(rollout.state, after[None], greedy=True)
     torch.testing.assert_close(frames["images"][:, 8:], going_on.frames[0], atol=1e-4, rtol=0)
 
@@ -100,22 +102,22 @@ def test_the_robot_goes_on_from_chunk_to_chunk(planner, monkeypatch):
     """Each imagined chunk begins with the proprio and the motion that the last one ended with."""
     asked, encode = [], planner.policy.normalizer.encode_proprio
     monkeypatch.setattr(planner.policy.normalizer, "encode_proprio", lambda x: asked.append(x) or encode(x))
-    moves, rollout = [], planner.judge.robot.rollout
+    moves, rollout = [], planner.model.robot.rollout
 
-    def robot(*arguments):
-        moves.append((*arguments, *rollout(*arguments)))
+    def robot(state, actions):
+        moves.append((*state, actions, *rollout(state, actions)))
         return moves[-1][3:]
 
-    monkeypatch.setattr(planner.judge.robot, "rollout", robot)
-    planner.judge.robot.motion_mean.fill_(0.1)
+    monkeypatch.setattr(planner.model.robot, "rollout", robot)
+    planner.model.robot.motion_mean.fill_(0.1)
     planner.chunks, noise = 3, torch.randn(1, 2, 8, 7, generator=torch.Generator().manual_seed(0))
     plan = planner.choose(obs := observations(1), torch.rand(1, 3, 64, 64), noise)
     start = torch.from_numpy(obs[0]["proprio"])[None]
     proprio, motion, actions = moves[0][:3]
     assert torch.equal(proprio, start.repeat(2, 1)) and not motion.any()
     assert torch.equal(actions[plan.choice], plan.actions)
-    for (*_, states, moved), (proprio, motion, actions, *_) in itertools.pairwise(moves):
-        assert torch.equal(proprio, states[:, -1]) and torch.equal(motion, moved) and motion.any()
+    for (*_, states, end), (proprio, motion, actions, *_) in itertools.pairwise(moves):
+        assert torch.equal(proprio, states[:, -1]) and torch.equal(motion, end.motion) and motion.any()
         assert not torch.equal(actions[plan.choice], plan.actions)  # those that follow
     assert [torch.equal(x, y[0]) for x, y in zip(asked[1:], moves[1:], strict=True)] == [True, True]
     assert torch.equal(asked[0], start)

@@ -37,7 +37,7 @@ def windows(intended, executed=None, frames=None, shade=0.0):
     frames = torch.full((starts, steps + 1, 3, 16, 16), shade) if frames is None else frames
     executed = torch.full_like(intended, torch.nan) if executed is None else executed
     rest = torch.zeros(starts, 8), ["push"] * starts, frames[:, 0], torch.zeros(starts, 3), torch.zeros(starts, 2)
-    return Batch(frames, executed, intended, *rest)
+    return Batch(frames, executed, intended, *rest, torch.zeros(starts, 8), torch.zeros(starts, steps, 8))
 
 
 def test_r1_by_hand():
@@ -138,7 +138,7 @@ def test_same_robot(policy_file, world_model_file):
     policy, model = VLAPolicy.load(policy_file), WorldModel.load(world_model_file)
     check_same_robot(policy, model)
     model.action_bins.high[1] = 0.05
-    with pytest.raises(ValueError, match=r"dimension 1 the policy has \[-0.*\], the world model was trained on"):
+    with pytest.raises(ValueError, match=r"dimension 1 the policy emits \[-0.*\], the world model was trained on"):
         check_same_robot(policy, model)
     model.cfg = dataclasses.replace(model.cfg, chunk=4)
     with pytest.raises(ValueError, match="chunk length: the policy has 8, the world model has 4"):
@@ -148,23 +148,50 @@ def test_same_robot(policy_file, world_model_file):
         check_same_robot(policy, model)
 
 
-def test_a_world_model_of_poses_is_for_closed_loops(policy_file):
+def test_same_robot_of_a_world_model_that_predicts_it(policy_file):
     policy, cfg = VLAPolicy.load(policy_file), WORLD_MODELS["smoke"]
-    model = WorldModel(dataclasses.replace(cfg, pose_dims=6, gripper_dims=(6,)))
-    low, high = policy.normalizer.proprio_low[:6], policy.normalizer.proprio_high[:6]
-    one = torch.ones(1)
-    model.action_bins.set_range(torch.cat([low - 1e-2, -one]), torch.cat([high + 1e-2, one]))
-    check_same_robot(policy, model, closed_loop=True)
-    with pytest.raises(ValueError, match="poses drive the world model, here only actions are known"):
+    blind, poses = (
+        WorldModel(dataclasses.replace(cfg, **given))
+        for given in ({}, {"proprio_dim": 8, "pose_dims": 6, "gripper_dims": (6,)})
+    )
+    for model in (blind, poses):
+        model.action_bins.set_range(-torch.ones(7), torch.ones(7))
         check_same_robot(policy, model)
-    model.action_bins.high[2] = low[2]
-    with pytest.raises(ValueError, match="proprio ranges differ: in dimension 2 the policy has"):
-        check_same_robot(policy, model, closed_loop=True)
-    model.cfg = dataclasses.replace(model.cfg, gripper_dims=(5,))
+    check_same_robot(policy, poses, closed_loop=True)
+    with pytest.raises(
+        ValueError, match="the world model does not predict the robot's proprio, which the policy reads"
+    ):
+        check_same_robot(policy, blind, closed_loop=True)
+    poses.action_bins.high[2] = -0.9  # of a pose, not of an action
+    check_same_robot(policy, poses)
+    poses.cfg = dataclasses.replace(poses.cfg, gripper_dims=(5,))
     with pytest.raises(ValueError, match=r"gripper dimensions: the policy has \(6,\), the world model has \(5,\)"):
-        check_same_robot(policy, model, closed_loop=True)
-    with pytest.raises(ValueError, match="action_dim 7 must be pose_dims 5 and the 1 gripper_dims together"):
-        dataclasses.replace(cfg, pose_dims=5, gripper_dims=(6,))
+        check_same_robot(policy, poses)
+    poses.cfg = dataclasses.replace(poses.cfg, proprio_dim=7)
+    with pytest.raises(ValueError, match="proprio dim: the policy has 8, the world model has 7"):
+        check_same_robot(policy, poses)
+    with pytest.raises(ValueError, match="pose_dims 5: the proprio has 4 dimensions"):
+        dataclasses.replace(cfg, proprio_dim=4, pose_dims=5)
+
+
+@pytest.mark.parametrize("kind", ["r3", "divergence"])
+def test_rewards_know_where_the_robot_is(kind):
+    """In a world model that poses drive: its state at the start, from which actions move it."""
+    torch.manual_seed(0)
+    model = WorldModel(dataclasses.replace(WORLD_MODELS["smoke"], proprio_dim=8, pose_dims=6, gripper_dims=(6,)))
+    model.action_bins.set_range(-torch.ones(7), torch.ones(7))
+    torch.nn.init.normal_(model.robot.net[-1].weight)
+    batch = windows(intended=torch.rand(2, 8, 7) - 0.5, frames=torch.rand(2, 9, 3, 64, 64))
+    batch = batch._replace(proprio=torch.rand(2, 8), motion=torch.rand(2, 8))
+    asked, move = [], model.robot.rollout
+    model.robot.rollout = lambda state, actions: asked.append((state, actions)) or move(state, actions)
+    actions = torch.rand(2, 3, 8, 7) - 0.5
+    make_scorer(kind, model.eval(), None, "greedy")(batch, actions, None)
+    ((state, moved),) = asked
+    assert torch.equal(state.proprio.view(2, 4, 8), batch.proprio[:, None].expand(-1, 4, -1))
+    assert torch.equal(state.motion.view(2, 4, 8), batch.motion[:, None].expand(-1, 4, -1))
+    order = [actions, batch.intended[:, None]] if kind == "r3" else [batch.intended[:, None], actions]
+    assert torch.equal(moved.view(2, 4, 8, 7), torch.cat(order, 1))
 
 
 @pytest.mark.parametrize("term", ["ssim", "none"])

@@ -73,7 +73,8 @@ def test_true_outcome_of_the_simulator(demos):
     assert torch.equal(outcomes.state_error(episode, 1, chunks), outcome.state_error)
     rows = torch.from_numpy(chunks)[None].expand(2, -1, -1, -1)
     none = torch.empty(2, 0)
-    batch = Batch(none, none, rows[:, 0], none, ["push"] * 2, none, none, index=torch.tensor([[0, 1], [0, 2]]))
+    index = torch.tensor([[0, 1], [0, 2]])
+    batch = Batch(none, none, rows[:, 0], none, ["push"] * 2, none, none, index, none, none)
     reward = SimulatorReward([episode], outcomes)(batch, rows[:, 1:])
     assert torch.allclose(reward, -outcome.state_error[1:].float().expand(2, -1, -1))
     assert outcome.frames.shape == (3, 2, 3, 32, 32) and len(outcomes.environments) == 1

@@ -54,7 +54,7 @@ def places(both_outcomes) -> Path:
 def world_model(places, tmp_path_factory) -> Path:
     """A world model with random weights that holds out two episodes of each outcome."""
     torch.manual_seed(0)
-    model = WorldModel(WORLD_MODELS["smoke"])
+    model = WorldModel(dataclasses.replace(WORLD_MODELS["smoke"], proprio_dim=8))
     episodes = load_episodes(places, successes_only=False)
     actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])
     model.action_bins.set_range(actions.amin(0), actions.amax(0))
@@ -132,8 +132,7 @@ def test_loss_by_hand_and_gradients():
     by_hand = by_hand - (q[0].log() + 0.25 * q[2].log() + 0.75 * (1 - q[2]).log()) / 2
     torch.testing.assert_close(loss, by_hand)
     loss.backward()
-    trained = {name: p for name, p in model.named_parameters() if not name.startswith("robot.")}
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     with pytest.raises(ValueError, match=r"this encoder takes \(B, 6, 64, 64\)"):
         model(frames[..., :32], first[..., :32], texts)
 
@@ -272,7 +271,6 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
         patch.setattr(train_success, "imagined_episodes", lambda *_, **__: pytest.fail("imagined again"))
         assert train_success.main(parts) == metrics
     one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, parts))
-    assert one["robot.proprio_std"].min() < 1 and one["robot.net.4.weight"].abs().max() > 0  # fitted
     assert all(torch.equal(v, other[k]) for k, v in one.items())
     logs = [Path(c.out_dir, "log.jsonl").read_text().splitlines() for c in (config, parts)]
     for a, b in zip(*logs, strict=True):
@@ -331,18 +329,6 @@ def test_few_held_out_episodes_serve_both(config, world_model, tmp_path):
 def test_without_a_world_model(config):
     metrics = train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=3))
     assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)
-
-
-def test_another_robot_has_other_dimensions(config, monkeypatch):
-    episodes = [
-        dataclasses.replace(e, proprio=e.proprio[:, :3], actions=e.actions[:, :5], intended=e.intended[:, :5])
-        for e in load_episodes(config.demos, successes_only=False)
-    ]
-    monkeypatch.setattr(train_success, "load_episodes", lambda *_, **__: episodes)
-    train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=1))
-    robot = SuccessModel.load(config.out_dir).robot
-    states, _ = robot.rollout(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4, 5))
-    assert states.shape == (2, 4, 3)
 
 
 def test_at_most_takes_from_each_kind_and_outcome(places):

@@ -141,7 +141,7 @@ def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tm
     assert [line["step"] for line in steps] == [0, 1, 2, 3] and any(line["outside"] > 0 for line in steps)
     one, two = (WorldModel.load(folder).state_dict() for folder in (world_model, tmp_path / "two"))
     kept = {k for k in one if torch.equal(one[k], two[k])}
-    assert kept == {k for k in one if k.startswith(("tokenizer.", "action_bins."))}
+    assert kept == {k for k in one if k.startswith(("tokenizer.", "action_bins.", "robot."))}
 
     refresh([demos, rollouts], tmp_path / "two", tmp_path / "three", steps=1, split_seed=5, validation_fraction=0.5)
     extra = read_header(tmp_path / "three" / "model.safetensors").extra
@@ -153,13 +153,25 @@ def test_poses_drive_a_model_and_its_refresh(demos, tokenizer, tmp_path):
     run(demos, tokenizer, tmp_path / "one", pose_dims=3, steps=2)
     model, episodes = WorldModel.load(tmp_path / "one"), load_episodes(demos)
     names = read_header(tmp_path / "one").extra["train_episodes"]
-    assert (model.cfg.pose_dims, model.cfg.gripper_dims, model.cfg.action_dim) == (3, (6,), 4)
-    poses = np.concatenate([e.proprio[:, :3] for e in episodes if e.name in names and e.success])
-    assert (model.action_bins.low[:3].numpy() >= poses.min(0)).all() and model.action_bins.low[3] == -1
+    assert (model.cfg.pose_dims, model.cfg.gripper_dims, model.cfg.action_dim, model.cfg.proprio_dim) == (3, (6,), 7, 8)
+    poses = np.concatenate([e.proprio[1:, :3] for e in episodes if e.name in names])
+    assert (model.action_bins.low[:3].numpy() == poses.min(0)).all() and model.action_bins.low[3] == -1
+    assert model.robot.proprio_std.min() < 1 and model.robot.net[-1].weight.abs().max() > 0  # fitted
     refresh([demos], tmp_path / "one", tmp_path / "two", steps=1)
-    assert WorldModel.load(tmp_path / "two").cfg == model.cfg
+    again = WorldModel.load(tmp_path / "two")
+    assert again.cfg == model.cfg
+    assert all(torch.equal(a, b) for a, b in zip(again.robot.parameters(), model.robot.parameters()))
     with pytest.raises(ValueError, match="has 3 pose dimensions, this run 2: train a new one, without --init"):
         refresh([demos], tmp_path / "one", tmp_path / "three", pose_dims=2)
+
+
+def test_poses_are_those_after_the_actions(demos, tokenizer, tmp_path, monkeypatch):
+    given, loss = [], WorldModel.token_loss
+    monkeypatch.setattr(WorldModel, "token_loss", lambda self, *args: given.append(args[2]) or loss(self, *args))
+    run(demos, tokenizer, tmp_path, pose_dims=8, steps=1)
+    sampler = train_wm.WindowSampler(train_wm.load_split(replace(SMOKE, demos=(str(demos),)))[0], 9, 8, None)
+    batch = sampler.batch(SMOKE.batch_size, SMOKE.seed, 0)
+    assert torch.equal(given[0], torch.cat([batch.proprio_after, batch.actions[..., 6:]], -1))
 
 
 def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from vlarft.data.episode import RobotState
 from vlarft.nets.transformer import TransformerConfig
 from vlarft.run.checkpoint import save_model
 from vlarft.token_sampling import Sampling, restrict
@@ -358,6 +359,68 @@ def test_draws_follow_the_distribution():
     assert (shared.unflatten(0, (-1, 4)) == shared[::4, None]).all()
 
 
+def driven_by_poses() -> tuple[WorldModel, RobotState]:
+    """A model of two action dimensions, one a gripper, and three of proprio, two of them a pose; and two robots."""
+    model = make(replace(SMALL, proprio_dim=3, pose_dims=2, gripper_dims=(1,)))
+    model.action_bins.set_range(-3 * torch.ones(3), 3 * torch.ones(3))
+    with torch.no_grad():
+        model.robot.net[-1].weight.normal_(std=0.1)
+    return model, RobotState(torch.rand(2, 3), torch.rand(2, 3))
+
+
+def test_poses_drive_the_frames():
+    """What stands in the sequence is the pose after each action, predicted or recorded, and the gripper command."""
+    model, robot = driven_by_poses()
+    start, actions = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 8, 2) * 2 - 1
+    assert model.layout.action_length == model.cfg.control_dim == 3
+    whole = model.rollout(start, actions, greedy=True, robot=robot)
+    for g in range(2):
+        proprio, end = model.robot.rollout(robot, actions[:, g])
+        controls = torch.cat([proprio[..., :2], actions[:, g, :, 1:]], -1)
+        assert torch.equal(model.controls(actions[:, g], proprio), controls)
+        given = model.rollout_tokens(model.begin(start), controls[:, None], Sampling(greedy=True))
+        assert torch.equal(given[:, 0], whole.tokens[:, g])
+        assert_close([v[:, g] for v in whole.state.robot], list(end))
+        recorded = model.rollout(start, actions[:, g : g + 1], greedy=True, proprio_after=proprio[:, None])
+        assert torch.equal(recorded.tokens[:, 0], whole.tokens[:, g])
+        assert_close([v[:, 0] for v in recorded.state.robot], list(end))
+    moved = RobotState(robot.proprio + 1, robot.motion)
+    assert not torch.equal(model.rollout(start, actions, greedy=True, robot=moved).tokens, whole.tokens)
+    first, then = actions.split([3, 5], dim=2)
+    part = model.rollout(start, first, greedy=True, robot=robot)
+    assert torch.equal(model.rollout(part.state, then, greedy=True).tokens, whole.tokens[:, :, 3:])
+    model.reset(start, robot=robot)
+    frames = torch.stack([model.step(actions[:, 0, t]) for t in range(8)], dim=1)
+    assert_close(frames, whole.frames[:, 0], atol=1e-5, rtol=1e-4)
+    for call in (lambda: model.rollout(start, actions), lambda: model.step(actions[:, 0, 0])):
+        model.reset(start)
+        with pytest.raises(ValueError, match="poses drive this world model: give the robot's state at the first frame"):
+            call()
+
+
+def test_divergence_of_poses():
+    model, robot = driven_by_poses()
+    frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 2, 3, 2) * 2 - 1
+    found = model.divergence(frames, actions, actions[:, 0], robot)
+    assert found[:, 0].abs().max() < 1e-5 and found[:, 1].min() > 0
+    other = RobotState(robot.proprio + 1, robot.motion)
+    assert not torch.allclose(model.divergence(frames, actions, actions[:, 0], other)[:, 1], found[:, 1])
+
+
+def test_a_model_of_actions_may_predict_the_robot_beside_them():
+    model, blind = make(replace(SMALL, proprio_dim=3)), make()
+    start, actions, robot = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 3, 2) * 2 - 1, RobotState(*torch.rand(2, 2, 3))
+    blind.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("robot.")})
+    with_robot, without = (
+        model.rollout(start, actions, greedy=True, robot=robot),
+        blind.rollout(start, actions, greedy=True),
+    )
+    assert torch.equal(with_robot.tokens, without.tokens) and without.state.robot is None
+    proprio, _ = model.robot.rollout(robot, actions[:, 1])
+    assert_close(with_robot.state.robot.proprio[:, 1], proprio[:, -1])
+    assert blind.rollout(start, actions, robot=robot).state.robot is None  # there is no network that predicts it
+
+
 @pytest.mark.parametrize("common", [False, True])
 def test_an_episode_is_a_row_of_chunks_with_one_context(common):
     model = make()
@@ -455,7 +518,7 @@ def test_errors():
         model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 2))
     with pytest.raises(ValueError, match=r"T > 0, got shape \(2, 3, 0, 2\)"):
         model.rollout(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 0, 2))
-    with pytest.raises(ValueError, match="a state has its first frame already"):
+    with pytest.raises(ValueError, match="a state has first frame and robot already"):
         state = model.begin(torch.rand(1, 3, 16, 16))
         model.rollout(state, torch.zeros(1, 1, 1, 2), first_frame=torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="call reset"):

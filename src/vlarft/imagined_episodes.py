@@ -75,12 +75,13 @@ def imagined_episodes(
         batch = batches[number]
         first_frames = torch.stack([_to_float(e.images[:1], device)[0] for e in batch])  # (S, C, H, W)
         longest = len(batch[-1]) - 1  # actions; the one after the last frame leads to none
-        # the last action once more, which is inside the recorded range; the frames after it are dropped
-        rows = [np.pad(_controls(model, e), ((0, longest - (len(e) - 1)), (0, 0)), mode="edge") for e in batch]
+        actions = _padded([e.actions[:-1] for e in batch], longest).to(device)  # (S, longest, A)
+        after = _padded([e.proprio[1:] for e in batch], longest).to(device)  # (S, longest, P)
         with autocast:
             rollout = model.rollout(
                 first_frames,
-                torch.from_numpy(np.stack(rows)).to(device)[:, None],  # (S, 1, longest, A)
+                actions[:, None],
+                proprio_after=after[:, None],
                 greedy=greedy,
                 temperature=temperature,
                 top_p=top_p,
@@ -91,10 +92,11 @@ def imagined_episodes(
             yield ImaginedEpisode(episode, true, torch.cat([true[:1], frames[: len(episode) - 1]]))
 
 
-def _controls(model: WorldModel, episode: Episode) -> np.ndarray:
-    """Return what drives the model from an episode's first frame to its last: (L - 1, A)."""
-    actions, after = torch.from_numpy(episode.actions[:-1]), torch.from_numpy(episode.proprio[1:])
-    return model.controls(actions, after).numpy()
+def _padded(rows: Sequence[np.ndarray], length: int) -> Tensor:
+    """Stack rows (n, D) of different lengths: (S, length, D). The last values once more are inside the recorded ranges;
+    the frames of these steps are dropped.
+    """
+    return torch.from_numpy(np.stack([np.pad(r, ((0, length - len(r)), (0, 0)), mode="edge") for r in rows]))
 
 
 def _to_float(images: Images, device: torch.device) -> Tensor:

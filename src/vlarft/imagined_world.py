@@ -2,7 +2,7 @@
 
 An imagination starts at the first frame of a recorded episode, which stays the context of all its frames, or later in
 a recorded attempt of the policy, where a failure is nearer. After every
-chunk the policy sees the last imagined frame, and a proprio that adds up the robot's motion. No simulator and no robot
+chunk the policy sees the last imagined frame and the proprio that the world model predicts. No simulator and no robot
 is asked for anything.
 
 Shapes: S starts, G episodes of each, E = S * G episodes, start-major, B of them still going, T chunk steps, A action
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlarft.closed_loop import Answer
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, RobotState
 from vlarft.run.random import generator, numpy_generator
 from vlarft.success import Referee, SuccessModel
 from vlarft.world_model import WorldModel
@@ -28,8 +28,8 @@ class ImaginedWorld:
     """Episodes that a world model imagines, from the first frames of recorded ones.
 
     Args:
-        model: imagines on the device of its parameters.
-        judge: decides when an episode has succeeded, and predicts the proprio; on the same device.
+        model: imagines frames and proprio on the device of its parameters.
+        judge: decides when an episode has succeeded; on the same device.
         episodes: recorded, which give first frame, proprio and instruction.
         starts: S, of each batch.
         horizon: actions after which an episode ends without success.
@@ -76,11 +76,11 @@ class ImaginedWorld:
         context = self._stack([e.images[0] for e in chosen])  # (S, H, W, C)
         images = self._stack([e.images[t] for e, t in starts])
         first, now = (part.movedim(-1, 1).float() / 255 for part in (context, images))  # (S, C, H, W)
-        with self.autocast:
-            self.state = self.model.begin(first, now)
         proprio = self._stack([e.proprio[t] for e, t in starts])  # (S, P)
         motion = proprio - self._stack([e.proprio[max(t - 1, 0)] for e, t in starts])
-        self.proprio, self.motion = (part.repeat_interleave(group, dim=0) for part in (proprio, motion))  # (E, P)
+        with self.autocast:
+            self.state = self.model.begin(first, now, RobotState(proprio, motion))
+        self.proprio = proprio.repeat_interleave(group, dim=0)  # (E, P)
         self.instructions = [e.instruction for e in chosen for _ in range(group)]
         count = len(self.proprio)
         self.referee = Referee(self.judge, first.repeat_interleave(group, dim=0), self.instructions)
@@ -98,14 +98,13 @@ class ImaginedWorld:
             self.actions = actions.new_zeros((len(self.proprio), *actions.shape[1:]))
         self.actions[index] = actions
         random = generator(self.device, "imagined frames", *self.numbers, self.chunks)
-        states, motion = self.judge.robot.rollout(self.proprio, self.motion, self.actions)  # (E, T, P)
-        controls = self.model.controls(self.actions, states).unflatten(0, (-1, self.group))
+        together = self.actions.unflatten(0, (-1, self.group))
         with self.autocast:
-            rollout = self.model.rollout(self.state, controls, generator=random, **self.sampling)
+            rollout = self.model.rollout(self.state, together, generator=random, **self.sampling)
             frames = rollout.frames.flatten(0, 1)[index].float()  # (B, T, C, H, W)
             first = self.referee.success_at(episodes, frames)  # (B,)
         self.state, self.chunks = rollout.state, self.chunks + 1
-        self.proprio[index], self.motion[index] = states[index, -1], motion[index]
+        self.proprio = self.state.robot.proprio.flatten(0, 1)  # (E, P)
 
         left = (self.horizon - self.steps[episodes]).clamp_max(actions.shape[1])  # (B,)
         success = first <= left

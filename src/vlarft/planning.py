@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlarft.data.episode import RobotState
 from vlarft.flow import sample_ode
 from vlarft.policy import VLAPolicy
 from vlarft.reward import check_same_robot
-from vlarft.success import SuccessModel, check_same_proprio
+from vlarft.success import SuccessModel
 from vlarft.world_model import WorldModel
 
 
@@ -46,7 +47,6 @@ class Planner:
         if len(policy.cfg.cameras) > 1:
             raise ValueError(f"the policy sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
         check_same_robot(policy, model, closed_loop=True)
-        check_same_proprio(policy, judge)
         self.policy, self.model, self.judge, self.chunks = policy, model, judge, chunks
 
     @torch.no_grad()
@@ -72,21 +72,19 @@ class Planner:
         inputs = self.policy.observe(observations)
         actions = self._act(inputs.images, inputs.instructions, inputs.proprio, noise, num_steps)  # (B, N, T, A)
         images = torch.stack([torch.as_tensor(obs[camera]) for obs in observations]).to(first_frames.device)
-        state = self.model.begin(first_frames, images.movedim(-1, 1).float() / 255)
+        robot = RobotState(inputs.proprio, torch.zeros_like(inputs.proprio))
+        state = self.model.begin(first_frames, images.movedim(-1, 1).float() / 255, robot)
         texts = [text for text in inputs.instructions for _ in range(candidates)]
-        proprio = inputs.proprio.repeat_interleave(candidates, dim=0)  # (B * N, P)
-        motion, chunk, frames = torch.zeros_like(proprio), actions, []
+        chunk, frames = actions, []
         for ahead in range(self.chunks):
             if ahead:  # the policy goes on in imagination
                 seen = self.policy.preprocess(frames[-1][:, -1].clamp(0, 1))
                 still = noise.new_zeros(len(texts), 1, *noise.shape[2:])
+                proprio = state.robot.proprio.flatten(0, 1)  # (B * N, P)
                 chunk = self._act(seen, texts, proprio, still, num_steps).view_as(actions)
-            states, motion = self.judge.robot.rollout(proprio, motion, chunk.flatten(0, 1))  # (B * N, T, P)
-            controls = self.model.controls(chunk, states.unflatten(0, chunk.shape[:2]))
-            rollout = self.model.rollout(state, controls, greedy=True)
+            rollout = self.model.rollout(state, chunk, greedy=True)
             state = rollout.state
             frames.append(rollout.frames.flatten(0, 1).float())  # (B * N, T, C, H, W)
-            proprio = states[:, -1]
         judged = self.judge.judge(torch.cat(frames, 1), first_frames.repeat_interleave(candidates, dim=0), texts)
         scores = (judged.success.amax(1) + judged.progress[:, -1]).view(-1, candidates)
         choice = scores.argmax(1)

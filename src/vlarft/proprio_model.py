@@ -1,9 +1,10 @@
 """Robot state in imagination: a small network predicts the proprio after each action. Not in the paper.
 
-A world model imagines frames, but a policy that acts in them for a whole episode also reads its proprio. This network
-adds up the robot's motion, x_t+1 = x_t + f(x_t, x_t - x_t-1, a_t); the last motion stands for the velocity. It is
-fitted to recorded episodes within a minute. It does not see the scene: what the robot bumps into or holds shows in the
-frames only.
+A world model imagines frames, but a policy that acts in them for a whole episode also reads its proprio; and where the
+hand is tells a world model more than the last action does. This network adds up the robot's motion,
+x_t+1 = x_t + f(x_t, x_t - x_t-1, a_t); the last motion stands for the velocity. It is fitted to recorded episodes
+within a minute, and is a part of the world model. It does not see the scene: what the robot bumps into or holds shows
+in the frames only.
 
 Shapes: B rows, T steps, P proprio dim, A action dim.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, RobotState
 from vlarft.run.random import numpy_generator, seed_of
 
 
@@ -50,23 +51,22 @@ class ProprioModel(nn.Module):
         ]
         return self.motion_mean + self.motion_std * self.net(torch.cat(parts, dim=1))
 
-    def rollout(self, proprio: Tensor, motion: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def rollout(self, state: RobotState, actions: Tensor) -> tuple[Tensor, RobotState]:
         """Predict the proprio after each of several actions.
 
         Args:
-            proprio: (B, P), raw, before the first action.
-            motion: (B, P), its last change; 0 at the start of an episode, and where it is not known.
+            state: of B robots, before the first action.
             actions: (B, T, A), raw.
 
         Returns:
-            Proprio (B, T, P) after every action, and the last motion (B, P).
+            Proprio (B, T, P) after every action, and the state after the last.
         """
-        states = []
+        (proprio, motion), after = state, []
         for action in actions.unbind(1):
             motion = self(proprio, motion, action)
             proprio = proprio + motion
-            states.append(proprio)
-        return torch.stack(states, dim=1), motion
+            after.append(proprio)
+        return torch.stack(after, dim=1), RobotState(proprio, motion)
 
 
 def fit_proprio_model(
@@ -78,17 +78,18 @@ def fit_proprio_model(
         episodes: of one robot.
         seed: seed of the weights and the batches.
         steps, batch_size: of AdamW.
-        horizon: steps that are added up in the loss; shorter episodes are left out.
+        horizon: steps that are added up in the loss, fewer if all episodes are shorter; others are left out.
 
     Returns:
         The model, in eval mode, on the CPU.
 
     Raises:
-        ValueError: no episode is longer than the horizon.
+        ValueError: no episode has three steps.
     """
+    horizon = min(horizon, max(map(len, episodes), default=0) - 2)
+    if horizon < 1:
+        raise ValueError("no episode has three steps: too short to learn how the robot moves")
     long_enough = [e for e in episodes if len(e) > horizon + 1]
-    if not long_enough:
-        raise ValueError(f"no episode is longer than {horizon + 1} steps: too short to learn how the robot moves")
     torch.manual_seed(seed_of("proprio model", seed))
     model = ProprioModel(long_enough[0].proprio.shape[1], long_enough[0].actions.shape[1])
     motions = np.concatenate([np.diff(e.proprio, axis=0) for e in long_enough])
@@ -110,7 +111,7 @@ def fit_proprio_model(
         actions = torch.from_numpy(np.stack([long_enough[i].actions[t : t + horizon] for i, t in rows]))
         # a quarter starts without the last motion, as where it is not known
         motion = (proprio[:, 1] - proprio[:, 0]) * torch.from_numpy(rng.random((batch_size, 1)) > 0.25)
-        predicted, _ = model.rollout(proprio[:, 1], motion, actions)
+        predicted, _ = model.rollout(RobotState(proprio[:, 1], motion), actions)
         loss = F.smooth_l1_loss(predicted / model.motion_std, proprio[:, 2:] / model.motion_std)
         optimizer.zero_grad()
         loss.backward()

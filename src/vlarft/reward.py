@@ -124,6 +124,7 @@ class ImageScorer:
             greedy=self.imagination == "greedy",
             common_random_numbers=self.imagination == "common",
             generator=generator,
+            robot=batch.robot,
             part=self.part,
         ).frames
         if self.reference == "imagined":
@@ -159,7 +160,8 @@ def make_scorer(
     if world_model is None:
         raise ValueError(f"reward {kind} plays actions inside a world model; give one, or choose reward r1")
     if kind == "divergence":
-        return lambda batch, actions, generator=None: -world_model.divergence(batch.frames, actions, batch.intended)
+        measure = world_model.divergence
+        return lambda batch, actions, _=None: -measure(batch.frames, actions, batch.intended, batch.robot)
     reference = {"r2": "recorded", "r3": "imagined"}[kind]
     return ImageScorer(world_model, perceptual, imagination, reference, part)
 
@@ -169,34 +171,37 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop:
 
     Args:
         policy, world_model: the two.
-        closed_loop: something predicts the robot's pose, so that poses may drive the world model.
+        closed_loop: the policy acts in the world model, and reads the proprio that it predicts.
 
     Raises:
-        ValueError: another chunk length, action dim or action range (the message names both values), a policy whose
-            normaliser was never fitted, or a world model that poses drive where only actions are known.
+        ValueError: another chunk length, number of dimensions or action range (the message names both values), a policy
+            whose normaliser was never fitted, or a world model for a closed loop that predicts no proprio.
     """
     advice = "train both on the same demonstrations with the same settings"
-    if not policy.normalizer.fitted:
+    ours, cfg = policy.normalizer, world_model.cfg
+    if not ours.fitted:
         raise ValueError(
             "the policy's normaliser was never fitted: its actions have no units; train it with train_sft.py"
         )
-    if world_model.cfg.pose_dims and not closed_loop:
+    if closed_loop and not cfg.proprio_dim:
         raise ValueError(
-            "poses drive the world model, here only actions are known: train one without --pose-dims (this one is for "
-            "train_rl.py and eval_libero.py --plan)"
+            "the world model does not predict the robot's proprio, which the policy reads: it is of an older version "
+            "or of the public code; train one with train_wm.py"
         )
-    ours, cfg = policy.normalizer, world_model.cfg
-    sizes = [("chunk length", policy.cfg.flow.chunk, cfg.chunk)]
-    if cfg.pose_dims:  # the pose is a part of the proprio
+    sizes = [
+        ("chunk length", policy.cfg.flow.chunk, cfg.chunk),
+        ("action dim", policy.cfg.flow.action_dim, cfg.action_dim),
+    ]
+    if cfg.proprio_dim:
+        sizes.append(("proprio dim", policy.cfg.flow.proprio_dim, cfg.proprio_dim))
+    if cfg.pose_dims:
         sizes.append(("gripper dimensions", ours.gripper_dims, cfg.gripper_dims))
-        what, motion = "proprio", torch.arange(cfg.pose_dims)
-        low, high = ours.proprio_low[: cfg.pose_dims], ours.proprio_high[: cfg.pose_dims]
-    else:
-        sizes.append(("action dim", policy.cfg.flow.action_dim, cfg.action_dim))
-        what, motion, low, high = "action", ours.motion, ours.action_low, ours.action_high
     for name, in_policy, in_model in sizes:
         if in_policy != in_model:
             raise ValueError(f"{name}: the policy has {in_policy}, the world model has {in_model}; {advice}")
+    if cfg.pose_dims:  # poses say nothing about the range of actions
+        return
+    low, high, motion = ours.action_low, ours.action_high, ours.motion
     wm_low, wm_high = world_model.action_bins.low[motion], world_model.action_bins.high[motion]  # (A - G,)
     # quantiles of intended actions lie inside the range of the executed ones, up to the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3
@@ -204,6 +209,6 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop:
     if outside:
         i = outside[0]
         raise ValueError(
-            f"{what} ranges differ: in dimension {motion[i]} the policy has [{low[i]:.3g}, {high[i]:.3g}], the world "
+            f"action ranges differ: in dimension {motion[i]} the policy emits [{low[i]:.3g}, {high[i]:.3g}], the world "
             f"model was trained on [{wm_low[i]:.3g}, {wm_high[i]:.3g}]; {advice}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.data.episodes import Episode
+from vlarft.data.episode import Episode, RobotState
 from vlarft.data.windows import Batch
 from vlarft.metrics import PerceptualDistance
 from vlarft.normalizer import Normalizer
@@ -167,6 +167,9 @@ def evaluate_sensitivity(
     """
     device = next(model.parameters()).device
     low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
+    if model.cfg.pose_dims:  # these are the ranges of poses
+        recorded = torch.from_numpy(np.concatenate([e.actions for e in episodes]))
+        low, high = recorded.amin(0), recorded.amax(0)
     noise, grippers = generator("cpu", "perturbations", seed), episodes[0].grippers
     chunks, labels = perturb(batch.actions, how, low, high, half_range(episodes), noise, grippers)
     scores: dict[str, list[Tensor]] = {}
@@ -181,6 +184,7 @@ def evaluate_sensitivity(
                     batch.context_frame[part].to(device),
                     chunks[part].to(device),
                     first_frame=frames[:, 0],
+                    robot=RobotState(*(v[part].to(device) for v in batch.robot)),
                     temperature=temperature,
                     top_p=top_p,
                     generator=generator(device, "imagination", seed, i),

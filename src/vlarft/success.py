@@ -3,8 +3,7 @@
 Closed-loop reinforcement learning in imagination has no simulator to ask for the outcome. This network looks at a frame
 and at the episode's first frame, which says what "the left block" was, and gives a probability of success and a
 progress. An episode has succeeded once the probability has stayed above a threshold for some frames: a single frame
-with a high value among a hundred is a likely mistake. The file also holds the other thing that an imagination lacks,
-the robot's proprio after each action (proprio_model.py).
+with a high value among a hundred is a likely mistake.
 
 Shapes: B frames or episodes, L frames of an episode, C colours, H, W pixels.
 """
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from vlarft.data.convention import check_same_images
 from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
-from vlarft.policy import VLAPolicy
-from vlarft.proprio_model import ProprioModel
 from vlarft.run.checkpoint import file_digest, load_model, model_digest, read_header
 from vlarft.run.hub_model import HubModel
 
@@ -45,8 +42,6 @@ class SuccessConfig:
         )
     )
     hidden: int = 256
-    proprio_dim: int = 8
-    action_dim: int = 7
     threshold: float = 0.5  # training chooses it on held-out episodes
     hold: int = 3  # frames in a row above the threshold that make a success
 
@@ -81,8 +76,7 @@ class Judgement(NamedTuple):
 
 
 class SuccessModel(HubModel, nn.Module):
-    """Convolutional encoder of a frame and the episode's first frame, modulated by the instruction, and two outputs;
-    and the robot's proprio model.
+    """Convolutional encoder of a frame and the episode's first frame, modulated by the instruction, and two outputs.
 
     Args:
         cfg: sizes.
@@ -95,8 +89,6 @@ class SuccessModel(HubModel, nn.Module):
         self.encoder = ConvEncoder(cfg.encoder)
         size = cfg.encoder.num_keypoints * cfg.encoder.width
         self.outputs = nn.Sequential(nn.Linear(size, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, 2))
-        self.robot = ProprioModel(cfg.proprio_dim, cfg.action_dim)  # fitted on its own, `fit_proprio_model`
-        self.robot.requires_grad_(False)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "SuccessModel":
@@ -300,21 +292,6 @@ def longest_held(success: Tensor, hold: int) -> Tensor:
     if len(success) < hold:
         return success.new_zeros(())
     return success.unfold(0, hold, 1).min(-1).values.max()
-
-
-def check_same_proprio(policy: VLAPolicy, judge: SuccessModel) -> None:
-    """Check that a success model predicts the proprio that a policy reads, from its actions.
-
-    Raises:
-        ValueError: another number of dimensions; the message names both.
-    """
-    flow, cfg = policy.cfg.flow, judge.cfg
-    ours, theirs = (flow.proprio_dim, flow.action_dim), (cfg.proprio_dim, cfg.action_dim)
-    if ours != theirs:
-        raise ValueError(
-            f"the policy has {ours[0]} proprio and {ours[1]} action dimensions, the success model {theirs[0]} and "
-            f"{theirs[1]}: train both on the same demonstrations"
-        )
 
 
 def check_judge(

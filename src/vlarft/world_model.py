@@ -9,11 +9,13 @@ the transformer once per start; the G action chunks of a start share that part o
 rollout may go on for any number of chunks: an imagination keeps its context, and the tokens of a chunk's last frame are
 the dyn(f0) of the next.
 
-Actions are raw environment actions everywhere in this file; their ranges and bins are part of the model. A model may
-instead be driven by where the robot goes (`pose_dims`): then `actions` are what `WorldModel.controls` makes of them.
+Actions are raw environment actions everywhere in this file. Beyond the paper, a model may be driven by where they lead
+(`pose_dims`): a small network predicts the robot's state after each, and its pose is what stands in the sequence.
+`WorldModel.controls` makes what stands there, whose ranges and bins are part of the model.
 
 Shapes: S starts, G group members per start, B rows (B = S * G in a rollout), T actions, L = T + 1 frames, A action dim,
-Nc context tokens, Nf tokens of a frame, N tokens, D width, V future codes.
+P proprio dim, C controls (A, or pose and grippers), Nc context tokens, Nf tokens of a frame, N tokens, D width, V
+future codes.
 """
 
 import functools
@@ -27,9 +29,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.action_bins import ActionBins
+from vlarft.data.episode import RobotState
 from vlarft.nets.kv_cache import Cache, KVCache, StaticKVCache
 from vlarft.nets.static_decoding import StaticDecoding
 from vlarft.nets.transformer import Decoder, TransformerConfig
+from vlarft.proprio_model import ProprioModel
 from vlarft.run.checkpoint import load_model
 from vlarft.run.hub_model import HubModel
 from vlarft.run.memory import rows_at_once
@@ -47,7 +51,7 @@ class WorldModelConfig:
         tokenizer: sizes of the frozen tokenizer.
         transformer: sizes of the decoder.
         chunk: actions T of a segment.
-        action_dim: action dimensions A, one token each.
+        action_dim: action dimensions A.
         action_bins: bins per dimension; all dimensions share their ids.
         loss_on_actions: also predict the action tokens, as the public code does; the paper's Eq. (3) does not.
         future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
@@ -57,9 +61,10 @@ class WorldModelConfig:
         factored_tokens: add to each token's row, in the embedding and in the head, a learned linear function of what
             the token stands for: the digits of an FSQ code, the value of an action bin. What is learned for one token
             then carries over to similar ones. Off in the paper; made for short trainings.
-        pose_dims: what drives the frames. 0, the paper: actions. Else this many leading dimensions of the proprio that
-            follows an action, the hand's pose, and the action's gripper commands; `action_dim` counts both. Actions
-            have to be added up to know where the hand is; a pose says it (Ctrl-World).
+        proprio_dim: dimensions P of the robot's state, which the model then predicts beside the frames; 0: it does not.
+        pose_dims: what drives the frames, one token per dimension. 0, the paper: the action. Else this many leading
+            dimensions of the proprio that follows it, the hand's pose, and its gripper commands. Actions have to be
+            added up to know where the hand is; a pose says it (Ctrl-World).
         gripper_dims: with `pose_dims`, the gripper commands' dimensions in raw actions.
     """
 
@@ -72,22 +77,25 @@ class WorldModelConfig:
     future_codes_only: bool = False
     slot_embedding: bool = False
     factored_tokens: bool = False
+    proprio_dim: int = 0
     pose_dims: int = 0
     gripper_dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.pose_dims and self.action_dim != self.pose_dims + len(self.gripper_dims):
-            raise ValueError(
-                f"action_dim {self.action_dim} must be pose_dims {self.pose_dims} and the {len(self.gripper_dims)} "
-                "gripper_dims together"
-            )
+        if self.pose_dims > self.proprio_dim:
+            raise ValueError(f"pose_dims {self.pose_dims}: the proprio has {self.proprio_dim} dimensions")
         if self.future_codes_only and self.loss_on_actions:
             raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
     @property
     def layout(self) -> TokenLayout:
         """Ids and positions of a segment's tokens."""
-        return TokenLayout(self.tokenizer, self.action_dim, self.action_bins, self.loss_on_actions)
+        return TokenLayout(self.tokenizer, self.control_dim, self.action_bins, self.loss_on_actions)
+
+    @property
+    def control_dim(self) -> int:
+        """Tokens C that stand for an action."""
+        return self.pose_dims + len(self.gripper_dims) if self.pose_dims else self.action_dim
 
 
 class State(NamedTuple):
@@ -96,11 +104,13 @@ class State(NamedTuple):
     context: of the S starts.
     cache: keys and values of the context's tokens, one row per start; every chunk begins with them.
     tokens: (S, G, Nf) int64, of each member's latest frame, which is the first frame of the next chunk.
+    robot: (S, G, P), at that frame; None if it is not known, or if the model does not predict it.
     """
 
     context: Context
     cache: KVCache
     tokens: Tensor
+    robot: RobotState | None = None
 
 
 class Rollout(NamedTuple):
@@ -124,7 +134,7 @@ class Tables(NamedTuple):
 class ClosedLoop(NamedTuple):
     """Frame-by-frame imagination of S starts.
 
-    state: at the last border of chunks.
+    state: at the last border of chunks, but for the robot, which is at the latest frame.
     cache: of the running chunk, whose number of frames is `step`.
     pending: (S, n) ids that the cache does not hold yet.
     """
@@ -154,7 +164,7 @@ class WorldModel(HubModel, nn.Module):
                 f"transformer.max_positions={cfg.transformer.max_positions}"
             )
         self.tokenizer = FrameTokenizer(cfg.tokenizer)
-        self.action_bins = ActionBins(cfg.action_dim, cfg.action_bins)
+        self.action_bins = ActionBins(cfg.control_dim, cfg.action_bins)
         self.embed_tokens = nn.Embedding(self.layout.vocab_size, cfg.transformer.width)
         self.decoder = Decoder(cfg.transformer)
         self.lm_head = nn.Linear(cfg.transformer.width, self.layout.vocab_size, bias=False)
@@ -170,6 +180,7 @@ class WorldModel(HubModel, nn.Module):
             self.head_values = nn.Linear(num_values, cfg.transformer.width, bias=False)
             nn.init.normal_(self.embed_values.weight, std=cfg.transformer.init_std)
             nn.init.normal_(self.head_values.weight, std=cfg.transformer.init_std)
+        self.robot = ProprioModel(cfg.proprio_dim, cfg.action_dim).requires_grad_(False) if cfg.proprio_dim else None
         self.tokenizer.requires_grad_(False)
         self.tokenizer.eval()
         self._closed_loop: ClosedLoop | None = None
@@ -185,7 +196,8 @@ class WorldModel(HubModel, nn.Module):
 
         The networks that tokenise the starts stay in float32: they run once per start, and their tokens stay the same.
         """
-        imagining = [module for name, module in self.named_children() if name not in ("tokenizer", "action_bins")]
+        precise = "tokenizer", "action_bins", "robot"
+        imagining = [module for name, module in self.named_children() if name not in precise]
         for module in (*imagining, self.tokenizer.cond_decoder, self.tokenizer.post_quant_linear):
             module.to(torch.bfloat16)
         if self.cfg.factored_tokens:
@@ -235,19 +247,53 @@ class WorldModel(HubModel, nn.Module):
         self.tokenizer.eval()
         return self
 
-    def controls(self, actions: Tensor, proprio: Tensor) -> Tensor:
-        """Make what `rollout` takes as actions: the raw actions, or what they led to if poses drive the model.
+    def controls(self, actions: Tensor, proprio_after: Tensor) -> Tensor:
+        """Make what drives the frames: the actions, or where they led.
 
         Args:
             actions: (..., A) raw.
-            proprio: (..., P) raw, after each action.
+            proprio_after: (..., P) raw, after each action.
 
         Returns:
-            (..., `action_dim`).
+            (..., C).
         """
         if not self.cfg.pose_dims:
             return actions
-        return torch.cat([proprio[..., : self.cfg.pose_dims], actions[..., list(self.cfg.gripper_dims)]], dim=-1)
+        pose, grippers = proprio_after[..., : self.cfg.pose_dims], actions[..., list(self.cfg.gripper_dims)]
+        return torch.cat([pose, grippers], dim=-1)
+
+    def _move(
+        self, robot: RobotState | None, actions: Tensor, proprio_after: Tensor | None = None
+    ) -> tuple[Tensor, RobotState | None]:
+        """Predict where the robot goes, and make what drives the frames.
+
+        Args:
+            robot: (S, 1 or G, P), None = not known.
+            actions: (S, G, T, A) raw.
+            proprio_after: (S, G, T, P), recorded; None = predict it.
+
+        Returns:
+            Controls (S, G, T, C), and the robot after the actions, (S, G, P).
+
+        Raises:
+            ValueError: poses drive the model, and nothing says where the robot is.
+        """
+        if proprio_after is not None:
+            before = torch.cat([proprio_after[:, :, -1:], proprio_after], dim=2)[:, :, -2]  # of one action: no motion
+            after = RobotState(proprio_after[:, :, -1], proprio_after[:, :, -1] - before)
+            return self.controls(actions, proprio_after), after if self.robot else None
+        if robot is None or self.robot is None:
+            if self.cfg.pose_dims:
+                raise ValueError(
+                    "poses drive this world model: give the robot's state at the first frame, "
+                    "robot=RobotState(proprio, motion)"
+                )
+            return actions, None
+        start = RobotState(*(part.expand(-1, actions.shape[1], -1).flatten(0, 1) for part in robot))
+        with torch.autocast(actions.device.type, enabled=False):
+            proprio, end = self.robot.rollout(start, actions.float().flatten(0, 1))
+        end = RobotState(*(part.unflatten(0, actions.shape[:2]) for part in end))
+        return self.controls(actions, proprio.unflatten(0, actions.shape[:2])), end
 
     @torch.no_grad()
     def tokenize(self, frames: Tensor, context_frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -270,7 +316,7 @@ class WorldModel(HubModel, nn.Module):
 
         Args:
             frames: (B, T + 1, C, H, W) in [0, 1].
-            actions: (B, T, A) raw, between the frames.
+            actions: (B, T, C), see `controls`, between the frames.
             context_frame: (B, C, H, W); None = the first frames.
 
         Returns:
@@ -286,7 +332,7 @@ class WorldModel(HubModel, nn.Module):
         Args:
             context_tokens: (B, Nc).
             future_tokens: (B, T + 1, Nf).
-            actions: (B, T, A) raw.
+            actions: (B, T, C), see `controls`.
             stale: (B, T + 1) bool, frames whose tokens are replaced by those of frame 0 in the input, not in the
                 targets; None = none. Where a step moves little, copying the last frame is nearly right, and training
                 learns to use the actions late; with stale frames the model has to add their motion up.
@@ -323,12 +369,13 @@ class WorldModel(HubModel, nn.Module):
         return loss, metrics
 
     @torch.no_grad()
-    def begin(self, context_frame: Tensor, first_frame: Tensor | None = None) -> State:
+    def begin(self, context_frame: Tensor, first_frame: Tensor | None = None, robot: RobotState | None = None) -> State:
         """Tokenise the starts of imaginations and run their contexts through the transformer.
 
         Args:
             context_frame: (S, C, H, W) in [0, 1], the context of all frames to come.
             first_frame: (S, C, H, W), frame 0 if it is not the context frame.
+            robot: (S, P), at frame 0; needed if poses drive the model.
 
         Returns:
             The state before the first action, with one member per start; `rollout` takes it with any number.
@@ -338,7 +385,8 @@ class WorldModel(HubModel, nn.Module):
         tokens = self.tokenizer.encode_future(first[:, None], context)  # (S, 1, Nf)
         cache = KVCache(len(context_frame), self.layout.context_length)
         self.decoder(self.embed(self.layout.context_ids(context.tokens), self.tables()), cache)
-        return State(context, cache, tokens)
+        robot = None if robot is None or self.robot is None else RobotState(*(part[:, None] for part in robot))
+        return State(context, cache, tokens, robot)
 
     @torch.no_grad()
     def rollout(
@@ -353,6 +401,8 @@ class WorldModel(HubModel, nn.Module):
         generator: torch.Generator | None = None,
         common_random_numbers: bool = False,
         first_frame: Tensor | None = None,
+        robot: RobotState | None = None,
+        proprio_after: Tensor | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> Rollout:
         """Imagine the frames that follow each of G sequences of actions from each of S starts, Eq. (2) and (10).
@@ -369,21 +419,38 @@ class WorldModel(HubModel, nn.Module):
             generator: source of the random numbers; the same seed gives the same rollout and, with common random
                 numbers, the same numbers for any G.
             first_frame: (S, C, H, W), frame 0 if it is not the context frame.
+            robot: (S, P), at frame 0; needed if poses drive the model.
+            proprio_after: (S, G, T, P), raw, after each action; None = predict it from `robot`.
             part: see `Sampling`.
 
         Returns:
             Tokens and frames of steps 1..T, and the state after them.
 
         Raises:
-            ValueError: actions of another shape than the start asks for, or none; a first frame beside a state.
+            ValueError: actions of another shape than the start asks for, or none; a first frame or a robot beside a
+                state; poses drive the model, and nothing says where the robot is.
         """
-        if isinstance(start, State) and first_frame is not None:
-            raise ValueError("a state has its first frame already: give first_frame with a context frame only")
-        state = start if isinstance(start, State) else self.begin(start, first_frame)
+        if isinstance(start, State) and (first_frame is not None or robot is not None):
+            raise ValueError("a state has first frame and robot already: give them with a context frame only")
+        state = start if isinstance(start, State) else self.begin(start, first_frame, robot)
+        self._check_actions(state, actions, self.cfg.action_dim)
+        controls, robot = self._move(state.robot, actions, proprio_after)
         sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
-        tokens = self.rollout_tokens(state, actions, sampling, generator)
+        tokens = self.rollout_tokens(state, controls, sampling, generator)
         frames = self.tokenizer.decode(tokens, state.context)
-        return Rollout(tokens, frames, state._replace(tokens=tokens[:, :, -1]))
+        return Rollout(tokens, frames, state._replace(tokens=tokens[:, :, -1], robot=robot))
+
+    def _check_actions(self, state: State, actions: Tensor, width: int) -> None:
+        """Raise a ValueError if these are no actions (S, G, T, `width`) of the state's starts."""
+        starts, members = state.tokens.shape[:2]
+        given = actions.shape
+        if actions.ndim != 4 or (given[0], given[3]) != (starts, width) or not given[2]:
+            raise ValueError(
+                f"expected actions (S, G, T, {width}) with S = {starts} starts and T > 0, got "
+                f"shape {tuple(given)}; add a group axis of 1 for single rollouts"
+            )
+        if members not in (1, given[1]):
+            raise ValueError(f"the state has {members} members per start, the actions have {given[1]}")
 
     @torch.no_grad()
     def rollout_tokens(
@@ -396,21 +463,14 @@ class WorldModel(HubModel, nn.Module):
     ) -> Tensor:
         """Sample the tokens of a rollout: (S, G, T, Nf).
 
-        Arguments and errors as in `rollout`.
+        Arguments and errors as in `rollout`, but for the actions.
 
         Args:
+            actions: (S, G, T, C), see `controls`.
             static: decode with `StaticDecoding`, which keeps its memory and its CUDA graphs for the next rollout of the
                 same sizes; the parameters must stay at their addresses. None = for a frozen model on a GPU.
         """
-        starts, members = state.tokens.shape[:2]
-        given = actions.shape
-        if actions.ndim != 4 or (given[0], given[3]) != (starts, self.cfg.action_dim) or not given[2]:
-            raise ValueError(
-                f"expected actions (S, G, T, {self.cfg.action_dim}) with S = {starts} starts and T > 0, got "
-                f"shape {tuple(given)}; add a group axis of 1 for single rollouts"
-            )
-        if members not in (1, actions.shape[1]):
-            raise ValueError(f"the state has {members} members per start, the actions have {actions.shape[1]}")
+        self._check_actions(state, actions, self.cfg.control_dim)
         self.action_bins.warn_outside(actions)
         group_size, tables = actions.shape[1], self.tables()
         tokens = state.tokens.expand(-1, group_size, -1).flatten(0, 1)  # (B, Nf), frame 0
@@ -477,7 +537,7 @@ class WorldModel(HubModel, nn.Module):
         return self._static_decoding[1]
 
     @torch.no_grad()
-    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, frames: Tensor, actions: Tensor, reference: Tensor, robot: RobotState | None = None) -> Tensor:
         """Measure how much each of G action chunks changes the model's predictions, compared with reference actions.
 
         The Kullback-Leibler divergence KL(reference || chunk) of the next-token distributions, summed over the tokens
@@ -489,12 +549,15 @@ class WorldModel(HubModel, nn.Module):
             frames: (S, T + 1, C, H, W) in [0, 1] of the demonstrations; the first is the start of all chunks.
             actions: (S, G, T, A) raw environment actions.
             reference: (S, T, A) raw.
+            robot: (S, P), at the first frame; needed if poses drive the model.
 
         Returns:
             (S, G, T) float32 [nats].
         """
         members, num_actions = actions.shape[1] + 1, actions.shape[2]
-        self.action_bins.warn_outside(actions)
+        robot = None if robot is None else RobotState(*(part[:, None] for part in robot))
+        controls, _ = self._move(robot, torch.cat([reference[:, None], actions], 1))  # (S, 1 + G, T, C)
+        self.action_bins.warn_outside(controls)
         tables = self.tables()
         head = tables.head[: self.layout.num_future_codes]
         before = self.layout.frame_positions(num_actions).flatten() - 1  # where the frames' tokens are predicted
@@ -502,9 +565,9 @@ class WorldModel(HubModel, nn.Module):
         values = 8 * self.cfg.transformer.width * self.layout.length(num_actions) + 4 * len(before) * len(head)
         at_once = rows_at_once(4 * values * members, frames.device)  # starts
         parts = []
-        for segment, chunks, base in zip(*(v.split(at_once) for v in (frames, actions, reference)), strict=True):
+        for segment, chunks in zip(frames.split(at_once), controls.split(at_once), strict=True):
             context, tokens = self.tokenize(segment)  # (n, Nc), (n, T + 1, Nf)
-            bins = self.action_bins.encode(torch.cat([base[:, None], chunks], 1)).flatten(0, 1)  # n * (1 + G) rows
+            bins = self.action_bins.encode(chunks).flatten(0, 1)  # n * (1 + G) rows
             ids = self.layout.sequence(*(v.repeat_interleave(members, 0) for v in (context, tokens)), bins)
             hidden = self.decoder(self.embed(ids[:, :-1], tables))[:, before]  # (n * (1 + G), T * Nf, D)
             log_prob = F.linear(hidden, head).float().log_softmax(-1).unflatten(0, (-1, members))
@@ -514,7 +577,11 @@ class WorldModel(HubModel, nn.Module):
 
     @torch.no_grad()
     def reset(
-        self, context_frame: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None
+        self,
+        context_frame: Tensor,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+        robot: RobotState | None = None,
     ) -> None:
         """Start frame-by-frame imagination, the same as `rollout` one action at a time.
 
@@ -522,8 +589,9 @@ class WorldModel(HubModel, nn.Module):
             context_frame: (S, C, H, W) in [0, 1].
             sampling: None = greedy.
             generator: source of the random numbers.
+            robot: (S, P), at that frame; needed if poses drive the model.
         """
-        state, tables = self.begin(context_frame), self.tables()
+        state, tables = self.begin(context_frame, robot=robot), self.tables()
         self._closed_loop = self._new_chunk(state, tables, sampling or Sampling(greedy=True), generator)
 
     def _new_chunk(
@@ -549,14 +617,16 @@ class WorldModel(HubModel, nn.Module):
         loop = self._closed_loop
         if loop is None:
             raise ValueError("step() needs a start: call reset(context_frame) first")
-        self.action_bins.warn_outside(action)
-        pending = torch.cat([loop.pending, self.layout.action_ids(self.action_bins.encode(action))], dim=1)
+        controls, robot = self._move(loop.state.robot, action[:, None, None])  # (S, 1, 1, C)
+        self.action_bins.warn_outside(controls)
+        state = loop.state._replace(robot=robot)
+        pending = torch.cat([loop.pending, self.layout.action_ids(self.action_bins.encode(controls[:, 0, 0]))], dim=1)
         tokens = self._sample_frame(loop.cache, pending, loop.tables, loop.sampling, 1, loop.generator)  # (S, Nf)
         if loop.step + 1 == self.cfg.chunk:
-            state = loop.state._replace(tokens=tokens[:, None])
+            state = state._replace(tokens=tokens[:, None])
             self._closed_loop = self._new_chunk(state, loop.tables, loop.sampling, loop.generator)
         else:
-            self._closed_loop = loop._replace(pending=tokens[:, -1:], step=loop.step + 1)
+            self._closed_loop = loop._replace(state=state, pending=tokens[:, -1:], step=loop.step + 1)
         return self.tokenizer.decode(tokens[:, None], loop.state.context)[:, 0]
 
     def _sample_frame(

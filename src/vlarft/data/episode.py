@@ -5,10 +5,11 @@ Shapes: T steps, H and W pixels, A action dim, P proprio dim, S simulator state 
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from vlarft.data.frames import Frames
 
@@ -77,33 +78,11 @@ class Episode:
         return out
 
 
-def pose_driven(episode: Episode, dims: int) -> Episode:
-    """Return an episode whose actions are where they led, for a world model that is driven by poses.
+class RobotState(NamedTuple):
+    """Where a robot is: its proprio (..., P), raw, and the last change of it, 0 where that is not known."""
 
-    Args:
-        episode: with raw actions.
-        dims: leading dimensions of the proprio that are the hand's pose, or the arm's joints; 0 changes nothing.
-
-    Returns:
-        Its actions are (T, dims + G): the pose after each one, which for the last was not recorded and is that before
-        it, and its G gripper commands.
-
-    Raises:
-        ValueError: the proprio has fewer dimensions.
-    """
-    if not dims:
-        return episode
-    if dims > episode.proprio.shape[1]:
-        raise ValueError(
-            f"{episode.name} has {episode.proprio.shape[1]} proprio dimensions, --pose-dims asks for {dims} that are "
-            "its pose"
-        )
-    pose = np.concatenate([episode.proprio[1:], episode.proprio[-1:]])[:, :dims]
-    rows = np.concatenate([pose, episode.actions[:, list(episode.grippers)]], axis=1).astype(np.float32)
-    grippers = tuple(range(dims, rows.shape[1]))
-    return replace(
-        episode, actions=rows, intended=rows, absolute=True, gripper_dims=grippers, held_dims=(), action_names=()
-    )
+    proprio: Tensor
+    motion: Tensor
 
 
 def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, RobotState
 from vlarft.data.frames import Frames
 from vlarft.run.random import generator, numpy_generator
 
@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     key_position: (B, min(3, P)) hand position [m] at the next change of the intended gripper command, or at the
         episode's end
     index: (B, 2) episode number and t
+    motion: (B, P) raw, what proprio has changed by since t-1; 0 at an episode's start
+    proprio_after: (B, T, P) raw, t+1 .. t+T; the last one recorded again beyond the episode's end
     """
 
     frames: Tensor
@@ -41,6 +43,13 @@ class Batch(NamedTuple):
     context_frame: Tensor
     key_position: Tensor
     index: Tensor
+    motion: Tensor
+    proprio_after: Tensor
+
+    @property
+    def robot(self) -> RobotState:
+        """Where the robots are at t."""
+        return RobotState(self.proprio, self.motion)
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors to a device."""
@@ -189,12 +198,14 @@ class WindowSampler:
         return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
 
     def _collate(self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-        actions, intended, proprio, keys = [], [], [], []
+        actions, intended, proprio, motion, after, keys = [], [], [], [], [], []
         for i, t in starts:
             episode = self.episodes[i]
             actions.append(_padded(episode.actions, t, self.chunk, episode.repeated))
             intended.append(_padded(episode.intended, t, self.chunk, episode.repeated))
             proprio.append(episode.proprio[t])
+            motion.append(episode.proprio[t] - episode.proprio[max(t - 1, 0)])
+            after.append(episode.proprio[np.minimum(np.arange(t + 1, t + 1 + self.chunk), len(episode) - 1)])
             keys.append(self.key_positions[i][t])
         frames, contexts = zip(*images)
         return Batch(
@@ -206,6 +217,8 @@ class WindowSampler:
             context_frame=_to_float(np.stack(contexts)),
             key_position=torch.from_numpy(np.stack(keys)),
             index=torch.from_numpy(np.asarray(starts)),
+            motion=torch.from_numpy(np.stack(motion)),
+            proprio_after=torch.from_numpy(np.stack(after)),
         )
 
 

@@ -231,7 +231,15 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
         cls: name of the model's class.
         stored: its configuration.
         where: the file, for the message.
+
+    Raises:
+        ValueError: a success model of an older version.
     """
+    if cls == "SuccessModel" and "proprio_dim" in stored:
+        raise ValueError(
+            f"{where} is of an older version, which kept the model of the robot's state; it is now a part of the world "
+            "model: train both again (train_wm.py, train_success.py)"
+        )
     if cls != "VLAPolicy":
         return dict(stored)
     flow = dict(stored["flow"])
