@@ -68,6 +68,7 @@ BEFORE = Arm(
 ARMS = {
     "before": BEFORE,
     "now": Arm(),
+    "poses drive the frames": Arm(model={"pose_dims": 6}),
     "context: the chunk's first frame": Arm(both={"context_lookback": 0}),
     "no composition": Arm(network={"compose": False}),
     "composition without a loss of its own for what it hides": Arm(generated_loss=False),
