@@ -33,6 +33,8 @@ Differences from the paper and its public code:
   work, see docs/world_model.md.
 """
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,6 +64,7 @@ from vlarft.tokenizer import FrameTokenizer
 from vlarft.world_model import PRESETS as SIZES
 from vlarft.world_model import WorldModel
 
+FINGERS = re.compile(r"finger|grip|grasp|claw", re.IGNORECASE)
 HalfAtMost = Annotated[float, Range(0, 0.5)]  # a mean of shares that are spread up to twice the mean
 
 
@@ -240,6 +243,29 @@ def controls(model: WorldModel, episodes: Sequence[Episode]) -> Tensor:
     return model.controls(*(torch.from_numpy(np.concatenate(column)) for column in columns))
 
 
+def check_pose(dims: int, episode: Episode) -> None:
+    """Check that the first `dims` of the proprio may be the pose, and the rest fingers.
+
+    Raises:
+        ValueError: there are fewer.
+
+    Warns if the rest has other names, or none and is not LIBERO's: position 3, axis-angle 3, fingers 2.
+    """
+    width, names = episode.proprio.shape[1], episode.proprio_names
+    if dims > width:
+        raise ValueError(f"--pose-dims {dims}: the proprio of {episode.name} has {width} dimensions")
+    rest = [name for name in names[dims:] if not FINGERS.search(name)]
+    if not names and dims < width and (dims, width) != (6, 8):
+        rest = [f"{i} of {width}" for i in range(dims, width)]
+    if rest:
+        warnings.warn(
+            f"--pose-dims {dims}: proprio dimensions {', '.join(rest)} are no part of the pose that drives the frames; "
+            "only fingers should be left out, which tell what is grasped before it shows: reorder them, give another "
+            "number, or 0 to drive frames by actions",
+            stacklevel=2,
+        )
+
+
 def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode]) -> WorldModel:
     """A world model with random weights around the tokenizer, fitted to ranges and robot of the episodes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
@@ -247,6 +273,7 @@ def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode
     own = {"action_dim": first.actions.shape[1], "proprio_dim": first.proprio.shape[1]}
     own |= {"factored_tokens": cfg.factored_tokens}
     if cfg.pose_dims:
+        check_pose(cfg.pose_dims, first)
         own |= {"pose_dims": cfg.pose_dims, "gripper_dims": first.grippers}
     model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())

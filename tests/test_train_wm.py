@@ -13,6 +13,7 @@ from conftest import files_of, interrupted, write_moving_square
 import train_tokenizer
 import train_wm
 from train_wm import PRESETS, load_tokenizer, main
+from vlarft.data.episode import Episode
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.run.checkpoint import load_model, load_train_state, read_header, save_model
 from vlarft.run.config import parse
@@ -172,6 +173,27 @@ def test_poses_are_those_after_the_actions(demos, tokenizer, tmp_path, monkeypat
     sampler = train_wm.WindowSampler(train_wm.load_split(replace(SMOKE, demos=(str(demos),)))[0], 9, 8, None)
     batch = sampler.batch(SMOKE.batch_size, SMOKE.seed, 0)
     assert torch.equal(given[0], torch.cat([batch.proprio_after, batch.actions[..., 6:]], -1))
+
+
+@pytest.mark.parametrize(
+    ("dims", "width", "names", "left_out"),
+    [
+        (6, 8, (), None),
+        (7, 7, (), None),
+        (6, 14, (), "6 of 14, 7 of 14"),
+        (7, 8, (), "7 of 8"),
+        (6, 8, ("x", "y", "z", "rx", "ry", "rz", "gripper", "Finger_2"), None),
+        (6, 8, ("j1", "j2", "j3", "j4", "j5", "j6", "j7", "gripper"), "j7 are no part"),
+    ],
+)
+def test_what_is_left_out_of_the_pose(dims, width, names, left_out, recwarn):
+    zeros = np.zeros((2, width), np.float32)
+    one = Episode("s/f/1", "push", np.zeros((2, 4, 4, 3), np.uint8), zeros, zeros, zeros, proprio_names=names)
+    train_wm.check_pose(dims, one)
+    told = [str(w.message) for w in recwarn]
+    assert len(told) == bool(left_out) and (not left_out or f"dimensions {left_out}" in told[0])
+    with pytest.raises(ValueError, match=f"--pose-dims 15: the proprio of s/f/1 has {width} dimensions"):
+        train_wm.check_pose(15, one)
 
 
 def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):
