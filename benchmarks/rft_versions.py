@@ -99,7 +99,8 @@ class Workload:
             proprio = torch.randn(rows, flow.proprio_dim)
             index, key = torch.zeros(rows, 2, dtype=torch.long), torch.zeros(rows, 3)
         instructions = [f"pick up block {i}" for i in range(rows)]
-        self.batch = Batch(frames, actions, actions, proprio, instructions, frames[:, 0], key, index)
+        motion, after = torch.zeros_like(proprio), proprio[:, None].expand(-1, actions.shape[1], -1)
+        self.batch = Batch(frames, actions, actions, proprio, instructions, frames[:, 0], key, index, motion, after)
 
     def in_bfloat16(self) -> "Workload":
         """Return the same step with its frozen networks in bfloat16."""
