@@ -398,6 +398,16 @@ def test_poses_drive_the_frames():
             call()
 
 
+def test_the_robot_stays_in_float32():
+    """A pose is known to a millimetre in half a metre, which bfloat16 would lose."""
+    model, robot = driven_by_poses()
+    assert all(p.dtype == torch.float32 for p in model.to_bfloat16().robot.parameters())
+    actions = torch.rand(2, 1, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = model.rollout(torch.rand(2, 3, 16, 16), actions, robot=robot)
+    assert torch.equal(rollout.state.robot.proprio[:, 0], model.robot.rollout(robot, actions[:, 0])[1].proprio)
+
+
 def test_divergence_of_poses():
     model, robot = driven_by_poses()
     frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 2, 3, 2) * 2 - 1
