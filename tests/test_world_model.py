@@ -392,6 +392,8 @@ def test_poses_drive_the_frames():
     model.reset(start, robot=robot)
     frames = torch.stack([model.step(actions[:, 0, t]) for t in range(8)], dim=1)
     assert_close(frames, whole.frames[:, 0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"proprio_after has shape \(2, 1, 8, 3\), expected .* with \(2, 2, 8\) first"):
+        model.rollout(start, actions, proprio_after=proprio[:, None])
     for call in (lambda: model.rollout(start, actions), lambda: model.step(actions[:, 0, 0])):
         model.reset(start)
         with pytest.raises(ValueError, match="poses drive this world model: give the robot's state at the first frame"):

@@ -186,7 +186,7 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop:
     if closed_loop and not cfg.proprio_dim:
         raise ValueError(
             "the world model does not predict the robot's proprio, which the policy reads: it is of an older version "
-            "or of the public code; train one with train_wm.py"
+            "or of the public code; train one from scratch with train_wm.py (a refresh, --init, does not add it)"
         )
     sizes = [
         ("chunk length", policy.cfg.flow.chunk, cfg.chunk),

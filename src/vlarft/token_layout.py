@@ -3,8 +3,9 @@
     ctx(c) | dyn(f0) a0 | dyn(f1) a1 | ... | dyn(fT)
 
 Here ctx(c) are the tokens of the context frame c, which is f0 or an earlier frame of the episode; dyn(f) the tokens of
-frame f relative to c; a an action's tokens. An imagined episode is a row of such sequences with the same ctx(c), each
-of which begins with the dyn that the one before ended with.
+frame f relative to c; a an action's tokens or, where poses drive the model, those of the pose that it leads to. An
+imagined episode is a row of such sequences with the same ctx(c), each of which begins with the dyn that the one before
+ended with.
 
 Shapes: S starts, B rows, T actions, A action dim, Nc context tokens, Nf tokens of a frame, N tokens.
 """
@@ -25,7 +26,7 @@ class TokenLayout:
 
     Args:
         tokenizer: sizes of the frame tokenizer.
-        action_dim: tokens A of an action, one per dimension.
+        action_dim: tokens A of what drives a frame, one per dimension of an action, or of a pose and its grippers.
         action_bins: bins per dimension.
         loss_on_actions: whether the loss also predicts the action tokens.
     """

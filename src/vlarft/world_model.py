@@ -149,7 +149,7 @@ class ClosedLoop(NamedTuple):
 
 
 class WorldModel(HubModel, nn.Module):
-    """Frozen tokenizer, action bins, embedding, decoder and head.
+    """Frozen tokenizer, action bins, embedding, decoder and head; and, with `proprio_dim`, the robot's state model.
 
     Raises:
         ValueError: a segment has more tokens than the transformer has positions.
@@ -276,9 +276,14 @@ class WorldModel(HubModel, nn.Module):
             Controls (S, G, T, C), and the robot after the actions, (S, G, P).
 
         Raises:
-            ValueError: poses drive the model, and nothing says where the robot is.
+            ValueError: poses drive the model, and nothing says where the robot is; or states of other steps.
         """
         if proprio_after is not None:
+            if proprio_after.shape[:3] != actions.shape[:3]:
+                raise ValueError(
+                    f"proprio_after has shape {tuple(proprio_after.shape)}, expected (S, G, T, P) with "
+                    f"{tuple(actions.shape[:3])} first, as the actions"
+                )
             before = torch.cat([proprio_after[:, :, -1:], proprio_after], dim=2)[:, :, -2]  # of one action: no motion
             after = RobotState(proprio_after[:, :, -1], proprio_after[:, :, -1] - before)
             return self.controls(actions, proprio_after), after if self.robot else None
