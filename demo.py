@@ -199,13 +199,15 @@ def stages(cfg: Config) -> list[Stage]:
 
     first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
     few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
-    simulator = {"world": "simulator", "workers": max(1, (os.cpu_count() or 1) // 2), **RL[cfg.stage_preset]}
+    simulator = {"world": "simulator", "workers": 0, **RL[cfg.stage_preset]}
     data, of_few = ({"split_seed": cfg.seed, "demos": folder} for folder in (demos, out / "few"))
     # a tenth of the peak: a restart at the peak would first undo what the first run learnt
     extra = {"init": model["sft"], "lr": 3e-4, **EXTRA[cfg.stage_preset]}
     rft = {"policy": model["sft"], "world_model": model["wm"], "gate_threshold": "none", **RFT[cfg.stage_preset]}
-    policies, films = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")]}, {"animate": 2, "animate_failed": 1}
-    few_policies = {"policies": [out / "sft_few", out / "rl"]}
+    # stages side by side use the cores: worker processes on top would cost more than they give
+    play, films = {"workers": 0, "batch_size": 50}, {"animate": 2, "animate_failed": 1}
+    policies = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")], **play}
+    few_policies = {"policies": [out / "sft_few", out / "rl"], **play}
     return [
         Stage("collect", ROOT / "collect_demos.py", {**first_start, "out_dir": demos}),
         Stage("few", ROOT / "collect_demos.py", few),

@@ -64,7 +64,7 @@ class Config:
     all_episodes: bool = opt(False, "use all episodes of --demos, which the world model must not have seen")
 
     world_model: str = opt("runs/wm", "world model: a run folder or its model.safetensors", group="model")
-    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 where the processor or GPU has it")
     greedy: bool = opt(False, "imagine greedily, not sampling, for the metrics of segments and episodes")
     temperature: Positive = opt(1.0, "temperature of sampled rollouts")
     top_p: ShareAbove0 = opt(0.8, "probability kept by nucleus sampling in sampled rollouts (public code)")

@@ -129,7 +129,7 @@ class Config:
     keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     async_save: bool = opt(False, "write checkpoints in a thread while training goes on")
     seed: Whole = opt(0, "seed of starts, chains and imagination")
-    precision: Precision = opt("bf16", "frozen networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "frozen networks; auto: bf16 where the processor or GPU has it")
     micro_starts: Rows | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
     compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
     frozen: distributed.Frozen = opt(
@@ -428,8 +428,7 @@ def main(
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
-    bins = world_model.action_bins if world_model else getattr(score_held_out, "bins", None)  # none: no gate
-    gated = cfg.gate_starts > 0 and bins is not None
+    gated = cfg.gate_starts > 0 and (world_model is not None or hasattr(score_held_out, "bins"))
     starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
@@ -457,7 +456,7 @@ def main(
         stream, seconds, measured = partial(generator, device), {}, {}
         with clock.paused():  # measurements do not count as training time
             if gated and step == 0:
-                measured |= trust_gate(score_held_out, policy, held_out, bins, cfg.seed, bf16=bf16)
+                measured |= trust_gate(score_held_out, policy, held_out, cfg.seed, bf16=bf16)
                 check_gate(measured, cfg.gate_threshold, cfg.reward)
             if step % cfg.save_interval == 0:
                 measured |= diagnosis()[0]

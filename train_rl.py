@@ -139,7 +139,7 @@ class Config:
     keep_interval: Count | None = opt(None, "steps between copies of the model that are kept; none: no copies")
     seed: Whole = opt(0, "seed of starts and chains")
     workers: Processes = opt(os.cpu_count() or 1, "worker processes of the simulator; 0 plays in this process")
-    precision: Precision = opt("bf16", "frozen networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "frozen networks; auto: bf16 where the processor or GPU has it")
     micro_chunks: Rows = opt(64, "chunks per backward pass, to bound memory")
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ class Config:
     warmup: Whole = opt(0, "steps of linear warmup")
     schedule: Decay = opt("constant", "learning rate after the warmup")
     clip_norm: Positive = opt(1.0, "largest gradient norm")
-    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 where the processor or GPU has it")
     ema: ShareBelow1 | None = opt(None, "decay of the averaged weights that are exported; none: no average")
     objective: SupervisedObjective = opt(
         "matching", "Eq. (4), or L1 error of the chunk made from x_0 (not in the paper)"
@@ -147,7 +147,7 @@ TINY = Config(
     key_weight=1.0,
     ema=0.99,
     lora_rank=None,
-    precision="fp32",
+    precision="auto",
     augment="light",
     validation_interval=200,
     save_interval=200,
@@ -172,6 +172,7 @@ PRESETS = {
     "smoke": replace(
         TINY,
         size="smoke",
+        precision="fp32",
         steps=4,
         batch_size=4,
         key_batch=4,

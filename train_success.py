@@ -93,7 +93,7 @@ class Config:
     warmup: Whole = opt(100, "steps of linear warmup")
     schedule: Decay = opt("cosine", "learning rate after the warmup")
     clip_norm: Positive = opt(1.0, "largest gradient norm")
-    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 where the processor or GPU has it")
 
     false_successes: ShareBelow1 = opt(
         0.02, "largest share of held-out failures that the threshold may judge a success", group="evaluation"
@@ -112,7 +112,7 @@ class Config:
 
 
 TINY = Config(
-    size="tiny", steps=1000, validation_interval=500, save_interval=500, precision="fp32", frames=24,
+    size="tiny", steps=1000, validation_interval=500, save_interval=500, precision="auto", frames=24,
     positive=8, margin=4,  # Tabletop's recordings go on for eight steps after the success
 )  # fmt: skip
 PRESETS = {
@@ -120,7 +120,15 @@ PRESETS = {
     "small": Config(steps=5000),
     "tiny": TINY,
     "smoke": replace(
-        TINY, size="smoke", steps=20, validation_interval=10, save_interval=10, batch_size=8, frames=4, warmup=2
+        TINY,
+        size="smoke",
+        precision="fp32",
+        steps=20,
+        validation_interval=10,
+        save_interval=10,
+        batch_size=8,
+        frames=4,
+        warmup=2,
     ),
 }
 

@@ -114,7 +114,7 @@ class Config:
     warmup: Whole = opt(5000, "steps of linear warmup (public recipe)")
     beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment (public recipe)")
     clip_norm: Positive = opt(1.0, "largest gradient norm (public recipe)")
-    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 where the processor or GPU has it")
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance beside L1")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     weighting: Literal["uniform", "small_objects"] = opt(
@@ -165,7 +165,7 @@ TINY = Config(
     weighting="small_objects",
     augment="none",
     gan_start=None,
-    precision="fp32",
+    precision="auto",
     validation_fraction=0.05,
     validation_interval=1000,
     validation_segments=64,
@@ -176,7 +176,14 @@ PRESETS = {
     "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
     "tiny": TINY,
     "smoke": replace(
-        TINY, size="smoke", batch_size=4, steps=20, warmup=2, validation_interval=10, validation_segments=8
+        TINY,
+        size="smoke",
+        precision="fp32",
+        batch_size=4,
+        steps=20,
+        warmup=2,
+        validation_interval=10,
+        validation_segments=8,
     ),
 }
 

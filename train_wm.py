@@ -87,7 +87,7 @@ class Config:
     pose_dims: Whole = opt(
         0,
         "drive frames by this many leading proprio dimensions after each action, the hand's pose, and its gripper "
-        "commands; 0: by actions, the paper's; with --init as there",
+        "commands; 0: by actions, the paper's; of a world model from scratch",
     )
     factored_tokens: bool = opt(False, "add to token embeddings a part that is linear in FSQ digits and action values")
 
@@ -101,7 +101,7 @@ class Config:
     schedule: Decay = opt("constant", "learning rate after the warmup (public code: constant)")
     beta2: ShareBelow1 = opt(0.999, "decay of AdamW's second moment")
     clip_norm: Positive = opt(1.0, "largest gradient norm (public code)")
-    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 on a GPU or with AMX, else fp32")
+    precision: Precision = opt("bf16", "autocast of the networks; auto: bf16 where the processor or GPU has it")
     robot_steps: Count = opt(1500, "steps of the small model of the robot's state, fitted before")
     stale: HalfAtMost = opt(
         0.0, "mean share of input frames that show the first frame instead, at most 0.5 (docs/world_model.md)"
@@ -126,15 +126,16 @@ class Config:
 TINY = Config(
     size="tiny",
     factored_tokens=True,
+    pose_dims=6,
     context_lookback=None,
     batch_size=4,
-    steps=4000,
+    steps=2000,
     lr=2e-3,
     warmup=50,
     schedule="cosine",
     beta2=0.98,
     stale=0.4,
-    precision="fp32",
+    precision="auto",
     validation_fraction=0.05,
     validation_interval=2000,
     validation_segments=128,
@@ -144,11 +145,14 @@ TINY = Config(
 PRESETS = {
     "paper": Config(),
     "robot": Config(steps=24_000),  # the real robot's (A.5), batches of 16
-    "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, lr=3e-4, warmup=1000),
+    "small": Config(
+        size="small", pose_dims=6, context_lookback=None, batch_size=32, steps=50_000, lr=3e-4, warmup=1000
+    ),
     "tiny": TINY,
     "smoke": replace(
         TINY,
         size="smoke",
+        precision="fp32",
         batch_size=4,
         steps=20,
         warmup=2,
@@ -253,7 +257,10 @@ def check_pose(dims: int, episode: Episode) -> None:
     """
     width, names = episode.proprio.shape[1], episode.proprio_names
     if dims > width:
-        raise ValueError(f"--pose-dims {dims}: the proprio of {episode.name} has {width} dimensions")
+        raise ValueError(
+            f"--pose-dims {dims}: the proprio of {episode.name} has {width} dimensions; give as many as its pose has, "
+            "or 0 to drive frames by actions"
+        )
     rest = [name for name in names[dims:] if not FINGERS.search(name)]
     if not names and dims < width and (dims, width) != (6, 8):
         rest = [f"{i} of {width}" for i in range(dims, width)]
@@ -298,7 +305,6 @@ def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldMo
     for what, found, expected in (
         ("action dimensions", model.cfg.action_dim, episodes[0].actions.shape[1]),
         ("actions per segment", model.cfg.chunk, SIZES[cfg.size].chunk),
-        ("pose dimensions", model.cfg.pose_dims, cfg.pose_dims or model.cfg.pose_dims),
     ):
         if found != expected:
             raise ValueError(f"--init {path} has {found} {what}, this run {expected}: train a new one, without --init")

@@ -91,7 +91,6 @@ def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
         parts.scorer(reward),
         parts.policy,
         parts.batch,
-        parts.model.action_bins,
         seed=0,
         true_reward=parts.true_reward,
         perturbed=Perturbations((NOISE,), draws=3, flips=0),

@@ -83,7 +83,7 @@ def world_model(cfg: Config, name: str) -> Path:
     steps, flags = WORLD_MODELS[name]
     words = ["--preset", cfg.stage_preset, "--demos", cfg.demos, "--tokenizer", arm(cfg.world_models, "tokenizer")]
     folder = Path(cfg.world_models) / name.replace(" ", "_")
-    return run_once(folder, "train_wm.py", *words, "--steps", steps, *flags) / "model.safetensors"
+    return run_once(folder, "train_wm.py", *words, "--pose-dims", 0, "--steps", steps, *flags) / "model.safetensors"
 
 
 def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, str]:

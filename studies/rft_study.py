@@ -129,7 +129,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
         return run_once(out_dir, *words) / "model.safetensors"
 
     tokenizer = trained(folder / "tokenizer", "train_tokenizer.py", *preset, *demos)
-    wm = ["train_wm.py", *preset, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps]
+    wm = ["train_wm.py", *preset, "--pose-dims", 0, "--tokenizer", tokenizer, "--steps", cfg.world_model_steps]
     world_models = dict.fromkeys(RFT_ARMS, trained(folder / "wm", *wm, *demos))
     if any(arm in EXPERTS_ONLY for arm in cfg.arms):
         of_experts = trained(folder / "demonstrations_only", *wm, *demos, "--experts-only")

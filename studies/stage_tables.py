@@ -157,7 +157,7 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
     return table(heads, rows)
 
 
-def imagination_gains_table(report: dict, better: str = "now", base: str = "before") -> str:
+def imagination_gains_table(report: dict, better: str, base: str) -> str:
     """Differences of two arms of imagination_study.py of one suite and seed each: means with intervals."""
     pairs = [
         (run, report["runs"][name.replace(f"/{better}/", f"/{base}/")])

@@ -74,7 +74,7 @@ COURSES = (
     *("RFT divergence, on-policy", "RFT divergence, on-policy, averaged", "RFT R1 per step"),
 )
 COLOUR = "colour errors weighed heavier †"  # the option is gone; commit c324b71 can repeat the runs
-POSES = "poses drive the frames"
+ACTIONS, POSES = "actions drive the frames", "poses drive the frames"
 EPISODES = {  # of failures.py: actions' noise of the experts, and the policy
     "runs/study_rough/tabletop_spatial/seed0": "rough",
     "runs/study/tabletop_spatial/seed0": "usual",
@@ -93,7 +93,7 @@ def grid() -> dict:
 def imagination_changes() -> list[str]:
     """Arms of imagination_study.py that change one thing, after the preset as it is."""
     names = dict.fromkeys(name.split("/")[1] for name in read("imagination")["runs"])
-    return ["now", *sorted(set(names) - {"now", "before", COLOUR, POSES})]
+    return [ACTIONS, *sorted(set(names) - {ACTIONS, "before", COLOUR, POSES})]
 
 
 def failure_labels() -> dict[str, str]:
@@ -158,9 +158,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft": lambda: stage.sft_table(read("sft")),
     "world model": lambda: stage.wm_table(read("world_model")),
     "world model, imagination": lambda: stage.imagination_table(read("world_model")),
-    "imagination": lambda: stage.imagination_arms_table(read("imagination"), ("before", "now", POSES, COLOUR)),
-    "imagination, gains": lambda: stage.imagination_gains_table(read("imagination")),
-    "imagination, poses": lambda: stage.imagination_gains_table(read("imagination"), POSES, "now"),
+    "imagination": lambda: stage.imagination_arms_table(read("imagination"), ("before", ACTIONS, POSES, COLOUR)),
+    "imagination, gains": lambda: stage.imagination_gains_table(read("imagination"), ACTIONS, "before"),
+    "imagination, poses": lambda: stage.imagination_gains_table(read("imagination"), POSES, ACTIONS),
     "imagination, changes": lambda: stage.imagination_arms_table(
         read("imagination"), imagination_changes(), "tabletop_object", "0"
     ),

@@ -116,7 +116,7 @@ def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
     true_reward, found = SimulatorReward(episodes), {}
     for imagination in ("greedy", "common", "sample"):
         score = ImageScorer(model, perceptual("ssim"), imagination)
-        values = trust_gate(score, policy, batch, model.action_bins, seed=0, true_reward=true_reward, **sizes)
+        values = trust_gate(score, policy, batch, seed=0, true_reward=true_reward, **sizes)
         found[imagination] = {k: v for k, v in values.items() if k.startswith("gate_policy")}
     write_json(measured, found)
     return found

@@ -178,6 +178,7 @@ def test_blocks_of_the_readme_run(smoke):
         "proprio": np.zeros(8, np.float32),
         "frames": torch.rand(1, 3, 64, 64),
         "chunks": torch.zeros(1, 2, 8, 7),
+        "states": torch.zeros(1, 8),
     }
     for block in blocks(readme, "python"):
         exec(block.replace('"runs/', f'"{smoke.folder}/runs/'), names)

@@ -47,7 +47,7 @@ def held_out(demos, policy_file):
 
 def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(policy, held_out, world_model_file):
     model = WorldModel.load(world_model_file)
-    ask = (policy, held_out, model.action_bins, 0)
+    ask = (policy, held_out, 0)
     found = trust_gate(make_scorer("r3", Oracle(model)), *ask, **SIZES)
     assert found["gate"] == min(found["gate_dataset"], found["gate_policy"])
     assert found["gate_dataset"] > 0.999 and found["gate_policy"] > 0.999 and found["gate_policy_pairs"] > 0.999
@@ -81,7 +81,7 @@ def test_true_error_decides_where_there_is_one(policy, held_out, world_model_fil
         return -error
 
     score = make_scorer("r3", Oracle(model))
-    found = trust_gate(score, policy, held_out, model.action_bins, 0, true_reward=true_reward, **SIZES)
+    found = trust_gate(score, policy, held_out, 0, true_reward=true_reward, **SIZES)
     assert found["gate_dataset_true"] > 0.999 and found["gate_policy"] > 0.999
     assert found["gate"] == found["gate_policy_true"] < -0.999
     with pytest.raises(
@@ -128,4 +128,4 @@ def test_the_run_stops_before_it_changes_anything(rft_config, world_model_file, 
 def test_too_few_chunks_have_no_ranking(changes, policy, held_out, world_model_file):
     model = WorldModel.load(world_model_file)
     with pytest.raises(ValueError, match=r"[12] (perturbed chunks|samples of the policy) per start; a ranking needs"):
-        trust_gate(make_scorer("r3", model), policy, held_out, model.action_bins, 0, **{**SIZES, **changes})
+        trust_gate(make_scorer("r3", model), policy, held_out, 0, **{**SIZES, **changes})

@@ -450,7 +450,7 @@ def test_the_world_model_learns_from_the_executed_actions(world, tmp_path, monke
     tokenized = watch(monkeypatch, WorldModel.tokenize, WorldModel)
     played = watch(monkeypatch, WorldModel.rollout, WorldModel)
     options = {"steps": 3, "validation_interval": 3, "validation_fraction": 0.2, "context_lookback": 2}
-    options |= {"warmup": 6, "schedule": "constant"}
+    options |= {"warmup": 6, "schedule": "constant", "pose_dims": 0}
     files = {"demos": (str(world.demos),), "tokenizer": str(world.tokenizer), "out_dir": str(tmp_path)}
     found = train_wm.main(replace(train_wm.PRESETS["smoke"], **files, **options))
     episodes = load_episodes(world.demos)
@@ -501,13 +501,12 @@ def held_out_starts(world: World, count: int = 4) -> Batch:
 def test_the_gate_scores_raw_chunks_near_the_demonstrations_and_of_the_policy(world):
     policy, batch, scored = VLAPolicy.load(world.policy), held_out_starts(world), []
     policy.add_sigma_net()
-    bins = WorldModel.load(world.world_model).action_bins
 
     def score(batch: Batch, actions: Tensor, generator: torch.Generator) -> Tensor:
         scored.append(actions)
         return -(actions - batch.intended[:, None]).abs().mean(-1)  # ranks as the action error does
 
-    found = gate.trust_gate(score, policy, batch, bins, 0)
+    found = gate.trust_gate(score, policy, batch, 0)
     assert found["gate"] == pytest.approx(1)
     (chunks,), intended = scored, of(load_episodes(world.demos), "intended")
     near, sampled = chunks[:, :9], chunks[:, 9:]

@@ -39,6 +39,7 @@ class Robot(NamedTuple):
     options: list[str]  # of the converter
     grippers: tuple[int, ...]
     repeated: list[int]  # dimensions that keep their last value beyond the end of an episode
+    pose_dims: int  # leading proprio dimensions that drive the world model's frames; 0: actions do
 
 
 def hand(t):
@@ -63,8 +64,8 @@ def base_with_arm(t):
 
 
 ROBOTS = {
-    "hand": Robot(FINGERS, FINGERS, hand, ["--absolute"], (), list(range(12))),
-    "base": Robot(BASE, ["speed", "theta.vel"], base, [], (), []),
+    "hand": Robot(FINGERS, FINGERS, hand, ["--absolute"], (), list(range(12)), 12),
+    "base": Robot(BASE, ["speed", "theta.vel"], base, [], (), [], 0),
     "lekiwi": Robot(
         [*ARM, *BASE],
         [*ARM, *BASE],
@@ -72,6 +73,7 @@ ROBOTS = {
         ["--gripper", "100", "0", "--gripper-dims", "5", "--held-dims", "0", "1", "2", "3", "4"],
         (5,),
         [0, 1, 2, 3, 4, 5],
+        0,
     ),
 }
 
@@ -152,7 +154,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, name):
 
     share = {"camera": "front", "validation_fraction": 0.25}
     run(train_tokenizer, "tokenizer", **share)
-    run(train_wm, "wm", tokenizer=str(runs / "tokenizer"), **share)
+    run(train_wm, "wm", tokenizer=str(runs / "tokenizer"), pose_dims=robot.pose_dims, **share)
     run(eval_wm, "eval", camera="front", world_model=str(runs / "wm"))
     run(train_sft, "sft", **share)
     run(train_rft, "rft", policy=str(runs / "sft"), world_model=str(runs / "wm"))

@@ -19,11 +19,19 @@ def test_a_named_format_is_taken_as_it_is(precision, half, capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("amx", "chosen"), [(True, "bfloat16, on a processor with AMX"), (False, "float32, on a")])
-def test_auto_asks_the_processor_and_says_so_once(amx, chosen, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("amx", "avx512", "chosen"),
+    [
+        (True, True, "bfloat16, on a processor with AMX or AVX512-BF16\n"),
+        (False, True, "bfloat16, on a processor with AVX512-BF16\n"),
+        (False, False, "float32, on a processor without AMX or AVX512-BF16\n"),
+    ],
+)
+def test_auto_asks_the_processor_and_says_so_once(amx, avx512, chosen, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert in_bf16("auto", CPU) is amx
-    assert in_bf16("auto", CPU) is amx
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert in_bf16("auto", CPU) is avx512
+    assert in_bf16("auto", CPU) is avx512
     out = capsys.readouterr().out
     assert out.count("precision auto") == 1
     assert chosen in out

@@ -221,15 +221,17 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert found["steps"][0] > 1 and found["codes"] >= 1 and len(found["psnr_moving"]) == 2
     assert -1 <= found["r3_policy"]["gate_policy_true"] <= 1 and found["last_chunk"]["copy"]["still_error"] >= 0
     assert sizes == imagination_study.train_wm.SIZES  # an arm's sizes are gone after it
-    decoded, copied = report["runs"]["tabletop_object/now/0"]["carried_error"]
+    decoded, copied = report["runs"]["tabletop_object/actions drive the frames/0"]["carried_error"]
     assert 0 < decoded < 1 and 0.15 < copied < 0.5  # a block's colour against what was there before
     report = imagination_study.main(dataclasses.replace(cfg, arms=("no composition",)))
-    assert list(report["runs"]) == ["tabletop_object/now/0", "tabletop_object/no composition/0"]
+    assert list(report["runs"]) == ["tabletop_object/actions drive the frames/0", "tabletop_object/no composition/0"]
     one, other = report["runs"].values()
-    seeds = {"s/now/0": one, "s/now/1": other, "s/no composition/0": other}
-    text = stage_tables.imagination_arms_table({"runs": seeds}, ("before", "no composition", "now"))
+    seeds = {"s/actions drive the frames/0": one, "s/actions drive the frames/1": other, "s/no composition/0": other}
+    text = stage_tables.imagination_arms_table(
+        {"runs": seeds}, ("before", "no composition", "actions drive the frames")
+    )
     rows = text.splitlines()[2:]
-    assert [row.split(" | ")[1] for row in rows] == ["no composition", "now", "first frame copied"]
+    assert [row.split(" | ")[1] for row in rows] == ["no composition", "actions drive the frames", "first frame copied"]
     assert f"| {table_text.over_seeds([one['ssim'][0], other['ssim'][0]], 3)} |" in rows[1]
     assert f"| {one['ssim'][1]:.3f} |" in rows[2]
     assert table_text.over_seeds([1.0, 2.0, 3.0], 2) == "2.00 [-0.48, 4.48]"  # 4.303 / sqrt(3)
@@ -525,11 +527,11 @@ def test_gains_of_imagination_by_hand():
         return {**figures, "r3_policy": {"gate_policy_true": value}, "minutes": [value, value]}
 
     runs = {
-        "a/now/0": run(2.0),
+        "a/actions drive the frames/0": run(2.0),
         "a/before/0": run(1.0),
-        "b/now/0": run(5.0),
+        "b/actions drive the frames/0": run(5.0),
         "b/before/0": run(2.0),
-        "b/now/1": run(9.0),
+        "b/actions drive the frames/1": run(9.0),
     }
     rows = stage_tables.imagination_gains_table({"runs": runs}).splitlines()
     # differences 1 and 3, and of minutes 2 and 6; 12.71 is Student's quantile for two values

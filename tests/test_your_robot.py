@@ -91,7 +91,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
         return script.main(dataclasses.replace(cfg, **options))
 
     run(train_tokenizer, "tokenizer", camera="front", validation_fraction=0.25)
-    run(train_wm, "wm", camera="front", tokenizer=str(runs / "tokenizer"), validation_fraction=0.25)
+    run(train_wm, "wm", camera="front", tokenizer=str(runs / "tokenizer"), validation_fraction=0.25, pose_dims=5)
     run(eval_wm, "eval", camera="front", world_model=str(runs / "wm"))
     run(train_sft, "sft", camera="front", validation_fraction=0.25)
 
@@ -99,7 +99,7 @@ def test_from_a_lerobot_folder_to_actions(tmp_path, capsys):
     attempts = demos.parent / "towel_attempts"
     convert([str(tmp_path / "played"), str(attempts), "--format", "lerobot", "--kind", "policy", *options])
     seen = {"demos": (str(demos), str(attempts)), "tokenizer": str(runs / "tokenizer")}
-    run(train_wm, "wm_own", camera="front", validation_fraction=0.25, **seen)
+    run(train_wm, "wm_own", camera="front", validation_fraction=0.25, pose_dims=5, **seen)
     trained, held_out = read_run(runs / "wm_own"), read_run(runs / "wm")["held_out_episodes"]
     assert sum(name.startswith("towel_attempts") for name in trained["train_episodes"]) == 2
     assert set(held_out) < set(trained["held_out_episodes"])

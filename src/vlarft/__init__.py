@@ -15,6 +15,7 @@ _EXPORTS = {
     "FrameTokenizer": "tokenizer",
     "Normalizer": "normalizer",
     "PolicyConfig": "policy",
+    "RobotState": "data",
     "Sampling": "token_sampling",
     "TokenizerConfig": "tokenizer",
     "VLAPolicy": "policy",

@@ -15,7 +15,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from vlarft.action_bins import ActionBins
 from vlarft.data.windows import Batch
 from vlarft.policy import VLAPolicy
 from vlarft.reward import Scorer
@@ -63,7 +62,6 @@ def trust_gate(
     score: Scorer,
     policy: VLAPolicy,
     batch: Batch,
-    bins: ActionBins,
     seed: int,
     *,
     true_reward: Scorer | None = None,
@@ -78,10 +76,10 @@ def trust_gate(
         score: the run's reward.
         policy: with its sigma net; all processes of a distributed run compute the same numbers.
         batch: S held-out starts.
-        bins: the world model's action bins; perturbed chunks are clipped to their ranges.
         seed: seed of perturbations, samples and imagination; the same seed gives the same chunks.
         true_reward: scorer of the negative true error (S, P, T), by a simulator; None = no simulator.
-        perturbed, samples: how the demonstration is perturbed, and the number of samples per start.
+        perturbed, samples: how the demonstration is perturbed, within what the policy can do, and the number of samples
+            per start.
         bf16: encode the observations in bfloat16.
         at_once: starts encoded or imagined at a time, to bound memory.
 
@@ -100,7 +98,8 @@ def trust_gate(
         if count < 3:
             raise ValueError(f"trust gate: {count} {name} per start; a ranking needs at least 3")
     reference, normalizer = batch.intended, policy.normalizer  # (S, T, A)
-    noise, ranges = generator("cpu", "perturbations", seed), (bins.low.cpu(), bins.high.cpu())
+    noise, ends = generator("cpu", "perturbations", seed), torch.ones(reference.shape[-1], device=reference.device)
+    ranges = normalizer.decode_actions(torch.stack([-ends, ends])).cpu().sort(0).values  # of what the policy can do
     unit, grippers = normalizer.action_unit().cpu(), normalizer.gripper_dims
     around, _ = perturb(reference.cpu(), perturbed, *ranges, unit, noise, grippers)  # (S, 1 + P, T, A)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16, at_once=at_once)

@@ -166,10 +166,8 @@ def evaluate_sensitivity(
         simulator's frames after the tokenizer, which is R3 with a perfect transformer.
     """
     device = next(model.parameters()).device
-    low, high = model.action_bins.low.cpu(), model.action_bins.high.cpu()
-    if model.cfg.pose_dims:  # these are the ranges of poses
-        recorded = torch.from_numpy(np.concatenate([e.actions for e in episodes]))
-        low, high = recorded.amin(0), recorded.amax(0)
+    recorded = torch.from_numpy(np.concatenate([e.actions for e in episodes]))
+    low, high = recorded.amin(0), recorded.amax(0)
     noise, grippers = generator("cpu", "perturbations", seed), episodes[0].grippers
     chunks, labels = perturb(batch.actions, how, low, high, half_range(episodes), noise, grippers)
     scores: dict[str, list[Tensor]] = {}

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from vlarft.nets.attention import attend
 from vlarft.nets.vit import MLP, Attention
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -66,7 +67,7 @@ class CrossAttention(nn.Module):
         k, v = kv  # (S, heads, N, d) each
         # the R rows of a context form one long query, so that its keys and values are read in place
         q = rearrange(self.q(self.norm(x)), "(s r) t (h d) -> s h (r t) d", s=len(k), h=self.num_heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         out = rearrange(out, "s h (r t) d -> (s r) t (h d)", t=x.shape[1])
         return x + self.gamma * self.out(out)
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vlarft.nets.attention import attend
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -138,7 +140,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, D, h, w) -> (B, D, h, w)."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h * w, D)
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](out[:, 0]).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -189,7 +191,7 @@ class CrossAttention(nn.Module):
         # the L frames of a start form one long query, so that its keys and values are read in place
         query = rearrange(query, "(s l) n (f e) -> s f (l n) e", s=starts, f=self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), dropout_p=dropout)
+        out = attend(query, key.to(query.dtype), value.to(query.dtype), dropout=dropout)
         out = rearrange(out, "s f (l n) e -> (s l) n (f e)", n=tokens.shape[1])  # (S * L, N, D)
         return F.silu(z + self.att.out_proj(out).transpose(1, 2).unflatten(2, z.shape[2:]))
 

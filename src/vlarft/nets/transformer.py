@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vlarft.nets.attention import attend
 from vlarft.nets.kv_cache import Cache, StaticKVCache
 
 
@@ -133,7 +134,7 @@ class Attention(nn.Module):
                 key, value = key[:, :, :num_own], value[:, :, :num_own]
             grouped = self.num_heads != self.num_kv_heads
             causal = mask is None and query.shape[2] > 1  # a single new token sees every key
-            out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+            out = attend(query, key, value, mask, causal=causal, grouped=grouped)
         return self.o_proj(rearrange(out, "b h n e -> b n (h e)"))
 
 

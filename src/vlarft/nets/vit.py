@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from vlarft.nets.attention import attend
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -64,7 +66,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, N, D) -> (B, N, D)."""
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
+        return self.proj(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))
 
 
 class MLP(nn.Module):
@@ -140,7 +142,7 @@ class AttentionPool(nn.Module):
         """x: (B, N, D) -> (B, D)."""
         q = rearrange(self.q(self.latent), "1 m (heads d) -> 1 heads m d", heads=self.num_heads)
         k, v = rearrange(self.kv(x), "b n (two heads d) -> two b heads n d", two=2, heads=self.num_heads)
-        out = F.scaled_dot_product_attention(q.expand(len(x), -1, -1, -1), k, v)
+        out = attend(q.expand(len(x), -1, -1, -1), k, v)
         pooled = self.proj(rearrange(out, "b heads m d -> b m (heads d)"))  # (B, 1, D)
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
