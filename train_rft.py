@@ -150,7 +150,7 @@ PRESETS = {
     ),
     "tiny": Config(
         steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
-        divide_by_std=True, mse_weight=0.1, precision="fp32", save_interval=5, gate_starts=12,
+        divide_by_std=True, mse_weight=0.1, precision="auto", save_interval=5, gate_starts=12,
     ),
     "smoke": Config(
         steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common", divide_by_std=True,

@@ -150,13 +150,13 @@ class Config:
 PAPER = Config()
 TABLETOP = replace(
     PAPER, suites=("tabletop_object",), image_size=None, horizon=56, starts=16, noise="zero", lr=2e-4, sigma_lr=1e-4,
-    steps=200, precision="fp32",
+    steps=200, precision="auto",
 )  # fmt: skip
 PRESETS = {
     "paper": PAPER,
     "small": TABLETOP,
     "tiny": replace(TABLETOP, tasks=("0", "1", "2", "3")),
-    "smoke": replace(TABLETOP, tasks=("0",), starts=1, group=2, steps=2, save_interval=1, workers=0),
+    "smoke": replace(TABLETOP, precision="fp32", tasks=("0",), starts=1, group=2, steps=2, save_interval=1, workers=0),
 }  # fmt: skip
 
 

@@ -54,6 +54,13 @@ def undone_table(report: dict) -> str:
     return table(["undone", *kinds], rows)
 
 
+def precision_table(report: dict) -> str:
+    """Training steps in float32, in times as long as in bfloat16 (precision.py)."""
+    stages = {name: of for name, of in report.items() if isinstance(of, dict) and "times_faster" in of}
+    rows = [[name, _times(of["times_faster"], of["spread"])] for name, of in stages.items()]
+    return table(["training step", "times as fast in bfloat16"], rows)
+
+
 def episodes_table(report: dict) -> str:
     """Imagination of whole episodes, frame after frame (episodes.py): time, and memory per rollout."""
     rows = [

@@ -208,6 +208,25 @@ def closed_loop_table(report: dict) -> str:
     return table(["suite", "arm", "seeds", "minutes", *heads], rows)
 
 
+def precision_table(report: dict) -> str:
+    """Stage I in float32 and in bfloat16, and the difference of runs of one seed (precision_study.py)."""
+    runs, rows = list(report["runs"].values()), []
+    for x0, how in NOISE.items():
+        won = [[[c == "1" for c in run[name]["outcomes"][x0]] for name in ("float32", "bfloat16")] for run in runs]
+        own = [list(chain(*outcomes)) for outcomes in zip(*won)]
+        rows.append([f"SFT, success, {how}", *(percent(share(sum(of), len(of))) for of in own), gains(won)])
+    figures = {
+        "world model, PSNR of moving pixels [dB]": ("psnr_moving", 1),
+        "SSIM": ("ssim", 3),
+        "R3, rank correlation with the true state": ("r3", 2),
+    }
+    for label, (key, digits) in figures.items():
+        values = [[run[name][key] for run in runs] for name in ("float32", "bfloat16")]
+        values.append([half - full for full, half in zip(*values)])
+        rows.append([label, *(over_seeds(of, digits) for of in values)])
+    return table(["", "float32", "bfloat16", "difference"], rows)
+
+
 def longer_table(cells: dict, gates: dict) -> str:
     """World models of 1500 and of 13500 steps: the last row of their logs, and their gates."""
     rows = []

@@ -322,7 +322,7 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="other.json is no results.json of eval_libero.py"):
         read_evaluation(tmp_path / "other.json")
-    with pytest.raises(FileNotFoundError, match="no evaluation at .*none.json"):
+    with pytest.raises(FileNotFoundError, match="no results at .*none.json"):
         read_evaluation(tmp_path / "none.json")
     policy.save(paths[0], extra)
     with pytest.raises(ValueError, match=r"0.safetensors has changed since .*results.json was written"):

@@ -16,6 +16,7 @@ import gates
 import imagination_study
 import labels
 import outcomes
+import precision_study
 import pytest
 import records
 import rft_factors
@@ -236,6 +237,17 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert f"| {one['ssim'][1]:.3f} |" in rows[2]
     assert table_text.over_seeds([1.0, 2.0, 3.0], 2) == "2.00 [-0.48, 4.48]"  # 4.303 / sqrt(3)
     assert "| first frame copied |" in capfd.readouterr().out
+
+    places = {"demos": str(demo / "demos"), "out_dir": str(tmp_path / "formats"), "out": str(tmp_path / "formats.json")}
+    cfg = dataclasses.replace(precision_study.PRESETS["smoke"], **places)
+    report = precision_study.main(cfg)
+    assert json.loads((tmp_path / "formats.json").read_text()) == report
+    assert list(report["runs"]["0"]) == ["float32", "bfloat16"] and len(report["runs"]["0"]["float32"]["outcomes"]) == 2
+    models = [tmp_path / "formats" / "seed0" / name / "wm" / "config.json" for name in report["runs"]["0"]]
+    assert [json.loads(path.read_text())["precision"] for path in models] == ["fp32", "bf16"]
+    shown = capfd.readouterr().out
+    assert "| SSIM |" in shown and shown.count("train_sft.py") == 2
+    assert precision_study.main(cfg) == report and "train_sft.py" not in capfd.readouterr().out
 
     places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))
@@ -533,7 +545,7 @@ def test_gains_of_imagination_by_hand():
         "b/before/0": run(2.0),
         "b/actions drive the frames/1": run(9.0),
     }
-    rows = stage_tables.imagination_gains_table({"runs": runs}).splitlines()
+    rows = stage_tables.imagination_gains_table({"runs": runs}, "actions drive the frames", "before").splitlines()
     # differences 1 and 3, and of minutes 2 and 6; 12.71 is Student's quantile for two values
     assert (
         rows[2].startswith("| 2 | 2.0 [-10.7, 14.7] | 2.000 [-10.710, 14.710] |") and "| 4.0 [-21.4, 29.4] |" in rows[2]

@@ -11,7 +11,6 @@ A replay does not show how an imagination answers other actions than the recorde
 policies does: are their success rates in imagination in the order of those that were played?
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from vlarft.imagined_episodes import imagined_episodes
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import model_digest
 from vlarft.run.random import generator
+from vlarft.run.results import reading_results
 from vlarft.statistics import spearman
 from vlarft.success import Agreement, SuccessModel, compare_outcomes
 from vlarft.world_model import WorldModel
@@ -110,18 +110,12 @@ def read_evaluation(path: str | Path) -> Evaluation:
         ValueError: it is another file; starts were perturbed or chunks planned, which imagination does not repeat; it
             has too few policies; or a policy's file has changed since.
     """
-    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no evaluation at {file}: give the --out-dir of eval_libero.py, or its results.json")
-    try:
-        found = json.loads(file.read_text())
+    with reading_results(path) as (file, found):
         settings, rows = found["config"], found["policies"]
         rates = {row["policy"]: float(row["all"]["rate"]) for row in rows}
         digests = {row["policy"]: row["digest"] for row in rows}
         changed = {name: settings[name] for name in ("perturb", "plan") if settings.get(name) not in (None, 1)}
         from_zero = settings["noise"] == "zero"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is no results.json of eval_libero.py ({type(error).__name__}: {error})") from error
     if changed:
         raise ValueError(f"{file} was played with {changed}: evaluate on plain starts, without planning")
     if len(rates) < FEWEST_POLICIES:

@@ -22,6 +22,7 @@ from torch import nn
 from vlarft.run.checkpoint import model_digest, read_header, save_model, write_atomic, write_json
 from vlarft.run.config import to_dict
 from vlarft.run.hub import MODEL, HubName, download, import_hub, is_hub_name, parse_name, upload
+from vlarft.run.results import reading_results
 from vlarft.run.stages import Stage
 
 
@@ -214,11 +215,7 @@ def _training(file: Path) -> dict[str, Any]:
 
 def _rates(path: Path, digest: str) -> list[dict[str, Any]]:
     """Return a policy's success rates per suite from a results.json of eval_libero.py."""
-    file = path / "results.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no results at {file}: give the --out-dir of eval_libero.py, or its results.json")
-    try:
-        found = json.loads(file.read_text())
+    with reading_results(path) as (file, found):
         settings = {key: found["config"][key] for key in ("noise", "execute", "perturb", "seed")}
         settings["plan"] = found["config"].get("plan", 1)
         policies = {entry["digest"].split("+")[0]: entry for entry in found["policies"]}
@@ -227,8 +224,6 @@ def _rates(path: Path, digest: str) -> list[dict[str, Any]]:
             key: [{"suite": suite, **part["all"], **settings} for suite, part in entry["suites"].items()]
             for key, entry in policies.items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is no results.json of eval_libero.py ({type(error).__name__}: {error})") from error
     if digest not in rows:
         raise ValueError(f"{file} has no episodes of this policy, but of {names}: evaluate the file that you publish")
     return rows[digest]
