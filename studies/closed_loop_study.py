@@ -5,9 +5,9 @@
 
 The setting: 10 demonstrations a task, so that the SFT policy's mean is wrong, and x_0 = 0, which removes what the noise
 of x_0 adds, gains nothing. For each suite: demonstrations, once. For each seed: the SFT policy; `attempts` real
-episodes of it a task, with their outcomes; a tokenizer and a world model of both, from nothing (a tokenizer of
-demonstrations alone does not show what a hand carries elsewhere), and a success model. Then the arms, all from the SFT
-policy:
+episodes of it a task, with their outcomes, and `copy_attempts` of each copy along its training, which fail otherwise; a
+tokenizer and a world model of all, from nothing (a tokenizer of demonstrations alone does not show what a hand carries
+elsewhere), and a success model. Then the arms, all from the SFT policy:
 
 - "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
   SFT policy along its training. Poses drive the world model; in "actions", the raw actions do, as in the paper. "two
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from records import rounded, write
 from stage_tables import closed_loop_table
-from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
+from stages import Starts, call, check_known, commit, machine, read_lines, read_report, run_once, with_attempts
 
 from vlarft.data import convert
 from vlarft.run.config import opt, parse
@@ -60,11 +60,14 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(10, "demonstrations per task")
     attempts: int = opt(32, "real episodes of the policy per task and round")
+    copy_attempts: int = opt(0, "real episodes per task of each copy of the SFT policy along its training, before")
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
     tokenizer_steps: int = opt(8000, "steps of the tokenizer")
     model_steps: int = opt(24000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
+    judge_steps: int = opt(1000, "steps of the success model")
+    judge_episodes: int = opt(200, "episodes of each kind and outcome that it learns from, at most")
     rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
@@ -76,7 +79,7 @@ PRESETS = {
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), perturb=("none",), episodes=2, stage_preset="smoke",
         demos_per_task=6, attempts=8, tokenizer_steps=2, model_steps=2, sft_steps=4, refresh_steps=2, rl_steps=1,
-        simulator_steps=1, candidates=2,
+        judge_steps=2, simulator_steps=1, candidates=2,
     ),
 }  # fmt: skip
 
@@ -118,21 +121,30 @@ class Runs:
         return self.sft("sft", "--steps", self.cfg.sft_steps, "--keep-interval", copies)
 
     @property
+    def copies(self) -> list[Path]:
+        """The SFT policy along its training."""
+        return sorted(self.policy.glob("model_*.safetensors"))
+
+    @property
     def evaluation(self) -> Path:
         """The copies of the SFT policy, played from x_0 = 0."""
-        copies = sorted(self.policy.glob("model_*.safetensors"))
-        words = [*self.where, "--policies", *copies, "--episodes", self.cfg.episodes, "--noise", "zero"]
+        words = [*self.where, "--policies", *self.copies, "--episodes", self.cfg.episodes, "--noise", "zero"]
         return self.stage(self.own / "eval" / "copies", "eval_libero.py", *words)
 
     def attempts(self, policy: Path, rounds: int = 1) -> Path:
         """Real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
-        words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--policy", policy]
-        words += ["--policy-per-task", rounds * self.cfg.attempts, "--seed", 500_000 + 1000 * self.seed]
-        words += ["--horizon", self.cfg.horizon]
+        copies = self.copies[:-1] if self.cfg.copy_attempts else []  # the last one is the policy
+        first = len(copies) * self.cfg.copy_attempts
+        words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--horizon", self.cfg.horizon]
+        words += ["--seed", 500_000 + 1000 * self.seed]
+        own = [*words, "--policy", policy, "--policy-per-task", first + rounds * self.cfg.attempts]
         place = self.own / f"attempts_{rounds}"
-        if rounds == 1:
-            return run_once(place, "collect_demos.py", *words)
-        return with_attempts(self.own / f"attempts_{rounds - 1}", place, *words)
+        if rounds > 1:
+            return with_attempts(self.own / f"attempts_{rounds - 1}", place, *own)
+        for number, copy in enumerate(() if (place / "done").is_file() else copies, 1):
+            total = number * self.cfg.copy_attempts
+            call("collect_demos.py", *words, "--policy", copy, "--policy-per-task", total, "--out-dir", place)
+        return run_once(place, "collect_demos.py", *own)
 
     def models(self, rounds: int, attempts: Path, pose_dims: int = POSE_DIMS) -> Models:
         """A world model and its success model of demonstrations and attempts, refreshed in rounds after the first."""
@@ -147,14 +159,17 @@ class Runs:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
             words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]
         model = self.stage(own / f"wm_{rounds}{of}", "train_wm.py", *words)
-        judge = self.stage(own / f"success_{rounds}{of}", "train_success.py", *demos, "--world-model", model)
-        return Models(model, judge)
+        return Models(model, self.judge(f"success_{rounds}{of}", *demos, "--world-model", model))
+
+    def judge(self, name: str, *words: object) -> Path:
+        sizes = ["--steps", self.cfg.judge_steps, "--episodes", self.cfg.judge_episodes]
+        return self.stage(self.own / name, "train_success.py", *words, *sizes)
 
     @property
     def judge_of_true_frames(self) -> Path:
         """A success model of the first round's episodes as recorded, with a threshold for such frames."""
         demos = ["--demos", self.demos, self.attempts(self.policy), "--validation-fraction", 0.2]
-        return self.stage(self.own / "success_true", "train_success.py", *demos, "--world-model", "none")
+        return self.judge("success_true", *demos, "--world-model", "none")
 
     def first_round(self, pose_dims: int = POSE_DIMS) -> tuple[Path, Models]:
         attempts = self.attempts(self.policy)

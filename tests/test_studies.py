@@ -623,6 +623,25 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     found = parse(collect_demos.Config, collect_demos.PRESETS, words)
     assert found.policy_per_task == 64 and found.policy.endswith("seed3/RL_imagination")
 
+    called = []
+    monkeypatch.setattr(closed_loop_study, "call", lambda script, *words: called.append((script, *map(str, words))))
+    runs = closed_loop_study.Runs(dataclasses.replace(cfg, copy_attempts=5), "tabletop_object", 3)
+    runs.attempts(runs.policy)
+    assert [words[words.index("--policy-per-task") + 1] for words in called] == [
+        "5",
+        "10",
+        "15",
+        "20",
+        "25",
+        "30",
+        "35",
+    ]
+    places = {(words[0], words[-1]) for words in called}
+    assert places == {("collect_demos.py", str(tmp_path / "tabletop_object/seed3/attempts_1"))}
+    assert [Path(words[words.index("--policy") + 1]).stem[-4:] for words in called][::6] == ["0200", "1400"]
+    _, words = commands["tabletop_object/seed3/attempts_1"]
+    assert words[words.index("--policy-per-task") + 1] == "67" and words[words.index("--policy") + 1].endswith("/sft")
+
 
 def test_arms_and_cells_are_those_that_were_run():
     """What can be run has been, and what can no longer be run says so."""
