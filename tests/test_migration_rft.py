@@ -71,6 +71,7 @@ RFT_RELEASE = {
 def test_a_fine_tuning_of_an_older_version_is_entered_again(tmp_path):
     for old, preset in (({}, "paper"), (RFT_TINY, "tiny")):
         cfg = dataclasses.replace(train_rft.PRESETS[preset], out_dir=str(tmp_path / preset))
+        cfg = dataclasses.replace(cfg, precision={"paper": "bf16", "tiny": "fp32"}[preset])  # the preset's of that time
         write_json(tmp_path / preset / "config.json", {**RFT, **old})
         assert open_run(cfg.out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft) is None
         with pytest.raises(ValueError, match="another configuration: clip: 0.2 against 0.3"):
