@@ -199,13 +199,15 @@ def stages(cfg: Config) -> list[Stage]:
 
     first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
     few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
-    simulator = {"world": "simulator", "workers": 0, **RL[cfg.stage_preset]}
+    # each of two stages side by side has half of the cores; a worker alone would cost more than it gives
+    share = (os.cpu_count() or 1) // 2
+    workers = share if share > 1 else 0
+    simulator = {"world": "simulator", "workers": workers, **RL[cfg.stage_preset]}
     data, of_few = ({"split_seed": cfg.seed, "demos": folder} for folder in (demos, out / "few"))
     # a tenth of the peak: a restart at the peak would first undo what the first run learnt
     extra = {"init": model["sft"], "lr": 3e-4, **EXTRA[cfg.stage_preset]}
     rft = {"policy": model["sft"], "world_model": model["wm"], "gate_threshold": "none", **RFT[cfg.stage_preset]}
-    # stages side by side use the cores: worker processes on top would cost more than they give
-    play, films = {"workers": 0, "batch_size": 50}, {"animate": 2, "animate_failed": 1}
+    play, films = {"workers": workers, "batch_size": 50}, {"animate": 2, "animate_failed": 1}
     policies = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")], **play}
     few_policies = {"policies": [out / "sft_few", out / "rl"], **play}
     return [

@@ -409,7 +409,7 @@ def main(
     Args:
         cfg: the configuration.
         score: reward in place of --reward, `(batch, actions (S, G, T, A) raw, generator) -> (S, G, T)`; with a trust
-            gate if it has `bins`, the action bins of its world model.
+            gate if it has `bins`, the action bins of the world model that it imagines in.
         score_held_out: the same reward for the diagnosis on held-out starts; none: `score`. A reward that looks up
             episodes by `batch.index` needs it, since there the index counts the held-out episodes.
         sample: sampling in place of `sample_chains`, `(policy, batch, context, group, generator) -> Chain`.

@@ -120,17 +120,10 @@ PRESETS = {
     "small": Config(steps=5000),
     "tiny": TINY,
     "smoke": replace(
-        TINY,
-        size="smoke",
-        precision="fp32",
-        steps=20,
-        validation_interval=10,
-        save_interval=10,
-        batch_size=8,
-        frames=4,
-        warmup=2,
+        TINY, size="smoke", precision="fp32", steps=20, validation_interval=10, save_interval=10, batch_size=8,
+        frames=4, warmup=2,
     ),
-}
+}  # fmt: skip
 
 
 class Version(NamedTuple):

@@ -176,16 +176,10 @@ PRESETS = {
     "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
     "tiny": TINY,
     "smoke": replace(
-        TINY,
-        size="smoke",
-        precision="fp32",
-        batch_size=4,
-        steps=20,
-        warmup=2,
-        validation_interval=10,
+        TINY, size="smoke", precision="fp32", batch_size=4, steps=20, warmup=2, validation_interval=10,
         validation_segments=8,
     ),
-}
+}  # fmt: skip
 
 
 def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:

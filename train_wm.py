@@ -308,6 +308,11 @@ def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldMo
     ):
         if found != expected:
             raise ValueError(f"--init {path} has {found} {what}, this run {expected}: train a new one, without --init")
+    if cfg.pose_dims != model.cfg.pose_dims:
+        warnings.warn(
+            f"--pose-dims {cfg.pose_dims} is for a world model from scratch: {path} keeps its {model.cfg.pose_dims}",
+            stacklevel=2,
+        )
     model.action_bins.warn_outside(controls(model, episodes))
     return model
 

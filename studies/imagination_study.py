@@ -7,11 +7,11 @@ For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tin
 its time (CPU time, so that what else the machine does counts little). The arm `before` is the preset of commit 95183a2,
 and trains for that preset's steps; `minutes` in the JSON file says whether it had as much time. "actions drive the
 frames" is the preset but for that, as the paper has it; "poses drive the frames" is the preset. The other arms change
-the former in one respect each. Then `eval_wm.py --true-error` on the same held-out episodes and starts for all seeds.
-Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the true state over
-perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from their first frame
-(each episode's last chunk); PSNR on moving pixels of the tokenizer alone, and its error on what is carried
-(`carried_error`); future codes in use. Runs that are finished are not run again; the JSON file gathers several
+the former in one respect each. All train in float32. Then `eval_wm.py --true-error` on the same held-out episodes and
+starts for all seeds. Figures: single chunks (PSNR on moving pixels, SSIM); Spearman's rank correlation of R3 with the
+true state over perturbed chunks, and over chunks that a policy samples (`wm_study.near_policy`); whole episodes from
+their first frame (each episode's last chunk); PSNR on moving pixels of the tokenizer alone, and its error on what is
+carried (`carried_error`); future codes in use. Runs that are finished are not run again; the JSON file gathers several
 invocations.
 """
 
@@ -98,15 +98,10 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        suites=("tabletop_object",),
-        arms=("actions drive the frames",),
-        seeds=(0,),
-        starts=2,
-        samples=3,
-        episodes=2,
+        suites=("tabletop_object",), arms=("actions drive the frames",), seeds=(0,), starts=2, samples=3, episodes=2,
         stage_preset="smoke",
     ),
-}
+}  # fmt: skip
 
 
 def material(cfg: Config, suite: str) -> Path:
@@ -131,7 +126,7 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
         clock.time = SimpleNamespace(monotonic=time.process_time)
         if not arm.generated_loss:
             tokenizer_loss.generated_error = lambda *_: torch.zeros(())
-        common = {"demos": (str(demos),), "seed": seed, "split_seed": 0, **arm.both}
+        common = {"demos": (str(demos),), "seed": seed, "split_seed": 0, "precision": "fp32", **arm.both}
         for number, (script, name, changes) in enumerate(
             ((train_tokenizer, "tokenizer", arm.tokenizer), (train_wm, "wm", {"tokenizer": str(folder / "tokenizer")}))
         ):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records import rounded, write
-from stage_tables import precision_table
+from stage_tables import formats_table
 from stages import Starts, commit, machine, read_lines, read_report, run_once
 
 from vlarft.run.config import opt, parse
@@ -71,7 +71,7 @@ def main(cfg: Config) -> dict:
         for name in FORMATS:
             report["runs"].setdefault(str(seed), {})[name] = rounded(measure(cfg, seed, name))
             write(cfg.out, report)
-    print("\n" + precision_table(report))
+    print("\n" + formats_table(report))
     return report
 
 

@@ -208,7 +208,7 @@ def closed_loop_table(report: dict) -> str:
     return table(["suite", "arm", "seeds", "minutes", *heads], rows)
 
 
-def precision_table(report: dict) -> str:
+def formats_table(report: dict) -> str:
     """Stage I in float32 and in bfloat16, and the difference of runs of one seed (precision_study.py)."""
     runs, rows = list(report["runs"].values()), []
     for x0, how in NOISE.items():

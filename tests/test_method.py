@@ -514,7 +514,7 @@ def test_the_gate_scores_raw_chunks_near_the_demonstrations_and_of_the_policy(wo
     assert torch.equal(near[..., 6], batch.intended[:, None, :, 6].expand_as(near[..., 6]))
     low, high = quantiles(intended[:, :6])
     moved = 2 * (near[..., :6] - batch.intended[:, None, :, :6]) / (high - low)  # (S, 9, T, 6), normalised units
-    for number, size in enumerate((0.05, 0.15)):  # the third size is often clipped to the recorded ranges
+    for number, size in enumerate((0.05, 0.15)):  # the third size is often clipped to what the policy can do
         rms = moved[:, 3 * number : 3 * number + 3].square().mean((0, 1, 2)).sqrt()
         assert_close(rms, torch.full((6,), size), atol=0, rtol=0.3)
     assert sampled.shape == (4, 8, CHUNK, 7) and (sampled[..., 6].abs() == 1).all()

@@ -22,9 +22,9 @@ def test_a_named_format_is_taken_as_it_is(precision, half, capsys):
 @pytest.mark.parametrize(
     ("amx", "avx512", "chosen"),
     [
-        (True, True, "bfloat16, on a processor with AMX or AVX512-BF16\n"),
+        (True, True, "bfloat16, on a processor with AMX and AVX512-BF16\n"),
         (False, True, "bfloat16, on a processor with AVX512-BF16\n"),
-        (False, False, "float32, on a processor without AMX or AVX512-BF16\n"),
+        (False, False, "float32, on a processor without AMX and AVX512-BF16\n"),
     ],
 )
 def test_auto_asks_the_processor_and_says_so_once(amx, avx512, chosen, monkeypatch, capsys):

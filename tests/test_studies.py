@@ -170,6 +170,7 @@ def test_world_models_of_other_episodes(study, suite, tmp_path, capfd):
     rft_study.main(experts)
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python train_")]
     assert "train_wm.py" in lines[0] and "--experts-only" in lines[0] and len(lines) == 2
+    assert "--pose-dims 0" in lines[0]  # whatever the preset has
     assert "train_rft.py" in lines[1] and f"--world-model {suite / 'demonstrations_only'}" in lines[1]
 
     places = {"runs": cfg.out_dir, "out": str(tmp_path / "gates.json")}
@@ -222,6 +223,8 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert found["steps"][0] > 1 and found["codes"] >= 1 and len(found["psnr_moving"]) == 2
     assert -1 <= found["r3_policy"]["gate_policy_true"] <= 1 and found["last_chunk"]["copy"]["still_error"] >= 0
     assert sizes == imagination_study.train_wm.SIZES  # an arm's sizes are gone after it
+    (stored,) = (tmp_path / "imagination").rglob("wm/config.json")
+    assert json.loads(stored.read_text())["pose_dims"] == 0  # whatever the preset has
     decoded, copied = report["runs"]["tabletop_object/actions drive the frames/0"]["carried_error"]
     assert 0 < decoded < 1 and 0.15 < copied < 0.5  # a block's colour against what was there before
     report = imagination_study.main(dataclasses.replace(cfg, arms=("no composition",)))
@@ -627,15 +630,8 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(closed_loop_study, "call", lambda script, *words: called.append((script, *map(str, words))))
     runs = closed_loop_study.Runs(dataclasses.replace(cfg, copy_attempts=5), "tabletop_object", 3)
     runs.attempts(runs.policy)
-    assert [words[words.index("--policy-per-task") + 1] for words in called] == [
-        "5",
-        "10",
-        "15",
-        "20",
-        "25",
-        "30",
-        "35",
-    ]
+    totals = [words[words.index("--policy-per-task") + 1] for words in called]
+    assert totals == [str(5 * number) for number in range(1, 8)]
     places = {(words[0], words[-1]) for words in called}
     assert places == {("collect_demos.py", str(tmp_path / "tabletop_object/seed3/attempts_1"))}
     assert [Path(words[words.index("--policy") + 1]).stem[-4:] for words in called][::6] == ["0200", "1400"]

@@ -162,7 +162,8 @@ def test_poses_drive_a_model_and_its_refresh(demos, tokenizer, tmp_path):
     again = WorldModel.load(tmp_path / "two")
     assert again.cfg == model.cfg
     assert all(torch.equal(a, b) for a, b in zip(again.robot.parameters(), model.robot.parameters()))
-    refresh([demos], tmp_path / "one", tmp_path / "three", pose_dims=2, steps=1)  # those of a preset, say
+    with pytest.warns(UserWarning, match="--pose-dims 2 is for a world model from scratch: .*one.* keeps its 3"):
+        refresh([demos], tmp_path / "one", tmp_path / "three", pose_dims=2, steps=1)  # those of a preset, say
     assert WorldModel.load(tmp_path / "three").cfg == model.cfg
 
 

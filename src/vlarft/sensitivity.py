@@ -80,12 +80,12 @@ def perturb(
     """Perturb recorded chunks, by noise on the motion or by flips of the gripper commands.
 
     Noise has its size in normalised units, as a policy's exploration has: a dimension that the demonstrations hardly
-    use gets hardly any. Gripper commands get none; all chunks stay inside the recorded ranges.
+    use gets hardly any. Gripper commands get none; all chunks stay inside the given ranges.
 
     Args:
         actions: (S, T, A) raw.
         how: sizes and numbers.
-        low, high: (A,) raw ranges.
+        low, high: (A,) raw ranges, such as the recorded ones or what a policy can do.
         unit: (A,) raw units per normalised one.
         draws: source of the random numbers.
         grippers: dimensions of the gripper commands; if there are none, none are flipped.

@@ -1,4 +1,6 @@
-"""Scaled dot-product attention of all networks, in the number format that is fastest where it runs."""
+"""Scaled dot-product attention, in the number format that is fastest where it runs. Rollouts of the world model that
+share a prefix have their own, `transformer.grouped_attention`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.scaled_dot_product_attention`; on a CPU always in float32.
 
-    torch's kernel for bfloat16 on a CPU takes up to nine times as long backward as the one for float32 (torch 2.13,
-    sequences of tens of tokens; benchmarks/precision.py times whole steps).
+    torch's kernel for bfloat16 is slower there, above all backward and for sequences of tens of tokens (torch 2.13),
+    and would cost much of what bfloat16 gains elsewhere; benchmarks/precision.py times whole training steps.
 
     Args:
         query, key, value: (B, heads, tokens, d) each; with `grouped`, several heads of the query share one of the keys.
