@@ -279,6 +279,7 @@ class ConvEncoder(nn.Module):
                 f"{'not ' if language is None else ''}given"
             )
         x = torch.cat([images * 2 - 1, coordinates(images).expand(len(images), -1, -1, -1)], dim=1)  # (B, 3 + 2, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter less time of a step on a CPU
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
             if self.films is not None:
