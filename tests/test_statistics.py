@@ -54,6 +54,9 @@ def test_wilson_by_hand():
     assert (got.low, got.high) == pytest.approx((0.49016, 0.94330), abs=1e-4)
     assert wilson_interval(0, 20).low == 0 and wilson_interval(0, 20).high == pytest.approx(0.16113, abs=1e-4)
     assert wilson_interval(20, 20).high == 1
+    for trials in range(1, 500):  # rounding leaves no share outside, which a chart's error bars would not forgive
+        none, every = wilson_interval(0, trials), wilson_interval(trials, trials)
+        assert none.low == 0 < none.high and every.low < 1 == every.high
     stats = pytest.importorskip("scipy.stats")
     want = stats.binomtest(37, 200).proportion_ci(method="wilson")
     assert wilson_interval(37, 200)[1:] == pytest.approx((want.low, want.high), abs=1e-6)

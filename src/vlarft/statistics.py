@@ -83,7 +83,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Interva
     share = successes / trials
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(share, min(low, share), max(high, share))  # of all or none, rounding may leave the share outside
 
 
 def bootstrap_interval(
