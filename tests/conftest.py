@@ -123,6 +123,9 @@ def run_in_fork(command: Sequence[str]) -> None:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
+    # once, not in every fork: the script, on the path of pyproject.toml, and what torch imports late, in two seconds
+    script = importlib.import_module(Path(command[0]).stem)
+    importlib.import_module("torch._dynamo")
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -132,7 +135,6 @@ def run_in_fork(command: Sequence[str]) -> None:
     status = 1
     try:
         torch.set_num_threads(1)  # a fork has none of the threads that computed before
-        script = importlib.import_module(Path(command[0]).stem)  # on the path of pyproject.toml
         sys.argv = list(command)
         run_script(script.main, script.Config, script.PRESETS, script.__doc__)
         status = 0

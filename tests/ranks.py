@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from vlarft.run import distributed
 
@@ -37,9 +40,34 @@ def run(processes: int, work: Callable, *arguments: object) -> None:
         assert process.exitcode == 0, f"rank {rank} of {len(started)} ended with {process.exitcode}; its error is above"
 
 
+def start_script(script: Path, arguments: list[str], outputs: list[Path]) -> list[BaseProcess]:
+    """Run a script as torchrun would on this machine, on as many ranks as there are files for what they print."""
+    port, started = free_port(), []
+    for rank, output in enumerate(outputs):
+        output.touch()
+        words = _variables(rank, len(outputs), port), str(script), arguments, str(output)
+        started.append(CONTEXT.Process(target=_script, args=words, daemon=True))
+        started[-1].start()
+    return started
+
+
+def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    numbers = {"MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+
+
+def _script(variables: dict[str, str], script: str, arguments: list[str], output: str) -> None:
+    os.environ.update(variables)
+    with open(output, "wb", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 def _rank(rank: int, processes: int, port: int, work: Callable, arguments: tuple) -> None:
-    variables = {"MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}})
+    os.environ.update(_variables(rank, processes, port))
     distributed.setup()
     work(*arguments)
     distributed.cleanup()

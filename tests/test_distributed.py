@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,27 +40,23 @@ def launch(processes: int, script: str, *arguments: object, stop: Path | None = 
 
     With `stop`, the run's folder, the first process alone is told to stop as training starts: all leave after one step.
     """
-    port, workers = ranks.free_port(), []
-    for rank in range(processes):
-        env = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(processes),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    while stop and not (stop / "config.json").exists():
-        assert workers[0].poll() is None, workers[0].communicate()[0][-3000:]
-        time.sleep(0.01)
-    if stop:
-        workers[0].send_signal(signal.SIGTERM)
-    outputs = [w.communicate(timeout=240)[0] for w in workers]
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = [Path(scratch, f"{rank}.txt") for rank in range(processes)]
+        workers = ranks.start_script(ROOT / script, [str(word) for word in arguments], texts)
+        try:
+            while stop and not (stop / "config.json").exists():
+                assert workers[0].is_alive(), texts[0].read_text()[-3000:]
+                time.sleep(0.01)
+            if stop:
+                os.kill(workers[0].pid, signal.SIGTERM)
+            for worker in workers:
+                worker.join(240)
+        finally:  # what still runs waits for the others, up to an hour
+            for worker in workers:
+                worker.kill()
+        outputs = [text.read_text() for text in texts]
     for worker, output in zip(workers, outputs):
-        assert worker.returncode == (75 if stop else 0), output[-3000:]
+        assert worker.exitcode == (75 if stop else 0), output[-3000:]
     if stop:
         said = rf"told to stop: saved step \d+ in {stop}; the same command goes on from there"
         assert re.search(said, outputs[0]), outputs[0][-3000:]
