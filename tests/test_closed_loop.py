@@ -277,13 +277,24 @@ def test_errors(config, monkeypatch):
 PLACES = [Place("tabletop_object", task, 32, ("agentview",)) for task in (0, 1)]
 
 
+def test_starts_are_of_all_tasks_in_turn():
+    """Also of more tasks than a step has starts."""
+    world = SimulatedWorld([PLACES[0]._replace(task=task) for task in range(5)], 2, 0)
+    world.workers = SimpleNamespace(run=lambda _, jobs: [(job, Played(*[None] * 5), 0.0) for job in jobs])
+    met = []
+    for step in range(5):
+        world.begin(1, 0, step)
+        met += [int(name.split("/")[1]) for name in world.names]
+    assert met == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+
+
 def test_a_simulated_episode_is_that_of_its_environment():
     world = SimulatedWorld(PLACES, 3, 0)
     observations = world.begin(2, 5, 7)
     assert len(observations) == 6 and [name.rpartition("/")[0] for name in world.names] == [
-        "tabletop_object/0",
         "tabletop_object/1",
         "tabletop_object/0",
+        "tabletop_object/1",
     ]
     many = SimulatedWorld(PLACES, 100, 0)
     many.workers = SimpleNamespace(run=lambda _, jobs: [(job, Played(*[None] * 5), 0.0) for job in jobs])
@@ -296,7 +307,7 @@ def test_a_simulated_episode_is_that_of_its_environment():
     actions = torch.rand(2, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for chunk in (actions[:, :4], actions[:, 4:]):
         answer = world.step([3, 4], chunk)
-    env = make_env("tabletop_object", 1, 32)
+    env = make_env("tabletop_object", 0, 32)
     env.reset(seed=int(world.names[1].rpartition("/")[2]))
     for action in actions[0].numpy():
         env.step(action)

@@ -41,7 +41,7 @@ class Played(NamedTuple):
     frames: tuple[np.ndarray, ...] = ()  # of the first camera after each action, for a judge
 
 
-@functools.lru_cache(maxsize=10)  # the tasks of a suite
+@functools.lru_cache(maxsize=20)  # the tasks of two suites of LIBERO
 def environment(place: Place) -> Env:
     """Make a task's environment, once in each process."""
     options = {"cameras": place.cameras, "horizon": place.horizon, **dict(place.options)}
@@ -87,7 +87,7 @@ class SimulatedWorld:
     An episode does not depend on the number of workers, nor on the others.
 
     Args:
-        places: the tasks; start s of a batch is of task s modulo their number.
+        places: the tasks, which the starts of one batch after the other are of in turn.
         starts: S, of each batch.
         workers: processes; 0 plays in this one. `close` ends them.
         judge: success model that decides from the true frames in place of the simulator's own test.
@@ -107,7 +107,8 @@ class SimulatedWorld:
     def begin(self, group: int, *numbers: int) -> list[Observation]:
         """Put `group` episodes at each start; its seed depends on `numbers` alone, see `World.begin`."""
         seeds = numpy_generator("simulated starts", *numbers).integers(2**31, size=self.starts)
-        jobs = [(self.places[s % len(self.places)], int(seed)) for s, seed in enumerate(seeds)]
+        first_start = numbers[-1] * self.starts  # of the step: a batch goes on where the one before it ended
+        jobs = [(self.places[(first_start + s) % len(self.places)], int(seed)) for s, seed in enumerate(seeds)]
         self.names = [f"{place.suite}/{place.task}/{seed}" for place, seed in jobs]
         found = {job: result for job, result, _ in self.workers.run(first, jobs)}
         self.where = [job[0] for job in jobs for _ in range(group)]
