@@ -50,7 +50,9 @@ class Config:
     refresh_lr: Rate = opt(5e-4, "peak learning rate of the refresh")
     validation_fraction: ProperShare = opt(0.25, "share of the new episodes that both models hold out, for the gate")
     gate_threshold: Share | None = opt(
-        0.9, "least share of held-out episodes whose imagined outcome is the true one; none: any", group="evaluation"
+        0.9,
+        "least mean of the shares of held-out successes and failures that imagination tells; none: not measured",
+        group="evaluation",
     )
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
     seed: Whole = opt(0, "seed of every stage")

@@ -127,7 +127,7 @@ class Config:
     mse_weight: NotNegative = opt(0.01, "weight of the flow-matching term on demonstrations (Eq. 13); 0 leaves it out")
     gate_threshold: Share | None = opt(
         0.9,
-        "least mean of the shares of held-out successes and failures that imagination tells; none: any",
+        "least mean of the shares of held-out successes and failures that imagination tells; none: not measured",
         group="evaluation",
     )
     gate_evaluation: str | None = opt(
@@ -216,8 +216,8 @@ def check_horizon(cfg: Config, episodes: list[Episode]) -> None:
     lengths = sorted(len(e) for e in episodes if e.success)
     if lengths and (longer := sum(length > cfg.horizon for length in lengths)):
         warnings.warn(
-            f"--horizon {cfg.horizon}: {longer} of {len(lengths)} recorded successes took longer, up to {lengths[-1]} "
-            "steps; episodes end before they could",
+            f"--horizon {cfg.horizon}: {longer} of {len(lengths)} recorded successes are longer, up to {lengths[-1]} "
+            "steps with what was recorded after the success; an episode may end before it could succeed",
             stacklevel=2,
         )
 
@@ -234,6 +234,12 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]
+    if not held_out:
+        raise ValueError(
+            f"the gate needs episodes that success model and world model hold out: none of the {len(unseen)} that "
+            f"{cfg.success_model} names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that "
+            "both were trained with, or --gate-threshold none"
+        )
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
     measured = {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
     if evaluation is not None:
@@ -341,12 +347,12 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     measured = {}
     if (
         isinstance(world, ImaginedWorld)
-        and cfg.gate_threshold is not None
+        and (cfg.gate_threshold is not None or cfg.gate_evaluation is not None)
         and not (out_dir / "train_state.pt").is_file()
     ):
         measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
-    open_run(out_dir, cfg, ignore=("workers", "micro_chunks"))
+    open_run(out_dir, cfg, ignore=("workers", "micro_chunks", "gate_threshold", "gate_evaluation"))
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     parameters = [p for group in groups for p in group["params"]]

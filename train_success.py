@@ -1,6 +1,7 @@
 """Beyond the paper: train a success model, the judge of imagined episodes, on real episodes with outcomes.
 
-    python collect_demos.py --preset tiny --demos-per-task 0 --policy runs/sft --policy-per-task 32 --out-dir own
+    python collect_demos.py --preset tiny --demos-per-task 0 --noisy-per-task 0 --policy runs/sft \\
+        --policy-per-task 32 --out-dir own
     python train_wm.py --preset tiny --init runs/wm --demos demos own --validation-fraction 0.25 --steps 500 \\
         --out-dir runs/wm2
     python train_success.py --preset tiny --demos demos own --world-model runs/wm2 --out-dir runs/success
@@ -356,6 +357,12 @@ def judged(model: SuccessModel, found: Sequence[Version], autocast: AbstractCont
     return {kind: tuple(zip(*pairs, strict=True)) for kind, pairs in values.items()}
 
 
+def own_attempts(held_out: Sequence[Version]) -> Sequence[Version]:
+    """Take the attempts of a policy alone, if both outcomes are among them."""
+    own = [version for version in held_out if version.episode.kind == "policy"]
+    return own if len({version.episode.success for version in own}) == 2 else held_out
+
+
 def validate(
     model: SuccessModel,
     to_choose: Sequence[Version],
@@ -365,11 +372,15 @@ def validate(
 ) -> tuple[dict[str, float], float]:
     """Choose the threshold on some whole episodes and measure on others, neither of them trained on.
 
+    Where attempts of a policy with both outcomes are among them, only these count, as in the gate of train_rl.py: how
+    well a demonstration is told from a demonstrator's failure says nothing about them.
+
     Returns:
         Metrics of each kind of frames: `agreement` of judged and true outcomes, `false_successes` and `false_failures`
         as shares of the failures and successes, and the Brier score of an episode's highest probability; and the
         threshold, chosen on the imagined episodes where there are any.
     """
+    to_choose, to_measure = own_attempts(to_choose), own_attempts(to_measure)
     values = judged(model, to_choose, autocast)
     threshold = best_threshold(*values.get("imagined", values["real"]), cfg.false_successes)
     metrics = {}

@@ -178,6 +178,10 @@ def test_late_starts_are_in_failures_of_a_policy():
     assert torch.equal(world.proprio[:, 0], at.float() ** 2)
     motion = world.model.robot.motion[:, 0].repeat_interleave(2)
     assert torch.equal(motion, torch.where(at > 0, 2 * at - 1, 0).float())  # t^2 - (t - 1)^2
+    assert torch.equal(world.steps, at.long())  # the horizon counts from the first frame
+    world.horizon = 8
+    world.begin(2, 0)
+    assert 0 < world.steps.max() <= 6
 
 
 def test_the_proprio_model_adds_up_motion():
@@ -316,6 +320,8 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
         (few, "has 2 policies, an order needs 3 at least"),
         (evaluation(tmp_path / "perturbed.json", rates, perturb="object:5"), "was played with {'perturb': 'object:5'}"),
         (evaluation(tmp_path / "planned.json", rates, plan=8), "was played with {'plan': 8}"),
+        (evaluation(tmp_path / "often.json", rates, execute=4), "was played with {'execute': 4}"),
+        (evaluation(tmp_path / "noisy.json", rates, noise="stochastic"), "was played with {'noise': 'stochastic'}"),
     ):
         with pytest.raises(ValueError, match=message):
             read_evaluation(path)
@@ -459,7 +465,7 @@ def test_refusals(config, tmp_path, policy_file):
             train_rl.main(dataclasses.replace(config, world_model=other))
     with pytest.raises(ValueError, match="--horizon 2: a success is held for 3 frames"):
         train_rl.main(dataclasses.replace(config, horizon=2))
-    with pytest.warns(UserWarning, match="--horizon 13: 6 of 6 recorded successes took longer, up to 14 steps"):
+    with pytest.warns(UserWarning, match="--horizon 13: 6 of 6 recorded successes are longer, up to 14 steps"):
         train_rl.main(dataclasses.replace(config, horizon=13, steps=1))
 
 

@@ -98,7 +98,8 @@ def test_thresholds_by_hand():
     assert best_threshold(highest, true, 0.0) == pytest.approx(0.875)
     assert best_threshold(highest, true, 0.5) == pytest.approx(0.4)
     # no threshold is right: none is a success, even where probabilities saturate
-    assert best_threshold([0.5, 0.5, 0.9, 0.9, 0.5], true, 0.0) == pytest.approx(1.05)
+    assert best_threshold([0.5, 0.5, 0.9, 0.9, 0.5], true, 0.0) == pytest.approx(1.1)
+    assert best_threshold([0.4, 0.5, 0.3, 0.45], [True, False, True, True], 0.02) == pytest.approx(1.1)
     assert best_threshold([1.0, 0.99, 1.0, 0.2, 0.9], true, 0.02) == pytest.approx(1.1)
     assert best_threshold([0.0, 0.8, 0.0, 0.0, 0.9], true, 0.0) == pytest.approx(0.4)  # 0 is never a success
     assert best_threshold([0.0, 0.0], [True, False], 0.99) > 0

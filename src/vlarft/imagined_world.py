@@ -35,7 +35,8 @@ class ImaginedWorld:
         horizon: actions after which an episode ends without success.
         camera: the policy's name of the frames.
         late_starts: share of the starts that, where they fall on a failed attempt of a policy, lie at a random frame of
-            its first three quarters: one that a better action might still save.
+            its first three quarters: one that a better action might still save. The horizon counts from the episode's
+            first frame all the same.
         autocast: context for the world model's and the judge's forwards.
         sampling: `greedy`, `temperature`, `top_p`, ... of `WorldModel.rollout`.
     """
@@ -68,7 +69,9 @@ class ImaginedWorld:
         chosen = [self.episodes[row] for row in rng.integers(len(self.episodes), size=self.num_starts)]
         late, where = rng.random((2, self.num_starts))
         frames = [
-            int(0.75 * share * len(e)) if e.kind == "policy" and not e.success and number < self.late_starts else 0
+            int(0.75 * share * min(len(e), self.horizon))
+            if e.kind == "policy" and not e.success and number < self.late_starts
+            else 0
             for e, number, share in zip(chosen, late, where, strict=True)
         ]
         self.names, self.group, self.numbers, self.chunks = [e.name for e in chosen], group, numbers, 0
@@ -84,7 +87,7 @@ class ImaginedWorld:
         self.instructions = [e.instruction for e in chosen for _ in range(group)]
         count = len(self.proprio)
         self.referee = Referee(self.judge, first.repeat_interleave(group, dim=0), self.instructions)
-        self.steps = torch.zeros(count, dtype=torch.int64)
+        self.steps = torch.tensor([t for t in frames for _ in range(group)])  # (E,), the recorded ones included
         self.actions = None
         return [self._observation(e, images[e // group]) for e in range(count)]
 

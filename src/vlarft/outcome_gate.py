@@ -31,6 +31,8 @@ from vlarft.success import Agreement, SuccessModel, compare_outcomes
 from vlarft.world_model import WorldModel
 
 FEWEST_POLICIES = 3  # that have an order worth a correlation; six tell more
+# options of eval_libero.py that imagination does not follow, and what it does
+IMAGINED = {"perturb": None, "plan": 1, "execute": 8, "num_flow_steps": 10}
 
 
 @torch.no_grad()
@@ -114,10 +116,15 @@ def read_evaluation(path: str | Path) -> Evaluation:
         settings, rows = found["config"], found["policies"]
         rates = {row["policy"]: float(row["all"]["rate"]) for row in rows}
         digests = {row["policy"]: row["digest"] for row in rows}
-        changed = {name: settings[name] for name in ("perturb", "plan") if settings.get(name) not in (None, 1)}
+        changed = {n: settings[n] for n, usual in IMAGINED.items() if settings.get(n, usual) != usual}
+        if settings["noise"] not in ("zero", "sampled"):
+            changed["noise"] = settings["noise"]
         from_zero = settings["noise"] == "zero"
     if changed:
-        raise ValueError(f"{file} was played with {changed}: evaluate on plain starts, without planning")
+        raise ValueError(
+            f"{file} was played with {changed}: evaluate with --noise zero or sampled and the other options as they "
+            "are by default: imagination plays so"
+        )
     if len(rates) < FEWEST_POLICIES:
         raise ValueError(
             f"{file} has {len(rates)} policies, an order needs {FEWEST_POLICIES} at least and better six: evaluate "

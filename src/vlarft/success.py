@@ -279,6 +279,7 @@ def best_threshold(highest: Sequence[float], true: Sequence[bool], false_success
     values = torch.tensor(highest, dtype=torch.float64)
     borders = torch.cat([values.new_zeros(1), values.sort().values, values.new_full((1,), 1.2)])
     candidates = ((borders[1:] + borders[:-1]) / 2).clamp_min(1e-6)  # an episode of 0 is never a success
+    candidates[-1] = 1.1  # nothing is
     truth = torch.tensor(true)
     judged = values >= candidates[:, None]  # (candidates, episodes)
     wrong = (judged != truth).sum(1).double() - (borders[1:] - borders[:-1]) / 2  # of equal ones the widest gap
