@@ -123,7 +123,7 @@ class Runs:
     @property
     def copies(self) -> list[Path]:
         """The SFT policy along its training."""
-        return sorted(self.policy.glob("model_*.safetensors"))
+        return sorted(self.policy.glob("model_[0-9]*.safetensors"))
 
     @property
     def evaluation(self) -> Path:
@@ -253,7 +253,11 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
 
 
 def main(cfg: Config) -> dict:
-    """Run what is missing; return what the JSON file holds."""
+    """Run what is missing; return what the JSON file holds.
+
+    Raises:
+        ValueError: an unknown arm, or the arms of one seed would start from two SFT policies.
+    """
     check_known(cfg.arms, ARMS, "arm")
     report = read_report(cfg, "runs", free=FREE)
     report = {"command": "python studies/closed_loop_study.py", "machine": machine(), **report}
@@ -262,7 +266,15 @@ def main(cfg: Config) -> dict:
             runs = Runs(cfg, suite, seed)
             for name in ("SFT", *cfg.arms):
                 entry = report["runs"].setdefault(f"{suite}/{seed}", {})
-                entry[name] = rounded(measure(cfg, runs, name))
+                found, before = rounded(measure(cfg, runs, name)), entry.get(name)
+                if before is not None and before["outcomes"] == found["outcomes"]:
+                    continue  # it keeps its commit
+                if before is not None and name == "SFT":
+                    raise ValueError(
+                        f"{cfg.out} has arms of {suite}, seed {seed}, from another SFT policy than that of "
+                        f"{runs.policy}: give another --out, or --out-dir with the runs of those arms"
+                    )
+                entry[name] = found
                 write(cfg.out, report)
     print("\n" + closed_loop_table(report))
     return report

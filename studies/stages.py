@@ -41,11 +41,18 @@ def run_python(command: Sequence[str]) -> None:
 
 
 def run_once(out_dir: Path, *words: object) -> Path:
-    """Run a stage with `--out-dir` unless it finished there before; returns that folder."""
-    done = out_dir / "done"
-    if not done.is_file():
+    """Run a stage with `--out-dir` unless it finished there before; returns that folder.
+
+    Raises:
+        ValueError: what finished there was another command.
+    """
+    done, command = out_dir / "done", shlex.join(map(str, words))
+    before = done.read_text() if done.is_file() else None
+    if before is None:
         call(*words, "--out-dir", out_dir)
-        done.touch()
+        done.write_text(command)
+    elif before not in ("", command):  # empty: of an older version
+        raise ValueError(f"{out_dir} is of another command, {before}; now it would be {command}: give another folder")
     return out_dir
 
 
