@@ -1,20 +1,23 @@
-"""Time the training steps of Stage I in float32 and in bfloat16 on this processor, by the scripts themselves.
+"""Time the training steps of Stage I on this processor, by the scripts themselves: float32 and bfloat16 on one core,
+and what keeps both cores busy, threads in one training or two trainings side by side.
 
     python benchmarks/precision.py --demos demos --tokenizer runs/tokenizer
 
-Each of train_tokenizer.py, train_wm.py and train_sft.py trains for a few steps with `--precision fp32` and `bf16` in
-turns, `repeats` times. Seconds per step are those between its first and its last but one line of the log: without what
-comes before the first step, and without the validation at the end. Says what `--precision auto` would choose. Writes
-one JSON file.
+Each of train_tokenizer.py, train_wm.py and train_sft.py trains for a few steps in every version of `VERSIONS` in turns,
+`repeats` times. Seconds per step are those between its first and its last but one line of the log: without what comes
+before the first step, and without the validation at the end; of trainings side by side, their mean by the number of
+trainings. Says what `--precision auto` would choose. Writes one JSON file.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timing import Timing, machine, ratio
@@ -26,6 +29,24 @@ from vlarft.run.precision import in_bf16
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"tokenizer": "train_tokenizer.py", "world model": "train_wm.py", "SFT": "train_sft.py"}
 LOG_INTERVAL, NEVER = 5, 10**6
+CORES = os.cpu_count() or 1
+
+
+class Version(NamedTuple):
+    """Number format, threads of each training, trainings side by side."""
+
+    precision: str
+    threads: int = 1
+    at_once: int = 1
+
+
+VERSIONS = {
+    "fp32": Version("fp32"),
+    "bf16": Version("bf16"),
+    "fp32_threads": Version("fp32", threads=CORES),
+    "bf16_side_by_side": Version("bf16", at_once=CORES),
+}
+GAINS = {"bf16": "fp32", "bf16_side_by_side": "fp32_threads"}  # and what each is compared with
 
 
 @dataclass(frozen=True)
@@ -45,23 +66,28 @@ class Config:
 PRESETS = {"paper": Config(), "smoke": Config(stage_preset="smoke", steps=15, repeats=1)}
 
 
-def seconds_per_step(cfg: Config, stage: str, precision: str) -> float:
+def seconds_per_step(cfg: Config, stage: str, version: Version) -> float:
     """Train a stage for a few steps; return its seconds per step.
 
     Raises:
         RuntimeError: the script failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, str(ROOT / STAGES[stage]), "--preset", cfg.stage_preset, "--demos", cfg.demos]
-        words += ["--precision", precision, "--steps", str(cfg.steps), "--log-interval", str(LOG_INTERVAL)]
-        words += ["--validation-interval", str(NEVER), "--save-interval", str(NEVER), "--out-dir", folder]
-        words += ["--tokenizer", cfg.tokenizer] if stage == "world model" else []
-        run = subprocess.run(words, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{STAGES[stage]} failed: {run.stderr[-2000:]}")
-        rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-    first, last = rows[0], rows[-2]
-    return 60 * (last["minutes"] - first["minutes"]) / (last["step"] - first["step"])
+    words = [sys.executable, str(ROOT / STAGES[stage]), "--preset", cfg.stage_preset, "--demos", cfg.demos]
+    words += ["--precision", version.precision, "--steps", str(cfg.steps), "--log-interval", str(LOG_INTERVAL)]
+    words += ["--validation-interval", str(NEVER), "--save-interval", str(NEVER)]
+    words += ["--tokenizer", cfg.tokenizer] if stage == "world model" else []
+    threads = {**os.environ, "OMP_NUM_THREADS": str(version.threads)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch, str(number)) for number in range(version.at_once)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": threads}
+        runs = [subprocess.Popen([*words, "--out-dir", str(folder)], **pipes) for folder in folders]
+        for error, run in [(run.communicate()[1], run) for run in runs]:
+            if run.returncode:
+                raise RuntimeError(f"{STAGES[stage]} failed: {error[-2000:]}")
+        logs = [(folder / "log.jsonl").read_text().splitlines() for folder in folders]
+    ends = [[json.loads(lines[number]) for number in (0, -2)] for lines in logs]
+    spent = [60 * (last["minutes"] - first["minutes"]) / (last["step"] - first["step"]) for first, last in ends]
+    return statistics.mean(spent) / version.at_once
 
 
 def main(cfg: Config) -> dict:
@@ -69,15 +95,18 @@ def main(cfg: Config) -> dict:
     chosen = "bf16" if in_bf16("auto", torch.device("cpu")) else "fp32"
     report = {"command": "python benchmarks/precision.py", "config": to_dict(cfg), **machine("cpu"), "auto": chosen}
     for stage in STAGES:
-        times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+        times: dict[str, list[float]] = {name: [] for name in VERSIONS}
         for _ in range(cfg.repeats):
-            for precision, spent in times.items():
-                spent.append(seconds_per_step(cfg, stage, precision))
+            for name, version in VERSIONS.items():
+                times[name].append(seconds_per_step(cfg, stage, version))
         timings = {name: Timing(statistics.median(spent), min(spent), max(spent)) for name, spent in times.items()}
-        faster, spread = ratio(timings["bf16"], timings["fp32"])
-        report[stage] = {**{f"{name}_s": t.median for name, t in timings.items()}, "times_faster": faster}
-        report[stage]["spread"] = spread
-        print(f"{stage}: {faster:.2f} times as fast in bfloat16 [{spread[0]:.2f}, {spread[1]:.2f}]", flush=True)
+        gains = {name: ratio(timings[name], timings[other]) for name, other in GAINS.items()}
+        report[stage] = {
+            "seconds": {name: timing.median for name, timing in timings.items()},
+            "times_faster": {name: {"median": median, "spread": spread} for name, (median, spread) in gains.items()},
+        }
+        for name, (median, spread) in gains.items():
+            print(f"{stage}: {name} {median:.2f} times as fast as {GAINS[name]} [{spread[0]:.2f}, {spread[1]:.2f}]")
     write_json(cfg.out, report)
     return report
 

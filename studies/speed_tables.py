@@ -54,11 +54,21 @@ def undone_table(report: dict) -> str:
     return table(["undone", *kinds], rows)
 
 
-def precision_table(report: dict) -> str:
-    """Training steps in float32, in times as long as in bfloat16 (precision.py)."""
-    stages = {name: of for name, of in report.items() if isinstance(of, dict) and "times_faster" in of}
-    rows = [[name, _times(of["times_faster"], of["spread"])] for name, of in stages.items()]
-    return table(["training step", "times as fast in bfloat16"], rows)
+def precision_table(reports: dict[str, dict]) -> str:
+    """Training steps on one core in float32, in times as long as in bfloat16, and on both cores (precision.py).
+
+    Args:
+        reports: what each row's name begins with -> the report.
+    """
+    rows = []
+    for where, report in reports.items():
+        stages = {name: of for name, of in report.items() if isinstance(of, dict) and "times_faster" in of}
+        for name, of in stages.items():
+            found = [of["times_faster"].get(version) for version in ("bf16", "bf16_side_by_side")]
+            cells = [_times(gain["median"], gain["spread"]) if gain else "" for gain in found]
+            rows.append([f"{where}: {name}", *cells])
+    columns = ["times as fast, bfloat16 over float32", "two in bfloat16 side by side, over one of two threads"]
+    return table(["training step", *columns], rows)
 
 
 def episodes_table(report: dict) -> str:

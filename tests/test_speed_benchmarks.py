@@ -140,11 +140,16 @@ def test_formats_of_training_steps(load_benchmark, demos, tmp_path, monkeypatch)
     monkeypatch.setattr(benchmark, "STAGES", {"SFT": "train_sft.py"})
     found = benchmark.main(cfg)
     assert json.loads((tmp_path / "p.json").read_text()) == found and found["auto"] in ("fp32", "bf16")
-    assert found["SFT"]["times_faster"] == found["SFT"]["fp32_s"] / found["SFT"]["bf16_s"] > 0
-    spent = iter([3.0, 1.0, 4.0, 2.0, 6.0, 1.5])
-    monkeypatch.setattr(benchmark, "seconds_per_step", lambda cfg, stage, precision: next(spent))
+    seconds = found["SFT"]["seconds"]
+    assert list(seconds) == list(benchmark.VERSIONS) and min(seconds.values()) > 0
+    spent = {"fp32": iter([3.0, 4.0, 6.0]), "bf16": iter([1.0, 2.0, 1.5])}
+    spent |= {"fp32_threads": iter([2.0, 2.0, 2.0]), "bf16_side_by_side": iter([0.5, 0.5, 1.0])}
+    name_of = {version: name for name, version in benchmark.VERSIONS.items()}
+    monkeypatch.setattr(benchmark, "seconds_per_step", lambda cfg, stage, version: next(spent[name_of[version]]))
     found = benchmark.main(replace(cfg, repeats=3))["SFT"]
-    assert found == {"fp32_s": 4.0, "bf16_s": 1.5, "times_faster": 4 / 1.5, "spread": [1.5, 6.0]}
+    assert found["seconds"] == {"fp32": 4.0, "bf16": 1.5, "fp32_threads": 2.0, "bf16_side_by_side": 0.5}
+    assert found["times_faster"]["bf16"] == {"median": 4 / 1.5, "spread": [1.5, 6.0]}
+    assert found["times_faster"]["bf16_side_by_side"] == {"median": 4.0, "spread": [2.0, 4.0]}
     with pytest.raises(ValueError, match="--steps 14: give 15 at least"):
         replace(cfg, steps=14)
 
