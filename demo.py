@@ -11,7 +11,7 @@ same after extra SFT (at a tenth of the learning rate, as plain fine-tuning woul
 and the sizes that were steadiest (docs/findings.md). Then what the paper's method does not do, go beyond the
 demonstrations: an SFT policy of 10 demonstrations a task, and the same after closed-loop reinforcement learning in the
 simulator. All of them are played from a sampled x_0 and from x_0 = 0, which costs no training. And the world model's
-metrics beside the baseline that copies the last frame.
+metrics beside the baseline that copies the first frame.
 
 Reads nothing. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
 before_after.gif and report.html, a page of all results; further pictures come from the stages. The same command resumes
@@ -297,7 +297,7 @@ def main(cfg: Config) -> dict:
 def print_world_model(results: dict) -> None:
     """Frame metrics beside the copy-last baseline, and how well the rewards rank perturbed action chunks."""
     imagined, copied = (results["frames"]["all"][name] for name in ("imagined", "copy"))
-    print("\nworld model, held-out episodes    imagined   last frame copied")
+    print("\nworld model, held-out episodes    imagined   first frame copied")
     for name, label in (
         ("psnr_moving", "PSNR, moving pixels [dB]"),
         ("psnr", "PSNR, all pixels [dB]"),

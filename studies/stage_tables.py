@@ -269,7 +269,13 @@ def demo_table(report: dict) -> str:
         else:
             rows.append([name, *(gain(name + way, first + way) for way in ways)])
         if name == "+ RFT":
-            rows.append([f"+ RFT, against {first}{ways[1]}", gain(name, first + ways[1]), ""])
+            rows.append(
+                [
+                    f"+ RFT from a {NOISE['sampled']}, against {first} from {NOISE['zero']}",
+                    gain(name, first + ways[1]),
+                    "",
+                ]
+            )
     return table(["policy", NOISE["sampled"], NOISE["zero"]], rows)
 
 
@@ -281,7 +287,7 @@ def demo_world_model_table(report: dict) -> str:
     for name, (label, shown) in names.items():
         means = ([run["frames"][which][name] for run in report["runs"].values()] for which in ("imagined", "copy"))
         rows.append([label, *(shown.format(sum(values) / len(values)) for values in means)])
-    return table(["world model, held-out episodes", "imagined", "last frame copied"], rows)
+    return table(["world model, held-out episodes", "imagined", "first frame copied"], rows)
 
 
 def experts_table(report: dict) -> str:

@@ -107,10 +107,16 @@ def test_the_gains_of_the_demos_by_hand():
     one, other = (run | {f"{name}, x_0 = 0": "11" for name in run} for run in (one, other))
     text = stage_tables.demo_table({"runs": {"0": {"outcomes": one}, "1": {"outcomes": other}}})
     cells = {row.split(" | ")[0][2:]: row.rstrip(" |").split(" | ")[1:] for row in text.splitlines()[2:]}
-    assert list(cells) == ["SFT", "+ RFT", "+ RFT, against SFT, x_0 = 0", "SFT of 10 a task", "+ RL, simulator"]
+    assert list(cells) == [
+        "SFT",
+        "+ RFT",
+        "+ RFT from a sampled x_0, against SFT from x_0 = 0",
+        "SFT of 10 a task",
+        "+ RL, simulator",
+    ]
     assert cells["SFT"] == ["50.0 % [15.0, 85.0]", "100.0 % [51.0, 100.0]"]
     assert cells["+ RFT"][0].startswith("+0.0 [") and cells["+ RFT"][0].endswith("]: +50.0, -50.0")
-    assert cells["+ RFT, against SFT, x_0 = 0"][0].endswith("]: +0.0, -100.0")
+    assert cells["+ RFT from a sampled x_0, against SFT from x_0 = 0"][0].endswith("]: +0.0, -100.0")
     assert cells["+ RL, simulator"][0].endswith("]: +50.0, +0.0")
 
 
