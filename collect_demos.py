@@ -131,7 +131,14 @@ PRESETS = {
     ),
     "smoke": Config(**FOUR_BLOCKS, demos_per_task=3, workers=1),
     # the pace of LIBERO's own demonstrations
-    "libero": Config(suites=("libero_object", "libero_spatial"), action_noise=0.1, min_speed=0.7, max_speed=1.0),
+    "libero": Config(
+        suites=("libero_object", "libero_spatial"),
+        image_size=128,
+        fast_rendering=True,
+        action_noise=0.1,
+        min_speed=0.7,
+        max_speed=1.0,
+    ),
 }
 # Settings that only say how much is made and by whom; a collection can be continued with other values of these.
 NOT_CONTENT = (

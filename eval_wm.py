@@ -91,6 +91,7 @@ TINY = Config(segments=128, episodes=32, greedy=True, perceptual="ssim", starts=
 PRESETS = {
     "paper": Config(),
     "small": Config(perceptual="ssim"),
+    "libero": replace(TINY, precision="auto"),
     "tiny": TINY,
     "smoke": replace(TINY, segments=8, episodes=2, batch_size=4, starts=2, perturb=Perturbations((0.15, 0.4), 2, 1)),
 }

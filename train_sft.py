@@ -86,7 +86,9 @@ class Config:
         "full", "full: crop and colours (public code); light: brightness and noise"
     )
 
-    size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of a policy from scratch", "model")
+    size: Literal["paper", "small", "libero", "tiny", "smoke"] = opt(
+        "paper", "named sizes of a policy from scratch", "model"
+    )
     init: str | None = opt(
         None, "policy to start from: run folder or model.safetensors, or random; preset paper needs one"
     )
@@ -168,6 +170,7 @@ PRESETS = {
         validation_interval=1000,
         save_interval=1000,
     ),
+    "libero": replace(TINY, size="libero", steps=20_000, validation_interval=1000, save_interval=500),
     "tiny": TINY,
     "smoke": replace(
         TINY,

@@ -122,7 +122,19 @@ SMALL = PolicyConfig(
     key_token=True,
 )
 
-PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "tiny": TINY, "smoke": SMOKE}
+# Tabletop's sizes behind an encoder of LIBERO's frames, 128 px, whose objects are small: its maps are of 32 x 32
+LIBERO = replace(
+    TINY,
+    vlm=replace(
+        TINY.vlm,
+        vision=ConvEncoderConfig(
+            image_size=128, channels=(32, 64, 64, 64), kernels=(7, 3, 3, 3), strides=(2, 2, 1, 1), num_keypoints=32,
+            film_dim=64,
+        ),
+    ),
+)  # fmt: skip
+
+PRESETS = {"paper": PolicyConfig(crop_area=0.9), "small": SMALL, "libero": LIBERO, "tiny": TINY, "smoke": SMOKE}
 
 
 class Inputs(NamedTuple):
