@@ -193,6 +193,24 @@ def test_it_learns_what_the_instruction_asks_for():
     assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
 
 
+def test_a_policys_own_attempts_alone_count_where_both_outcomes_are_among_them():
+    model = SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]), highest=lambda frames, _: round(frames.mean().item(), 1)
+    )
+
+    def shown(kind, success, level):
+        episode = dataclasses.replace(lamps(0, success), kind=kind)
+        return train_success.Version(episode, "real", torch.full((2, 3, 4, 4), round(255 * level), dtype=torch.uint8))
+
+    others = [shown("expert", True, 0.2), shown("noisy", False, 0.9)]  # both would be judged wrong
+    own = [shown("policy", True, 0.8), shown("policy", False, 0.4)]
+    cast = torch.autocast("cpu", enabled=False)
+    metrics, threshold = train_success.validate(model, others + own, others + own, SMOKE, cast)
+    assert threshold == pytest.approx(0.6) and metrics["real_agreement"] == 1
+    metrics, threshold = train_success.validate(model, own[:1] + others, own[:1] + others, SMOKE, cast)
+    assert threshold > 0.9 and metrics["real_agreement"] == pytest.approx(1 / 3)
+
+
 def test_the_threshold_is_chosen_on_imagined_episodes_and_measured_on_others():
     model = SimpleNamespace(
         parameters=lambda: iter([torch.zeros(1)]), highest=lambda frames, _: round(frames.mean().item(), 2)
