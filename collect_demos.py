@@ -95,6 +95,7 @@ class Config:
     policy: str | None = opt(None, "policy that makes further attempts: a run folder or its model.safetensors", "model")
     policy_per_task: Demos = opt(0, "extra attempts of --policy per task, marked as policy")
     policy_noise: NotNegative = opt(0.1, "action noise of these attempts [action units]")
+    policy_group: Count = opt(1, "attempts of --policy from each start, with other noise")
 
     out_dir: str = opt("demos", "folder that receives <suite>/<task>_demo.hdf5", group="run")
     lerobot: str | None = opt(
@@ -222,11 +223,15 @@ def make_demo(job: Job) -> Made:
         job.suite, job.task, config.image_size, config.eye_in_hand, config.fast_rendering, config.horizon
     )
     for attempt in range(config.max_attempts):
-        start_seed = config.seed + job.index + attempt * ATTEMPT_STRIDE
+        # the number of its start: attempts of a policy are in groups from one start each
+        first = (
+            job.index if kind != "policy" else FIRST_ON_POLICY + (job.index - FIRST_ON_POLICY) // config.policy_group
+        )
+        start_seed = config.seed + first + attempt * ATTEMPT_STRIDE
         env.reset(seed=start_seed)
         speed = np.random.default_rng([start_seed, 1]).uniform(config.min_speed, config.max_speed)
         try:
-            demonstrator = _demonstrator(config, env, kind, start_seed, speed)
+            demonstrator = _demonstrator(config, env, kind, start_seed + job.index - first, speed)
         except NoPlanError as error:
             return Made(job, str(error))
         arrays, success = record(env, demonstrator, config.idle_steps)
@@ -330,7 +335,13 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
     found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
-    found = {"fast_rendering": False, "policy_noise": 0.1, "horizon": None, **found}  # older files lack some
+    found = {
+        "fast_rendering": False,
+        "policy_noise": 0.1,
+        "policy_group": 1,
+        "horizon": None,
+        **found,
+    }  # older files lack some
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")

@@ -60,6 +60,7 @@ class Config:
     stage_preset: str = opt("tiny", "preset of the stages")
     demos_per_task: int = opt(10, "demonstrations per task")
     attempts: int = opt(32, "real episodes of the policy per task and round")
+    attempt_group: int = opt(1, "real episodes from each start")
     copy_attempts: int = opt(0, "real episodes per task of each copy of the SFT policy along its training, before")
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
@@ -136,7 +137,7 @@ class Runs:
         copies = self.copies[:-1] if self.cfg.copy_attempts else []  # the last one is the policy
         first = len(copies) * self.cfg.copy_attempts
         words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--horizon", self.cfg.horizon]
-        words += ["--seed", 500_000 + 1000 * self.seed]
+        words += ["--seed", 500_000 + 1000 * self.seed, "--policy-group", self.cfg.attempt_group]
         own = [*words, "--policy", policy, "--policy-per-task", first + rounds * self.cfg.attempts]
         place = self.own / f"attempts_{rounds}"
         if rounds > 1:

@@ -205,6 +205,23 @@ def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
         dataclasses.replace(settings, policy_per_task=2)
 
 
+def test_attempts_of_a_policy_in_groups(tmp_path, policy_file):
+    """Two from each start, with other noise, and the same ones where they are recorded in two goes."""
+    options = {"policy": str(policy_file), "policy_group": 2, "horizon": 9, "tasks": ("0",), "demos_per_task": 0}
+    settings = config(tmp_path / "own", image_size=64, policy_per_task=3, **options)
+    main(settings)
+    (path,) = main(dataclasses.replace(settings, policy_per_task=4))
+    found = load_episodes(path, successes_only=False)
+    assert [e.start == found[0].start for e in found] == [True, True, False, False] and found[2].start == found[3].start
+    assert np.array_equal(found[0].images[0], found[1].images[0]) and np.array_equal(
+        found[0].proprio[0], found[1].proprio[0]
+    )
+    assert not np.array_equal(found[0].images[0], found[2].images[0])
+    assert len({e.actions.tobytes() for e in found}) == len({e.intended[0].tobytes() for e in found}) == 4
+    with pytest.raises(ValueError, match="policy_group: 2 there, 1 now"):
+        main(dataclasses.replace(settings, policy_group=1))
+
+
 def test_attempts_of_a_policy_alone_lie_beside_demonstrations(tmp_path, policy_file):
     settings = config(tmp_path / "demos", tasks=("0",), demos_per_task=1, image_size=64)
     main(settings)

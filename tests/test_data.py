@@ -210,6 +210,10 @@ def test_split_is_fixed_by_names_and_seed():
     assert [e.name for e in after if e.kind != "policy"] == [e.name for e in before]  # added later: the rest stays
     assert len(after) == len(before) + round(0.1 * len(own))
     assert [len(part) for part in split_episodes([episodes[0], others[0]], 0.9, 0)] == [1, 1]
+    groups = [replace(e, name=f"own/{i:02}", kind="policy", start=f"start {i // 5}") for i, e in enumerate(episodes)]
+    held_out = split_episodes([*episodes, *groups], 0.2, 0)[1]
+    of_groups = [e.start for e in held_out if e.kind == "policy"]
+    assert len(of_groups) == 10 and len(set(of_groups)) == 2  # two of ten starts, with all of their attempts
     with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
         split_episodes(episodes[:1], 0.5, 0)
     with pytest.raises(ValueError, match="got 1.5"):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,9 @@ import figures
 import findings
 import gates
 import imagination_study
+import imagined_groups
 import labels
+import numpy as np
 import outcomes
 import precision_study
 import pytest
@@ -28,6 +31,7 @@ import study_arms
 import study_logs
 import table_text
 import tables
+import torch
 import variants
 import wm_study
 from conftest import run_in_fork
@@ -727,3 +731,49 @@ def test_results_are_small():
         assert not {"summary", "repeated"} & set(report) and report == records.rounded(report), path.name
         text = records._text(report, 0) + "\n"
         assert path.read_text() == text, path.name
+
+
+@pytest.mark.slow
+def test_groups_in_imagination_and_in_the_simulator(suite, tmp_path, capfd):
+    demos, own, models = suite / "demos", tmp_path / "own", [tmp_path / "wm", tmp_path / "success"]
+    given = {
+        "suites": ("tabletop_object",),
+        "tasks": ("0",),
+        "demos_per_task": 0,
+        "policy": str(suite / "seed0" / "sft"),
+    }
+    given |= {"policy_per_task": 6, "policy_group": 2, "horizon": 9, "seed": 500_000, "out_dir": str(own)}
+    collect_demos.main(dataclasses.replace(collect_demos.PRESETS["smoke"], **given))
+    words = ["--preset", "smoke", "--demos", demos, own]
+    train = [*words, "--validation-fraction", 0.5, "--steps", 2]
+    stages.call("train_tokenizer.py", *train, "--out-dir", tmp_path / "tokenizer")
+    stages.call("train_wm.py", *train, "--tokenizer", tmp_path / "tokenizer", "--out-dir", models[0])
+    stages.call("train_success.py", *words, "--world-model", models[0], "--steps", 2, "--out-dir", models[1])
+    cfg = dataclasses.replace(
+        imagined_groups.PRESETS["smoke"], policy=given["policy"], demos=(str(demos), str(own)),
+        world_model=str(models[0]), success_model=str(models[1]), out=str(tmp_path / "groups.json"),
+    )  # fmt: skip
+    report = imagined_groups.main(cfg)
+    assert json.loads((tmp_path / "groups.json").read_text())["outcomes"] == report["outcomes"]
+    assert all(len(row) == 2 for rows in report["outcomes"].values() for row in rows)
+    (demo,) = load_episodes(demos, with_states=True)[:1]
+    success, frames = imagined_groups.true_episode(demo, demo.actions, 0)
+    assert success and np.array_equal(frames[0], demo.images[1]) and len(frames) == len(demo)
+    success, frames = imagined_groups.true_episode(demo, demo.actions[:4], 3)
+    assert not success and len(frames) == 7
+    with pytest.raises(ValueError, match=r"none of the \d+ episodes of .*demos is a held-out attempt"):
+        imagined_groups.main(dataclasses.replace(cfg, demos=(str(demos),)))
+
+
+def test_correlations_within_groups_by_hand():
+    """Groups of one imagined outcome teach nothing; of the others, means do not count."""
+    imagined = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()
+    assert imagined_groups.correlation(imagined, imagined).value == pytest.approx(1)
+    assert imagined_groups.correlation(imagined, ~imagined).value == pytest.approx(-1)
+    true = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()  # (2, -1, -1) / 3 on (1, -2, 1) / 3, and on nothing
+    expected = (2 + 2 - 1) / 9 / math.sqrt((6 / 9 + 6 / 9) * (6 / 9))
+    assert imagined_groups.correlation(imagined, true).value == pytest.approx(expected)
+    assert imagined_groups.correlation(imagined[1:2], true[1:2]) is None
+    means = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]]).bool()
+    assert imagined_groups.between(means, means).value == pytest.approx(1)
+    assert imagined_groups.between(means, means.flip(0)).value == pytest.approx(-1)

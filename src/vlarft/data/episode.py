@@ -35,6 +35,8 @@ class Episode:
     states: (T, S) float64 simulator states, or None if the file has none
     name: suite/file/demo or data set/episode, unique in a data set; splits are stored by name
     cameras: images by name of the cameras that were read, one or all; `images` is one of them
+    start: names where the episode began; attempts of one start, which `split_episodes` keeps together, share it; None
+        if the file does not say: then no other episode began there
     fps: control steps per second, or None if the file does not state them
     absolute: actions are target positions, so that holding still repeats the last one; False: they are motions
     gripper_dims: action dimensions that are binary gripper commands, -1 open and +1 close; () if there are none; None
@@ -55,6 +57,7 @@ class Episode:
     env_args: dict | None = None
     outcome_known: bool = True
     cameras: Mapping[str, Images] = field(default_factory=dict)
+    start: str | None = None
     fps: float | None = None
     absolute: bool = False
     gripper_dims: tuple[int, ...] | None = None

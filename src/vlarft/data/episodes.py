@@ -370,7 +370,8 @@ def split_episodes(
 
     Successful experts, other attempts, and attempts of a policy are split separately. A policy, which sees only the
     first, and a world model that sees all files thus hold out the same demonstrations, given equal fraction and seed;
-    and attempts of a policy that are added later do not change the split of the others.
+    and attempts of a policy that are added later do not change the split of the others. Attempts from one start go to
+    one part together.
 
     Args:
         episodes: all episodes of a data set.
@@ -392,13 +393,17 @@ def split_episodes(
     for e in episodes:
         part = "demonstration" if e.success and e.kind == "expert" else "policy" if e.kind == "policy" else "other"
         parts[part].append(e)
-    for ordered in parts.values():
-        ordered.sort(key=lambda e: e.name)
+    for part in parts.values():
+        groups: dict[str, list[Episode]] = {}  # by start
+        for e in sorted(part, key=lambda e: e.name):
+            groups.setdefault(e.start or e.name, []).append(e)
+        ordered = list(groups.values())
         random.Random(seed).shuffle(ordered)
         count = round(validation_fraction * len(ordered))
         if not validation and len(ordered) > 1:
             count = min(max(1, count), len(ordered) - 1)
-        train, validation = train + ordered[count:], validation + ordered[:count]
+        train += [e for group in ordered[count:] for e in group]
+        validation += [e for group in ordered[:count] for e in group]
     if not (train and validation):  # for example one demonstration and one other attempt
         train, validation = (train + validation)[1:], (train + validation)[:1]
     return train, validation

@@ -98,6 +98,7 @@ def read_hdf5(
                 states=_dataset(demo, "states", where) if with_states else None,
                 env_args=env_args,
                 cameras=cameras,
+                start=f"{name.rpartition('/')[0]} {demo.attrs['seed']}" if "seed" in demo.attrs else None,
                 fps=None if fps is None else float(fps),
                 gripper_dims=(6,),
             )
