@@ -9,13 +9,13 @@ train_rl.py plays them, from the first frames of recorded attempts that neither 
 and each episode's actions are then played in the simulator from the same state. Said of the groups of which
 imagination has both outcomes, which are those that teach:
 
-- `within`: correlation of imagined and true outcomes, both without their group's mean. That of 1 would be the
-  simulator's own gradient; at 0 imagination teaches nothing, and at less the contrary.
-- `judge`: the same of the success model's verdict on the true frames, where the world model has no part.
-- `between`: correlation of the mean outcomes of all groups.
+- within groups: correlation of imagined and true outcomes, both without their group's mean. At 1 it would be the
+  simulator's own gradient; at 0 imagination teaches nothing, and below 0 the contrary.
+- the judge on true frames: the same of the success model's verdict where the world model has no part.
+- between starts: correlation of the mean outcomes of all groups.
 
-With 95 % intervals (bootstrap over starts). Writes a JSON file with outcomes episode by episode (1 = success), and
-beside it pictures of imagined successes, those that are true and those that are not: true frames above imagined ones.
+With 95 % intervals (bootstrap over starts). Writes a JSON file with outcomes start by start, one string of 0 and 1
+(success) for each group, and beside it pictures of imagined successes, those that are true and those that are not: true frames above imagined ones.
 """
 
 import sys
@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from records import rounded, write
+from records import write
+from stage_tables import groups_table
 from stages import commit, machine
 from torch import Tensor
 
@@ -42,7 +43,6 @@ from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import in_bf16
 from vlarft.run.random import generator
 from vlarft.sim.suites import make_env
-from vlarft.statistics import Interval, bootstrap_interval
 from vlarft.success import SuccessModel
 
 SHOWN, EVERY = 4, 6  # episodes of a picture, steps between its frames
@@ -131,31 +131,6 @@ def true_episode(episode: Episode, actions: Sequence[np.ndarray], more: int) -> 
     return success, frames
 
 
-def correlation(imagined: Tensor, true: Tensor) -> Interval | None:
-    """Correlate outcomes (S, G) without their groups' means, over the groups in which the imagined ones differ; None if
-    there is no such group.
-    """
-    mixed = (imagined != imagined[:, :1]).any(1)
-    if not mixed.any():
-        return None
-    a, b = (values[mixed].double() - values[mixed].double().mean(1, keepdim=True) for values in (imagined, true))
-    sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], dim=1)  # (S, 3)
-    return bootstrap_interval(sums, lambda m: m[..., 0] / (m[..., 1] * m[..., 2]).sqrt().clamp_min(1e-12))
-
-
-def between(imagined: Tensor, true: Tensor) -> Interval:
-    """Correlate the mean outcomes of groups (S, G)."""
-    x, y = imagined.double().mean(1), true.double().mean(1)
-    moments = torch.stack([x, y, x * y, x * x, y * y], dim=1)
-
-    def value(m: Tensor) -> Tensor:
-        covariance = m[..., 2] - m[..., 0] * m[..., 1]
-        spread = (m[..., 3] - m[..., 0] ** 2) * (m[..., 4] - m[..., 1] ** 2)
-        return covariance / spread.clamp_min(1e-12).sqrt()
-
-    return bootstrap_interval(moments, value)
-
-
 def draw(path: Path, shown: Sequence[tuple[list[np.ndarray], list[Tensor]]]) -> None:
     """PNG of up to `SHOWN` episodes, given as true and imagined frames: every sixth, and the last ones once more."""
     rows = []
@@ -200,31 +175,22 @@ def main(cfg: Config) -> dict:
             if imagined:
                 films[true].append((frames, watched.frames[at]))
     outcomes = torch.tensor(list(rows.values())).movedim(-1, 0)  # (3, S, G)
-    imagined, true, judged = outcomes
-    found = {
-        "within": correlation(imagined, true),
-        "judge": correlation(judged, true),
-        "between": between(imagined, true),
-    }
     report = {
         "command": "python studies/imagined_groups.py",
         "machine": machine(),
         "commit": commit(),
         "settings": to_dict(cfg),
-        "rates": {name: float(rate.float().mean()) for name, rate in zip(("imagined", "true", "judged"), outcomes)},
-        "found": {name: None if value is None else list(value) for name, value in found.items()},
         "outcomes": {
-            name: ["".join(str(int(won)) for won in row) for row in values]
+            name: ["".join(str(int(won)) for won in row) for row in values.tolist()]
             for name, values in zip(("imagined", "true", "judged"), outcomes)
         },
     }
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, rounded(report))
+    write(out, report)
     for true_one, shown in films.items():
         draw(out.with_name(f"{out.stem}_{'true' if true_one else 'false'}_successes.png"), shown)
-    for name, value in found.items():
-        print(name, "no group with both outcomes" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value))
+    print("\n" + groups_table({cfg.world_model: report}))
     return report
 
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 
+import torch
 from labels import note, training
 from table_text import difference, over_seeds, percent, points, share, signed, table
+from torch import Tensor
 
-from vlarft.statistics import paired_difference
+from vlarft.statistics import Interval, bootstrap_interval, paired_difference
 
 STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
 NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
@@ -187,6 +189,48 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
     text = points(found._asdict())
     text = f"**{text}**" if found.low > 0 or found.high < 0 else text
     return text if len(pairs) == 1 else f"{text}: {signed(paired_difference(*pair).difference for pair in pairs)}"
+
+
+def groups_table(reports: dict[str, dict]) -> str:
+    """What imagination tells of episodes from one start, and of starts (imagined_groups.py); by name of a report."""
+    rows = []
+    for name, report in reports.items():
+        imagined, true, judged = (
+            torch.tensor([[won == "1" for won in row] for row in report["outcomes"][kind]])
+            for kind in ("imagined", "true", "judged")
+        )
+        mixed = int((imagined != imagined[:, :1]).any(1).sum())
+        rates = [percent(share(int(won.sum()), won.numel())) for won in (imagined, true)]
+        found = correlation(imagined, true), correlation(judged, true), between(imagined, true)
+        cells = ["" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value) for value in found]
+        rows.append([name, str(len(imagined)), *rates, str(mixed), *cells])
+    heads = ["world model", "starts", "imagined success", "true success", "groups with both imagined outcomes"]
+    return table([*heads, "within groups", "the judge on true frames, within groups", "between starts"], rows)
+
+
+def correlation(imagined: Tensor, true: Tensor) -> Interval | None:
+    """Correlate outcomes (S, G) without their groups' means, over the groups in which the imagined ones differ; None if
+    there is no such group.
+    """
+    mixed = (imagined != imagined[:, :1]).any(1)
+    if not mixed.any():
+        return None
+    a, b = (values[mixed].double() - values[mixed].double().mean(1, keepdim=True) for values in (imagined, true))
+    sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], dim=1)  # (S, 3)
+    return bootstrap_interval(sums, lambda m: m[..., 0] / (m[..., 1] * m[..., 2]).sqrt().clamp_min(1e-12))
+
+
+def between(imagined: Tensor, true: Tensor) -> Interval:
+    """Correlate the mean outcomes of groups (S, G)."""
+    x, y = imagined.double().mean(1), true.double().mean(1)
+    moments = torch.stack([x, y, x * y, x * x, y * y], dim=1)
+
+    def value(m: Tensor) -> Tensor:
+        covariance = m[..., 2] - m[..., 0] * m[..., 1]
+        spread = (m[..., 3] - m[..., 0] ** 2) * (m[..., 4] - m[..., 1] ** 2)
+        return covariance / spread.clamp_min(1e-12).sqrt()
+
+    return bootstrap_interval(moments, value)
 
 
 def closed_loop_table(report: dict) -> str:

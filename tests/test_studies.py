@@ -768,12 +768,12 @@ def test_groups_in_imagination_and_in_the_simulator(suite, tmp_path, capfd):
 def test_correlations_within_groups_by_hand():
     """Groups of one imagined outcome teach nothing; of the others, means do not count."""
     imagined = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()
-    assert imagined_groups.correlation(imagined, imagined).value == pytest.approx(1)
-    assert imagined_groups.correlation(imagined, ~imagined).value == pytest.approx(-1)
+    assert stage_tables.correlation(imagined, imagined).value == pytest.approx(1)
+    assert stage_tables.correlation(imagined, ~imagined).value == pytest.approx(-1)
     true = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()  # (2, -1, -1) / 3 on (1, -2, 1) / 3, and on nothing
     expected = (2 + 2 - 1) / 9 / math.sqrt((6 / 9 + 6 / 9) * (6 / 9))
-    assert imagined_groups.correlation(imagined, true).value == pytest.approx(expected)
-    assert imagined_groups.correlation(imagined[1:2], true[1:2]) is None
+    assert stage_tables.correlation(imagined, true).value == pytest.approx(expected)
+    assert stage_tables.correlation(imagined[1:2], true[1:2]) is None
     means = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]]).bool()
-    assert imagined_groups.between(means, means).value == pytest.approx(1)
-    assert imagined_groups.between(means, means.flip(0)).value == pytest.approx(-1)
+    assert stage_tables.between(means, means).value == pytest.approx(1)
+    assert stage_tables.between(means, means.flip(0)).value == pytest.approx(-1)
