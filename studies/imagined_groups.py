@@ -15,7 +15,8 @@ imagination has both outcomes, which are those that teach:
 - between starts: correlation of the mean outcomes of all groups.
 
 With 95 % intervals (bootstrap over starts). Writes a JSON file with outcomes start by start, one string of 0 and 1
-(success) for each group, and beside it pictures of imagined successes, those that are true and those that are not: true frames above imagined ones.
+(success) for each group, and beside it pictures of imagined successes, those that are true and those that are not:
+true frames above imagined ones.
 """
 
 import sys
