@@ -383,6 +383,13 @@ def validate(
     to_choose, to_measure = own_attempts(to_choose), own_attempts(to_measure)
     values = judged(model, to_choose, autocast)
     threshold = best_threshold(*values.get("imagined", values["real"]), cfg.false_successes)
+    if threshold > 1:
+        warnings.warn(
+            "among the held-out episodes, failures look as much like a success as successes do: nothing is judged a "
+            "success. Record more attempts, train longer, or allow more false successes than "
+            f"--false-successes {cfg.false_successes:g}",
+            stacklevel=2,
+        )
     metrics = {}
     for kind, (highest, true) in judged(model, to_measure, autocast).items():
         agreed = compare_outcomes([value >= threshold for value in highest], true)

@@ -32,6 +32,8 @@ from stage_tables import groups_table
 from stages import commit, machine
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
+
 import train_rl
 from vlarft.closed_loop import Answer, play
 from vlarft.data import load_episodes
