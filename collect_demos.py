@@ -156,6 +156,10 @@ NOT_CONTENT = (
 )
 
 
+# What collections of older versions, whose files lack these settings, were made with.
+OLDER = {"fast_rendering": False, "policy_noise": 0.1, "policy_group": 1, "horizon": None}
+
+
 class Job(NamedTuple):
     config: Config
     suite: str
@@ -335,13 +339,7 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
 def _check_settings(config: Config, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(_content(config)))
     found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
-    found = {
-        "fast_rendering": False,
-        "policy_noise": 0.1,
-        "policy_group": 1,
-        "horizon": None,
-        **found,
-    }  # older files lack some
+    found = {**OLDER, **found}
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")

@@ -295,7 +295,7 @@ def main(cfg: Config) -> dict:
 
 
 def print_world_model(results: dict) -> None:
-    """Frame metrics beside the copy-last baseline, and how well the rewards rank perturbed action chunks."""
+    """Frame metrics beside copying the first frame, and how well the rewards rank perturbed action chunks."""
     imagined, copied = (results["frames"]["all"][name] for name in ("imagined", "copy"))
     print("\nworld model, held-out episodes    imagined   first frame copied")
     for name, label in (

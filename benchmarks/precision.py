@@ -106,7 +106,8 @@ def main(cfg: Config) -> dict:
             "times_faster": {name: {"median": median, "spread": spread} for name, (median, spread) in gains.items()},
         }
         for name, (median, spread) in gains.items():
-            print(f"{stage}: {name} {median:.2f} times as fast as {GAINS[name]} [{spread[0]:.2f}, {spread[1]:.2f}]")
+            found = f"{median:.2f} times as fast as {GAINS[name]} [{spread[0]:.2f}, {spread[1]:.2f}]"
+            print(f"{stage}: {name} {found}", flush=True)
     write_json(cfg.out, report)
     return report
 

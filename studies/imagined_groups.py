@@ -45,7 +45,7 @@ from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import in_bf16
 from vlarft.run.random import generator
-from vlarft.sim.suites import make_env
+from vlarft.sim.simulated_world import Place, environment
 from vlarft.success import SuccessModel
 
 SHOWN, EVERY = 4, 6  # episodes of a picture, steps between its frames
@@ -123,7 +123,7 @@ def true_episode(episode: Episode, actions: Sequence[np.ndarray], more: int) -> 
     before: whether it does, and its frames.
     """
     suite, task = (episode.env_args[name] for name in ("suite", "task"))
-    env = make_env(suite, task, image_size=episode.images.shape[1:3])
+    env = environment(Place(suite, task, episode.images.shape[1], ("agentview",)))
     env.set_state(episode.states[0])
     success, frames = False, []
     for number, action in enumerate([*actions, *[actions[-1]] * more]):
@@ -144,7 +144,9 @@ def draw(path: Path, shown: Sequence[tuple[list[np.ndarray], list[Tensor]]]) -> 
         rows += [[frames[min(t, len(frames) - 1)] for t in at] for frames in (real, [f.clamp(0, 1) for f in imagined])]
     if rows:
         width = max(map(len, rows))
-        save_png(path, grid([row + row[-1:] * (width - len(row)) for row in rows], ["true", "imagined"] * len(shown)))
+        save_png(
+            path, grid([row + row[-1:] * (width - len(row)) for row in rows], ["true", "imagined"] * (len(rows) // 2))
+        )
 
 
 @torch.no_grad()

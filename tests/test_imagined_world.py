@@ -439,6 +439,10 @@ def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path):
 def test_refusals(config, tmp_path, policy_file):
     with pytest.raises(RuntimeError, match="outcome gate: replayed in imagination"):
         train_rl.main(dataclasses.replace(config, gate_threshold=1.1))
+    with pytest.raises(
+        ValueError, match="the gate needs episodes that success model and world model hold out: none of"
+    ):
+        train_rl.gate(config, None, [])
     with pytest.raises(ValueError, match="nobody tells an imagination's outcome: give --success-model"):
         train_rl.main(dataclasses.replace(config, success_model=None))
     with pytest.raises(ValueError, match="is a demonstration that .* was trained on"):

@@ -630,6 +630,10 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
     found = parse(collect_demos.Config, collect_demos.PRESETS, words)
     assert found.policy_per_task == 64 and found.policy.endswith("seed3/RL_imagination")
 
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="from another SFT policy than that of"):
+        patch.setattr(closed_loop_study.Starts, "play", lambda *_: {(0, 0): True})
+        closed_loop_study.main(cfg)
+
     called = []
     monkeypatch.setattr(closed_loop_study, "call", lambda script, *words: called.append((script, *map(str, words))))
     runs = closed_loop_study.Runs(dataclasses.replace(cfg, copy_attempts=5), "tabletop_object", 3)
@@ -763,6 +767,30 @@ def test_groups_in_imagination_and_in_the_simulator(suite, tmp_path, capfd):
     assert not success and len(frames) == 7
     with pytest.raises(ValueError, match=r"none of the \d+ episodes of .*demos is a held-out attempt"):
         imagined_groups.main(dataclasses.replace(cfg, demos=(str(demos),)))
+
+
+def test_pictures_of_groups(tmp_path):
+    """Four episodes at most, of different lengths: frames at 0, 6, ... and the last one."""
+    rng = np.random.default_rng(0)
+    shown = []
+    for length in (5, 13, 20, 8, 8, 8):
+        true = list(rng.integers(0, 255, (length, 8, 8, 3)).astype(np.uint8))
+        shown.append((true, [torch.from_numpy(frame).movedim(-1, 0) / 255 for frame in true[:-2]]))
+    imagined_groups.draw(tmp_path / "all.png", shown)
+    imagined_groups.draw(tmp_path / "two.png", shown[:2])
+    imagined_groups.draw(tmp_path / "none.png", [])
+    heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("all", "two")]
+    assert heights[0] > 1.8 * heights[1] and not (tmp_path / "none.png").exists()
+
+
+def test_a_finished_run_of_another_command_is_refused(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(stages, "call", lambda *words: called.append(words))
+    for _ in range(2):
+        stages.run_once(tmp_path, "train_sft.py", "--steps", 5)
+    assert len(called) == 1
+    with pytest.raises(ValueError, match="is of another command, train_sft.py --steps 5; now it would be .*--steps 6"):
+        stages.run_once(tmp_path, "train_sft.py", "--steps", 6)
 
 
 def test_correlations_within_groups_by_hand():
