@@ -27,11 +27,11 @@ Differences from the paper, and from the public code (github.com/OpenHelix-Team/
 - With --epochs 1 the ratio is always 1: Eq. (13)'s clip acts from the second epoch on.
 - --per-step (not in the paper): one advantage and one ratio per action step, from the reward of the frame after it.
 - --reward divergence (not in the paper): as R3, on the distributions that frame tokens are sampled from.
-- --divide-by-std: divides the advantage by the group's standard deviation, as the public code; presets small, tiny and
-  smoke.
+- --divide-by-std: divides the advantage by the group's standard deviation, as the public code; all presets but paper
+  and robot.
 - --imagination greedy or common: no sampling noise in the world model, or the same for all chunks of a start; presets
-  small and tiny (greedy) and smoke (common).
-- --perceptual ssim: in place of LPIPS, whose VGG weights must be downloaded; presets small, tiny and smoke.
+  small, libero and tiny (greedy) and smoke (common).
+- --perceptual ssim: in place of LPIPS, whose VGG weights must be downloaded; all presets but paper and robot.
 - The reference of R1 and R3, and the target of the flow-matching term, are the demonstrator's intended actions, before
   noise was added; where a data set has one kind of actions only, the executed ones.
 - The public code's other choices (ratios per element, PPO's minimum with dual clip, MSE gated by the KL, ...) are in
@@ -142,16 +142,18 @@ class Config:
 
 
 PAPER = Config()
+TINY = Config(
+    steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
+    divide_by_std=True, mse_weight=0.1, precision="auto", save_interval=5, gate_starts=12,
+)  # fmt: skip
 PRESETS = {
     "paper": PAPER,
     "robot": replace(PAPER, steps=200),  # the real robot's (A.5)
     "small": replace(
         PAPER, lr=3e-5, sigma_lr=3e-4, perceptual="ssim", imagination="greedy", divide_by_std=True, precision="fp32"
     ),
-    "tiny": Config(
-        steps=20, starts=8, group=12, warmup=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="greedy",
-        divide_by_std=True, mse_weight=0.1, precision="auto", save_interval=5, gate_starts=12,
-    ),
+    "libero": TINY,
+    "tiny": TINY,
     "smoke": Config(
         steps=2, starts=2, group=3, lr=1e-4, sigma_lr=1e-3, perceptual="ssim", imagination="common", divide_by_std=True,
         precision="fp32", save_interval=1, gate_starts=2, gate_threshold=None,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlarft.statistics import Interval, bootstrap_interval, paired_difference
 
-STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
+STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm", "object:5": "objects displaced by 5 cm"}
+STARTS |= {f"robot:{by}": f"hand displaced by {by} mm" for by in (20, 50)}
 NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
 
@@ -294,6 +295,52 @@ def libero_table(sampled: dict, zero: dict) -> str:
         suites = [f"{of['all']['success']}/{of['all']['episodes']}" for of in policy["suites"].values()]
         rows.append([name, *suites, percent(policy["all"])])
     return table(["x_0", *sampled["policies"][0]["suites"], "together"], rows)
+
+
+def libero_arms_table(report: dict) -> str:
+    """Success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts, for each
+    suite (libero_study.py).
+    """
+    ways, texts = {**NOISE, "gripper": "gripper's x_0 sampled"}, []
+    for suite, run in report["runs"].items():
+        won = {
+            arm: {kind: [c == "1" for c in text] for kind, text in found["outcomes"].items()}
+            for arm, found in run["arms"].items()
+        }
+        if not won:
+            continue
+        base, rows = won["SFT"], []
+        for arm, own in won.items():
+            cells = [
+                "" if kind not in own else percent(share(sum(o), len(o))) if arm == "SFT" else gains([[base[kind], o]])
+                for kind, o in ((kind, own.get(kind)) for kind in base)
+            ]
+            rows.append([arm, f"{run['arms'][arm]['minutes']:.0f}", *cells])
+        heads = [f"{STARTS[starts]}, {ways[x0]}" for starts, x0 in (kind.split(", ") for kind in base)]
+        texts.append(f"{suite}\n\n" + table(["arm", "minutes", *heads], rows))
+    return "\n\n".join(texts)
+
+
+def libero_curve_table(report: dict) -> str:
+    """Success of SFT on LIBERO along its training, from x_0 = 0 (libero_study.py)."""
+    rows = []
+    for suite, run in report["runs"].items():
+        for row in run["curve"]:
+            won = row["outcomes"]
+            minutes = "" if row["minutes"] is None else f"{row['minutes']:.0f}"
+            rows.append([suite, str(row["step"]), minutes, percent(share(won.count("1"), len(won)))])
+    return table(["suite", "steps", "minutes", "success"], rows)
+
+
+def libero_frames_table(report: dict) -> str:
+    """LIBERO's world models on held-out episodes, at the last frame, beside copying the first (libero_study.py)."""
+    rows = []
+    for suite, run in report["runs"].items():
+        for which, label in (("imagined", "imagined"), ("copy", "first frame copied")):
+            of = run["frames"][which]
+            cells = f"{of['mse']:.4f}", f"{of['psnr']:.1f} dB", f"{of['ssim']:.3f}", f"{of['psnr_moving']:.1f} dB"
+            rows.append([suite, label, *cells])
+    return table(["suite", "frames", "MSE", "PSNR", "SSIM", "PSNR on moving pixels"], rows)
 
 
 def demo_table(report: dict) -> str:

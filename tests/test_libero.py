@@ -114,6 +114,38 @@ np.save(sys.argv[1], GLRenderer(model, (32, 48), FAST).render(data, "front"))
     assert len(rows) > 30 and rows.mean() > 18 and abs(columns.mean() - 23.5) < 1  # a red box, above the middle
 
 
+def test_simple_meshes_keep_shape_and_front_and_leave_the_model_alone():
+    mujoco = pytest.importorskip("mujoco")
+    # a square plate of four triangles in front (two of them slivers at a corner of 1 mm) and two behind
+    vertices = "0 0 0  .1 0 0  .1 .1 0  0 .1 0  .001 0 0  0 0 .02"
+    faces = "0 4 3  4 1 2  4 2 3  0 2 1  0 3 2  0 1 5"
+    model = mujoco.MjModel.from_xml_string(
+        f'<mujoco><asset><mesh name="m" inertia="shell" vertex="{vertices}" face="{faces}"/></asset>'
+        '<worldbody><geom type="mesh" mesh="m"/></worldbody></mujoco>'
+    )
+    before = model.mesh_face.copy(), model.mesh_facenum.copy()
+
+    def triangles(drawn):
+        corners = drawn.mesh_vert[drawn.mesh_face[: drawn.mesh_facenum[0]]]  # (F, 3, 3)
+        return np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) / 2  # area times direction
+
+    assert len(triangles(model)) == 6
+    same = gl.with_simple_meshes(model, 1e-9)
+    np.testing.assert_array_equal(same.mesh_face, model.mesh_face)
+    simple = gl.with_simple_meshes(model, 0.005)  # 0 and 4 become one vertex
+    assert len(triangles(simple)) == 5  # one was flat
+    np.testing.assert_allclose(triangles(simple).sum(0), triangles(model).sum(0), atol=2e-5)
+    twice = vertices.replace(".001 0 0", ".0 0 .001"), faces.replace("4 1 2  4 2 3", "0 1 2  4 1 2")
+    model = mujoco.MjModel.from_xml_string(
+        f'<mujoco><asset><mesh name="m" inertia="shell" vertex="{twice[0]}" face="{twice[1]}"/></asset>'
+        '<worldbody><geom type="mesh" mesh="m"/></worldbody></mujoco>'
+    )
+    corners = gl.with_simple_meshes(model, 0.005)
+    rows = corners.mesh_face[: corners.mesh_facenum[0]]
+    assert len(rows) == len({tuple(np.roll(row, -row.argmin())) for row in rows}) == 4  # 012 once, its back side stays
+    np.testing.assert_array_equal(before[1], [6])
+
+
 def test_check_exits_with_an_error_and_the_fix_where_libero_is_missing(tmp_path):
     code = "import sys; sys.modules['libero'] = None; from vlarft.sim.check import main; sys.exit(main([]))"
     run = subprocess.run(
@@ -234,6 +266,20 @@ def test_starts_and_bad_input(env):
         env.step(np.full(7, np.nan))
     with pytest.raises(ValueError, match="state of libero_object/pick_up_the_alphabet_soup.* has shape"):
         env.set_state(np.zeros(3))
+
+
+@needs_libero
+def test_a_step_has_the_bits_of_liberos_own(env, monkeypatch):
+    actions = np.random.default_rng(0).uniform(-1, 1, (40, 7)).astype(np.float32)
+    actions[:, 2] -= 0.5  # down, until it touches
+
+    def states():
+        env.reset(init_state=1)
+        return [(env.step(action), env.get_state())[1] for action in actions]
+
+    ours = states()
+    monkeypatch.setattr(type(env.physics), "_libero_step", lambda physics, action: physics.libero.step(action))
+    np.testing.assert_array_equal(ours, states())
 
 
 @needs_images

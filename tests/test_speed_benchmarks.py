@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vlarft.policy import PRESETS as SIZES
+from vlarft.policy import VLAPolicy
+
 
 def test_rollout_against_generate(load_benchmark, transformers, tmp_path, monkeypatch):
     benchmark = load_benchmark("rollout")
@@ -159,3 +162,16 @@ def test_a_failing_stage_says_why(load_benchmark, tmp_path):
     cfg = replace(benchmark.PRESETS["smoke"], demos=str(tmp_path / "none"), out=str(tmp_path / "p.json"))
     with pytest.raises(RuntimeError, match=r"train_tokenizer.py failed: .*none"):
         benchmark.main(cfg)
+
+
+def test_liberos_evaluation_against_a_plain_loop(load_benchmark, tmp_path, monkeypatch):
+    benchmark = load_benchmark("libero_evaluation")
+    policy = VLAPolicy(SIZES["smoke"])
+    policy.normalizer.fit(torch.rand(50, 7) * 2 - 1, torch.rand(50, 8))
+    policy.save(tmp_path / "policy.safetensors")
+    places = {"policy": str(tmp_path / "policy.safetensors"), "out": str(tmp_path / "e.json")}
+    report = benchmark.main(replace(benchmark.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads(json.dumps(report))
+    assert report["episodes"] == report["same_outcome"] == 2 and set(report["seconds"]) == set(report["minutes_of_500"])
+    monkeypatch.setattr(benchmark, "plain_loop", lambda *_: {(0, 0): True, (0, 1): False})
+    assert benchmark.main(replace(benchmark.PRESETS["smoke"], **places))["same_outcome"] == 1

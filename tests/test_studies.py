@@ -17,6 +17,7 @@ import gates
 import imagination_study
 import imagined_groups
 import labels
+import libero_study
 import numpy as np
 import outcomes
 import precision_study
@@ -255,6 +256,24 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "| SSIM |" in shown and shown.count("train_sft.py") == 2
     assert precision_study.main(cfg) == report and "train_sft.py" not in capfd.readouterr().out
+
+    places = {"out_dir": str(tmp_path / "libero"), "out": str(tmp_path / "libero.json")}
+    cfg = dataclasses.replace(libero_study.PRESETS["smoke"], **places)
+    report = libero_study.main(cfg)
+    assert json.loads((tmp_path / "libero.json").read_text()) == report
+    run = report["runs"]["tabletop_object"]
+    assert [row["step"] for row in run["curve"]] == [2, 4] and all(len(row["outcomes"]) == 1 for row in run["curve"])
+    assert 0 < run["frames"]["imagined"]["ssim"] <= 1
+    assert list(run["arms"]) == ["SFT", *cfg.arms]
+    assert list(run["arms"]["SFT"]["outcomes"]) == ["none, zero", "none, gripper", "none, sampled"]
+    assert set(run["arms"]["extra SFT"]["outcomes"]) == {"none, zero", "none, sampled"}
+    shown = capfd.readouterr().out
+    assert "--world-model" not in shown.split("train_rft.py")[1].split("\n")[0]  # R1 needs none
+    assert "| extra SFT |" in stage_tables.libero_arms_table(report) and "| 4 |" in stage_tables.libero_curve_table(
+        report
+    )
+    assert "| first frame copied |" in stage_tables.libero_frames_table(report)
+    assert libero_study.main(cfg) == report and "train_" not in capfd.readouterr().out
 
     places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))

@@ -1,0 +1,196 @@
+"""The paper's Tables 1 to 3 in small: two suites of LIBERO on two CPU cores, with controls.
+
+    python studies/libero_study.py --suites libero_object --threads 2
+    python studies/libero_study.py --arms "extra SFT" "RFT R3"
+
+docs/libero.md says what it needs. For each suite: demonstrations of the scripted experts; the SFT policy, and copies of
+it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of that policy; a
+tokenizer and a world model of demonstrations and attempts, measured on held-out episodes (Table 1). Then the arms, all
+from the SFT policy:
+
+- "RFT R3" is the paper's; "RFT R1 per step" needs no world model.
+- "extra SFT" goes on with the demonstrations for the minutes of "RFT R3", or of what else `--arms` names first.
+- "filtered cloning" goes on for as long with the demonstrations and the successes among the attempts.
+
+All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
+alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Every stage is a command of the
+repository, is printed, and is not run again once it is done. The JSON file gathers runs, with outcomes start by start
+(1 = success).
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import rounded, write
+from stage_tables import libero_arms_table
+from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once
+
+from vlarft.data import convert
+from vlarft.run.config import opt, parse
+from vlarft.sim import task_names
+
+RFT_ARMS = {"RFT R3": ["--reward", "r3"], "RFT R1 per step": ["--reward", "r1", "--per-step"]}
+ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning")
+PERTURBED = {"libero_object": ("object:2.5", "object:5"), "libero_spatial": ("robot:20", "robot:50")}
+X0 = {"SFT": ("zero", "gripper", "sampled")}  # ways to play plain starts; other arms: the first and the last
+NO_END = 10**6
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = opt("runs/libero", "folder for all runs")
+    out: str = opt("runs/libero.json", "JSON file that gathers the runs")
+    suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
+    tasks: tuple[str, ...] | None = opt(None, "tasks of each suite; none: all")
+    arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    seed: int = opt(0, "seed of all trainings")
+    stage_preset: str = opt("libero", "preset of the stages")
+    demos_per_task: int = opt(50, "demonstrations per task")
+    attempts: int = opt(20, "attempts of the SFT policy per task, for the world model")
+    sft_steps: int = opt(8000, "steps of the SFT policy")
+    copies: int = opt(8, "copies of it along its training")
+    tokenizer_steps: int = opt(6000, "steps of the tokenizer")
+    model_steps: int = opt(6000, "steps of the world model")
+    rft_steps: int = opt(20, "steps of a fine-tuning")
+    episodes: int = opt(20, "initial states per task")
+    curve_episodes: int = opt(5, "initial states per task of the curve")
+    threads: int = opt(1, "threads of each training")
+
+
+FREE = "out_dir", "out", "suites", "arms", "threads"  # may differ in one JSON file
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(
+        suites=("tabletop_object",), tasks=("0",), arms=("RFT R1 per step", "extra SFT"), stage_preset="smoke",
+        demos_per_task=6, attempts=4, sft_steps=4, copies=2, tokenizer_steps=2, model_steps=2, rft_steps=1, episodes=2,
+        curve_episodes=1,
+    ),
+}  # fmt: skip
+
+
+class Runs:
+    """The runs of one suite, each made when it is first asked for."""
+
+    def __init__(self, cfg: Config, suite: str) -> None:
+        self.cfg, self.suite, self.own = cfg, suite, Path(cfg.out_dir) / suite
+        self.tasks = cfg.tasks or tuple(str(i) for i in range(len(task_names(suite))))
+        self.where = ["--suites", suite, "--tasks", *self.tasks]
+
+    def stage(self, name: str, script: str, *words: object) -> Path:
+        return run_once(self.own / name, script, "--preset", self.cfg.stage_preset, *words)
+
+    def training(self, name: str, script: str, *words: object) -> Path:
+        return self.stage(name, script, *words, "--seed", self.cfg.seed)
+
+    def collect(self, name: str, *words: object) -> Path:
+        return self.stage(name, "collect_demos.py", *self.where, "--noisy-per-task", 0, *words)
+
+    @property
+    def demos(self) -> Path:
+        return self.collect("demos", "--demos-per-task", self.cfg.demos_per_task)
+
+    @property
+    def policy(self) -> Path:
+        words = ["--steps", self.cfg.sft_steps, "--keep-interval", max(1, self.cfg.sft_steps // self.cfg.copies)]
+        return self.training("sft", "train_sft.py", "--demos", self.demos, *words)
+
+    @property
+    def attempts(self) -> Path:
+        words = ["--policy", self.policy, "--policy-per-task", self.cfg.attempts, "--seed", 500_000]
+        return self.collect("attempts", "--demos-per-task", 0, *words)
+
+    @property
+    def world_model(self) -> Path:
+        demos = ["--demos", self.demos, self.attempts]
+        tokenizer = self.training("tokenizer", "train_tokenizer.py", *demos, "--steps", self.cfg.tokenizer_steps)
+        words = ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
+        return self.training("wm", "train_wm.py", *demos, *words)
+
+    def arm(self, name: str) -> Path:
+        """The policy of an arm."""
+        if name == "SFT":
+            return self.policy
+        folder = name.replace(" ", "_")
+        if name in RFT_ARMS:
+            words = ["--policy", self.policy, "--demos", self.demos, *RFT_ARMS[name], "--steps", self.cfg.rft_steps]
+            words += [] if "r1" in words else ["--world-model", self.world_model, "--gate-threshold", -1]
+            return self.training(folder, "train_rft.py", *words)
+        rival = next((arm for arm in ("RFT R3", *self.cfg.arms) if arm in RFT_ARMS and arm in self.cfg.arms), "RFT R3")
+        minutes = f"{max(0.01, read_lines(self.arm(rival) / 'log.jsonl')[-1]['minutes']):.2f}"
+        more = ["--init", self.policy, "--lr", 3e-4, "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes]
+        return self.training(folder, "train_sft.py", "--demos", *self.data(name), *more)
+
+    def data(self, name: str) -> list[Path]:
+        """Demonstrations of a supervised arm."""
+        if name == "extra SFT":
+            return [self.demos]
+        won = self.own / "won"
+        if not won.is_dir():
+            convert.main([str(self.attempts), str(won), "--format", "hdf5", "--kind", "expert"])
+        return [self.demos, won]
+
+    def play(self, name: str, policy: Path, perturb: str, x0: str, episodes: int) -> str:
+        """Outcomes of a policy, in order of the starts."""
+        starts = Starts(self.suite, self.tasks, episodes, self.cfg.stage_preset)
+        place = self.own / "eval" / f"{name}_{perturb}_{x0}".replace(" ", "_").replace(":", "_")
+        played = starts.play(place, policy, perturb, "--noise", x0)
+        return "".join(str(int(played[start])) for start in sorted(played))
+
+    def curve(self) -> list[dict]:
+        """Success of the SFT policy along its training."""
+        minutes = {row["step"] + 1: row["minutes"] for row in read_lines(self.policy / "log.jsonl")}
+        rows = []
+        for copy in sorted(self.policy.glob("model_[0-9]*.safetensors")):
+            step = int(copy.stem.split("_")[1])
+            outcomes = self.play(copy.stem, copy, "none", "zero", self.cfg.curve_episodes)
+            rows.append({"step": step, "minutes": minutes.get(step), "outcomes": outcomes})
+        return rows
+
+    def frames(self) -> dict:
+        """Table 1: what the world model imagines of held-out episodes, at the last frame, beside copying the first."""
+        found = self.stage("eval_wm", "eval_wm.py", "--world-model", self.world_model)
+        frames = json.loads((found / "results.json").read_text())["frames"]["all"]
+        return {which: {name: values[-1] for name, values in of.items()} for which, of in frames.items()}
+
+
+def measure(cfg: Config, runs: Runs, name: str) -> dict:
+    """Outcomes of an arm's policy, kind of starts and x_0 -> a string of 0 and 1; and minutes of its training."""
+    policy, found = runs.arm(name), {}
+    for x0 in X0.get(name, ("zero", "sampled")):
+        found[f"none, {x0}"] = runs.play(name, policy, "none", x0, cfg.episodes)
+    for perturb in PERTURBED.get(runs.suite, ()):
+        found[f"{perturb}, zero"] = runs.play(name, policy, perturb, "zero", cfg.episodes)
+    log = read_lines(policy / "log.jsonl")
+    gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
+    return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
+
+
+def main(cfg: Config) -> dict:
+    """Run what is missing; return what the JSON file holds.
+
+    Raises:
+        ValueError: an unknown arm.
+    """
+    check_known(cfg.arms, ARMS, "arm")
+    os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    report = read_report(cfg, "runs", free=FREE)
+    report = {"command": "python studies/libero_study.py", "machine": machine(), **report}
+    for suite in cfg.suites:
+        runs, entry = Runs(cfg, suite), report["runs"].setdefault(suite, {"arms": {}})
+        for name, make in (("curve", runs.curve), ("frames", runs.frames)):
+            if name not in entry:
+                entry[name] = rounded(make())
+                write(cfg.out, report)
+        for name in ("SFT", *cfg.arms):
+            if name not in entry["arms"]:
+                entry["arms"][name] = rounded(measure(cfg, runs, name))
+                write(cfg.out, report)
+    print("\n" + libero_arms_table(report))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
