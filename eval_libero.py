@@ -35,6 +35,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -337,12 +338,25 @@ def check(cfg: Config) -> dict[str, str]:
         chunk = header.config["flow"]["chunk"]
         if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
+        warn_untold(cfg, path, header.extra.get("instructions"))
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = "+".join(map(model_digest, players(cfg, path)))
     return digests
+
+
+def warn_untold(cfg: Config, path: str, told: list[str] | None) -> None:
+    """Warn of tasks whose instruction a policy has no demonstrations of; older files and public weights do not tell."""
+    for suite in cfg.suites if told is not None else ():
+        tasks = [simulator_of(suite).suites[suite].tasks[task] for task in _tasks(cfg, suite)]
+        if other := [task.instruction for task in tasks if task.instruction not in told]:
+            warnings.warn(
+                f"{path} was trained on none of the demonstrations of {len(other)} of {len(tasks)} tasks of {suite}, "
+                f"as {other[0]!r}: it has to guess there",
+                stacklevel=2,
+            )
 
 
 def players(cfg: Config, path: str) -> list[str]:

@@ -55,7 +55,7 @@ from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as SIZES
 from vlarft.policy import SupervisedObjective, VLAPolicy
 from vlarft.run import distributed, memory, migration, preemption
-from vlarft.run.checkpoint import open_run
+from vlarft.run.checkpoint import open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.ema import EMA
@@ -210,6 +210,15 @@ def build_policy(
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=flow, gripper_dims=grippers))
 
 
+def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str]]:
+    """What the policy is told in its trainings, for its checkpoint; nothing where those of `init` are not known."""
+    own = {e.instruction for e in episodes}
+    if cfg.init not in (None, "random"):
+        before = read_header(cfg.init).extra.get("instructions")
+        return {} if before is None else {"instructions": sorted(own | set(before))}
+    return {"instructions": sorted(own)}
+
+
 def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) -> None:
     """Fit a new policy's normaliser, or with `refit` any; check that the episodes are in its units.
 
@@ -301,7 +310,7 @@ def main(cfg: Config) -> dict[str, float]:
     episodes = load_episodes(cfg.demos, cfg.camera)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    facts = {**names, **image_convention(train, cfg.camera), "sft": to_dict(cfg)}
+    facts = {**names, **instructions(cfg, train), **image_convention(train, cfg.camera), "sft": to_dict(cfg)}
 
     policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1], train[0].grippers)
     fit_normalizer(policy, train, cfg.refit_statistics)

@@ -26,7 +26,14 @@ from vlarft.run.config import opt, parse
 from vlarft.statistics import paired_difference
 
 STARTED = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
-KEPT = "train_episodes", "held_out_episodes", "camera", "mean_frame", "context_lookback"  # what the next stage reads
+KEPT = (
+    "train_episodes",
+    "held_out_episodes",
+    "instructions",
+    "camera",
+    "mean_frame",
+    "context_lookback",
+)  # what the next stage reads
 WHAT = {
     "tabletop_before": "Policy of supervised fine-tuning on 10 demonstrations of each of four tasks.",
     "tabletop_after": "The same policy after 200 steps of reinforcement learning on whole episodes in the simulator "

@@ -49,6 +49,16 @@ def test_results_and_pairing(config, other_policy, capsys):
     assert "[0.0, 65.8]  0/2" in capsys.readouterr().out  # Wilson's interval of 0 of 2
 
 
+def test_a_task_without_demonstrations_is_named(config, policy_file, tmp_path, recwarn):
+    policy, told = VLAPolicy.load(policy_file), "pick up the red block and place it in the bin"
+    for number, instructions in enumerate(([told], [told.replace("red", "green")])):
+        policy.save(tmp_path / f"{number}.safetensors", {"instructions": instructions})
+    eval_libero.check(dataclasses.replace(config, policies=(*config.policies, str(tmp_path / "0.safetensors"))))
+    assert not recwarn.list  # of a file that does not tell, nothing is known
+    with pytest.warns(UserWarning, match="none of the demonstrations of 1 of 1 tasks of tabletop_object, as 'pick up"):
+        eval_libero.check(dataclasses.replace(config, policies=(str(tmp_path / "1.safetensors"),)))
+
+
 def test_episodes_do_not_depend_on_their_company(config, tmp_path):
     eval_libero.main(config)
     alone = dataclasses.replace(config, batch_size=1, out_dir=str(tmp_path / "alone"))

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -78,6 +79,17 @@ def test_demonstrations_of_two_places(demos, tmp_path):
     extra = read_header(tmp_path / "run").extra
     names = [*extra["train_episodes"], *extra["held_out_episodes"]]
     assert len(names) == 8 and sum(name.startswith("cloned/") for name in names) == 2
+    assert extra["instructions"] == sorted({e.instruction for e in load_episodes(both)})
+
+
+def test_the_checkpoint_names_the_instructions_of_all_its_trainings(policy_file, tmp_path):
+    policy, episodes = VLAPolicy.load(policy_file), [SimpleNamespace(instruction=text) for text in ("b", "a", "b")]
+    assert train_sft.instructions(replace(SMOKE, init=None), episodes) == {"instructions": ["a", "b"]}
+    for number, extra in enumerate(({"instructions": ["c"]}, {})):
+        policy.save(tmp_path / f"{number}.safetensors", extra)
+    known, unknown = (replace(SMOKE, init=str(tmp_path / f"{number}.safetensors")) for number in (0, 1))
+    assert train_sft.instructions(known, episodes) == {"instructions": ["a", "b", "c"]}
+    assert train_sft.instructions(unknown, episodes) == {}
 
 
 @pytest.mark.parametrize(
