@@ -4,13 +4,13 @@
     python studies/libero_study.py --arms "extra SFT" "RFT R3"
 
 docs/libero.md says what it needs. For each suite: demonstrations of the scripted experts; the SFT policy, and copies of
-it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of that policy; a
-tokenizer and a world model of demonstrations and attempts, measured on held-out episodes (Table 1). Then the arms, all
-from the SFT policy:
+it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of its first copy,
+which fails more often than the policy; a tokenizer and a world model of demonstrations and these attempts, measured on
+held-out episodes (Table 1). Then the arms, all from the SFT policy:
 
 - "RFT R3" is the paper's; "RFT R1 per step" needs no world model.
 - "extra SFT" goes on with the demonstrations for the minutes of "RFT R3", or of what else `--arms` names first.
-- "filtered cloning" goes on for as long with the demonstrations and the successes among the attempts.
+- "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of its own.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Every stage is a command of the
@@ -49,9 +49,9 @@ class Config:
     seed: int = opt(0, "seed of all trainings")
     stage_preset: str = opt("libero", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task")
-    attempts: int = opt(20, "attempts of the SFT policy per task, for the world model")
+    attempts: int = opt(10, "attempts per task of a policy")
     sft_steps: int = opt(8000, "steps of the SFT policy")
-    copies: int = opt(8, "copies of it along its training")
+    copies: int = opt(4, "copies of it along its training")
     tokenizer_steps: int = opt(6000, "steps of the tokenizer")
     model_steps: int = opt(6000, "steps of the world model")
     rft_steps: int = opt(20, "steps of a fine-tuning")
@@ -98,13 +98,17 @@ class Runs:
         return self.training("sft", "train_sft.py", "--demos", self.demos, *words)
 
     @property
-    def attempts(self) -> Path:
-        words = ["--policy", self.policy, "--policy-per-task", self.cfg.attempts, "--seed", 500_000]
-        return self.collect("attempts", "--demos-per-task", 0, *words)
+    def copies(self) -> list[Path]:
+        """The SFT policy along its training."""
+        return sorted(self.policy.glob("model_[0-9]*.safetensors"))
+
+    def attempts(self, name: str, policy: Path, seed: int) -> Path:
+        words = ["--policy", policy, "--policy-per-task", self.cfg.attempts, "--seed", seed]
+        return self.collect(name, "--demos-per-task", 0, *words)
 
     @property
     def world_model(self) -> Path:
-        demos = ["--demos", self.demos, self.attempts]
+        demos = ["--demos", self.demos, self.attempts("attempts", self.copies[0], 500_000)]
         tokenizer = self.training("tokenizer", "train_tokenizer.py", *demos, "--steps", self.cfg.tokenizer_steps)
         words = ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
         return self.training("wm", "train_wm.py", *demos, *words)
@@ -129,7 +133,8 @@ class Runs:
             return [self.demos]
         won = self.own / "won"
         if not won.is_dir():
-            convert.main([str(self.attempts), str(won), "--format", "hdf5", "--kind", "expert"])
+            own = self.attempts("own_attempts", self.policy, 600_000)
+            convert.main([str(own), str(won), "--format", "hdf5", "--kind", "expert"])
         return [self.demos, won]
 
     def play(self, name: str, policy: Path, perturb: str, x0: str, episodes: int) -> str:
@@ -143,7 +148,7 @@ class Runs:
         """Success of the SFT policy along its training."""
         minutes = {row["step"] + 1: row["minutes"] for row in read_lines(self.policy / "log.jsonl")}
         rows = []
-        for copy in sorted(self.policy.glob("model_[0-9]*.safetensors")):
+        for copy in self.copies:
             step = int(copy.stem.split("_")[1])
             outcomes = self.play(copy.stem, copy, "none", "zero", self.cfg.curve_episodes)
             rows.append({"step": step, "minutes": minutes.get(step), "outcomes": outcomes})
