@@ -170,7 +170,7 @@ PRESETS = {
         validation_interval=1000,
         save_interval=1000,
     ),
-    "libero": replace(TINY, size="libero", steps=20_000, validation_interval=1000, save_interval=500),
+    "libero": replace(TINY, size="libero", steps=6000, validation_interval=1000, save_interval=500),
     "tiny": TINY,
     "smoke": replace(
         TINY,

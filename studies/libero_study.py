@@ -50,7 +50,7 @@ class Config:
     stage_preset: str = opt("libero", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task")
     attempts: int = opt(10, "attempts per task of a policy")
-    sft_steps: int = opt(8000, "steps of the SFT policy")
+    sft_steps: int = opt(6000, "steps of the SFT policy")
     copies: int = opt(4, "copies of it along its training")
     tokenizer_steps: int = opt(6000, "steps of the tokenizer")
     model_steps: int = opt(6000, "steps of the world model")

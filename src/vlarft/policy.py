@@ -128,8 +128,7 @@ LIBERO = replace(
     vlm=replace(
         TINY.vlm,
         vision=ConvEncoderConfig(
-            image_size=128, channels=(32, 64, 64, 64), kernels=(7, 3, 3, 3), strides=(2, 2, 1, 1), num_keypoints=32,
-            film_dim=64,
+            image_size=128, channels=(64, 64, 64), kernels=(7, 3, 3), strides=(4, 1, 1), num_keypoints=32, film_dim=64,
         ),
     ),
 )  # fmt: skip
