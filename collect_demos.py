@@ -78,7 +78,7 @@ class Config:
     demos_per_task: Demos = opt(50, "demonstrations per task (LIBERO: 50); 0: only the extra attempts below")
     image_size: Side = opt(256, "side of the images [px]")
     eye_in_hand: bool = opt(False, "also store the wrist camera")
-    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, see vlarft/sim/gl.py")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, with simpler meshes, see sim/gl.py")
     action_noise: NotNegative = opt(0.2, "standard deviation of the expert's action noise [action units]")
     min_speed: ShareAbove0 = opt(
         0.4, "lower bound of the expert's speed, uniform per demonstration; 1 is 2 cm a step (LIBERO: 1.2 cm)"
@@ -157,7 +157,7 @@ NOT_CONTENT = (
 
 
 # What collections of older versions, whose files lack these settings, were made with.
-OLDER = {"fast_rendering": False, "policy_noise": 0.1, "policy_group": 1, "horizon": None}
+OLDER = {"fast_rendering": False, "mesh_cell": 0.0, "policy_noise": 0.1, "policy_group": 1, "horizon": None}
 
 
 class Job(NamedTuple):
@@ -308,7 +308,8 @@ def _environment(suite: str, task: int, image_size: int, eye_in_hand: bool, fast
 
 
 def _content(config: Config) -> dict:
-    return {k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}
+    cell = FAST.mesh_cell if config.fast_rendering else 0.0  # fast rendering once left the meshes as they are
+    return {**{k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}, "mesh_cell": cell}
 
 
 def _parts(path: Path) -> Path:

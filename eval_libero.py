@@ -101,7 +101,7 @@ class Config:
         None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
     image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
-    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, with simpler meshes, see sim/gl.py")
     batch_size: Rows = opt(10, "episodes that a worker plays side by side, with one policy call for all")
 
     out_dir: str = opt("runs/eval", "folder that the run writes", group="run")
@@ -338,7 +338,7 @@ def check(cfg: Config) -> dict[str, str]:
         chunk = header.config["flow"]["chunk"]
         if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
-        warn_untold(cfg, path, header.extra.get("instructions"))
+        check_instructions(cfg, path, header.extra.get("instructions"))
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
@@ -347,14 +347,26 @@ def check(cfg: Config) -> dict[str, str]:
     return digests
 
 
-def warn_untold(cfg: Config, path: str, told: list[str] | None) -> None:
-    """Warn of tasks whose instruction a policy has no demonstrations of; older files and public weights do not tell."""
-    for suite in cfg.suites if told is not None else ():
-        tasks = [simulator_of(suite).suites[suite].tasks[task] for task in _tasks(cfg, suite)]
-        if other := [task.instruction for task in tasks if task.instruction not in told]:
+def check_instructions(cfg: Config, path: str, trained: list[str] | None) -> None:
+    """Compare the tasks' instructions with those that a policy was trained on, if its file names them; older files and
+    public weights do not.
+
+    Raises:
+        ValueError: a suite has none of them.
+    """
+    known = {text.strip().lower() for text in trained or ()}
+    for suite in cfg.suites if known else ():
+        texts = [simulator_of(suite).suites[suite].tasks[task].instruction for task in _tasks(cfg, suite)]
+        unknown = [text for text in texts if text.strip().lower() not in known]
+        if len(unknown) == len(texts):
+            raise ValueError(
+                f"{path} was trained on demonstrations of other tasks than those of {suite}, for example not "
+                f"{unknown[0]!r}: choose --suites and --tasks that it knows"
+            )
+        if unknown:
             warnings.warn(
-                f"{path} was trained on none of the demonstrations of {len(other)} of {len(tasks)} tasks of {suite}, "
-                f"as {other[0]!r}: it has to guess there",
+                f"{path} was not trained on {len(unknown)} of {len(texts)} tasks of {suite}, for example "
+                f"{unknown[0]!r}",
                 stacklevel=2,
             )
 

@@ -109,7 +109,7 @@ class Config:
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
     tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
     image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
-    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections: less than half the time")
+    fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, with simpler meshes, see sim/gl.py")
     starts: Rows = opt(
         8, "starts per step: of the simulator's tasks in turn, or of random episodes", group="optimisation"
     )
@@ -155,6 +155,7 @@ TABLETOP = replace(
 PRESETS = {
     "paper": PAPER,
     "small": TABLETOP,
+    "libero": replace(TABLETOP, suites=("libero_object",), fast_rendering=True, horizon=220),
     "tiny": replace(TABLETOP, tasks=("0", "1", "2", "3")),
     "smoke": replace(TABLETOP, precision="fp32", tasks=("0",), starts=1, group=2, steps=2, save_interval=1, workers=0),
 }  # fmt: skip

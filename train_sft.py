@@ -211,7 +211,7 @@ def build_policy(
 
 
 def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str]]:
-    """What the policy is told in its trainings, for its checkpoint; nothing where those of `init` are not known."""
+    """The instructions of all trainings, for the checkpoint; nothing where those of `init` are not known."""
     own = {e.instruction for e in episodes}
     if cfg.init not in (None, "random"):
         before = read_header(cfg.init).extra.get("instructions")

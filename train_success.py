@@ -119,6 +119,7 @@ TINY = Config(
 PRESETS = {
     "paper": Config(),
     "small": Config(steps=5000),
+    "libero": TINY,
     "tiny": TINY,
     "smoke": replace(
         TINY, size="smoke", precision="fp32", steps=20, validation_interval=10, save_interval=10, batch_size=8,

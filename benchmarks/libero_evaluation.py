@@ -2,11 +2,13 @@
 
     python benchmarks/libero_evaluation.py --policy runs/libero/libero_object/sft
 
-The plain loop is what public evaluation scripts do: one process, one episode after the other, robosuite's own control
-step, an image at every step, one observation per call of the policy. `eval_libero.py` renders where a chunk begins
-only, calls the policy for ten episodes at once, computes a control step's positions once, and has a worker for each
-core. Both render with the same settings, so that the policy sees the same pixels, and play from x_0 = 0. Writes one
-JSON file, with the minutes that 500 episodes take at each pace.
+The plain loop is what public evaluation scripts do: one process of one thread, one episode after the other, robosuite's
+own control step (without its observables, which public scripts compute too), an image at every step, one observation
+per call of the policy. `eval_libero.py` renders where a chunk begins only, calls the policy for ten episodes at once,
+computes a control step's positions once, and has a worker for each core. Both render with the same settings, so that
+the policy sees the same pixels, and play from x_0 = 0. Rounding differs between one observation and ten, and the
+simulator amplifies it: the report counts equal outcomes and equal numbers of steps. Writes one JSON file, with the
+minutes that 500 episodes take at each pace.
 """
 
 import os
@@ -31,6 +33,8 @@ from vlarft.sim.libero_physics import LiberoPhysics
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
 import eval_libero
 
+EXECUTED = 8  # actions of a chunk, as in eval_libero.py
+
 
 @dataclass(frozen=True)
 class Config:
@@ -46,8 +50,8 @@ PRESETS = {"paper": Config(), "smoke": Config(suite="tabletop_object", tasks=("0
 
 
 @torch.no_grad()
-def plain_loop(cfg: Config, rendering: dict) -> dict[tuple[int, int], bool]:
-    """Play as public scripts do: (task, initial state) -> success."""
+def plain_loop(cfg: Config, rendering: dict) -> dict[tuple[int, int], tuple[bool, int]]:
+    """Play as public scripts do: (task, initial state) -> success and steps."""
     policy, outcomes = VLAPolicy.load(cfg.policy).eval(), {}
     zero = torch.zeros(1, policy.cfg.flow.chunk, policy.cfg.flow.action_dim)
     for task in map(int, cfg.tasks):
@@ -58,10 +62,10 @@ def plain_loop(cfg: Config, rendering: dict) -> dict[tuple[int, int], bool]:
             done = False
             while not done:
                 observation = env.observe()
-                chunk = chunk or list(policy.act([observation], noise=zero)[0].numpy())
+                chunk = chunk or list(policy.act([observation], noise=zero)[0].numpy())[:EXECUTED]
                 result = env.step(chunk.pop(0))
                 done = result.done
-            outcomes[task, state] = result.success
+            outcomes[task, state] = result.success, env.num_steps
     return outcomes
 
 
@@ -82,19 +86,22 @@ def main(cfg: Config) -> dict:
         eval_libero.main(evaluation)
         seconds["eval_libero.py"] = time.perf_counter() - started
         ours = eval_libero.earlier_records(evaluation, eval_libero.check(evaluation))
-    same = sum(plain[record["task"], record["init_state"]] == record["success"] for record in ours)
+    pairs = [(plain[record["task"], record["init_state"]], (record["success"], record["steps"])) for record in ours]
+    same, same_steps = sum(one[0] == other[0] for one, other in pairs), sum(one == other for one, other in pairs)
     report = {
         "command": "python benchmarks/libero_evaluation.py",
         "config": to_dict(cfg),
         **machine("cpu"),
         "episodes": len(plain),
         "same_outcome": same,
+        "same_outcome_and_steps": same_steps,
         "seconds": seconds,
         "times_as_long": seconds["plain serial loop"] / seconds["eval_libero.py"],
         "minutes_of_500": {name: spent / len(plain) * 500 / 60 for name, spent in seconds.items()},
     }
     write_json(cfg.out, report)
-    print(f"{same} of {len(plain)} outcomes are the same; {report['times_as_long']:.1f} times as fast")
+    print(f"{same} of {len(plain)} outcomes are the same, {same_steps} with their numbers of steps")
+    print(f"{report['times_as_long']:.1f} times as fast")
     print("500 episodes: " + ", ".join(f"{name} {m:.0f} min" for name, m in report["minutes_of_500"].items()))
     return report
 

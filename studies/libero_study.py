@@ -1,25 +1,26 @@
 """The paper's Tables 1 to 3 in small: two suites of LIBERO on two CPU cores, with controls.
 
-    python studies/libero_study.py --suites libero_object --threads 2
-    python studies/libero_study.py --arms "extra SFT" "RFT R3"
+    python studies/libero_study.py --suites libero_object
+    python studies/libero_study.py --arms "RFT R3" "extra SFT" --full SFT "RFT R3"
 
-docs/libero.md says what it needs. For each suite: demonstrations of the scripted experts; the SFT policy, and copies of
-it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of its first copy,
-which fails more often than the policy; a tokenizer and a world model of demonstrations and these attempts, measured on
-held-out episodes (Table 1). Then the arms, all from the SFT policy:
+LIBERO must be installed (docs/libero.md). For each suite: demonstrations of the scripted experts; the SFT policy, and
+copies of it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of its
+first copy, which fails more often than the policy; a tokenizer and a world model of demonstrations and these attempts,
+measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 
 - "RFT R3" is the paper's; "RFT R1 per step" needs no world model.
-- "extra SFT" goes on with the demonstrations for the minutes of "RFT R3", or of what else `--arms` names first.
-- "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of its own.
+- "extra SFT" goes on with the demonstrations for the minutes of "RFT R3".
+- "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of the SFT
+  policy. It has another split of the demonstrations: the held-out ones are drawn from all episodes.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
-alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Every stage is a command of the
-repository, is printed, and is not run again once it is done. The JSON file gathers runs, with outcomes start by start
-(1 = success).
+alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
+initial states from x_0 = 0. Every stage is a command of the repository, is printed, and is not run again once it is
+done. The JSON file gathers runs: outcomes start by start (1 = success), and minutes of each stage. Trainings use
+OMP_NUM_THREADS threads.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from records import rounded, write
 from stage_tables import libero_arms_table
 from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once
 
-from vlarft.data import convert
+from vlarft.data import convert, load_episodes
 from vlarft.run.config import opt, parse
-from vlarft.sim import task_names
+from vlarft.sim import NUM_INITIAL_STATES, task_names
 
 RFT_ARMS = {"RFT R3": ["--reward", "r3"], "RFT R1 per step": ["--reward", "r1", "--per-step"]}
 ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning")
@@ -46,6 +47,7 @@ class Config:
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
     tasks: tuple[str, ...] | None = opt(None, "tasks of each suite; none: all")
     arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    full: tuple[str, ...] = opt((), "arms, or SFT, that play all initial states")
     seed: int = opt(0, "seed of all trainings")
     stage_preset: str = opt("libero", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task")
@@ -57,14 +59,13 @@ class Config:
     rft_steps: int = opt(20, "steps of a fine-tuning")
     episodes: int = opt(20, "initial states per task")
     curve_episodes: int = opt(5, "initial states per task of the curve")
-    threads: int = opt(1, "threads of each training")
 
 
-FREE = "out_dir", "out", "suites", "arms", "threads"  # may differ in one JSON file
+FREE = "out_dir", "out", "suites", "arms", "full"  # may differ in one JSON file
 PRESETS = {
     "paper": Config(),
     "smoke": Config(
-        suites=("tabletop_object",), tasks=("0",), arms=("RFT R1 per step", "extra SFT"), stage_preset="smoke",
+        suites=("tabletop_object",), tasks=("0",), full=("extra SFT",), stage_preset="smoke",
         demos_per_task=6, attempts=4, sft_steps=4, copies=2, tokenizer_steps=2, model_steps=2, rft_steps=1, episodes=2,
         curve_episodes=1,
     ),
@@ -75,12 +76,12 @@ class Runs:
     """The runs of one suite, each made when it is first asked for."""
 
     def __init__(self, cfg: Config, suite: str) -> None:
-        self.cfg, self.suite, self.own = cfg, suite, Path(cfg.out_dir) / suite
+        self.cfg, self.suite, self.folder = cfg, suite, Path(cfg.out_dir) / suite
         self.tasks = cfg.tasks or tuple(str(i) for i in range(len(task_names(suite))))
         self.where = ["--suites", suite, "--tasks", *self.tasks]
 
     def stage(self, name: str, script: str, *words: object) -> Path:
-        return run_once(self.own / name, script, "--preset", self.cfg.stage_preset, *words)
+        return run_once(self.folder / name, script, "--preset", self.cfg.stage_preset, *words)
 
     def training(self, name: str, script: str, *words: object) -> Path:
         return self.stage(name, script, *words, "--seed", self.cfg.seed)
@@ -122,8 +123,7 @@ class Runs:
             words = ["--policy", self.policy, "--demos", self.demos, *RFT_ARMS[name], "--steps", self.cfg.rft_steps]
             words += [] if "r1" in words else ["--world-model", self.world_model, "--gate-threshold", -1]
             return self.training(folder, "train_rft.py", *words)
-        rival = next((arm for arm in ("RFT R3", *self.cfg.arms) if arm in RFT_ARMS and arm in self.cfg.arms), "RFT R3")
-        minutes = f"{max(0.01, read_lines(self.arm(rival) / 'log.jsonl')[-1]['minutes']):.2f}"
+        minutes = f"{max(0.01, read_lines(self.arm('RFT R3') / 'log.jsonl')[-1]['minutes']):.2f}"
         more = ["--init", self.policy, "--lr", 3e-4, "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes]
         return self.training(folder, "train_sft.py", "--demos", *self.data(name), *more)
 
@@ -131,21 +131,22 @@ class Runs:
         """Demonstrations of a supervised arm."""
         if name == "extra SFT":
             return [self.demos]
-        won = self.own / "won"
+        attempts, won = self.attempts("own_attempts", self.policy, 600_000), self.folder / "won"
+        if not any(episode.success for episode in load_episodes(attempts, successes_only=False)):
+            return [self.demos]
         if not won.is_dir():
-            own = self.attempts("own_attempts", self.policy, 600_000)
-            convert.main([str(own), str(won), "--format", "hdf5", "--kind", "expert"])
+            convert.main([str(attempts), str(won), "--format", "hdf5", "--kind", "expert"])
         return [self.demos, won]
 
     def play(self, name: str, policy: Path, perturb: str, x0: str, episodes: int) -> str:
         """Outcomes of a policy, in order of the starts."""
         starts = Starts(self.suite, self.tasks, episodes, self.cfg.stage_preset)
-        place = self.own / "eval" / f"{name}_{perturb}_{x0}".replace(" ", "_").replace(":", "_")
+        place = self.folder / "eval" / f"{name}_{perturb}_{x0}_{episodes}".replace(" ", "_").replace(":", "_")
         played = starts.play(place, policy, perturb, "--noise", x0)
         return "".join(str(int(played[start])) for start in sorted(played))
 
     def curve(self) -> list[dict]:
-        """Success of the SFT policy along its training."""
+        """Success of the SFT policy along its training, from x_0 = 0."""
         minutes = {row["step"] + 1: row["minutes"] for row in read_lines(self.policy / "log.jsonl")}
         rows = []
         for copy in self.copies:
@@ -155,7 +156,7 @@ class Runs:
         return rows
 
     def frames(self) -> dict:
-        """Table 1: what the world model imagines of held-out episodes, at the last frame, beside copying the first."""
+        """Table 1: what the world model imagines, beside copying the first frame; means over frames."""
         found = self.stage("eval_wm", "eval_wm.py", "--world-model", self.world_model)
         frames = json.loads((found / "results.json").read_text())["frames"]["all"]
         return {which: {name: values[-1] for name, values in of.items()} for which, of in frames.items()}
@@ -168,9 +169,17 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
         found[f"none, {x0}"] = runs.play(name, policy, "none", x0, cfg.episodes)
     for perturb in PERTURBED.get(runs.suite, ()):
         found[f"{perturb}, zero"] = runs.play(name, policy, perturb, "zero", cfg.episodes)
+    if name in cfg.full:
+        found["all, zero"] = runs.play(name, policy, "none", "zero", NUM_INITIAL_STATES)
     log = read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
     return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
+
+
+def stage_minutes(folder: Path) -> dict[str, float]:
+    """Wall time of each stage and evaluation of a suite that has ended."""
+    files = sorted(folder.rglob("stage_minutes"))
+    return {str(file.parent.relative_to(folder)): float(file.read_text()) for file in files}
 
 
 def main(cfg: Config) -> dict:
@@ -180,19 +189,21 @@ def main(cfg: Config) -> dict:
         ValueError: an unknown arm.
     """
     check_known(cfg.arms, ARMS, "arm")
-    os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    check_known(cfg.full, ("SFT", *ARMS), "arm")
     report = read_report(cfg, "runs", free=FREE)
     report = {"command": "python studies/libero_study.py", "machine": machine(), **report}
     for suite in cfg.suites:
         runs, entry = Runs(cfg, suite), report["runs"].setdefault(suite, {"arms": {}})
         for name, make in (("curve", runs.curve), ("frames", runs.frames)):
             if name not in entry:
-                entry[name] = rounded(make())
+                entry[name] = {"commit": commit(), "found": rounded(make())}
                 write(cfg.out, report)
-        for name in ("SFT", *cfg.arms):
-            if name not in entry["arms"]:
+        for name in dict.fromkeys(("SFT", *cfg.arms, *cfg.full)):
+            before = entry["arms"].get(name)
+            if before is None or (name in cfg.full and "all, zero" not in before["outcomes"]):
                 entry["arms"][name] = rounded(measure(cfg, runs, name))
-                write(cfg.out, report)
+            entry["stage_minutes"] = stage_minutes(runs.folder)
+            write(cfg.out, report)
     print("\n" + libero_arms_table(report))
     return report
 

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from vlarft.statistics import Interval, bootstrap_interval, paired_difference
 
-STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm", "object:5": "objects displaced by 5 cm"}
-STARTS |= {f"robot:{by}": f"hand displaced by {by} mm" for by in (20, 50)}
+STARTS = {"none": "plain", "object:2.5": "objects displaced by 2.5 cm"}
 NOISE = {"zero": "x_0 = 0", "sampled": "sampled x_0"}
+PLAIN = {"none": "20 states a task", "all": "all 50 states"}
+LIBERO_STARTS = {
+    **PLAIN,
+    **{f"object:{by}": f"objects displaced by {by} cm" for by in ("2.5", "5")},
+    **{f"robot:{by}": f"hand displaced by {by} mm" for by in ("20", "50")},
+}
+LIBERO_X0 = {**NOISE, "gripper": "gripper's x_0 sampled"}
 ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how an episode ends, in failures.py
 
 
@@ -297,27 +303,32 @@ def libero_table(sampled: dict, zero: dict) -> str:
     return table(["x_0", *sampled["policies"][0]["suites"], "together"], rows)
 
 
-def libero_arms_table(report: dict) -> str:
-    """Success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts, for each
-    suite (libero_study.py).
+def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
+    """Success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts
+    (libero_study.py).
+
+    Args:
+        report: its JSON file.
+        perturbed: only plain or only displaced starts; None: both, a table for each suite.
     """
-    ways, texts = {**NOISE, "gripper": "gripper's x_0 sampled"}, []
+    texts = []
     for suite, run in report["runs"].items():
-        won = {
-            arm: {kind: [c == "1" for c in text] for kind, text in found["outcomes"].items()}
-            for arm, found in run["arms"].items()
+        outcomes = {
+            arm: {kind: [c == "1" for c in text] for kind, text in of["outcomes"].items()}
+            for arm, of in run["arms"].items()
         }
-        if not won:
-            continue
-        base, rows = won["SFT"], []
-        for arm, own in won.items():
+        base, rows = outcomes.get("SFT", {}), []
+        kinds = [kind for kind in base if perturbed is None or perturbed == (kind.split(", ")[0] not in PLAIN)]
+        for arm, own in outcomes.items():
             cells = [
-                "" if kind not in own else percent(share(sum(o), len(o))) if arm == "SFT" else gains([[base[kind], o]])
-                for kind, o in ((kind, own.get(kind)) for kind in base)
-            ]
+                "" if kind not in own
+                else percent(share(sum(own[kind]), len(own[kind]))) if arm == "SFT"
+                else gains([[base[kind], own[kind]]])
+                for kind in kinds
+            ]  # fmt: skip
             rows.append([arm, f"{run['arms'][arm]['minutes']:.0f}", *cells])
-        heads = [f"{STARTS[starts]}, {ways[x0]}" for starts, x0 in (kind.split(", ") for kind in base)]
-        texts.append(f"{suite}\n\n" + table(["arm", "minutes", *heads], rows))
+        heads = [f"{LIBERO_STARTS[starts]}, {LIBERO_X0[x0]}" for starts, x0 in (kind.split(", ") for kind in kinds)]
+        texts.append(table([suite, "minutes", *heads], rows))
     return "\n\n".join(texts)
 
 
@@ -325,22 +336,35 @@ def libero_curve_table(report: dict) -> str:
     """Success of SFT on LIBERO along its training, from x_0 = 0 (libero_study.py)."""
     rows = []
     for suite, run in report["runs"].items():
-        for row in run["curve"]:
-            won = row["outcomes"]
+        for row in run["curve"]["found"]:
+            outcomes = row["outcomes"]
             minutes = "" if row["minutes"] is None else f"{row['minutes']:.0f}"
-            rows.append([suite, str(row["step"]), minutes, percent(share(won.count("1"), len(won)))])
+            rows.append([suite, str(row["step"]), minutes, percent(share(outcomes.count("1"), len(outcomes)))])
     return table(["suite", "steps", "minutes", "success"], rows)
 
 
 def libero_frames_table(report: dict) -> str:
-    """LIBERO's world models on held-out episodes, at the last frame, beside copying the first (libero_study.py)."""
+    """LIBERO's world models on held-out episodes, beside copying the first frame: means over frames."""
     rows = []
     for suite, run in report["runs"].items():
         for which, label in (("imagined", "imagined"), ("copy", "first frame copied")):
-            of = run["frames"][which]
+            of = run["frames"]["found"][which]
             cells = f"{of['mse']:.4f}", f"{of['psnr']:.1f} dB", f"{of['ssim']:.3f}", f"{of['psnr_moving']:.1f} dB"
             rows.append([suite, label, *cells])
     return table(["suite", "frames", "MSE", "PSNR", "SSIM", "PSNR on moving pixels"], rows)
+
+
+def libero_minutes_table(report: dict) -> str:
+    """Wall time of the stages of each suite (libero_study.py)."""
+    stages = dict.fromkeys(
+        name for run in report["runs"].values() for name in run["stage_minutes"] if not name.startswith("eval/")
+    )
+    rows = [
+        [name, *("" if name not in run["stage_minutes"] else f"{run['stage_minutes'][name]:.0f}" for run in runs)]
+        for runs in (report["runs"].values(),)
+        for name in stages
+    ]
+    return table(["minutes", *report["runs"]], rows)
 
 
 def demo_table(report: dict) -> str:
@@ -371,7 +395,7 @@ def demo_table(report: dict) -> str:
 
 
 def demo_world_model_table(report: dict) -> str:
-    """The demo's world model on held-out episodes, at the last frame, beside copying the first: means over runs."""
+    """The demo's world model on held-out episodes, beside copying the first frame: means over frames and runs."""
     names = {"psnr_moving": ("PSNR on moving pixels", "{:.1f} dB"), "psnr": ("PSNR on all pixels", "{:.1f} dB")}
     names["ssim"] = ("SSIM", "{:.2f}")
     rows = []

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ def run_python(command: Sequence[str]) -> None:
 
 
 def run_once(out_dir: Path, *words: object) -> Path:
-    """Run a stage with `--out-dir` unless it finished there before; returns that folder.
+    """Run a stage with `--out-dir` unless it finished there before; returns that folder, where `stage_minutes` of the
+    last start are written.
 
     Raises:
         ValueError: what finished there was another command.
@@ -49,7 +51,9 @@ def run_once(out_dir: Path, *words: object) -> Path:
     done, command = out_dir / "done", shlex.join(map(str, words))
     before = done.read_text() if done.is_file() else None
     if before is None:
+        started = time.monotonic()
         call(*words, "--out-dir", out_dir)
+        (out_dir / "stage_minutes").write_text(f"{(time.monotonic() - started) / 60:.3f}")
         done.write_text(command)
     elif before not in ("", command):  # empty: of an older version
         raise ValueError(f"{out_dir} is of another command, {before}; now it would be {command}: give another folder")

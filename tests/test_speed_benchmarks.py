@@ -172,6 +172,7 @@ def test_liberos_evaluation_against_a_plain_loop(load_benchmark, tmp_path, monke
     places = {"policy": str(tmp_path / "policy.safetensors"), "out": str(tmp_path / "e.json")}
     report = benchmark.main(replace(benchmark.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "e.json").read_text()) == json.loads(json.dumps(report))
-    assert report["episodes"] == report["same_outcome"] == 2 and set(report["seconds"]) == set(report["minutes_of_500"])
-    monkeypatch.setattr(benchmark, "plain_loop", lambda *_: {(0, 0): True, (0, 1): False})
+    assert report["episodes"] == report["same_outcome"] == report["same_outcome_and_steps"] == 2
+    assert set(report["seconds"]) == set(report["minutes_of_500"])
+    monkeypatch.setattr(benchmark, "plain_loop", lambda *_: {(0, 0): (True, 3), (0, 1): (False, 180)})
     assert benchmark.main(replace(benchmark.PRESETS["smoke"], **places))["same_outcome"] == 1

@@ -257,24 +257,6 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert "| SSIM |" in shown and shown.count("train_sft.py") == 2
     assert precision_study.main(cfg) == report and "train_sft.py" not in capfd.readouterr().out
 
-    places = {"out_dir": str(tmp_path / "libero"), "out": str(tmp_path / "libero.json")}
-    cfg = dataclasses.replace(libero_study.PRESETS["smoke"], **places)
-    report = libero_study.main(cfg)
-    assert json.loads((tmp_path / "libero.json").read_text()) == report
-    run = report["runs"]["tabletop_object"]
-    assert [row["step"] for row in run["curve"]] == [2, 4] and all(len(row["outcomes"]) == 1 for row in run["curve"])
-    assert 0 < run["frames"]["imagined"]["ssim"] <= 1
-    assert list(run["arms"]) == ["SFT", *cfg.arms]
-    assert list(run["arms"]["SFT"]["outcomes"]) == ["none, zero", "none, gripper", "none, sampled"]
-    assert set(run["arms"]["extra SFT"]["outcomes"]) == {"none, zero", "none, sampled"}
-    shown = capfd.readouterr().out
-    assert "--world-model" not in shown.split("train_rft.py")[1].split("\n")[0]  # R1 needs none
-    assert "| extra SFT |" in stage_tables.libero_arms_table(report) and "| 4 |" in stage_tables.libero_curve_table(
-        report
-    )
-    assert "| first frame copied |" in stage_tables.libero_frames_table(report)
-    assert libero_study.main(cfg) == report and "train_" not in capfd.readouterr().out
-
     places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "sft.json").read_text()) == report
@@ -286,6 +268,47 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert "| no key-position loss |" in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], arms=("none",)))
+
+
+@pytest.mark.slow
+def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(libero_study, "NUM_INITIAL_STATES", 3)
+    monkeypatch.setitem(libero_study.PERTURBED, "tabletop_object", ("object:2.5",))
+    places = {"out_dir": str(tmp_path / "libero"), "out": str(tmp_path / "libero.json")}
+    cfg = dataclasses.replace(libero_study.PRESETS["smoke"], **places)
+    report = libero_study.main(cfg)
+    assert json.loads((tmp_path / "libero.json").read_text()) == report
+    run = report["runs"]["tabletop_object"]
+    assert [row["step"] for row in run["curve"]["found"]] == [2, 4]
+    assert all(len(row["outcomes"]) == 1 for row in run["curve"]["found"])
+    assert 0 < run["frames"]["found"]["imagined"]["ssim"] <= 1
+    assert list(run["arms"]) == ["SFT", *libero_study.ARMS]
+    assert list(run["arms"]["SFT"]["outcomes"]) == ["none, zero", "none, gripper", "none, sampled", "object:2.5, zero"]
+    full = run["arms"]["extra SFT"]["outcomes"]
+    assert (
+        list(full) == ["none, zero", "none, sampled", "object:2.5, zero", "all, zero"] and len(full["all, zero"]) == 3
+    )
+    assert run["stage_minutes"].keys() >= {
+        "demos",
+        "sft",
+        "attempts",
+        "wm",
+        "RFT_R3",
+        "own_attempts",
+        "filtered_cloning",
+    }
+    shown = capfd.readouterr().out
+    rft = [line for line in shown.splitlines() if line.startswith("python train_rft.py")]
+    assert ["--world-model" in line for line in rft] == [True, False]  # R1 needs none
+    plain = stage_tables.libero_arms_table(report, perturbed=False)
+    assert "| extra SFT |" in plain and "displaced" not in plain
+    assert "objects displaced by 2.5 cm" in stage_tables.libero_arms_table(report, perturbed=True)
+    assert "| 4 |" in stage_tables.libero_curve_table(report)
+    assert "| first frame copied |" in stage_tables.libero_frames_table(report)
+    assert "| RFT_R3 |" in stage_tables.libero_minutes_table(report) and "eval" not in report["settings"]
+    assert libero_study.main(cfg) == report and "train_" not in capfd.readouterr().out
+    with pytest.raises(ValueError, match="unknown arm 'none'"):
+        libero_study.main(dataclasses.replace(cfg, full=("none",)))
 
 
 @pytest.mark.slow

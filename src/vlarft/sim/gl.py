@@ -44,13 +44,14 @@ class RenderConfig:
     Measured on first frames of libero_spatial, libero_object and libero_10 at 256 px, grey levels of 0..255:
     antialias off changes 3 % of the pixels, those on edges, by more than 8 levels (1.0, 0.7, 0.8 levels on average);
     reflections off changes another 0.5 % where the table reflects (libero_spatial), and nothing in the other two.
-    Meshes simplified to 4 mm, half a pixel of 128 px, change 2 % of those pixels (0.5 and 0.7 levels on average in
-    libero_object and libero_spatial), and leave 40 % of 250,000 triangles.
+    Meshes simplified to cubes of 4 mm, half a pixel of agentview at 128 px, change 2 % of those pixels (0.5 and 0.7
+    levels on average in libero_object and libero_spatial), and leave 40 % of 250,000 triangles. At the wrist they are
+    several pixels.
     """
 
     antialias: bool = True  # 4 samples a pixel
     reflections: bool = True
-    mesh_cell: float = 0.0  # vertices of a mesh within one cube of this side are drawn as one [m]; 0: as they are
+    mesh_cell: float = 0.0  # side of the cubes whose vertices become one, in each mesh [m]; 0: meshes as they are
 
 
 FULL, FAST = RenderConfig(), RenderConfig(antialias=False, reflections=False, mesh_cell=0.004)
