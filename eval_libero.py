@@ -356,17 +356,16 @@ def check_instructions(cfg: Config, path: str, trained: list[str] | None) -> Non
     """
     known = {text.strip().lower() for text in trained or ()}
     for suite in cfg.suites if known else ():
-        texts = [simulator_of(suite).suites[suite].tasks[task].instruction for task in _tasks(cfg, suite)]
-        unknown = [text for text in texts if text.strip().lower() not in known]
-        if len(unknown) == len(texts):
+        texts = [task.instruction for task in simulator_of(suite).suites[suite].tasks]
+        if known.isdisjoint(text.lower() for text in texts):
             raise ValueError(
-                f"{path} was trained on demonstrations of other tasks than those of {suite}, for example not "
-                f"{unknown[0]!r}: choose --suites and --tasks that it knows"
+                f"{path} was trained on no demonstrations of {suite}, for example not on {texts[0]!r}: choose --suites "
+                "that it knows"
             )
+        unknown = [texts[task] for task in _tasks(cfg, suite) if texts[task].lower() not in known]
         if unknown:
             warnings.warn(
-                f"{path} was not trained on {len(unknown)} of {len(texts)} tasks of {suite}, for example "
-                f"{unknown[0]!r}",
+                f"{path} was not trained on {len(unknown)} of the tasks of {suite}, for example {unknown[0]!r}",
                 stacklevel=2,
             )
 

@@ -174,7 +174,7 @@ TINY = Config(
 PRESETS = {
     "paper": Config(),
     "small": Config(size="small", context_lookback=None, batch_size=32, steps=50_000, warmup=1000, perceptual="ssim"),
-    "libero": replace(TINY, image_size=(128, 128), steps=6000, validation_interval=2000, save_interval=1000),
+    "libero": replace(TINY, image_size=(128, 128), steps=4000, validation_interval=2000, save_interval=1000),
     "tiny": TINY,
     "smoke": replace(
         TINY, size="smoke", precision="fp32", batch_size=4, steps=20, warmup=2, validation_interval=10,

@@ -148,7 +148,7 @@ PRESETS = {
     "small": Config(
         size="small", pose_dims=6, context_lookback=None, batch_size=32, steps=50_000, lr=3e-4, warmup=1000
     ),
-    "libero": replace(TINY, steps=6000),
+    "libero": replace(TINY, steps=4500),
     "tiny": TINY,
     "smoke": replace(
         TINY,

@@ -139,3 +139,17 @@ def head_table(report: dict) -> str:
         second = _times(of["times_faster_compiled"], of["spread_compiled"]) if compiled else ""
         rows.append([label, cells, second, f"{of['flops'] / 1e9:.0f}", f"{100 * of['share_of_peak']:.0f} %"])
     return table(["", "times faster", "with the trunk compiled", "GFLOP", "share of the peak"], rows)
+
+
+def libero_evaluation_table(report: dict) -> str:
+    """LIBERO's evaluation against a plain serial loop, on the same starts (libero_evaluation.py)."""
+    rows = []
+    for name, label in (("plain serial loop", "plain serial loop"), ("eval_libero.py", "`eval_libero.py`")):
+        rows.append([label, f"{report['seconds'][name]:.0f}", f"{report['minutes_of_500'][name]:.0f}"])
+    equal = f"{report['same_outcome']} of {report['episodes']}"
+    steps = f"{report['same_outcome_and_steps']} of {report['episodes']}"
+    heads = [f"{report['episodes']} episodes", "seconds", "500 episodes, minutes"]
+    text = (
+        f"\nTimes as fast: {report['times_as_long']:.1f}. Equal outcomes: {equal}; equal numbers of steps too: {steps}."
+    )
+    return table(heads, rows) + "\n" + text

@@ -293,16 +293,6 @@ def longer_table(cells: dict, gates: dict) -> str:
     return table(heads, rows)
 
 
-def libero_table(sampled: dict, zero: dict) -> str:
-    """Episodes that one policy wins on LIBERO, from the sampled x_0 and from 0 (eval_libero.py)."""
-    rows = []
-    for name, report in (("sampled", sampled), ("0 (`--noise zero`)", zero)):
-        (policy,) = report["policies"]
-        suites = [f"{of['all']['success']}/{of['all']['episodes']}" for of in policy["suites"].values()]
-        rows.append([name, *suites, percent(policy["all"])])
-    return table(["x_0", *sampled["policies"][0]["suites"], "together"], rows)
-
-
 def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
     """Success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts
     (libero_study.py).

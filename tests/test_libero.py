@@ -139,7 +139,7 @@ def test_simple_meshes_keep_shape_and_front_and_leave_the_model_alone():
     for ours, theirs in zip((model.mesh_face, model.mesh_facenum), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(triangles(simple).sum(0), triangles(model).sum(0), atol=2e-5)
-    twice = vertices.replace(".001 0 0", ".0 0 .001"), faces.replace("4 1 2  4 2 3", "0 1 2  4 1 2")
+    twice = vertices.replace(".001 0 0", ".0 0 .001"), faces.replace("4 1 2  4 2 3", "0 1 2  1 2 4")
     model = mujoco.MjModel.from_xml_string(
         f'<mujoco><asset><mesh name="m" inertia="shell" vertex="{twice[0]}" face="{twice[1]}"/></asset>'
         '<worldbody><geom type="mesh" mesh="m"/></worldbody></mujoco>'

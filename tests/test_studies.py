@@ -17,6 +17,7 @@ import gates
 import imagination_study
 import imagined_groups
 import labels
+import libero_release
 import libero_study
 import numpy as np
 import outcomes
@@ -45,6 +46,7 @@ import train_sft
 import train_tokenizer
 import train_wm
 from vlarft.data import load_episodes
+from vlarft.policy import VLAPolicy
 from vlarft.run.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -309,6 +311,17 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert libero_study.main(cfg) == report and "train_" not in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'"):
         libero_study.main(dataclasses.replace(cfg, full=("none",)))
+
+    places = {"runs": cfg.out_dir, "checkpoints": str(tmp_path / "checkpoints")}
+    libero_release.main(dataclasses.replace(libero_release.PRESETS["smoke"], **places))
+    policy, model = (tmp_path / "checkpoints" / f"tabletop_object_{name}" for name in ("sft", "world_model"))
+    card = (policy / "README.md").read_text()
+    assert card.count("| tabletop_object | 0.0 % [0.0, 79.3] | 1 |") == 2 and "stand-ins for some of its meshes" in card
+    assert "train_wm.py" in (model / "README.md").read_text()
+    ours, whole = (
+        VLAPolicy.load(path).head.output.weight for path in (policy, tmp_path / "libero/tabletop_object/sft")
+    )
+    assert torch.equal(ours, whole.bfloat16().float()) and not torch.equal(ours, whole)
 
 
 @pytest.mark.slow

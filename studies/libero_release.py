@@ -1,0 +1,60 @@
+"""The checkpoints of LIBERO in this repository, from runs of libero_study.py, each with a model card.
+
+    python studies/libero_study.py --suites libero_object
+    python studies/libero_release.py --suites libero_object
+
+For each suite the SFT policy and the world model, trained weights rounded to bfloat16. The policy is then played as it
+lies there, `episodes` initial states a task from x_0 = 0 and from a sampled x_0; its card states the rates.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from libero_study import Config as Study
+from libero_study import Runs
+from stages import Starts
+
+from vlarft import VLAPolicy, WorldModel
+from vlarft.run.config import opt, parse
+
+SEEN = "Demonstrations of scripted experts in LIBERO with stand-ins for some of its meshes and textures, fast rendering"
+WHAT = {
+    VLAPolicy: f"Policy of one suite of LIBERO, trained from nothing on a processor. {SEEN}: on other visuals it has "
+    "not been played. It plays best from x_0 = 0 (`eval_libero.py --preset libero --noise zero`).",
+    WorldModel: f"World model of one suite of LIBERO, with its tokenizer. {SEEN}, and attempts of an early policy.",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: str = opt("runs/libero", "folder of libero_study.py")
+    suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
+    checkpoints: str = opt("checkpoints", "folder to write the checkpoints to")
+    episodes: int = opt(20, "initial states of each task to play")
+    stage_preset: str = opt("libero", "preset of the evaluation")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(suites=("tabletop_object",), episodes=1, stage_preset="smoke")}
+
+
+def main(cfg: Config) -> None:
+    """Export, play, and write the cards."""
+    for suite in cfg.suites:
+        runs = Runs(Study(out_dir=cfg.runs), suite)
+        for name, run, cls in (("sft", "sft", VLAPolicy), ("world_model", "wm", WorldModel)):
+            place = Path(cfg.checkpoints) / f"{suite}_{name}"
+            cls.load(runs.folder / run).save_pretrained(place, dtype=torch.bfloat16)
+            results = []
+            if cls is VLAPolicy:
+                for x0 in ("zero", "sampled"):
+                    results.append(runs.folder / "eval" / f"released_{x0}")
+                    starts = Starts(suite, runs.tasks, cfg.episodes, cfg.stage_preset)
+                    starts.play(results[-1], place, "none", "--noise", x0)
+            cls.load(place).save_pretrained(place, results=results, license="mit", text=WHAT[cls], name=f"user/{suite}")
+            print(f"{place}: {sum(file.stat().st_size for file in place.iterdir()) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
