@@ -261,7 +261,7 @@ def versions(
 ) -> Iterator[Version]:
     """Yield every episode as it was recorded and, with a world model, decoded and imagined."""
     for episode in episodes:
-        frames = torch.from_numpy(np.asarray(episode.images[:])).permute(0, 3, 1, 2)
+        frames = torch.from_numpy(np.ascontiguousarray(episode.images[:])).permute(0, 3, 1, 2)
         yield Version(episode, "real", frames)
         if model is not None:
             yield Version(episode, "decoded", to_uint8(decoded(model, frames)))

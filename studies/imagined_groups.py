@@ -170,7 +170,7 @@ def main(cfg: Config) -> dict:
         if name in rows:
             continue  # starts are chosen at random, some of them twice
         episode, rows[name] = by_name[name], []
-        first = torch.from_numpy(np.asarray(episode.images[0])).movedim(-1, 0) / 255
+        first = torch.from_numpy(np.ascontiguousarray(episode.images[0])).movedim(-1, 0) / 255
         for member in range(cfg.group):
             imagined, at = bool(attempts.success[number, member]), number * cfg.group + member
             true, frames = true_episode(episode, watched.actions[at], judge.cfg.hold)

@@ -1,5 +1,6 @@
 """Success model: labels, thresholds and agreement by hand; it learns; training resumes; every refusal."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ import train_success
 from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
+from vlarft.imagined_episodes import _to_float as to_float
 from vlarft.imagined_episodes import imagined_episodes
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.success import (
@@ -170,6 +172,17 @@ def test_shifts_are_whole_pixels_and_the_same_for_both_images():
     down, right = (found[:, 0, i, 10, 15] - (10, 15)[i] for i in (0, 1))
     assert set(down.tolist()) == {-2, -1, 0, 1, 2} and set(right.tolist()) == {-3, -2, -1, 0, 1, 2, 3}
     assert (found[:, 0, 0, 0] == down.clamp_min(0)[:, None]).all()  # the border is repeated
+
+
+def test_turned_images_are_read():
+    """As LIBERO's files are: turned on disk, so that the reader's array runs backwards."""
+    images = np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3), dtype=np.uint8)
+    column = np.zeros((3, 7), np.float32)
+    turned = Episode("a/b", "push", images[:, ::-1, ::-1], column, column, column)
+    (version,) = train_success.versions(None, [turned], None, contextlib.nullcontext())
+    assert torch.equal(version.frames.permute(0, 2, 3, 1), torch.from_numpy(images).flip(1, 2))
+    frames = to_float(turned.images, torch.device("cpu"))
+    torch.testing.assert_close(frames.permute(0, 2, 3, 1) * 255, torch.from_numpy(images).flip(1, 2).float())
 
 
 def test_it_learns_what_the_instruction_asks_for():

@@ -101,4 +101,4 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> Tensor:
 
 def _to_float(images: Images, device: torch.device) -> Tensor:
     """Convert uint8 (L, H, W, C) to float32 (L, C, H, W) in [0, 1]."""
-    return rearrange(torch.from_numpy(np.asarray(images)).to(device), "l h w c -> l c h w").float() / 255
+    return rearrange(torch.from_numpy(np.ascontiguousarray(images)).to(device), "l h w c -> l c h w").float() / 255
