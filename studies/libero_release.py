@@ -22,7 +22,7 @@ from vlarft.run.config import opt, parse
 SEEN = "Demonstrations of scripted experts in LIBERO with stand-ins for some of its meshes and textures, fast rendering"
 WHAT = {
     VLAPolicy: f"Policy of one suite of LIBERO, trained from nothing on a processor. {SEEN}: on other visuals it has "
-    "not been played. It plays best from x_0 = 0 (`eval_libero.py --preset libero --noise zero`).",
+    "not been played. Play it from x_0 = 0: `eval_libero.py --preset libero --noise zero`.",
     WorldModel: f"World model of one suite of LIBERO, with its tokenizer. {SEEN}, and attempts of an early policy.",
 }
 

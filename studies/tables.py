@@ -164,7 +164,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "imagination, changes": lambda: stage.imagination_arms_table(
         read("imagination"), imagination_changes(), "tabletop_object", "0"
     ),
-    "libero": lambda: stage.libero_table(result("libero_sft"), result("libero_sft_zero")),
+    "libero, minutes": lambda: stage.libero_minutes_table(read("libero")),
+    "libero, curve": lambda: stage.libero_curve_table(read("libero")),
+    "libero, plain": lambda: stage.libero_arms_table(read("libero"), perturbed=False),
+    "libero, evaluation": lambda: speed.libero_evaluation_table(result("libero_evaluation")),
     "demo": lambda: stage.demo_table(result("demo")),
     "demo, world model": lambda: stage.demo_world_model_table(result("demo")),
     "tabletop experts": lambda: stage.experts_table(result("tabletop_experts")),
