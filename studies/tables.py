@@ -166,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "libero, minutes": lambda: stage.libero_minutes_table(read("libero")),
     "libero, curve": lambda: stage.libero_curve_table(read("libero")),
+    "libero, frames": lambda: stage.libero_frames_table(read("libero")),
     "libero, plain": lambda: stage.libero_arms_table(read("libero"), perturbed=False),
     "libero, evaluation": lambda: speed.libero_evaluation_table(result("libero_evaluation")),
     "demo": lambda: stage.demo_table(result("demo")),
