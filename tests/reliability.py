@@ -70,7 +70,7 @@ import train_success
 import train_tokenizer
 import train_wm
 from vlarft.data import convert, load_episodes
-from vlarft.policy import VLAPolicy
+from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.proprio_model import fit_proprio_model
 from vlarft.run.checkpoint import load_model, load_train_state, model_digest, open_run, save_model, write_json
 from vlarft.run.log import RunLog
@@ -370,13 +370,16 @@ def places() -> Iterator[Places]:
         both = (str(demos), str(attempts))
         success = replace(train_success.PRESETS["smoke"], demos=both, world_model=str(root / "judged"), steps=3)
         success = replace(success, save_interval=1, log_interval=1, validation_interval=3, margin=2, positive=2)
-        play = {"policies": (str(root / "sft"),), "batch_size": 1, "episodes": 3}
+        play = {"policies": (str(root / "player"),), "batch_size": 1, "episodes": 3}
         evaluation = replace(eval_libero.PRESETS["smoke"], **play, workers=0)
         collection = replace(collect_demos.PRESETS["smoke"], tasks=("0",), demos_per_task=2, workers=1)
         rounds = replace(rl_rounds.PRESETS["smoke"], **models, demos=str(demos), episodes=4)
 
         train_tokenizer.main(replace(tokenizer, out_dir=str(root / "tokenizer")))
         train_sft.main(replace(sft, out_dir=str(root / "sft")))
+        policy, known = load_model(root / "sft", VLAPolicy, PolicyConfig)
+        known["instructions"] = None  # none of them is a task of the suite that it plays
+        save_model(root / "player" / "model.safetensors", policy, policy.cfg, known)
         train_wm.main(replace(wm, out_dir=str(root / "wm")))
         model, extra = load_model(root / "wm", WorldModel, WorldModelConfig)
         held_out = [e.name for e in load_episodes(both, successes_only=False)][1::2]
