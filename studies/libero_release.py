@@ -52,7 +52,9 @@ def main(cfg: Config) -> None:
                     results.append(runs.folder / "eval" / f"released_{x0}")
                     starts = Starts(suite, runs.tasks, cfg.episodes, cfg.stage_preset)
                     starts.play(results[-1], place, "none", "--noise", x0)
-            cls.load(place).save_pretrained(place, results=results, license="mit", text=WHAT[cls], name=f"user/{suite}")
+            cls.load(place).save_pretrained(
+                place, results=results, license="mit", text=WHAT[cls], name=f"user/{place.name}"
+            )
             print(f"{place}: {sum(file.stat().st_size for file in place.iterdir()) / 2**20:.1f} MiB")
 
 

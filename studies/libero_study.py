@@ -162,15 +162,17 @@ class Runs:
         return {which: {name: values[-1] for name, values in of.items()} for which, of in frames.items()}
 
 
+def kinds(cfg: Config, suite: str, name: str) -> dict[str, tuple[str, str, int]]:
+    """What an arm plays: kind of starts and x_0 -> perturbation, x_0, initial states per task."""
+    plain = {f"none, {x0}": ("none", x0, cfg.episodes) for x0 in X0.get(name, ("zero", "sampled"))}
+    displaced = {f"{perturb}, zero": (perturb, "zero", cfg.episodes) for perturb in PERTURBED.get(suite, ())}
+    return plain | displaced | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in cfg.full else {})
+
+
 def measure(cfg: Config, runs: Runs, name: str) -> dict:
     """Outcomes of an arm's policy, kind of starts and x_0 -> a string of 0 and 1; and minutes of its training."""
-    policy, found = runs.arm(name), {}
-    for x0 in X0.get(name, ("zero", "sampled")):
-        found[f"none, {x0}"] = runs.play(name, policy, "none", x0, cfg.episodes)
-    for perturb in PERTURBED.get(runs.suite, ()):
-        found[f"{perturb}, zero"] = runs.play(name, policy, perturb, "zero", cfg.episodes)
-    if name in cfg.full:
-        found["all, zero"] = runs.play(name, policy, "none", "zero", NUM_INITIAL_STATES)
+    policy = runs.arm(name)
+    found = {kind: runs.play(name, policy, *how) for kind, how in kinds(cfg, runs.suite, name).items()}
     log = read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
     return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
@@ -199,8 +201,7 @@ def main(cfg: Config) -> dict:
                 entry[name] = {"commit": commit(), "found": rounded(make())}
                 write(cfg.out, report)
         for name in dict.fromkeys(("SFT", *cfg.arms, *cfg.full)):
-            before = entry["arms"].get(name)
-            if before is None or (name in cfg.full and "all, zero" not in before["outcomes"]):
+            if not kinds(cfg, suite, name).keys() <= entry["arms"].get(name, {"outcomes": {}})["outcomes"].keys():
                 entry["arms"][name] = rounded(measure(cfg, runs, name))
             entry["stage_minutes"] = stage_minutes(runs.folder)
             write(cfg.out, report)
