@@ -8,7 +8,7 @@ import numpy as np
 
 from vlarft.sim.demonstrator import CLOSE, OPEN
 from vlarft.sim.libero_geometry import Grasp, axis_rotation, downward, knob_grasps, rim_grasps, tilted
-from vlarft.sim.libero_motion import CLOSING_STEPS, Motion, Plan
+from vlarft.sim.libero_motion import Motion, Plan
 from vlarft.sim.libero_physics import LiberoPhysics
 
 _SLIDE, _HINGE = 2, 3  # MuJoCo's joint types
@@ -72,8 +72,7 @@ def open_drawer(motion: Motion, region: str, attempt: int, *, width: float = 0.1
     (point, rotation), (front, _), _ = motion.choose(options, attempt, clear=2)
     yield from motion.travel(front, rotation, OPEN)
     yield from motion.go(front, rotation, OPEN)
-    yield from motion.go(point, rotation, OPEN, tolerance=0.006, steps=30)
-    yield from motion.hold(rotation, CLOSE, CLOSING_STEPS)
+    yield from motion.grasp(point, rotation)
     for _ in range(60):
         now = drawer_of(physics, region)
         if now.opened >= width - 0.002 or np.linalg.norm(physics.hand_position - now.bar) > 0.06:
@@ -128,8 +127,7 @@ def turn_knob(motion: Motion, name: str, attempt: int) -> Plan:
         options.append([grasp, Grasp(grasp.point, turned)])
     (point, start), _ = motion.choose(options, attempt)
     yield from motion.travel(point, start, OPEN)
-    yield from motion.go(point, start, OPEN, tolerance=0.006, steps=30)
-    yield from motion.hold(start, CLOSE, CLOSING_STEPS)
+    yield from motion.grasp(point, start)
     rotation = start
     for step in range(40):
         if physics.achieved(["turnon", name]):
@@ -149,8 +147,7 @@ def push(motion: Motion, name: str, xy: np.ndarray, attempt: int) -> Plan:
     ]
     point, rotation = motion.choose(options, attempt)[0]
     yield from motion.travel(point, rotation, OPEN)
-    yield from motion.go(point, rotation, OPEN, tolerance=0.006, steps=30)
-    yield from motion.hold(rotation, CLOSE, CLOSING_STEPS)
+    yield from motion.grasp(point, rotation)
     level = physics.hand_position[2] + 0.003
     for _ in range(80):
         left = xy - physics.position(name)[:2]

@@ -17,7 +17,7 @@ from vlarft.sim.demonstrator import CLOSE, OPEN, NoPlanError, ScriptedExpert, ra
 from vlarft.sim.libero_articulated import close_drawer, drawer_of, has_knob, open_drawer, push, turn_knob
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_geometry import Grasp, axis_rotation, rim_grasps, room_above, top_grasps, way_out
-from vlarft.sim.libero_motion import CLOSING_STEPS, Motion, Plan
+from vlarft.sim.libero_motion import Motion, Plan
 from vlarft.sim.libero_physics import LiberoPhysics
 
 _BOWLS = ("akita_black_bowl",)
@@ -97,8 +97,7 @@ class LiberoExpert(ScriptedExpert):
             return  # it lies on its side, too wide for the fingers
         grasp = motion.choose(options, attempt, clear=len(way_in), room=in_drawer)[0]
         yield from motion.travel(grasp.point, grasp.rotation, OPEN)
-        yield from motion.go(grasp.point, grasp.rotation, OPEN, tolerance=0.006, steps=30)
-        yield from motion.hold(grasp.rotation, CLOSE, CLOSING_STEPS)
+        yield from motion.grasp(grasp.point, grasp.rotation)
         before = physics.position(name)[2]
         if in_drawer:
             shift = way_out(motion.shapes.points(name), motion.shapes.others(name))

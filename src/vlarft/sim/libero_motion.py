@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlarft.sim.demonstrator import OPEN, ramp
+from vlarft.sim.demonstrator import CLOSE, OPEN, ramp
 from vlarft.sim.libero_geometry import Grasp, Shapes
 from vlarft.sim.libero_ik import Scratch, rotation_vector
 from vlarft.sim.libero_physics import LiberoPhysics
 
-CLOSING_STEPS = 9  # the gripper's ramp takes 8
+_CLOSING_STEPS = 9  # the gripper's ramp takes 8
+_SETTLING_STEPS = 3  # at the grasp, open: a policy that learned from it may close a little early and still grasps
 
 Plan = Iterator[np.ndarray]
 
@@ -74,7 +75,7 @@ class Motion:
         for _ in range(steps):
             if (np.abs(physics.data.qvel[first + 2]) < 0.1).all():  # the third of a free joint's six is upwards
                 break
-            yield from self.hold(physics.hand_rotation, OPEN, 1)
+            yield from self.hold(physics.hand_position, physics.hand_rotation, OPEN, 1)
 
     def travel(self, point: np.ndarray, rotation: np.ndarray, gripper: float, height: float = 0.05) -> Plan:
         """Go to a place `height` above `point`, over everything between."""
@@ -107,9 +108,14 @@ class Motion:
                 return
             yield self.action(point, rotation, gripper)
 
-    def hold(self, rotation: np.ndarray, gripper: float, steps: int) -> Plan:
-        """Stay while the fingers move."""
-        point = self.physics.hand_position
+    def grasp(self, point: np.ndarray, rotation: np.ndarray) -> Plan:
+        """Go straight to a pose with open fingers, come to rest and close them."""
+        yield from self.go(point, rotation, OPEN, tolerance=0.006, steps=30)
+        yield from self.hold(point, rotation, OPEN, _SETTLING_STEPS)
+        yield from self.hold(point, rotation, CLOSE, _CLOSING_STEPS)
+
+    def hold(self, point: np.ndarray, rotation: np.ndarray, gripper: float, steps: int) -> Plan:
+        """Stay at a pose, or come closer to it, while the fingers move."""
         for _ in range(steps):
             yield self.action(point, rotation, gripper)
 
