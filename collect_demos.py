@@ -51,11 +51,12 @@ from vlarft.run.checkpoint import check_room, read_json, write_atomic, write_jso
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
-from vlarft.sim import LIBERO_SUITES, TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
+from vlarft.sim import TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.gl import FAST
 from vlarft.sim.record import PolicyPlayer, record
+from vlarft.sim.suites import check_rendering
 from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
@@ -106,6 +107,11 @@ class Config:
     )
     workers: Processes | None = opt(None, "worker processes; none: one per CPU core")
 
+    @property
+    def cameras(self) -> tuple[str, ...] | None:
+        """Cameras of the images; None: the simulator's first."""
+        return ("agentview", "eye_in_hand") if self.eye_in_hand else None
+
     def __post_init__(self) -> None:
         if not (self.demos_per_task or self.noisy_per_task or self.policy_per_task):
             raise ValueError("--demos-per-task 0: nothing to collect; give --noisy-per-task or --policy-per-task")
@@ -117,8 +123,7 @@ class Config:
             raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
         for suite in self.suites:
             _tasks(self, suite)
-            if self.fast_rendering and suite not in LIBERO_SUITES:
-                raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {suite} has none")
+            check_rendering(suite, self.cameras or (), "--eye-in-hand", fast_rendering=self.fast_rendering)
 
 
 FOUR_BLOCKS = {"suites": ("tabletop_object",), "tasks": ("0", "1", "2", "3"), "image_size": 64}
@@ -223,9 +228,7 @@ def make_demo(job: Job) -> Made:
     """Make one demonstration (in a worker) and write it to the parts of its task, or say why there is none."""
     config = job.config
     kind = "policy" if job.index >= FIRST_ON_POLICY else "noisy" if job.index >= FIRST_NOISY else "expert"
-    env = _environment(
-        job.suite, job.task, config.image_size, config.eye_in_hand, config.fast_rendering, config.horizon
-    )
+    env = _environment(job.suite, job.task, config.image_size, config.cameras, config.fast_rendering, config.horizon)
     for attempt in range(config.max_attempts):
         # the number of its start: attempts of a policy are in groups from one start each
         first = (
@@ -301,10 +304,10 @@ def _policy(path: str) -> VLAPolicy:
 
 
 @lru_cache(maxsize=2)
-def _environment(suite: str, task: int, image_size: int, eye_in_hand: bool, fast: bool, horizon: int | None) -> Env:
-    cameras = ("agentview", "eye_in_hand") if eye_in_hand else None  # the first
-    options = {"rendering": FAST} if fast else {}
-    return make_env(suite, task, image_size, cameras=cameras, horizon=horizon, **options)
+def _environment(
+    suite: str, task: int, image_size: int, cameras: tuple[str, ...] | None, fast: bool, horizon: int | None
+) -> Env:
+    return make_env(suite, task, image_size, cameras=cameras, horizon=horizon, fast_rendering=fast)
 
 
 def _content(config: Config) -> dict:
@@ -319,19 +322,19 @@ def _parts(path: Path) -> Path:
 def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     """Jobs of one task that neither its file nor its parts hold; checks that both were made with the same settings."""
     path = demo_path(config, suite, task)
-    settings = _parts(path) / "settings.json"
+    settings, parts = _parts(path) / "settings.json", set(_parts(path).glob("demo_*.hdf5"))
     done: set[str] = set()
     if path.exists():
         with open_demo_file(path) as file:
             _check_settings(config, json.loads(file["data"].attrs["env_args"]).get("collection", {}), path)
             done |= set(demo_names(file["data"]))
-    if settings.exists():
+    if parts:
         _check_settings(config, read_json(settings), settings)
-        done |= {part.stem for part in _parts(path).glob("demo_*.hdf5")}
+        done |= {part.stem for part in parts}
     counts = {0: config.demos_per_task, FIRST_NOISY: config.noisy_per_task, FIRST_ON_POLICY: config.policy_per_task}
     indices = [first + i for first, count in counts.items() for i in range(count)]
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
-    if jobs and not settings.exists():
+    if jobs and not parts:
         settings.parent.mkdir(parents=True, exist_ok=True)
         write_json(settings, _content(config))
     return iter(jobs)

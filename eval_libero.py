@@ -63,10 +63,9 @@ from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
-from vlarft.sim.gl import FAST
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.replay import replay_episodes, replay_frames
-from vlarft.sim.suites import check_cameras, simulator_of
+from vlarft.sim.suites import check_rendering, simulator_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
 from vlarft.success import SuccessModel, check_judge
@@ -171,7 +170,7 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
         if cfg.plan > 1:
             planner = _planner(path, digest, cfg.world_model, cfg.success_model, cfg.plan_chunks)
             actor = PlanningActor(planner, cfg.plan, suite, task, **options)
-    options = {"image_size": size, "execute": cfg.execute, "perturb": _perturbation(cfg), **_rendering(cfg)}
+    options = {"image_size": size, "execute": cfg.execute, **_starts_and_pixels(cfg)}
     return [{"policy": path, "digest": digest, **r} for r in play_episodes(actor, suite, task, states, **options)]
 
 
@@ -179,8 +178,8 @@ def _perturbation(cfg: Config) -> Perturbation | None:
     return None if cfg.perturb is None else Perturbation.parse(cfg.perturb)
 
 
-def _rendering(cfg: Config) -> dict:
-    return {"rendering": FAST} if cfg.fast_rendering else {}
+def _starts_and_pixels(cfg: Config) -> dict:
+    return {"perturb": _perturbation(cfg), "fast_rendering": cfg.fast_rendering}
 
 
 def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict:
@@ -215,7 +214,7 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
         policies.append(entry)
     notes = {
         "visuals": sorted({f"{r['suite']}: {r['visuals']}" for r in records if "visuals" in r}),
-        "rejected_starts": sum(r["rejected_starts"] for r in records),
+        "rejected_starts": sum(r["rejected_starts"] for r in records if r["policy"] == cfg.policies[0]),
         "played_again": sum(r["worker_deaths"] > 0 for r in records),
     }
     return {"config": to_dict(cfg), "torch": torch.__version__, **notes, "policies": policies}
@@ -247,9 +246,6 @@ def print_table(results: dict) -> None:
 
 def film(cfg: Config, records: list[dict]) -> None:
     """Films of the chosen episodes: the recorded actions played again."""
-    known = {(r["suite"], str(r["task"]), str(r["init_state"])) for r in records}
-    if missing := [start for start in cfg.animate_starts if tuple(start.split("/")) not in known]:
-        raise ValueError(f"animate_starts: no episode {', '.join(missing)} was played; give suite/task number/state")
     for number, path in enumerate(cfg.policies):
         # starts spread over tasks: state 0 of each task, then state 1, ...
         own = sorted(
@@ -260,7 +256,7 @@ def film(cfg: Config, records: list[dict]) -> None:
         chosen |= {id(r): r for r in own if f"{r['suite']}/{r['task']}/{r['init_state']}" in cfg.animate_starts}
         for r in chosen.values():
             start = (r["suite"], r["task"], r["init_state"])
-            options = {"size": cfg.animate_size, "perturb": _perturbation(cfg), **_rendering(cfg)}
+            options = {"size": cfg.animate_size, **_starts_and_pixels(cfg)}
             frames = replay_frames(*start, r["actions"], **options)
             end = "success" if r["success"] else "failure"
             name = Path(cfg.out_dir) / f"policy{number}_{r['suite']}_{r['task']}_{r['init_state']}_{end}"
@@ -286,7 +282,7 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
     for path, root in folders.items():
         own = [r for r in records if r["policy"] == path]
         own.sort(key=lambda r: (cfg.suites.index(r["suite"]), r["task"], r["init_state"]))
-        options = {"size": cfg.image_size or 64, "perturb": _perturbation(cfg), **_rendering(cfg)}
+        options = {"size": cfg.image_size or 64, **_starts_and_pixels(cfg)}
         if not path.endswith(".jsonl"):
             policy = _policy(path, own[0]["digest"])
             options |= {"size": cfg.image_size or policy.vlm.image_size, "cameras": policy.cfg.cameras}
@@ -302,16 +298,18 @@ def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; returns path -> digest of each checkpoint."""
     for suite in cfg.suites:
         _tasks(cfg, suite)
+        check_rendering(suite, (), fast_rendering=cfg.fast_rendering)
     if len({checkpoint_file(path).resolve() for path in cfg.policies}) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
     if cfg.execute > 8 and "random" in cfg.policies:
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     if cfg.lerobot and "random" in cfg.policies:
         raise ValueError("--lerobot: the random policy's gripper neither opens nor closes, which training refuses")
+    known = {f"{s}/{t}/{state}" for s in cfg.suites for t in _tasks(cfg, s) for state in range(cfg.episodes)}
+    if missing := [start for start in cfg.animate_starts if start not in known]:
+        raise ValueError(f"animate_starts: no episode {', '.join(missing)} is played; give suite/task number/state")
     _perturbation(cfg)
     check_plan(cfg)
-    if cfg.fast_rendering and (others := [s for s in cfg.suites if s not in LIBERO_SUITES]):
-        raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {', '.join(others)} has none")
     digests = {}
     for path in cfg.policies:
         if path == "random":
@@ -334,11 +332,20 @@ def check(cfg: Config) -> dict[str, str]:
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
         for suite in cfg.suites:
-            check_cameras(suite, header.config.get("cameras", PolicyConfig.cameras), path)
+            cameras = header.config.get("cameras", PolicyConfig.cameras)
+            check_rendering(suite, cameras, path, fast_rendering=cfg.fast_rendering)
         chunk = header.config["flow"]["chunk"]
         if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         check_instructions(cfg, path, header.extra.get("instructions"))
+        trained_fast = header.extra.get("fast_rendering", cfg.fast_rendering)
+        if trained_fast not in (None, cfg.fast_rendering) and not LIBERO_SUITES.keys().isdisjoint(cfg.suites):
+            words = ("full", "fast")
+            warnings.warn(
+                f"{path} was trained on images of {words[trained_fast]} rendering and plays with "
+                f"{words[cfg.fast_rendering]}: give --{'' if trained_fast else 'no-'}fast-rendering",
+                stacklevel=2,
+            )
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":

@@ -77,9 +77,8 @@ from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
-from vlarft.sim.gl import FAST
 from vlarft.sim.simulated_world import Place, SimulatedWorld
-from vlarft.sim.suites import check_cameras, simulator_of, task_index, task_names
+from vlarft.sim.suites import check_rendering, simulator_of, task_index, task_names
 from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
@@ -163,12 +162,12 @@ PRESETS = {
 
 def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWorld:
     """Make the simulator's tasks, rendered as the policy sees them."""
-    options = (("rendering", FAST),) if cfg.fast_rendering else ()
     size, places = cfg.image_size or policy.vlm.image_size, []
     for suite in cfg.suites:
-        check_cameras(suite, policy.cfg.cameras, cfg.policy)
+        check_rendering(suite, policy.cfg.cameras, cfg.policy, fast_rendering=cfg.fast_rendering)
         for task in cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))):
-            places.append(Place(suite, task_index(suite, task), size, policy.cfg.cameras, options, cfg.horizon))
+            index, how = task_index(suite, task), (cfg.horizon, cfg.fast_rendering)
+            places.append(Place(suite, index, size, policy.cfg.cameras, *how))
     judge = None
     if cfg.success_model is not None:
         judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)

@@ -4,7 +4,7 @@
 
 The plain loop is what public evaluation scripts do: one process of one thread, one episode after the other, robosuite's
 own control step (without its observables, which public scripts compute too), an image at every step, one observation
-per call of the policy. `eval_libero.py` renders where a chunk begins only, calls the policy for ten episodes at once,
+per call of the policy. `eval_libero.py` renders where a chunk begins only, calls the policy for many episodes at once,
 computes a control step's positions once, and has a worker for each core. Both render with the same settings, so that
 the policy sees the same pixels, and play from x_0 = 0. Rounding differs between one observation and ten, and the
 simulator amplifies it: the report counts equal outcomes and equal numbers of steps. Writes one JSON file, with the
@@ -26,8 +26,7 @@ from timing import machine
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
-from vlarft.sim import LIBERO_SUITES, make_env
-from vlarft.sim.gl import FAST
+from vlarft.sim import LIBERO_SUITES, make_env, task_index
 from vlarft.sim.libero_physics import LiberoPhysics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
@@ -50,12 +49,12 @@ PRESETS = {"paper": Config(), "smoke": Config(suite="tabletop_object", tasks=("0
 
 
 @torch.no_grad()
-def plain_loop(cfg: Config, rendering: dict) -> dict[tuple[int, int], tuple[bool, int]]:
+def plain_loop(cfg: Config, fast: bool) -> dict[tuple[int, int], tuple[bool, int]]:
     """Play as public scripts do: (task, initial state) -> success and steps."""
-    policy, outcomes = VLAPolicy.load(cfg.policy).eval(), {}
+    policy, outcomes = VLAPolicy.load(cfg.policy).for_playing(), {}
     zero = torch.zeros(1, policy.cfg.flow.chunk, policy.cfg.flow.action_dim)
-    for task in map(int, cfg.tasks):
-        env = make_env(cfg.suite, task, policy.vlm.image_size, cameras=policy.cfg.cameras, **rendering)
+    for task in (task_index(cfg.suite, name) for name in cfg.tasks):
+        env = make_env(cfg.suite, task, policy.vlm.image_size, cameras=policy.cfg.cameras, fast_rendering=fast)
         for state in range(cfg.episodes):
             env.reset(init_state=state)
             chunk: list[np.ndarray] = []
@@ -75,7 +74,7 @@ def main(cfg: Config) -> dict:
     fast = cfg.suite in LIBERO_SUITES
     started = time.perf_counter()
     with patch.object(LiberoPhysics, "_libero_step", lambda physics, action: physics.libero.step(action)):
-        plain = plain_loop(cfg, {"rendering": FAST} if fast else {})
+        plain = plain_loop(cfg, fast)
     seconds = {"plain serial loop": time.perf_counter() - started}
     with tempfile.TemporaryDirectory() as folder:
         evaluation = replace(

@@ -9,21 +9,24 @@ looking at initial states 20 to 49 (and, of libero_object and libero_spatial, at
 default here, were not used for that. Expected: at least 90 % of each task, but for task 9 of libero_10, which is
 refused: its microwave has no plan.
 
-Writes <out-dir>/episodes.jsonl, one line an episode in the format of eval_libero.py, appended as they end, so that the
-same command goes on where it was stopped; and the JSON, in which the rows of tasks that were not asked for stay.
+Writes <out-dir>/episodes.jsonl, one line an episode in the format of eval_libero.py, appended as its task ends, so that
+the same command goes on where it was stopped (another version of the expert needs another folder); and the JSON, in
+which the rows of tasks that were not asked for stay.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from stages import commit
 from tqdm import tqdm
 
-from vlarft.run.checkpoint import append_line
+from vlarft.run.checkpoint import append_line, open_run, write_atomic
 from vlarft.run.config import opt, parse
 from vlarft.sim import LIBERO_SUITES, make_env, task_names
 from vlarft.sim.libero_experts import LiberoExpert
@@ -68,9 +71,11 @@ def play(config: Config, suite: str, task: int, states: list[int]) -> list[dict]
 
 def main(config: Config) -> dict:
     """Plays what is missing, prints a line per task, writes the figures."""
+    open_run(config.out_dir, config, ignore=("out", "suites", "tasks", "states", "workers"))
     log = Path(config.out_dir) / "episodes.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    whole = [line for line in (log.read_text() if log.is_file() else "").splitlines(True) if line.endswith("\n")]
+    write_atomic(log, lambda tmp: tmp.write_text("".join(whole)))  # without a line that a kill cut short
+    records = [json.loads(line) for line in whole]
     done = {(r["suite"], r["task"], r["init_state"]) for r in records}
     jobs = []
     for suite in config.suites:
@@ -87,7 +92,7 @@ def main(config: Config) -> dict:
         for task in config.tasks:
             own = [r for r in records if r["suite"] == suite and r["task"] == task and r["init_state"] in config.states]
             settings = {"states": list(config.states), "noise": config.noise, "speed": config.speed}
-            settings |= {"perturb": config.perturb, "command": " ".join(["python", *sys.argv])}
+            settings |= {"perturb": config.perturb, "command": shlex.join(["python", *sys.argv]), "commit": commit()}
             won = sum(r["success"] for r in own)
             rate, low, high = wilson_interval(won, len(own))
             row = {"suite": suite, "task": task, "name": task_names(suite)[task], "visuals": own[0]["visuals"]}

@@ -21,9 +21,9 @@ from vlarft.run.config import opt, parse
 
 SEEN = "Demonstrations of scripted experts in LIBERO with stand-ins for some of its meshes and textures, fast rendering"
 WHAT = {
-    VLAPolicy: f"Policy of one suite of LIBERO, trained from nothing on a processor. {SEEN}: on other visuals it has "
-    "not been played. Play it from x_0 = 0: `eval_libero.py --preset libero --noise zero`.",
-    WorldModel: f"World model of one suite of LIBERO, with its tokenizer. {SEEN}, and attempts of an early policy.",
+    VLAPolicy: f"Policy of {{suite}}, trained from nothing on a processor. {SEEN}: on other visuals it has not been "
+    "played. Play it from x_0 = 0: `eval_libero.py --preset libero --suites {suite} --noise zero --policies FOLDER`.",
+    WorldModel: f"World model of {{suite}}, with its tokenizer. {SEEN}, and attempts of an early policy.",
 }
 
 
@@ -32,7 +32,7 @@ class Config:
     runs: str = opt("runs/libero", "folder of libero_study.py")
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
     checkpoints: str = opt("checkpoints", "folder to write the checkpoints to")
-    episodes: int = opt(20, "initial states of each task to play")
+    episodes: int = opt(5, "initial states of each task to play")
     stage_preset: str = opt("libero", "preset of the evaluation")
 
 
@@ -49,11 +49,11 @@ def main(cfg: Config) -> None:
             results = []
             if cls is VLAPolicy:
                 for x0 in ("zero", "sampled"):
-                    results.append(runs.folder / "eval" / f"released_{x0}")
+                    results.append(runs.folder / "eval" / f"released_{x0}_{cfg.episodes}")
                     starts = Starts(suite, runs.tasks, cfg.episodes, cfg.stage_preset)
                     starts.play(results[-1], place, "none", "--noise", x0)
             cls.load(place).save_pretrained(
-                place, results=results, license="mit", text=WHAT[cls], name=f"user/{place.name}"
+                place, results=results, license="mit", text=WHAT[cls].format(suite=suite), name=f"user/{place.name}"
             )
             print(f"{place}: {sum(file.stat().st_size for file in place.iterdir()) / 2**20:.1f} MiB")
 

@@ -8,16 +8,16 @@ copies of it along its training, which play `curve_episodes` states a task from 
 first copy, which fails more often than the policy; a tokenizer and a world model of demonstrations and these attempts,
 measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 
-- "RFT R3" is the paper's; "RFT R1 per step" needs no world model.
+- "RFT R3" is the paper's; "RFT R1 per step" uses no world model. Both train whatever the trust gate says.
 - "extra SFT" goes on with the demonstrations for the minutes of "RFT R3".
 - "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of the SFT
   policy. It has another split of the demonstrations: the held-out ones are drawn from all episodes.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
-initial states from x_0 = 0. Every stage is a command of the repository, is printed, and is not run again once it is
-done. The JSON file gathers runs: outcomes start by start (1 = success), and minutes of each stage. Trainings use
-OMP_NUM_THREADS threads.
+initial states from x_0 = 0, and so does SFT. Every stage is a command of the repository, is printed, and is not run
+again once it is done. The JSON file gathers runs: outcomes start by start (1 = success), minutes and commit of each
+stage. Trainings use OMP_NUM_THREADS threads.
 """
 
 import json
@@ -27,9 +27,10 @@ from pathlib import Path
 
 from records import rounded, write
 from stage_tables import libero_arms_table
-from stages import Starts, check_known, commit, machine, read_lines, read_report, run_once
+from stages import Starts, check_known, machine, read_lines, read_report, run_once
 
 from vlarft.data import convert, load_episodes
+from vlarft.run.checkpoint import read_json
 from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, task_names
 
@@ -47,7 +48,7 @@ class Config:
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
     tasks: tuple[str, ...] | None = opt(None, "tasks of each suite; none: all")
     arms: tuple[str, ...] = opt(ARMS, "arms to run")
-    full: tuple[str, ...] = opt((), "arms, or SFT, that play all initial states")
+    full: tuple[str, ...] = opt((), "arms that play all initial states, and SFT with them")
     seed: int = opt(0, "seed of all trainings")
     stage_preset: str = opt("libero", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task")
@@ -121,7 +122,7 @@ class Runs:
         folder = name.replace(" ", "_")
         if name in RFT_ARMS:
             words = ["--policy", self.policy, "--demos", self.demos, *RFT_ARMS[name], "--steps", self.cfg.rft_steps]
-            words += [] if "r1" in words else ["--world-model", self.world_model, "--gate-threshold", -1]
+            words += [] if "r1" in words else ["--world-model", self.world_model, "--gate-threshold", "none"]
             return self.training(folder, "train_rft.py", *words)
         minutes = f"{max(0.01, read_lines(self.arm('RFT R3') / 'log.jsonl')[-1]['minutes']):.2f}"
         more = ["--init", self.policy, "--lr", 3e-4, "--warmup", 10, "--steps", NO_END, "--max-minutes", minutes]
@@ -166,7 +167,12 @@ def kinds(cfg: Config, suite: str, name: str) -> dict[str, tuple[str, str, int]]
     """What an arm plays: kind of starts and x_0 -> perturbation, x_0, initial states per task."""
     plain = {f"none, {x0}": ("none", x0, cfg.episodes) for x0 in X0.get(name, ("zero", "sampled"))}
     displaced = {f"{perturb}, zero": (perturb, "zero", cfg.episodes) for perturb in PERTURBED.get(suite, ())}
-    return plain | displaced | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in cfg.full else {})
+    return plain | displaced | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in full(cfg) else {})
+
+
+def full(cfg: Config) -> tuple[str, ...]:
+    """Arms that play all initial states: SFT too if any does, for the comparison."""
+    return ("SFT", *cfg.full) if cfg.full else ()
 
 
 def measure(cfg: Config, runs: Runs, name: str) -> dict:
@@ -175,13 +181,13 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
     found = {kind: runs.play(name, policy, *how) for kind, how in kinds(cfg, runs.suite, name).items()}
     log = read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
-    return {"commit": commit(), "outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
+    return {"outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
 
 
-def stage_minutes(folder: Path) -> dict[str, float]:
-    """Wall time of each stage and evaluation of a suite that has ended."""
-    files = sorted(folder.rglob("stage_minutes"))
-    return {str(file.parent.relative_to(folder)): float(file.read_text()) for file in files}
+def stages(folder: Path) -> dict[str, dict]:
+    """Wall time and commit of each stage and evaluation of a suite."""
+    files = sorted(folder.rglob("stage.json"))
+    return {str(file.parent.relative_to(folder)): read_json(file) for file in files}
 
 
 def main(cfg: Config) -> dict:
@@ -198,12 +204,14 @@ def main(cfg: Config) -> dict:
         runs, entry = Runs(cfg, suite), report["runs"].setdefault(suite, {"arms": {}})
         for name, make in (("curve", runs.curve), ("frames", runs.frames)):
             if name not in entry:
-                entry[name] = {"commit": commit(), "found": rounded(make())}
+                entry[name] = {"found": rounded(make())}
                 write(cfg.out, report)
-        for name in dict.fromkeys(("SFT", *cfg.arms, *cfg.full)):
-            if not kinds(cfg, suite, name).keys() <= entry["arms"].get(name, {"outcomes": {}})["outcomes"].keys():
-                entry["arms"][name] = rounded(measure(cfg, runs, name))
-            entry["stage_minutes"] = stage_minutes(runs.folder)
+        for name in dict.fromkeys(("SFT", *cfg.arms, *full(cfg))):
+            before = entry["arms"].get(name, {}).get("outcomes", {})
+            if not kinds(cfg, suite, name).keys() <= before.keys():
+                found = rounded(measure(cfg, runs, name))
+                entry["arms"][name] = {**found, "outcomes": {**before, **found["outcomes"]}}
+            entry["stages"] = stages(runs.folder)
             write(cfg.out, report)
     print("\n" + libero_arms_table(report))
     return report

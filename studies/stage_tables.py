@@ -347,10 +347,10 @@ def libero_frames_table(report: dict) -> str:
 def libero_minutes_table(report: dict) -> str:
     """Wall time of the stages of each suite (libero_study.py)."""
     stages = dict.fromkeys(
-        name for run in report["runs"].values() for name in run["stage_minutes"] if not name.startswith("eval/")
+        name for run in report["runs"].values() for name in run["stages"] if not name.startswith("eval/")
     )
     rows = [
-        [name, *("" if name not in run["stage_minutes"] else f"{run['stage_minutes'][name]:.0f}" for run in runs)]
+        [name, *("" if name not in run["stages"] else f"{run['stages'][name]['minutes']:.0f}" for run in runs)]
         for runs in (report["runs"].values(),)
         for name in stages
     ]

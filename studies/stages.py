@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from vlarft.run.checkpoint import read_json, write_json
 from vlarft.run.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +43,8 @@ def run_python(command: Sequence[str]) -> None:
 
 
 def run_once(out_dir: Path, *words: object) -> Path:
-    """Run a stage with `--out-dir` unless it finished there before; returns that folder, where `stage_minutes` of the
-    last start are written.
+    """Run a stage with `--out-dir` unless it finished there before; returns that folder, whose `stage.json` holds the
+    minutes of all starts and the commit of the last one.
 
     Raises:
         ValueError: what finished there was another command.
@@ -51,9 +52,14 @@ def run_once(out_dir: Path, *words: object) -> Path:
     done, command = out_dir / "done", shlex.join(map(str, words))
     before = done.read_text() if done.is_file() else None
     if before is None:
-        started = time.monotonic()
-        call(*words, "--out-dir", out_dir)
-        (out_dir / "stage_minutes").write_text(f"{(time.monotonic() - started) / 60:.3f}")
+        started, facts = time.monotonic(), out_dir / "stage.json"
+        earlier = read_json(facts)["minutes"] if facts.is_file() else 0.0
+        try:
+            call(*words, "--out-dir", out_dir)
+        finally:
+            if out_dir.is_dir():
+                minutes = earlier + (time.monotonic() - started) / 60
+                write_json(facts, {"minutes": round(minutes, 3), "commit": commit()})
         done.write_text(command)
     elif before not in ("", command):  # empty: of an older version
         raise ValueError(f"{out_dir} is of another command, {before}; now it would be {command}: give another folder")

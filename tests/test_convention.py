@@ -1,5 +1,7 @@
 """Image conventions: what is recorded, which differences are refused and which pass."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,20 @@ def test_another_view_is_refused(scene, name):
     ours, theirs = (image_convention([episode(images)], "agentview") for images in (scene, other))
     with pytest.raises(ValueError, match=f"images of WM look like those of POLICY {name} .*difference 0.000, as they"):
         check_same_images(ours, "POLICY", theirs, "WM")
+
+
+def test_another_rendering_is_refused(scene):
+    unknown = episode(scene)
+    fast, full = (replace(unknown, env_args={"collection": {"fast_rendering": is_fast}}) for is_fast in (True, False))
+    records = [image_convention(of, "agentview") for of in ([fast], [full], [fast, full], [unknown])]
+    assert [record["fast_rendering"] for record in records] == [True, False, None, None]
+    for ours, theirs in ((0, 1), (1, 0)):
+        names = ["FULL", "FAST"][:: 1 if ours else -1]
+        with pytest.raises(ValueError, match="FAST has images of fast rendering, FULL not; train both"):
+            check_same_images(records[ours], names[0], records[theirs], names[1])
+    for known in records:
+        check_same_images(known, "a", records[2], "b")
+        check_same_images(records[3], "a", known, "b")
 
 
 def test_other_scenes_of_the_same_convention_pass(scene):

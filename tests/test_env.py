@@ -16,7 +16,7 @@ from vlarft.sim.env import Suite, Task, checked_action, checked_state, start_see
 from vlarft.sim.evaluate import PolicyActor, RandomActor, ReplayActor, chunk_noise, play_episodes
 from vlarft.sim.record import PolicyPlayer, record
 from vlarft.sim.replay import TabletopOutcomes, replay_frames
-from vlarft.sim.suites import Simulator, check_cameras
+from vlarft.sim.suites import Simulator, check_rendering
 
 TOY_SUITES = {"toy_line": Suite(horizon=40, tasks=(Task("go_right", "go right"), Task("go_on", "go on")))}
 SHADES = {"agentview": 100, "side": 200}
@@ -174,7 +174,7 @@ def test_a_camera_that_the_simulator_lacks_is_an_error_before_any_episode(toy, p
     with pytest.raises(ValueError, match="make_env wants camera 'wrist', 'side' of tabletop_goal"):
         make_env("tabletop_goal", 0, 64, cameras=("wrist", "agentview", "side"))
     with pytest.raises(ValueError, match="unknown suite 'moon'"):
-        check_cameras("moon", ())
+        check_rendering("moon", ())
 
 
 def test_true_outcomes_are_rendered_with_the_demonstrations_camera():

@@ -64,6 +64,21 @@ def test_a_task_without_demonstrations_is_named(config, policy_file, tmp_path, r
         eval_libero.check(two)
 
 
+def test_another_rendering_than_in_training_is_named(config, policy_file, tmp_path, recwarn):
+    policy = VLAPolicy.load(policy_file)
+    for fast in (True, False, None):
+        policy.save(tmp_path / f"{fast}.safetensors", {"fast_rendering": fast})
+    libero = dataclasses.replace(config, suites=("libero_object",))
+    for fast in (True, False):
+        path = str(tmp_path / f"{not fast}.safetensors")
+        with pytest.warns(UserWarning, match=f"give --{'no-' if fast else ''}fast-rendering"):
+            eval_libero.check(dataclasses.replace(libero, policies=(path,), fast_rendering=fast))
+    recwarn.clear()
+    eval_libero.check(dataclasses.replace(libero, policies=(str(tmp_path / "None.safetensors"),)))
+    eval_libero.check(dataclasses.replace(config, policies=(str(tmp_path / "True.safetensors"),)))  # Tabletop has none
+    assert not recwarn.list
+
+
 def test_episodes_do_not_depend_on_their_company(config, tmp_path):
     eval_libero.main(config)
     alone = dataclasses.replace(config, batch_size=1, out_dir=str(tmp_path / "alone"))
@@ -246,8 +261,8 @@ def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp
     films = {path.name for path in Path(again.out_dir).glob("*.gif")}
     assert films == {f"policy{p}_tabletop_object_0_{s}_failure.gif" for p in (0, 1) for s in (0, 1)}
     with pytest.raises(ValueError, match="has no episode of tabletop_object, task 1, initial state 0"):
-        eval_libero.main(dataclasses.replace(again, tasks=("1",), out_dir=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="animate_starts: no episode tabletop_object/3/0 was played"):
+        eval_libero.main(dataclasses.replace(again, tasks=("1",), animate_starts=(), out_dir=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="animate_starts: no episode tabletop_object/3/0 is played"):
         eval_libero.main(dataclasses.replace(again, animate_starts=("tabletop_object/3/0",)))
     with pytest.raises(ValueError, match=r"execute must lie in 1..8"):
         eval_libero.main(dataclasses.replace(again, execute=9, out_dir=str(tmp_path / "c")))

@@ -16,7 +16,8 @@ from conftest import libero_missing
 import collect_demos
 import eval_libero
 from vlarft.data import load_episodes
-from vlarft.sim import LIBERO_SUITES, gl, libero_install, make_env, task_names
+from vlarft.sim import LIBERO_SUITES, check, gl, libero_install, make_env, task_names
+from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.libero_install import assets_folder
 from vlarft.sim.perturb import Perturbation
@@ -163,6 +164,18 @@ def test_check_exits_with_an_error_and_the_fix_where_libero_is_missing(tmp_path)
     assert "not tested" in run.stdout
 
 
+def test_check_names_a_mujoco_that_is_too_new(monkeypatch):
+    monkeypatch.setattr(check, "package_folder", lambda: None)
+    monkeypatch.setattr(check, "import_libero", lambda: None)
+    for version, fits in (("3.8.2", True), ("3.10.0", False), ("4.0.1", False)):
+        monkeypatch.setattr(check, "_version", lambda name, version=version: version)
+        if fits:
+            assert "mujoco 3.8.2" in check.check_packages()
+        else:
+            with pytest.raises(RuntimeError, match=f"fails with mujoco {version}: pip install 'mujoco<3.9'"):
+                check.check_packages()
+
+
 def test_fast_rendering_is_liberos_alone(policy_file, tmp_path):
     config = dataclasses.replace(eval_libero.PRESETS["smoke"], policies=(str(policy_file),), out_dir=str(tmp_path))
     with pytest.raises(ValueError, match="fast_rendering is a setting of LIBERO's renderer; tabletop_object has none"):
@@ -307,15 +320,15 @@ def test_images_are_turned_and_settings_change_them(env):
     whole = dataclasses.replace(gl.FAST, mesh_cell=0.0)
     frames = []
     for rendering, cameras in ((whole, ("agentview", "eye_in_hand")), (gl.FAST, ("agentview",))):
-        fast = make_env("libero_object", 0, 64, rendering=rendering, cameras=cameras)
+        fast = LiberoEnv("libero_object", 0, (64, 64), cameras, rendering=rendering)
         fast.reset(init_state=0)
         frames.append(fast.observe())
         assert ("simplified to 4 mm" in fast.visuals) == (rendering == gl.FAST)
     assert frames[0]["eye_in_hand"].shape == (64, 64, 3)
     edges, meshes = (np.abs(frames[i]["agentview"].astype(int) - frames[0]["agentview"]).mean() for i in (0, 1))
     assert 0 < np.abs(frames[0]["agentview"].astype(int) - image).mean() < 3.0 and edges == 0 < meshes < 2.0
-    with pytest.raises(ValueError, match="eye_in_hand is too near for meshes simplified to 4 mm: leave out --fast"):
-        make_env("libero_object", 0, 64, rendering=gl.FAST, cameras=("agentview", "eye_in_hand"))
+    with pytest.raises(ValueError, match="eye_in_hand of libero_object, which is too near for the simplified meshes"):
+        make_env("libero_object", 0, 64, fast_rendering=True, cameras=("agentview", "eye_in_hand"))
 
 
 @needs_libero
@@ -387,7 +400,7 @@ def test_demonstrations_have_liberos_layout_and_play_again_through_the_evaluatio
             file["data"].attrs["bddl_file_name"] == f"libero_object/{LIBERO_SUITES['libero_object'].tasks[1].name}.bddl"
         )
     (episode,) = load_episodes(path, with_states=True)
-    env = make_env("libero_object", 1, 32, rendering=gl.FAST)
+    env = make_env("libero_object", 1, 32, fast_rendering=True)
     env.reset(seed=0)
     for t in range(len(episode)):
         np.testing.assert_array_equal(env.physics.libero_state(), episode.states[t])

@@ -285,12 +285,13 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert all(len(row["outcomes"]) == 1 for row in run["curve"]["found"])
     assert 0 < run["frames"]["found"]["imagined"]["ssim"] <= 1
     assert list(run["arms"]) == ["SFT", *libero_study.ARMS]
-    assert list(run["arms"]["SFT"]["outcomes"]) == ["none, zero", "none, gripper", "none, sampled", "object:2.5, zero"]
+    kinds = ["none, zero", "none, gripper", "none, sampled", "object:2.5, zero", "all, zero"]
+    assert list(run["arms"]["SFT"]["outcomes"]) == kinds  # all initial states too, since another arm plays them
     full = run["arms"]["extra SFT"]["outcomes"]
     assert (
         list(full) == ["none, zero", "none, sampled", "object:2.5, zero", "all, zero"] and len(full["all, zero"]) == 3
     )
-    assert run["stage_minutes"].keys() >= {
+    assert run["stages"].keys() >= {
         "demos",
         "sft",
         "attempts",
@@ -842,10 +843,21 @@ def test_pictures_of_groups(tmp_path):
 
 def test_a_finished_run_of_another_command_is_refused(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(stages, "call", lambda *words: called.append(words))
+
+    def call(*words: object) -> None:
+        called.append(words)
+        if len(called) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "call", call)
+    (tmp_path / "stage.json").write_text('{"minutes": 2.0, "commit": "abc"}')
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_once(tmp_path, "train_sft.py", "--steps", 5)
     for _ in range(2):
         stages.run_once(tmp_path, "train_sft.py", "--steps", 5)
-    assert len(called) == 1
+    assert len(called) == 2
+    facts = json.loads((tmp_path / "stage.json").read_text())
+    assert facts["minutes"] >= 2.0 and facts["commit"] == stages.commit()  # of all starts, and of the last
     with pytest.raises(ValueError, match="is of another command, train_sft.py --steps 5; now it would be .*--steps 6"):
         stages.run_once(tmp_path, "train_sft.py", "--steps", 6)
 

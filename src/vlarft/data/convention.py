@@ -1,4 +1,6 @@
-"""Image conventions (camera, orientation, channel order): recorded by training, compared before RFT. Not in the paper.
+"""Image conventions (camera, orientation, channel order, rendering): recorded by training, compared before RFT.
+
+Not in the paper.
 
 A world model trained on upside-down images accepts upright ones without an error, and its rewards then mean nothing.
 
@@ -31,15 +33,18 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
         camera: camera that their images come from.
 
     Returns:
-        `camera`, and `mean_frame`: the mean of 64 frames shrunk to 8 x 8 x 3, in [0, 1], as nested lists.
+        `camera`; `mean_frame`: the mean of 64 frames shrunk to 8 x 8 x 3, in [0, 1], as nested lists; and
+        `fast_rendering`: whether LIBERO rendered them fast (sim/gl.py), None if not known or not the same for all.
     """
+    rendered = {(e.env_args or {}).get("collection", {}).get("fast_rendering") for e in episodes}
     frames = []
     for i in np.linspace(0, len(episodes) - 1, FRAMES).round().astype(int):
         images = episodes[i].images
         frame = images[(7 * i) % len(images)].astype(np.float64) / 255  # (H, W, 3)
         rows = np.array_split(frame, SIZE, axis=0)
         frames.append([[cell.mean((0, 1)) for cell in np.array_split(row, SIZE, axis=1)] for row in rows])
-    return {"camera": camera, "mean_frame": np.mean(frames, axis=0).round(4).tolist()}
+    mean = np.mean(frames, axis=0).round(4).tolist()
+    return {"camera": camera, "mean_frame": mean, "fast_rendering": rendered.pop() if len(rendered) == 1 else None}
 
 
 def warn_other_contexts(extra: dict[str, Any], name: str, lookback: int | None) -> None:
@@ -77,7 +82,7 @@ def check_same_images(
         fix: what to do, for the message.
 
     Raises:
-        ValueError: camera, orientation or channel order differ.
+        ValueError: camera, orientation, channel order or rendering differ.
     """
     names = ours.get("camera"), theirs.get("camera")
     if None not in names and names[0] != names[1]:
@@ -85,6 +90,10 @@ def check_same_images(
             f"image conventions differ: {our_name} has camera {names[0]!r}, {their_name} has {names[1]!r}; train both "
             "with the same --camera"
         )
+    fast = ours.get("fast_rendering"), theirs.get("fast_rendering")
+    if None not in fast and fast[0] != fast[1]:
+        names = (our_name, their_name)[:: 1 if fast[0] else -1]
+        raise ValueError(f"image conventions differ: {names[0]} has images of fast rendering, {names[1]} not; {fix}")
     if not (ours.get("mean_frame") and theirs.get("mean_frame")):
         return
     a, b = np.array(ours["mean_frame"]), np.array(theirs["mean_frame"])

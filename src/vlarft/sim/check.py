@@ -29,9 +29,15 @@ _STEPS = 20  # control steps of the test episode
 
 
 def check_packages() -> str:
-    """Import the simulator's packages; return their names and versions."""
+    """Import the simulator's packages; return their names and versions.
+
+    Raises:
+        RuntimeError: a MuJoCo that robosuite 1.4.0 does not know.
+    """
     package_folder()
     import_libero()
+    if tuple(map(int, (found := _version("mujoco")).split(".")[:2])) >= (3, 9):
+        raise RuntimeError(f"robosuite 1.4.0 fails with mujoco {found}: pip install 'mujoco<3.9'")
     names = ("hf-libero", "robosuite", "bddl", "mujoco", "numpy", "torch")
     return ", ".join(f"{name} {_version(name)}" for name in names)
 

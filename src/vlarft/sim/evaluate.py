@@ -196,7 +196,7 @@ def play_episodes(
         installations differ.
 
     Raises:
-        ValueError: the simulator lacks a camera of the actor, see `suites.check_cameras`.
+        ValueError: the simulator lacks a camera of the actor, see `suites.check_rendering`.
     """
     started = time.monotonic()
     env = _environment(suite, task, image_size, actor.cameras, tuple(options.items()))

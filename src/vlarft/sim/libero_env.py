@@ -38,7 +38,6 @@ class LiberoEnv(Env):
 
     Raises:
         ImportError, FileNotFoundError: LIBERO or its assets are missing; the message says how to get them.
-        ValueError: simplified meshes, seen from the wrist.
     """
 
     available_cameras = tuple(_CAMERAS)
@@ -53,11 +52,6 @@ class LiberoEnv(Env):
         rendering: RenderConfig = FULL,
     ) -> None:
         super().__init__(LIBERO_SUITES, suite, task_index, cameras)
-        if rendering.mesh_cell and "eye_in_hand" in cameras:
-            raise ValueError(
-                f"camera eye_in_hand is too near for meshes simplified to {1000 * rendering.mesh_cell:g} mm: leave out "
-                "--fast-rendering (--no-fast-rendering with preset libero)"
-            )
         self.physics = LiberoPhysics(suite, self.task_name)
         self.visuals = assets_label(assets_folder())
         if rendering.mesh_cell:

@@ -39,7 +39,7 @@ def perturb_start(physics: LiberoPhysics, perturbation: Perturbation, rng: np.ra
     if not half and not perturbation.robot_mm:
         raise ValueError(
             f"{physics.name}: its goal is a region of the table, nothing that {perturbation} could move; "
-            "leave the task out with --tasks, or perturb its object"
+            "leave the task out with --tasks (in another --out-dir), or perturb its object"
         )
     start, controller = physics.get_state(), dict(vars(physics.robot.controller))
     plain, apart = _depths(physics), _fixture_gap(physics)

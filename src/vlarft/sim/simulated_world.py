@@ -26,8 +26,8 @@ class Place(NamedTuple):
     task: int
     image_size: int
     cameras: tuple[str, ...]
-    options: tuple[tuple[str, object], ...] = ()
     horizon: int | None = None
+    fast_rendering: bool = False
 
 
 class Played(NamedTuple):
@@ -44,7 +44,7 @@ class Played(NamedTuple):
 @functools.lru_cache(maxsize=20)  # the tasks of two suites of LIBERO
 def environment(place: Place) -> Env:
     """Make a task's environment, once in each process."""
-    options = {"cameras": place.cameras, "horizon": place.horizon, **dict(place.options)}
+    options = {"cameras": place.cameras, "horizon": place.horizon, "fast_rendering": place.fast_rendering}
     return make_env(place.suite, place.task, place.image_size, **options)
 
 

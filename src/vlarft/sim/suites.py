@@ -12,6 +12,7 @@ from typing import NamedTuple
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.env import Env, Suite
 from vlarft.sim.experts import Expert
+from vlarft.sim.gl import FAST
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.libero_tasks import LIBERO_SUITES
@@ -68,17 +69,27 @@ def task_index(suite: str, task: int | str) -> int:
     raise ValueError(f"unknown task {task!r} of {suite}; give 0..{len(names) - 1} or one of: {', '.join(names)}")
 
 
-def check_cameras(suite: str, cameras: Sequence[str], wanted_by: str = "make_env") -> None:
-    """Check that a suite's simulator renders these cameras.
+def check_rendering(
+    suite: str, cameras: Sequence[str], wanted_by: str = "make_env", *, fast_rendering: bool = False
+) -> None:
+    """Check that a suite's simulator renders these cameras in this way.
 
     Args:
         suite: name of a suite.
         cameras: names of cameras.
         wanted_by: who asks for them, for the error.
+        fast_rendering: see `make_env`.
 
     Raises:
-        ValueError: unknown suite, or a camera that its simulator lacks.
+        ValueError: unknown suite, a camera that its simulator lacks, or one that fast rendering is not for.
     """
+    if fast_rendering and suite not in LIBERO_SUITES:
+        raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {suite} has none")
+    if fast_rendering and "eye_in_hand" in cameras:
+        raise ValueError(
+            f"{wanted_by} wants camera eye_in_hand of {suite}, which is too near for the simplified meshes of fast "
+            "rendering: leave out --fast-rendering (--no-fast-rendering with preset libero)"
+        )
     available = simulator_of(suite).env.available_cameras
     if missing := [camera for camera in cameras if camera not in available]:
         raise ValueError(
@@ -94,7 +105,7 @@ def make_env(
     *,
     cameras: Sequence[str] | None = None,
     horizon: int | None = None,
-    **options,
+    fast_rendering: bool = False,
 ) -> Env:
     """Make the environment of one task.
 
@@ -104,17 +115,17 @@ def make_env(
         image_size: side of the square images in pixels, or (height, width).
         cameras: names of the images that `Env.observe` renders; None = the simulator's first, () = none.
         horizon: control steps after which an episode ends, if fewer than the suite has.
-        options: further arguments of the environment's class.
+        fast_rendering: LIBERO alone: other pixels in less time, see `gl.RenderConfig`.
 
     Raises:
-        ValueError: unknown suite, task or camera.
+        ValueError: unknown suite, task or camera, or one that fast rendering is not for.
         ImportError, FileNotFoundError: the simulator or its assets are missing; the message says how to get them.
     """
     simulator, index = simulator_of(suite), task_index(suite, task)
     cameras = simulator.env.available_cameras[:1] if cameras is None else tuple(cameras)
-    check_cameras(suite, cameras)
+    check_rendering(suite, cameras, fast_rendering=fast_rendering)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    env = simulator.env(suite, index, size, cameras, **options)
+    env = simulator.env(suite, index, size, cameras, **({"rendering": FAST} if fast_rendering else {}))
     env.horizon = min(env.horizon, horizon or env.horizon)
     return env
 
