@@ -46,6 +46,7 @@ class Config:
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "task numbers or names in each suite")
     rounds: Count = opt(2, "rounds of recording and learning", group="optimisation")
     episodes: Count = opt(32, "episodes recorded per task and round")
+    horizon: Count = opt(56, "steps after which an attempt ends, recorded or imagined")
     refresh_steps: Count = opt(1000, "optimizer steps of each refresh of the world model")
     refresh_lr: Rate = opt(5e-4, "peak learning rate of the refresh")
     validation_fraction: ProperShare = opt(0.25, "share of the new episodes that both models hold out, for the gate")
@@ -89,6 +90,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
         **none,
         policy=policy,
         policy_per_task=number * cfg.episodes,
+        horizon=cfg.horizon,
         seed=FIRST_SEED + cfg.seed,
         out_dir=own,
     )
@@ -113,6 +115,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
         demos=demos,
         **models,
         gate_threshold=gate,
+        horizon=cfg.horizon,
         seed=cfg.seed,
         out_dir=learned,
     )

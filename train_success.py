@@ -235,7 +235,8 @@ def load_split(cfg: Config) -> Split:
                 "their folder with --demos, and train or refresh the world model on them with a larger "
                 "--validation-fraction"
             )
-    parts = held_out[::2], held_out[1::2]
+    starts = list(dict.fromkeys(e.start or e.name for e in held_out))  # attempts of one start stay together
+    parts = tuple([e for e in held_out if starts.index(e.start or e.name) % 2 == part] for part in (0, 1))
     if not all(0 < sum(e.success for e in part) < len(part) for part in parts):
         warnings.warn(
             f"{successes} of the {len(held_out)} held-out episodes of {where} succeeded: too few of one outcome to "

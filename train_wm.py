@@ -285,15 +285,20 @@ def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode
         own |= {"pose_dims": cfg.pose_dims, "gripper_dims": first.grippers}
     model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
-    if model.robot is not None and not (Path(cfg.out_dir) / "train_state.pt").is_file():  # a run that goes on has it
-        model.robot.load_state_dict(fit_proprio_model(episodes, cfg.seed, steps=cfg.robot_steps).state_dict())
+    fit_robot(cfg, model, episodes)
     driving = controls(model, episodes)
     model.action_bins.set_range(driving.amin(0), driving.amax(0))
     return model
 
 
+def fit_robot(cfg: Config, model: WorldModel, episodes: Sequence[Episode]) -> None:
+    """Fit the model's robot to the episodes, if it has one and the run does not go on with a fitted one."""
+    if model.robot is not None and not (Path(cfg.out_dir) / "train_state.pt").is_file():
+        model.robot.load_state_dict(fit_proprio_model(episodes, cfg.seed, steps=cfg.robot_steps).state_dict())
+
+
 def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldModel:
-    """The world model of `init`; warns of actions outside its ranges.
+    """The world model of `init`, its robot fitted anew; warns of actions outside its ranges.
 
     Raises:
         ValueError: it is for another robot, for chunks of another length or for images of another convention.
@@ -314,6 +319,7 @@ def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldMo
             f"--pose-dims {cfg.pose_dims} is for a world model from scratch: {path} keeps its {model.cfg.pose_dims}",
             stacklevel=2,
         )
+    fit_robot(cfg, model, episodes)
     model.action_bins.warn_outside(controls(model, episodes))
     return model
 

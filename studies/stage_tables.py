@@ -7,7 +7,6 @@ from types import MappingProxyType
 import torch
 from labels import note, training
 from table_text import difference, over_seeds, percent, points, share, signed, table
-from torch import Tensor
 
 from vlarft.statistics import Interval, bootstrap_interval, paired_difference
 
@@ -198,46 +197,31 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
     return text if len(pairs) == 1 else f"{text}: {signed(paired_difference(*pair).difference for pair in pairs)}"
 
 
-def groups_table(reports: dict[str, dict]) -> str:
-    """What imagination tells of episodes from one start, and of starts (imagined_groups.py); by name of a report."""
+def ranking_table(reports: dict[str, dict]) -> str:
+    """Of a success and a failure of one start, how often the success is judged higher (group_ranking.py); by name of a
+    report.
+    """
+    kinds = list(dict.fromkeys(kind for report in reports.values() for kind in report["judged"]))
     rows = []
     for name, report in reports.items():
-        imagined, true, judged = (
-            torch.tensor([[won == "1" for won in row] for row in report["outcomes"][kind]])
-            for kind in ("imagined", "true", "judged")
-        )
-        mixed = int((imagined != imagined[:, :1]).any(1).sum())
-        rates = [percent(share(int(won.sum()), won.numel())) for won in (imagined, true)]
-        found = correlation(imagined, true), correlation(judged, true), between(imagined, true)
+        judged = report["judged"]
+        found = [ranked_right(judged[kind], report["outcomes"]) if kind in judged else None for kind in kinds]
         cells = ["" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value) for value in found]
-        rows.append([name, str(len(imagined)), *rates, str(mixed), *cells])
-    heads = ["world model", "starts", "imagined success", "true success", "groups with both imagined outcomes"]
-    return table([*heads, "within groups", "the judge on true frames, within groups", "between starts"], rows)
+        episodes = sum(map(len, report["outcomes"]))
+        rows.append([name, str(len(report["outcomes"])), str(episodes), *cells])
+    return table(["world model", "starts", "attempts", *kinds], rows)
 
 
-def correlation(imagined: Tensor, true: Tensor) -> Interval | None:
-    """Correlate outcomes (S, G) without their groups' means, over the groups in which the imagined ones differ; None if
-    there is no such group.
+def ranked_right(judged: list[list[float]], outcomes: list[str]) -> Interval:
+    """Return the share of pairs, a success and a failure of one start, in which the success is judged higher; equal
+    ones count half. Interval by bootstrap over starts.
     """
-    mixed = (imagined != imagined[:, :1]).any(1)
-    if not mixed.any():
-        return None
-    a, b = (values[mixed].double() - values[mixed].double().mean(1, keepdim=True) for values in (imagined, true))
-    sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], dim=1)  # (S, 3)
-    return bootstrap_interval(sums, lambda m: m[..., 0] / (m[..., 1] * m[..., 2]).sqrt().clamp_min(1e-12))
-
-
-def between(imagined: Tensor, true: Tensor) -> Interval:
-    """Correlate the mean outcomes of groups (S, G)."""
-    x, y = imagined.double().mean(1), true.double().mean(1)
-    moments = torch.stack([x, y, x * y, x * x, y * y], dim=1)
-
-    def value(m: Tensor) -> Tensor:
-        covariance = m[..., 2] - m[..., 0] * m[..., 1]
-        spread = (m[..., 3] - m[..., 0] ** 2) * (m[..., 4] - m[..., 1] ** 2)
-        return covariance / spread.clamp_min(1e-12).sqrt()
-
-    return bootstrap_interval(moments, value)
+    rows = []
+    for values, text in zip(judged, outcomes, strict=True):
+        won, lost = (torch.tensor([v for v, c in zip(values, text, strict=True) if c == which]) for which in "10")
+        apart = won[:, None] - lost  # (successes, failures)
+        rows.append([float((apart > 0).sum() + 0.5 * (apart == 0).sum()), apart.numel()])
+    return bootstrap_interval(torch.tensor(rows), lambda m: m[..., 0] / m[..., 1])
 
 
 def closed_loop_table(report: dict) -> str:

@@ -71,6 +71,11 @@ def test_recorded_actions_are_replayed_from_the_first_frame_to_the_last():
             assert (actions[row, 0, steps:] == actions[row, 0, steps - 1]).all()  # padding stays inside the ranges
             after = options["proprio_after"][row, 0]
             assert after[:steps].tolist() == one.proprio[1:].tolist() and (after[steps:] == after[steps - 1]).all()
+            assert options["robot"] is None
+    (alone,) = imagined_episodes(model, [episode(5)], autocast=NO_CAST, recorded_poses=False)
+    robot = model.asked[-1][2]["robot"]  # the model predicts the poses, from rest at the first frame
+    assert model.asked[-1][2]["proprio_after"] is None and not robot.motion.any()
+    assert robot.proprio.tolist() == [alone.episode.proprio[0].tolist()]
 
 
 def test_batches_and_random_numbers_do_not_depend_on_the_number_of_processes():

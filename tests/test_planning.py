@@ -60,7 +60,8 @@ def test_the_best_candidate_is_played(planner, monkeypatch):
     def judge(frames, first_frames, instructions):
         seen.update(frames=frames, first=first_frames, texts=instructions)
         success = torch.zeros(frames.shape[:2])
-        success[1, 3], success[4, 0] = 0.9, 0.5  # second candidate of the first episode, middle one of the second
+        # second candidate of the first episode, middle one of the second; a value that is not held does not count
+        success[1, 3:6], success[4, :3], success[2, 7:9] = 0.9, 0.5, 1.0
         progress = torch.zeros(frames.shape[:2])
         progress[5, -1] = 0.8  # and the third one gets further
         progress[0, 2] = 1.0  # before the end: does not count

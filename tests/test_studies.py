@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,12 +13,12 @@ import factor_cells
 import figures
 import findings
 import gates
+import group_ranking
+import h5py
 import imagination_study
-import imagined_groups
 import labels
 import libero_release
 import libero_study
-import numpy as np
 import outcomes
 import precision_study
 import pytest
@@ -796,15 +795,11 @@ def test_results_are_small():
 
 
 @pytest.mark.slow
-def test_groups_in_imagination_and_in_the_simulator(suite, tmp_path, capfd):
+def test_ranking_within_groups_at_smoke_size(suite, tmp_path, capfd):
     demos, own, models = suite / "demos", tmp_path / "own", [tmp_path / "wm", tmp_path / "success"]
-    given = {
-        "suites": ("tabletop_object",),
-        "tasks": ("0",),
-        "demos_per_task": 0,
-        "policy": str(suite / "seed0" / "sft"),
-    }
-    given |= {"policy_per_task": 6, "policy_group": 2, "horizon": 9, "seed": 500_000, "out_dir": str(own)}
+    given = {"suites": ("tabletop_object",), "tasks": ("0",), "demos_per_task": 0}
+    given |= {"policy": str(suite / "seed0" / "sft"), "seed": 500_000, "out_dir": str(own)}
+    given |= {"policy_per_task": 6, "policy_group": 2, "horizon": 9}
     collect_demos.main(dataclasses.replace(collect_demos.PRESETS["smoke"], **given))
     words = ["--preset", "smoke", "--demos", demos, own]
     train = [*words, "--validation-fraction", 0.5, "--steps", 2]
@@ -812,31 +807,31 @@ def test_groups_in_imagination_and_in_the_simulator(suite, tmp_path, capfd):
     stages.call("train_wm.py", *train, "--tokenizer", tmp_path / "tokenizer", "--out-dir", models[0])
     stages.call("train_success.py", *words, "--world-model", models[0], "--steps", 2, "--out-dir", models[1])
     cfg = dataclasses.replace(
-        imagined_groups.PRESETS["smoke"], policy=given["policy"], demos=(str(demos), str(own)),
-        world_model=str(models[0]), success_model=str(models[1]), out=str(tmp_path / "groups.json"),
+        group_ranking.PRESETS["smoke"], demos=(str(own),), world_model=str(models[0]), success_model=str(models[1]),
+        out=str(tmp_path / "ranking.json"),
     )  # fmt: skip
-    report = imagined_groups.main(cfg)
-    assert json.loads((tmp_path / "groups.json").read_text())["outcomes"] == report["outcomes"]
-    assert all(len(row) == 2 for rows in report["outcomes"].values() for row in rows)
-    (demo,) = load_episodes(demos, with_states=True)[:1]
-    success, frames = imagined_groups.true_episode(demo, demo.actions, 0)
-    assert success and np.array_equal(frames[0], demo.images[1]) and len(frames) == len(demo)
-    success, frames = imagined_groups.true_episode(demo, demo.actions[:4], 3)
-    assert not success and len(frames) == 7
-    with pytest.raises(ValueError, match=r"none of the \d+ episodes of .*demos is a held-out attempt"):
-        imagined_groups.main(dataclasses.replace(cfg, demos=(str(demos),)))
+    with pytest.raises(ValueError, match=r"none of \d starts that neither model has seen has a success and a failure"):
+        group_ranking.main(cfg)  # no attempt of nine steps succeeds
+    with h5py.File(next(own.rglob("*_demo.hdf5")), "r+") as file:
+        for number, demo in enumerate(file["data"].values()):
+            demo.attrs["success"] = number % 2 == 0
+    report = group_ranking.main(cfg)
+    assert json.loads((tmp_path / "ranking.json").read_text())["judged"] == report["judged"]
+    assert set(report["outcomes"]) <= {"10", "01"} and 0 < len(report["outcomes"]) < 3  # the held-out ones
+    kinds = ["recorded", "decoded", "imagined, recorded poses", "imagined"]
+    assert list(report["judged"]) == kinds and all(0 <= v <= 1 for row in report["judged"]["imagined"] for v in row)
+    assert "| recorded | decoded |" in capfd.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "ranking_failures_judged_high.png", "ranking_successes_judged_low.png"
+    }  # fmt: skip
 
 
 def test_pictures_of_groups(tmp_path):
     """Four episodes at most, of different lengths: frames at 0, 6, ... and the last one."""
-    rng = np.random.default_rng(0)
-    shown = []
-    for length in (5, 13, 20, 8, 8, 8):
-        true = list(rng.integers(0, 255, (length, 8, 8, 3)).astype(np.uint8))
-        shown.append((true, [torch.from_numpy(frame).movedim(-1, 0) / 255 for frame in true[:-2]]))
-    imagined_groups.draw(tmp_path / "all.png", shown)
-    imagined_groups.draw(tmp_path / "two.png", shown[:2])
-    imagined_groups.draw(tmp_path / "none.png", [])
+    shown = [(torch.rand(length, 3, 8, 8), torch.rand(length, 3, 8, 8)) for length in (5, 13, 20, 8, 8, 8)]
+    group_ranking.draw(tmp_path / "all.png", shown)
+    group_ranking.draw(tmp_path / "two.png", shown[:2])
+    group_ranking.draw(tmp_path / "none.png", [])
     heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("all", "two")]
     assert heights[0] > 1.8 * heights[1] and not (tmp_path / "none.png").exists()
 
@@ -862,15 +857,13 @@ def test_a_finished_run_of_another_command_is_refused(tmp_path, monkeypatch):
         stages.run_once(tmp_path, "train_sft.py", "--steps", 6)
 
 
-def test_correlations_within_groups_by_hand():
-    """Groups of one imagined outcome teach nothing; of the others, means do not count."""
-    imagined = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 1]]).bool()
-    assert stage_tables.correlation(imagined, imagined).value == pytest.approx(1)
-    assert stage_tables.correlation(imagined, ~imagined).value == pytest.approx(-1)
-    true = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()  # (2, -1, -1) / 3 on (1, -2, 1) / 3, and on nothing
-    expected = (2 + 2 - 1) / 9 / math.sqrt((6 / 9 + 6 / 9) * (6 / 9))
-    assert stage_tables.correlation(imagined, true).value == pytest.approx(expected)
-    assert stage_tables.correlation(imagined[1:2], true[1:2]) is None
-    means = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]]).bool()
-    assert stage_tables.between(means, means).value == pytest.approx(1)
-    assert stage_tables.between(means, means.flip(0)).value == pytest.approx(-1)
+def test_ranking_within_groups_by_hand():
+    """Pairs of one start alone count, equal judgements half."""
+    found = stage_tables.ranked_right([[0.9, 0.1, 0.5], [0.2, 0.2, 0.2], [0.0, 1.0, 0.0]], ["100", "011", "110"])
+    assert found.value == pytest.approx((2 + 1 + 1.5) / 6) and found.low < found.value < found.high
+    report = {"outcomes": ["10"], "judged": {"recorded": [[1.0, 0.0]], "imagined": [[0.3, 0.4]]}}
+    other = {"outcomes": ["10"], "judged": {"recorded": [[1.0, 0.0]]}}
+    shown = stage_tables.ranking_table({"wm": report, "other": other})
+    assert (
+        "| wm | 1 | 2 | 1.00 [nan, nan] | 0.00 [nan, nan] |" in shown and "| other | 1 | 2 | 1.00 [nan, nan] |" in shown
+    )

@@ -1,8 +1,7 @@
 """Whole episodes in imagination: the world model replays recorded actions from an episode's first frame to its end.
-If poses drive it, the recorded ones do: those that actions add up to would drift, and a true success be missed.
-
 Not in the paper, whose imaginations are one chunk long. The first frame is the context of all frames to come, and no
-later one is shown to the model, so errors add up as they would in an imagined attempt.
+later one is shown to the model, so errors add up as they would in an imagined attempt; but where poses drive the model,
+the recorded ones do, unless the robot model is to predict them as it does there.
 
 Shapes: L frames of an episode, L - 1 actions between them, A action dim, (C, H, W) frame.
 """
@@ -16,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vlarft.data.episode import Episode, Images
+from vlarft.data.episode import Episode, Images, RobotState
 from vlarft.run.random import generator
 from vlarft.world_model import WorldModel
 
@@ -54,6 +53,7 @@ def imagined_episodes(
     temperature: float = 1.0,
     top_p: float = 0.8,
     seed: int = 0,
+    recorded_poses: bool = True,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[ImaginedEpisode]:
     """Replay episodes in imagination, the shortest first.
@@ -65,6 +65,7 @@ def imagined_episodes(
         batch_size: episodes imagined at once, which should be of similar lengths: the short ones are padded.
         greedy, temperature, top_p: see `Sampling`.
         seed: seed of sampled imaginations.
+        recorded_poses: where poses drive the model, those after each recorded action; or those that it predicts.
         part: (index, count): yield this share of the batches, so that an imagination does not depend on the number of
             processes.
     """
@@ -76,12 +77,18 @@ def imagined_episodes(
         first_frames = torch.stack([_to_float(e.images[:1], device)[0] for e in batch])  # (S, C, H, W)
         longest = len(batch[-1]) - 1  # actions; the one after the last frame leads to none
         actions = _padded([e.actions[:-1] for e in batch], longest).to(device)  # (S, longest, A)
-        after = _padded([e.proprio[1:] for e in batch], longest).to(device)  # (S, longest, P)
+        robot = after = None
+        if recorded_poses:
+            after = _padded([e.proprio[1:] for e in batch], longest).to(device)[:, None]  # (S, 1, longest, P)
+        else:
+            robot = torch.from_numpy(np.stack([e.proprio[0] for e in batch])).to(device)  # (S, P)
+            robot = RobotState(robot, torch.zeros_like(robot))  # at rest
         with autocast:
             rollout = model.rollout(
                 first_frames,
                 actions[:, None],
-                proprio_after=after[:, None],
+                robot=robot,
+                proprio_after=after,
                 greedy=greedy,
                 temperature=temperature,
                 top_p=top_p,

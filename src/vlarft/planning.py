@@ -86,7 +86,8 @@ class Planner:
             state = rollout.state
             frames.append(rollout.frames.flatten(0, 1).float())  # (B * N, T, C, H, W)
         judged = self.judge.judge(torch.cat(frames, 1), first_frames.repeat_interleave(candidates, dim=0), texts)
-        scores = (judged.success.amax(1) + judged.progress[:, -1]).view(-1, candidates)
+        held = judged.success.unfold(1, self.judge.cfg.hold, 1).amin(-1).amax(1)  # (B * N,)
+        scores = (held + judged.progress[:, -1]).view(-1, candidates)
         choice = scores.argmax(1)
         return Plan(actions[torch.arange(len(actions)), choice], choice, scores)
 

@@ -1,0 +1,146 @@
+"""Among attempts of one start, does the judge rank those that succeed first, and which link loses that?
+
+    python collect_demos.py --preset tiny --demos-per-task 0 --noisy-per-task 0 --policy runs/sft \\
+        --policy-per-task 128 --policy-group 8 --horizon 56 --seed 900000 --out-dir groups
+    python studies/group_ranking.py --demos groups --world-model runs/wm2 --success-model runs/success
+
+The gate of closed-loop learning compares episodes of many starts. A policy gradient compares episodes of one start,
+which differ by the noise of the flow alone: some millimetres where the fingers close. So attempts are recorded in
+groups, from starts that neither world model nor success model has seen, and each is judged by the largest probability
+of success that it holds (success.py), whatever the threshold. It is judged on
+
+- its recorded frames: what the judge itself loses;
+- these frames encoded and decoded: what the tokenizer loses;
+- its imagination, with the poses that were recorded and with those that the robot model predicts, where poses drive
+  the frames: what the world model loses. The last is what train_rl.py learns from, but that the actions here answer
+  recorded frames.
+
+Of all pairs of a success and a failure of one start: the share in which the success is judged higher, 1/2 by chance,
+with a 95 % interval (bootstrap over starts). Writes a JSON file with the judgements, and beside it pictures of failures
+that were judged high and of successes that were judged low in imagination: recorded frames above imagined ones.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from records import write
+from stage_tables import ranking_table
+from stages import commit, machine
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
+
+import train_success
+from vlarft.data import load_episodes
+from vlarft.data.episode import Episode
+from vlarft.imagined_episodes import imagined_episodes
+from vlarft.run.checkpoint import read_header
+from vlarft.run.config import opt, parse, to_dict
+from vlarft.run.pictures import grid, save_png
+from vlarft.run.precision import in_bf16
+from vlarft.success import SuccessModel
+from vlarft.world_model import WorldModel
+
+SHOWN, EVERY = 4, 6  # episodes of a picture, steps between its frames
+IMAGINED = "imagined"
+
+
+@dataclass(frozen=True)
+class Config:
+    demos: tuple[str, ...] = opt(("groups",), "folders with a policy's attempts in groups")
+    world_model: str = opt("runs/wm2", "world model: run folder or file")
+    success_model: str = opt("runs/success", "success model: run folder or file")
+    starts: int = opt(32, "starts with both outcomes to judge, at most")
+    out: str = opt("runs/group_ranking.json", "JSON file to write")
+
+
+PRESETS = {"paper": Config(), "smoke": Config(starts=2)}
+
+
+def mixed_groups(cfg: Config) -> list[list[Episode]]:
+    """Attempts by start, of the starts that both models have not seen and that have both outcomes.
+
+    Raises:
+        ValueError: there are none.
+    """
+    extras = [read_header(path).extra for path in (cfg.world_model, cfg.success_model)]
+    seen = {name for extra in extras for name in extra.get("train_episodes", [])}
+    groups: dict[str, list[Episode]] = {}
+    for episode in load_episodes(cfg.demos, successes_only=False):
+        if episode.kind == "policy" and episode.start and episode.name not in seen:
+            groups.setdefault(episode.start, []).append(episode)
+    mixed = [group for group in groups.values() if 0 < sum(e.success for e in group) < len(group)]
+    if not mixed:
+        raise ValueError(
+            f"{' '.join(cfg.demos)}: none of {len(groups)} starts that neither model has seen has a success and a "
+            "failure: record attempts in groups, of another --seed (collect_demos.py --policy-group 8)"
+        )
+    return mixed[: cfg.starts]
+
+
+def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[str, Episode, Tensor]]:
+    """Yield kinds of frames, episodes and their frames (L, C, H, W) in [0, 1]."""
+    for episode in episodes:
+        frames = torch.from_numpy(episode.images[:].copy()).movedim(-1, 1)  # (L, C, H, W)
+        yield "recorded", episode, frames.float() / 255
+        yield "decoded", episode, train_success.decoded(model, frames)
+    kinds = {"imagined, recorded poses": True, IMAGINED: False} if model.cfg.pose_dims else {IMAGINED: True}
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16("auto", torch.device("cpu")))
+    for kind, recorded in kinds.items():
+        for one in imagined_episodes(model, episodes, autocast=autocast, greedy=True, recorded_poses=recorded):
+            yield kind, one.episode, one.imagined.float()
+
+
+def draw(path: Path, shown: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """PNG of up to `SHOWN` episodes, given as recorded and imagined frames: every sixth, and the last one."""
+    rows = []
+    for pair in shown[:SHOWN]:
+        at = [*range(0, len(pair[0]), EVERY), len(pair[0]) - 1]
+        rows += [[frames[t].clamp(0, 1) for t in at] for frames in pair]
+    if rows:
+        width = max(map(len, rows))
+        titles = ["recorded", "imagined"] * (len(rows) // 2)
+        save_png(path, grid([row + row[-1:] * (width - len(row)) for row in rows], titles))
+
+
+@torch.no_grad()
+def main(cfg: Config) -> dict:
+    """Measure; return what the JSON file holds."""
+    groups = mixed_groups(cfg)
+    model, judge = WorldModel.load(cfg.world_model), SuccessModel.load(cfg.success_model)
+    scores: dict[str, dict[str, float]] = {}  # kind of frames -> episode -> largest probability held
+    frames: dict[str, dict[str, Tensor]] = {}
+    for kind, episode, seen in versions(model.requires_grad_(False), [e for group in groups for e in group]):
+        scores.setdefault(kind, {})[episode.name] = judge.highest(seen, episode.instruction)
+        if kind in ("recorded", IMAGINED):
+            frames.setdefault(kind, {})[episode.name] = seen
+    report = {
+        "command": "python studies/group_ranking.py",
+        "machine": machine(),
+        "commit": commit(),
+        "settings": to_dict(cfg),
+        "outcomes": ["".join(str(int(e.success)) for e in group) for group in groups],
+        "judged": {
+            kind: [[float(f"{of[e.name]:.6g}") for e in group] for group in groups] for kind, of in scores.items()
+        },
+    }
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, report)
+    last = scores[IMAGINED]
+    for success, name in ((False, "failures_judged_high"), (True, "successes_judged_low")):
+        found = [e for group in groups for e in group if e.success == success]
+        found.sort(key=lambda e: last[e.name], reverse=not success)
+        draw(
+            out.with_name(f"{out.stem}_{name}.png"),
+            [(frames["recorded"][e.name], frames[IMAGINED][e.name]) for e in found],
+        )
+    print("\n" + ranking_table({cfg.world_model: report}))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, PRESETS, sys.argv[1:], __doc__))
