@@ -267,8 +267,16 @@ def versions(
         if model is not None:
             yield Version(episode, "decoded", to_uint8(decoded(model, frames)))
     if model is not None:
-        for found in imagined_episodes(model, episodes, autocast=autocast, greedy=True, seed=cfg.seed):
-            yield Version(found.episode, "imagined", to_uint8(found.imagined))
+        yield from imagined(cfg, episodes, model, autocast)
+
+
+def imagined(
+    cfg: Config, episodes: Sequence[Episode], model: WorldModel, autocast: AbstractContextManager
+) -> Iterator[Version]:
+    """Yield every episode as reinforcement learning imagines it: with the poses that the world model predicts."""
+    options = {"autocast": autocast, "greedy": True, "seed": cfg.seed, "recorded_poses": False}
+    for found in imagined_episodes(model, episodes, **options):
+        yield Version(found.episode, "imagined", to_uint8(found.imagined))
 
 
 @torch.no_grad()
@@ -315,10 +323,7 @@ def replayed(
 ) -> list[Version]:
     """Whole episodes as recorded and, with a world model, as imagined."""
     found = versions(cfg, episodes, None, autocast)
-    if model is None:
-        return list(found)
-    imagined = imagined_episodes(model, episodes, autocast=autocast, greedy=True, seed=cfg.seed)
-    return [*found, *(Version(one.episode, "imagined", to_uint8(one.imagined)) for one in imagined)]
+    return [*found, *(() if model is None else imagined(cfg, episodes, model, autocast))]
 
 
 def prepared(
@@ -334,16 +339,16 @@ def prepared(
     about = {"world_model": digest, "episodes": [[e.name for e in part] for part in split]}
     if path.is_file() and (kept := load_train_state(path)).get("about") == about:
         real = [list(versions(cfg, part, None, autocast)) for part in parts]
-        imagined = [
+        again = [
             [Version(next(e for e in part if e.name == name), "imagined", frames) for name, frames in found]
             for part, found in zip(parts, kept["imagined"], strict=True)
         ]
-        return FrameTable(*kept["table"]), [a + b for a, b in zip(real, imagined, strict=True)]
+        return FrameTable(*kept["table"]), [a + b for a, b in zip(real, again, strict=True)]
     table = frame_table(cfg, versions(cfg, at_most(split.train, cfg.episodes), model, autocast))
     whole = [replayed(cfg, part, model, autocast) for part in parts]
     if model is not None:
-        imagined = [[(v.episode.name, v.frames) for v in part if v.kind == "imagined"] for part in whole]
-        kept = {"about": about, "table": list(table), "imagined": imagined}
+        shown = [[(v.episode.name, v.frames) for v in part if v.kind == "imagined"] for part in whole]
+        kept = {"about": about, "table": list(table), "imagined": shown}
         write_atomic(path, lambda tmp: torch.save(kept, tmp))
     return table, whole
 

@@ -249,6 +249,14 @@ def test_the_threshold_is_chosen_on_imagined_episodes_and_measured_on_others():
     })  # fmt: skip
 
 
+def test_attempts_of_one_start_choose_the_threshold_or_measure(config, monkeypatch):
+    found = [dataclasses.replace(lamps(i, i % 3 > 0), kind="policy", start=f"start {i // 4}") for i in range(48)]
+    monkeypatch.setattr(train_success, "load_episodes", lambda *_, **__: found)
+    split = train_success.load_split(dataclasses.replace(config, world_model=None, validation_fraction=0.5))
+    sides = [{e.start for e in part} for part in (split.threshold, split.held_out)]
+    assert all(sides) and not sides[0] & sides[1] and len(split.threshold) == 4 * len(sides[0])
+
+
 def test_an_episode_of_one_frame_is_left_out(config, monkeypatch):
     """Its frame is the first one, with which others are compared."""
     episodes = load_episodes(config.demos, successes_only=False)
@@ -272,7 +280,8 @@ def test_versions_are_of_the_same_frames(places, world_model):
     context = model.tokenizer.encode_context(images[:1])
     expected = train_success.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
     assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
-    replays = imagined_episodes(model, episodes, autocast=cast, greedy=True, seed=cfg.seed)
+    options = {"recorded_poses": False, "greedy": True, "seed": cfg.seed}  # poses as in use: predicted
+    replays = imagined_episodes(model, episodes, autocast=cast, **options)
     for version, replay in zip(found[4:], replays, strict=True):
         assert torch.equal(version.frames, train_success.to_uint8(replay.imagined))
         assert not torch.equal(version.frames, train_success.to_uint8(replay.true))

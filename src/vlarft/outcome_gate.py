@@ -61,7 +61,7 @@ def outcome_gate(
     own = [e for e in own if len(e) > 1]
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
     judged, true = [], []
-    for found in imagined_episodes(model, own, autocast=autocast, **options):
+    for found in imagined_episodes(model, own, autocast=autocast, recorded_poses=False, **options):
         with autocast:
             judged.append(judge.highest(found.imagined, found.episode.instruction) >= judge.cfg.threshold)
         true.append(found.episode.success)
