@@ -6,8 +6,8 @@
 
 The gate of closed-loop learning compares episodes of many starts. A policy gradient compares episodes of one start,
 which differ by the noise of the flow alone: some millimetres where the fingers close. So attempts are recorded in
-groups, from starts that neither world model nor success model has seen, and each is judged by the largest probability
-of success that it holds (success.py), whatever the threshold. It is judged on
+groups, from starts of their own (another `--seed` than what the models were trained on), and each is judged by the
+largest probability of success that it holds (success.py), whatever the threshold. It is judged on
 
 - its recorded frames: what the judge itself loses;
 - these frames encoded and decoded: what the tokenizer loses;
@@ -37,7 +37,6 @@ import train_success
 from vlarft.data import load_episodes
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes
-from vlarft.run.checkpoint import read_header
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import in_bf16
@@ -61,22 +60,20 @@ PRESETS = {"paper": Config(), "smoke": Config(starts=2)}
 
 
 def mixed_groups(cfg: Config) -> list[list[Episode]]:
-    """Attempts by start, of the starts that both models have not seen and that have both outcomes.
+    """Attempts by start, of the starts that have both outcomes.
 
     Raises:
         ValueError: there are none.
     """
-    extras = [read_header(path).extra for path in (cfg.world_model, cfg.success_model)]
-    seen = {name for extra in extras for name in extra.get("train_episodes", [])}
     groups: dict[str, list[Episode]] = {}
     for episode in load_episodes(cfg.demos, successes_only=False):
-        if episode.kind == "policy" and episode.start and episode.name not in seen:
+        if episode.kind == "policy" and episode.start:
             groups.setdefault(episode.start, []).append(episode)
     mixed = [group for group in groups.values() if 0 < sum(e.success for e in group) < len(group)]
     if not mixed:
         raise ValueError(
-            f"{' '.join(cfg.demos)}: none of {len(groups)} starts that neither model has seen has a success and a "
-            "failure: record attempts in groups, of another --seed (collect_demos.py --policy-group 8)"
+            f"{' '.join(cfg.demos)}: none of {len(groups)} starts has a success and a failure: record attempts in "
+            "groups (collect_demos.py --policy-group 8)"
         )
     return mixed[: cfg.starts]
 
