@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from records import write
+from records import rounded, write
 from stage_tables import ranking_table
 from stages import commit, machine
 from torch import Tensor
@@ -120,9 +120,7 @@ def main(cfg: Config) -> dict:
         "commit": commit(),
         "settings": to_dict(cfg),
         "outcomes": ["".join(str(int(e.success)) for e in group) for group in groups],
-        "judged": {
-            kind: [[float(f"{of[e.name]:.6g}") for e in group] for group in groups] for kind, of in scores.items()
-        },
+        "judged": rounded({kind: [[of[e.name] for e in group] for group in groups] for kind, of in scores.items()}),
     }
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
