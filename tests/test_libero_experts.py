@@ -71,6 +71,8 @@ def test_a_box_is_taken_across_and_a_wide_pot_by_its_knob():
     grasp = top_grasps(shapes_of(brick), "brick")[0]
     assert abs(grasp.rotation[0, 0]) == pytest.approx(1.0, abs=0.05)  # along x, where it is narrow
     np.testing.assert_allclose(grasp.point, [0.0, 0.0, 0.07], atol=1e-3)
+    flat = top_grasps(shapes_of(box((-0.02, -0.04, 0.4), (0.02, 0.04, 0.417))), "flat")[0]
+    assert flat.point[2] == pytest.approx(0.411)  # lower, the finger tips would touch the table
     pot = np.concatenate(
         [box((-0.045, -0.045, 0.0), (0.045, 0.045, 0.12)), box((-0.005,) * 2 + (0.12,), (0.005,) * 2 + (0.137,))]
     )

@@ -17,6 +17,7 @@ _REACH = 0.030  # how far the fingers reach below the top of what they hold
 _FINGER = 0.012  # half width of a finger, and its thickness
 _PALM = 0.032  # half thickness of the hand, which is 20 cm wide
 _OPEN = 0.040  # a finger's travel
+_CLEAR = 0.011  # height over the table at which the tips do not touch it
 
 
 class Grasp(NamedTuple):
@@ -107,7 +108,7 @@ def top_grasps(shapes: Shapes, name: str, reach: float = _REACH) -> list[Grasp]:
     """
     points = shapes.points(name)
     top, bottom = points[:, 2].max(), points[:, 2].min()
-    depth = min(reach, top - bottom - 0.007)
+    depth = min(reach, top - bottom - _CLEAR)
     level = top - depth
     slab = points[points[:, 2] > level - 0.4 * reach]
     found = []
@@ -153,7 +154,7 @@ def rim_grasps(
         rotation = downward(np.array([*u, 0.0]))
         turn = math.acos(np.clip(rotation[1, 0], -1.0, 1.0))
         for inset in (0.0, 0.02):  # further in where there is no room for the outer finger; closing evens it out
-            level = top - min(depth, top - points[:, 2].min() - 0.007)
+            level = top - min(depth, top - points[:, 2].min() - _CLEAR)
             point = np.array([*(centre + (radius - 0.004 - inset) * u), level])
             cost = 0.02 * turn + 0.5 * inset
             found.append((cost, Grasp(point, rotation)))
