@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from records import rounded, write
 from stage_tables import ranking_table
@@ -52,7 +53,7 @@ class Config:
     demos: tuple[str, ...] = opt(("groups",), "folders with a policy's attempts in groups")
     world_model: str = opt("runs/wm2", "world model: run folder or file")
     success_model: str = opt("runs/success", "success model: run folder or file")
-    starts: int = opt(32, "starts with both outcomes to judge, at most")
+    starts: int = opt(64, "starts with both outcomes to judge, at most, evenly spaced over the tasks")
     out: str = opt("runs/group_ranking.json", "JSON file to write")
 
 
@@ -75,7 +76,8 @@ def mixed_groups(cfg: Config) -> list[list[Episode]]:
             f"{' '.join(cfg.demos)}: none of {len(groups)} starts has a success and a failure: record attempts in "
             "groups (collect_demos.py --policy-group 8)"
         )
-    return mixed[: cfg.starts]
+    picks = np.linspace(0, len(mixed) - 1, min(cfg.starts, len(mixed))).round().astype(int)
+    return [mixed[i] for i in picks]
 
 
 def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[str, Episode, Tensor]]:
@@ -92,11 +94,11 @@ def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[s
 
 
 def draw(path: Path, shown: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """PNG of up to `SHOWN` episodes, given as recorded and imagined frames: every sixth, and the last one."""
+    """PNG of up to `SHOWN` episodes, given as recorded and imagined frames (L, C, H, W), uint8: every sixth, and the last one."""
     rows = []
     for pair in shown[:SHOWN]:
         at = [*range(0, len(pair[0]), EVERY), len(pair[0]) - 1]
-        rows += [[frames[t].clamp(0, 1) for t in at] for frames in pair]
+        rows += [[frames[t] / 255 for t in at] for frames in pair]
     if rows:
         width = max(map(len, rows))
         titles = ["recorded", "imagined"] * (len(rows) // 2)
@@ -113,7 +115,7 @@ def main(cfg: Config) -> dict:
     for kind, episode, seen in versions(model.requires_grad_(False), [e for group in groups for e in group]):
         scores.setdefault(kind, {})[episode.name] = judge.highest(seen, episode.instruction)
         if kind in ("recorded", IMAGINED):
-            frames.setdefault(kind, {})[episode.name] = seen
+            frames.setdefault(kind, {})[episode.name] = train_success.to_uint8(seen)
     report = {
         "command": "python studies/group_ranking.py",
         "machine": machine(),

@@ -828,7 +828,8 @@ def test_ranking_within_groups_at_smoke_size(suite, tmp_path, capfd):
 
 def test_pictures_of_groups(tmp_path):
     """Four episodes at most, of different lengths: frames at 0, 6, ... and the last one."""
-    shown = [(torch.rand(length, 3, 8, 8), torch.rand(length, 3, 8, 8)) for length in (5, 13, 20, 8, 8, 8)]
+    frames = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
+    shown = [(frames[:length], frames[:length]) for length in (5, 13, 20, 8, 8, 8)]
     group_ranking.draw(tmp_path / "all.png", shown)
     group_ranking.draw(tmp_path / "two.png", shown[:2])
     group_ranking.draw(tmp_path / "none.png", [])
