@@ -94,7 +94,7 @@ def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[s
 
 
 def draw(path: Path, shown: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """PNG of up to `SHOWN` episodes, given as recorded and imagined frames (L, C, H, W), uint8: every sixth, and the last one."""
+    """PNG of up to `SHOWN` pairs of recorded and imagined frames (L, C, H, W), uint8: every sixth, and the last."""
     rows = []
     for pair in shown[:SHOWN]:
         at = [*range(0, len(pair[0]), EVERY), len(pair[0]) - 1]

@@ -124,6 +124,16 @@ def test_repeating_the_command_makes_nothing_and_more_demos_extend(collected, tm
             np.testing.assert_array_equal(file[f"data/{name}/actions"], whole[f"data/{name}/actions"])
 
 
+def test_settings_of_a_collection_that_made_nothing_may_change(tmp_path, monkeypatch):
+    settings = config(tmp_path, tasks=("0",), demos_per_task=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect_demos, "make_demo", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        main(settings)
+    (path,) = main(dataclasses.replace(settings, seed=7))
+    with h5py.File(path) as file:
+        assert json.loads(file["data"].attrs["env_args"])["collection"]["seed"] == 7
+
+
 @pytest.mark.parametrize("where", ["os.replace", "shutil.rmtree"])
 def test_a_collection_killed_while_it_is_merged_goes_on(tmp_path, monkeypatch, where):
     """Before the file is moved into place, and after it, when all parts are in the file already."""
