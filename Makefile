@@ -38,5 +38,5 @@ clean:
 $(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: setup.cfg pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): minutes, and up to 6 GB"
-	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)" --editable ".[$*]"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) "$(TORCH)" --editable ".[$*]"
 	touch $@

@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -33,11 +34,11 @@ import torch
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.report.page import write_report
 from vlarft.report.runs import read_log
-from vlarft.run.checkpoint import write_atomic, write_json
+from vlarft.run.checkpoint import read_json, write_atomic, write_json
 from vlarft.run.config import Whole, opt, to_dict
 from vlarft.run.pictures import grid, save_gif, save_png
 from vlarft.run.script import run_script
-from vlarft.run.stages import Stage, run_stages, seconds_left, wall_seconds
+from vlarft.run.stages import Stage, peak_bytes, run_stages, wall_seconds
 from vlarft.sim.replay import replay_frames
 from vlarft.statistics import paired_difference
 
@@ -248,25 +249,20 @@ def probe_seconds() -> float:
 
 
 def expected_seconds(cfg: Config) -> dict[str, float]:
-    """Expect of each stage the time that it took in a committed run, by the speed of this machine; {} if unknown."""
+    """Expect of each stage the time that it took in committed runs, by the speed of this machine; {} if unknown."""
     path = ROOT / "results" / "demo.json"
     if cfg.stage_preset != "tiny" or not path.is_file():
         return {}
-    known = next(iter(json.loads(path.read_text())["runs"].values()))
-    pace = probe_seconds() / known["probe_seconds"]
-    return {name: pace * seconds for name, seconds in known["seconds"].items()}
+    runs, probe = json.loads(path.read_text())["runs"].values(), probe_seconds()
+    names = dict.fromkeys(name for run in runs for name in run["seconds"])
+    return {n: probe * median(run["seconds"][n] / run["probe_seconds"] for run in runs) for n in names}
 
 
 def main(cfg: Config) -> dict:
     """Run what is missing; return what summary.json holds."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    at_once, expected = min(2, os.cpu_count() or 1), expected_seconds(cfg)
-    if expected:
-        print(
-            f"about {seconds_left(stages(cfg), (), {}, expected, at_once) / 60:.0f} minutes on this machine", flush=True
-        )
-    ran = run_stages(out, stages(cfg), at_once, expected)
+    ran = run_stages(out, stages(cfg), at_once=min(2, os.cpu_count() or 1), expected=expected_seconds(cfg))
     rows, log = success_rows(out, FEW[cfg.stage_preset]), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
@@ -276,19 +272,21 @@ def main(cfg: Config) -> dict:
         ("SFT of few", "RL"): (out / "eval_few_zero", few, learned),
     }
     draw_before_after(pairs, out / "before_after.gif")
+    path = out / "summary.json"
+    probe = read_json(path)["probe_seconds"] if path.is_file() else probe_seconds()  # now, or when the demo ended
     summary = {
         "config": to_dict(cfg),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine()},
         "versions": versions(),
-        "probe_seconds": probe_seconds(),
+        "probe_seconds": probe,
         "stages": ran,
         "minutes": wall_seconds(ran) / 60,
-        "peak_gib": max(s["peak_bytes"] for s in ran.values()) / 2**30,
+        "peak_gib": peak_bytes(ran) / 2**30,
         "evaluation": rows,
         "world_model": json.loads((out / "eval_wm" / "results.json").read_text()),
         "trust_gate": {name: values[0, 1] for name, values in log.items() if name.startswith("gate")},
     }
-    write_json(out / "summary.json", summary)
+    write_json(path, summary)
     write_report([out], out / "report.html")
     print_summary(summary, out)
     return summary

@@ -392,7 +392,7 @@ def main(cfg: Config) -> dict:
     """Evaluate; return what results.json holds."""
     device = distributed.setup()
     path = checkpoint_file(cfg.world_model)
-    model, extra = WorldModel.load(path, device), read_header(path).extra
+    model, extra = WorldModel.load(path, device).requires_grad_(False), read_header(path).extra
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
     episodes = held_out_episodes(cfg, path)

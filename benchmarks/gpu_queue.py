@@ -6,9 +6,10 @@
     python benchmarks/gpu_queue.py --write-list                 rewrites benchmarks/gpu_queue.md, and runs nothing
 
 Every item is a process of its own with a time limit of its own; what is left of it is killed, and the next one starts.
-Nothing is downloaded. A part that this machine lacks is replaced, and the item's entry says by what. `out_dir` gets a
-file for each item as soon as it ends, and queue.json: for each item its command, state, seconds, and the end of what it
-printed. Copy the files of items that passed to results/. Status 1 where an item failed or ran out of time.
+Nothing is downloaded. A part that this machine lacks is replaced or left out, and the item's entry says so. `out_dir`
+gets a file for each item as soon as it ends, and queue.json: for each item its command, state, seconds, and the end of
+what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs again. Copy the
+files of items that passed to results/. Status 1 where an item failed or ran out of time.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import torch
 
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse
-from vlarft.run.script import clear_errors
+from vlarft.run.script import clear_errors, signals_end_this_process
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 2000  # characters of an item's output that are kept
@@ -39,7 +40,7 @@ class Item(NamedTuple):
     what: it tells, for gpu_queue.md.
     seconds: after which it is killed.
     script: of benchmarks/.
-    flags: on a GPU; {lpips} stands for lpips, or ssim where lpips is missing.
+    flags: on a GPU; a part in braces is that of `parts`.
     smoke: flags at smoke size on any machine, beside `--preset smoke`.
     alone: runs only if it is asked for by name.
     """
@@ -51,9 +52,10 @@ class Item(NamedTuple):
     smoke: str = ""
     alone: bool = False
 
-    def words(self, device: str, out: Path, lpips: str) -> list[str]:
+    def words(self, device: str, out: Path) -> list[str]:
         """The command line."""
-        flags = self.flags.format(lpips=lpips) if device == "cuda" else f"--preset smoke {self.smoke}"
+        used = {name: flags for name, (flags, _) in parts().items()}
+        flags = self.flags.format(**used) if device == "cuda" else f"--preset smoke {self.smoke}"
         words = [sys.executable, str(ROOT / "benchmarks" / self.script), *flags.split()]
         return [*words, "--device", device, "--out", str(out)]
 
@@ -61,7 +63,7 @@ class Item(NamedTuple):
 QUEUE = {
     "check": Item(
         "public outputs, CUDA graphs, bfloat16, compilation, every stage at smoke size",
-        120, "gpu_check.py", "", "--no-stages",
+        120, "gpu_check.py", "{stages}", "--no-stages",
     ),
     "rft step": Item(
         "one GRPO step of preset `paper`, 16 x 16 x 8 frames: seconds per phase, share of peak FLOP/s, peak memory",
@@ -85,13 +87,14 @@ QUEUE = {
         60, "training.py", "--sizes paper --segments 4 --repeats 3",
     ),
     "world model": Item(
-        "the strongest Tabletop world model of eight minutes: four suites, preset `small`, bfloat16",
+        "the strongest Tabletop world model of eight minutes: four suites, preset `tiny`, bfloat16",
         560, "gpu_world_model.py", "", alone=True,
     ),
 }  # fmt: skip
 BY_HAND = {
     "one GRPO step against the straightforward pipeline and the public release's computation, 4 starts": (
-        "python benchmarks/rft_step.py --sizes paper --policy paper --device cuda --starts 4",
+        "python benchmarks/rft_step.py --sizes paper --policy paper --device cuda --starts 4 "
+        "--out results/rft_step_gpu_versions.json",
         "results/rft_step_gpu_versions.json",
     ),
     "speedup of each optimisation of the rollout": (
@@ -99,8 +102,8 @@ BY_HAND = {
         "results/undone_gpu.json",
     ),
     "world-model study: which factors raise action sensitivity": (
-        "python studies/wm_study.py --out results/world_model_gpu.json",
-        "results/world_model_gpu.json",
+        "python studies/wm_study.py --out results/wm_study_gpu.json",
+        "results/wm_study_gpu.json",
     ),
     "step times of preset `paper` on 8 GPUs, to compare with the predictions of `docs/scaling.md`": (
         "torchrun --nproc-per-node 8 train_sft.py --preset paper --init random --demos DEMOS --steps 100",
@@ -111,7 +114,7 @@ BY_HAND = {
 
 @dataclass(frozen=True)
 class Config:
-    minutes: float = opt(9.0, "no item starts that could end after this [min]")
+    minutes: float = opt(9.5, "no item starts that could end after this [min]")
     only: tuple[str, ...] = opt((), "names of the items to run; none: all but those that run alone")
     device: Literal["cuda", "cpu"] = opt("cuda", "where to run; cpu: at smoke size")
     out_dir: str = opt("runs/gpu_queue", "folder to write")
@@ -123,6 +126,16 @@ class Config:
 
 
 PRESETS = {"paper": Config()}
+
+
+def parts() -> dict[str, tuple[str, str]]:
+    """What depends on the installed packages, by its name in `Item.flags`: flags here, and what is said of them."""
+    lpips, mujoco = (importlib.util.find_spec(name) for name in ("lpips", "mujoco"))
+    random = "its VGG weights are random, on which times do not depend"
+    return {
+        "lpips": ("lpips", random) if lpips else ("ssim", "lpips is not installed here: ssim in its place"),
+        "stages": ("", "") if mujoco else ("--no-stages", "mujoco is not installed here: no stage runs"),
+    }
 
 
 def file_name(item: str) -> str:
@@ -185,7 +198,7 @@ def run_item(words: list[str], limit: float) -> dict[str, object]:
 
 
 def main(cfg: Config) -> dict:
-    """Run the queue; return what queue.json holds.
+    """Run the queue; return what queue.json holds of the items of this call.
 
     Raises:
         RuntimeError: torch finds no GPU, and one is asked for.
@@ -197,30 +210,33 @@ def main(cfg: Config) -> dict:
         raise RuntimeError("torch finds no GPU here: --device cpu runs the queue at smoke size")
     started, out = time.monotonic(), Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    lpips = "lpips" if importlib.util.find_spec("lpips") else "ssim"
-    report: dict[str, dict] = {}
+    path, made = out / "queue.json", {}
+    report: dict[str, dict] = json.loads(path.read_text()) if path.is_file() else {}
     for name in cfg.only or [name for name, item in QUEUE.items() if not item.alone]:
         item, result = QUEUE[name], out / file_name(name)
-        words = item.words(cfg.device, result, lpips)
-        entry = report[name] = {"command": " ".join(words[1:])}
-        if "{lpips}" in item.flags and lpips == "ssim":
-            entry["replaced"] = "lpips is not installed here: ssim in its place"
-        if time.monotonic() - started + item.seconds > 60 * cfg.minutes and not item.alone:
+        words = item.words(cfg.device, result)
+        entry = report[name] = made[name] = {"command": " ".join(words[1:])}
+        if said := "; ".join(said for part, (_, said) in parts().items() if f"{{{part}}}" in item.flags and said):
+            entry["replaced"] = said
+        if time.monotonic() - started + item.seconds > 60 * cfg.minutes:
             entry["state"] = "not started: too little time left"
         else:
             print(f"{name}: at most {item.seconds} s", flush=True)
+            entry["state"] = "was interrupted"
+            write_json(path, report)
+            result.unlink(missing_ok=True)  # of an earlier call
             entry |= run_item(words, item.seconds)
             if result.is_file():
                 write_json(result, {**json.loads(result.read_text()), "commit": commit()})
         print(f"{name}: {entry['state']}, {entry.get('seconds', 0)} s", flush=True)
         if entry["state"] in ("failed", "out of time"):
             print(entry["output"], flush=True)
-        write_json(out / "queue.json", report)
-    print("\n" + "\n".join(f"{name:<12} {e['state']:<34} {e.get('seconds', 0):>6} s" for name, e in report.items()))
-    return report
+        write_json(path, report)
+    print("\n" + "\n".join(f"{name:<12} {e['state']:<34} {e.get('seconds', 0):>6} s" for name, e in made.items()))
+    return made
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with clear_errors(), signals_end_this_process():
         made = main(parse(Config, PRESETS, sys.argv[1:], __doc__))
     sys.exit(any(entry["state"] in ("failed", "out of time") for entry in made.values()))

@@ -3,10 +3,10 @@
     python benchmarks/gpu_world_model.py --device cuda --out runs/gpu/world_model.json
     python benchmarks/gpu_world_model.py --join runs/gpu --out runs/wm          pieces -> a run folder
 
-Demonstrations, noisy attempts included, of all Tabletop suites; tokenizer and world model in bfloat16 with large
-batches, for as long as they are given; then `eval_wm.py`. The sizes are those that a CPU can imagine with. Writes the
-evaluation's metrics as a JSON file and, beside it, world_model_0.safetensors, ...: the weights in bfloat16, none larger
-than `PIECE`, each with the model's metadata.
+Demonstrations, noisy attempts included, of all Tabletop suites, made here or given; tokenizer and world model in
+bfloat16 with large batches, for as long as they are given; then `eval_wm.py`. The sizes are those that a CPU can
+imagine with. Writes the evaluation's metrics as a JSON file and, beside it, world_model_0.safetensors, ...: the weights
+in bfloat16, none larger than `PIECE`, each with the model's metadata. The stages' folders stay in `runs_dir`.
 """
 
 import json
@@ -27,6 +27,7 @@ from vlarft.run.script import clear_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 15 * 2**20  # bytes
+NO_END = 10**6  # steps
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Config:
     suites: tuple[str, ...] = opt(
         ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"), "suites to learn"
     )
+    demos: str | None = opt(None, "folder of demonstrations to learn from; none: make them, which needs mujoco")
+    runs_dir: str = opt("runs/gpu_world_model", "folder for the stages' runs")
     demos_per_task: int = opt(60, "demonstrations per task; a fifth as many noisy attempts")
     batch_size: int = opt(64, "segments per step")
     tokenizer_minutes: float = opt(3.0, "wall time of the tokenizer [min]")
@@ -103,11 +106,14 @@ def main(cfg: Config) -> dict:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: torch finds no GPU here")
     out = Path(cfg.out)
-    runs = out.parent / "world_model_runs"
-    demos, tokenizer, model = (str(runs / name) for name in ("demos", "tokenizer", "wm"))
-    counts = ["--demos-per-task", cfg.demos_per_task, "--noisy-per-task", cfg.demos_per_task // 5]
-    stage("collect_demos.py", cfg, "--suites", *cfg.suites, *counts, "--out-dir", demos)
+    demos, tokenizer, model = (str(Path(cfg.runs_dir) / name) for name in ("demos", "tokenizer", "wm"))
+    if cfg.demos is None:
+        counts = ["--demos-per-task", cfg.demos_per_task, "--noisy-per-task", cfg.demos_per_task // 5]
+        stage("collect_demos.py", cfg, "--suites", *cfg.suites, *counts, "--out-dir", demos)
+    else:
+        demos = cfg.demos
     how = ["--demos", demos, "--precision", "bf16", "--batch-size", cfg.batch_size]
+    how += ["--steps", NO_END, "--save-interval", NO_END]  # the minutes end a stage, which then saves
     stage("train_tokenizer.py", cfg, *how, "--max-minutes", cfg.tokenizer_minutes, "--out-dir", tokenizer)
     how += ["--tokenizer", tokenizer, "--max-minutes", cfg.model_minutes]
     stage("train_wm.py", cfg, *how, "--out-dir", model)

@@ -1,7 +1,7 @@
 """Time training steps of world model and tokenizer against straightforward ones, with random weights.
 
-    python benchmarks/training.py                                                                reduced sizes
-    python benchmarks/training.py --sizes paper --device cuda --out results/training_gpu.json
+    python benchmarks/training.py                                                            reduced sizes
+    python benchmarks/training.py --sizes paper --segments 4 --device cuda --out results/training_gpu.json
 
 tokenizer step     forward and backward of L1: a segment's context encoded and decoded once, its frames together (ours);
                    or each frame with a context of its own (straightforward)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 # The tests are many small computations: threads only get in each other's way. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what they expect is a CPU's; benchmarks/gpu_check.py is a GPU's
 
 import numpy as np
 import pytest

@@ -1,12 +1,16 @@
 """The GPU queue: limits, failures, what it leaves behind; the checks; a world model in pieces and joined again."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ended
 from safetensors.torch import load_file
 
 from vlarft.run.config import parse
@@ -66,18 +70,57 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, mon
     assert "slow         out of time" in capsys.readouterr().out
 
 
-def test_flags_of_the_items(queue, load_benchmark):
-    words = queue.QUEUE["rft step"].words("cuda", Path("o.json"), "ssim")
+def test_a_later_call_adds_to_the_report_and_keeps_no_old_file(queue, tmp_path, monkeypatch):
+    items = {
+        "first": item(queue, tmp_path, "first", "json.dump({'ratio': 2}, open(out, 'w'))"),
+        "second": item(queue, tmp_path, "second", "raise ValueError('broken')"),
+    }
+    monkeypatch.setattr(queue, "QUEUE", items)
+    folder = tmp_path / "out"
+    queue.main(queue.Config(device="cpu", only=("first",), out_dir=str(folder)))
+    (folder / "second_gpu.json").write_text('{"ratio": 1}')  # of an earlier call, when it passed
+    made = queue.main(queue.Config(device="cpu", only=("second",), out_dir=str(folder)))
+    assert list(made) == ["second"] and not (folder / "second_gpu.json").exists()
+    states = {name: entry["state"] for name, entry in json.loads((folder / "queue.json").read_text()).items()}
+    assert states == {"first": "passed", "second": "failed"} and (folder / "first_gpu.json").is_file()
+
+
+def test_a_queue_that_is_told_to_stop_ends_its_item(tmp_path, queue):
+    (tmp_path / "item.py").write_text(
+        "import os, sys, time\nopen(sys.argv[-1] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(queue.ROOT / 'benchmarks')!r}); import gpu_queue as queue\n"
+        f"queue.QUEUE = {{'slow': queue.Item('', 50, {str(tmp_path / 'item.py')!r}, '')}}\n"
+        "with queue.clear_errors(), queue.signals_end_this_process():\n"
+        f"    queue.main(queue.Config(device='cpu', out_dir={str(tmp_path)!r}))\n"
+    )
+    process, written = subprocess.Popen([sys.executable, "-c", code]), tmp_path / "slow_gpu.json.pid"
+    while not (written.exists() and written.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert ended(int(written.read_text()))
+    assert json.loads((tmp_path / "queue.json").read_text())["slow"]["state"] == "was interrupted"
+
+
+def test_flags_of_the_items(queue, load_benchmark, monkeypatch):
+    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: name == "mujoco" or None)
+    words = queue.QUEUE["rft step"].words("cuda", Path("o.json"))
     assert " ".join(words[2:]) == (
         "--sizes paper --policy paper --perceptual ssim --repeats 2 --versions none --device cuda --out o.json"
     )
     for entry in queue.QUEUE.values():
         benchmark = load_benchmark(entry.script.removesuffix(".py"))
         for device in ("cuda", "cpu"):
-            words = entry.words(device, Path("o.json"), "ssim")
+            words = entry.words(device, Path("o.json"))
             cfg = parse(benchmark.Config, benchmark.PRESETS, words[2:])
             assert (cfg.device, cfg.out) == (device, "o.json") and ("smoke" in words) == (device == "cpu")
     assert sum(entry.seconds for entry in queue.QUEUE.values() if not entry.alone) <= 540
+    assert "--no-stages" not in queue.QUEUE["check"].words("cuda", Path("o.json"))
+    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: None)
+    assert "--no-stages" in queue.QUEUE["check"].words("cuda", Path("o.json"))
     with pytest.raises(ValueError, match="unknown item 'fast': there are check, rft step"):
         queue.Config(only=("fast",))
 

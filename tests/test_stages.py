@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlarft.run.stages import Stage, run_stage, run_stages, seconds_left, wall_seconds
+from vlarft.run.stages import Stage, peak_bytes, run_stage, run_stages, seconds_left, wall_seconds
 
 SCRIPT = """
 import os, sys, time
@@ -125,6 +125,26 @@ def test_time_left_by_hand():
     assert seconds_left([a, b, c, d], ("b",), {"a": 7.0}, expected, 2) == 8
     assert seconds_left([a, b, c, d], ("b", "d"), {"a": 12.0}, expected, 2) == 5  # overdue
     assert seconds_left([], (), {}, expected, 2) == 0
+
+
+def test_memory_of_stages_side_by_side_by_hand():
+    stages = {
+        "a": {"spans": [[0, 10], [20, 25]], "peak_bytes": 3},
+        "b": {"spans": [[5, 20]], "peak_bytes": 4},
+        "c": {"spans": [[21, 22]], "peak_bytes": 5},
+    }
+    assert peak_bytes(stages) == 8 and peak_bytes({}) == 0  # a and c; b ends as a starts again
+
+
+def test_a_resumed_stage_counts_with_what_it_took_before(stage, tmp_path, capfd):
+    half = {"command": f"python script.py --name a --out-dir {tmp_path}", "seconds": 120.0, "done": False}
+    done = {"command": f"python script.py --name b --out-dir {tmp_path}", "seconds": 300.0, "done": True}
+    (tmp_path / "stages.json").write_text(json.dumps({"a": half, "b": done}))
+    stages = [stage("b"), stage("a", "b"), stage("c", "a")]
+    run_stages(tmp_path, stages, expected={"b": 300.0, "a": 240.0, "c": 600.0})
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("about")]
+    # at first 120 of a's 240 s, and c; then a took half of what was expected, as c will
+    assert said == ["about 12 minutes left", "about 5 minutes left"]
 
 
 def test_wall_time_by_hand():

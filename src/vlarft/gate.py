@@ -12,6 +12,7 @@ Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,8 @@ def trust_gate(
             out[f"gate_{family}{suffix}_se"] = ranked[family]["standard_error"]
             out[f"gate_{family}{suffix}_pairs"] = ranked[family]["pair_order"]
     decisive = "_true" if true_reward is not None else ""
-    return {"gate": min(out[f"gate_dataset{decisive}"], out[f"gate_policy{decisive}"]), **out}
+    lower = np.minimum(*(out[f"gate_{family}{decisive}"] for family in ("dataset", "policy")))
+    return {"gate": float(lower), **out}  # NaN where one of them is, which `check_gate` does not let pass
 
 
 def check_gate(found: dict[str, float], threshold: float | None, reward: str) -> None:

@@ -169,7 +169,7 @@ def run_stages(
     Raises:
         SystemExit: one failed; the message says which.
     """
-    path, took = folder / "stages.json", {}
+    path, took, before = folder / "stages.json", {}, {}  # seconds of stages that ended, and of earlier tries
     found = read_json(path) if path.is_file() else {}
     waiting, running, ended = list(stages), [], set()
 
@@ -178,14 +178,14 @@ def run_stages(
         name = one.stage.name
         found[name] |= one.end(found[name])
         write_json(path, found)
-        took[name] = time.time() - one.started
+        took[name] = found[name]["seconds"]
         return one.process.returncode
 
     def say_left() -> None:
         timed = [name for name in took if name in expected]
         pace = sum(took[name] for name in timed) / sum(expected[name] for name in timed) if timed else 1.0
         here = {name: pace * seconds for name, seconds in expected.items()}
-        now = {one.stage.name: time.time() - one.started for one in running}
+        now = {one.stage.name: before[one.stage.name] + time.time() - one.started for one in running}
         print(f"about {seconds_left(stages, ended, now, here, at_once) / 60:.0f} minutes left", flush=True)
 
     with signals_noted() as stop_if_told:  # a stage that has just started is known before a signal counts
@@ -196,14 +196,18 @@ def run_stages(
                     waiting.remove(stage)
                     words = stage.words()
                     command = stage.command(words)
-                    before = found.get(stage.name, {})
-                    if before.get("command") == command and before.get("done"):
-                        print(f"\n[{stage.name}] done in {before['seconds']:.0f} s: {command}", flush=True)
+                    known = found.get(stage.name, {})
+                    known = known if known.get("command") == command else {}
+                    if known.get("done"):
+                        print(f"\n[{stage.name}] done in {known['seconds']:.0f} s: {command}", flush=True)
                         ended.add(stage.name)
                         break  # there may be more room, and more that can start
                     print(f"\n[{stage.name}] {command}", flush=True)
-                    found[stage.name] = {**(before if before.get("command") == command else {}), "command": command}
+                    found[stage.name] = {**known, "command": command}
+                    before[stage.name] = known.get("seconds", 0.0)
                     running.append(Running(stage, words, at_once))
+                    if expected and len(before) == 1:  # the first that starts
+                        say_left()
                 else:
                     time.sleep(0.1)
                 for one in [one for one in running if one.process.poll() is not None]:
@@ -225,6 +229,12 @@ def run_stages(
 def run_stage(folder: Path, name: str, script: Path, /, **flags: object) -> dict:
     """Run one stage, see `run_stages`; returns what stages.json says of it."""
     return run_stages(folder, [Stage(name, script, flags)])[name]
+
+
+def peak_bytes(stages: Mapping[str, dict]) -> int:
+    """Memory that the stages of a stages.json took at most: the peaks of those that ran side by side, added up."""
+    tries = [(*span, stage["peak_bytes"]) for stage in stages.values() for span in stage.get("spans", [])]
+    return max((sum(peak for first, last, peak in tries if first <= start < last) for start, *_ in tries), default=0)
 
 
 def wall_seconds(stages: Mapping[str, dict]) -> float:
