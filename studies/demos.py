@@ -14,10 +14,13 @@ from pathlib import Path
 
 from records import rounded, write
 from stage_tables import demo_table
-from stages import call, commit, machine, read_report
+from stages import ROOT, call, commit, machine, read_report
 
 from vlarft.run.checkpoint import read_json
 from vlarft.run.config import opt, parse
+
+sys.path.insert(0, str(ROOT))  # where the stage scripts are, which are no package
+import demo
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,23 @@ def summed_up(folder: Path) -> dict:
     }
 
 
+def sizes(preset: str) -> dict[str, object]:
+    """What the demo sets beside its stages' presets."""
+    return {name: values[preset] for name, values in (("few", demo.FEW), ("rl", demo.RL), ("rft", demo.RFT))}
+
+
 def main(cfg: Config) -> dict:
-    """Run what is missing; return what the JSON file holds."""
+    """Run what is missing; return what the JSON file holds.
+
+    Raises:
+        ValueError: the file holds demos of other sizes.
+    """
     report = read_report(cfg, "runs", free=("out_dir", "out", "seeds"))
-    report = {"command": "python studies/demos.py", "machine": machine(), **report}
+    report = {"command": "python studies/demos.py", "machine": machine(), "sizes": sizes(cfg.demo_preset), **report}
+    if report["sizes"] != sizes(cfg.demo_preset):
+        raise ValueError(
+            f"{cfg.out} holds demos with {report['sizes']}, not {sizes(cfg.demo_preset)}: give another file as --out"
+        )
     for seed in cfg.seeds:
         if str(seed) not in report["runs"]:
             folder = Path(cfg.out_dir) / f"seed{seed}"

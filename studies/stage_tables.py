@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import torch
 from labels import note, training
-from table_text import difference, over_seeds, percent, points, share, signed, table
+from table_text import difference, mean_over_seeds, over_seeds, percent, points, share, signed, table
 
 from vlarft.statistics import Interval, bootstrap_interval, paired_difference
 
@@ -343,18 +343,35 @@ def libero_minutes_table(report: dict) -> str:
 
 def demo_table(report: dict) -> str:
     """Success of the demo's SFT policies, and gains of the others over the one above, played the same way on the same
-    starts; and RFT against what costs no training (demos.py).
+    starts; and RFT against what costs no training (demos.py). Of several seeds: means with 95 % intervals over the
+    seeds, bold where a gain's excludes 0, and behind the colon the seeds; of one: its intervals over the starts.
     """
     runs, rows, first = [run["outcomes"] for run in report["runs"].values()], [], ""
     ways = "", f", {NOISE['zero']}"
 
+    def rate(name: str) -> str:
+        rates = [share(run[name].count("1"), len(run[name])) for run in runs]
+        if len(rates) == 1:
+            return percent(rates[0])
+        rates = [100 * of["rate"] for of in rates]
+        mean, half = mean_over_seeds(rates)
+        return (
+            f"{mean:.1f} % [{mean - half:.1f}, {min(100.0, mean + half):.1f}]: {', '.join(f'{r:.1f}' for r in rates)}"
+        )
+
     def gain(name: str, base: str) -> str:
-        return gains([[[c == "1" for c in run[of]] for of in (base, name)] for run in runs])
+        pairs = [[[c == "1" for c in run[of]] for of in (base, name)] for run in runs]
+        if len(pairs) == 1:
+            return gains(pairs)
+        found = [paired_difference(*pair).difference for pair in pairs]
+        mean, half = mean_over_seeds(found)
+        text = points({"difference": mean, "low": mean - half, "high": mean + half})
+        return f"{f'**{text}**' if abs(mean) > half else text}: {signed(found)}"
 
     for name in (name for name in runs[0] if not name.endswith(ways[1])):
         if name.startswith("SFT"):
-            first, own = name, ["".join(run[name + way] for run in runs) for way in ways]
-            rows.append([name, *(percent(share(won.count("1"), len(won))) for won in own)])
+            first = name
+            rows.append([name, *(rate(name + way) for way in ways)])
         else:
             rows.append([name, *(gain(name + way, first + way) for way in ways)])
         if name == "+ RFT":
@@ -380,32 +397,16 @@ def demo_world_model_table(report: dict) -> str:
 
 
 def experts_table(report: dict) -> str:
-    """Episodes that Tabletop's scripted experts win, by suite and action noise (experts.py)."""
-    noises = list(dict.fromkeys(row["noise"] for row in report["rows"]))
-    rows = []
-    for suite in dict.fromkeys(row["suite"] for row in report["rows"]):
-        cells = [suite]
-        for noise in noises:
-            of = [row for row in report["rows"] if (row["suite"], row["noise"]) == (suite, noise)]
-            cells += _won(of)
-        plain = [row["mean_steps"] for row in report["rows"] if (row["suite"], row["noise"]) == (suite, noises[0])]
-        rows.append([*cells, f"{sum(plain) / len(plain):.0f}"])
-    heads = ["suite", "without noise", "lowest task", f"with action noise {noises[1]:g}", "lowest task", "steps"]
-    return table(heads, rows)
-
-
-def libero_experts_table(report: dict) -> str:
-    """Episodes that LIBERO's scripted experts win, by suite (libero_experts.py)."""
-    rows = []
-    for suite in dict.fromkeys(row["suite"] for row in report["rows"]):
-        of = [row for row in report["rows"] if row["suite"] == suite]
-        states = of[0]["states"]
-        steps = f"{sum(row['mean_steps'] for row in of) / len(of):.0f}"
-        rows.append([suite, str(len(of)), f"{states[0]} to {states[-1]}", *_won(of), steps])
-    return table(["suite", "tasks", "initial states", "won", "lowest task", "steps"], rows)
-
-
-def _won(rows: list[dict]) -> list[str]:
-    won, episodes = (sum(row[name] for row in rows) for name in ("successes", "episodes"))
-    lowest = min(rows, key=lambda row: row["successes"] / row["episodes"])
-    return [f"{won}/{episodes}", f"{lowest['successes']}/{lowest['episodes']}"]
+    """Episodes that scripted experts win, by suite and action noise, and their mean length without it (experts.py)."""
+    rows, heads = [], []
+    for suite, noises in report["suites"].items():
+        plain = next(iter(noises.values()))
+        cells = [suite, str(len(plain))]
+        for played in noises.values():
+            won = [task["outcomes"].count("1") for task in played.values()]
+            episodes = [len(task["outcomes"]) for task in played.values()]
+            lowest = min(range(len(won)), key=lambda task: won[task] / episodes[task])
+            cells += [f"{sum(won)}/{sum(episodes)}", f"{won[lowest]}/{episodes[lowest]}"]
+        rows.append([*cells, f"{sum(task['steps'] for task in plain.values()) / len(plain):.0f}"])
+        heads = [head for n in noises for head in (f"noise {n}" if float(n) else "without noise", "lowest task")]
+    return table(["suite", "tasks", *heads, "steps"], rows)

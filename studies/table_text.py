@@ -55,12 +55,17 @@ def shift(kind: str, change: dict[str, float]) -> str:
     return f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f}"
 
 
-def over_seeds(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds with its 95 % interval by Student's t; one seed alone has none."""
+def mean_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over several seeds, and half of its 95 % interval by Student's t."""
     mean, count = sum(values) / len(values), len(values)
-    if count == 1:
-        return f"{mean:.{digits}f}"
-    half = STUDENT[count] * (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
+    return mean, STUDENT[count] * (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
+
+
+def over_seeds(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds with its 95 % interval; one seed alone has none."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    mean, half = mean_over_seeds(values)
     return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 

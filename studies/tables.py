@@ -173,7 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": lambda: stage.demo_table(result("demo")),
     "demo, world model": lambda: stage.demo_world_model_table(result("demo")),
     "tabletop experts": lambda: stage.experts_table(result("tabletop_experts")),
-    "libero experts": lambda: stage.libero_experts_table(result("libero_experts")),
+    "libero experts": lambda: stage.experts_table(result("libero_experts")),
     "rft step": lambda: speed.step_table(result("rft_step")),
     "rft step, pixels": lambda: speed.step_table(result("rft_step_pixels")),
     "rft step, faster": lambda: speed.faster_table(

@@ -94,6 +94,9 @@ def test_seeds_of_the_demo_are_gathered(smoke, tmp_path, monkeypatch, capfd):
     assert [words[: words.index("--out-dir")][-2:] for words in called] == [["--seed", "3"], ["--seed", "5"]]
     assert json.loads((tmp_path / "demos.json").read_text()) == report and demos.main(cfg) == report
     assert len(called) == 2  # none runs again
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="holds demos with .*: give another file"):
+        patch.setitem(demo.RL, "smoke", {"steps": 3})
+        demos.main(cfg)
     run = report["runs"]["5"]
     assert set(run["seconds"]) == set(json.loads((smoke.folder / "runs" / "demo" / "stages.json").read_text()))
     assert run["outcomes"]["SFT"] in ("00", "01", "10", "11") and run["frames"]["copy"]["ssim"] <= 1
@@ -114,10 +117,16 @@ def test_the_gains_of_the_demos_by_hand():
         "SFT of 10 a task",
         "+ RL, simulator",
     ]
-    assert cells["SFT"] == ["50.0 % [15.0, 85.0]", "100.0 % [51.0, 100.0]"]
-    assert cells["+ RFT"][0].startswith("+0.0 [") and cells["+ RFT"][0].endswith("]: +50.0, -50.0")
+    assert cells["SFT"] == ["50.0 % [50.0, 50.0]: 50.0, 50.0", "100.0 % [100.0, 100.0]: 100.0, 100.0"]
+    assert cells["+ RFT"][0] == "+0.0 [-635.5, +635.5]: +50.0, -50.0"  # 12.71 * 50
     assert cells["+ RFT from a sampled x_0, against SFT from x_0 = 0"][0].endswith("]: +0.0, -100.0")
     assert cells["+ RL, simulator"][0].endswith("]: +50.0, +0.0")
+    better = {**one, "+ RFT": "11", "SFT": "00"}
+    assert "| **+100.0 [+100.0, +100.0]**: +100.0, +100.0 |" in stage_tables.demo_table(
+        {"runs": {"0": {"outcomes": better}, "1": {"outcomes": better}}}
+    )
+    alone = stage_tables.demo_table({"runs": {"0": {"outcomes": one}}})
+    assert "| SFT | 50.0 % [9.5, 90.5] | 100.0 % [34.2, 100.0] |" in alone  # over its two starts
 
 
 @pytest.mark.slow
@@ -264,8 +273,8 @@ def test_what_the_demo_expects_to_take(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     assert demo.expected_seconds(demo.Config()) == {}  # nothing is known
-    known = {"probe_seconds": demo.probe_seconds(), "seconds": {"sft": 100.0}}
-    (tmp_path / "results" / "demo.json").write_text(json.dumps({"runs": {"3": known}}))
+    runs = {str(i): {"probe_seconds": 0.1 * pace, "seconds": {"sft": 100.0}} for i, pace in enumerate((1, 2, 4))}
+    (tmp_path / "results" / "demo.json").write_text(json.dumps({"runs": runs}))
     assert demo.expected_seconds(demo.PRESETS["smoke"]) == {}
-    monkeypatch.setattr(demo, "probe_seconds", lambda: 2 * known["probe_seconds"])  # a slower machine
+    monkeypatch.setattr(demo, "probe_seconds", lambda: 0.4)  # a machine twice as slow as that of the run between
     assert demo.expected_seconds(demo.Config()) == {"sft": pytest.approx(200)}

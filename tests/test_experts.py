@@ -140,10 +140,35 @@ def test_bad_settings(arguments, message):
         Expert(make_env("tabletop_object", 0), **arguments)
 
 
-@pytest.mark.parametrize("name,changes", [("experts", {"tasks": 1, "states": 1}), ("tabletop", {"steps": 10})])
-def test_benchmarks_run_at_smoke_size(name, changes, tmp_path, load_benchmark):
-    benchmark = load_benchmark(name)
-    report = benchmark.main(dataclasses.replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "out.json"), **changes))
+def test_the_count_of_wins_plays_no_task_twice(tmp_path, load_benchmark, monkeypatch):
+    script = load_benchmark("experts")
+    smoke = {"suites": ("tabletop_object",), "noises": (0.0,), "out": str(tmp_path / "out.json")}
+    first = dataclasses.replace(script.PRESETS["smoke"], **smoke)
+    script.main(first)
+    played, play = [], script.play
+    monkeypatch.setattr(script, "play", lambda cfg, *job: played.append(job) or play(cfg, *job))
+    report = script.main(dataclasses.replace(first, tasks=(0, 1), noises=(0.0, 0.2)))
+    assert played == [("tabletop_object", 1, 0.0), ("tabletop_object", 0, 0.2), ("tabletop_object", 1, 0.2)]
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    noises = report["suites"]["tabletop_object"]
+    assert {noise: list(tasks) for noise, tasks in noises.items()} == {"0": ["0", "1"], "0.2": ["0", "1"]}
+    assert noises["0"]["0"]["outcomes"] == "1" and noises["0"]["0"]["steps"] < noises["0.2"]["0"]["steps"]
+    with pytest.raises(ValueError, match="holds suites with states 1, not 2"):
+        script.main(dataclasses.replace(first, states=2))
+
+
+def test_the_table_of_wins_has_the_lowest_task(load_benchmark):
+    tables = load_benchmark("stage_tables")
+    tasks = {"0": {"outcomes": "1101", "steps": 50.0}, "1": {"outcomes": "1111", "steps": 70.0}}
+    noisy = {"0": {"outcomes": "0101", "steps": 90.0}}
+    lines = tables.experts_table({"suites": {"tabletop_object": {"0": tasks, "0.2": noisy}}}).splitlines()
+    assert lines[0] == "| suite | tasks | without noise | lowest task | noise 0.2 | lowest task | steps |"
+    assert lines[2] == "| tabletop_object | 2 | 7/8 | 3/4 | 2/4 | 2/4 | 60 |"
+
+
+def test_the_benchmark_of_tabletop_runs_at_smoke_size(tmp_path, load_benchmark):
+    script = load_benchmark("tabletop")
+    report = script.main(dataclasses.replace(script.PRESETS["smoke"], out=str(tmp_path / "out.json"), steps=10))
     assert json.loads((tmp_path / "out.json").read_text()) == report and len(report["rows"]) == 8
 
 

@@ -1,7 +1,5 @@
 """The LIBERO experts' geometry and choice of grasps, without LIBERO; with LIBERO, one task of each kind."""
 
-import dataclasses
-import json
 import math
 from types import SimpleNamespace
 
@@ -155,31 +153,6 @@ def test_the_first_grasp_that_is_free_and_within_reach_is_chosen():
     assert choose(options, depths={1: 0.03, 3: 0.02, 5: 0.04}) == [3, 4]
     assert choose(options, depths={(2, 0.02): 0.01}, room=True) == [3, 4]
     assert choose([(1, 2)], margin=0.1) == [1, 2]
-
-
-def test_the_benchmark_plays_nothing_twice_and_keeps_the_rows_of_other_tasks(load_benchmark, tmp_path):
-    benchmark = load_benchmark("libero_experts")
-    record = {
-        "policy": "expert",
-        "suite": "libero_goal",
-        "task": 7,
-        "steps": 80,
-        "rejected_starts": 0,
-        "visuals": "own",
-    }
-    records = [{**record, "init_state": state, "success": state < 2, "actions": []} for state in (0, 1, 2, 9)]
-    log = tmp_path / "episodes.jsonl"
-    log.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"suite": "lib')  # a kill cut it
-    out = tmp_path / "out.json"
-    out.write_text(json.dumps({"rows": [{"suite": "libero_10", "task": 0}, {"suite": "libero_goal", "task": 7}]}))
-    config = benchmark.Config(str(out), str(tmp_path), ("libero_goal",), (7,), (0, 1, 2), workers=0)
-    rows = benchmark.main(config)["rows"]
-    assert json.loads(out.read_text())["rows"] == rows
-    assert [(row["suite"], row["task"]) for row in rows] == [("libero_goal", 7), ("libero_10", 0)]
-    assert (rows[0]["successes"], rows[0]["episodes"], rows[0]["states"]) == (2, 3, [0, 1, 2])
-    assert [json.loads(line) for line in log.read_text().splitlines()] == records
-    with pytest.raises(ValueError, match="a run of another configuration: .*noise"):
-        benchmark.main(dataclasses.replace(config, noise=0.2))
 
 
 @pytest.mark.skipif(bool(libero_missing()), reason=libero_missing() or "LIBERO is here")
