@@ -47,7 +47,7 @@ from vlarft.data.frames import Budget
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import check_room, read_json, write_atomic, write_json
+from vlarft.run.checkpoint import check_room, read_header, read_json, write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
@@ -55,8 +55,9 @@ from vlarft.sim import TABLETOP_SUITES, Env, make_env, make_expert, simulator_of
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.gl import FAST
+from vlarft.sim.policy_check import check_policy
 from vlarft.sim.record import PolicyPlayer, record
-from vlarft.sim.suites import check_rendering
+from vlarft.sim.suites import check_rendering, visuals_of
 from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
@@ -187,6 +188,10 @@ def main(config: Config) -> list[Path]:
             others have been made and kept.
     """
     chosen = [(suite, task) for suite in config.suites for task in _tasks(config, suite)]
+    if config.policy is not None:
+        for suite in config.suites:
+            words = suite, _tasks(config, suite), config.image_size, config.fast_rendering
+            check_policy(config.policy, read_header(config.policy), *words)
     paths = {key: demo_path(config, *key) for key in chosen}
     jobs = {key: list(_missing(config, *key)) for key in chosen}
     todo = [job for key in chosen for job in jobs[key]]
@@ -310,9 +315,10 @@ def _environment(
     return make_env(suite, task, image_size, cameras=cameras, horizon=horizon, fast_rendering=fast)
 
 
-def _content(config: Config) -> dict:
+def _content(config: Config, suite: str) -> dict:
     cell = FAST.mesh_cell if config.fast_rendering else 0.0  # fast rendering once left the meshes as they are
-    return {**{k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}, "mesh_cell": cell}
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}
+    return {**settings, "mesh_cell": cell, "visuals": visuals_of(suite)}
 
 
 def _parts(path: Path) -> Path:
@@ -326,24 +332,25 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     done: set[str] = set()
     if path.exists():
         with open_demo_file(path) as file:
-            _check_settings(config, json.loads(file["data"].attrs["env_args"]).get("collection", {}), path)
+            found = json.loads(file["data"].attrs["env_args"]).get("collection", {})
+            _check_settings(_content(config, suite), found, path)
             done |= set(demo_names(file["data"]))
     if parts:
-        _check_settings(config, read_json(settings), settings)
+        _check_settings(_content(config, suite), read_json(settings), settings)
         done |= {part.stem for part in parts}
     counts = {0: config.demos_per_task, FIRST_NOISY: config.noisy_per_task, FIRST_ON_POLICY: config.policy_per_task}
     indices = [first + i for first, count in counts.items() for i in range(count)]
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
     if jobs and not parts:
         settings.parent.mkdir(parents=True, exist_ok=True)
-        write_json(settings, _content(config))
+        write_json(settings, _content(config, suite))
     return iter(jobs)
 
 
-def _check_settings(config: Config, found: dict, where: Path) -> None:
-    expected = json.loads(json.dumps(_content(config)))
+def _check_settings(content: dict, found: dict, where: Path) -> None:
+    expected = json.loads(json.dumps(content))
     found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
-    found = {**OLDER, **found}
+    found = {**OLDER, "visuals": expected["visuals"], **found}  # older files do not tell with which they were rendered
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")
@@ -363,7 +370,12 @@ def _merge(config: Config, suite: str, task: int) -> None:
 def _write_task(path: Path, sources: list[Path], config: Config, suite: str, task: int) -> None:
     with import_h5py().File(path, "w") as file:
         data = file.create_group("data")
-        args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": _content(config)}
+        args = {
+            "suite": suite,
+            "task": task,
+            "task_name": task_names(suite)[task],
+            "collection": _content(config, suite),
+        }
         simulator = simulator_of(suite)
         described = simulator.suites[suite].tasks[task]
         write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))

@@ -35,7 +35,6 @@ import functools
 import json
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,7 +45,7 @@ from tqdm import tqdm
 from vlarft.data.convention import check_same_images
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.planning import Planner
-from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import (
     append_line,
     checkpoint_file,
@@ -64,8 +63,9 @@ from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.perturb import Perturbation
+from vlarft.sim.policy_check import check_policy
 from vlarft.sim.replay import replay_episodes, replay_frames
-from vlarft.sim.suites import check_rendering, simulator_of
+from vlarft.sim.suites import check_rendering, simulator_of, visuals_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
 from vlarft.success import SuccessModel, check_judge
@@ -332,49 +332,16 @@ def check(cfg: Config) -> dict[str, str]:
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
         for suite in cfg.suites:
-            cameras = header.config.get("cameras", PolicyConfig.cameras)
-            check_rendering(suite, cameras, path, fast_rendering=cfg.fast_rendering)
+            check_policy(path, header, suite, _tasks(cfg, suite), cfg.image_size, cfg.fast_rendering)
         chunk = header.config["flow"]["chunk"]
         if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
-        check_instructions(cfg, path, header.extra.get("instructions"))
-        trained_fast = header.extra.get("fast_rendering", cfg.fast_rendering)
-        if trained_fast not in (None, cfg.fast_rendering) and not LIBERO_SUITES.keys().isdisjoint(cfg.suites):
-            words = ("full", "fast")
-            warnings.warn(
-                f"{path} was trained on images of {words[trained_fast]} rendering and plays with "
-                f"{words[cfg.fast_rendering]}: give --{'' if trained_fast else 'no-'}fast-rendering",
-                stacklevel=2,
-            )
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = "+".join(map(model_digest, players(cfg, path)))
     return digests
-
-
-def check_instructions(cfg: Config, path: str, trained: list[str] | None) -> None:
-    """Compare the tasks' instructions with those that a policy was trained on, if its file names them; older files and
-    public weights do not.
-
-    Raises:
-        ValueError: a suite has none of them.
-    """
-    known = {text.strip().lower() for text in trained or ()}
-    for suite in cfg.suites if known else ():
-        texts = [task.instruction for task in simulator_of(suite).suites[suite].tasks]
-        if known.isdisjoint(text.lower() for text in texts):
-            raise ValueError(
-                f"{path} was trained on no demonstrations of {suite}, for example not on {texts[0]!r}: choose --suites "
-                "that it knows"
-            )
-        unknown = [texts[task] for task in _tasks(cfg, suite) if texts[task].lower() not in known]
-        if unknown:
-            warnings.warn(
-                f"{path} was not trained on {len(unknown)} of the tasks of {suite}, for example {unknown[0]!r}",
-                stacklevel=2,
-            )
 
 
 def players(cfg: Config, path: str) -> list[str]:
@@ -450,6 +417,8 @@ def check_plan(cfg: Config) -> None:
 def main(cfg: Config) -> dict:
     """Play what is missing; return what results.json holds."""
     digests = check(cfg)
+    for suite in cfg.suites:
+        visuals_of(suite)  # raises if the simulator is missing
     out_dir = Path(cfg.out_dir)
     films = (f"animate_{k}" for k in ("failed", "starts", "size", "format"))
     open_run(out_dir, cfg, ignore=("workers", "animate", *films, "lerobot"))

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.data.convention import warn_other_contexts
+from vlarft.data.convention import check_image_size, warn_other_contexts
 from vlarft.data.episodes import Episode, load_episodes, warn_unknown_outcomes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -398,6 +398,7 @@ def main(cfg: Config) -> dict:
     episodes = held_out_episodes(cfg, path)
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
+    check_image_size(model.cfg.tokenizer.image_size, str(path), episodes[0])
     sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]

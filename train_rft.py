@@ -43,6 +43,7 @@ Differences from the paper, and from the public code (github.com/OpenHelix-Team/
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
-from vlarft.data.convention import check_same_images
+from vlarft.data.convention import check_image_size, check_same_images, image_convention
 from vlarft.diagnosis import diagnose, picture_actions
 from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
 from vlarft.gate import check_gate, held_out_names, trust_gate
@@ -261,9 +262,15 @@ def load_world_model(
         return None, None
     world_model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     check_same_robot(policy, world_model)
-    check_same_images(
-        extra, f"policy {cfg.policy}", read_header(cfg.world_model).extra, f"world model {cfg.world_model}"
-    )
+    names, imagined = (f"policy {cfg.policy}", f"world model {cfg.world_model}"), read_header(cfg.world_model).extra
+    check_same_images(extra, names[0], imagined, names[1])
+    tasks = [{name.rpartition("/")[0] for name in of.get("train_episodes", ())} for of in (extra, imagined)]
+    if all(tasks) and tasks[0].isdisjoint(tasks[1]):
+        warnings.warn(
+            f"{names[1]} was trained on none of the files of {names[0]}: {min(tasks[1])}, ... and not {min(tasks[0])}, "
+            "...; it may never have seen these tasks",
+            stacklevel=2,
+        )
     distance = None if cfg.reward == "divergence" else perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     if in_bf16(cfg.precision, device):
         world_model.to_bfloat16()
@@ -275,7 +282,9 @@ def load_world_model(
     return world_model, distance
 
 
-def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSampler, Batch]:
+def windows(
+    cfg: Config, extra: dict, chunk: int, gated: bool, world_model: WorldModel | None
+) -> tuple[WindowSampler, Batch]:
     """Load start states to train on, from the policy's training episodes; and fixed held-out starts, for the gate and
     the diagnosis.
 
@@ -284,7 +293,8 @@ def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSa
     names no episodes at all, as converted public weights, takes the default split of train_sft.py.
 
     Raises:
-        ValueError: the gate has no held-out episodes, see `held_out_names`.
+        ValueError: the gate has no held-out episodes, see `held_out_names`; or the demonstrations have images unlike
+            those that the policy was trained on, or of another size than the world model's.
     """
     camera = extra.get("camera", "agentview")
     if not extra.get("train_episodes"):
@@ -300,10 +310,12 @@ def windows(cfg: Config, extra: dict, chunk: int, gated: bool) -> tuple[WindowSa
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]
     if gated:
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
-    training, others = (
-        WindowSampler(load_episodes(cfg.demos, camera, names=names), chunk + 1, chunk)
-        for names in (extra["train_episodes"], held_out)
-    )
+    episodes, others = (load_episodes(cfg.demos, camera, names=names) for names in (extra["train_episodes"], held_out))
+    images, where = image_convention(episodes, camera), f"the demonstrations {' '.join(cfg.demos)}"
+    check_same_images(extra, f"policy {cfg.policy}", images, where)
+    if world_model is not None:
+        check_image_size(world_model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
+    training, others = (WindowSampler(part, chunk + 1, chunk) for part in (episodes, others))
     return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS)
 
 
@@ -431,7 +443,7 @@ def main(
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
     gated = cfg.gate_starts > 0 and (world_model is not None or hasattr(score_held_out, "bins"))
-    starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated)
+    starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated, world_model)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)

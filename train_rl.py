@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
-from vlarft.data.convention import check_same_images
+from vlarft.data.convention import check_image_size, check_same_images
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
@@ -77,8 +77,9 @@ from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
+from vlarft.sim.policy_check import check_policy
 from vlarft.sim.simulated_world import Place, SimulatedWorld
-from vlarft.sim.suites import check_rendering, simulator_of, task_index, task_names
+from vlarft.sim.suites import simulator_of, task_index, task_names
 from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
@@ -161,13 +162,17 @@ PRESETS = {
 
 
 def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWorld:
-    """Make the simulator's tasks, rendered as the policy sees them."""
-    size, places = cfg.image_size or policy.vlm.image_size, []
+    """Make the simulator's tasks, rendered as the policy sees them.
+
+    Raises:
+        ValueError: an unknown suite or task, or one that policy (`check_policy`) or success model (`check_judge`) do
+            not know.
+    """
+    size, how, places = cfg.image_size or policy.vlm.image_size, (cfg.horizon, cfg.fast_rendering), []
     for suite in cfg.suites:
-        check_rendering(suite, policy.cfg.cameras, cfg.policy, fast_rendering=cfg.fast_rendering)
-        for task in cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))):
-            index, how = task_index(suite, task), (cfg.horizon, cfg.fast_rendering)
-            places.append(Place(suite, index, size, policy.cfg.cameras, *how))
+        tasks = [task_index(suite, task) for task in cfg.tasks or range(len(task_names(suite)))]
+        check_policy(cfg.policy, read_header(cfg.policy), suite, tasks, size, cfg.fast_rendering)
+        places += [Place(suite, task, size, policy.cfg.cameras, *how) for task in tasks]
     judge = None
     if cfg.success_model is not None:
         judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
@@ -187,6 +192,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
     check_imagined(cfg, cfg.policy, policy, extra, model)
+    check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
     if cfg.horizon < judge.cfg.hold:

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import OFF, Augmentation, augment
-from vlarft.data.convention import image_convention
+from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.policy import PRESETS as SIZES
@@ -310,7 +310,11 @@ def main(cfg: Config) -> dict[str, float]:
     episodes = load_episodes(cfg.demos, cfg.camera)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    facts = {**names, **instructions(cfg, train), **image_convention(train, cfg.camera), "sft": to_dict(cfg)}
+    images = image_convention(train, cfg.camera)
+    facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
+    if cfg.init not in (None, "random"):
+        where = f"the demonstrations {' '.join(cfg.demos)}"
+        check_same_images(read_header(cfg.init).extra, f"policy {cfg.init}", images, where)
 
     policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1], train[0].grippers)
     fit_normalizer(policy, train, cfg.refit_statistics)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.augment import OFF, augment
-from vlarft.data.convention import check_same_images, image_convention
+from vlarft.data.convention import check_image_size, check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import warn_unknown_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
@@ -422,6 +422,7 @@ def main(cfg: Config) -> dict[str, float]:
         path = checkpoint_file(cfg.world_model)
         where = f"the episodes {' '.join(cfg.demos)}"
         check_same_images(read_header(path).extra, f"world model {path}", images, where)
+        check_image_size(world_model.cfg.tokenizer.image_size, f"world model {path}", train[0])
     size = SIZES[cfg.size]
     height, width = train[0].images.shape[1:3]
     if height != width:

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.data.convention import check_same_images, image_convention, warn_other_contexts
+from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
@@ -226,11 +226,13 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
     """The tokenizer to freeze.
 
     Raises:
-        ValueError: it was trained on episodes that this run holds out, or on images of another convention.
+        ValueError: it was trained on episodes that this run holds out, or on images of another size or convention.
     """
     path = checkpoint_file(cfg.tokenizer)
-    extra = read_header(path).extra
+    header = read_header(path)
+    extra = header.extra
     check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
+    check_image_size(header.config["image_size"], f"tokenizer {path}", held_out[0])
     warn_other_contexts(extra, f"tokenizer {path}", cfg.context_lookback)
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
@@ -301,13 +303,14 @@ def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldMo
     """The world model of `init`, its robot fitted anew; warns of actions outside its ranges.
 
     Raises:
-        ValueError: it is for another robot, for chunks of another length or for images of another convention.
+        ValueError: it is for another robot, for chunks of another length or for images of another size or convention.
     """
     path = checkpoint_file(cfg.init)
     extra = read_header(path).extra
     check_same_images(extra, f"world model {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
     warn_other_contexts(extra, f"world model {path}", cfg.context_lookback)
     model = WorldModel.load(path)
+    check_image_size(model.cfg.tokenizer.image_size, f"world model {path}", episodes[0])
     for what, found, expected in (
         ("action dimensions", model.cfg.action_dim, episodes[0].actions.shape[1]),
         ("actions per segment", model.cfg.chunk, SIZES[cfg.size].chunk),

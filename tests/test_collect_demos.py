@@ -177,6 +177,23 @@ def test_a_collection_of_before_the_wrist_camera_was_renamed_goes_on(tmp_path):
         main(dataclasses.replace(settings, eye_in_hand=True))
 
 
+def test_other_meshes_do_not_mix_in_a_file(tmp_path, monkeypatch):
+    def collect(visuals, count):
+        monkeypatch.setattr(collect_demos, "visuals_of", lambda suite: visuals)
+        (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=count))
+        return path, load_episodes(path)
+
+    path, (episode,) = collect("stand-in visuals", 1)
+    assert episode.env_args["collection"]["visuals"] == "stand-in visuals"
+    with pytest.raises(ValueError, match=r"other settings \(visuals: 'stand-in visuals' there, 'own visuals' now"):
+        collect("own visuals", 2)
+    with h5py.File(path, "r+") as file:  # of an older version, which does not tell
+        args = json.loads(file["data"].attrs["env_args"])
+        del args["collection"]["visuals"]
+        file["data"].attrs["env_args"] = json.dumps(args)
+    assert len(collect("own visuals", 2)[1]) == 2
+
+
 def test_failures_are_retried_or_kept_and_marked(tmp_path):
     hopeless = config(tmp_path / "a", tasks=("0",), demos_per_task=1, action_noise=3.0, max_attempts=2)
     with pytest.raises(RuntimeError, match=r"no success in 2 attempts from seed 0; lower action_noise \(now 3.0\)"):

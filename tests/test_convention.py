@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlarft.data.convention import VIEWS, check_same_images, image_convention
+from vlarft.data.convention import VIEWS, check_image_size, check_same_images, image_convention
 from vlarft.data.episode import Episode
 
 
@@ -51,6 +51,20 @@ def test_another_rendering_is_refused(scene):
     for known in records:
         check_same_images(known, "a", records[2], "b")
         check_same_images(records[3], "a", known, "b")
+
+
+def test_other_meshes_and_another_size_are_named(scene):
+    own, stand_in = (
+        image_convention([replace(episode(scene), env_args={"collection": {"visuals": name}})], "agentview")
+        for name in ("own visuals", "stand-in visuals")
+    )
+    with pytest.raises(ValueError, match="A has images of LIBERO's own visuals, B of stand-in visuals; train both on"):
+        check_same_images(own, "A", stand_in, "B")
+    check_same_images(own, "A", image_convention([episode(scene)], "agentview"), "B")  # which does not tell
+    assert own["image_size"] == [24, 32]
+    check_image_size((24, 32), "WM", episode(scene))
+    with pytest.raises(ValueError, match="WM takes images of 64x64, e has 24x32: resize .* --size 64 64, or train"):
+        check_image_size((64, 64), "WM", episode(scene))
 
 
 def test_other_scenes_of_the_same_convention_pass(scene):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import eval_libero
 from vlarft.policy import VLAPolicy
+from vlarft.sim import policy_check
 from vlarft.sim.evaluate import ReplayActor, chunk_noise
 
 SMOKE = eval_libero.PRESETS["smoke"]
@@ -77,6 +79,29 @@ def test_another_rendering_than_in_training_is_named(config, policy_file, tmp_pa
     eval_libero.check(dataclasses.replace(libero, policies=(str(tmp_path / "None.safetensors"),)))
     eval_libero.check(dataclasses.replace(config, policies=(str(tmp_path / "True.safetensors"),)))  # Tabletop has none
     assert not recwarn.list
+
+
+def test_other_meshes_or_another_image_size_than_in_training_are_named(config, policy_file, tmp_path, monkeypatch):
+    policy, path = VLAPolicy.load(policy_file), str(tmp_path / "policy.safetensors")
+    policy.save(path, {"visuals": "stand-in visuals", "image_size": [64, 64]})
+    libero = dataclasses.replace(config, suites=("libero_object",), policies=(path,), image_size=64)
+    monkeypatch.setattr(policy_check, "visuals_of", lambda suite: "own visuals")
+    with pytest.warns(UserWarning, match="was trained on images of stand-in visuals, and plays with own visuals"):
+        eval_libero.check(libero)
+    monkeypatch.setattr(policy_check, "visuals_of", lambda suite: "stand-in visuals")
+    with pytest.warns(UserWarning, match="trained on images of 64x64 and plays with 256x256, .*: give --image-size 64"):
+        eval_libero.check(dataclasses.replace(libero, image_size=256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eval_libero.check(libero)
+        eval_libero.check(dataclasses.replace(libero, image_size=None))  # its own, which is 64 as well
+
+
+def test_a_missing_simulator_is_said_before_anything_is_written(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="LIBERO's assets are not at LIBERO_ASSETS=.*: no folder articulated"):
+        eval_libero.main(dataclasses.replace(config, suites=("libero_object",)))
+    assert not Path(config.out_dir).exists()
 
 
 def test_episodes_do_not_depend_on_their_company(config, tmp_path):

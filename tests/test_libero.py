@@ -21,7 +21,7 @@ from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert
 from vlarft.sim.libero_install import assets_folder
 from vlarft.sim.perturb import Perturbation
-from vlarft.sim.suites import make_expert
+from vlarft.sim.suites import make_expert, visuals_of
 
 
 def _no_renderer() -> str:
@@ -401,6 +401,7 @@ def test_demonstrations_have_liberos_layout_and_play_again_through_the_evaluatio
             file["data"].attrs["bddl_file_name"] == f"libero_object/{LIBERO_SUITES['libero_object'].tasks[1].name}.bddl"
         )
     (episode,) = load_episodes(path, with_states=True)
+    assert episode.env_args["collection"]["visuals"] == visuals_of("libero_object") is not None
     env = make_env("libero_object", 1, 32, fast_rendering=True)
     env.reset(seed=0)
     for t in range(len(episode)):

@@ -351,6 +351,16 @@ def test_refusals(rft_config, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(policy=str(files[0]), world_model=str(files[1]))
     policy, extra = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
+    save_model(files[0], policy, policy.cfg, {**extra, **turned})
+    with pytest.raises(ValueError, match="images of the demonstrations .* those of policy .* turned by 180 degrees"):
+        run(policy=str(files[0]), reward="r1")
+    model, _ = load_model(rft_config.world_model, WorldModel, WorldModelConfig)
+    small = dataclasses.replace(model.cfg, tokenizer=dataclasses.replace(model.cfg.tokenizer, image_size=(32, 32)))
+    small_model = WorldModel(small)
+    small_model.action_bins.load_state_dict(model.action_bins.state_dict())
+    save_model(files[1], small_model, small, {"held_out_episodes": []})
+    with pytest.raises(ValueError, match="world model .* takes images of 32x32, .* has 64x64"):
+        run(world_model=str(files[1]))
     for names, changes, message in (
         ({"train_episodes": extra["train_episodes"]}, {}, "names no held-out episodes.*leave the gate out with --gate"),
     ):
@@ -358,6 +368,9 @@ def test_refusals(rft_config, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(policy=str(files[0]), **changes)
     assert not (tmp_path / "x").exists()  # so that the same folder serves for the next attempt
+    save_model(files[1], model, model.cfg, {"held_out_episodes": [], "train_episodes": ["robot/pour_demo/demo_0"]})
+    with pytest.warns(UserWarning, match="trained on none of the files of policy .*: robot/pour_demo, ... and not squ"):
+        run(world_model=str(files[1]), steps=1)
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))

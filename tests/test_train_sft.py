@@ -189,6 +189,20 @@ def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
     assert first["step"] == 1 and first["lr"] == pytest.approx(SMOKE.lr * 0.5)
 
 
+def test_init_of_other_images_is_refused(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "base", steps=1))
+    policy, facts = VLAPolicy.load(tmp_path / "base"), read_header(tmp_path / "base").extra
+    turned = np.array(facts["mean_frame"])[::-1, ::-1].tolist()
+    for name, changes, message in (
+        ("wrist", {"camera": "eye_in_hand"}, "policy .*wrist.* has camera 'eye_in_hand', the demonstrations .* has"),
+        ("turned", {"mean_frame": turned}, "look like those of policy .* turned by 180 degrees"),
+    ):
+        policy.save(tmp_path / f"{name}.safetensors", {**facts, **changes})
+        with pytest.raises(ValueError, match=message):
+            train_sft.main(config(demos, tmp_path / "run", init=str(tmp_path / f"{name}.safetensors")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_recomputed_activations_change_nothing(demos, tmp_path, capsys):
     options = {"lora_rank": 2}
     train_sft.main(config(demos, tmp_path / "kept", **options))

@@ -287,6 +287,19 @@ def test_stale_frames_by_share_and_process():
     assert not train_wm.stale_frames(replace(cfg, stale=0.0), 5, (0, 1)).any()
 
 
+def test_models_of_another_image_size_are_refused(demos, tokenizer, world_model, tmp_path):
+    small = replace(FrameTokenizer.load(tokenizer).cfg, image_size=(32, 32))
+    facts, model = read_header(tokenizer).extra, WorldModel.load(world_model)
+    save_model(tmp_path / "small.safetensors", FrameTokenizer(small), small, facts)
+    with pytest.raises(ValueError, match=r"tokenizer \S+ takes images of 32x32, \S+ has 64x64: resize .* --size 32 32"):
+        run(demos, tmp_path / "small.safetensors", tmp_path / "a")
+    smaller = replace(model.cfg, tokenizer=small)
+    save_model(tmp_path / "wm.safetensors", WorldModel(smaller), smaller, read_header(world_model).extra)
+    with pytest.raises(ValueError, match=r"world model \S+ takes images of 32x32, \S+ has 64x64"):
+        refresh([demos], tmp_path / "wm.safetensors", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_errors(demos, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
         run(demos, tokenizer, tmp_path / "a", accumulate=3)

@@ -33,18 +33,41 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
         camera: camera that their images come from.
 
     Returns:
-        `camera`; `mean_frame`: the mean of 64 frames shrunk to 8 x 8 x 3, in [0, 1], as nested lists; and
-        `fast_rendering`: whether LIBERO rendered them fast (sim/gl.py), None if not known or not the same for all.
+        `camera`; `image_size`: their height and width; `mean_frame`: the mean of 64 frames shrunk to 8 x 8 x 3, in
+        [0, 1], as nested lists. Of images that collect_demos.py rendered in LIBERO also `fast_rendering`, whether it
+        rendered them fast (sim/gl.py), and `visuals`, with which meshes and textures; each is None if not known or not
+        the same for all.
     """
-    rendered = {(e.env_args or {}).get("collection", {}).get("fast_rendering") for e in episodes}
-    frames = []
+    frames, rendered = [], {}
+    for name in ("fast_rendering", "visuals"):
+        found = {(e.env_args or {}).get("collection", {}).get(name) for e in episodes}
+        rendered[name] = found.pop() if len(found) == 1 else None
     for i in np.linspace(0, len(episodes) - 1, FRAMES).round().astype(int):
         images = episodes[i].images
         frame = images[(7 * i) % len(images)].astype(np.float64) / 255  # (H, W, 3)
         rows = np.array_split(frame, SIZE, axis=0)
         frames.append([[cell.mean((0, 1)) for cell in np.array_split(row, SIZE, axis=1)] for row in rows])
     mean = np.mean(frames, axis=0).round(4).tolist()
-    return {"camera": camera, "mean_frame": mean, "fast_rendering": rendered.pop() if len(rendered) == 1 else None}
+    return {"camera": camera, "image_size": list(episodes[0].images.shape[1:3]), "mean_frame": mean, **rendered}
+
+
+def check_image_size(wanted: Sequence[int], name: str, episode: Episode) -> None:
+    """Check that a model takes the images of a data set, which it does not resize.
+
+    Args:
+        wanted: height and width that it takes.
+        name: of the model, for the message.
+        episode: one of the data set.
+
+    Raises:
+        ValueError: another size; the message names both.
+    """
+    height, width = episode.images.shape[1:3]
+    if (height, width) != tuple(wanted):
+        raise ValueError(
+            f"{name} takes images of {wanted[0]}x{wanted[1]}, {episode.name} has {height}x{width}: resize them with "
+            f"python -m vlarft.data.convert SRC DST --size {wanted[0]} {wanted[1]}, or train on images of their size"
+        )
 
 
 def warn_other_contexts(extra: dict[str, Any], name: str, lookback: int | None) -> None:
@@ -82,7 +105,7 @@ def check_same_images(
         fix: what to do, for the message.
 
     Raises:
-        ValueError: camera, orientation, channel order or rendering differ.
+        ValueError: camera, orientation, channel order, rendering, or meshes and textures differ.
     """
     names = ours.get("camera"), theirs.get("camera")
     if None not in names and names[0] != names[1]:
@@ -94,6 +117,12 @@ def check_same_images(
     if None not in fast and fast[0] != fast[1]:
         names = (our_name, their_name)[:: 1 if fast[0] else -1]
         raise ValueError(f"image conventions differ: {names[0]} has images of fast rendering, {names[1]} not; {fix}")
+    visuals = ours.get("visuals"), theirs.get("visuals")
+    if None not in visuals and visuals[0] != visuals[1]:
+        raise ValueError(
+            f"image conventions differ: {our_name} has images of LIBERO's {visuals[0]}, {their_name} of {visuals[1]}; "
+            f"{fix}"
+        )
     if not (ours.get("mean_frame") and theirs.get("mean_frame")):
         return
     a, b = np.array(ours["mean_frame"]), np.array(theirs["mean_frame"])

@@ -15,6 +15,7 @@ from vlarft.sim.experts import Expert
 from vlarft.sim.gl import FAST
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert
+from vlarft.sim.libero_install import assets_folder, assets_label
 from vlarft.sim.libero_tasks import LIBERO_SUITES
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.tasks import TABLETOP_SUITES
@@ -67,6 +68,17 @@ def task_index(suite: str, task: int | str) -> int:
     if digits.isdigit() and int(digits) < len(names):
         return int(digits)
     raise ValueError(f"unknown task {task!r} of {suite}; give 0..{len(names) - 1} or one of: {', '.join(names)}")
+
+
+def visuals_of(suite: str) -> str | None:
+    """Return which meshes and textures a suite is rendered with here; None where all installations have the same.
+
+    Raises:
+        ValueError: unknown suite.
+        ImportError, FileNotFoundError: LIBERO or its assets are missing; the message says how to get them.
+    """
+    simulator_of(suite)
+    return assets_label(assets_folder()) if suite in LIBERO_SUITES else None
 
 
 def check_rendering(
