@@ -86,7 +86,7 @@ class Config:
         0.4, "lower bound of the expert's speed, uniform per demonstration; 1 is 2 cm a step (LIBERO: 1.2 cm)"
     )
     max_speed: ShareAbove0 = opt(0.6, "upper bound of the expert's speed")
-    idle_steps: Whole = opt(8, "steps recorded after success, hand still and gripper open")
+    idle_steps: Whole = opt(8, "steps recorded after success: experts keep still, gripper open; a policy plays on")
     max_attempts: Count = opt(20, "starts tried for one demonstration")
     horizon: Count | None = opt(None, "steps after which an attempt without success ends; none: the suite's limit")
     keep_failed: bool = opt(False, "keep the first attempt even if it failed, marked as failed")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_image_size, warn_other_contexts
-from vlarft.data.episodes import Episode, load_episodes, warn_unknown_outcomes
+from vlarft.data.episodes import Episode, check_outcomes, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim
@@ -77,7 +77,8 @@ class Config:
     perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual distance")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
     success_model: str | None = opt(
-        None, "judge of the whole episodes, imagined and true: run folder or file of train_success.py"
+        None,
+        "judge of the whole episodes, true and imagined as in train_rl.py, with poses that the world model predicts",
     )
     starts: Whole = opt(64, "starts for the sensitivity to actions; 0 leaves it out")
     perturb: Perturbations = field(default_factory=Perturbations)
@@ -201,7 +202,8 @@ def evaluate_episodes(
     judge: SuccessModel | None = None,
 ) -> dict:
     """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk;
-    with a judge, how its verdicts on imagined and on true frames agree with the recorded outcomes.
+    with a judge, how its verdicts on imagined and on true frames agree with the recorded outcomes: where poses drive
+    the world model, they are then its own predictions, as in closed-loop learning, and else the recorded ones.
     """
     chunk, true, verdicts = model.cfg.chunk, [e.success for e in episodes], torch.zeros(len(episodes), 2)
     if judge is not None:
@@ -217,6 +219,7 @@ def evaluate_episodes(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         seed=cfg.seed,
+        recorded_poses=judge is None,
         part=distributed.part(),
     ):
         i = numbers[replayed.episode.name]
@@ -343,10 +346,12 @@ def to_film(episodes: list[Episode], recorded: list[dict]) -> dict[str, str]:
     return {name: title for title, name in first.items()}
 
 
-def draw_episodes(model: WorldModel, episodes: list[Episode], titles: dict[str, str], out_dir: Path, autocast) -> None:
+def draw_episodes(
+    model: WorldModel, episodes: list[Episode], titles: dict[str, str], out_dir: Path, autocast, recorded_poses: bool
+) -> None:
     """Greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
-    chosen = [e for e in episodes if e.name in titles]
-    films = list(imagined_episodes(model, chosen, autocast=autocast, greedy=True))
+    chosen, options = [e for e in episodes if e.name in titles], {"greedy": True, "recorded_poses": recorded_poses}
+    films = list(imagined_episodes(model, chosen, autocast=autocast, **options))
     rows = []
     for _, true, imagined in films:
         borders = [*range(0, len(true) - 1, model.cfg.chunk), len(true) - 1]
@@ -410,7 +415,7 @@ def main(cfg: Config) -> dict:
         whole = spread_episodes(episodes, cfg.episodes)
         judge = None
         if cfg.success_model is not None:
-            warn_unknown_outcomes(whole, "eval_wm.py --success-model")
+            check_outcomes(whole, "eval_wm.py --success-model")
             texts, size = [e.instruction for e in whole], model.cfg.tokenizer.image_size[0]
             check_judge(cfg.success_model, texts, extra, f"world model {path}", size, path)
             judge = SuccessModel.load(cfg.success_model, device)
@@ -435,7 +440,7 @@ def main(cfg: Config) -> dict:
         draw_rollouts(model, batch, out_dir, autocast)
         if cfg.episodes:
             titles = to_film(whole, results["episodes"]["recorded"])
-            draw_episodes(model, whole, titles, out_dir, autocast)
+            draw_episodes(model, whole, titles, out_dir, autocast, recorded_poses=cfg.success_model is None)
         print(report(results))
     distributed.cleanup()
     return results

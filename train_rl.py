@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
 from vlarft.data.convention import check_image_size, check_same_images
+from vlarft.data.episodes import check_outcomes
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
@@ -175,7 +176,7 @@ def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWor
         places += [Place(suite, task, size, policy.cfg.cameras, *how) for task in tasks]
     judge = None
     if cfg.success_model is not None:
-        judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
+        judge = load_judge(cfg, policy)
         tasks = [simulator_of(place.suite).suites[place.suite].tasks[place.task] for place in places]
         texts = [task.instruction for task in tasks]
         check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size)
@@ -190,7 +191,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
         raise ValueError(f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
     device = policy.device
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
-    judge = SuccessModel.load(cfg.success_model, device).requires_grad_(False)
+    judge = load_judge(cfg, policy)
     check_imagined(cfg, cfg.policy, policy, extra, model)
     check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
@@ -204,6 +205,19 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     return ImaginedWorld(
         model, judge, episodes, **options, late_starts=cfg.late_starts, greedy=cfg.imagination == "greedy"
     )
+
+
+def load_judge(cfg: Config, policy: VLAPolicy) -> SuccessModel:
+    """Load the success model, frozen; warn if by its threshold nothing is a success, so that nothing is learned."""
+    judge = SuccessModel.load(cfg.success_model, policy.device).requires_grad_(False)
+    if judge.cfg.threshold > 1:
+        warnings.warn(
+            f"success model {cfg.success_model} judges nothing a success: among the episodes that its threshold was "
+            "chosen on, failures looked as much like one. No group will have two outcomes, and the policy learns "
+            "nothing: record more attempts, or train the success model longer",
+            stacklevel=2,
+        )
+    return judge
 
 
 def check_imagined(cfg: Config, path: str, policy: VLAPolicy, extra: dict, model: WorldModel) -> None:
@@ -233,7 +247,7 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
     With --gate-evaluation, also compare imagined and true success rates of policies.
 
     Raises:
-        ValueError: there are no such episodes, or of one outcome only; see also `read_evaluation`.
+        ValueError: there are no such episodes, of unknown outcome or of one outcome only; see also `read_evaluation`.
         RuntimeError: see `check_outcome_gate`.
     """
     evaluation = None if cfg.gate_evaluation is None else read_evaluation(cfg.gate_evaluation)
@@ -246,6 +260,7 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             f"{cfg.success_model} names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that "
             "both were trained with, or --gate-threshold none"
         )
+    check_outcomes(held_out, " ".join(cfg.demos))
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
     measured = {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
     if evaluation is not None:
@@ -256,7 +271,7 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             return policy
 
         options = {"horizon": cfg.horizon, "camera": world.camera, "autocast": world.autocast, **world.sampling}
-        unseen_world = ImaginedWorld(world.model, world.judge, held_out, starts=cfg.starts * cfg.group, **options)
+        unseen_world = ImaginedWorld(world.model, world.judge, held_out, starts=len(held_out), **options)
         measured["gate_rank"] = rank_policies(evaluation, load, unseen_world, cfg.seed)
     check_outcome_gate(found, cfg.gate_threshold)
     return measured

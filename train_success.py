@@ -42,7 +42,7 @@ from vlarft.data import load_episodes, split_episodes
 from vlarft.data.augment import OFF, augment
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
 from vlarft.data.episode import Episode
-from vlarft.data.episodes import warn_unknown_outcomes
+from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import imagined_episodes, spread_episodes
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import (
@@ -210,10 +210,11 @@ def load_split(cfg: Config) -> Split:
     """Load and split the episodes; those that the world model holds out, where there is one, are not trained on.
 
     Raises:
-        ValueError: a part lacks one of the outcomes; or a world model that names no held-out episodes among them.
+        ValueError: an attempt of unknown outcome; a part that lacks one of the outcomes; or a world model that names no
+            held-out episodes among them.
     """
     episodes, where = load_episodes(cfg.demos, cfg.camera, successes_only=False), " ".join(cfg.demos)
-    warn_unknown_outcomes(episodes, where)
+    check_outcomes(episodes, where)
     episodes = [e for e in episodes if len(e) > 1]  # a first frame is compared with, not judged
     if cfg.world_model is None:
         train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)

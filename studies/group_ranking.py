@@ -36,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage 
 
 import train_success
 from vlarft.data import load_episodes
+from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import in_bf16
-from vlarft.success import SuccessModel
+from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
 SHOWN, EVERY = 4, 6  # episodes of a picture, steps between its frames
@@ -110,6 +111,9 @@ def main(cfg: Config) -> dict:
     """Measure; return what the JSON file holds."""
     groups = mixed_groups(cfg)
     model, judge = WorldModel.load(cfg.world_model), SuccessModel.load(cfg.success_model)
+    texts, size = [group[0].instruction for group in groups], model.cfg.tokenizer.image_size[0]
+    images = image_convention([episode for group in groups for episode in group], "agentview")
+    check_judge(cfg.success_model, texts, images, " ".join(cfg.demos), size, cfg.world_model)
     scores: dict[str, dict[str, float]] = {}  # kind of frames -> episode -> largest probability held
     frames: dict[str, dict[str, Tensor]] = {}
     for kind, episode, seen in versions(model.requires_grad_(False), [e for group in groups for e in group]):

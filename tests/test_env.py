@@ -1,6 +1,7 @@
 """The Env interface: a new simulator takes one class and one entry; the camera is the one that was requested."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,3 +199,14 @@ def test_a_recorded_policy_is_shown_its_cameras(toy, policy_file):
     env.reset(seed=0)
     arrays, _ = record(env, PolicyPlayer(seeing(VLAPolicy.load(policy_file), "side"), env, 0, 0.0), 0)
     assert list(arrays["images"]) == ["side"] and len(arrays["actions"]) == 40
+
+
+def test_a_recorded_policy_plays_on_after_success(toy):
+    """A hand that rests after a success alone would tell the outcome without the things in the picture."""
+    right = SimpleNamespace(cfg=SimpleNamespace(cameras=()), act=lambda obs, generator: torch.full((8, 7), 0.5))
+    env = make_env("toy_line", 0, 8)
+    env.reset(seed=4)
+    arrays, success = record(env, PolicyPlayer(right, env, 0, 0.1), idle_steps=5)
+    assert success and (arrays["states"][-5:, 1] > 1).all() and arrays["states"][-6, 1] < 1
+    assert (arrays["intended_actions"] == 0.5).all()
+    assert (np.abs(arrays["actions"] - 0.5)[-5:, :6] > 0).all()  # and so does the noise

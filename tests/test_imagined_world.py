@@ -158,6 +158,16 @@ def test_starts_depend_on_the_numbers_alone():
     assert names[0].names == names[1].names != names[2].names
 
 
+def test_starts_are_different_episodes_as_far_as_there_are():
+    world = make(starts=3)
+    world.episodes = [episode(number) for number in range(5)]
+    world.begin(1, 0)
+    assert len(set(world.names)) == 3
+    world.num_starts = 12
+    world.begin(1, 0)
+    assert sorted(world.names.count(e.name) for e in world.episodes) == [2, 2, 2, 3, 3]
+
+
 def test_late_starts_are_in_failures_of_a_policy():
     def counting(number, **fields):
         one = episode(number, 20)
@@ -458,6 +468,12 @@ def test_refusals(config, tmp_path, policy_file):
     for world in ("imagination", "simulator"):
         with pytest.raises(ValueError, match=r"success model .*other.safetensors"):
             train_rl.main(dataclasses.replace(config, world=world, success_model=other))
+    hopeless = SuccessModel(dataclasses.replace(judge.cfg, threshold=1.1))
+    save_model(other, hopeless, hopeless.cfg, header.extra)
+    given = {"success_model": other, "out_dir": str(tmp_path / "hopeless"), "steps": 1}
+    with pytest.warns(UserWarning, match="other.safetensors judges nothing a success: among the episodes"):
+        found = train_rl.main(dataclasses.replace(config, **given))
+    assert found["constant_groups"] == 1 and found["success"] == 0
     model = WorldModel.load(config.world_model)
     for dims, message in (
         (14, "proprio dim: the policy has 8, the world model has 14"),

@@ -19,6 +19,7 @@ import train_success
 from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
+from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import _to_float as to_float
 from vlarft.imagined_episodes import imagined_episodes
 from vlarft.run.checkpoint import read_header, save_model
@@ -343,6 +344,8 @@ def test_who_may_be_judged(config, tmp_path):
     save_model(tmp_path / "wm.safetensors", model, model.cfg, images)
     with pytest.warns(UserWarning, match="trained on the imaginations of another world model"):
         check_judge(config.out_dir, ["push the red square"], **{**good, "world_model": tmp_path / "wm.safetensors"})
+    with pytest.warns(UserWarning, match="chose its threshold on imaginations and judges real frames here"):
+        check_judge(config.out_dir, ["push the red square"], **{**good, "world_model": None})
 
 
 def test_unknown_outcomes_get_a_warning(places, tmp_path):
@@ -357,6 +360,17 @@ def test_unknown_outcomes_get_a_warning(places, tmp_path):
         cfg = dataclasses.replace(SMOKE, demos=(str(tmp_path / place),), world_model=None, validation_fraction=0.4)
         with pytest.warns(UserWarning, match=f"{place}: 1 of 12 episodes do not say whether they succeeded, first "):
             train_success.load_split(cfg)
+
+
+def test_attempts_of_unknown_outcome_are_refused(places):
+    expert, attempt = (load_episodes(places, successes_only=False)[i] for i in (0, -1))
+    assert (expert.kind, attempt.kind) == ("expert", "policy")
+    unknown = dataclasses.replace(attempt, outcome_known=False)
+    with pytest.raises(
+        ValueError, match=f"HERE: 1 of 2 episodes are attempts that do not say .* {attempt.name}: label"
+    ):
+        check_outcomes([expert, unknown], "HERE")
+    check_outcomes([expert, attempt], "HERE")
 
 
 def test_few_held_out_episodes_serve_both(config, world_model, tmp_path):

@@ -1,9 +1,8 @@
 """A world model as the world of closed-loop reinforcement learning, judged by a success model. Not in the paper.
 
 An imagination starts at the first frame of a recorded episode, which stays the context of all its frames, or later in
-a recorded attempt of the policy, where a failure is nearer. After every
-chunk the policy sees the last imagined frame and the proprio that the world model predicts. No simulator and no robot
-is asked for anything.
+a recorded attempt of the policy, where a failure is nearer. After every chunk the policy sees the last imagined frame
+and the proprio that the world model predicts. No simulator and no robot is asked for anything.
 
 Shapes: S starts, G episodes of each, E = S * G episodes, start-major, B of them still going, T chunk steps, A action
 dim, P proprio dim, (C, H, W) frame.
@@ -31,7 +30,7 @@ class ImaginedWorld:
         model: imagines frames and proprio on the device of its parameters.
         judge: decides when an episode has succeeded; on the same device.
         episodes: recorded, which give first frame, proprio and instruction.
-        starts: S, of each batch.
+        starts: S, of each batch: different episodes, where there are so many.
         horizon: actions after which an episode ends without success.
         camera: the policy's name of the frames.
         late_starts: share of the starts that, where they fall on a failed attempt of a policy, lie at a random frame of
@@ -66,7 +65,9 @@ class ImaginedWorld:
     def begin(self, group: int, *numbers: int) -> list[dict[str, Any]]:
         """Put `group` imaginations at each start; the starts depend on `numbers` alone, see `World.begin`."""
         rng = numpy_generator("imagined starts", *numbers)
-        chosen = [self.episodes[row] for row in rng.integers(len(self.episodes), size=self.num_starts)]
+        count = len(self.episodes)
+        rows = np.concatenate([rng.permutation(count) for _ in range(-(-self.num_starts // count))])
+        chosen = [self.episodes[row] for row in rows[: self.num_starts]]
         late, where = rng.random((2, self.num_starts))
         frames = [
             int(0.75 * share * min(len(e), self.horizon))

@@ -317,7 +317,8 @@ def check_judge(
         ValueError: it has never seen an instruction (the message lists those that it knows), or was trained on another
             camera, orientation or size.
 
-    Warns if it was trained on the imaginations of another world model.
+    Warns if it was trained on the imaginations of another world model, or has chosen its threshold on imaginations and
+    is to judge real frames.
     """
     header = read_header(path)
     check_same_images(images, name, header.extra, f"success model {path}")
@@ -335,6 +336,12 @@ def check_judge(
             "one size (--image-size, or vlarft.data.convert --size)"
         )
     theirs = header.extra.get("world_model")
+    if world_model is None and theirs is not None:
+        warnings.warn(
+            f"success model {path} chose its threshold on imaginations and judges real frames here, which may need "
+            "another one: train a success model without --world-model",
+            stacklevel=2,
+        )
     # older success models name their world model's file
     if world_model is not None and theirs not in (ours := model_digest(world_model), file_digest(world_model)):
         warnings.warn(

@@ -347,14 +347,24 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
     return problems
 
 
-def warn_unknown_outcomes(episodes: Sequence[Episode], where: str) -> None:
-    """Warn of episodes that count as successes because their files do not say how they ended.
+def check_outcomes(episodes: Sequence[Episode], where: str) -> None:
+    """Check that episodes say how they ended; warn of demonstrations that do not, which count as successes.
 
     Args:
         episodes: of which outcomes are needed.
         where: their places, for the message.
+
+    Raises:
+        ValueError: an attempt, which may have failed, does not say it.
     """
-    if unknown := [e.name for e in episodes if not e.outcome_known]:
+    unknown = [e.name for e in episodes if not e.outcome_known]
+    if attempts := [e.name for e in episodes if not e.outcome_known and e.kind != "expert"]:
+        raise ValueError(
+            f"{where}: {len(attempts)} of {len(episodes)} episodes are attempts that do not say whether they "
+            f"succeeded, first {attempts[0]}: label them (the attribute success in HDF5, the field success of "
+            "meta/episodes in LeRobot or of episode_metadata in RLDS), or leave them out"
+        )
+    if unknown:
         warnings.warn(
             f"{where}: {len(unknown)} of {len(episodes)} episodes do not say whether they succeeded, first "
             f"{unknown[0]}: they are taken as successes, which is right for demonstrations only. The attribute success "

@@ -10,12 +10,13 @@ import torch
 
 from vlarft.policy import VLAPolicy
 from vlarft.run.random import generator
-from vlarft.sim.demonstrator import ActionNoise, Demonstrator, ExpertAction, keep_still
+from vlarft.sim.demonstrator import ActionNoise, Demonstrator, ExpertAction
 from vlarft.sim.env import Env
 
 
 class PolicyPlayer:
-    """A policy as a demonstrator: chunks from random x_0, played open loop; noise is added to every action.
+    """A policy as a demonstrator: chunks from random x_0, played open loop; noise is added to every action. It plays on
+    after success, so that nothing but what is seen tells a success from a failure.
 
     Args:
         policy: in eval mode.
@@ -40,8 +41,6 @@ class PolicyPlayer:
     @torch.no_grad()
     def act(self) -> ExpertAction:
         """Return the next action of the chunk; the policy observes again when a chunk has been played."""
-        if self.env.success():
-            return keep_still()
         if not self.left:
             random_numbers = generator("cpu", "recorded policy", self.seed, self.num_chunks)
             self.left = list(self.policy.act(self.env.observe(), generator=random_numbers).cpu().double().numpy())
