@@ -156,7 +156,7 @@ TABLETOP = replace(
 PRESETS = {
     "paper": PAPER,
     "small": TABLETOP,
-    "libero": replace(TABLETOP, suites=("libero_object",), fast_rendering=True, horizon=220),
+    "libero": replace(TABLETOP, suites=("libero_object",), fast_rendering=True, horizon=220, steps=20),
     "tiny": replace(TABLETOP, tasks=("0", "1", "2", "3")),
     "smoke": replace(TABLETOP, precision="fp32", tasks=("0",), starts=1, group=2, steps=2, save_interval=1, workers=0),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """The paper's Tables 1 to 3 in small: two suites of LIBERO on two CPU cores, with controls.
 
-    python studies/libero_study.py --suites libero_object
+    python studies/libero_study.py --suites libero_object --arms SFT
     python studies/libero_study.py --arms "RFT R3" "extra SFT" --full SFT "RFT R3"
 
 LIBERO must be installed (docs/libero.md). For each suite: demonstrations of the scripted experts; the SFT policy, and
@@ -12,16 +12,19 @@ measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 - "extra SFT" goes on with the demonstrations for the minutes of "RFT R3".
 - "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of the SFT
   policy. It has another split of the demonstrations: the held-out ones are drawn from all episodes.
+- "RL, simulator" is not the paper's: train_rl.py, by the outcome of whole episodes in the simulator.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
 initial states from x_0 = 0, and so does SFT. Every stage is a command of the repository, is printed, and is not run
-again once it is done. The JSON file gathers runs: outcomes start by start (1 = success), minutes and commit of each
-stage. Trainings use OMP_NUM_THREADS threads.
+again once it is done; a policy that has been trained again is played again. The JSON file gathers runs: outcomes start
+by start (1 = success), minutes and commit of each stage; two processes may work on two suites. Trainings use
+OMP_NUM_THREADS threads.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +33,12 @@ from stage_tables import libero_arms_table
 from stages import Starts, check_known, machine, read_lines, read_report, run_once
 
 from vlarft.data import convert, load_episodes
-from vlarft.run.checkpoint import read_json
+from vlarft.run.checkpoint import model_digest, read_json
 from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, task_names
 
 RFT_ARMS = {"RFT R3": ["--reward", "r3"], "RFT R1 per step": ["--reward", "r1", "--per-step"]}
-ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning")
+ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning", "RL, simulator")
 PERTURBED = {"libero_object": ("object:2.5", "object:5"), "libero_spatial": ("robot:20", "robot:50")}
 X0 = {"SFT": ("zero", "gripper", "sampled")}  # ways to play plain starts; other arms: the first and the last
 NO_END = 10**6
@@ -47,7 +50,7 @@ class Config:
     out: str = opt("runs/libero.json", "JSON file that gathers the runs")
     suites: tuple[str, ...] = opt(("libero_object", "libero_spatial"), "suites")
     tasks: tuple[str, ...] | None = opt(None, "tasks of each suite; none: all")
-    arms: tuple[str, ...] = opt(ARMS, "arms to run")
+    arms: tuple[str, ...] = opt(ARMS, "arms to run beside SFT")
     full: tuple[str, ...] = opt((), "arms that play all initial states, and SFT with them")
     seed: int = opt(0, "seed of all trainings")
     stage_preset: str = opt("libero", "preset of the stages")
@@ -58,6 +61,7 @@ class Config:
     tokenizer_steps: int = opt(4000, "steps of the tokenizer")
     model_steps: int = opt(4500, "steps of the world model")
     rft_steps: int = opt(20, "steps of a fine-tuning")
+    rl_steps: int = opt(20, "steps of RL in the simulator, 128 episodes each")
     episodes: int = opt(20, "initial states per task")
     curve_episodes: int = opt(5, "initial states per task of the curve")
 
@@ -67,10 +71,15 @@ PRESETS = {
     "paper": Config(),
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), full=("extra SFT",), stage_preset="smoke",
-        demos_per_task=6, attempts=4, sft_steps=4, copies=2, tokenizer_steps=2, model_steps=2, rft_steps=1, episodes=2,
-        curve_episodes=1,
+        demos_per_task=6, attempts=4, sft_steps=4, copies=2, tokenizer_steps=2, model_steps=2, rft_steps=1, rl_steps=1,
+        episodes=2, curve_episodes=1,
     ),
 }  # fmt: skip
+
+
+def folder_name(name: str) -> str:
+    """Name of an arm's folder, or of an evaluation's."""
+    return name.replace(",", "").replace(" ", "_").replace(":", "_")
 
 
 class Runs:
@@ -119,7 +128,10 @@ class Runs:
         """The policy of an arm."""
         if name == "SFT":
             return self.policy
-        folder = name.replace(" ", "_")
+        folder = folder_name(name)
+        if name == "RL, simulator":
+            words = ["--world", "simulator", "--policy", self.policy, "--demos", self.demos, *self.where]
+            return self.training(folder, "train_rl.py", *words, "--steps", self.cfg.rl_steps)
         if name in RFT_ARMS:
             words = ["--policy", self.policy, "--demos", self.demos, *RFT_ARMS[name], "--steps", self.cfg.rft_steps]
             words += [] if "r1" in words else ["--world-model", self.world_model, "--gate-threshold", "none"]
@@ -142,7 +154,7 @@ class Runs:
     def play(self, name: str, policy: Path, perturb: str, x0: str, episodes: int) -> str:
         """Outcomes of a policy, in order of the starts."""
         starts = Starts(self.suite, self.tasks, episodes, self.cfg.stage_preset)
-        place = self.folder / "eval" / f"{name}_{perturb}_{x0}_{episodes}".replace(" ", "_").replace(":", "_")
+        place = self.folder / "eval" / folder_name(f"{name}_{perturb}_{x0}_{episodes}")
         played = starts.play(place, policy, perturb, "--noise", x0)
         return "".join(str(int(played[start])) for start in sorted(played))
 
@@ -175,13 +187,23 @@ def full(cfg: Config) -> tuple[str, ...]:
     return ("SFT", *cfg.full) if cfg.full else ()
 
 
-def measure(cfg: Config, runs: Runs, name: str) -> dict:
-    """Outcomes of an arm's policy, kind of starts and x_0 -> a string of 0 and 1; and minutes of its training."""
+def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
+    """Play what is missing of an arm: yield, after each kind of starts, its outcomes, kind of starts and x_0 -> a
+    string of 0 and 1; minutes of its training, its gate, and the policy's digest. What `before` holds of another policy
+    is played again.
+    """
+    missing, outcomes = kinds(cfg, runs.suite, name), before.get("outcomes", {})
+    if missing.keys() <= outcomes.keys():
+        return
     policy = runs.arm(name)
-    found = {kind: runs.play(name, policy, *how) for kind, how in kinds(cfg, runs.suite, name).items()}
-    log = read_lines(policy / "log.jsonl")
+    log, digest = read_lines(policy / "log.jsonl"), model_digest(policy)
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
-    return {"outcomes": found, "minutes": log[-1]["minutes"], "gate": gate}
+    found = {"minutes": log[-1]["minutes"], "gate": gate, "digest": digest}
+    outcomes = dict(outcomes) if before.get("digest", digest) == digest else {}
+    for kind, how in missing.items():
+        if kind not in outcomes:
+            outcomes[kind] = runs.play(name, policy, *how)
+            yield rounded({"outcomes": outcomes, **found})
 
 
 def stages(folder: Path) -> dict[str, dict]:
@@ -196,23 +218,26 @@ def main(cfg: Config) -> dict:
     Raises:
         ValueError: an unknown arm.
     """
-    check_known(cfg.arms, ARMS, "arm")
-    check_known(cfg.full, ("SFT", *ARMS), "arm")
-    report = read_report(cfg, "runs", free=FREE)
-    report = {"command": "python studies/libero_study.py", "machine": machine(), **report}
+    check_known((*cfg.arms, *cfg.full), ("SFT", *ARMS), "arm")
+    facts = {"command": "python studies/libero_study.py", "machine": machine()}
+    report = {**facts, **read_report(cfg, "runs", free=FREE)}
     for suite in cfg.suites:
-        runs, entry = Runs(cfg, suite), report["runs"].setdefault(suite, {"arms": {}})
+        runs, entry = Runs(cfg, suite), report["runs"].get(suite, {"arms": {}})
+
+        def save(suite: str = suite, runs: Runs = runs, entry: dict = entry) -> None:
+            entry["stages"] = stages(runs.folder)
+            latest = {**facts, **read_report(cfg, "runs", free=FREE)}  # another process may work on another suite
+            write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
+
         for name, make in (("curve", runs.curve), ("frames", runs.frames)):
             if name not in entry:
                 entry[name] = {"found": rounded(make())}
-                write(cfg.out, report)
+                save()
         for name in dict.fromkeys(("SFT", *cfg.arms, *full(cfg))):
-            before = entry["arms"].get(name, {}).get("outcomes", {})
-            if not kinds(cfg, suite, name).keys() <= before.keys():
-                found = rounded(measure(cfg, runs, name))
-                entry["arms"][name] = {**found, "outcomes": {**before, **found["outcomes"]}}
-            entry["stages"] = stages(runs.folder)
-            write(cfg.out, report)
+            for found in measure(cfg, runs, name, entry["arms"].get(name, {})):
+                entry["arms"][name] = found
+                save()
+    report = read_report(cfg, "runs", free=FREE)
     print("\n" + libero_arms_table(report))
     return report
 

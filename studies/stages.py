@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vlarft.run.checkpoint import read_json, write_json
+from vlarft.run.checkpoint import model_digest, read_json, write_json
 from vlarft.run.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,8 +95,12 @@ class Starts:
         """
         flags = ["--suites", self.suite, "--tasks", *self.tasks, "--episodes", self.episodes]
         flags += [] if perturb == "none" else ["--perturb", perturb]
+        log = out_dir / "episodes.jsonl"
+        of = {record["digest"].split("+")[0] for record in read_lines(log)} if log.is_file() else set()
+        if of and of != {model_digest(policy)}:  # trained again since: eval_libero.py then plays all again
+            (out_dir / "done").unlink(missing_ok=True)
         run_once(out_dir, "eval_libero.py", "--preset", self.preset, "--policies", policy, *flags, *more)
-        records = read_lines(out_dir / "episodes.jsonl")
+        records = read_lines(log)
         return {(record["task"], record["init_state"]): record["success"] for record in records}
 
 

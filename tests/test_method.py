@@ -699,7 +699,7 @@ def shares(sampling: Sampling, logits: Tensor, count: int = 40_000) -> list[floa
     return (torch.bincount(codes, minlength=len(logits)) / count).tolist()
 
 
-def test_temperature_top_p_and_top_k_by_hand():
+def test_temperature_and_top_p_by_hand():
     logits = torch.tensor([0.0, 2.0, -1.0, 1.0])  # at temperature 1: 0.087 0.644 0.032 0.237
 
     def softmax(temperature: float, *codes: int) -> Any:
@@ -710,12 +710,9 @@ def test_temperature_top_p_and_top_k_by_hand():
     for temperature in (0.5, 1.0, 2.0):
         assert shares(Sampling(temperature=temperature, top_p=1.0), logits) == softmax(temperature, 0, 1, 2, 3)
     assert shares(Sampling(top_p=0.8), logits) == softmax(1.0, 1, 3)  # 0.644 + 0.237 reach 0.8
-    assert shares(Sampling(top_p=1.0, top_k=2), logits) == softmax(1.0, 1, 3)
     assert shares(Sampling(top_p=0.6), logits) == [0, 1, 0, 0]
     # the nucleus is that of the tempered distribution: 0.167 0.455 0.102 0.276 at temperature 2
     assert shares(Sampling(temperature=2.0, top_p=0.8), logits) == softmax(2.0, 0, 1, 3)
-    # top-k first: the nucleus of what is left, 0.090 0.665 0.245 of three codes
-    assert shares(Sampling(top_p=0.9, top_k=3), logits) == softmax(1.0, 1, 3)
     assert shares(Sampling(greedy=True, temperature=9.0), logits) == [0, 1, 0, 0]
 
 

@@ -46,6 +46,7 @@ import train_tokenizer
 import train_wm
 from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
+from vlarft.run.checkpoint import read_header
 from vlarft.run.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -311,6 +312,15 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert libero_study.main(cfg) == report and "train_" not in capfd.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'none'"):
         libero_study.main(dataclasses.replace(cfg, full=("none",)))
+    policy = tmp_path / "libero" / "tabletop_object" / "extra_SFT"  # trained again, it is played again
+    other = VLAPolicy.load(policy)
+    torch.nn.init.normal_(other.head.output.bias)
+    other.save(policy / "model.safetensors", read_header(policy).extra)
+    again = dataclasses.replace(cfg, arms=("extra SFT",), full=(), out=str(tmp_path / "again.json"))
+    assert libero_study.main(again)["runs"]["tabletop_object"]["arms"].keys() == {"SFT", "extra SFT"}
+    shown = capfd.readouterr().out
+    played = [line for line in shown.splitlines() if line.startswith("python eval_libero.py")]
+    assert len(played) == 3 and all("extra_SFT" in line for line in played) and "python train_" not in shown
 
     places = {"runs": cfg.out_dir, "checkpoints": str(tmp_path / "checkpoints")}
     libero_release.main(dataclasses.replace(libero_release.PRESETS["smoke"], **places))
@@ -324,6 +334,12 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
         VLAPolicy.load(path).head.output.weight for path in (policy, tmp_path / "libero/tabletop_object/sft")
     )
     assert torch.equal(ours, whole.bfloat16().float()) and not torch.equal(ours, whole)
+    assert "train_rft.py" in (tmp_path / "checkpoints" / "tabletop_object_rft_r3" / "README.md").read_text()
+    missing = dataclasses.replace(libero_release.PRESETS["smoke"], **places, suites=("tabletop_object", "libero_goal"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*libero_goal"):
+        libero_release.main(missing)
+    with pytest.raises(ValueError, match="unknown arm 'RFT'"):
+        libero_release.main(dataclasses.replace(missing, arms=("RFT",)))
 
 
 @pytest.mark.slow

@@ -76,11 +76,10 @@ def test_layout_matches_the_published_sequence():
     bins = golden["action_ids"].long()[:, :8] - layout.action_offset
     ids = layout.sequence(golden["ctx_tokens"][:, 0].long(), golden["dyn_tokens"].long(), bins)
     assert torch.equal(ids, golden["input_ids"].long()[:, :1656])  # which ends with one more copy of the last action
-    release = replace(PRESETS["paper"], loss_on_actions=True).layout
-    labelled = (golden["labels"][0, :1656] != -100).nonzero()[:, 0]
-    assert torch.equal(release.target_positions(8), labelled)
+    labelled = (golden["labels"][0, :1656] != -100).nonzero()[:, 0]  # the public loss predicts actions as well
+    assert torch.equal(labelled, torch.arange(layout.prefix_length, 1656))
     frames = labelled[golden["input_ids"][0, labelled] < layout.num_future_codes]
-    assert torch.equal(layout.target_positions(8), frames)
+    assert torch.equal(layout.frame_positions(8).flatten(), frames)
 
 
 def test_layout_by_hand():
@@ -92,7 +91,7 @@ def test_layout_by_hand():
     assert ids.tolist() == [[9] * 16 + [0, 1, 2, 3] + [24, 31] + [4, 5, 6, 7]]
     slots = layout.slots(torch.arange(30)).tolist()
     assert slots == list(range(16)) + [16, 17, 18, 19, 20, 21] * 2 + [16, 17] and layout.num_slots == 22
-    assert layout.target_positions(1).tolist() == [22, 23, 24, 25] and layout.length(1) == 26
+    assert layout.frame_positions(1).tolist() == [[22, 23, 24, 25]] and layout.length(1) == 26
 
 
 def test_loss_is_the_mean_cross_entropy_of_future_frames():
@@ -115,14 +114,6 @@ def test_loss_is_the_mean_cross_entropy_of_future_frames():
     assert model.loss(frames, actions + 9)[1]["outside"] == 1
 
 
-def test_loss_on_actions_adds_their_tokens():
-    frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2) * 2 - 1
-    paper, release = make(), make(replace(SMALL, loss_on_actions=True))
-    assert len(release.layout.target_positions(3)) == 3 * (4 + 2)
-    a, b = paper.loss(frames, actions), release.loss(frames, actions)
-    assert a[0] != b[0] and a[1]["accuracy"] == b[1]["accuracy"]
-
-
 def test_loss_over_future_codes_only():
     frames, actions = torch.rand(2, 4, 3, 16, 16), torch.rand(2, 3, 2) * 2 - 1
     model = make(replace(SMALL, future_codes_only=True))
@@ -132,8 +123,6 @@ def test_loss_over_future_codes_only():
     loss, metrics = model.loss(frames, actions)
     assert_close(loss, want)
     assert_close(metrics["accuracy"], (logits.argmax(-1) == future[:, 1:]).float().mean())
-    with pytest.raises(ValueError, match="exclude each other"):
-        replace(SMALL, future_codes_only=True, loss_on_actions=True)
 
 
 def test_stale_frames_are_inputs_only():
@@ -148,7 +137,7 @@ def test_stale_frames_are_inputs_only():
             model.embed(model.layout.sequence(context, frozen, model.action_bins.encode(actions)), model.tables())
         )
     )
-    positions = model.layout.target_positions(3)
+    positions = model.layout.frame_positions(3).flatten()
     assert_close(loss, F.cross_entropy(logits[:, positions - 1].flatten(0, 1), future[:, 1:].flatten()))
     assert loss != model.token_loss(context, future, actions)[0]
     hidden[:, 1:] = False  # frame 0 cannot be staler than it is
@@ -204,7 +193,7 @@ def test_greedy_rollout_is_the_argmax_of_the_full_forward(options):
 
 
 @OPTIONS
-@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"common_random_numbers": True, "top_k": 5}])
+@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"common_random_numbers": True}])
 def test_decoding_at_fixed_shapes_draws_the_same(options, settings):
     model, sampling = make(replace(SMALL, **options)).requires_grad_(False), Sampling(**settings)
     kept = []
@@ -339,15 +328,13 @@ def test_first_frame_may_differ_from_the_context_frame():
 def test_restrict_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
-    def kept(top_p: float, top_k: int | None) -> list[bool]:
-        return torch.isfinite(restrict(logits, top_p, top_k))[0].tolist()
+    def kept(top_p: float) -> list[bool]:
+        return torch.isfinite(restrict(logits, top_p))[0].tolist()
 
-    assert kept(1.0, None) == [True] * 4
-    assert kept(0.8, None) == [True, True, False, False]  # 0.5 + 0.3 reach 0.8
-    assert kept(0.81, None) == [True, True, True, False]
-    assert kept(0.01, None) == [True, False, False, False]
-    assert kept(1.0, 3) == [True, True, True, False]
-    assert kept(0.8, 1) == [True, False, False, False]
+    assert kept(1.0) == [True] * 4
+    assert kept(0.8) == [True, True, False, False]  # 0.5 + 0.3 reach 0.8
+    assert kept(0.81) == [True, True, True, False]
+    assert kept(0.01) == [True, False, False, False]
 
 
 def test_draws_follow_the_distribution():
@@ -539,8 +526,6 @@ def test_errors():
         Sampling(temperature=0)
     with pytest.raises(ValueError, match="top_p must lie in"):
         Sampling(top_p=0)
-    with pytest.raises(ValueError, match="top_k must be at least 1"):
-        Sampling(top_k=0)
     short = replace(SMALL, transformer=replace(SMALL.transformer, max_positions=30))
     with pytest.raises(ValueError, match="a segment of 3 actions has 38 tokens"):
         WorldModel(short)

@@ -21,6 +21,8 @@ from torch.distributions import Normal
 
 from vlarft.nets.action_head import Condition, FlowHead, SigmaNet
 
+BETA = 1.5, 1.0  # parameters of tau's distribution in Eq. (4)
+
 
 class Chain(NamedTuple):
     """A sampled chain: x (B, K + 1, T, A), from noise to actions, and the log_prob (B, K, T, A) of its steps."""
@@ -54,8 +56,6 @@ def matching_loss(
     cond: Condition,
     *,
     generator: torch.Generator | None = None,
-    alpha: float = 1.5,
-    beta: float = 1.0,
     draws: int = 1,
     pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -66,7 +66,6 @@ def matching_loss(
         actions: (S, T, A), normalised.
         cond: condition of the same S contexts, computed once for all draws.
         generator: source of tau and eps, on the actions' device.
-        alpha, beta: tau ~ Beta(alpha, beta).
         draws: pairs (tau, eps) per chunk.
         pairs: tau (S, draws) and eps (S, draws, T, A), these rows of the `matching_pairs` of a larger batch; None =
             sample them here.
@@ -75,7 +74,7 @@ def matching_loss(
         The scalar loss, and metrics {"flow_mse"}.
     """
     if pairs is None:
-        pairs = matching_pairs(actions.shape, draws, alpha=alpha, beta=beta, generator=generator, device=actions.device)
+        pairs = matching_pairs(actions.shape, draws, generator=generator, device=actions.device)
     tau, noise = pairs[0].flatten(), pairs[1].flatten(0, 1)  # (B,), (B, T, A) with B = S * draws
     actions = repeat(actions.float(), "s t a -> (s r) t a", r=draws)  # context-major, as the head expects
     x = torch.lerp(noise, actions, tau[:, None, None])  # a_tau = tau a + (1 - tau) eps
@@ -121,19 +120,17 @@ def matching_pairs(
     shape: tuple[int, int, int],
     draws: int,
     *,
-    alpha: float = 1.5,
-    beta: float = 1.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample the noise of Eq. (4) for S chunks: tau (S, draws) ~ Beta(alpha, beta), eps (S, draws, T, A) ~ N(0, 1).
+    """Sample the noise of Eq. (4) for S chunks: tau (S, draws) ~ Beta(1.5, 1), eps (S, draws, T, A) ~ N(0, 1).
 
     Args:
         shape: (S, T, A).
         draws: pairs per chunk.
-        alpha, beta, generator, device: see `sample_tau`.
+        generator, device: see `sample_tau`.
     """
-    tau = sample_tau(shape[0] * draws, alpha, beta, generator=generator, device=device).view(shape[0], draws)
+    tau = sample_tau(shape[0] * draws, *BETA, generator=generator, device=device).view(shape[0], draws)
     return tau, torch.randn((shape[0], draws, *shape[1:]), generator=generator, device=device)
 
 

@@ -358,8 +358,6 @@ class VLAPolicy(HubModel, nn.Module):
         key_position: torch.Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-        alpha: float = 1.5,
-        beta: float = 1.0,
         draws: int = 1,
         objective: SupervisedObjective = "matching",
         key_weight: float = 0.0,
@@ -376,7 +374,7 @@ class VLAPolicy(HubModel, nn.Module):
             actions: (F, T, A), raw, of the first F <= B rows. The other rows only enter the auxiliary loss, which does
                 not run the language model.
             key_position: (B, min(3, P)) [m]; needed when key_weight > 0.
-            generator, alpha, beta, draws: see `flow.matching_loss`.
+            generator, draws: see `flow.matching_loss`.
             objective: "matching" is `flow.matching_loss`, "regression" `flow.regression_loss`.
             key_weight: weight of the auxiliary loss.
 
@@ -394,7 +392,7 @@ class VLAPolicy(HubModel, nn.Module):
         state = self.normalizer.encode_proprio(proprio)
         flow = self.head, self.normalizer.encode_actions(actions), self.head.prepare(context, state[:rows])
         if objective == "matching":
-            loss, metrics = matching_loss(*flow, generator=generator, alpha=alpha, beta=beta, draws=draws)
+            loss, metrics = matching_loss(*flow, generator=generator, draws=draws)
         else:
             loss, metrics = regression_loss(*flow, generator=generator, draws=draws)
         if key_weight:

@@ -28,12 +28,9 @@ class TokenLayout:
         tokenizer: sizes of the frame tokenizer.
         action_dim: tokens A of what drives a frame, one per dimension of an action, or of a pose and its grippers.
         action_bins: bins per dimension.
-        loss_on_actions: whether the loss also predicts the action tokens.
     """
 
-    def __init__(
-        self, tokenizer: TokenizerConfig, action_dim: int, action_bins: int, loss_on_actions: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: TokenizerConfig, action_dim: int, action_bins: int) -> None:
         self.num_future_codes = math.prod(tokenizer.future_levels)
         self.num_context_codes = math.prod(tokenizer.context_levels)
         self.context_offset = self.num_future_codes
@@ -46,7 +43,6 @@ class TokenLayout:
         self.action_length = action_dim
         self.step_length = self.frame_length + self.action_length
         self.prefix_length = self.context_length + self.frame_length  # what is given before the first action
-        self.loss_on_actions = loss_on_actions
 
     def length(self, num_actions: int) -> int:
         """Count the tokens N of a sequence of `num_actions` actions and one frame more."""
@@ -91,13 +87,7 @@ class TokenLayout:
         return torch.where(positions < self.context_length, positions, inside)
 
     def frame_positions(self, num_actions: int) -> Tensor:
-        """Return the positions (T, Nf) of the tokens of frames 1..T."""
+        """Return the positions (T, Nf) of the tokens of frames 1..T, which the loss of Eq. (3) predicts."""
         start = self.prefix_length + self.action_length  # of frame 1, after the first action
         frames = start + self.step_length * torch.arange(num_actions)[:, None]
         return frames + torch.arange(self.frame_length)
-
-    def target_positions(self, num_actions: int) -> Tensor:
-        """Return the positions that the loss predicts: frames 1..T or, with `loss_on_actions`, all after dyn(f0)."""
-        if self.loss_on_actions:
-            return torch.arange(self.prefix_length, self.length(num_actions))
-        return self.frame_positions(num_actions).flatten()

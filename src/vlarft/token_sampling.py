@@ -17,7 +17,6 @@ class Sampling:
         greedy: take the likeliest code; the other settings then have no effect.
         temperature: divides the logits.
         top_p: sample from the smallest set of codes whose probability reaches this share.
-        top_k: sample from at most this many codes; None = all.
         common_random_numbers: use the same random numbers for all members of a start, so that they differ by their
             actions and not by chance: the numbers depend on the start, the step and the position alone.
         part: (index, count) of this process's equal share of a larger batch. Random numbers are generated for the
@@ -27,7 +26,6 @@ class Sampling:
     greedy: bool = False
     temperature: float = 1.0
     top_p: float = 0.8
-    top_k: int | None = None
     common_random_numbers: bool = False
     part: tuple[int, int] = (0, 1)
 
@@ -36,8 +34,6 @@ class Sampling:
             raise ValueError(f"temperature must be positive, got {self.temperature}; use greedy=True for the limit 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
 
     def noise_rows(self, rows: int, group_size: int) -> int:
         """Return how many rows of `noise` serve `rows` rows of logits: one per start where its members share it."""
@@ -58,7 +54,7 @@ class Sampling:
         """
         if self.greedy:
             return logits.argmax(dim=-1)
-        log_prob = restrict(logits / self.temperature, self.top_p, self.top_k)
+        log_prob = restrict(logits / self.temperature, self.top_p)
         noise = noise.repeat_interleave(len(logits) // len(noise), dim=0)
         return (log_prob + noise).argmax(dim=-1)
 
@@ -69,11 +65,8 @@ class Sampling:
         return self.pick(logits, noise)
 
 
-def restrict(logits: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """Return log-probabilities (B, V), -inf outside the top-k and the nucleus; top-k is applied first."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+def restrict(logits: Tensor, top_p: float) -> Tensor:
+    """Return log-probabilities (B, V), -inf outside the nucleus."""
     log_prob = logits.log_softmax(dim=-1)
     if top_p < 1:
         ordered, order = log_prob.sort(dim=-1, descending=True)

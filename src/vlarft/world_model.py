@@ -53,9 +53,8 @@ class WorldModelConfig:
         chunk: actions T of a segment.
         action_dim: action dimensions A.
         action_bins: bins per dimension; all dimensions share their ids.
-        loss_on_actions: also predict the action tokens, as the public code does; the paper's Eq. (3) does not.
         future_codes_only: normalise the loss over the future codes instead of the whole vocabulary, as rollouts do. Off
-            in the paper; it makes the head of a small model cheap. Excludes `loss_on_actions`.
+            in the paper; it makes the head of a small model cheap.
         slot_embedding: add to a token's embedding a learned vector for its place in the frame or action. The paper has
             rotary positions only, from which a short training is slow to learn what each place means.
         factored_tokens: add to each token's row, in the embedding and in the head, a learned linear function of what
@@ -73,7 +72,6 @@ class WorldModelConfig:
     chunk: int = 8
     action_dim: int = 7
     action_bins: int = 256
-    loss_on_actions: bool = False
     future_codes_only: bool = False
     slot_embedding: bool = False
     factored_tokens: bool = False
@@ -84,13 +82,11 @@ class WorldModelConfig:
     def __post_init__(self) -> None:
         if self.pose_dims > self.proprio_dim:
             raise ValueError(f"pose_dims {self.pose_dims}: the proprio has {self.proprio_dim} dimensions")
-        if self.future_codes_only and self.loss_on_actions:
-            raise ValueError("future_codes_only and loss_on_actions exclude each other: action ids are no future codes")
 
     @property
     def layout(self) -> TokenLayout:
         """Ids and positions of a segment's tokens."""
-        return TokenLayout(self.tokenizer, self.control_dim, self.action_bins, self.loss_on_actions)
+        return TokenLayout(self.tokenizer, self.control_dim, self.action_bins)
 
     @property
     def control_dim(self) -> int:
@@ -354,7 +350,7 @@ class WorldModel(HubModel, nn.Module):
         if stale is not None:
             frames = torch.where(stale[..., None], future_tokens[:, :1], future_tokens)
             inputs = self.layout.sequence(context_tokens, frames, bins)
-        targets = self.layout.target_positions(num_actions).to(ids.device)
+        targets = self.layout.frame_positions(num_actions).flatten().to(ids.device)
         tables = self.tables()
         # the token at position n is predicted at n - 1; the head runs at the targets only
         hidden = self.decoder(self.embed(inputs[:, :-1], tables))[:, targets - 1]  # (B, targets, D)
@@ -362,8 +358,7 @@ class WorldModel(HubModel, nn.Module):
         logits = F.linear(hidden, head).float()  # (B, targets, V or whole vocabulary)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, targets].flatten())
         with torch.no_grad():
-            is_frame = torch.isin(targets, self.layout.frame_positions(num_actions).to(ids.device))
-            right = (logits[:, is_frame].argmax(-1) == ids[:, targets[is_frame]]).float()  # (B, T * Nf)
+            right = (logits.argmax(-1) == ids[:, targets]).float()  # (B, T * Nf)
             changed = (future_tokens[:, 1:] != future_tokens[:, :-1]).flatten(1).float()
             accuracy_changed = (right * changed).sum() / changed.sum().clamp_min(1)  # 0 if nothing changed
         metrics = {
@@ -402,7 +397,6 @@ class WorldModel(HubModel, nn.Module):
         greedy: bool = False,
         temperature: float = 1.0,
         top_p: float = 0.8,
-        top_k: int | None = None,
         generator: torch.Generator | None = None,
         common_random_numbers: bool = False,
         first_frame: Tensor | None = None,
@@ -420,7 +414,7 @@ class WorldModel(HubModel, nn.Module):
             start: (S, C, H, W) in [0, 1], context frame and frame 0; or the state of a rollout that is to go on, with
                 one member per start or with G.
             actions: (S, G, T, A) raw environment actions, any number T of them.
-            greedy, temperature, top_p, top_k, common_random_numbers: see `Sampling`.
+            greedy, temperature, top_p, common_random_numbers: see `Sampling`.
             generator: source of the random numbers; the same seed gives the same rollout and, with common random
                 numbers, the same numbers for any G.
             first_frame: (S, C, H, W), frame 0 if it is not the context frame.
@@ -440,7 +434,7 @@ class WorldModel(HubModel, nn.Module):
         state = start if isinstance(start, State) else self.begin(start, first_frame, robot)
         self._check_actions(state, actions, self.cfg.action_dim)
         controls, robot = self._move(state.robot, actions, proprio_after)
-        sampling = Sampling(greedy, temperature, top_p, top_k, common_random_numbers, part)
+        sampling = Sampling(greedy, temperature, top_p, common_random_numbers, part)
         tokens = self.rollout_tokens(state, controls, sampling, generator)
         frames = self.tokenizer.decode(tokens, state.context)
         return Rollout(tokens, frames, state._replace(tokens=tokens[:, :, -1], robot=robot))

@@ -235,25 +235,18 @@ class Decoder(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: Cache | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Run the decoder on embedded tokens.
 
         Args:
             x: (B, N, D) embeddings of the new tokens.
             cache: past keys and values; the new tokens follow it and are added to it.
-            key_padding_mask: (B, P + N) bool, True = may be attended, over cached and new tokens. Positions count
-                every token, padding included, so pad on the left. A padded token still attends to itself.
 
         Returns:
             (B, N, D) after the final norm.
 
         Raises:
-            ValueError: the sequence is longer than `max_positions`, the cache or the mask has other sizes.
+            ValueError: the sequence is longer than `max_positions`, or the cache has other sizes.
         """
         batch, num_new, _ = x.shape
         total = num_new if cache is None else cache.num_columns(num_new)
@@ -261,14 +254,12 @@ class Decoder(nn.Module):
             raise ValueError(f"{total} tokens exceed max_positions={self.cfg.max_positions}")
         if cache is not None and cache.batch_size != batch:
             raise ValueError(f"KV cache has {cache.batch_size} rows, the input {batch}: expand the cache")
-        if key_padding_mask is not None and key_padding_mask.shape != (batch, total):
-            raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected {(batch, total)}")
         positions = torch.arange(num_new, device=x.device) if cache is None else cache.positions(num_new, x.device)
         cos, sin = rotary_tables(positions, self.cfg.dim_per_head, self.cfg.rope_theta)  # (N, 1, E)
         mask = None
         # several new tokens after cached ones need a mask: SDPA's causal one counts queries from the first key
-        if key_padding_mask is not None or isinstance(cache, StaticKVCache) or 1 < num_new < total:
-            mask = attention_mask(positions, total, key_padding_mask)
+        if isinstance(cache, StaticKVCache) or 1 < num_new < total:
+            mask = causal_mask(positions, total)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
         if cache is not None:
@@ -276,15 +267,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def attention_mask(positions: Tensor, total: int, key_padding_mask: Tensor | None) -> Tensor:
-    """Build the causal mask (B or 1, 1, N, total) for new tokens at `positions` (N,) among `total` keys.
+def causal_mask(positions: Tensor, total: int) -> Tensor:
+    """Build the causal mask (1, 1, N, total) for new tokens at `positions` (N,) among `total` keys.
 
-    It is not needed for a single token that sees every key, nor for a sequence from position 0 without padding, for
-    which the kernel has a built-in causal mask.
+    It is not needed for a single token that sees every key, nor for a sequence from position 0, for which the kernel
+    has a built-in causal mask.
     """
-    columns = torch.arange(total, device=positions.device)
-    causal = columns <= positions[:, None]  # (N, total)
-    if key_padding_mask is None:
-        return causal[None, None]
-    itself = columns == positions[:, None]  # a row without any key would have no softmax
-    return ((causal & key_padding_mask[:, None, :]) | itself)[:, None]  # (B, 1, N, total)
+    return (torch.arange(total, device=positions.device) <= positions[:, None])[None, None]

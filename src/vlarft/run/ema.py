@@ -14,19 +14,17 @@ class EMA:
 
     Args:
         parameters: trained weights; the average starts as their copy.
-        decay: decay of the average per step, in [0, 1); None = no average.
-        from_scratch: the initial weights are random: ramp the decay as (step + 1) / (step + 10) up to `decay`. Without
-            it the decay is constant.
+        decay: of the average per step, in [0, 1), which rises to it as (step + 1) / (step + 10); None = no average.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float | None, from_scratch: bool = True) -> None:
-        self.parameters, self.decay, self.from_scratch = parameters, decay, from_scratch
+    def __init__(self, parameters: Sequence[Tensor], decay: float | None) -> None:
+        self.parameters, self.decay = parameters, decay
         self.averages = [] if decay is None else [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after step `step` (0-based) to the average."""
-        ramp = (step + 1) / (step + 10) if self.from_scratch else 1.0
+        ramp = (step + 1) / (step + 10)
         for average, parameter in zip(self.averages, self.parameters):
             average.lerp_(parameter, 1 - min(self.decay, ramp))
 

@@ -68,6 +68,7 @@ def _pop(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 INTERVALS = {"save_every": "save_interval", "log_every": "log_interval"}
 ONE_DECAY = "the weight decay is a constant, the same for all runs"
+FRAMES_ALONE = Gone(False, "the loss is on frame tokens, as in Eq. (3)")
 
 
 def train_tokenizer(
@@ -107,7 +108,7 @@ def train_tokenizer(
 def train_wm(stored: Mapping[str, Any], where: str, *, size: Named) -> dict[str, Any]:
     """Translate the configuration of a train_wm.py run; the named sizes are the script's."""
     gone = {
-        "loss_on_actions": Gone(False, "the loss is on frame tokens, as in Eq. (3)"),
+        "loss_on_actions": FRAMES_ALONE,
         # its stored value, so that any value passes: it changed the speed only
         "cache_tokens": Gone(stored.get("cache_tokens"), "segments are tokenized as they are read"),
         "chunk": Gone(8, "a segment has the policy's 8 actions"),
@@ -222,7 +223,8 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Translate the configuration in a model file: policies used to store settings of their sampling noise.
+    """Translate the configuration in a model file: policies used to store settings of their sampling noise, and world
+    models whether their loss predicted actions.
 
     A removed setting that had an effect only causes a warning: evaluation plays the deterministic policy, which is the
     same without it.
@@ -240,6 +242,8 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
             f"{where} is of an older version, which kept the model of the robot's state; it is now a part of the world "
             "model: train both again (train_wm.py, train_success.py)"
         )
+    if cls == "WorldModel":
+        return migrate(stored, {}, {"loss_on_actions": FRAMES_ALONE}, where)
     if cls != "VLAPolicy":
         return dict(stored)
     flow = dict(stored["flow"])
