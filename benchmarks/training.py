@@ -98,7 +98,7 @@ class Workload:
 
     def plain_world_model_step(self) -> Tensor:
         ids = self.layout.sequence(self.context, self.future, self.model.action_bins.encode(self.actions))
-        labels, targets = torch.full_like(ids, -100), self.layout.target_positions(self.actions.shape[1])
+        labels, targets = torch.full_like(ids, -100), self.layout.frame_positions(self.actions.shape[1]).flatten()
         labels[:, targets] = ids[:, targets]
         with self.autocast():
             loss = self.llama(ids, labels=labels).loss

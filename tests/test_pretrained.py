@@ -406,5 +406,5 @@ def test_public_world_model_at_full_size(public_tokenizer):
     assert torch.equal(model.layout.sequence(context, future, bins), ids[:, :num_tokens])
     with torch.no_grad():
         loss, _ = model.token_loss(context[:1], future[:1], sequence["actions"][:1])
-    targets = model.layout.target_positions(8)
+    targets = model.layout.frame_positions(8).flatten()
     assert_close(loss, -golden["logprob_next"][targets - 1].mean(), **close)
