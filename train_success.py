@@ -14,19 +14,19 @@ negative; a failed episode has negatives only. So failures of the policy that is
 misses above all: on demonstrations alone, every block beside the bin would be a block in the bin.
 
 Episodes that the world model holds out are held out here, so that judged imaginations are of episodes that neither
-model has seen. On every second one, sorted by kind and outcome, the threshold is chosen: the one with which judged and
+model has seen. On half of them, attempts of one start together, the threshold is chosen: the one with which judged and
 true outcomes agree best, with at most `--false-successes` of the failures judged a success. The others measure how well
 that does, and are what the gate of train_rl.py asks about.
 
-Reads episodes with outcomes (HDF5, LeRobot) and a world model of train_wm.py; `--world-model none`
-leaves out the two imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt,
-log.jsonl, config.json; and, while the run goes on, imagined.pt. The same command resumes an interrupted run.
+Reads episodes with outcomes (HDF5, LeRobot) and a world model of train_wm.py; `--world-model none` leaves out the two
+imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt, log.jsonl,
+config.json; and, while the run goes on, imagined.pt. The same command resumes an interrupted run.
 
 Runs in one process.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,14 +36,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vlarft.data import load_episodes, split_episodes
-from vlarft.data.augment import OFF, augment
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import check_outcomes
-from vlarft.imagined_episodes import imagined_episodes, spread_episodes
+from vlarft.imagined_episodes import spread_episodes
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import (
     checkpoint_file,
@@ -57,15 +55,14 @@ from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Positive, ProperShare, Rate, Rows, ShareBelow1, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.precision import Precision, in_bf16
-from vlarft.run.random import generator, numpy_generator, seed_of
+from vlarft.run.random import seed_of
 from vlarft.run.script import run_script
 from vlarft.run.train_state import TrainState
 from vlarft.success import PRESETS as SIZES
-from vlarft.success import SuccessModel, best_threshold, compare_outcomes
+from vlarft.success import SuccessModel, best_threshold, compare_outcomes, own_attempts
+from vlarft.success_frames import FrameTable, Version, frame_table, replayed, versions
 from vlarft.world_model import WorldModel
 
-LIGHT = replace(OFF, brightness=0.1, pixel_noise=0.01)
-SHIFT = 0.1  # of the image's side: random shifts, without which some dozens of successes are learnt by heart
 WEIGHT_DECAY = 0.01
 
 
@@ -128,76 +125,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Version(NamedTuple):
-    """An episode's frames (L, C, H, W), uint8, in one of the versions: real, decoded or imagined."""
-
-    episode: Episode
-    kind: str
-    frames: Tensor
-
-
-class FrameTable(NamedTuple):
-    """Frames to train on: N of them.
-
-    frames, first_frames: (N, C, H, W) and (episodes, C, H, W) uint8
-    episode: (N,) int64, row of `first_frames`
-    instructions: of the episodes
-    success, progress: (N,) float32, see `SuccessModel.loss`
-    """
-
-    frames: Tensor
-    first_frames: Tensor
-    episode: Tensor
-    instructions: list[str]
-    success: Tensor
-    progress: Tensor
-
-    def batch(self, size: int, seed: int, step: int, device: torch.device) -> tuple:
-        """Sample arguments of `SuccessModel.loss`: as many positive frames as others."""
-        rng = numpy_generator("success batch", seed, step)
-        classes = (np.flatnonzero(self.success == value) for value in (1, 0))
-        picks = torch.from_numpy(np.concatenate([rng.choice(rows, size // 2) for rows in classes]))
-        episode = self.episode[picks]
-        images = torch.stack([self.frames[picks], self.first_frames[episode]], dim=1).to(device).float() / 255
-        images = shifted(images, generator(device, "success shifts", seed, step))
-        images = augment(images, LIGHT, crop_area=1.0, generator=generator(device, "success colours", seed, step))
-        texts = [self.instructions[i] for i in episode.tolist()]
-        return images[:, 0], images[:, 1], texts, self.success[picks].to(device), self.progress[picks].to(device)
-
-
-def shifted(images: Tensor, source: torch.Generator) -> Tensor:
-    """Shift the images of each row by the same whole pixels, up to `SHIFT` of their sides; borders are repeated.
-
-    Args:
-        images: (B, V, C, H, W).
-        source: of the random numbers, on the images' device.
-    """
-    most = torch.tensor([round(SHIFT * side) for side in images.shape[-2:]], device=images.device)
-    moved = torch.rand(len(images), 2, generator=source, device=images.device) * (2 * most + 1)
-    rows, columns = (
-        (torch.arange(side, device=images.device) + by[:, None] - limit).clamp(0, side - 1)  # (B, H) or (B, W)
-        for side, by, limit in zip(images.shape[-2:], moved.long().T, most, strict=True)
-    )
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    # indexed dimensions come first: (B, H, W, V, C)
-    return images.permute(0, 3, 4, 1, 2)[batch, rows[:, :, None], columns[:, None]].permute(0, 3, 4, 1, 2)
-
-
-def labels(episode: Episode, positive: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """Label an episode's frames.
-
-    Returns:
-        Success (L,): 1, 0, or NaN for the frames that are left out; and progress (L,) in [0, 1], NaN in a failure.
-    """
-    steps = np.arange(len(episode))
-    if not episode.success:
-        return np.zeros(len(steps), np.float32), np.full(len(steps), np.nan, np.float32)
-    first = max(len(steps) - positive, 1)  # the first frame is no success
-    success = np.where(steps >= first, 1.0, np.where(steps >= first - margin, np.nan, 0.0))
-    success[0] = 0
-    return success.astype(np.float32), np.minimum(steps / first, 1).astype(np.float32)
-
-
 class Split(NamedTuple):
     """Episodes to train on, to choose the threshold on, and to measure on."""
 
@@ -258,75 +185,6 @@ def at_most(episodes: list[Episode], count: int | None) -> list[Episode]:
     return [e for group in groups for e in spread_episodes(group, count)]
 
 
-def versions(
-    cfg: Config, episodes: Sequence[Episode], model: WorldModel | None, autocast: AbstractContextManager
-) -> Iterator[Version]:
-    """Yield every episode as it was recorded and, with a world model, decoded and imagined."""
-    for episode in episodes:
-        frames = torch.from_numpy(np.ascontiguousarray(episode.images[:])).permute(0, 3, 1, 2)
-        yield Version(episode, "real", frames)
-        if model is not None:
-            yield Version(episode, "decoded", to_uint8(decoded(model, frames)))
-    if model is not None:
-        yield from imagined(cfg, episodes, model, autocast)
-
-
-def imagined(
-    cfg: Config, episodes: Sequence[Episode], model: WorldModel, autocast: AbstractContextManager
-) -> Iterator[Version]:
-    """Yield every episode as reinforcement learning imagines it: with the poses that the world model predicts."""
-    options = {"autocast": autocast, "greedy": True, "seed": cfg.seed, "recorded_poses": False}
-    for found in imagined_episodes(model, episodes, **options):
-        yield Version(found.episode, "imagined", to_uint8(found.imagined))
-
-
-@torch.no_grad()
-def decoded(model: WorldModel, frames: Tensor, at_once: int = 64) -> Tensor:
-    """Encode and decode an episode's frames (L, C, H, W), uint8, with its first frame as context."""
-    images = frames.to(next(model.parameters()).device).float() / 255
-    context = model.tokenizer.encode_context(images[:1])
-    parts = []
-    for part in images.split(at_once):
-        tokens = model.tokenizer.encode_future(part[None], context)  # (1, L, Nf)
-        parts.append(model.tokenizer.decode(tokens[:, None], context)[0, 0])
-    return torch.cat(parts)
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Convert floats in [0, 1] to uint8 on the CPU."""
-    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def frame_table(cfg: Config, found: Iterator[Version]) -> FrameTable:
-    """Choose each episode's frames, the same in all its versions."""
-    rows: dict[str, int] = {}
-    columns: list[tuple] = []
-    first_frames, instructions = [], []
-    for episode, _, frames in found:
-        if episode.name not in rows:  # the real version comes first
-            rows[episode.name] = len(rows)
-            first_frames.append(frames[0])
-            instructions.append(episode.instruction)
-        success, progress = labels(episode, cfg.positive, cfg.margin)
-        rng = numpy_generator("success frames", cfg.seed, rows[episode.name])
-        negative = np.flatnonzero(success == 0)
-        picks = np.concatenate(
-            [np.flatnonzero(success == 1), rng.choice(negative, min(cfg.frames, len(negative)), replace=False)]
-        )
-        row = torch.full((len(picks),), rows[episode.name])
-        columns.append((frames[picks], row, torch.from_numpy(success[picks]), torch.from_numpy(progress[picks])))
-    frames, row, success, progress = (torch.cat(column) for column in zip(*columns, strict=True))
-    return FrameTable(frames, torch.stack(first_frames), row, instructions, success, progress)
-
-
-def replayed(
-    cfg: Config, episodes: Sequence[Episode], model: WorldModel | None, autocast: AbstractContextManager
-) -> list[Version]:
-    """Whole episodes as recorded and, with a world model, as imagined."""
-    found = versions(cfg, episodes, None, autocast)
-    return [*found, *(() if model is None else imagined(cfg, episodes, model, autocast))]
-
-
 def prepared(
     cfg: Config, split: Split, model: WorldModel | None, digest: str | None, autocast: AbstractContextManager
 ) -> tuple[FrameTable, list[list[Version]]]:
@@ -339,14 +197,16 @@ def prepared(
     path, parts = Path(cfg.out_dir) / "imagined.pt", (split.threshold, split.held_out)
     about = {"world_model": digest, "episodes": [[e.name for e in part] for part in split]}
     if path.is_file() and (kept := load_train_state(path)).get("about") == about:
-        real = [list(versions(cfg, part, None, autocast)) for part in parts]
+        real = [list(versions(part, None, autocast)) for part in parts]
         again = [
             [Version(next(e for e in part if e.name == name), "imagined", frames) for name, frames in found]
             for part, found in zip(parts, kept["imagined"], strict=True)
         ]
         return FrameTable(*kept["table"]), [a + b for a, b in zip(real, again, strict=True)]
-    table = frame_table(cfg, versions(cfg, at_most(split.train, cfg.episodes), model, autocast))
-    whole = [replayed(cfg, part, model, autocast) for part in parts]
+    shown = versions(at_most(split.train, cfg.episodes), model, autocast, cfg.seed)
+    options = {"positive": cfg.positive, "margin": cfg.margin, "others": cfg.frames, "seed": cfg.seed}
+    table = frame_table(shown, **options)
+    whole = [replayed(part, model, autocast, cfg.seed) for part in parts]
     if model is not None:
         shown = [[(v.episode.name, v.frames) for v in part if v.kind == "imagined"] for part in whole]
         kept = {"about": about, "table": list(table), "imagined": shown}
@@ -365,12 +225,6 @@ def judged(model: SuccessModel, found: Sequence[Version], autocast: AbstractCont
     return {kind: tuple(zip(*pairs, strict=True)) for kind, pairs in values.items()}
 
 
-def own_attempts(held_out: Sequence[Version]) -> Sequence[Version]:
-    """Take the attempts of a policy alone, if both outcomes are among them."""
-    own = [version for version in held_out if version.episode.kind == "policy"]
-    return own if len({version.episode.success for version in own}) == 2 else held_out
-
-
 def validate(
     model: SuccessModel,
     to_choose: Sequence[Version],
@@ -380,15 +234,18 @@ def validate(
 ) -> tuple[dict[str, float], float]:
     """Choose the threshold on some whole episodes and measure on others, neither of them trained on.
 
-    Where attempts of a policy with both outcomes are among them, only these count, as in the gate of train_rl.py: how
-    well a demonstration is told from a demonstrator's failure says nothing about them.
+    Where attempts of a policy with both outcomes are among them, only these count, as in the gate of train_rl.py, see
+    `own_attempts`.
 
     Returns:
         Metrics of each kind of frames: `agreement` of judged and true outcomes, `false_successes` and `false_failures`
         as shares of the failures and successes, and the Brier score of an episode's highest probability; and the
         threshold, chosen on the imagined episodes where there are any.
     """
-    to_choose, to_measure = own_attempts(to_choose), own_attempts(to_measure)
+    to_choose, to_measure = (
+        [v for v in part if any(v.episode is e for e in own_attempts([v.episode for v in part]))]
+        for part in (to_choose, to_measure)
+    )
     values = judged(model, to_choose, autocast)
     threshold = best_threshold(*values.get("imagined", values["real"]), cfg.false_successes)
     if threshold > 1:

@@ -34,7 +34,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
 
-import train_success
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
@@ -43,6 +42,7 @@ from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import in_bf16
 from vlarft.success import SuccessModel, check_judge
+from vlarft.success_frames import decoded, to_uint8
 from vlarft.world_model import WorldModel
 
 SHOWN, EVERY = 4, 6  # episodes of a picture, steps between its frames
@@ -86,7 +86,7 @@ def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[s
     for episode in episodes:
         frames = torch.from_numpy(episode.images[:].copy()).movedim(-1, 1)  # (L, C, H, W)
         yield "recorded", episode, frames.float() / 255
-        yield "decoded", episode, train_success.decoded(model, frames)
+        yield "decoded", episode, decoded(model, frames)
     kinds = {"imagined, recorded poses": True, IMAGINED: False} if model.cfg.pose_dims else {IMAGINED: True}
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bf16("auto", torch.device("cpu")))
     for kind, recorded in kinds.items():
@@ -119,7 +119,7 @@ def main(cfg: Config) -> dict:
     for kind, episode, seen in versions(model.requires_grad_(False), [e for group in groups for e in group]):
         scores.setdefault(kind, {})[episode.name] = judge.highest(seen, episode.instruction)
         if kind in ("recorded", IMAGINED):
-            frames.setdefault(kind, {})[episode.name] = train_success.to_uint8(seen)
+            frames.setdefault(kind, {})[episode.name] = to_uint8(seen)
     report = {
         "command": "python studies/group_ranking.py",
         "machine": machine(),

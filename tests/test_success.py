@@ -16,6 +16,7 @@ import torch
 from conftest import files_of, interrupted
 
 import train_success
+from vlarft import success_frames
 from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
@@ -76,13 +77,13 @@ def config(places, world_model, tmp_path):
 
 
 def test_labels_by_hand():
-    success, progress = train_success.labels(lamps(0, True), positive=3, margin=5)
+    success, progress = success_frames.labels(lamps(0, True), positive=3, margin=5)
     assert success[:12].tolist() == [0] * 12 and np.isnan(success[12:17]).all() and success[17:].tolist() == [1] * 3
     assert progress[[0, 17, 19]].tolist() == [0, 1, 1] and progress[8] == pytest.approx(8 / 17)
-    success, progress = train_success.labels(lamps(1, False), positive=3, margin=5)
+    success, progress = success_frames.labels(lamps(1, False), positive=3, margin=5)
     assert not success.any() and np.isnan(progress).all()
     short = dataclasses.replace(lamps(0, True), actions=np.zeros((2, 7), np.float32))
-    assert [values.tolist() for values in train_success.labels(short, positive=4, margin=12)] == [[0, 1], [0, 1]]
+    assert [values.tolist() for values in success_frames.labels(short, positive=4, margin=12)] == [[0, 1], [0, 1]]
 
 
 def test_a_success_is_held():
@@ -168,7 +169,7 @@ def test_judging_in_parts_is_judging_at_once():
 def test_shifts_are_whole_pixels_and_the_same_for_both_images():
     rows, columns = torch.arange(20.0)[:, None].expand(20, 30), torch.arange(30.0).expand(20, 30)
     images = torch.stack([rows, columns]).expand(40, 2, 2, 20, 30)
-    found = train_success.shifted(images, torch.Generator().manual_seed(0))
+    found = success_frames.shifted(images, torch.Generator().manual_seed(0))
     assert torch.equal(found[:, 0], found[:, 1])
     down, right = (found[:, 0, i, 10, 15] - (10, 15)[i] for i in (0, 1))
     assert set(down.tolist()) == {-2, -1, 0, 1, 2} and set(right.tolist()) == {-3, -2, -1, 0, 1, 2, 3}
@@ -180,7 +181,7 @@ def test_turned_images_are_read():
     images = np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3), dtype=np.uint8)
     column = np.zeros((3, 7), np.float32)
     turned = Episode("a/b", "push", images[:, ::-1, ::-1], column, column, column)
-    (version,) = train_success.versions(None, [turned], None, contextlib.nullcontext())
+    (version,) = success_frames.versions([turned], None, contextlib.nullcontext())
     assert torch.equal(version.frames.permute(0, 2, 3, 1), torch.from_numpy(images).flip(1, 2))
     frames = to_float(turned.images, torch.device("cpu"))
     torch.testing.assert_close(frames.permute(0, 2, 3, 1) * 255, torch.from_numpy(images).flip(1, 2).float())
@@ -190,7 +191,8 @@ def test_it_learns_what_the_instruction_asks_for():
     cfg = dataclasses.replace(SMOKE, batch_size=32, positive=4, margin=4, world_model=None)
     episodes = [lamps(i, bool(i // 2 % 2)) for i in range(16)]
     cast = torch.autocast("cpu", enabled=False)
-    table = train_success.frame_table(cfg, train_success.versions(cfg, episodes, None, cast))
+    chosen = {"positive": 4, "margin": 4, "others": cfg.frames, "seed": 0}
+    table = success_frames.frame_table(success_frames.versions(episodes, None, cast), **chosen)
     assert table.success.sum() == 8 * 4 and len(table.frames) == 8 * (4 + 4) + 8 * 4
     few = table._replace(success=(torch.arange(96) == 5).float())  # one of 96: half of each batch all the same
     assert few.batch(8, 0, 0, torch.device("cpu"))[3].sum() == 4
@@ -202,7 +204,7 @@ def test_it_learns_what_the_instruction_asks_for():
         model.loss(*table.batch(cfg.batch_size, 0, step, torch.device("cpu")))[0].backward()
         optimizer.step()
     others = [lamps(i, bool(i // 2 % 2)) for i in range(100, 116)]
-    held_out = list(train_success.versions(cfg, others, None, cast))
+    held_out = list(success_frames.versions(others, None, cast))
     metrics, threshold = train_success.validate(model.eval(), held_out[:8], held_out[8:], cfg, cast)
     assert metrics["real_agreement"] == 1 and metrics["real_brier"] < 0.1 and 0 < threshold < 1
 
@@ -214,7 +216,7 @@ def test_a_policys_own_attempts_alone_count_where_both_outcomes_are_among_them()
 
     def shown(kind, success, level):
         episode = dataclasses.replace(lamps(0, success), kind=kind)
-        return train_success.Version(episode, "real", torch.full((2, 3, 4, 4), round(255 * level), dtype=torch.uint8))
+        return success_frames.Version(episode, "real", torch.full((2, 3, 4, 4), round(255 * level), dtype=torch.uint8))
 
     others = [shown("expert", True, 0.2), shown("noisy", False, 0.9)]  # both would be judged wrong
     own = [shown("policy", True, 0.8), shown("policy", False, 0.4)]
@@ -233,7 +235,7 @@ def test_the_threshold_is_chosen_on_imagined_episodes_and_measured_on_others():
 
     def shown(kind, success, level):
         frames = torch.full((2, 3, 4, 4), round(255 * level), dtype=torch.uint8)
-        return train_success.Version(lamps(0, success), kind, frames)
+        return success_frames.Version(lamps(0, success), kind, frames)
 
     chosen = [shown("real", True, 0.9), shown("real", False, 0.7)]
     chosen += [shown("imagined", True, 0.5), shown("imagined", False, 0.3)]
@@ -270,23 +272,22 @@ def test_an_episode_of_one_frame_is_left_out(config, monkeypatch):
 
 
 def test_versions_are_of_the_same_frames(places, world_model):
-    cfg = dataclasses.replace(SMOKE, positive=4, margin=4)
     model, cast = WorldModel.load(world_model), torch.autocast("cpu", enabled=False)
     episodes = load_episodes(places, successes_only=False)[:2]
-    found = list(train_success.versions(cfg, episodes, model, cast))
+    found = list(success_frames.versions(episodes, model, cast))
     assert [v.kind for v in found] == ["real", "decoded", "real", "decoded", "imagined", "imagined"]
     assert all(v.frames.shape == (14, 3, 64, 64) and v.frames.dtype == torch.uint8 for v in found)
     images = found[0].frames.float() / 255
     tokens = model.tokenize(images[None])[1]
     context = model.tokenizer.encode_context(images[:1])
-    expected = train_success.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
+    expected = success_frames.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
     assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
-    options = {"recorded_poses": False, "greedy": True, "seed": cfg.seed}  # poses as in use: predicted
+    options = {"recorded_poses": False, "greedy": True, "seed": 0}  # poses as in use: predicted
     replays = imagined_episodes(model, episodes, autocast=cast, **options)
     for version, replay in zip(found[4:], replays, strict=True):
-        assert torch.equal(version.frames, train_success.to_uint8(replay.imagined))
-        assert not torch.equal(version.frames, train_success.to_uint8(replay.true))
-    table = train_success.frame_table(cfg, iter(found))
+        assert torch.equal(version.frames, success_frames.to_uint8(replay.imagined))
+        assert not torch.equal(version.frames, success_frames.to_uint8(replay.true))
+    table = success_frames.frame_table(found, positive=4, margin=4, others=4, seed=0)
     assert len(table.first_frames) == len(table.instructions) == 2
     real, other, imagined = (slice(i * 8, (i + 1) * 8) for i in (0, 2, 4))  # of episodes 0, 1 and 0
     assert torch.equal(table.progress[real], table.progress[imagined])

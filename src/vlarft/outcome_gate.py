@@ -27,7 +27,7 @@ from vlarft.run.checkpoint import model_digest
 from vlarft.run.random import generator
 from vlarft.run.results import reading_results
 from vlarft.statistics import spearman
-from vlarft.success import Agreement, SuccessModel, compare_outcomes
+from vlarft.success import Agreement, SuccessModel, compare_outcomes, own_attempts
 from vlarft.world_model import WorldModel
 
 FEWEST_POLICIES = 3  # that have an order worth a correlation; six tell more
@@ -54,11 +54,9 @@ def outcome_gate(
     Raises:
         ValueError: episodes of one outcome only.
     """
-    own = [e for e in episodes if e.kind == "policy"]
-    what = "attempts of the policy"
-    if len({e.success for e in own}) < 2:
-        own, what = list(episodes), "episodes, too few of them attempts of the policy"
-    own = [e for e in own if len(e) > 1]
+    own = [e for e in own_attempts(episodes) if len(e) > 1]
+    alone = all(e.kind == "policy" for e in own)
+    what = "attempts of the policy" if alone else "episodes, too few of them attempts of the policy"
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
     judged, true = [], []
     for found in imagined_episodes(model, own, autocast=autocast, recorded_poses=False, **options):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlarft.data.convention import check_same_images
+from vlarft.data.episode import Episode
 from vlarft.nets.vit import ConvEncoder, ConvEncoderConfig
 from vlarft.nets.vlm import InstructionEncoder
 from vlarft.run.checkpoint import file_digest, load_model, model_digest, read_header
@@ -240,6 +241,14 @@ class Agreement(NamedTuple):
     def balanced(self) -> float:
         """Mean of the shares of successes and of failures that were judged right; 1/2 if all get one verdict."""
         return 1 - (self.false_successes / self.true_failures + self.false_failures / self.true_successes) / 2
+
+
+def own_attempts(episodes: Sequence[Episode]) -> list[Episode]:
+    """Take the attempts of a policy alone, if both outcomes are among them: how well a demonstration is told from a
+    demonstrator's failure says nothing about them.
+    """
+    own = [e for e in episodes if e.kind == "policy"]
+    return own if len({e.success for e in own}) == 2 else list(episodes)
 
 
 def compare_outcomes(judged: Sequence[bool], true: Sequence[bool]) -> Agreement:
