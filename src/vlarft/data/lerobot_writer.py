@@ -16,7 +16,7 @@ import numpy as np
 
 from vlarft.data.episode import CAMERAS, Episode
 from vlarft.data.frames import import_pillow
-from vlarft.data.lerobot import import_parquet, read_info
+from vlarft.data.lerobot_meta import import_parquet, read_info
 from vlarft.data.video import import_av
 from vlarft.run.checkpoint import new_folder
 

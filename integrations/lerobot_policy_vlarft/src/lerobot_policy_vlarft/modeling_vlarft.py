@@ -21,7 +21,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from torch import Tensor
 
-from vlarft.data.lerobot import read_grippers, read_info
+from vlarft.data.lerobot_meta import read_grippers, read_info
 from vlarft.policy import PRESETS, PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import checkpoint_file, load_model
 
