@@ -251,7 +251,10 @@ def test_the_gate_by_hand(capsys):
     episodes = [won, lost, recorded(3, False, 2), recorded(4, True, 0.1)]
     found = outcome_gate(Sums(), Bright(0.06, 2), episodes, NO_CAST)
     assert found == Agreement(true_successes=2, true_failures=2, false_successes=1, false_failures=1)
-    assert "50 % of 4 held-out episodes, too few of them attempts of the policy, have" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "50 % of 4 held-out episodes, too few of them attempts of the policy, have" in said
+    # 0.9 where it is bright enough, else 0.6: squared errors of 0.01, 0.36, 0.81 and 0.16
+    assert "false successes 1 of 2 [9 %, 91 %], false failures 1 of 2 [9 %, 91 %]; Brier score 0.3" in said
     with pytest.raises(RuntimeError, match=r"1 of 2 failures look like .* right is 0.50, less than --gate-threshold 0"):
         check_outcome_gate(found, 0.9)
     check_outcome_gate(found, 0.5)

@@ -3,13 +3,20 @@
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import files_of
 
+import collect_demos
+import eval_libero
 import play
-from vlarft.run.checkpoint import save_model
+from vlarft.data.convention import check_same_images
+from vlarft.policy import VLAPolicy
+from vlarft.reward import check_same_robot
+from vlarft.run.checkpoint import read_header, save_model
+from vlarft.sim.policy_check import check_policy
 from vlarft.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +93,18 @@ def test_notebooks_run(tmp_path, monkeypatch):
     assert len(cells["imagined"]) == 9 and cells["rollout"].frames.shape[:3] == (1, 4, 8)
     cells = run_notebook("rft_step.ipynb")
     assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
+
+
+def test_liberos_checkpoints_fit_together_and_with_their_preset():
+    places = [ROOT / "checkpoints" / f"libero_object_{name}" for name in ("sft", "world_model")]
+    policy, model = VLAPolicy.load(places[0]), WorldModel.load(places[1])
+    check_same_robot(policy, model)
+    headers = [read_header(place) for place in places]
+    check_same_images(headers[0].extra, "policy", headers[1].extra, "world model")
+    assert set(headers[0].extra["train_episodes"]) <= set(headers[1].extra["train_episodes"])
+    demos, played = collect_demos.PRESETS["libero"], eval_libero.PRESETS["libero"]
+    sizes = [policy.vlm.image_size, model.cfg.tokenizer.image_size[0], demos.image_size, played.image_size or 128]
+    assert sizes == [128] * 4 and demos.fast_rendering and played.fast_rendering
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_policy(str(places[0]), headers[0], "libero_object", range(10), played.image_size, True)

@@ -26,7 +26,7 @@ from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import model_digest
 from vlarft.run.random import generator
 from vlarft.run.results import reading_results
-from vlarft.statistics import spearman
+from vlarft.statistics import spearman, wilson_interval
 from vlarft.success import Agreement, SuccessModel, compare_outcomes, own_attempts
 from vlarft.world_model import WorldModel
 
@@ -43,7 +43,8 @@ def outcome_gate(
     autocast: AbstractContextManager,
     **options: Any,
 ) -> Agreement:
-    """Replay held-out episodes in imagination, judge them, compare with the recorded outcomes, and print the result.
+    """Replay held-out episodes in imagination, judge them, compare with the recorded outcomes, and print the result:
+    shares with 95 % intervals and, as the calibration, the Brier score of the highest probability that each held.
 
     Args:
         model, judge: on one device.
@@ -58,16 +59,22 @@ def outcome_gate(
     alone = all(e.kind == "policy" for e in own)
     what = "attempts of the policy" if alone else "episodes, too few of them attempts of the policy"
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
-    judged, true = [], []
+    highest, true = [], []
     for found in imagined_episodes(model, own, autocast=autocast, recorded_poses=False, **options):
         with autocast:
-            judged.append(judge.highest(found.imagined, found.episode.instruction) >= judge.cfg.threshold)
+            highest.append(float(judge.highest(found.imagined, found.episode.instruction)))
         true.append(found.episode.success)
-    found = compare_outcomes(judged, true)
+    found = compare_outcomes([value >= judge.cfg.threshold for value in highest], true)
+
+    def counted(number: int, of: int) -> str:
+        _, low, high = wilson_interval(number, of)
+        return f"{number} of {of} [{100 * low:.0f} %, {100 * high:.0f} %]"
+
     print(
         f"outcome gate: {100 * found.agreement:.0f} % of {len(own)} held-out {what}, have their true outcome in "
-        f"imagination; false successes {found.false_successes} of {found.true_failures}, false failures "
-        f"{found.false_failures} of {found.true_successes}",
+        f"imagination; false successes {counted(found.false_successes, found.true_failures)}, false failures "
+        f"{counted(found.false_failures, found.true_successes)}; Brier score "
+        f"{sum((h - t) ** 2 for h, t in zip(highest, true)) / len(true):.2f}",
         file=sys.stderr,
     )
     return found
