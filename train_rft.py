@@ -435,7 +435,7 @@ def main(
         Metrics of the last step, and the diagnosis after it.
     """
     device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()  # part: (rank, processes)
-    distributed.local_batch(cfg.starts)  # raises if the starts do not divide by the processes
+    distributed.check_batch(cfg.starts)
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = (None, None) if score else load_world_model(cfg, policy, extra, device)
     # a process scores its part of the training starts, with that part's random numbers, but all held-out starts

@@ -402,7 +402,7 @@ def draw_rollouts(true: Tensor, imagined: Tensor, path: Path) -> None:
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume; return the metrics of the last validation."""
     device = distributed.setup()
-    distributed.local_batch(cfg.batch_size, cfg.accumulate)
+    distributed.check_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
 

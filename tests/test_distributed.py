@@ -295,17 +295,18 @@ def test_one_process_is_plain():
     assert distributed.shard(module) is module
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.mean_across_ranks({"a": torch.tensor(0.5)}) == {"a": 0.5}
-    assert distributed.local_batch(6) == 6
+    distributed.check_batch(6)
 
 
 def test_batch_that_does_not_divide(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    assert distributed.local_batch(24) == 6 and distributed.local_batch(24, 3) == 2
+    distributed.check_batch(24)
+    distributed.check_batch(24, 3)
     with pytest.raises(ValueError, match="batch size 6 does not divide by 4 processes; choose a multiple"):
-        distributed.local_batch(6)
+        distributed.check_batch(6)
     for accumulate in (5, 0):
         with pytest.raises(ValueError, match=f"batch size 24 does not divide by 4 processes x {accumulate} micro"):
-            distributed.local_batch(24, accumulate)
+            distributed.check_batch(24, accumulate)
 
 
 def test_recompute_gives_the_same_gradients_from_fewer_activations():

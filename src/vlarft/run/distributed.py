@@ -82,8 +82,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_batch(global_batch: int, accumulate: int = 1) -> int:
-    """Return the rows of a micro-batch, of which each process has `accumulate` a step.
+def check_batch(global_batch: int, accumulate: int = 1) -> None:
+    """Check that a batch divides into the micro-batches of all processes, `accumulate` each.
 
     Raises:
         ValueError: the global batch is not a multiple of processes x micro-batches.
@@ -91,7 +91,6 @@ def local_batch(global_batch: int, accumulate: int = 1) -> int:
     if accumulate < 1 or global_batch % (world_size() * accumulate):
         parts = f"{world_size()} processes" + (f" x {accumulate} micro-batches" if accumulate != 1 else "")
         raise ValueError(f"batch size {global_batch} does not divide by {parts}; choose a multiple")
-    return global_batch // (world_size() * accumulate)
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
