@@ -188,13 +188,12 @@ def main(config: Config) -> list[Path]:
             others have been made and kept.
     """
     chosen = [(suite, task) for suite in config.suites for task in _tasks(config, suite)]
-    if config.policy is not None:
-        for suite in config.suites:
-            words = suite, _tasks(config, suite), config.image_size, config.fast_rendering
-            check_policy(config.policy, read_header(config.policy), *words)
     paths = {key: demo_path(config, *key) for key in chosen}
     jobs = {key: list(_missing(config, *key)) for key in chosen}
     todo = [job for key in chosen for job in jobs[key]]
+    for suite in dict.fromkeys(job.suite for job in todo if job.index >= FIRST_ON_POLICY):
+        words = suite, _tasks(config, suite), config.image_size, config.fast_rendering
+        check_policy(config.policy, read_header(config.policy), *words)
     workers = min(config.workers or os.cpu_count() or 1, max(len(todo), 1))
     left = {key: len(jobs[key]) for key in chosen}
     for key in chosen:
@@ -315,67 +314,87 @@ def _environment(
     return make_env(suite, task, image_size, cameras=cameras, horizon=horizon, fast_rendering=fast)
 
 
-def _content(config: Config, suite: str) -> dict:
+def _content(config: Config) -> dict:
     cell = FAST.mesh_cell if config.fast_rendering else 0.0  # fast rendering once left the meshes as they are
-    settings = {k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}
-    return {**settings, "mesh_cell": cell, "visuals": visuals_of(suite)}
+    return {**{k: v for k, v in asdict(config).items() if k not in NOT_CONTENT}, "mesh_cell": cell}
 
 
 def _parts(path: Path) -> Path:
     return path.with_suffix(".parts")
 
 
+def _collection(path: Path) -> tuple[dict, set[str]]:
+    """The settings of a task's file, and the names of its demonstrations."""
+    with open_demo_file(path) as file:
+        return json.loads(file["data"].attrs["env_args"]).get("collection", {}), set(demo_names(file["data"]))
+
+
 def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
     """Jobs of one task that neither its file nor its parts hold; checks that both were made with the same settings."""
     path = demo_path(config, suite, task)
     settings, parts = _parts(path) / "settings.json", set(_parts(path).glob("demo_*.hdf5"))
-    done: set[str] = set()
-    if path.exists():
-        with open_demo_file(path) as file:
-            found = json.loads(file["data"].attrs["env_args"]).get("collection", {})
-            _check_settings(_content(config, suite), found, path)
-            done |= set(demo_names(file["data"]))
-    if parts:
-        _check_settings(_content(config, suite), read_json(settings), settings)
-        done |= {part.stem for part in parts}
+    found = {path: _collection(path)} if path.exists() else {}
+    found |= {settings: (read_json(settings), {part.stem for part in parts})} if parts else {}
+    for where, (collection, _) in found.items():
+        _check_settings(_content(config), collection, where)
     counts = {0: config.demos_per_task, FIRST_NOISY: config.noisy_per_task, FIRST_ON_POLICY: config.policy_per_task}
     indices = [first + i for first, count in counts.items() for i in range(count)]
+    done = {name for _, names in found.values() for name in names}
     jobs = [Job(config, suite, task, i) for i in indices if f"demo_{i}" not in done]
-    if jobs and not parts:
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        write_json(settings, _content(config, suite))
+    if jobs:
+        visuals, attempts = visuals_of(suite), jobs[-1].index >= FIRST_ON_POLICY
+        for where, (collection, names) in found.items():
+            _check_additions(where, collection, names, visuals, attempts)
+        if not parts:
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            write_json(settings, {**_content(config), "visuals": visuals, "policy_plays_on": True})
     return iter(jobs)
 
 
 def _check_settings(content: dict, found: dict, where: Path) -> None:
     expected = json.loads(json.dumps(content))
     found = migrate(found, {"wrist": "eye_in_hand"}, {}, str(where))
-    found = {**OLDER, "visuals": expected["visuals"], **found}  # older files do not tell with which they were rendered
+    found = {**OLDER, **found}
     wrong = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise ValueError(f"{where} was collected with other settings ({'; '.join(wrong)}); give another --out-dir")
 
 
+def _check_additions(where: Path, found: dict, names: set[str], visuals: str | None, attempts: bool) -> None:
+    """Check that new demonstrations look like those that are there; older files do not tell their visuals."""
+    if found.get("visuals") not in (None, visuals):
+        raise ValueError(
+            f"{where} was collected with other settings (visuals: {found['visuals']!r} there, {visuals!r} now); give "
+            "another --out-dir"
+        )
+    if attempts and not found.get("policy_plays_on") and any(_number(name) >= FIRST_ON_POLICY for name in names):
+        raise ValueError(
+            f"{where} holds attempts of an older version, in which a policy rested after success; now it plays on, so "
+            "that a hand at rest is no sign of success: give another --out-dir"
+        )
+
+
+def _number(name: str) -> int:
+    return int(name.split("_")[1])
+
+
 def _merge(config: Config, suite: str, task: int) -> None:
     """Move the parts of a complete task into its file: a new file is written beside it and replaces it."""
     path = demo_path(config, suite, task)
-    parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: int(part.stem.split("_")[1]))
+    parts = sorted(_parts(path).glob("demo_*.hdf5"), key=lambda part: _number(part.stem))
     if parts:
         sources = [path, *parts] if path.exists() else parts
+        first = _collection(path)[0] if path.exists() else read_json(_parts(path) / "settings.json")
+        collection = {**_content(config), "visuals": first.get("visuals"), "policy_plays_on": True}
         check_room(path, sum(source.stat().st_size for source in sources))
-        write_atomic(path, lambda tmp: _write_task(tmp, sources, config, suite, task))
+        write_atomic(path, lambda tmp: _write_task(tmp, sources, collection, suite, task))
     shutil.rmtree(_parts(path), ignore_errors=True)
 
 
-def _write_task(path: Path, sources: list[Path], config: Config, suite: str, task: int) -> None:
+def _write_task(path: Path, sources: list[Path], collection: dict, suite: str, task: int) -> None:
     with import_h5py().File(path, "w") as file:
         data = file.create_group("data")
-        args = {
-            "suite": suite,
-            "task": task,
-            "task_name": task_names(suite)[task],
-            "collection": _content(config, suite),
-        }
+        args = {"suite": suite, "task": task, "task_name": task_names(suite)[task], "collection": collection}
         simulator = simulator_of(suite)
         described = simulator.suites[suite].tasks[task]
         write_task_attrs(data, described.instruction, args, **simulator.env.demo_attrs(suite, described))

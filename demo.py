@@ -255,7 +255,10 @@ def expected_seconds(cfg: Config) -> dict[str, float]:
         return {}
     runs, probe = json.loads(path.read_text())["runs"].values(), probe_seconds()
     names = dict.fromkeys(name for run in runs for name in run["seconds"])
-    return {n: probe * median(run["seconds"][n] / run["probe_seconds"] for run in runs) for n in names}
+    return {
+        name: probe * median(run["seconds"][name] / run["probe_seconds"] for run in runs if name in run["seconds"])
+        for name in names
+    }
 
 
 def main(cfg: Config) -> dict:

@@ -417,9 +417,9 @@ def check_plan(cfg: Config) -> None:
 def main(cfg: Config) -> dict:
     """Play what is missing; return what results.json holds."""
     digests = check(cfg)
-    for suite in cfg.suites:
-        visuals_of(suite)  # raises if the simulator is missing
     out_dir = Path(cfg.out_dir)
+    for suite in cfg.suites if not (out_dir / "config.json").is_file() else ():
+        visuals_of(suite)  # raises if LIBERO is missing, before anything is written
     films = (f"animate_{k}" for k in ("failed", "starts", "size", "format"))
     open_run(out_dir, cfg, ignore=("workers", "animate", *films, "lerobot"))
     records = earlier_records(cfg, digests)

@@ -347,7 +347,12 @@ def to_film(episodes: list[Episode], recorded: list[dict]) -> dict[str, str]:
 
 
 def draw_episodes(
-    model: WorldModel, episodes: list[Episode], titles: dict[str, str], out_dir: Path, autocast, recorded_poses: bool
+    model: WorldModel,
+    episodes: list[Episode],
+    titles: dict[str, str],
+    out_dir: Path,
+    autocast,
+    recorded_poses: bool = True,
 ) -> None:
     """Greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
     chosen, options = [e for e in episodes if e.name in titles], {"greedy": True, "recorded_poses": recorded_poses}
@@ -408,17 +413,16 @@ def main(cfg: Config) -> dict:
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 
+    whole, judge = spread_episodes(episodes, cfg.episodes), None
+    if cfg.episodes and cfg.success_model is not None:
+        check_outcomes(whole, "eval_wm.py --success-model")
+        texts, size = [e.instruction for e in whole], model.cfg.tokenizer.image_size[0]
+        check_judge(cfg.success_model, texts, extra, f"world model {path}", size, path)
+        judge = SuccessModel.load(cfg.success_model, device)
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
     if cfg.episodes:
         warn_other_contexts(extra, f"imagining whole episodes: {path}", None)
-        whole = spread_episodes(episodes, cfg.episodes)
-        judge = None
-        if cfg.success_model is not None:
-            check_outcomes(whole, "eval_wm.py --success-model")
-            texts, size = [e.instruction for e in whole], model.cfg.tokenizer.image_size[0]
-            check_judge(cfg.success_model, texts, extra, f"world model {path}", size, path)
-            judge = SuccessModel.load(cfg.success_model, device)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
     if distributed.is_main():
         if cfg.starts:

@@ -267,8 +267,8 @@ def load_world_model(
     tasks = [{name.rpartition("/")[0] for name in of.get("train_episodes", ())} for of in (extra, imagined)]
     if all(tasks) and tasks[0].isdisjoint(tasks[1]):
         warnings.warn(
-            f"{names[1]} was trained on none of the files of {names[0]}: {min(tasks[1])}, ... and not {min(tasks[0])}, "
-            "...; it may never have seen these tasks",
+            f"{names[1]} was trained on none of the files of {names[0]}, on {min(tasks[1])}, ... and not on "
+            f"{min(tasks[0])}, ...: if their tasks differ, it has never seen those of the policy",
             stacklevel=2,
         )
     distance = None if cfg.reward == "divergence" else perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
@@ -311,8 +311,9 @@ def windows(
     if gated:
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     episodes, others = (load_episodes(cfg.demos, camera, names=names) for names in (extra["train_episodes"], held_out))
-    images, where = image_convention(episodes, camera), f"the demonstrations {' '.join(cfg.demos)}"
-    check_same_images(extra, f"policy {cfg.policy}", images, where)
+    fix = "give the demonstrations that it was trained on"
+    images = image_convention(episodes, camera)
+    check_same_images(extra, f"policy {cfg.policy}", images, f"the demonstrations {cfg.demos}", fix)
     if world_model is not None:
         check_image_size(world_model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     training, others = (WindowSampler(part, chunk + 1, chunk) for part in (episodes, others))

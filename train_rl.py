@@ -13,8 +13,8 @@ The world is a world model of train_wm.py, judged by a success model of train_su
 recorded episodes; robot and simulator are not asked. A gate compares, before the first step, imagined and recorded
 outcomes of episodes that both models hold out. Or it is a simulator with its true outcome: the baseline that peers
 report, and the ceiling of what imagination can give. Its starts are random and disjoint from those of eval_libero.py,
-its physics runs in worker processes. With `--success-model` in the simulator, that model judges the true frames, which
-tells the judge's share of what imagination loses.
+its physics runs in worker processes. With `--success-model` in the simulator, that model, trained without a world
+model, judges the true frames, which tells the judge's share of what imagination loses.
 
 Reads a policy of train_sft.py, train_rft.py or this script, and recorded episodes: the demonstrations that it was
 trained on (its checkpoint names episodes and camera), for the flow-matching term, and all others as further starts.
@@ -171,7 +171,8 @@ def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWor
     """
     size, how, places = cfg.image_size or policy.vlm.image_size, (cfg.horizon, cfg.fast_rendering), []
     for suite in cfg.suites:
-        tasks = [task_index(suite, task) for task in cfg.tasks or range(len(task_names(suite)))]
+        tasks = range(len(task_names(suite))) if cfg.tasks is None else cfg.tasks
+        tasks = [task_index(suite, task) for task in tasks]
         check_policy(cfg.policy, read_header(cfg.policy), suite, tasks, size, cfg.fast_rendering)
         places += [Place(suite, task, size, policy.cfg.cameras, *how) for task in tasks]
     judge = None
@@ -271,7 +272,9 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             return policy
 
         options = {"horizon": cfg.horizon, "camera": world.camera, "autocast": world.autocast, **world.sampling}
-        unseen_world = ImaginedWorld(world.model, world.judge, held_out, starts=len(held_out), **options)
+        unseen_world = ImaginedWorld(
+            world.model, world.judge, held_out, starts=min(len(held_out), cfg.starts * cfg.group), **options
+        )
         measured["gate_rank"] = rank_policies(evaluation, load, unseen_world, cfg.seed)
     check_outcome_gate(found, cfg.gate_threshold)
     return measured

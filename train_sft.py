@@ -197,7 +197,10 @@ def build_policy(
         ValueError: the paper's size with random weights that were not asked for.
     """
     if cfg.init not in (None, "random"):
-        return VLAPolicy.load(cfg.init).train()
+        policy = VLAPolicy.load(cfg.init).train()
+        if len(policy.cfg.cameras) == 1:
+            policy.cfg = replace(policy.cfg, cameras=(cfg.camera,))  # what it is trained to see from now on
+        return policy
     if cfg.size == "paper" and cfg.init is None:
         raise ValueError(
             "size 'paper' without --init would start from random weights, which the paper's does not; give --init "
@@ -313,8 +316,9 @@ def main(cfg: Config) -> dict[str, float]:
     images = image_convention(train, cfg.camera)
     facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
     if cfg.init not in (None, "random"):
-        where = f"the demonstrations {' '.join(cfg.demos)}"
-        check_same_images(read_header(cfg.init).extra, f"policy {cfg.init}", images, where)
+        before, where = read_header(cfg.init).extra, f"the demonstrations {' '.join(cfg.demos)}"
+        turn = "turn them with python -m vlarft.data.convert SRC DST --turn"
+        check_same_images(before, f"policy {cfg.init}", images, where, turn, adapts=True)
 
     policy = build_policy(cfg, train[0].actions.shape[1], train[0].proprio.shape[1], train[0].grippers)
     fit_normalizer(policy, train, cfg.refit_statistics)

@@ -229,10 +229,8 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
         ValueError: it was trained on episodes that this run holds out, or on images of another size or convention.
     """
     path = checkpoint_file(cfg.tokenizer)
-    header = read_header(path)
-    extra = header.extra
+    extra = read_header(path).extra
     check_same_images(extra, f"tokenizer {path}", images, f"the demonstrations {' '.join(cfg.demos)}")
-    check_image_size(header.config["image_size"], f"tokenizer {path}", held_out[0])
     warn_other_contexts(extra, f"tokenizer {path}", cfg.context_lookback)
     seen = set(extra.get("train_episodes", []))
     if overlap := [e.name for e in held_out if e.name in seen]:
@@ -240,7 +238,9 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
             f"{path} was trained on {len(overlap)} of the {len(held_out)} held-out episodes (first {overlap[0]}): "
             "use the --split-seed, --validation-fraction and --demos of its training"
         )
-    return FrameTokenizer.load(path, device)
+    tokenizer = FrameTokenizer.load(path, device)
+    check_image_size(tokenizer.cfg.image_size, f"tokenizer {path}", held_out[0])
+    return tokenizer
 
 
 def controls(model: WorldModel, episodes: Sequence[Episode]) -> Tensor:

@@ -40,7 +40,7 @@ class Config:
         ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"), "suites to learn"
     )
     demos: str | None = opt(None, "folder of demonstrations to learn from; none: make them, which needs mujoco")
-    runs_dir: str = opt("runs/gpu_world_model", "folder for the stages' runs")
+    runs_dir: str | None = opt(None, "folder for the stages' runs; none: below runs/, by preset and device")
     demos_per_task: int = opt(60, "demonstrations per task; a fifth as many noisy attempts")
     batch_size: int = opt(64, "segments per step")
     tokenizer_minutes: float = opt(3.0, "wall time of the tokenizer [min]")
@@ -106,7 +106,8 @@ def main(cfg: Config) -> dict:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: torch finds no GPU here")
     out = Path(cfg.out)
-    demos, tokenizer, model = (str(Path(cfg.runs_dir) / name) for name in ("demos", "tokenizer", "wm"))
+    runs = Path(cfg.runs_dir or ROOT / "runs" / f"gpu_world_model_{cfg.stage_preset}_{cfg.device}")
+    demos, tokenizer, model = (str(runs / name) for name in ("demos", "tokenizer", "wm"))
     if cfg.demos is None:
         counts = ["--demos-per-task", cfg.demos_per_task, "--noisy-per-task", cfg.demos_per_task // 5]
         stage("collect_demos.py", cfg, "--suites", *cfg.suites, *counts, "--out-dir", demos)

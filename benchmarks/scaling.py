@@ -90,7 +90,7 @@ def without_data() -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
     stack.enter_context(FakeTensorMode())
     # without a mask, whole sequences from position 0 use the attention kernel's causal mode
-    stack.enter_context(patch.object(transformer, "attention_mask", lambda *_: None))
+    stack.enter_context(patch.object(transformer, "causal_mask", lambda *_: None))
     stack.enter_context(patch.object(FrameTokenizer, "_check", lambda *_: None))
     for name in ("encode_actions", "encode_proprio"):
         stack.enter_context(patch.object(Normalizer, name, lambda self, values: values))

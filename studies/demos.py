@@ -56,7 +56,8 @@ def summed_up(folder: Path) -> dict:
 
 def sizes(preset: str) -> dict[str, object]:
     """What the demo sets beside its stages' presets."""
-    return {name: values[preset] for name, values in (("few", demo.FEW), ("rl", demo.RL), ("rft", demo.RFT))}
+    of = {"few": demo.FEW, "rl": demo.RL, "rft": demo.RFT, "extra": demo.EXTRA}
+    return {name: values[preset] for name, values in of.items()}
 
 
 def main(cfg: Config) -> dict:
@@ -66,11 +67,10 @@ def main(cfg: Config) -> dict:
         ValueError: the file holds demos of other sizes.
     """
     report = read_report(cfg, "runs", free=("out_dir", "out", "seeds"))
-    report = {"command": "python studies/demos.py", "machine": machine(), "sizes": sizes(cfg.demo_preset), **report}
-    if report["sizes"] != sizes(cfg.demo_preset):
-        raise ValueError(
-            f"{cfg.out} holds demos with {report['sizes']}, not {sizes(cfg.demo_preset)}: give another file as --out"
-        )
+    now, there = sizes(cfg.demo_preset), report.get("sizes")
+    if report["runs"] and there != now:
+        raise ValueError(f"{cfg.out} holds demos with {there}, not {now}: give another file as --out")
+    report = {"command": "python studies/demos.py", "machine": machine(), "sizes": now, **report}
     for seed in cfg.seeds:
         if str(seed) not in report["runs"]:
             folder = Path(cfg.out_dir) / f"seed{seed}"

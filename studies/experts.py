@@ -73,12 +73,12 @@ def main(cfg: Config) -> dict:
     report = {"command": "python studies/experts.py", "machine": machine(), **report}
     jobs = []
     for suite in cfg.suites:
-        known = report["suites"].setdefault(suite, {})
         for noise in cfg.noises:
-            played = known.setdefault(f"{noise:g}", {})
+            played = report["suites"].get(suite, {}).get(f"{noise:g}", {})
             jobs += [(cfg, suite, task, noise) for task in cfg.tasks if str(task) not in played]
     for (_, suite, task, noise), found, _ in tqdm(run_jobs(play, jobs, cfg.workers), total=len(jobs), disable=None):
-        report["suites"][suite][f"{noise:g}"][str(task)] = {"commit": commit(), **rounded(found)}
+        noises = report["suites"].setdefault(suite, {})
+        noises.setdefault(f"{noise:g}", {})[str(task)] = {"commit": commit(), **rounded(found)}
         write(cfg.out, report)
     print(experts_table(report))
     return report

@@ -18,7 +18,7 @@ from libero_study import Config as Study
 from stages import Starts, check_known
 
 from vlarft import VLAPolicy, WorldModel
-from vlarft.run.checkpoint import checkpoint_file
+from vlarft.run.checkpoint import read_header
 from vlarft.run.config import opt, parse
 
 SEEN = "Demonstrations of scripted experts in LIBERO with stand-ins for some of its meshes and textures, fast rendering"
@@ -58,7 +58,7 @@ def main(cfg: Config) -> None:
     wanted += [(name.lower(), name, VLAPolicy) for name in names]
     for suite in cfg.suites:
         for _, run, _ in wanted:
-            checkpoint_file(Path(cfg.runs) / suite / run)
+            read_header(Path(cfg.runs) / suite / run)
     for suite in cfg.suites:
         runs = Runs(Study(out_dir=cfg.runs), suite)
         for name, run, cls in wanted:

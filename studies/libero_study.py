@@ -17,8 +17,8 @@ measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
 initial states from x_0 = 0, and so does SFT. Every stage is a command of the repository, is printed, and is not run
-again once it is done; a policy that has been trained again is played again. The JSON file gathers runs: outcomes start
-by start (1 = success), minutes and commit of each stage; two processes may work on two suites. Trainings use
+again once it is done; an arm's policy that has been trained again is played again. The JSON file gathers runs: outcomes
+start by start (1 = success), minutes and commit of each stage; two processes may work on two suites. Trainings use
 OMP_NUM_THREADS threads.
 """
 
@@ -192,15 +192,17 @@ def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
     string of 0 and 1; minutes of its training, its gate, and the policy's digest. What `before` holds of another policy
     is played again.
     """
-    missing, outcomes = kinds(cfg, runs.suite, name), before.get("outcomes", {})
-    if missing.keys() <= outcomes.keys():
+    wanted, outcomes = kinds(cfg, runs.suite, name), dict(before.get("outcomes", {}))
+    known, trained = before.get("digest"), runs.folder / ("sft" if name == "SFT" else folder_name(name))
+    if known is not None and trained.is_dir() and model_digest(trained) != known:
+        outcomes = {}
+    if wanted.keys() <= outcomes.keys():
         return
     policy = runs.arm(name)
-    log, digest = read_lines(policy / "log.jsonl"), model_digest(policy)
+    log = read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
-    found = {"minutes": log[-1]["minutes"], "gate": gate, "digest": digest}
-    outcomes = dict(outcomes) if before.get("digest", digest) == digest else {}
-    for kind, how in missing.items():
+    found = {"minutes": log[-1]["minutes"], "gate": gate, "digest": model_digest(policy)}
+    for kind, how in wanted.items():
         if kind not in outcomes:
             outcomes[kind] = runs.play(name, policy, *how)
             yield rounded({"outcomes": outcomes, **found})
@@ -220,9 +222,9 @@ def main(cfg: Config) -> dict:
     """
     check_known((*cfg.arms, *cfg.full), ("SFT", *ARMS), "arm")
     facts = {"command": "python studies/libero_study.py", "machine": machine()}
-    report = {**facts, **read_report(cfg, "runs", free=FREE)}
     for suite in cfg.suites:
-        runs, entry = Runs(cfg, suite), report["runs"].get(suite, {"arms": {}})
+        runs, report = Runs(cfg, suite), read_report(cfg, "runs", free=FREE)
+        entry = report["runs"].get(suite, {"arms": {}})
 
         def save(suite: str = suite, runs: Runs = runs, entry: dict = entry) -> None:
             entry["stages"] = stages(runs.folder)

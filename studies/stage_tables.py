@@ -408,5 +408,6 @@ def experts_table(report: dict) -> str:
             lowest = min(range(len(won)), key=lambda task: won[task] / episodes[task])
             cells += [f"{sum(won)}/{sum(episodes)}", f"{won[lowest]}/{episodes[lowest]}"]
         rows.append([*cells, f"{sum(task['steps'] for task in plain.values()) / len(plain):.0f}"])
-        heads = [head for n in noises for head in (f"noise {n}" if float(n) else "without noise", "lowest task")]
+        columns = [head for n in noises for head in (f"noise {n}" if float(n) else "without noise", "lowest task")]
+        heads = max(heads, columns, key=len)
     return table(["suite", "tasks", *heads, "steps"], rows)

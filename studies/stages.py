@@ -18,6 +18,7 @@ from vlarft.run.checkpoint import model_digest, read_json, write_json
 from vlarft.run.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
+PLANNERS = "--world-model", "--success-model"  # flags of eval_libero.py that name what --plan chooses with
 
 
 def call(*words: object) -> str:
@@ -95,10 +96,11 @@ class Starts:
         """
         flags = ["--suites", self.suite, "--tasks", *self.tasks, "--episodes", self.episodes]
         flags += [] if perturb == "none" else ["--perturb", perturb]
-        log = out_dir / "episodes.jsonl"
-        of = {record["digest"].split("+")[0] for record in read_lines(log)} if log.is_file() else set()
-        if of and of != {model_digest(policy)}:  # trained again since: eval_libero.py then plays all again
-            (out_dir / "done").unlink(missing_ok=True)
+        log, done = out_dir / "episodes.jsonl", out_dir / "done"
+        models = [policy, *(more[more.index(name) + 1] for name in PLANNERS if name in more)]
+        digest = "+".join(map(model_digest, models))
+        if done.is_file() and {record.get("digest", digest) for record in read_lines(log)} != {digest}:
+            done.unlink()  # a model has been trained again: eval_libero.py then plays all again
         run_once(out_dir, "eval_libero.py", "--preset", self.preset, "--policies", policy, *flags, *more)
         records = read_lines(log)
         return {(record["task"], record["init_state"]): record["success"] for record in records}

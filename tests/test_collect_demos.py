@@ -191,7 +191,32 @@ def test_other_meshes_do_not_mix_in_a_file(tmp_path, monkeypatch):
         args = json.loads(file["data"].attrs["env_args"])
         del args["collection"]["visuals"]
         file["data"].attrs["env_args"] = json.dumps(args)
-    assert len(collect("own visuals", 2)[1]) == 2
+    (path, found) = collect("own visuals", 2)
+    assert len(found) == 2 and found[0].env_args["collection"]["visuals"] is None  # not known of the first
+
+    def gone(suite):
+        raise FileNotFoundError("no assets")
+
+    monkeypatch.setattr(collect_demos, "visuals_of", gone)  # nothing is rendered: nothing is asked
+    assert main(config(tmp_path, tasks=("0",), demos_per_task=2)) == [path]
+
+
+def test_attempts_that_rested_after_success_do_not_mix_with_others(tmp_path, policy_file):
+    options = {"policy": str(policy_file), "tasks": ("0",), "horizon": 100, "image_size": 64}
+    (path,) = main(config(tmp_path, demos_per_task=1, **options))
+    with h5py.File(path, "r+") as file:  # of an older version, without attempts
+        args = json.loads(file["data"].attrs["env_args"])
+        del args["collection"]["policy_plays_on"]
+        file["data"].attrs["env_args"] = json.dumps(args)
+    main(config(tmp_path, demos_per_task=1, policy_per_task=1, **options))
+    main(config(tmp_path, demos_per_task=1, policy_per_task=2, **options))
+    with h5py.File(path, "r+") as file:
+        args = json.loads(file["data"].attrs["env_args"])
+        assert args["collection"].pop("policy_plays_on") is True
+        file["data"].attrs["env_args"] = json.dumps(args)
+    with pytest.raises(ValueError, match="holds attempts of an older version, in which a policy rested after success"):
+        main(config(tmp_path, demos_per_task=1, policy_per_task=3, **options))
+    main(config(tmp_path, demos_per_task=2, policy_per_task=2, **options))  # demonstrations may be added
 
 
 def test_failures_are_retried_or_kept_and_marked(tmp_path):

@@ -46,7 +46,7 @@ def test_another_rendering_is_refused(scene):
     assert [record["fast_rendering"] for record in records] == [True, False, None, None]
     for ours, theirs in ((0, 1), (1, 0)):
         names = ["FULL", "FAST"][:: 1 if ours else -1]
-        with pytest.raises(ValueError, match="FAST has images of fast rendering, FULL not; train both"):
+        with pytest.raises(ValueError, match="FAST has images of fast rendering, FULL not; render both"):
             check_same_images(records[ours], names[0], records[theirs], names[1])
     for known in records:
         check_same_images(known, "a", records[2], "b")
@@ -58,9 +58,11 @@ def test_other_meshes_and_another_size_are_named(scene):
         image_convention([replace(episode(scene), env_args={"collection": {"visuals": name}})], "agentview")
         for name in ("own visuals", "stand-in visuals")
     )
-    with pytest.raises(ValueError, match="A has images of LIBERO's own visuals, B of stand-in visuals; train both on"):
+    with pytest.raises(ValueError, match="A has images of LIBERO's own visuals, B of stand-in visuals; render"):
         check_same_images(own, "A", stand_in, "B")
     check_same_images(own, "A", image_convention([episode(scene)], "agentview"), "B")  # which does not tell
+    with pytest.warns(UserWarning, match="goes on with other images: A has images of LIBERO's own visuals, B of stand"):
+        check_same_images(own, "A", stand_in, "B", adapts=True)
     assert own["image_size"] == [24, 32]
     check_image_size((24, 32), "WM", episode(scene))
     with pytest.raises(ValueError, match="WM takes images of 64x64, e has 24x32: resize .* --size 64 64, or train"):

@@ -11,7 +11,7 @@ import torch
 
 import eval_libero
 from vlarft.policy import VLAPolicy
-from vlarft.sim import policy_check
+from vlarft.sim import policy_check, suites
 from vlarft.sim.evaluate import ReplayActor, chunk_noise
 
 SMOKE = eval_libero.PRESETS["smoke"]
@@ -99,7 +99,15 @@ def test_other_meshes_or_another_image_size_than_in_training_are_named(config, p
 
 def test_a_missing_simulator_is_said_before_anything_is_written(config, monkeypatch, tmp_path):
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nothing"))
+    monkeypatch.setattr(suites, "package_folder", lambda: tmp_path)  # as if LIBERO were installed
     with pytest.raises(FileNotFoundError, match="LIBERO's assets are not at LIBERO_ASSETS=.*: no folder articulated"):
+        eval_libero.main(dataclasses.replace(config, suites=("libero_object",)))
+
+    def missing():
+        raise ImportError("LIBERO is missing")
+
+    monkeypatch.setattr(suites, "package_folder", missing)
+    with pytest.raises(ImportError, match="LIBERO is missing"):
         eval_libero.main(dataclasses.replace(config, suites=("libero_object",)))
     assert not Path(config.out_dir).exists()
 

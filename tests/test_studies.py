@@ -35,7 +35,7 @@ import tables
 import torch
 import variants
 import wm_study
-from conftest import run_in_fork
+from conftest import files_of, run_in_fork
 from PIL import Image
 
 import collect_demos
@@ -336,8 +336,10 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert torch.equal(ours, whole.bfloat16().float()) and not torch.equal(ours, whole)
     assert "train_rft.py" in (tmp_path / "checkpoints" / "tabletop_object_rft_r3" / "README.md").read_text()
     missing = dataclasses.replace(libero_release.PRESETS["smoke"], **places, suites=("tabletop_object", "libero_goal"))
+    before = files_of(tmp_path / "checkpoints")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*libero_goal"):
         libero_release.main(missing)
+    assert files_of(tmp_path / "checkpoints") == before
     with pytest.raises(ValueError, match="unknown arm 'RFT'"):
         libero_release.main(dataclasses.replace(missing, arms=("RFT",)))
 

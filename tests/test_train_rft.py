@@ -369,7 +369,9 @@ def test_refusals(rft_config, tmp_path):
             run(policy=str(files[0]), **changes)
     assert not (tmp_path / "x").exists()  # so that the same folder serves for the next attempt
     save_model(files[1], model, model.cfg, {"held_out_episodes": [], "train_episodes": ["robot/pour_demo/demo_0"]})
-    with pytest.warns(UserWarning, match="trained on none of the files of policy .*: robot/pour_demo, ... and not squ"):
+    with pytest.warns(
+        UserWarning, match="on none of the files of policy .*, on robot/pour_demo, ... and not on squares"
+    ):
         run(world_model=str(files[1]), steps=1)
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):

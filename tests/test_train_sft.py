@@ -189,18 +189,22 @@ def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
     assert first["step"] == 1 and first["lr"] == pytest.approx(SMOKE.lr * 0.5)
 
 
-def test_init_of_other_images_is_refused(demos, tmp_path):
+def test_init_of_other_images(demos, tmp_path):
+    """Turned ones are refused; another camera may be meant, and is what the policy sees from then on."""
     train_sft.main(config(demos, tmp_path / "base", steps=1))
     policy, facts = VLAPolicy.load(tmp_path / "base"), read_header(tmp_path / "base").extra
-    turned = np.array(facts["mean_frame"])[::-1, ::-1].tolist()
-    for name, changes, message in (
-        ("wrist", {"camera": "eye_in_hand"}, "policy .*wrist.* has camera 'eye_in_hand', the demonstrations .* has"),
-        ("turned", {"mean_frame": turned}, "look like those of policy .* turned by 180 degrees"),
-    ):
-        policy.save(tmp_path / f"{name}.safetensors", {**facts, **changes})
-        with pytest.raises(ValueError, match=message):
-            train_sft.main(config(demos, tmp_path / "run", init=str(tmp_path / f"{name}.safetensors")))
+    turned, init = np.array(facts["mean_frame"])[::-1, ::-1].tolist(), str(tmp_path / "init.safetensors")
+    policy.save(init, {**facts, "mean_frame": turned})
+    with pytest.raises(ValueError, match="look like those of policy .* turned by 180 degrees .*convert SRC DST --turn"):
+        train_sft.main(config(demos, tmp_path / "run", init=init))
     assert not (tmp_path / "run").exists()
+    policy.cfg = replace(policy.cfg, cameras=("wrist",))
+    policy.save(init, {**facts, "camera": "wrist"})
+    with pytest.warns(
+        UserWarning, match="other images: policy .* has camera 'wrist', the demonstrations .* 'agentview'"
+    ):
+        train_sft.main(config(demos, tmp_path / "run", init=init, steps=1))
+    assert VLAPolicy.load(tmp_path / "run").cfg.cameras == ("agentview",)
 
 
 def test_recomputed_activations_change_nothing(demos, tmp_path, capsys):

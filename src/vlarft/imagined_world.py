@@ -38,6 +38,9 @@ class ImaginedWorld:
             first frame all the same.
         autocast: context for the world model's and the judge's forwards.
         sampling: `greedy`, `temperature`, `top_p`, ... of `WorldModel.rollout`.
+
+    Raises:
+        ValueError: no episodes.
     """
 
     def __init__(
@@ -58,6 +61,10 @@ class ImaginedWorld:
         self.autocast, self.sampling = autocast, sampling
         self.device = next(model.parameters()).device
         self.names: list[str] = []
+        if not self.episodes:
+            raise ValueError(
+                "no episode is left to imagine from: all are held out for the gate; give more with --demos"
+            )
 
     def close(self) -> None:
         """Free nothing."""

@@ -93,6 +93,8 @@ def check_same_images(
     theirs: dict[str, Any],
     their_name: str,
     fix: str = "train both on the same files",
+    *,
+    adapts: bool = False,
 ) -> None:
     """Check that two models were trained on images of one convention, or that two data sets have one.
 
@@ -102,27 +104,30 @@ def check_same_images(
     Args:
         ours, theirs: records of `image_convention`.
         our_name, their_name: names of the two, for the message.
-        fix: what to do, for the message.
+        fix: what to do about another orientation, for the message.
+        adapts: the first model goes on with the second one's images, which may come from another camera or look
+            otherwise: only warn of that.
 
     Raises:
         ValueError: camera, orientation, channel order, rendering, or meshes and textures differ.
     """
+    problems = []
     names = ours.get("camera"), theirs.get("camera")
     if None not in names and names[0] != names[1]:
-        raise ValueError(
-            f"image conventions differ: {our_name} has camera {names[0]!r}, {their_name} has {names[1]!r}; train both "
-            "with the same --camera"
-        )
+        advice = "train both with the same --camera"
+        problems.append(f"{our_name} has camera {names[0]!r}, {their_name} has {names[1]!r}; {advice}")
     fast = ours.get("fast_rendering"), theirs.get("fast_rendering")
     if None not in fast and fast[0] != fast[1]:
         names = (our_name, their_name)[:: 1 if fast[0] else -1]
-        raise ValueError(f"image conventions differ: {names[0]} has images of fast rendering, {names[1]} not; {fix}")
+        problems.append(f"{names[0]} has images of fast rendering, {names[1]} not; render both alike")
     visuals = ours.get("visuals"), theirs.get("visuals")
     if None not in visuals and visuals[0] != visuals[1]:
-        raise ValueError(
-            f"image conventions differ: {our_name} has images of LIBERO's {visuals[0]}, {their_name} of {visuals[1]}; "
-            f"{fix}"
-        )
+        both = f"{our_name} has images of LIBERO's {visuals[0]}, {their_name} of {visuals[1]}"
+        problems.append(f"{both}; render both with one set of assets")
+    for problem in problems:
+        if not adapts:
+            raise ValueError(f"image conventions differ: {problem}")
+        warnings.warn(f"it goes on with other images: {problem.partition(';')[0]}", stacklevel=2)
     if not (ours.get("mean_frame") and theirs.get("mean_frame")):
         return
     a, b = np.array(ours["mean_frame"]), np.array(theirs["mean_frame"])

@@ -243,7 +243,13 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
             "model: train both again (train_wm.py, train_success.py)"
         )
     if cls == "WorldModel":
-        return migrate(stored, {}, {"loss_on_actions": FRAMES_ALONE}, where)
+        if stored.get("loss_on_actions"):
+            warnings.warn(
+                f"{where}: the world model was trained to predict actions too; it imagines the same, but a training "
+                f"that goes on does not: {FRAMES_ALONE.why}",
+                stacklevel=2,
+            )
+        return {name: value for name, value in stored.items() if name != "loss_on_actions"}
     if cls != "VLAPolicy":
         return dict(stored)
     flow = dict(stored["flow"])

@@ -63,6 +63,6 @@ def check_policy(
     if side is not None and list(side) != [image_size] * 2:
         warnings.warn(
             f"{path} was trained on images of {side[0]}x{side[1]} and plays with {image_size}x{image_size}, which it "
-            f"resizes otherwise: give --image-size {side[0]}",
+            f"resizes otherwise{f': give --image-size {side[0]}' if side[0] == side[1] else ''}",
             stacklevel=2,
         )

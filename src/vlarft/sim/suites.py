@@ -15,7 +15,7 @@ from vlarft.sim.experts import Expert
 from vlarft.sim.gl import FAST
 from vlarft.sim.libero_env import LiberoEnv
 from vlarft.sim.libero_experts import LiberoExpert
-from vlarft.sim.libero_install import assets_folder, assets_label
+from vlarft.sim.libero_install import assets_folder, assets_label, package_folder
 from vlarft.sim.libero_tasks import LIBERO_SUITES
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.tasks import TABLETOP_SUITES
@@ -78,7 +78,10 @@ def visuals_of(suite: str) -> str | None:
         ImportError, FileNotFoundError: LIBERO or its assets are missing; the message says how to get them.
     """
     simulator_of(suite)
-    return assets_label(assets_folder()) if suite in LIBERO_SUITES else None
+    if suite not in LIBERO_SUITES:
+        return None
+    package_folder()  # raises if LIBERO is missing
+    return assets_label(assets_folder())
 
 
 def check_rendering(
