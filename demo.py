@@ -57,7 +57,7 @@ class Config:
 PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset="smoke")}
 DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
 FEW = {"tiny": 10, "smoke": 2}  # demonstrations a task of the policy that learns from whole episodes
-RL = {"tiny": {"steps": 25}, "smoke": {}}  # flags of train_rl.py: a start, of which 200 steps make more
+RL = {"tiny": {"steps": 50, "starts": 8}, "smoke": {}}  # flags of train_rl.py: many small updates, since time is short
 STEADIEST = {"reward": "divergence", "per_step": True}  # docs/findings.md; R3 with one advantage a chunk is the paper's
 RFT = {"tiny": {**STEADIEST, "steps": 80, "starts": 24, "group": 4}, "smoke": STEADIEST}
 EXTRA = {"tiny": {"steps": 1000}, "smoke": {}}  # about the time of RFT; a run beside it cannot know what RFT will take
