@@ -224,7 +224,7 @@ def main(config: Config) -> list[Path]:
 
 
 def demo_path(config: Config, suite: str, task: int) -> Path:
-    """The file of one task."""
+    """Return the file of one task."""
     return Path(config.out_dir) / suite / f"{task_names(suite)[task]}_demo.hdf5"
 
 
@@ -280,7 +280,7 @@ def _episodes(paths: Iterable[Path]) -> Iterator[Episode]:
 
 
 def summary(path: Path) -> str:
-    """One line about a file."""
+    """Describe a file in one line."""
     with open_demo_file(path) as file:
         data = file["data"]
         names = demo_names(data)
@@ -324,13 +324,13 @@ def _parts(path: Path) -> Path:
 
 
 def _collection(path: Path) -> tuple[dict, set[str]]:
-    """The settings of a task's file, and the names of its demonstrations."""
+    """Read the settings of a task's file, and the names of its demonstrations."""
     with open_demo_file(path) as file:
         return json.loads(file["data"].attrs["env_args"]).get("collection", {}), set(demo_names(file["data"]))
 
 
 def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
-    """Jobs of one task that neither its file nor its parts hold; checks that both were made with the same settings."""
+    """Find the jobs of one task that neither its file nor its parts hold; check that both have the same settings."""
     path = demo_path(config, suite, task)
     settings, parts = _parts(path) / "settings.json", set(_parts(path).glob("demo_*.hdf5"))
     found = {path: _collection(path)} if path.exists() else {}

@@ -65,7 +65,7 @@ PLAYED = {"": "", "_zero": ", x_0 = 0"}  # folders of the evaluations, and how t
 
 
 def draw_demonstrations(demos: Path, path: Path) -> None:
-    """PNG, one row per task: eight frames of its first demonstration."""
+    """Write a PNG, one row per task: eight frames of its first demonstration."""
     first = {}
     for episode in load_episodes(demos):
         first.setdefault(episode.instruction, episode)
@@ -78,7 +78,7 @@ def draw_demonstrations(demos: Path, path: Path) -> None:
 
 
 def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
-    """PNG: losses of the stages, RFT's reward, success rates with 95 % intervals (rows of `success_rows`)."""
+    """Write a PNG: losses of the stages, RFT's reward, success rates with 95 % intervals (rows of `success_rows`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,13 +116,13 @@ def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
 
 
 def read_episodes(folder: Path, policy: str) -> dict[tuple, dict]:
-    """The episodes of a policy in an evaluation's folder: (suite, task, initial state) -> record."""
+    """Read the episodes of a policy from an evaluation's folder: (suite, task, initial state) -> record."""
     records = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     return {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == policy}
 
 
 def success_rows(out: Path, few: int) -> dict[str, dict]:
-    """Rows of the table of success rates, two for each policy: from a sampled x_0, and from x_0 = 0.
+    """Make the rows of the table of success rates, two for each policy: from a sampled x_0, and from x_0 = 0.
 
     Args:
         out: the demo's folder.
@@ -154,8 +154,8 @@ def success_rows(out: Path, few: int) -> dict[str, dict]:
 
 
 def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names: tuple[str, str]) -> dict[str, tuple]:
-    """The first start that only the later of two policies wins, and the first that only the earlier one wins, by title;
-    without any difference the first start.
+    """Find the first start that only the later of two policies wins, and the first that only the earlier one wins, by
+    title; without any difference the first start.
     """
     found = {}
     for title, won in ((f"{names[1]} alone wins", (False, True)), (f"{names[0]} alone wins", (True, False))):
@@ -166,7 +166,8 @@ def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names
 
 
 def draw_before_after(pairs: dict[tuple[str, str], tuple[Path, dict, dict]], path: Path) -> None:
-    """GIF: pairs of policies (left the earlier one) from the first starts at which they differ, one row a start.
+    """Write a GIF: pairs of policies (left the earlier one) from the first starts at which they differ, one row a
+    start.
 
     Args:
         pairs: names of two policies -> folder of the evaluation that played both, and their rows of `success_rows`.
@@ -189,7 +190,7 @@ def draw_before_after(pairs: dict[tuple[str, str], tuple[Path, dict, dict]], pat
 
 
 def stages(cfg: Config) -> list[Stage]:
-    """The stages in the order in which they start, side by side where they do not wait for each other."""
+    """List the stages in the order in which they start, side by side where they do not wait for each other."""
     out = Path(cfg.out_dir)
     model = {name: out / name / "model.safetensors" for name in ("tokenizer", "wm", "sft", "rft", "sft_extra")}
     demos = out / "demos"
@@ -231,7 +232,7 @@ def stages(cfg: Config) -> list[Stage]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run may depend on besides its seed."""
+    """Return what the numbers of a run may depend on besides its seed."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "mujoco")}}
 
 
@@ -296,7 +297,9 @@ def main(cfg: Config) -> dict:
 
 
 def print_world_model(results: dict) -> None:
-    """Frame metrics beside copying the first frame, and how well the rewards rank perturbed action chunks."""
+    """Print frame metrics beside those of copying the first frame, and how well the rewards rank perturbed action
+    chunks.
+    """
     imagined, copied = (results["frames"]["all"][name] for name in ("imagined", "copy"))
     print("\nworld model, held-out episodes    imagined   first frame copied")
     for name, label in (
@@ -312,7 +315,7 @@ def print_world_model(results: dict) -> None:
 
 
 def success_table(evaluation: dict[str, dict]) -> str:
-    """The rows of `success_rows` as an aligned Markdown table, and a sentence on what x_0 = 0 does for free."""
+    """Format the rows of `success_rows` as an aligned Markdown table, with a sentence on what x_0 = 0 does for free."""
     cells = [["policy", "success, 95 % interval", "against SFT, same starts", "against SFT from x_0 = 0"]]
     for name, entry in evaluation.items():
         rate = entry["all"]
@@ -327,7 +330,7 @@ def success_table(evaluation: dict[str, dict]) -> str:
 
 
 def gain(found: dict | None) -> str:
-    """A paired difference in percentage points; empty where there is none."""
+    """Format a paired difference in percentage points; empty where there is none."""
     if found is None:
         return ""
     return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"

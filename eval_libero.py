@@ -143,7 +143,9 @@ def _planner(path: str, digest: str, world_model: str, success_model: str, chunk
 
 @functools.lru_cache(maxsize=2)
 def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]:
-    """Actions of an episodes.jsonl: (suite, task) -> initial state -> actions; a later line replaces an earlier one."""
+    """Read the actions of an episodes.jsonl: (suite, task) -> initial state -> actions; a later line replaces an
+    earlier one.
+    """
     found: dict[tuple[str, int], dict[int, list]] = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
@@ -155,7 +157,7 @@ def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]
 
 
 def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: list[int]) -> list[dict]:
-    """Records of `play_episodes` for one task and some initial states, with the policy's path and digest."""
+    """Play one task from some initial states: the records of `play_episodes`, with the policy's path and digest."""
     actor: Actor
     size = cfg.image_size or 64
     if path == "random":
@@ -183,7 +185,9 @@ def _starts_and_pixels(cfg: Config) -> dict:
 
 
 def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict:
-    """Rates with Wilson intervals per policy, suite and task; differences to the first policy on the same starts."""
+    """Compute rates with Wilson intervals per policy, suite and task, and differences to the first policy on the same
+    starts.
+    """
     outcome = {(r["policy"], r["suite"], r["task"], r["init_state"]): r["success"] for r in records}
     starts = sorted({k[1:] for k in outcome})
 
@@ -221,7 +225,7 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
 
 
 def print_table(results: dict) -> None:
-    """Per policy: a line per suite and task with rate and interval, and the difference to the first policy."""
+    """Print, per policy, a line per suite and task with rate and interval, and the difference to the first policy."""
     for line in results["visuals"]:
         print(line)
     if results["config"]["perturb"]:
@@ -245,7 +249,7 @@ def print_table(results: dict) -> None:
 
 
 def film(cfg: Config, records: list[dict]) -> None:
-    """Films of the chosen episodes: the recorded actions played again."""
+    """Write films of the chosen episodes: the recorded actions played again."""
     for number, path in enumerate(cfg.policies):
         # starts spread over tasks: state 0 of each task, then state 1, ...
         own = sorted(
@@ -267,7 +271,7 @@ def film(cfg: Config, records: list[dict]) -> None:
 
 
 def recordings(cfg: Config, records: list[dict]) -> dict[str, Path]:
-    """LeRobot data sets that are still to be written: policy -> folder, none of which exists."""
+    """List the LeRobot data sets that are still to be written: policy -> folder, none of which exists."""
     found = {}
     for number, path in enumerate(cfg.policies if cfg.lerobot else ()):
         root = Path(cfg.lerobot if len(cfg.policies) == 1 else f"{cfg.lerobot}_policy{number}")
@@ -295,7 +299,7 @@ def _tasks(cfg: Config, suite: str) -> list[int]:
 
 
 def check(cfg: Config) -> dict[str, str]:
-    """Find what is wrong before the first episode; returns path -> digest of each checkpoint."""
+    """Find what is wrong before the first episode; return path -> digest of each checkpoint."""
     for suite in cfg.suites:
         _tasks(cfg, suite)
         check_rendering(suite, (), fast_rendering=cfg.fast_rendering)
@@ -345,7 +349,7 @@ def check(cfg: Config) -> dict[str, str]:
 
 
 def players(cfg: Config, path: str) -> list[str]:
-    """What plays: the policy and, with a choice, the models that choose."""
+    """List what plays: the policy and, with a choice, the models that choose."""
     return [path] if cfg.plan == 1 else [path, cfg.world_model, cfg.success_model]
 
 
@@ -353,8 +357,8 @@ NEEDED = "suite", "task", "init_state", "success", "rejected_starts", "worker_de
 
 
 def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
-    """What an interrupted evaluation already played, by policies that have not changed since. Says what it leaves out,
-    and takes it and a line that a kill cut short out of episodes.jsonl.
+    """Return what an interrupted evaluation already played, by policies that have not changed since. Say what is left
+    out, and take it and a line that a kill cut short out of episodes.jsonl.
     """
     log = Path(cfg.out_dir) / "episodes.jsonl"
     text, records, others, damaged = log.read_text(errors="replace") if log.is_file() else "", [], 0, 0

@@ -99,14 +99,14 @@ PRESETS = {
 
 
 def own_rows(total: int, batch_size: int) -> Iterator[slice]:
-    """This process's share of the batches of `total` rows, which are the same for any number of processes."""
+    """Yield this process's share of the batches of `total` rows, which are the same for any number of processes."""
     rank, world = distributed.rank(), distributed.world_size()
     for i in range(rank * batch_size, total, world * batch_size):
         yield slice(i, min(i + batch_size, total))
 
 
 def frame_sums(pred: Tensor, true: Tensor, moving: Tensor, distance: PerceptualDistance) -> Tensor:
-    """Sums over segments of each metric, per frame index: (B, T, C, H, W) -> (6, T) float64.
+    """Sum each metric over segments, per frame index: (B, T, C, H, W) -> (6, T) float64.
 
     Rows: mse, psnr, ssim, perceptual; squared error on moving pixels, and their number.
     """
@@ -118,7 +118,7 @@ def frame_sums(pred: Tensor, true: Tensor, moving: Tensor, distance: PerceptualD
 
 
 def summary(sums: Tensor, count: float) -> dict[str, list[float]]:
-    """Metrics per frame index, and their mean over the frames as the last entry; PSNR in dB."""
+    """Turn sums into metrics per frame index, and their mean over the frames as the last entry; PSNR in dB."""
     names = ("mse", "psnr", "ssim", "perceptual")
     out = {name: (row / count).tolist() for name, row in zip(names, sums, strict=False)}
     out = {name: [*values, float(np.mean(values))] for name, values in out.items()}
@@ -130,7 +130,7 @@ def summary(sums: Tensor, count: float) -> dict[str, list[float]]:
 def evaluate_frames(
     model: WorldModel, batch: Batch, suites: list[str], cfg: Config, distance: PerceptualDistance, autocast
 ) -> dict[str, dict]:
-    """Frame metrics of rollouts and of copying the start frame, per suite and over all."""
+    """Compute frame metrics of rollouts and of copying the start frame, per suite and over all."""
     device = next(model.parameters()).device
     names = sorted(set(suites))
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
@@ -201,9 +201,10 @@ def evaluate_episodes(
     autocast,
     judge: SuccessModel | None = None,
 ) -> dict:
-    """Metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last chunk;
-    with a judge, how its verdicts on imagined and on true frames agree with the recorded outcomes: where poses drive
-    the world model, they are then its own predictions, as in closed-loop learning, and else the recorded ones.
+    """Compute metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last
+    chunk; with a judge, also how its verdicts on imagined and on true frames agree with the recorded outcomes: where
+    poses drive the world model, they are then its own predictions, as in closed-loop learning, and else the recorded
+    ones.
     """
     chunk, true, verdicts = model.cfg.chunk, [e.success for e in episodes], torch.zeros(len(episodes), 2)
     if judge is not None:
@@ -262,14 +263,14 @@ def evaluate_episodes(
 
 
 def rate_of(found: Agreement) -> dict[str, float]:
-    """The share of episodes that were judged right, with its 95 % Wilson interval."""
+    """Compute the share of episodes that were judged right, with its 95 % Wilson interval."""
     episodes = found.true_successes + found.true_failures
     wrong = found.false_successes + found.false_failures
     return dict(zip(("agreement", "low", "high"), wilson_interval(episodes - wrong, episodes), strict=True))
 
 
 def report_episodes(results: dict) -> list[str]:
-    """A table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
+    """Format a table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
     names = ("psnr_moving", "psnr", "ssim", "perceptual", "still_error")
     chunks, last = results["chunks"], results["last_chunk"]
     rows = {"": names}  # title -> cells
@@ -296,7 +297,7 @@ def report_episodes(results: dict) -> list[str]:
 
 
 def report(results: dict) -> str:
-    """The tables as text."""
+    """Format the tables as text."""
     lines = [
         f"{'frame':>24} " + " ".join(f"{t + 1:>7}" for t in range(len(results["frames"]["all"]["copy"]["mse"]) - 1))
     ]
@@ -318,7 +319,7 @@ def report(results: dict) -> str:
 
 
 def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> None:
-    """Greedy rollouts of up to four segments as a picture and as an animation."""
+    """Draw greedy rollouts of up to four segments as a picture and as an animation."""
     device = next(model.parameters()).device
     picks = torch.linspace(0, len(batch.frames) - 1, min(4, len(batch.frames))).round().long()
     frames = batch.frames[picks].to(device)
@@ -354,7 +355,7 @@ def draw_episodes(
     autocast,
     recorded_poses: bool = True,
 ) -> None:
-    """Greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
+    """Draw greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
     chosen, options = [e for e in episodes if e.name in titles], {"greedy": True, "recorded_poses": recorded_poses}
     films = list(imagined_episodes(model, chosen, autocast=autocast, **options))
     rows = []
@@ -373,7 +374,7 @@ def draw_episodes(
 
 
 def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
-    """The episodes to measure on, none of which the world model was trained on.
+    """Load the episodes to measure on, none of which the world model was trained on.
 
     Raises:
         ValueError: the checkpoint names no held-out episodes and --all-episodes is not given; or --all-episodes with

@@ -95,7 +95,7 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
 
 
 def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:
-    """Films of the chosen starts: each policy's episode, and the same in imagination."""
+    """Make films of the chosen starts: each policy's episode, and the same in imagination."""
     found, names = [], task_names(cfg.suite)
     for start in chosen_starts(episodes):
         tracks = []
@@ -111,7 +111,7 @@ def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict
 
 
 def main(cfg: Config) -> Path:
-    """Play, imagine and write the page; returns its path."""
+    """Play, imagine and write the page; return its path."""
     out = Path(cfg.out_dir)
     model = WorldModel.load(cfg.world_model)
     for path in cfg.policies:

@@ -143,7 +143,7 @@ def main(cfg: Config) -> list[dict]:
 
 
 def percent(value: float, low: float, high: float) -> str:
-    """A share and its interval as text."""
+    """Format a share and its interval as text."""
     return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 

@@ -191,7 +191,7 @@ PRESETS = {
 def build_policy(
     cfg: Config, action_dim: int = 7, proprio_dim: int = 8, grippers: tuple[int, ...] | None = None
 ) -> VLAPolicy:
-    """The policy to train: that of `init`, or random weights of the named size and the robot's dimensions.
+    """Return the policy to train: that of `init`, or random weights of the named size and the robot's dimensions.
 
     Raises:
         ValueError: the paper's size with random weights that were not asked for.
@@ -214,7 +214,7 @@ def build_policy(
 
 
 def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str]]:
-    """The instructions of all trainings, for the checkpoint; nothing where those of `init` are not known."""
+    """Collect the instructions of all trainings, for the checkpoint; nothing where those of `init` are not known."""
     own = {e.instruction for e in episodes}
     if cfg.init not in (None, "random"):
         before = read_header(cfg.init).extra.get("instructions")
@@ -242,7 +242,7 @@ def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) 
 
 
 def choose_trained(policy: VLAPolicy, cfg: Config) -> LoRAConfig | None:
-    """Freeze what does not train; returns the adapters that were added to the vision-language model, if any."""
+    """Freeze what does not train; return the adapters that were added to the vision-language model, if any."""
     lora = LoRAConfig(cfg.lora_rank) if cfg.lora_rank and cfg.train == "all" else None
     if cfg.train == "head":
         policy.requires_grad_(False).head.requires_grad_(True)
@@ -258,7 +258,7 @@ def choose_trained(policy: VLAPolicy, cfg: Config) -> LoRAConfig | None:
 def compute_loss(
     policy: VLAPolicy, batch: Batch, cfg: Config, generator: torch.Generator, train: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one batch on the policy's device.
+    """Compute the loss of one batch on the policy's device.
 
     In training the images are augmented, and the share of them that `key_batch` adds has the auxiliary loss alone.
     """
@@ -285,14 +285,14 @@ def compute_loss(
 
 @torch.no_grad()
 def validate(policy: VLAPolicy, batch: Batch, cfg: Config, device: torch.device) -> dict[str, float]:
-    """Held-out losses without augmentation, with the same times and noise at every call."""
+    """Compute held-out losses without augmentation, with the same times and noise at every call."""
     _, metrics = compute_loss(policy.eval(), batch, cfg, make_generator(device, "validation", cfg.seed), train=False)
     policy.train()
     return {f"val_{k}": float(v) for k, v in metrics.items()}
 
 
 def estimate_memory(policy: VLAPolicy, data: WindowSampler, cfg: Config, device: torch.device) -> memory.Memory:
-    """Memory of a step, from two small forwards."""
+    """Estimate the memory of a step, from two small forwards."""
     rows, parts = cfg.batch_size + cfg.key_batch, cfg.accumulate * distributed.world_size()
 
     def forward(count: int) -> Tensor:

@@ -146,7 +146,7 @@ class Config:
             )
 
     def network(self) -> TokenizerConfig:
-        """The tokenizer's sizes."""
+        """Return the tokenizer's sizes."""
         sizes = SIZES[self.size]
         return sizes if self.image_size is None else replace(sizes, image_size=self.image_size)
 
@@ -184,7 +184,7 @@ PRESETS = {
 
 
 def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
-    """Training and held-out episodes.
+    """Load training and held-out episodes.
 
     Raises:
         ValueError: their images are not of the tokenizer's size.
@@ -201,7 +201,7 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
 
 
 def build_networks(cfg: Config, device: torch.device) -> dict[str, torch.nn.Module]:
-    """The tokenizer and, where a GAN is to be, the discriminator: initialised, and sharded over the processes."""
+    """Build the tokenizer and, where a GAN is to be, the discriminator: initialised, and sharded over the processes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
     sizes = cfg.network()
     tokenizer = FrameTokenizer(sizes).to(device).train()
@@ -219,7 +219,9 @@ def build_networks(cfg: Config, device: torch.device) -> dict[str, torch.nn.Modu
 def validate(
     model: FrameTokenizer, batch: Batch, median_frame: Tensor, autocast: torch.autocast, picture: Path
 ) -> dict[str, float]:
-    """Held-out PSNR [dB]; a picture of up to four segments, true frames above decoded ones, the context first."""
+    """Compute held-out PSNR [dB]; write a picture of up to four segments, true frames above decoded ones, the context
+    first.
+    """
     model.eval()
     device, outs = next(model.parameters()).device, []
     for i in range(0, len(batch.frames), 16):
@@ -237,7 +239,7 @@ def validate(
 def train_batch(
     cfg: Config, sampler: WindowSampler, step: int, part: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Share `part` of a step's batch, augmented: context frames (S, C, H, W) and future frames (S, L, C, H, W)."""
+    """Load and augment share `part` of a step's batch: context frames (S, C, H, W), future frames (S, L, C, H, W)."""
     batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
     context = batch.context_frame.to(device)
     frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
@@ -297,7 +299,7 @@ def tokenizer_forward(
 def update_discriminator(
     cfg: Config, discriminator: Discriminator, optimizer: torch.optim.Optimizer, batches: list[Forward]
 ) -> dict[str, Tensor]:
-    """One step on the true and decoded frames of a step's micro-batches; the mean metrics."""
+    """Take one step on the true and decoded frames of a step's micro-batches; return the mean metrics."""
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):

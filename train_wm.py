@@ -175,7 +175,7 @@ class Tokens(NamedTuple):
 
 
 def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
-    """(B, T + 1) bool: which input frames of the segments of share `part` (number, count) are stale.
+    """Sample which input frames of the segments of share `part` (number, count) are stale: (B, T + 1) bool.
 
     The share of stale frames varies from segment to segment, from none to twice the mean. Random numbers are those of
     the whole batch, whatever the number of processes.
@@ -187,8 +187,8 @@ def stale_frames(cfg: Config, step: int, part: tuple[int, int]) -> Tensor:
 
 
 def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
-    """Training and held-out episodes; with `init`, those that its world model holds out stay held out, and a share of
-    those that are new to it is added to them.
+    """Load training and held-out episodes; with `init`, those that its world model holds out stay held out, and a share
+    of those that are new to it is added to them.
 
     Raises:
         ValueError: that world model names no held-out episodes, or one that is not among the demonstrations.
@@ -223,7 +223,7 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
 
 
 def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: torch.device) -> FrameTokenizer:
-    """The tokenizer to freeze.
+    """Load the tokenizer to freeze.
 
     Raises:
         ValueError: it was trained on episodes that this run holds out, or on images of another size or convention.
@@ -244,7 +244,7 @@ def load_tokenizer(cfg: Config, held_out: list[Episode], images: dict, device: t
 
 
 def controls(model: WorldModel, episodes: Sequence[Episode]) -> Tensor:
-    """What drives the frames of all episodes: (all steps, C). What the last action led to is not recorded."""
+    """Return what drives the frames of all episodes: (all steps, C). What the last action led to is not recorded."""
     after = [np.concatenate([e.proprio[1:], e.proprio[-1:]]) for e in episodes]
     columns = [e.actions for e in episodes], after
     return model.controls(*(torch.from_numpy(np.concatenate(column)) for column in columns))
@@ -277,7 +277,7 @@ def check_pose(dims: int, episode: Episode) -> None:
 
 
 def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode]) -> WorldModel:
-    """A world model with random weights around the tokenizer, fitted to ranges and robot of the episodes."""
+    """Make a world model with random weights around the tokenizer, fitted to ranges and robot of the episodes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
     first = episodes[0]
     own = {"action_dim": first.actions.shape[1], "proprio_dim": first.proprio.shape[1]}
@@ -300,7 +300,7 @@ def fit_robot(cfg: Config, model: WorldModel, episodes: Sequence[Episode]) -> No
 
 
 def load_init(cfg: Config, images: dict, episodes: Sequence[Episode]) -> WorldModel:
-    """The world model of `init`, its robot fitted anew; warns of actions outside its ranges.
+    """Load the world model of `init` and fit its robot anew; warn of actions outside its ranges.
 
     Raises:
         ValueError: it is for another robot, for chunks of another length or for images of another size or convention.
@@ -334,7 +334,7 @@ def build_model(
     images: dict,
     device: torch.device,
 ) -> WorldModel:
-    """The world model to train, new or that of `init`, sharded over the processes."""
+    """Build the world model to train, new or that of `init`, sharded over the processes."""
     if cfg.init is None:
         model = new_model(cfg, load_tokenizer(cfg, held_out, images, device), episodes)
     else:
@@ -347,7 +347,7 @@ def build_model(
 
 
 def tokenize(model: WorldModel, batch: Batch, device: torch.device, autocast: torch.autocast) -> Tokens:
-    """A batch as tokens, in one pass of the frozen tokenizer."""
+    """Turn a batch into tokens, in one pass of the frozen tokenizer."""
     with autocast:
         context, future = model.tokenize(batch.frames.to(device), batch.context_frame.to(device))
     return Tokens(context, future, model.controls(batch.actions, batch.proprio_after).to(device))
@@ -357,7 +357,8 @@ def tokenize(model: WorldModel, batch: Batch, device: torch.device, autocast: to
 def validate(
     model: WorldModel, batch: Batch, rollouts: Batch, device: torch.device, autocast: torch.autocast
 ) -> tuple[dict[str, float], Tensor]:
-    """Held-out metrics: the loss, also with the actions of other segments; rollouts against copies of the start frame.
+    """Compute held-out metrics: the loss, also with the actions of other segments; rollouts against copies of the start
+    frame.
 
     Returns:
         The metrics, and the imagined frames (S, T, C, H, W) of `rollouts`.
@@ -391,7 +392,7 @@ def validate(
 
 
 def draw_rollouts(true: Tensor, imagined: Tensor, path: Path) -> None:
-    """PNG of up to four segments: true frames (S, T + 1, C, H, W) above imagined ones (S, T, C, H, W)."""
+    """Write a PNG of up to four segments: true frames (S, T + 1, C, H, W) above imagined ones (S, T, C, H, W)."""
     rows, labels = [], []
     for i in torch.linspace(0, len(imagined) - 1, min(4, len(imagined))).round().int().tolist():
         rows += [true[i], [true[i, 0], *imagined[i]]]

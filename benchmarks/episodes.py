@@ -36,7 +36,7 @@ PRESETS = {"paper": Config(), "smoke": Config(size="smoke", steps=17, batch=2, r
 
 
 def before(sizes: WorldModelConfig) -> WorldModelConfig:
-    """Preset tiny as it was."""
+    """Return preset tiny as it was."""
     wide = replace(sizes.transformer, width=192, num_heads=6, num_kv_heads=6, ffn_dim=512)
     return replace(sizes, tokenizer=replace(sizes.tokenizer, block_channels=(32, 64), compose=False), transformer=wide)
 
@@ -51,7 +51,7 @@ def anew(model: WorldModel, frame: Tensor, actions: Tensor) -> Tensor:
 
 
 def memory(model: WorldModel, frame: Tensor) -> dict[str, int]:
-    """Bytes of keys and values: of one start's context, and of one member's chunk at its end."""
+    """Count the bytes of keys and values: of one start's context, and of one member's chunk at its end."""
     cache, layout = model.begin(frame[:1]).cache, model.layout
     context = sum(part.numel() * part.element_size() for pair in cache.own for part in pair)
     tokens = layout.frame_length + model.cfg.chunk * layout.step_length

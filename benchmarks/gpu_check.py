@@ -59,7 +59,7 @@ PRESETS = {"paper": Config(), "smoke": Config(sizes="smoke")}
 
 
 def golden_weights(name: str, gain: dict[str, float]) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Configuration and made-up weights of a public key listing."""
+    """Return configuration and made-up weights of a public key listing."""
     listing = json.loads((GOLDEN / f"{name}_public.json").read_text())
     made = {k: torch.from_numpy(weight(k, shape, gain.get(k, 0.7))) for k, shape in listing["tensors"].items()}
     return listing["config"], made
@@ -158,7 +158,7 @@ class Checks:
         return tokenizer_from_public(made, tokenizer_config(config)).to(self.cfg.device).eval()
 
     def _random(self) -> tuple[WorldModel, torch.Tensor, torch.Tensor]:
-        """A world model with random weights, first frames (S, C, H, W) and actions (S, G, T, A)."""
+        """Make a world model with random weights, first frames (S, C, H, W) and actions (S, G, T, A)."""
         torch.manual_seed(0)
         sizes = SIZES[self.cfg.sizes]
         model = WorldModel(sizes).eval().requires_grad_(False).to(self.cfg.device)

@@ -53,7 +53,7 @@ class Item(NamedTuple):
     alone: bool = False
 
     def words(self, device: str, out: Path) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         used = {name: flags for name, (flags, _) in parts().items()}
         flags = self.flags.format(**used) if device == "cuda" else f"--preset smoke {self.smoke}"
         words = [sys.executable, str(ROOT / "benchmarks" / self.script), *flags.split()]
@@ -129,7 +129,7 @@ PRESETS = {"paper": Config()}
 
 
 def parts() -> dict[str, tuple[str, str]]:
-    """What depends on the installed packages, by its name in `Item.flags`: flags here, and what is said of them."""
+    """List what depends on installed packages, by its name in `Item.flags`: flags here, and what is said of them."""
     lpips, mujoco = (importlib.util.find_spec(name) for name in ("lpips", "mujoco"))
     random = "its VGG weights are random, on which times do not depend"
     return {
@@ -143,7 +143,7 @@ def file_name(item: str) -> str:
 
 
 def state_of(result: Path) -> str:
-    """State of a committed result: missing, or the commit at which it was measured."""
+    """Return the state of a committed result: missing, or the commit at which it was measured."""
     if not result.is_file():
         return "missing"
     found = json.loads(result.read_text()) if result.suffix == ".json" else {}
@@ -151,7 +151,7 @@ def state_of(result: Path) -> str:
 
 
 def listing() -> str:
-    """Text of gpu_queue.md."""
+    """Return the text of gpu_queue.md."""
     lines = [
         "# Measurements that need a GPU",
         "",
@@ -173,7 +173,7 @@ def listing() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, or "unknown" outside git."""
+    """Return the checkout's commit, or "unknown" outside git."""
     run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
 

@@ -99,7 +99,7 @@ def time_phases(cfg: Config, work: Workload, version: Callable[[], object]) -> d
 
 
 def differences(one: Rollouts, other: Rollouts) -> dict[str, float]:
-    """Largest differences of the sampled actions and of the rewards, and the share of rewards that differ by little."""
+    """Return the largest differences of sampled actions and rewards, and the share of rewards that differ by little."""
     rewards = (one.reward.sum(-1).flatten() - other.reward.sum(-1).flatten()).abs()
     return {
         "actions": (one.x.flatten(0, 1) - other.x.flatten(0, 1)).abs().max().item(),

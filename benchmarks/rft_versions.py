@@ -51,7 +51,7 @@ WINDOWS_AT_ONCE = 16  # tokenised together: all 256 of a step of the paper would
 
 
 def update(cfg: train_rft.Config, policy: VLAPolicy, optimizer: torch.optim.Optimizer, rollouts: Rollouts) -> None:
-    """Line 15 of Algorithm 1, as in `train_rft.main`."""
+    """Run line 15 of Algorithm 1, as in `train_rft.main`."""
     optimizer.zero_grad(set_to_none=True)
     train_rft.backward(train_rft.grpo_loss, cfg, policy, rollouts)
     distributed.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], cfg.clip_norm)
@@ -112,7 +112,7 @@ class Workload:
         return low
 
     def ours(self) -> Rollouts:
-        """The step as `train_rft.py` does it."""
+        """Run the step as `train_rft.py` does it."""
         context, chain, actions = self._sampled(self.batch, self.cfg.group)
         pairs = train_rft.shared_pairs(self.cfg, self.batch, self._source("flow matching"))
         return self._updated(self.cfg, self.batch, context, chain, self._score(self.batch, actions), pairs)
@@ -143,19 +143,21 @@ class Workload:
         return Batch(*(_repeated(value, self.cfg.group) for value in self.batch))
 
     def _encoded(self, rows: Batch) -> Tensor:
-        """Context (S, N, D), as many images a forward in all versions."""
+        """Encode the context (S, N, D), as many images a forward in all versions."""
         bf16, at_once = self.cfg.precision == "bf16", len(self.batch.frames)
         return self.policy.encode_frames(rows.frames[:, 0], rows.instructions, bf16=bf16, at_once=at_once)
 
     def _sampled(self, rows: Batch, group: int) -> tuple[Tensor, Chain, Tensor]:
-        """Context, chain and raw actions (S, G, T, A); the same random numbers however rows are grouped."""
+        """Encode the context, sample a chain and its raw actions (S, G, T, A), with the same random numbers however
+        rows are grouped.
+        """
         context = self._encoded(rows)
         chain = train_rft.sample_chains(self.policy, rows, context, group, self._source("chains"))
         return context, chain, self.policy.normalizer.decode_actions(chain.x[:, -1]).unflatten(0, (-1, group))
 
     @torch.no_grad()
     def _score(self, rows: Batch, actions: Tensor) -> Tensor:
-        """Reward R3 (S, G, T)."""
+        """Compute reward R3 (S, G, T)."""
         return ImageScorer(self.world_model, self.distance, "greedy")(rows, actions)
 
     def _imagined(self, rows: Batch, actions: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ class Workload:
         reward: Tensor,
         pairs: tuple[Tensor, Tensor],
     ) -> Rollouts:
-        """The update on rollouts of `rows`, whose rewards are (rows, rollouts of each, T)."""
+        """Run the update on rollouts of `rows`, whose rewards are (rows, rollouts of each, T)."""
         of_group = reward.sum(-1).view(len(self.batch.frames), self.cfg.group)
         advantage = advantages(of_group, divide_by_std=cfg.divide_by_std).view(reward.shape[:2])
         chains = (value.unflatten(0, reward.shape[:2]) for value in chain)
@@ -195,7 +197,7 @@ class Workload:
         return rollouts
 
     def _updated_alone(self, rows: Batch, context: Tensor, chain: Chain, reward: Tensor) -> Rollouts:
-        """The update from rollouts that are starts of their own, which share out the pairs (tau, eps) of a start."""
+        """Run the update from rollouts that are starts of their own and share out the pairs (tau, eps) of a start."""
         micro = None if self.cfg.micro_starts is None else self.cfg.micro_starts * self.cfg.group
         draws = max(1, train_rft.MSE_DRAWS // self.cfg.group)
         source = self._source("flow matching")

@@ -15,7 +15,7 @@ from table_text import difference, percent, points, share, shift, table
 
 
 def success(before: dict, after: dict) -> dict[str, dict]:
-    """Rates of a cell on each kind of start and on all of them, with the paired differences to the policy before."""
+    """Compute a cell's rates on each kind of start and on all, with the paired differences to the policy before."""
     if "outcomes" in after:
         first, second = ({**of["outcomes"], ALL: "".join(of["outcomes"].values())} for of in (before, after))
         return {kind: {**rate(won), "against": paired(first[kind], won)} for kind, won in second.items()}
@@ -29,7 +29,7 @@ def success(before: dict, after: dict) -> dict[str, dict]:
 
 
 def base_rates(before: dict) -> dict[str, dict]:
-    """Rates of a policy that cells go on from, on each kind of start and on all of them."""
+    """Compute the rates of a policy that cells go on from, on each kind of start and on all of them."""
     if "outcomes" in before:
         counts = {kind: [text.count("1"), len(text)] for kind, text in before["outcomes"].items()}
     else:
@@ -39,7 +39,7 @@ def base_rates(before: dict) -> dict[str, dict]:
 
 
 def against(cells: dict[str, dict], rival: str, name: str) -> dict | None:
-    """Paired difference of a cell to another one over all starts; None where it was not recorded."""
+    """Compute the paired difference of a cell to another one over all starts; None where it was not recorded."""
     first, second = cells[rival], cells[name]
     if "outcomes" in first and "outcomes" in second and name != rival:
         return paired(*("".join(of["outcomes"][kind] for kind in second["outcomes"]) for of in (first, second)))
@@ -50,8 +50,8 @@ def against(cells: dict[str, dict], rival: str, name: str) -> dict | None:
 
 
 def repeated(base: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
-    """Cells that were run with several seeds of the fine-tuning, against their policy and against each other: "runs",
-    the differences seed by seed, and their mean with a 95 % interval over the starts. That interval does not cover what
+    """Compare cells that were run with several seeds of the fine-tuning to their policy and to each other: "runs", the
+    differences seed by seed, and their mean with a 95 % interval over the starts. That interval does not cover what
     other seeds would do: see how far the runs lie apart.
     """
     groups: dict[str, list[dict]] = {}
@@ -72,13 +72,13 @@ def repeated(base: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
 
 
 def _wins(group: Sequence[dict]) -> torch.Tensor:
-    """Outcomes of policies on the same starts, (runs, starts)."""
+    """Stack the outcomes of policies on the same starts, (runs, starts)."""
     return torch.tensor([[won == "1" for won in "".join(of["outcomes"].values())] for of in group])
 
 
 def over_starts(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
-    """Mean difference of outcomes (runs, starts) on the same starts, with its 95 % interval; each start counts once,
-    with the mean of its runs.
+    """Compute the mean difference of outcomes (runs, starts) on the same starts, with its 95 % interval; each start
+    counts once, with the mean of its runs.
     """
     change = second.double().mean(0) - first.double().mean(0)
     mean, half = change.mean().item(), 1.96 * change.std().item() / len(change) ** 0.5
@@ -86,7 +86,8 @@ def over_starts(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
 
 
 def cell_table(report: dict, names: Iterable[str] | None = None, rival: str | None = None) -> str:
-    """One row per cell: success on all starts, the gain over the policy before, what changed in the chunks.
+    """Make a table with one row per cell: success on all starts, the gain over the policy before, what changed in the
+    chunks.
 
     Args:
         report: a JSON file of `rft_factors.py`.
@@ -112,7 +113,9 @@ def cell_table(report: dict, names: Iterable[str] | None = None, rival: str | No
 
 
 def start_table(report: dict, names: Iterable[str] | None = None) -> str:
-    """Gains of cells on each kind of start; the rates of the policies that they go on from in the first rows."""
+    """Tabulate the gains of cells on each kind of start, with the rates of the policies that they go on from in the
+    first rows.
+    """
     cells, base = report["cells"], report["base"]
     names = list(cells if names is None else names)
     found = {name: success(base[cells[name]["policy"]], cells[name]) for name in names}
@@ -124,7 +127,7 @@ def start_table(report: dict, names: Iterable[str] | None = None) -> str:
 
 
 def repeated_table(report: dict) -> str:
-    """Cells with several seeds of the fine-tuning: mean gain over the starts, run by run, and against each other."""
+    """Tabulate cells with several seeds of the fine-tuning: mean gain over starts, by run, and against each other."""
     found = repeated(report["base"], report["cells"])
     rows = []
     for name, of in found.items():

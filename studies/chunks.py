@@ -20,7 +20,7 @@ NOISE_DIMS = {"sampled": torch.ones(7), "zero": torch.zeros(7), "gripper": torch
 def measure(
     path: Path, policy: Path, demos: str | Path, starts: int, draws: int, x0s: Sequence[str] = ("sampled", "zero")
 ) -> dict[str, list[float]]:
-    """The chunks of a policy against the demonstrations', the same starts and x_0 for all policies.
+    """Measure the chunks of a policy against the demonstrations', with the same starts and x_0 for all policies.
 
     Args:
         path: JSON file of the result: what is there is read, what is missing is added.
@@ -58,7 +58,7 @@ def measure(
 
 
 def difference(before: list[float], after: list[float]) -> dict[str, float]:
-    """Mean difference of two policies at the same starts, its standard error, and the mean of the first."""
+    """Compute the mean difference of two policies at the same starts, its standard error, and the mean of the first."""
     change = torch.tensor(after) - torch.tensor(before)
     error = change.std().item() / len(change) ** 0.5
     return {"mean": change.mean().item(), "standard_error": error, "starts": len(change), "before": mean(before)}

@@ -133,7 +133,7 @@ class Runs:
         return self.stage(self.own / "eval" / "copies", "eval_libero.py", *words)
 
     def attempts(self, policy: Path, rounds: int = 1) -> Path:
-        """Real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
+        """Collect real episodes of the policies: those of the round before in a copy, and as many of `policy`."""
         copies = self.copies[:-1] if self.cfg.copy_attempts else []  # the last one is the policy
         first = len(copies) * self.cfg.copy_attempts
         words = [*self.preset, *self.where, "--demos-per-task", 0, "--noisy-per-task", 0, "--horizon", self.cfg.horizon]
@@ -148,7 +148,7 @@ class Runs:
         return run_once(place, "collect_demos.py", *own)
 
     def models(self, rounds: int, attempts: Path, pose_dims: int = POSE_DIMS) -> Models:
-        """A world model and its success model of demonstrations and attempts, refreshed in rounds after the first."""
+        """Train a world model and its success model on demonstrations and attempts; after round 1, refresh them."""
         demos, own, of = ["--demos", self.demos, attempts], self.own, "" if pose_dims else "_actions"
         if rounds == 1:
             held_out = ["--validation-fraction", 0.2]
@@ -215,7 +215,7 @@ class Runs:
         return policy, ["--plan", self.cfg.candidates, *self.first_round()[1].flags]
 
     def arm(self, name: str) -> tuple[Path, list[object]]:
-        """The policy of an arm, and flags with which eval_libero.py plays it."""
+        """Return the policy of an arm, and flags with which eval_libero.py plays it."""
         made: dict[str, Callable[[], Path]] = {
             "SFT": lambda: self.policy,
             "extra SFT": self.extra,
@@ -238,8 +238,8 @@ class Runs:
 
 
 def measure(cfg: Config, runs: Runs, name: str) -> dict:
-    """Outcomes of an arm's policy on all starts: kind of starts, x_0 -> a string of 0 and 1, in order of the starts;
-    minutes of its training, and what the gate found before.
+    """Collect the outcomes of an arm's policy on all starts: kind of starts, x_0 -> a string of 0 and 1, in order of
+    the starts; minutes of its training, and what the gate found before.
     """
     policy, flags = runs.arm(name)
     starts, found = Starts(runs.suite, cfg.tasks, cfg.episodes, cfg.stage_preset), {}

@@ -35,7 +35,7 @@ PRESETS = {"paper": Config(), "smoke": Config(seeds=(0,), demo_preset="smoke")}
 
 
 def summed_up(folder: Path) -> dict:
-    """What the JSON file keeps of a demo."""
+    """Return what the JSON file keeps of a demo."""
     summary = read_json(folder / "summary.json")
     frames = summary["world_model"]["frames"]["all"]
     return {
@@ -55,7 +55,7 @@ def summed_up(folder: Path) -> dict:
 
 
 def sizes(preset: str) -> dict[str, object]:
-    """What the demo sets beside its stages' presets."""
+    """Return what the demo sets beside its stages' presets."""
     of = {"few": demo.FEW, "rl": demo.RL, "rft": demo.RFT, "extra": demo.EXTRA}
     return {name: values[preset] for name, values in of.items()}
 

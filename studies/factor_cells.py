@@ -18,7 +18,7 @@ class Cell(NamedTuple):
 
 
 def sft(*flags: str, policy: str = "twice as long") -> Cell:
-    """More supervised training, at a tenth of the peak learning rate."""
+    """Make a cell of more supervised training, at a tenth of the peak learning rate."""
     return Cell(("--lr", "3e-4", "--warmup", "10", *flags), policy=policy, script="train_sft.py")
 
 
@@ -32,7 +32,7 @@ QUARTER_NOISE = ("--sigma-min", "0.02", "--sigma-max", "0.05")
 
 
 def plateau(*flags: str) -> Cell:
-    """From the policy at its plateau."""
+    """Make a cell that goes on from the policy at its plateau."""
     return Cell(("--steps", "80", *flags), policy=PLATEAU)
 
 
@@ -51,7 +51,9 @@ WORLD_MODELS = {
 
 
 def study(*flags: str, world_model: str = "wm", policy: str = "sft") -> Cell:
-    """From the long-trained policy of `rft_study.py`, or its early one, with the settings of its fine-tunings."""
+    """Make a cell that goes on from the long-trained policy of `rft_study.py`, or its early one, with the settings of
+    its fine-tunings.
+    """
     return Cell(("--steps", "80", *BROAD, *flags), world_model, policy=policy)
 
 

@@ -72,7 +72,7 @@ def ended(env: TabletopEnv, record: dict, perturb: Perturbation | None) -> tuple
 
 
 def failures(records: Sequence[dict], perturb: Perturbation | None) -> dict:
-    """Counts and medians of one evaluation.
+    """Compute counts and medians of one evaluation.
 
     Raises:
         ValueError: of another simulator, of several policies, or an episode ends otherwise.
@@ -99,7 +99,7 @@ def failures(records: Sequence[dict], perturb: Perturbation | None) -> dict:
 
 
 def main(cfg: Config) -> dict:
-    """Play everything again; returns what the JSON file holds.
+    """Play everything again; return what the JSON file holds.
 
     Raises:
         ValueError: no file given, or one that `failures` refuses.

@@ -25,13 +25,13 @@ def _save(figure, path: Path) -> None:
 
 
 def _errors(found: Sequence[dict[str, float]]) -> tuple[list[float], list[list[float]]]:
-    """Differences and the lengths of their intervals below and above, in percentage points."""
+    """Return differences and the lengths of their intervals below and above, in percentage points."""
     middle, low, high = ([100 * of[end] for of in found] for end in ("difference", "low", "high"))
     return middle, [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
 
 
 def draw_findings(runs: dict[str, dict[str, dict]], path: Path) -> None:
-    """Gains of the eight policies over SFT, from the sampled x_0 and from x_0 = 0."""
+    """Draw the gains of the eight policies over SFT, from the sampled x_0 and from x_0 = 0."""
     rows = gains(runs)
     figure, axis = _pyplot().subplots(figsize=(8, 4), layout="constrained")
     for name, colour, marker, shift in (("sampled", DARK, "o", 0.13), ("zero", ORANGE, "D", -0.13)):
@@ -49,7 +49,7 @@ def draw_findings(runs: dict[str, dict[str, dict]], path: Path) -> None:
 
 
 def draw_gates(runs: Sequence[GatedRun], threshold: float, path: Path) -> None:
-    """Gains of fine-tunings against what the trust gate said before them, one mark a reward."""
+    """Draw the gains of fine-tunings against what the trust gate said before them, one mark a reward."""
     styles = {"R2": ("^", "0.55"), "R3": ("o", DARK), "divergence": ("s", ORANGE)}
     figure, axis = _pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     axis.axhline(0, color="grey", linewidth=0.8)

@@ -29,7 +29,7 @@ class Gain(NamedTuple):
 
 
 def gains(runs: dict[str, dict[str, dict]]) -> list[Gain]:
-    """The rows, from the runs of rft_study.py."""
+    """Compute the rows, from the runs of rft_study.py."""
     every = played(runs)
     entries = [entry for seeds in runs.values() for entry in seeds.values()]
     found = []
@@ -42,7 +42,7 @@ def gains(runs: dict[str, dict[str, dict]]) -> list[Gain]:
 
 
 def findings_table(runs: dict[str, dict[str, dict]]) -> str:
-    """Success of SFT, and gains over it."""
+    """Tabulate the success of SFT, and gains over it."""
     every = played(runs)
     sft = percent(rate("".join(run["SFT"] for run in every)))
     rows = [

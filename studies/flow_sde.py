@@ -34,7 +34,7 @@ def sde_transition(
     cond: Condition,
     strength: float = 0.7,
 ) -> Normal:
-    """Distribution of x_{k+1} given x_k, one Euler-Maruyama step; a `vlarft.flow.Transition`.
+    """Return the distribution of x_{k+1} given x_k, one Euler-Maruyama step; a `vlarft.flow.Transition`.
 
     Args:
         head: velocity net.

@@ -70,12 +70,12 @@ class Parts(NamedTuple):
     true_reward: SimulatorReward
 
     def scorer(self, reward: RewardKind) -> Scorer:
-        """A reward, imagined greedily."""
+        """Make the scorer of a reward, imagined greedily."""
         return make_scorer(reward, self.model, perceptual("ssim"), "greedy")
 
 
 def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts:
-    """The same starts for all world models that hold the same episodes out."""
+    """Load policy, world model and starts: the same starts for all world models that hold the same episodes out."""
     policy, extra = load_model(policy_path, VLAPolicy, PolicyConfig)
     policy.add_sigma_net()
     model = WorldModel.load(model_path)
@@ -86,7 +86,7 @@ def load(cfg: Config, demos: Path, policy_path: Path, model_path: Path) -> Parts
 
 
 def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
-    """`trust_gate` of a policy in a world model; the same chunks and noise for all world models and rewards."""
+    """Run `trust_gate` on a policy in a world model; the same chunks and noise for all world models and rewards."""
     return trust_gate(
         parts.scorer(reward),
         parts.policy,
@@ -100,7 +100,9 @@ def gate(cfg: Config, parts: Parts, reward: RewardKind) -> dict[str, float]:
 
 @torch.no_grad()
 def one_sided(cfg: Config, parts: Parts, reward: RewardKind, seed: int = 0) -> dict[str, float | list[float]]:
-    """How much of a reward's variance around the demonstrations' actions is odd in the noise, and where it pulls to."""
+    """Measure how much of a reward's variance around the demonstrations' actions is odd in the noise, and where it
+    pulls to.
+    """
     dataset, policy = parts.batch.intended, parts.policy  # (S, T, A)
     unit = policy.normalizer.action_unit()
     unit[policy.normalizer.grippers] = 0  # grippers stay
@@ -123,7 +125,7 @@ def one_sided(cfg: Config, parts: Parts, reward: RewardKind, seed: int = 0) -> d
 
 
 def main(cfg: Config) -> dict:
-    """Measure what is missing; returns what the JSON file holds.
+    """Measure what is missing; return what the JSON file holds.
 
     Raises:
         FileNotFoundError: no policy of a suite and seed.

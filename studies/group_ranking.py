@@ -62,7 +62,7 @@ PRESETS = {"paper": Config(), "smoke": Config(starts=2)}
 
 
 def mixed_groups(cfg: Config) -> list[list[Episode]]:
-    """Attempts by start, of the starts that have both outcomes.
+    """Load attempts by start, of the starts that have both outcomes.
 
     Raises:
         ValueError: there are none.
@@ -95,7 +95,9 @@ def versions(model: WorldModel, episodes: Sequence[Episode]) -> Iterator[tuple[s
 
 
 def draw(path: Path, shown: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """PNG of up to `SHOWN` pairs of recorded and imagined frames (L, C, H, W), uint8: every sixth, and the last."""
+    """Write a PNG of up to `SHOWN` pairs of recorded and imagined frames (L, C, H, W), uint8: every sixth, and the
+    last.
+    """
     rows = []
     for pair in shown[:SHOWN]:
         at = [*range(0, len(pair[0]), EVERY), len(pair[0]) - 1]

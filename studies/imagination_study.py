@@ -105,7 +105,7 @@ PRESETS = {
 
 
 def material(cfg: Config, suite: str) -> Path:
-    """A folder with `demos` and `sft` of a suite: the demo's, or one that is made."""
+    """Return a folder with `demos` and `sft` of a suite: the demo's, or one that is made."""
     if suite == "tabletop_object":
         return Path(cfg.demo)
     folder, preset = Path(cfg.runs) / suite, ["--preset", cfg.stage_preset]
@@ -145,7 +145,7 @@ def train(cfg: Config, arm: Arm, timed: bool, demos: Path, folder: Path, seed: i
 
 
 def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
-    """Figures of a trained arm."""
+    """Measure a trained arm; return its figures."""
     model = folder / "wm" / "model.safetensors"
     measured = folder / "eval" / "results.json"
     if not measured.is_file():
@@ -177,7 +177,7 @@ def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
 
 @torch.no_grad()
 def codes_in_use(tokenizer: Path, demos: Path) -> int:
-    """Number of different future codes in 64 held-out segments."""
+    """Count the different future codes in 64 held-out segments."""
     model, extra = FrameTokenizer.load(tokenizer), read_header(tokenizer).extra
     held_out = load_episodes(demos, successes_only=False, names=extra["held_out_episodes"])
     batch = WindowSampler(held_out, 9, 8, None).spread(64)
@@ -186,8 +186,8 @@ def codes_in_use(tokenizer: Path, demos: Path) -> int:
 
 @torch.no_grad()
 def carried_error(tokenizer: Path, demos: Path) -> list[float]:
-    """How well a tokenizer shows what is carried: mean absolute error of vivid pixels that differ from the episode's
-    first frame, over held-out successes, decoded with that frame as context; and of the first frame itself.
+    """Measure how well a tokenizer shows what is carried: mean absolute error of vivid pixels that differ from the
+    episode's first frame, over held-out successes, decoded with that frame as context; and of the first frame itself.
     """
     model, extra = FrameTokenizer.load(tokenizer), read_header(tokenizer).extra
     totals, count = torch.zeros(2, dtype=torch.float64), 0
@@ -206,7 +206,7 @@ def carried_error(tokenizer: Path, demos: Path) -> list[float]:
 
 
 def main(cfg: Config) -> dict:
-    """Run what is missing; returns what the JSON file holds."""
+    """Run what is missing; return what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
     torch.set_num_threads(1)
     report = read_report(cfg, "runs", free=("runs", "demo", "out", "suites", "arms", "seeds"))

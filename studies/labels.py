@@ -139,7 +139,7 @@ GONE = {
 
 
 def arm(name: str) -> str:
-    """An arm of `rft_study.py`, perhaps played from another x_0, as tables name it.
+    """Name an arm of `rft_study.py`, perhaps played from another x_0, as tables do.
 
     Raises:
         KeyError: a name without a label.
@@ -149,7 +149,7 @@ def arm(name: str) -> str:
 
 
 def cell(name: str) -> str:
-    """A cell of `rft_factors.py` as tables name it.
+    """Name a cell of `rft_factors.py` as tables do.
 
     Raises:
         KeyError: a name without a label.
@@ -158,18 +158,18 @@ def cell(name: str) -> str:
 
 
 def training(name: str) -> str:
-    """An arm of `sft_study.py` or `wm_study.py` as tables name it."""
+    """Name an arm of `sft_study.py` or `wm_study.py` as tables do."""
     return name + (" †" if name in GONE else "")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Arms in the order of `ARMS`, each played from the sampled x_0 first."""
+    """Sort arms into the order of `ARMS`, each played from the sampled x_0 first."""
     places, endings = list(ARMS), ["", *X_0]
     return sorted(names, key=lambda name: (places.index(_parts(name)[0]), endings.index(_parts(name)[1])))
 
 
 def note(names: Iterable[str]) -> str:
-    """The line below a table of these arms or cells, where one of them is gone."""
+    """Return the line below a table of these arms or cells, where one of them is gone."""
     return f"\n\n{GONE_NOTE}" if any(name in GONE or _parts(name)[0] in GONE for name in names) else ""
 
 

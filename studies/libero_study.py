@@ -78,7 +78,7 @@ PRESETS = {
 
 
 def folder_name(name: str) -> str:
-    """Name of an arm's folder, or of an evaluation's."""
+    """Return the name of an arm's folder, or of an evaluation's."""
     return name.replace(",", "").replace(" ", "_").replace(":", "_")
 
 
@@ -125,7 +125,7 @@ class Runs:
         return self.training("wm", "train_wm.py", *demos, *words)
 
     def arm(self, name: str) -> Path:
-        """The policy of an arm."""
+        """Return the policy of an arm."""
         if name == "SFT":
             return self.policy
         folder = folder_name(name)
@@ -141,7 +141,7 @@ class Runs:
         return self.training(folder, "train_sft.py", "--demos", *self.data(name), *more)
 
     def data(self, name: str) -> list[Path]:
-        """Demonstrations of a supervised arm."""
+        """Return the demonstrations of a supervised arm."""
         if name == "extra SFT":
             return [self.demos]
         attempts, won = self.attempts("own_attempts", self.policy, 600_000), self.folder / "won"
@@ -152,14 +152,14 @@ class Runs:
         return [self.demos, won]
 
     def play(self, name: str, policy: Path, perturb: str, x0: str, episodes: int) -> str:
-        """Outcomes of a policy, in order of the starts."""
+        """Play a policy; return its outcomes, in order of the starts."""
         starts = Starts(self.suite, self.tasks, episodes, self.cfg.stage_preset)
         place = self.folder / "eval" / folder_name(f"{name}_{perturb}_{x0}_{episodes}")
         played = starts.play(place, policy, perturb, "--noise", x0)
         return "".join(str(int(played[start])) for start in sorted(played))
 
     def curve(self) -> list[dict]:
-        """Success of the SFT policy along its training, from x_0 = 0."""
+        """Measure the success of the SFT policy along its training, from x_0 = 0."""
         minutes = {row["step"] + 1: row["minutes"] for row in read_lines(self.policy / "log.jsonl")}
         rows = []
         for copy in self.copies:
@@ -169,21 +169,21 @@ class Runs:
         return rows
 
     def frames(self) -> dict:
-        """Table 1: what the world model imagines, beside copying the first frame; means over frames."""
+        """Compute Table 1: what the world model imagines, beside copying the first frame; means over frames."""
         found = self.stage("eval_wm", "eval_wm.py", "--world-model", self.world_model)
         frames = json.loads((found / "results.json").read_text())["frames"]["all"]
         return {which: {name: values[-1] for name, values in of.items()} for which, of in frames.items()}
 
 
 def kinds(cfg: Config, suite: str, name: str) -> dict[str, tuple[str, str, int]]:
-    """What an arm plays: kind of starts and x_0 -> perturbation, x_0, initial states per task."""
+    """Return what an arm plays: kind of starts and x_0 -> perturbation, x_0, initial states per task."""
     plain = {f"none, {x0}": ("none", x0, cfg.episodes) for x0 in X0.get(name, ("zero", "sampled"))}
     displaced = {f"{perturb}, zero": (perturb, "zero", cfg.episodes) for perturb in PERTURBED.get(suite, ())}
     return plain | displaced | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in full(cfg) else {})
 
 
 def full(cfg: Config) -> tuple[str, ...]:
-    """Arms that play all initial states: SFT too if any does, for the comparison."""
+    """List the arms that play all initial states: SFT too if any does, for the comparison."""
     return ("SFT", *cfg.full) if cfg.full else ()
 
 
@@ -209,7 +209,7 @@ def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
 
 
 def stages(folder: Path) -> dict[str, dict]:
-    """Wall time and commit of each stage and evaluation of a suite."""
+    """Read wall time and commit of each stage and evaluation of a suite."""
     files = sorted(folder.rglob("stage.json"))
     return {str(file.parent.relative_to(folder)): read_json(file) for file in files}
 

@@ -29,19 +29,19 @@ FATES = {
 
 
 def rate(outcomes: str) -> dict[str, float]:
-    """Success rate of outcomes, with its interval."""
+    """Compute the success rate of outcomes, with its interval."""
     return share(outcomes.count("1"), len(outcomes))
 
 
 def paired(first: str, second: str) -> dict[str, float]:
-    """Success rate of `second` minus that of `first` on the same starts."""
+    """Compute the success rate of `second` minus that of `first` on the same starts."""
     pairs = Counter(zip(first, second, strict=True))
     return difference(pairs["1", "0"], pairs["0", "1"], len(first))
 
 
 def played(runs: dict[str, dict[str, dict]], suite: str = ALL, kind: str = ALL) -> list[dict[str, str]]:
-    """Outcomes of each run of a suite on one kind of start, name -> outcomes; or on all kinds, one after the other, of
-    the policies that played every kind.
+    """Return the outcomes of each run of a suite on one kind of start, name -> outcomes; or on all kinds, one after the
+    other, of the policies that played every kind.
     """
     entries = [entry for name, seeds in runs.items() if suite in (name, ALL) for entry in seeds.values()]
     return [_all_kinds(e["outcomes"]) if kind == ALL else e["outcomes"].get(kind, {}) for e in entries]
@@ -53,7 +53,9 @@ def _all_kinds(outcomes: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def against(runs: Sequence[dict[str, str]], first: str, second: str) -> dict | None:
-    """Paired difference of two policies over the runs that have both: pooled, and run by run; None without a run."""
+    """Compute the paired difference of two policies over the runs that have both: pooled, and run by run; None without
+    a run.
+    """
     pairs = [(run[first], run[second]) for run in runs if first in run and second in run]
     if not pairs:
         return None
@@ -62,7 +64,7 @@ def against(runs: Sequence[dict[str, str]], first: str, second: str) -> dict | N
 
 
 def compare(runs: Sequence[dict[str, str]], rivals: Sequence[str] = ("SFT",)) -> dict[str, dict]:
-    """Rates of each policy, pooled and run by run, and paired differences to `rivals`.
+    """Compute the rates of each policy, pooled and run by run, and paired differences to `rivals`.
 
     Args:
         runs: name -> outcomes of each run.
@@ -79,7 +81,7 @@ def compare(runs: Sequence[dict[str, str]], rivals: Sequence[str] = ("SFT",)) ->
 
 
 def summarise(runs: dict[str, dict[str, dict]], rivals: Sequence[str] = ("SFT",)) -> dict[str, dict]:
-    """`compare` for the seeds of each suite and for all suites, for each kind of start and for all kinds together."""
+    """Run `compare` for the seeds of each suite and of all suites, for each kind of start and all kinds together."""
     found = {}
     for suite in (*runs, ALL):
         entries = [e for name, seeds in runs.items() if suite in (name, ALL) for e in seeds.values()]
@@ -89,7 +91,7 @@ def summarise(runs: dict[str, dict[str, dict]], rivals: Sequence[str] = ("SFT",)
 
 
 def fates(runs: Sequence[dict[str, str]]) -> dict[str, dict[str, dict]]:
-    """Rates of each policy among the starts of each of `FATES`: name -> fate -> rate.
+    """Compute the rates of each policy among the starts of each of `FATES`: name -> fate -> rate.
 
     A start that SFT loses from the sampled x_0 alone is won with another x_0, or with less variance over x_0; one that
     it loses from x_0 = 0 as well needs better actions. `RESAMPLED` shows what chance alone would win.
@@ -104,15 +106,15 @@ def fates(runs: Sequence[dict[str, str]]) -> dict[str, dict[str, dict]]:
 
 
 def shared(runs: dict[str, dict[str, dict]]) -> list[str]:
-    """Policies of more than one suite; of a study of one suite, all of them."""
+    """List the policies of more than one suite; of a study of one suite, all of them."""
     names = [{name for run in played(runs, suite, "none") for name in run} for suite in runs]
     having = Counter(name for of_suite in names for name in of_suite)
     return in_order(name for name, count in having.items() if count > 1 or len(runs) == 1)
 
 
 def success_table(runs: dict[str, dict[str, dict]], suite: str = ALL) -> str:
-    """SFT's rates and the gains of the other policies over it, for each kind of start; pooled over the suites, those of
-    the policies that more than one suite has.
+    """Tabulate SFT's rates and the gains of the other policies over it, for each kind of start; pooled over the suites,
+    those of the policies that more than one suite has.
     """
     kinds = summarise(runs)[suite]
     names = in_order(kinds["none"]) if suite != ALL else shared(runs)
@@ -131,7 +133,7 @@ def success_table(runs: dict[str, dict[str, dict]], suite: str = ALL) -> str:
 
 
 def chunk_table(seeds: dict[str, dict]) -> str:
-    """What changed in the chunks of one suite's policies, seed by seed; minutes of training; the trust gate."""
+    """Tabulate what changed in the chunks of a suite's policies, seed by seed; minutes of training; the trust gate."""
     names = in_order({name for e in seeds.values() for name, of in e["chunks"].items() if "change" in of["std"]})
     heads = ["policy", "true error [mm]", "true error from x_0 = 0 [mm]", "std over x_0", "minutes", "trust gate"]
     rows = [[arm(name), *_changes(seeds, name), _minutes(seeds, name), _gates(seeds, name)] for name in names]
@@ -153,7 +155,9 @@ def _gates(seeds: dict[str, dict], name: str) -> str:
 
 
 def rivals_table(runs: dict[str, dict[str, dict]], pairs: Sequence[tuple[str, str]]) -> str:
-    """Pairs of policies compared start by start on all kinds of starts: over all runs that have both, and by suite."""
+    """Tabulate pairs of policies compared start by start on all kinds of starts: over all runs that have both, and by
+    suite.
+    """
     rows = []
     suites = list(runs) if len(runs) > 1 else []
     for first, second in pairs:
@@ -164,7 +168,7 @@ def rivals_table(runs: dict[str, dict[str, dict]], pairs: Sequence[tuple[str, st
 
 
 def fates_table(runs: dict[str, dict[str, dict]]) -> str:
-    """`fates` over all runs and kinds of starts, of the policies that more than one suite has."""
+    """Tabulate `fates` over all runs and kinds of starts, of the policies that more than one suite has."""
     found = fates(played(runs))
     names = [name for name in shared(runs) if name in found]
     rows = [
@@ -175,7 +179,9 @@ def fates_table(runs: dict[str, dict[str, dict]]) -> str:
 
 
 def starts_table(seeds: dict[str, dict]) -> str:
-    """One row per kind of start, one column per policy: SFT's rate, the gains of the others. For many kinds."""
+    """Make a table with one row per kind of start, one column per policy: SFT's rate, the gains of the others. For many
+    kinds.
+    """
     kinds = summarise({"": seeds})[ALL]
     names = [name for name in in_order(kinds[ALL]) if name != "SFT"]
     rows = [
@@ -186,8 +192,8 @@ def starts_table(seeds: dict[str, dict]) -> str:
 
 
 def counted_table(starts: dict[str, dict[str, dict]]) -> str:
-    """Success and gains of a study that kept counts: kind of start -> policy -> episodes that it won, and under
-    "against" the starts that only SFT and only the policy wins.
+    """Tabulate success and gains of a study that kept counts: kind of start -> policy -> episodes that it won, and
+    under "against" the starts that only SFT and only the policy wins.
     """
     names = in_order(starts["none"])
     rows = []
@@ -206,8 +212,8 @@ def counted_table(starts: dict[str, dict[str, dict]]) -> str:
 
 
 def course_table(runs: dict[str, dict[str, dict]], suite: str, names: Sequence[str]) -> str:
-    """True error of the deterministic policy while it is fine-tuned, as older versions of `train_rft.py` logged it: at
-    the first step, the lowest, the last.
+    """Tabulate the true error of the deterministic policy while it is fine-tuned, as older versions of `train_rft.py`
+    logged it: at the first step, the lowest, the last.
     """
     rows = []
     for name in names:
@@ -222,7 +228,9 @@ def course_table(runs: dict[str, dict[str, dict]], suite: str, names: Sequence[s
 
 
 def dimension_table(runs: dict[str, dict[str, dict]], suite: str) -> str:
-    """Standard deviation over x_0 of each dimension, at the last diagnostics of a fine-tuning against the first."""
+    """Tabulate the standard deviation over x_0 of each dimension, at the last diagnostics of a fine-tuning against the
+    first.
+    """
     axes = "x", "y", "z", "gripper"
     rows = []
     for name in dict.fromkeys(name for entry in runs[suite].values() for name in entry["courses"]):
@@ -245,7 +253,7 @@ class GatedRun(NamedTuple):
 
 
 def gated_runs(runs: dict[str, dict[str, dict]]) -> list[GatedRun]:
-    """All fine-tunings by GRPO that had a trust gate, on plain starts."""
+    """List all fine-tunings by GRPO that had a trust gate, on plain starts."""
     return [
         GatedRun(suite, seed, arm, gates["gate"], paired(plain["SFT"], plain[arm]))
         for suite, seeds in runs.items()
@@ -257,7 +265,7 @@ def gated_runs(runs: dict[str, dict[str, dict]]) -> list[GatedRun]:
 
 
 def gate_correlation(gated: Sequence[GatedRun]) -> tuple[float, float]:
-    """Rank correlation of gate and gain, and its one-sided p-value by permutations."""
+    """Compute the rank correlation of gate and gain, and its one-sided p-value by permutations."""
     gates, gains = (torch.tensor(x) for x in zip(*((run.gate, run.against_sft["difference"]) for run in gated)))
     shuffled = gains[torch.rand(20_000, len(gains), generator=torch.Generator().manual_seed(0)).argsort(1)]
     order, by_chance = spearman(gates, gains), spearman(gates.expand_as(shuffled), shuffled)
@@ -265,7 +273,7 @@ def gate_correlation(gated: Sequence[GatedRun]) -> tuple[float, float]:
 
 
 def gain_table(gated: Sequence[GatedRun], threshold: float) -> str:
-    """Gates and gains by reward: how they go together, and what a threshold would have stopped."""
+    """Tabulate gates and gains by reward: how they go together, and what a threshold would have stopped."""
     rows = []
     for name in ("all", "R2", "R3", "divergence"):
         of = [run for run in gated if name == "all" or name in run.arm]

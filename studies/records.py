@@ -12,12 +12,12 @@ WIDTH = 160  # columns; a value that fits stays on one line
 
 
 def read(name: str) -> dict:
-    """A committed file."""
+    """Read a committed file."""
     return json.loads((STUDIES / f"{name}.json").read_text())
 
 
 def rounded(value: object) -> object:
-    """The same JSON value with `DIGITS` significant digits in its floats."""
+    """Round the floats of a JSON value to `DIGITS` significant digits."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -47,6 +47,6 @@ def _text(value: object, indent: int) -> str:
 
 
 def columns(rows: Sequence[dict]) -> dict[str, list]:
-    """Rows of a log as one list for each name; None where a row has no such value."""
+    """Turn rows of a log into one list for each name; None where a row has no such value."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

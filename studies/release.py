@@ -67,7 +67,7 @@ def export(run: Path, model: VLAPolicy | WorldModel, place: Path) -> None:
 
 
 def card(name: str, report: dict) -> str:
-    """The model card of a checkpoint."""
+    """Return the model card of a checkpoint."""
     own = report[name]
     facts = [
         f"Trained in {own['minutes']:.0f} minutes on one CPU core, exported by "

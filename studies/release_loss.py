@@ -34,7 +34,8 @@ GATE_OPEN_AT = 0.2  # nats
 def ppo_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip: float = 0.2, dual_clip: float = DUAL_CLIP
 ) -> tuple[Tensor, dict[str, float]]:
-    """PPO's surrogate with a ratio per scalar, -E[min(r Adv, clip(r) Adv)], bounded where the advantage is negative.
+    """Compute PPO's surrogate with a ratio per scalar, -E[min(r Adv, clip(r) Adv)], bounded where the advantage is
+    negative.
 
     Args:
         log_prob: (B, T, A) of the current policy, differentiable.
@@ -71,7 +72,7 @@ def ppo_loss(
 
 
 def mse_gate(kl: float, open_at: float = GATE_OPEN_AT) -> float:
-    """Factor on the flow-matching term, clamp(kl / open_at, 0, 1).
+    """Compute the factor on the flow-matching term, clamp(kl / open_at, 0, 1).
 
     It holds the policy to the demonstrations only as far as it has moved from the policy that sampled.
 
@@ -83,7 +84,8 @@ def mse_gate(kl: float, open_at: float = GATE_OPEN_AT) -> float:
 
 
 def release_loss(cfg: Config, policy: VLAPolicy, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
-    """The public code's objective on a whole batch; a `train_rft.Loss`, for advantages that are divided by the std.
+    """Compute the public code's objective on a whole batch; a `train_rft.Loss`, for advantages that are divided by the
+    std.
 
     The gate's KL is that of all processes' rollouts: a collective call, which sees all starts of this process at once.
     """

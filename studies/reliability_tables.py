@@ -8,14 +8,14 @@ FATAL = "crash", "hang", "memory", "orphans"
 
 
 def trials(report: dict, kind: str) -> Iterator[tuple[str, dict]]:
-    """The trials of one kind with their counts, by the name of what was tried."""
+    """Yield the trials of one kind with their counts, by the name of what was tried."""
     for name, counts in report["trials"].items():
         if name.startswith(f"{kind}: "):
             yield name.removeprefix(f"{kind}: "), counts
 
 
 def total(rows: list[list]) -> list[list]:
-    """The rows and their sum."""
+    """Return the rows and their sum."""
     return [*rows, ["all", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))]]
 
 
@@ -24,7 +24,7 @@ def text(rows: list[list]) -> list[list[str]]:
 
 
 def damaged_table(report: dict) -> str:
-    """Damaged files by format, and how loading them ended."""
+    """Tabulate damaged files by format, and how loading them ended."""
     ends = "same", "named", "unnamed", "other", "raw"
     rows = []
     for name, counts in trials(report, "files"):
@@ -36,7 +36,9 @@ def damaged_table(report: dict) -> str:
 
 
 def interrupted_table(report: dict) -> str:
-    """Writers by kills and full disks, and how their runs ended; full disks that were large enough are left out."""
+    """Tabulate writers by kills and full disks, and how their runs ended; full disks that were large enough are left
+    out.
+    """
     kills, disks, both = (dict(trials(report, kind)) for kind in ("kills", "full disks", "torchrun"))
     rows = []
     for name in dict.fromkeys([*kills, *disks]):
@@ -53,7 +55,7 @@ def interrupted_table(report: dict) -> str:
 
 
 def refused_table(report: dict) -> str:
-    """Wrong command lines by script, and how they ended."""
+    """Tabulate wrong command lines by script, and how they ended."""
     ends = "one line", "more lines", "traceback", "accepted", "another status"
     rows = []
     for name, counts in trials(report, "commands"):
@@ -65,7 +67,7 @@ def refused_table(report: dict) -> str:
 
 
 def noticed_table(report: dict) -> str:
-    """Breakages of the code by folder, and how many of them its tests noticed."""
+    """Tabulate breakages of the code by folder, and how many of them its tests noticed."""
     counts: dict[str, list[float]] = {}
     for path, found in report["modules"].items():
         folder = path.rpartition("/")[0] or "stage scripts"
@@ -80,6 +82,6 @@ def noticed_table(report: dict) -> str:
 
 
 def commands_of(report: dict) -> str:
-    """The commands that repeat what was counted."""
+    """List the commands that repeat what was counted."""
     lines = sorted({counts["command"] for counts in report["trials"].values()})
     return "\n".join(["```", *(f"python {line} --out results/reliability.json" for line in lines), "```"])

@@ -65,7 +65,7 @@ PRESETS = {
 
 
 def arm(folder: str, name: str) -> Path:
-    """The checkpoint of an arm of another study.
+    """Return the checkpoint of an arm of another study.
 
     Raises:
         FileNotFoundError: it was not trained.
@@ -77,7 +77,7 @@ def arm(folder: str, name: str) -> Path:
 
 
 def world_model(cfg: Config, name: str) -> Path:
-    """The checkpoint of a world model: of another study, or one that is trained here, unless that is done."""
+    """Return the checkpoint of a world model: of another study, or one that is trained here, unless that is done."""
     if name not in WORLD_MODELS:
         return arm(cfg.world_models, name)
     steps, flags = WORLD_MODELS[name]
@@ -87,8 +87,8 @@ def world_model(cfg: Config, name: str) -> Path:
 
 
 def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, str]:
-    """Outcomes of a policy on every kind of start: perturbation -> start by start, tasks in their order, initial states
-    in theirs (1 = success).
+    """Play a policy on every kind of start; return its outcomes: perturbation -> start by start, tasks in their order,
+    initial states in theirs (1 = success).
     """
     starts = Starts(cfg.suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     found = {
@@ -104,19 +104,19 @@ def _measure(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> di
 
 
 def folder_of(cfg: Config, name: str) -> Path:
-    """Where a cell lies."""
+    """Return where a cell lies."""
     return Path(cfg.runs) / "_".join(re.findall(r"[\w'.-]+", name))
 
 
 def last_row(checkpoint: Path) -> dict | None:
-    """The last row of a training's log; none where it was too short to log."""
+    """Read the last row of a training's log; none where it was too short to log."""
     log = checkpoint.with_name("log.jsonl")
     rows = read_lines(log) if log.is_file() else []
     return rows[-1] if rows else None
 
 
 def base_of(cfg: Config, start: str) -> dict:
-    """Outcomes of the policy that cells go on from, means of its chunks' errors, the last row of its training's log."""
+    """Measure the policy that cells go on from: outcomes, means of its chunks' errors, its training log's last row."""
     checkpoint = arm(cfg.policies, start)
     parts = cfg, Path(cfg.runs) / f"base_{start.replace(' ', '_')}", checkpoint
     chunks = {name: mean(values) for name, values in _measure(*parts).items()}
@@ -162,12 +162,12 @@ def run_cell(cfg: Config, name: str) -> dict:
 
 
 def recorded(before: dict) -> dict[str, str]:
-    """Where an entry was measured first; that it is read again changes nothing."""
+    """Return where an entry was measured first; that it is read again changes nothing."""
     return {name: before[name] for name in ("commit", "machine") if name in before}
 
 
 def main(cfg: Config) -> dict:
-    """Run what is missing; returns what the JSON file holds.
+    """Run what is missing; return what the JSON file holds.
 
     Raises:
         ValueError: an unknown cell, or a JSON file of other settings or another policy.

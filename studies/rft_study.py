@@ -96,7 +96,7 @@ PRESETS = {
 
 
 def folder_of(cfg: Config, suite: str, seed: int, arm: str = "") -> Path:
-    """Where the runs of a suite and seed lie, or one of them."""
+    """Return where the runs of a suite and seed lie, or one of them."""
     folder = Path(cfg.out_dir) / suite / f"seed{seed}"
     if cfg.start:
         folder /= f"from_{cfg.start.replace(' ', '_')}"
@@ -104,7 +104,7 @@ def folder_of(cfg: Config, suite: str, seed: int, arm: str = "") -> Path:
 
 
 def start_of(cfg: Config, suite: str, seed: int) -> Path:
-    """The checkpoint of the arm that a second round goes on from.
+    """Return the checkpoint of the arm that a second round goes on from.
 
     Raises:
         FileNotFoundError: the first round has not trained it.
@@ -118,7 +118,7 @@ def start_of(cfg: Config, suite: str, seed: int) -> Path:
 
 
 def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
-    """All policies of one suite and seed: name -> checkpoint."""
+    """Train all policies of one suite and seed: name -> checkpoint."""
     folder = Path(cfg.out_dir) / suite
     preset, demos = ["--preset", cfg.stage_preset], ["--demos", folder / "demos"]
     where = ["--suites", suite, "--tasks", *cfg.tasks, "--demos-per-task", cfg.demos_per_task]
@@ -166,7 +166,7 @@ def train(cfg: Config, suite: str, seed: int) -> dict[str, Path]:
 
 
 def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> dict[str, dict[tuple, bool]]:
-    """Outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
+    """Return the outcomes of the policies of a seed that play such starts: name -> (task, initial state) -> success."""
     starts = Starts(suite, cfg.tasks, cfg.episodes, cfg.stage_preset)
     kind = f"eval_{re.sub('[:/]', '_', perturb)}"
     playing = policies
@@ -183,7 +183,7 @@ def play(cfg: Config, suite: str, perturb: str, policies: dict[str, Path]) -> di
 
 
 def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str, dict]:
-    """What chunks.py measures of each policy, and how it differs from the long-trained one."""
+    """Return what chunks.py measures of each policy, and how it differs from the long-trained one."""
     where = Path(cfg.out_dir) / suite / "demos"
     found = {
         name: measure(path.parent / "chunks.json", path, where, cfg.error_starts, cfg.error_samples)
@@ -199,7 +199,7 @@ def chunk_errors(cfg: Config, suite: str, policies: dict[str, Path]) -> dict[str
 
 
 def run(cfg: Config, suite: str, seed: int) -> dict:
-    """Train and play what is missing of one suite and seed; returns its entry."""
+    """Train and play what is missing of one suite and seed; return its entry."""
     policies = train(cfg, suite, seed)
     played = {perturb: play(cfg, suite, perturb, policies) for perturb in cfg.perturb}
     outcomes = {
@@ -221,8 +221,8 @@ def run(cfg: Config, suite: str, seed: int) -> dict:
 
 
 def same_policy(before: dict, entry: dict) -> bool:
-    """Whether two entries are of one long-trained policy: of the same file, or of two trainings whose chunks have the
-    same errors at the held-out starts. The file also holds its configuration, which later versions add to.
+    """Return whether two entries are of one long-trained policy: of the same file, or of two trainings whose chunks
+    have the same errors at the held-out starts. The file also holds its configuration, which later versions add to.
     """
     return before["sft"] == entry["sft"] or before["chunks"]["SFT"] == entry["chunks"]["SFT"]
 
@@ -243,7 +243,7 @@ def gather(cfg: Config, runs: dict, suite: str, seed: int, entry: dict) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Run what is missing; returns what the JSON file holds.
+    """Run what is missing; return what the JSON file holds.
 
     Raises:
         ValueError: an unknown arm, or a JSON file of other settings.

@@ -81,7 +81,7 @@ def count(arms: dict[str, dict]) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Run the arms; returns what the JSON file holds.
+    """Run the arms; return what the JSON file holds.
 
     Raises:
         ValueError: an unknown arm.

@@ -4,7 +4,7 @@ from table_text import interval, table
 
 
 def step_table(report: dict) -> str:
-    """Phases of one fine-tuning step in percent of our step (rft_step.py)."""
+    """Tabulate the phases of one fine-tuning step in percent of our step (rft_step.py)."""
     versions = report["versions"]
     whole = versions["ours"]["phases"]["total"]
     rows = [
@@ -17,7 +17,7 @@ def step_table(report: dict) -> str:
 
 
 def faster_table(reports: dict[str, dict]) -> str:
-    """Times that our step is faster, float32 and bfloat16, against the other versions (rft_step.py)."""
+    """Tabulate how many times faster our step is, in float32 and bfloat16, than the other versions (rft_step.py)."""
     rivals = "straightforward", "as released", "as released, bfloat16"
     rows = []
     for name, report in reports.items():
@@ -33,7 +33,7 @@ def _times(median: float, ends: list[float]) -> str:
 
 
 def rollout_table(report: dict) -> str:
-    """Rollouts of the world model against transformers' generate (rollout.py)."""
+    """Tabulate rollouts of the world model against transformers' generate (rollout.py)."""
     rows = []
     for name, of in report["versions"].items():
         if name != "ours":
@@ -44,7 +44,7 @@ def rollout_table(report: dict) -> str:
 
 
 def undone_table(report: dict) -> str:
-    """Our rollout with one optimisation undone, in times as long as ours (undone.py)."""
+    """Tabulate our rollout with one optimisation undone, in times as long as ours (undone.py)."""
     kinds = "float32", "bfloat16"
     rows = [
         [name, *(_times(report[kind][name]["times_as_long"], report[kind][name]["spread"]) for kind in kinds)]
@@ -55,7 +55,8 @@ def undone_table(report: dict) -> str:
 
 
 def precision_table(reports: dict[str, dict]) -> str:
-    """Training steps on one core in float32, in times as long as in bfloat16, and on both cores (precision.py).
+    """Tabulate training steps on one core in float32, in times as long as in bfloat16, and on both cores
+    (precision.py).
 
     Args:
         reports: what each row's name begins with -> the report.
@@ -72,7 +73,7 @@ def precision_table(reports: dict[str, dict]) -> str:
 
 
 def episodes_table(report: dict) -> str:
-    """Imagination of whole episodes, frame after frame (episodes.py): time, and memory per rollout."""
+    """Tabulate the imagination of whole episodes, frame after frame (episodes.py): time, and memory per rollout."""
     rows = [
         [
             name,
@@ -87,7 +88,7 @@ def episodes_table(report: dict) -> str:
 
 
 def pixels_table(found: dict[str, dict], what: str) -> str:
-    """Pixel decode or image reward, in times as long as ours (pixels.py)."""
+    """Tabulate pixel decode or image reward, in times as long as ours (pixels.py)."""
     rows = []
     for name, of in found.items():
         digits = 1 if of["flops"] < 1e10 else 0
@@ -97,7 +98,7 @@ def pixels_table(found: dict[str, dict], what: str) -> str:
 
 
 def distinct_table(report: dict) -> str:
-    """Frames of a start that differ, and what decoding each once gives (distinct.py)."""
+    """Tabulate the frames of a start that differ, and what decoding each once gives (distinct.py)."""
     names = {"greedy": "greedy", "common": "common random numbers", "sample": "sampled"}
     groups = list(dict.fromkeys(name.split(", ")[1] for name in report["decode"]))
     rows = []
@@ -110,7 +111,7 @@ def distinct_table(report: dict) -> str:
 
 
 def training_table(report: dict) -> str:
-    """Training steps of tokenizer and world model against straightforward ones (training.py)."""
+    """Tabulate training steps of tokenizer and world model against straightforward ones (training.py)."""
     names = [name for name, of in report.items() if isinstance(of, dict) and "times_faster" in of]
     rows = [
         [
@@ -124,7 +125,7 @@ def training_table(report: dict) -> str:
 
 
 def head_table(report: dict) -> str:
-    """The action head against a straightforward version (policy.py)."""
+    """Tabulate the action head against a straightforward version (policy.py)."""
     names = {"chunk": "one chunk, one observation"}
     names["batch of chunks"] = f"a chunk for each of {report['config']['batch_size']} observations"
     names["head step"] = (
@@ -142,7 +143,7 @@ def head_table(report: dict) -> str:
 
 
 def libero_evaluation_table(report: dict) -> str:
-    """LIBERO's evaluation against a plain serial loop, on the same starts (libero_evaluation.py)."""
+    """Tabulate LIBERO's evaluation against a plain serial loop, on the same starts (libero_evaluation.py)."""
     rows = []
     for name, label in (("plain serial loop", "plain serial loop"), ("eval_libero.py", "`eval_libero.py`")):
         rows.append([label, f"{report['seconds'][name]:.0f}", f"{report['minutes_of_500'][name]:.0f}"])

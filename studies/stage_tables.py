@@ -23,7 +23,9 @@ ENDS = "success", "never closed", "nothing lifted", "lifted, not placed"  # how 
 
 
 def gates_table(*reports: dict) -> str:
-    """How well each reward ranks chunks by their true error, one row per reward, policy and world model (gates.py)."""
+    """Tabulate how well each reward ranks chunks by their true error, one row per reward, policy and world model
+    (gates.py).
+    """
     models = {
         "wm": "demonstrations, noisy attempts",
         "attempts": "demonstrations, noisy attempts, the policy's attempts",
@@ -44,7 +46,8 @@ def gates_table(*reports: dict) -> str:
 
 
 def failures_table(files: dict[str, dict], labels: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Where the episodes of evaluations ended (failures.py): shares of all episodes, medians over the failures.
+    """Tabulate where the episodes of evaluations ended (failures.py): shares of all episodes, medians over the
+    failures.
 
     Args:
         files: the JSON file's "files".
@@ -61,7 +64,7 @@ def failures_table(files: dict[str, dict], labels: Mapping[str, str] = MappingPr
 
 
 def sft_table(report: dict) -> str:
-    """Success of the arms of sft_study.py, and paired differences to the first."""
+    """Tabulate the success of the arms of sft_study.py, and paired differences to the first."""
     rows = []
     for name, arm in report["arms"].items():
         found = arm["success"]
@@ -73,7 +76,7 @@ def sft_table(report: dict) -> str:
 
 
 def wm_table(report: dict) -> str:
-    """Losses and rank correlations of the arms of wm_study.py, and the ceilings."""
+    """Tabulate losses and rank correlations of the arms of wm_study.py, and the ceilings."""
     kinds = "noise 0.15", "noise 0.4", "gripper flip"
 
     def cells(order: dict, score: str) -> list[str]:
@@ -100,7 +103,7 @@ def _correlation(found: dict[str, float] | None) -> str:
 
 
 def imagination_table(report: dict) -> str:
-    """R3's rank correlations by how frames are imagined, for arms of wm_study.py."""
+    """Tabulate R3's rank correlations by how frames are imagined, for arms of wm_study.py."""
     heads = "arm", "chunks", "greedy", "common random numbers", "independent samples"
     rows = []
     for name in ("default", "three times as long"):
@@ -112,7 +115,7 @@ def imagination_table(report: dict) -> str:
 
 
 def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", seeds: str = "") -> str:
-    """Single chunks and whole episodes of arms of imagination_study.py: means over seeds, for each suite.
+    """Tabulate single chunks and whole episodes of arms of imagination_study.py: means over seeds, for each suite.
 
     Args:
         report: its JSON file.
@@ -166,7 +169,7 @@ def imagination_arms_table(report: dict, arms: Sequence[str], where: str = "", s
 
 
 def imagination_gains_table(report: dict, better: str, base: str) -> str:
-    """Differences of two arms of imagination_study.py of one suite and seed each: means with intervals."""
+    """Tabulate the differences of two arms of imagination_study.py of one suite and seed each: means with intervals."""
     pairs = [
         (run, report["runs"][name.replace(f"/{better}/", f"/{base}/")])
         for name, run in report["runs"].items()
@@ -186,7 +189,7 @@ def imagination_gains_table(report: dict, better: str, base: str) -> str:
 
 
 def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
-    """A gain over all runs, bold where its interval excludes 0, and those of the runs.
+    """Format a gain over all runs, bold where its interval excludes 0, and those of the runs.
 
     Args:
         pairs: for each run, outcomes of the base and of a policy on the same starts.
@@ -198,8 +201,8 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
 
 
 def ranking_table(reports: dict[str, dict]) -> str:
-    """Of a success and a failure of one start, how often the success is judged higher (group_ranking.py); by name of a
-    report.
+    """Tabulate how often, of a success and a failure of one start, the success is judged higher (group_ranking.py); by
+    name of a report.
     """
     kinds = list(dict.fromkeys(kind for report in reports.values() for kind in report["judged"]))
     rows = []
@@ -225,7 +228,7 @@ def ranked_right(judged: list[list[float]], outcomes: list[str]) -> Interval:
 
 
 def closed_loop_table(report: dict) -> str:
-    """Success of SFT, and gains of the other arms over it on the same starts (closed_loop_study.py)."""
+    """Tabulate the success of SFT, and gains of the other arms over it on the same starts (closed_loop_study.py)."""
     suites, rows, kinds = dict.fromkeys(name.split("/")[0] for name in report["runs"]), [], []
     for suite in suites:
         seeds = [run for name, run in report["runs"].items() if name.startswith(f"{suite}/")]
@@ -244,7 +247,7 @@ def closed_loop_table(report: dict) -> str:
 
 
 def formats_table(report: dict) -> str:
-    """Stage I in float32 and in bfloat16, and the difference of runs of one seed (precision_study.py)."""
+    """Tabulate Stage I in float32 and in bfloat16, and the difference of runs of one seed (precision_study.py)."""
     runs, rows = list(report["runs"].values()), []
     for x0, how in NOISE.items():
         won = [[[c == "1" for c in run[name]["outcomes"][x0]] for name in ("float32", "bfloat16")] for run in runs]
@@ -263,7 +266,7 @@ def formats_table(report: dict) -> str:
 
 
 def longer_table(cells: dict, gates: dict) -> str:
-    """World models of 1500 and of 13500 steps: the last row of their logs, and their gates."""
+    """Tabulate world models of 1500 and of 13500 steps: the last row of their logs, and their gates."""
     rows = []
     for name, steps in (("short", 1500), ("long", 13500)):
         log = cells["world_models"][name]
@@ -278,7 +281,7 @@ def longer_table(cells: dict, gates: dict) -> str:
 
 
 def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
-    """Success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts
+    """Tabulate the success of SFT on LIBERO by starts and x_0, and gains of the other arms over it on the same starts
     (libero_study.py).
 
     Args:
@@ -307,7 +310,7 @@ def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
 
 
 def libero_curve_table(report: dict) -> str:
-    """Success of SFT on LIBERO along its training, from x_0 = 0 (libero_study.py)."""
+    """Tabulate the success of SFT on LIBERO along its training, from x_0 = 0 (libero_study.py)."""
     rows = []
     for suite, run in report["runs"].items():
         for row in run["curve"]["found"]:
@@ -318,7 +321,7 @@ def libero_curve_table(report: dict) -> str:
 
 
 def libero_frames_table(report: dict) -> str:
-    """LIBERO's world models on held-out episodes, beside copying the first frame: means over frames."""
+    """Tabulate LIBERO's world models on held-out episodes, beside copying the first frame: means over frames."""
     rows = []
     for suite, run in report["runs"].items():
         for which, label in (("imagined", "imagined"), ("copy", "first frame copied")):
@@ -329,7 +332,7 @@ def libero_frames_table(report: dict) -> str:
 
 
 def libero_minutes_table(report: dict) -> str:
-    """Wall time of the stages of each suite (libero_study.py)."""
+    """Tabulate the wall time of the stages of each suite (libero_study.py)."""
     stages = dict.fromkeys(
         name for run in report["runs"].values() for name in run["stages"] if not name.startswith("eval/")
     )
@@ -342,9 +345,10 @@ def libero_minutes_table(report: dict) -> str:
 
 
 def demo_table(report: dict) -> str:
-    """Success of the demo's SFT policies, and gains of the others over the one above, played the same way on the same
-    starts; and RFT against what costs no training (demos.py). Of several seeds: means with 95 % intervals over the
-    seeds, bold where a gain's excludes 0, and behind the colon the seeds; of one: its intervals over the starts.
+    """Tabulate the success of the demo's SFT policies, and gains of the others over the one above, played the same way
+    on the same starts; and RFT against what costs no training (demos.py). Of several seeds: means with 95 % intervals
+    over the seeds, bold where a gain's excludes 0, and behind the colon the seeds; of one: its intervals over the
+    starts.
     """
     runs, rows, first = [run["outcomes"] for run in report["runs"].values()], [], ""
     ways = "", f", {NOISE['zero']}"
@@ -386,7 +390,7 @@ def demo_table(report: dict) -> str:
 
 
 def demo_world_model_table(report: dict) -> str:
-    """The demo's world model on held-out episodes, beside copying the first frame: means over frames and runs."""
+    """Tabulate the demo's world model and copying the first frame, on held-out episodes: means over frames and runs."""
     names = {"psnr_moving": ("PSNR on moving pixels", "{:.1f} dB"), "psnr": ("PSNR on all pixels", "{:.1f} dB")}
     names["ssim"] = ("SSIM", "{:.2f}")
     rows = []
@@ -397,7 +401,9 @@ def demo_world_model_table(report: dict) -> str:
 
 
 def experts_table(report: dict) -> str:
-    """Episodes that scripted experts win, by suite and action noise, and their mean length without it (experts.py)."""
+    """Tabulate the episodes that scripted experts win, by suite and action noise, and their mean length without it
+    (experts.py).
+    """
     rows, heads = [], []
     for suite, noises in report["suites"].items():
         plain = next(iter(noises.values()))

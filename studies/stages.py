@@ -22,7 +22,7 @@ PLANNERS = "--world-model", "--success-model"  # flags of eval_libero.py that na
 
 
 def call(*words: object) -> str:
-    """Run a script of the repository with the command that a user would type, printed; returns that command line.
+    """Run a script of the repository with the command that a user would type, printed; return that command line.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -44,7 +44,7 @@ def run_python(command: Sequence[str]) -> None:
 
 
 def run_once(out_dir: Path, *words: object) -> Path:
-    """Run a stage with `--out-dir` unless it finished there before; returns that folder, whose `stage.json` holds the
+    """Run a stage with `--out-dir` unless it finished there before; return that folder, whose `stage.json` holds the
     minutes of all starts and the commit of the last one.
 
     Raises:
@@ -68,12 +68,12 @@ def run_once(out_dir: Path, *words: object) -> Path:
 
 
 def fine_tuning(flags: Sequence[object]) -> str:
-    """The script that a fine-tuning with these flags runs: that of the variants, where they name one."""
+    """Return the script that a fine-tuning with these flags runs: that of the variants, where they name one."""
     return "studies/variants.py" if "--variant" in flags else "train_rft.py"
 
 
 def with_attempts(demos: Path, seen: Path, *flags: object) -> Path:
-    """A copy of demonstrations at `seen`, which `collect_demos.py` then adds attempts to, as its `flags` say."""
+    """Copy demonstrations to `seen`, which `collect_demos.py` then adds attempts to, as its `flags` say."""
     if not seen.is_dir():
         unfinished = seen.with_name(f"{seen.name}.tmp")
         shutil.copytree(demos, unfinished, ignore=shutil.ignore_patterns("done"), dirs_exist_ok=True)
@@ -91,8 +91,8 @@ class Starts:
     preset: str
 
     def play(self, out_dir: Path, policy: Path, perturb: str = "none", *more: str) -> dict[tuple, bool]:
-        """Outcomes of a policy, (task, initial state) -> success, by `eval_libero.py`, unless they are there; `more`
-        flags of it.
+        """Play a policy by `eval_libero.py`, unless that is done; return its outcomes: (task, initial state) ->
+        success. `more`: further flags of the script.
         """
         flags = ["--suites", self.suite, "--tasks", *self.tasks, "--episodes", self.episodes]
         flags += [] if perturb == "none" else ["--perturb", perturb]
@@ -107,7 +107,7 @@ class Starts:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file."""
+    """Read the rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -123,8 +123,8 @@ def check_known(names: Sequence[str], known: Iterable[str], what: str) -> None:
 
 
 def read_report(cfg: object, what: str, free: Sequence[str]) -> dict:
-    """The JSON file `cfg.out`, which gathers `what` (its key) of several invocations, or a new one. Its "settings" are
-    all options but the `free` ones; one that came after the file has its default there.
+    """Read the JSON file `cfg.out`, which gathers `what` (its key) of several invocations, or begin a new one. Its
+    "settings" are all options but the `free` ones; one that came after the file has its default there.
 
     Raises:
         ValueError: it has another setting, or is another script's.
@@ -142,12 +142,12 @@ def read_report(cfg: object, what: str, free: Sequence[str]) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the repository, with "+" behind it where files have changed since; None outside of one."""
+    """Return the commit of the repository, with "+" behind it where files have changed since; None outside of one."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 
 def machine() -> str:
-    """Architecture, cores and torch version, for the reports."""
+    """Describe architecture, cores and torch version, for the reports."""
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"

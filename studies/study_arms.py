@@ -45,7 +45,7 @@ OPTIONAL = (*ON_POLICY, *EXPERTS_ONLY, *SYMMETRIC, *LONG_ARMS)  # run where --ar
 
 
 def timed_arm(arms: Sequence[str], extra: str) -> str:
-    """The fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: of 400 steps, if the arm is one of
+    """Return the fine-tuning that an arm of `EXTRA_ARMS` takes its wall time from: of 400 steps, if the arm is one of
     `LONG_ARMS`, the first that is run; otherwise "RFT R3", or the first that is run.
 
     Raises:

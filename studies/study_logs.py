@@ -10,7 +10,7 @@ COURSE = "step", "std_x", "std_y", "std_z", "std_gripper"
 
 
 def minutes_of(run: Path) -> float:
-    """Wall time of a training [min]: of a fine-tuning, that of its steps, without gates and diagnostics."""
+    """Return the wall time of a training [min]: of a fine-tuning, that of its steps, without gates and diagnostics."""
     rows = read_lines(run / "log.jsonl")
     if "policy_s" in rows[-1]:
         return sum(row[name] for row in rows for name in ("policy_s", "world_model_s", "update_s")) / 60
@@ -18,7 +18,7 @@ def minutes_of(run: Path) -> float:
 
 
 def trust_gates(policies: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """What the gate said before the first step of the fine-tunings that have one: arm -> figures."""
+    """Read what the gate said before the first step of the fine-tunings that have one: arm -> figures."""
     found = {}
     for name, path in policies.items():
         first = read_lines(path.parent / "log.jsonl")[0]
@@ -28,8 +28,8 @@ def trust_gates(policies: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def courses(policies: dict[str, Path]) -> dict[str, dict[str, list]]:
-    """Standard deviation over x_0 in the course of the fine-tunings, at the held-out starts of their diagnostics:
-    arm -> name -> one value per diagnosis.
+    """Read the standard deviation over x_0 in the course of the fine-tunings, at the held-out starts of their
+    diagnostics: arm -> name -> one value per diagnosis.
     """
     found = {}
     for name, path in policies.items():

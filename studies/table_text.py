@@ -8,23 +8,23 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 % quantiles
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table."""
+    """Format a markdown table."""
     lines = [heads, *rows]
     return "\n".join([table_row(heads), "|---" * len(heads) + "|", *map(table_row, lines[1:])])
 
 
 def table_row(cells: Sequence[str]) -> str:
-    """A row of a markdown table."""
+    """Format a row of a markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def share(won: int, episodes: int) -> dict[str, float]:
-    """Success rate with its 95 % Wilson interval."""
+    """Compute the success rate with its 95 % Wilson interval."""
     return dict(zip(("rate", "low", "high"), wilson_interval(won, episodes))) | {"episodes": episodes}
 
 
 def difference(only_first: int, only_second: int, episodes: int) -> dict[str, float]:
-    """`paired_difference` from counts of the starts that one of two policies wins alone."""
+    """Compute `paired_difference` from counts of the starts that one of two policies wins alone."""
     rest = episodes - only_first - only_second
     first = [True] * only_first + [False] * (only_second + rest)
     second = [False] * only_first + [True] * only_second + [False] * rest
@@ -32,37 +32,37 @@ def difference(only_first: int, only_second: int, episodes: int) -> dict[str, fl
 
 
 def percent(found: dict[str, float]) -> str:
-    """A success rate."""
+    """Format a success rate."""
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def points(apart: dict | None) -> str:
-    """A difference of success rates, in percentage points; empty where there is none."""
+    """Format a difference of success rates, in percentage points; empty where there is none."""
     if apart is None:
         return ""
     return f"{100 * apart['difference']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
 
 
 def signed(differences: Iterable[float]) -> str:
-    """Differences of single runs, in percentage points."""
+    """Format differences of single runs, in percentage points."""
     return ", ".join(f"{100 * value:+.1f}" for value in differences)
 
 
 def shift(kind: str, change: dict[str, float]) -> str:
-    """A `chunks.difference`: standard deviation over x_0 in percent of what it was, a true error in mm."""
+    """Format a `chunks.difference`: standard deviation over x_0 in percent of what it was, a true error in mm."""
     if kind == "std":
         return f"{100 * change['mean'] / change['before']:+.0f} %"
     return f"{1e3 * change['mean']:+.2f} ± {1e3 * change['standard_error']:.2f}"
 
 
 def mean_over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over several seeds, and half of its 95 % interval by Student's t."""
+    """Compute the mean over several seeds, and half of its 95 % interval by Student's t."""
     mean, count = sum(values) / len(values), len(values)
     return mean, STUDENT[count] * (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
 
 
 def over_seeds(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds with its 95 % interval; one seed alone has none."""
+    """Format the mean over seeds with its 95 % interval; one seed alone has none."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     mean, half = mean_over_seeds(values)
@@ -70,5 +70,5 @@ def over_seeds(values: Sequence[float], digits: int) -> str:
 
 
 def interval(values: Sequence[float], digits: int = 2) -> str:
-    """The ends of an interval."""
+    """Format the ends of an interval."""
     return f"[{values[0]:.{digits}f}, {values[1]:.{digits}f}]"

@@ -82,7 +82,7 @@ EPISODES = {  # of failures.py: actions' noise of the experts, and the policy
 
 
 def result(name: str) -> dict:
-    """A JSON file of results/ that is no study's."""
+    """Read a JSON file of results/ that is no study's."""
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
@@ -91,13 +91,13 @@ def grid() -> dict:
 
 
 def imagination_changes() -> list[str]:
-    """Arms of imagination_study.py that change one thing, after the preset as it is."""
+    """List the arms of imagination_study.py that change one thing, after the preset as it is."""
     names = dict.fromkeys(name.split("/")[1] for name in read("imagination")["runs"])
     return [ACTIONS, *sorted(set(names) - {ACTIONS, "before", COLOUR, POSES})]
 
 
 def failure_labels() -> dict[str, str]:
-    """What failures.py's files are called."""
+    """Return what failures.py's files are called."""
     found = {}
     for name in read("failures")["files"]:
         experts = next(label for start, label in EPISODES.items() if name.startswith(start + "/"))
@@ -109,7 +109,7 @@ def failure_labels() -> dict[str, str]:
 
 
 def named(report: dict, start: str) -> list[str]:
-    """The cells of a report that go on from one policy, in the order of the labels."""
+    """List the cells of a report that go on from one policy, in the order of the labels."""
     having = {name for name, found in report["cells"].items() if found["policy"] == start}
     return [name for name in CELLS if name in having]
 
@@ -197,12 +197,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def pages() -> list[Path]:
-    """README and all pages of docs/."""
+    """List README and all pages of docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "studies" / "README.md"]
 
 
 def render(text: str) -> str:
-    """A page with its tables as the JSON files have them.
+    """Render a page with its tables as the JSON files have them.
 
     Raises:
         ValueError: a name that is not in `TABLES`, or a block without its end.
@@ -216,7 +216,7 @@ def render(text: str) -> str:
 
 
 def tables_in(text: str) -> Iterator[str]:
-    """The tables of a page, without their markers."""
+    """Yield the tables of a page, without their markers."""
     for match in BLOCK.finditer(text):
         yield match[0][len(match[1]) : -len(match[3])]
 

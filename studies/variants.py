@@ -79,7 +79,7 @@ PRESETS = {
 
 
 def release(cfg: train_rft.Config) -> Hooks:
-    """The public code's objective, see release_loss.py.
+    """Use the public code's objective, see release_loss.py.
 
     Raises:
         ValueError: flags that the public code's objective has no room for.
@@ -103,7 +103,7 @@ def flow_sde(cfg: train_rft.Config, strength: float = 0.7) -> Hooks:
 
 
 def regression_weights(rewards: Tensor, temperature: float) -> Tensor:
-    """Softmax of the group's standardised rewards over a temperature.
+    """Compute the softmax of the group's standardised rewards over a temperature.
 
     Args:
         rewards: (S, G).
@@ -123,7 +123,8 @@ def regression_weights(rewards: Tensor, temperature: float) -> Tensor:
 def rwr_loss(
     cfg: train_rft.Config, policy: VLAPolicy, rollouts: Rollouts, temperature: float = 0.5
 ) -> tuple[Tensor, dict[str, float]]:
-    """Reward-weighted regression: Eq. (4) on the rollouts' chunks as they were played, weighted by their reward.
+    """Compute the loss of reward-weighted regression: Eq. (4) on the rollouts' chunks as they were played, weighted by
+    their reward.
 
     The demonstrations' flow-matching term is added as in Eq. (13), and lends its pairs (tau, eps): rollout g takes the
     pair g modulo their number.
@@ -144,7 +145,7 @@ def rwr_loss(
 
 
 def rwr(cfg: train_rft.Config, temperature: float = 0.5) -> Hooks:
-    """Reward-weighted regression (Table 10). The sigma net does not train.
+    """Use reward-weighted regression (Table 10). The sigma net does not train.
 
     Raises:
         ValueError: advantages per action step, of which there are none.
@@ -155,7 +156,7 @@ def rwr(cfg: train_rft.Config, temperature: float = 0.5) -> Hooks:
 
 
 def gaussian_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma) || N(other_mean, other_sigma)) of every scalar [nats], same shape as the arguments.
+    """Compute KL(N(mean, sigma) || N(other_mean, other_sigma)) of every scalar [nats], same shape as the arguments.
 
     On the steps of a chain this is the KL of the policy to another one, given the x_k that were visited.
     """
@@ -165,7 +166,7 @@ def gaussian_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Te
 
 
 def sampled_kl(log_prob: Tensor, other_log_prob: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || other) from samples of the policy: r - 1 - log r with r = other / policy.
+    """Compute the k3 estimate of KL(policy || other) from samples of the policy: r - 1 - log r with r = other / policy.
 
     Never negative; its mean over samples is the KL. Elementwise, same shape as the arguments.
     """
@@ -191,7 +192,7 @@ class KLLoss:
         return loss + self.weight * kl, metrics | {"kl_supervised": kl.item()}
 
     def divergence(self, policy: VLAPolicy, rollouts: Rollouts) -> Tensor:
-        """The KL of a scalar of the chain [nats], a mean over S, G, K, T and A."""
+        """Compute the KL of a scalar of the chain [nats], a mean over S, G, K, T and A."""
         x = rollouts.x.flatten(0, 1)  # (B, K + 1, T, A)
         scored = []
         for model in (policy, self.supervised):
@@ -204,14 +205,14 @@ class KLLoss:
 
 
 def kl(cfg: train_rft.Config, weight: float = 0.1, kind: Literal["exact", "sampled"] = "exact") -> Hooks:
-    """A KL term to the policy that the run started from, with the sigma net that it started with."""
+    """Add a KL term to the policy that the run started from, with the sigma net that it started with."""
     supervised, _ = load_model(cfg.policy, VLAPolicy, PolicyConfig, distributed.setup())
     train_rft.make_trainable(cfg, supervised, {})  # the run's first sigma net, by the same seed; trains nothing
     return {"loss": KLLoss(supervised, weight, kind)}
 
 
 def whole_policy_loss(cfg: train_rft.Config, policy: VLAPolicy, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
-    """Eq. (13) with the context made anew, so that its gradient reaches the vision-language model."""
+    """Compute Eq. (13) with the context made anew, so that its gradient reaches the vision-language model."""
     images = policy.preprocess(rollouts.batch.frames[:, 0])
     context = policy.encode(images, rollouts.batch.instructions)  # (S, N, D)
     return grpo_loss(cfg, policy, rollouts._replace(context=context))
@@ -223,7 +224,8 @@ def whole_policy(cfg: train_rft.Config) -> Hooks:
 
 
 def mirror(actions: Tensor, reference: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Chunks on the other side of the demonstration's: as far from it, the opposite way. The gripper, last, stays.
+    """Mirror chunks to the other side of the demonstration's: as far from it, the opposite way. The gripper, last,
+    stays.
 
     Args:
         actions: (S, G, T, A) raw.
@@ -259,7 +261,7 @@ class SymmetricScorer:
 
 
 def symmetric(cfg: train_rft.Config) -> Hooks:
-    """--reward with mirror images, see `SymmetricScorer`.
+    """Use --reward with mirror images, see `SymmetricScorer`.
 
     Raises:
         ValueError: R1, which is symmetric as it is.
@@ -275,7 +277,9 @@ def symmetric(cfg: train_rft.Config) -> Hooks:
 
 
 def sample_gripper_x0(policy: VLAPolicy, batch: Batch, context: Tensor, group: int, source: torch.Generator) -> Chain:
-    """`train_rft.sample_chains` with the same random numbers, but x_0 = 0 in all dimensions but the gripper's, last."""
+    """Sample chains as `train_rft.sample_chains` does, with the same random numbers, but x_0 = 0 in all dimensions but
+    the gripper's, last.
+    """
     flow, cond = policy.cfg.flow, policy.condition(context, batch.proprio).repeat(group)
     shape = (cond.num_rows * distributed.world_size(), 1 + flow.num_steps, flow.chunk, flow.action_dim)
     noise = distributed.own_rows(torch.randn(shape, generator=source, device=context.device))
@@ -289,7 +293,7 @@ def gripper_x0(cfg: train_rft.Config) -> Hooks:
 
 
 def simulator(cfg: train_rft.Config) -> Hooks:
-    """The simulator's true error in place of --reward, see simulator_reward.py."""
+    """Use the simulator's true error in place of --reward, see simulator_reward.py."""
     extra, outcomes = read_header(cfg.policy).extra, TabletopOutcomes()
     held_out = extra.get("held_out_episodes") or extra["train_episodes"]  # as `train_rft.windows`
 
@@ -314,7 +318,7 @@ VARIANTS: dict[str, Callable[[train_rft.Config], Hooks]] = {
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Fine-tune with the variant, or resume; returns what `train_rft.main` does.
+    """Fine-tune with the variant, or resume; return what `train_rft.main` does.
 
     Raises:
         ValueError: no variant is named, or the variant has no use for a flag.

@@ -101,7 +101,7 @@ def run_arm(cfg: Config, name: str) -> dict:
 
 
 def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
-    """Rank agreement of R3 among chunks that the demo's policy samples, by imagination, unless that is measured."""
+    """Measure R3's rank agreement among chunks that the demo's policy samples, by imagination, unless that is done."""
     measured = folder / "near_policy.json"
     if measured.is_file():
         return json.loads(measured.read_text())
@@ -123,7 +123,7 @@ def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def main(cfg: Config) -> dict:
-    """Run the arms; returns what the JSON file holds."""
+    """Run the arms; return what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
     report = {"command": "python studies/wm_study.py", "settings": to_dict(cfg), "seed": 0, "machine": machine()}
     report["arms"] = {}

@@ -19,17 +19,17 @@ MOST_PIXELS = 1240  # width of a picture [px]
 
 
 def decimal(value: float, form: str = ".3g") -> str:
-    """A number as text; a dash if it is none."""
+    """Format a number as text; a dash if it is none."""
     return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
 def span(entry: Mapping[str, float], form: str = ".3g", scale: float = 1.0) -> str:
-    """The interval of an entry with `low` and `high`."""
+    """Format the interval of an entry with `low` and `high`."""
     return f"[{decimal(scale * entry['low'], form)}, {decimal(scale * entry['high'], form)}]"
 
 
 def percent(entry: Mapping[str, float]) -> str:
-    """The success rate of an entry with its interval."""
+    """Format the success rate of an entry with its interval."""
     return f"{decimal(100 * entry['rate'], '.1f')} % {span(entry, '.1f', 100)}"
 
 
@@ -72,7 +72,7 @@ def _uri(data: bytes, kind: str) -> str:
 
 
 def _encoded(image: Any) -> str:
-    """An image of pillow as WebP, at most `MOST_PIXELS` wide."""
+    """Encode an image of pillow as WebP, at most `MOST_PIXELS` wide."""
     image, buffer = image.convert("RGB"), io.BytesIO()
     image.thumbnail((MOST_PIXELS, 4 * MOST_PIXELS))
     image.save(buffer, "WEBP", quality=80)
@@ -86,7 +86,7 @@ def _pillow() -> Any:
 
 
 def picture(path: Path, caption: str) -> list[Picture]:
-    """The picture of a file, if there is one."""
+    """Read the picture of a file, if there is one."""
     if not path.is_file():
         return []
     with named(path, "a picture"), _pillow().open(path) as image:
@@ -94,7 +94,7 @@ def picture(path: Path, caption: str) -> list[Picture]:
 
 
 def _frames(path: Path) -> tuple[list[Any], float]:
-    """Frames of a GIF or MP4, as images of pillow at equal intervals, and the interval [ms]."""
+    """Read the frames of a GIF or MP4, as images of pillow at equal intervals, and the interval [ms]."""
     image_module, frames = _pillow(), []
     with named(path, "a film"):
         if path.suffix == ".mp4":
@@ -114,12 +114,12 @@ def _frames(path: Path) -> tuple[list[Any], float]:
 
 
 def track(label: str, frames: Sequence[np.ndarray], notes: Sequence[str] = (), width: int = 256) -> Track:
-    """Frames (H, W, 3), uint8, as a track of a film."""
+    """Make a track of a film from frames (H, W, 3), uint8."""
     return Track(label, [_encoded(_pillow().fromarray(frame)) for frame in frames], list(notes), width)
 
 
 def film(title: str, paths: Mapping[str, Path]) -> Film:
-    """Films side by side, label -> file, with at most `MOST_FRAMES` frames."""
+    """Put films side by side, label -> file, with at most `MOST_FRAMES` frames."""
     films = {label: _frames(path) for label, path in paths.items()}
     longest = max(len(frames) for frames, _ in films.values())
     interval = min(interval for _, interval in films.values())

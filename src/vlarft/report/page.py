@@ -47,7 +47,7 @@ class Section:
 
 
 def _rates_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Rows of eval_libero.py: the rate of each policy, and its difference to the first one."""
+    """Tabulate rows of eval_libero.py: the rate of each policy, and its difference to the first one."""
     rows = []
     for name, entry in entries.items():
         gain, against, p_value = entry.get("against_first"), "", ""
@@ -66,7 +66,7 @@ def _correlation(spearman: float, standard_error: float, **_: float) -> str:
 
 
 def demo_section(folder: Path) -> Section:
-    """A demo's summary.json, stages.json and pictures."""
+    """Make the section of a demo: its summary.json, stages.json and pictures."""
     section, summary = Section(f"Pipeline: {folder.resolve().name}"), read_json(folder / "summary.json")
     with named(folder / "summary.json", "a summary of demo.py"):
         for name in ("config", "machine", "versions"):
@@ -96,7 +96,7 @@ def demo_section(folder: Path) -> Section:
 
 
 def train_section(folder: Path, kind: Kind, evaluated: bool) -> Section:
-    """A run of a training script; `evaluated`: the page shows an evaluation of its world model, too."""
+    """Make the section of a training run; `evaluated`: the page shows an evaluation of its world model, too."""
     section = Section(f"{kind.title}: {folder.resolve().name}")
     log = read_log(folder) if (folder / "log.jsonl").is_file() else {}
     if log:
@@ -132,14 +132,14 @@ def train_section(folder: Path, kind: Kind, evaluated: bool) -> Section:
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """Names of run folders where they tell policies apart, else their paths."""
+    """Return the names of run folders where they tell policies apart, else their paths."""
     paths = [path.removesuffix("/model.safetensors") for path in paths]
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else paths
 
 
 def eval_section(folder: Path, kind: Kind) -> Section:
-    """Success rates of eval_libero.py, by task, and its films."""
+    """Make the section of a run of eval_libero.py: its success rates, by task, and its films."""
     section, results = Section(f"{kind.title}: {folder.resolve().name}"), read_json(folder / "results.json")
     if not results:
         section.notes.append("The evaluation has not ended: there is no results.json yet.")
@@ -169,7 +169,7 @@ def eval_section(folder: Path, kind: Kind) -> Section:
 
 
 def _eval_films(folder: Path, policies: list[str], tasks: Mapping[tuple[str, str], str]) -> list[Film]:
-    """Films of eval_libero.py, all policies of a start side by side; those with both outcomes first."""
+    """Collect the films of eval_libero.py, all policies of a start side by side; those with both outcomes first."""
     found: dict[tuple, dict[str, Path]] = {}
     for path in sorted(folder.glob("policy*")):
         if match := re.fullmatch(r"policy(\d+)_(\w+)_(\d+)_(\d+)_(success|failure)\.(gif|mp4)", path.name):
@@ -185,7 +185,7 @@ def _eval_films(folder: Path, policies: list[str], tasks: Mapping[tuple[str, str
 
 
 def eval_wm_section(folder: Path, kind: Kind) -> Section:
-    """Metrics of eval_wm.py, and its films."""
+    """Make the section of a run of eval_wm.py: its metrics, and its films."""
     section, results = Section(f"{kind.title}: {folder.resolve().name}"), read_json(folder / "results.json")
     names = {
         "psnr_moving": "PSNR of moving pixels [dB]", "psnr": "PSNR [dB]", "ssim": "SSIM",
@@ -246,7 +246,7 @@ def _plain(value: Any) -> str:
 
 
 def sections(runs: Sequence[Path]) -> list[Section]:
-    """All sections of the page, those of the runs in turn."""
+    """Make all sections of the page, those of the runs in turn."""
     found: dict[Path, tuple[Kind | None, Path]] = {}  # each folder once
     for run in runs:
         for kind, folder in find_runs(run):

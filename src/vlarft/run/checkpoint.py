@@ -382,7 +382,7 @@ def open_run(
 
 
 def _same(stored: Any, given: Any) -> bool:
-    """Whether two values of a field are equal or name the same path, where a run folder equals its model file."""
+    """Return whether two values of a field are equal or name one path, where a run folder equals its model file."""
     if isinstance(stored, list) and isinstance(given, list):
         return len(stored) == len(given) and all(map(_same, stored, given))
     if isinstance(stored, str) and isinstance(given, str):

@@ -37,7 +37,7 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def has(self, value: float) -> bool:
-        """Whether the value lies in it; NaN never does."""
+        """Return whether the value lies in it; NaN never does."""
         inside = self.low <= value <= self.high
         return inside and not (self.open_low and value == self.low) and not (self.open_high and value == self.high)
 

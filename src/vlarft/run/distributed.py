@@ -58,12 +58,12 @@ def cleanup() -> None:
 
 
 def rank() -> int:
-    """Index of this process, 0 without a process group."""
+    """Return the index of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -78,7 +78,7 @@ def own_rows(values: Tensor) -> Tensor:
 
 
 def is_main() -> bool:
-    """Whether this process writes logs and checkpoints."""
+    """Return whether this process writes logs and checkpoints."""
     return rank() == 0
 
 

@@ -71,7 +71,7 @@ class RunLog:
 
 
 def _step(line: bytes) -> float:
-    """The step of a row; infinity for a line that is none, such as the one that a kill cut short."""
+    """Read the step of a row; infinity for a line that is none, such as the one that a kill cut short."""
     try:
         step = json.loads(line)["step"]
         return step if isinstance(step, int) else math.inf

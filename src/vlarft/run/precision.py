@@ -12,7 +12,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @cache
 def in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to compute in bfloat16. `auto` asks the device, and the main process prints once what it chose.
+    """Return whether to compute in bfloat16. `auto` asks the device, and the main process prints once what it chose.
 
     A GPU has it since Ampere, a processor with AMX or AVX512-BF16 (docs/performance.md has what the latter gains).
     """

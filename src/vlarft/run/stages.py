@@ -64,7 +64,7 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()
 
     def words(self) -> list[str]:
-        """The options as words of a command line."""
+        """Return the options as words of a command line."""
         words = []
         for flag, value in self.flags.items():
             values = [] if isinstance(value, bool) else value if isinstance(value, (list, tuple)) else [value]
@@ -72,7 +72,7 @@ class Stage(NamedTuple):
         return words
 
     def command(self, words: Sequence[str]) -> str:
-        """The command line that a user would type: a file of the repository, or a module of an installed wheel."""
+        """Make the command line that a user would type: a file of the repository, or a module of an installed wheel."""
         installed = self.script.parent == INSTALLED
         place = ["-m", f"vlarft.stages.{self.script.stem}"] if installed else [self.script.name]
         return shlex.join(["python", *place, *words])
@@ -227,18 +227,18 @@ def run_stages(
 
 
 def run_stage(folder: Path, name: str, script: Path, /, **flags: object) -> dict:
-    """Run one stage, see `run_stages`; returns what stages.json says of it."""
+    """Run one stage, see `run_stages`; return what stages.json says of it."""
     return run_stages(folder, [Stage(name, script, flags)])[name]
 
 
 def peak_bytes(stages: Mapping[str, dict]) -> int:
-    """Memory that the stages of a stages.json took at most: the peaks of those that ran side by side, added up."""
+    """Return the most memory that stages of a stages.json took: the peaks of those that ran side by side, added up."""
     tries = [(*span, stage["peak_bytes"]) for stage in stages.values() for span in stage.get("spans", [])]
     return max((sum(peak for first, last, peak in tries if first <= start < last) for start, *_ in tries), default=0)
 
 
 def wall_seconds(stages: Mapping[str, dict]) -> float:
-    """Time during which at least one of the stages of a stages.json ran."""
+    """Return the time during which at least one of the stages of a stages.json ran."""
     total, until = 0.0, float("-inf")
     for first, last in sorted(span for stage in stages.values() for span in stage.get("spans", [])):
         total += max(0.0, last - max(first, until))

@@ -17,7 +17,7 @@ def _instruction(name: str) -> str:
 
 
 def _suite(horizon: int, names: str) -> Suite:
-    """Names are those of LIBERO's files; the horizon, after the wait steps, that of the public evaluation scripts."""
+    """Make a suite: names as in LIBERO's files; horizon, after the wait steps, as in the public evaluation scripts."""
     return Suite(horizon, tuple(Task(name, _instruction(name)) for name in names.split()))
 
 

@@ -62,7 +62,7 @@ def _reachable(bounds: tuple[np.ndarray, np.ndarray], layout: Layout, hand: np.n
 
 
 def _fixtures_overlap(scene: Scene, layout: Layout) -> bool:
-    """Whether footprints of two fixtures intersect; the physics makes no contacts between things that cannot move."""
+    """Return whether fixtures' footprints intersect; the physics makes no contacts between things that cannot move."""
     solid = [fixture for fixture in scene.fixtures if fixture.kind != "mat"]
     return any(
         np.all(np.abs(layout[a.name] - layout[b.name])[:2] < np.add(a.half, b.half))

@@ -37,7 +37,7 @@ def _begin(start: Callable[[], None] | None) -> None:
 
 
 def _computed(pool: ProcessPoolExecutor) -> float:
-    """Processor time of a worker so far [s]; Linux only, elsewhere every worker counts as busy."""
+    """Return the processor time of a worker so far [s]; Linux only, elsewhere every worker counts as busy."""
     try:
         (pid,) = pool._processes  # Python has no public way to a pool's processes before 3.14
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
