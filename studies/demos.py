@@ -14,13 +14,13 @@ from pathlib import Path
 
 from records import rounded, write
 from stage_tables import demo_table
-from stages import ROOT, call, commit, machine, read_report
+from stages import call, commit, machine, read_report
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
+
+import demo
 from vlarft.run.checkpoint import read_json
 from vlarft.run.config import opt, parse
-
-sys.path.insert(0, str(ROOT))  # where the stage scripts are, which are no package
-import demo
 
 
 @dataclass(frozen=True)

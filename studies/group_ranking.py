@@ -32,8 +32,6 @@ from stage_tables import ranking_table
 from stages import commit, machine
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
-
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
