@@ -6,7 +6,8 @@
 
 LIBERO's experts were written while looking at initial states 20 to 49 (and, of libero_object and libero_spatial, at
 sampled starts), so its preset plays states 0 to 19. Task 9 of libero_10 is left out: its microwave has no plan.
-Expected: at least 98 % of Tabletop's episodes without noise, and 90 % of every task in either simulator.
+Expected: at least 98 % of Tabletop's episodes without noise, and 90 % of every task in either simulator, but for task 3
+of libero_goal, a bowl into a drawer: 85 %.
 
 The JSON file gathers tasks: episodes by initial state (1 = success), and their mean length. A task that is there is not
 played again.
