@@ -147,6 +147,16 @@ def test_a_resumed_stage_counts_with_what_it_took_before(stage, tmp_path, capfd)
     assert said == ["about 12 minutes left", "about 5 minutes left"]
 
 
+def test_what_followed_another_command_is_not_taken_for_done(stage, tmp_path):
+    run_stages(tmp_path, [stage("a"), stage("b", "a"), stage("c", "b")])
+    changed = [stage("a", more=1), stage("b", "a"), stage("c", "b")]
+    with pytest.raises(SystemExit, match=r"\[a\] has not run as .*--more 1.*, and b, c followed what it was: remove"):
+        run_stages(tmp_path, changed)
+    assert len(log(tmp_path)) == 6  # nothing ran
+    run_stages(tmp_path, [stage("a"), stage("b", "a"), stage("c", "b", more=1)])  # nothing follows it
+    assert log(tmp_path)[6:] == ["start c", "end c"]
+
+
 def test_wall_time_by_hand():
     stages = {"a": {"spans": [[0, 10], [20, 25]]}, "b": {"spans": [[5, 12]]}, "older": {"seconds": 3.0}}
     assert wall_seconds(stages) == 17 and wall_seconds({}) == 0

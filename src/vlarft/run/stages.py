@@ -167,7 +167,8 @@ def run_stages(
         the tries, and the memory of the stage's processes together.
 
     Raises:
-        SystemExit: one failed; the message says which.
+        SystemExit: one failed, the message says which; or one is to run otherwise than before, and others that follow
+            it have ended, whose results would be of the old one.
     """
     path, took, before = folder / "stages.json", {}, {}  # seconds of stages that ended, and of earlier tries
     found = read_json(path) if path.is_file() else {}
@@ -202,6 +203,11 @@ def run_stages(
                         print(f"\n[{stage.name}] done in {known['seconds']:.0f} s: {command}", flush=True)
                         ended.add(stage.name)
                         break  # there may be more room, and more that can start
+                    if stale := [s.name for s in _following(stages, stage) if found.get(s.name, {}).get("done")]:
+                        raise SystemExit(
+                            f"[{stage.name}] has not run as {command}, and {', '.join(stale)} followed what it was: "
+                            f"remove their folders and {path}, or choose another folder"
+                        )
                     print(f"\n[{stage.name}] {command}", flush=True)
                     found[stage.name] = {**known, "command": command}
                     before[stage.name] = known.get("seconds", 0.0)
@@ -223,6 +229,16 @@ def run_stages(
                 one.process.terminate()
             for one in list(running):
                 end(one)
+    return found
+
+
+def _following(stages: Sequence[Stage], first: Stage) -> list[Stage]:
+    """Return the stages that wait for `first`, directly or not."""
+    names, found = {first.name}, []
+    for stage in stages:
+        if names.intersection(stage.after):
+            names.add(stage.name)
+            found.append(stage)
     return found
 
 
