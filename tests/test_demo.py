@@ -104,6 +104,11 @@ def test_seeds_of_the_demo_are_gathered(smoke, tmp_path, monkeypatch, capfd):
     assert "| SSIM | " in stage_tables.demo_world_model_table(report)
 
 
+def test_the_committed_demos_are_of_this_demo():
+    report = json.loads((demo.ROOT / "results" / "demo.json").read_text())
+    assert report["sizes"] == demos.sizes("tiny")
+
+
 def test_the_gains_of_the_demos_by_hand():
     one = {"SFT": "01", "+ RFT": "11", "SFT of 10 a task": "00", "+ RL, simulator": "01"}
     other = {**one, "+ RFT": "00", "SFT of 10 a task": "01"}
