@@ -312,7 +312,7 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     interrupted(monkeypatch, train_success, 13, lambda: train_success.main(parts))
     assert Path(parts.out_dir, "imagined.pt").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(train_success, "imagined_episodes", lambda *_, **__: pytest.fail("imagined again"))
+        patch.setattr(success_frames, "imagined_episodes", lambda *_, **__: pytest.fail("imagined again"))
         assert train_success.main(parts) == metrics
     one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, parts))
     assert all(torch.equal(v, other[k]) for k, v in one.items())
