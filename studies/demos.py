@@ -3,9 +3,9 @@
     python studies/demos.py --seeds 3 4 5 6 7
 
 Each seed has its own demonstrations, splits, weights and noise; all play the same starts. The JSON file gathers the
-runs: outcomes start by start (1 = success), minutes, what each stage took, the world model's figures (means
-over frames) and the trust gate. results/demo.json is such a file: the README's table comes from it, and `demo.py` says
-from it how long it will take.
+runs: outcomes start by start (1 = success), minutes, what each stage took, the world model's figures (means over
+frames), the trust gate, and the commit at which the run was gathered: gather where it ran. results/demo.json is such a
+file: the README's table comes from it, and `demo.py` says from it how long it will take.
 """
 
 import sys

@@ -180,7 +180,7 @@ def fuzz(one: Format, count: int, scratch: Path, seed: int) -> Counter[str]:
                 outcome = "named" if str(copy) in str(error) else "unnamed"
             except MemoryError:
                 outcome = "memory"
-            except Exception:
+            except Exception:  # whatever else comes is a fault, and counted as one
                 outcome = "raw"
             return 10 + OUTCOMES.index(outcome)
 
