@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episode import RobotState
+from vlarft.pixels import to_bytes, to_floats
 from vlarft.policy import VLAPolicy
 from vlarft.report.figures import Film, track
 from vlarft.report.page import Section, sections, write_page
@@ -87,11 +88,10 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
     (camera,), seen = env.cameras, env.observe()
     first, proprio = seen[camera], torch.from_numpy(seen["proprio"])[None]
     robot = RobotState(proprio, torch.zeros_like(proprio))  # at rest
-    frame = torch.from_numpy(first).movedim(-1, 0).float()[None] / 255  # (1, C, H, W)
+    frame = to_floats(first)[None]  # (1, C, H, W)
     rows = torch.from_numpy(actions)[None, None]  # (1, 1, L, A)
     frames: Tensor = model.rollout(frame, rows, greedy=True, robot=robot).frames[0, 0]  # (L, C, H, W)
-    later = (frames.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
-    return np.concatenate([first[None], later])
+    return np.concatenate([first[None], to_bytes(frames).numpy()])
 
 
 def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:

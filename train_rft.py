@@ -477,7 +477,7 @@ def main(
                 measured |= diagnosis()[0]
 
         # line 5: start states of the demonstrations
-        batch = starts.batch(cfg.starts, cfg.seed, step, part=part).to(device)
+        batch = starts.batch(cfg.starts, cfg.seed, step, part=part, device=device)
 
         # lines 6 to 10: a group of action chunks for each start, from the SDE policy
         with timed(seconds, "policy_s"):

@@ -346,7 +346,7 @@ def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor)
 
 def demonstration_loss(cfg: Config, policy: VLAPolicy, demonstrations: WindowSampler, *numbers: int) -> Tensor:
     """Compute Eq. (4) on a batch of demonstrations, which depends on the seed and `numbers` alone."""
-    batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, *numbers).to(policy.device)
+    batch = demonstrations.batch(MSE_CHUNKS, cfg.seed, *numbers, device=policy.device)
     bf16 = in_bf16(cfg.precision, policy.device)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)
     target, cond = policy.normalizer.encode_actions(batch.intended), policy.condition(context, batch.proprio)

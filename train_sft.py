@@ -366,7 +366,7 @@ def main(cfg: Config) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro
-            batch = data.batch(rows, cfg.seed, step, part=(part, parts))
+            batch = data.batch(rows, cfg.seed, step, part=(part, parts), device=device)
             noise = make_generator(device, "flow", cfg.seed, step, part)
             distributed.sync_gradients(policy, micro + 1 == cfg.accumulate)
             loss, terms = compute_loss(policy, batch, cfg, noise, train=True)

@@ -240,9 +240,8 @@ def train_batch(
     cfg: Config, sampler: WindowSampler, step: int, part: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Load and augment share `part` of a step's batch: context frames (S, C, H, W), future frames (S, L, C, H, W)."""
-    batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
-    context = batch.context_frame.to(device)
-    frames = pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step).to(device)
+    batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part, device=device)
+    context, frames = batch.context_frame, pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step)
     if cfg.augment == "none":
         return context, frames
     images, source = torch.cat([context[:, None], frames], dim=1), generator(device, "augmentation", cfg.seed, step)

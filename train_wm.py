@@ -442,7 +442,7 @@ def main(cfg: Config) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
         for micro in range(cfg.accumulate):
             part = distributed.rank() * cfg.accumulate + micro, parts
-            batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part)
+            batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part, device=device)
             tokens = tokenize(model, batch, device, autocast)
             distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
             with autocast:

@@ -37,6 +37,7 @@ import train_wm
 from vlarft import tokenizer_loss
 from vlarft.data.episodes import load_episodes
 from vlarft.data.windows import WindowSampler
+from vlarft.pixels import to_floats
 from vlarft.run import clock
 from vlarft.run.checkpoint import read_header
 from vlarft.run.config import opt, parse
@@ -193,7 +194,7 @@ def carried_error(tokenizer: Path, demos: Path) -> list[float]:
     totals, count = torch.zeros(2, dtype=torch.float64), 0
     held_out = load_episodes(demos, successes_only=False, names=extra["held_out_episodes"])
     for episode in (e for e in held_out if e.success):
-        frames = torch.from_numpy(episode.images[:]).movedim(-1, 1).float() / 255  # (L, C, H, W)
+        frames = to_floats(episode.images[:])  # (L, C, H, W)
         context = model.encode_context(frames[:1])
         decoded = model.decode(model.encode_future(frames[None], context)[:, None], context)[0, 0]
         largest, smallest = frames.amax(1), frames.amin(1)

@@ -200,6 +200,22 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
     return text if len(pairs) == 1 else f"{text}: {signed(paired_difference(*pair).difference for pair in pairs)}"
 
 
+def exploration_table(report: dict) -> str:
+    """Tabulate what reinforcement learning by outcome gains with each amount of noise, from x_0 = 0
+    (exploration.py): over all starts, and of each seed; and success in the last ten steps of training.
+    """
+    runs = list(report["runs"].values())
+    base = [[c == "1" for c in run["SFT"]] for run in runs]
+    heads = ["RL, simulator", "minutes", "success while training", "gain over SFT, x_0 = 0"]
+    rows = [["SFT", "", "", percent(share(sum(map(sum, base)), sum(map(len, base))))]]
+    for arm in runs[0]["arms"]:
+        found = [run["arms"][arm] for run in runs]
+        after = [[c == "1" for c in of["outcomes"]] for of in found]
+        minutes, trained = (sum(of[name] for of in found) / len(found) for name in ("minutes", "while_training"))
+        rows.append([arm, f"{minutes:.0f}", f"{100 * trained:.0f} %", gains(list(zip(base, after)))])
+    return table(heads, rows)
+
+
 def ranking_table(reports: dict[str, dict]) -> str:
     """Tabulate how often, of a success and a failure of one start, the success is judged higher (group_ranking.py); by
     name of a report.

@@ -201,7 +201,9 @@ def test_the_flow_matching_term_imitates_what_was_intended(policy, config, monke
     windows = WindowSampler(load_episodes(config.demos, successes_only=False), 1, policy.cfg.flow.chunk)
     batch = windows.batch(train_rl.MSE_CHUNKS, config.seed, 5)
     noisy = batch._replace(actions=(batch.actions + 0.3).clamp(-1, 1))
-    monkeypatch.setattr(windows, "batch", lambda size, *numbers: {(train_rl.MSE_CHUNKS, 0, 5): noisy}[(size, *numbers)])
+    monkeypatch.setattr(
+        windows, "batch", lambda size, *numbers, device: {(train_rl.MSE_CHUNKS, 0, 5): noisy}[(size, *numbers)]
+    )
     found = train_rl.demonstration_loss(config, policy, windows, 5)
     context = policy.encode_frames(batch.frames[:, 0], batch.instructions)
     target, cond = policy.normalizer.encode_actions(batch.intended), policy.condition(context, batch.proprio)

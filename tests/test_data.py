@@ -15,6 +15,7 @@ from vlarft.data.episode import no_ops
 from vlarft.data.episodes import check_places
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
+from vlarft.pixels import to_bytes, to_floats
 
 
 def random_actions(rng, steps):
@@ -476,3 +477,13 @@ def test_no_ops_by_hand():
     targets[:, 6] = actions[:, 6]
     held = replace(one, actions=targets, intended=targets, absolute=True)
     assert no_ops(held).tolist() == [False, True, False, True, False, True]  # the first target may be a move
+
+
+def test_images_and_frames_by_hand():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) + 231  # (H, W, C)
+    frames = to_floats(images)
+    assert frames.shape == (3, 2, 4) and frames.dtype == torch.float32
+    assert frames[2, 1, 0] == torch.tensor(images[1, 0, 2] / 255, dtype=torch.float32)
+    assert to_bytes(frames[None]).shape == (1, 2, 4, 3) and torch.equal(to_bytes(frames), torch.from_numpy(images))
+    outside = torch.tensor([-0.1, 0.499 / 255, 0.501 / 255, 1.1])
+    assert to_bytes(outside[:, None, None]).flatten().tolist() == [0, 0, 1, 255]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cells
 import closed_loop_study
+import exploration
 import factor_cells
 import figures
 import findings
@@ -810,6 +811,26 @@ def test_results_are_small():
         assert not {"summary", "repeated"} & set(report) and report == records.rounded(report), path.name
         text = records._text(report, 0) + "\n"
         assert path.read_text() == text, path.name
+
+
+@pytest.mark.slow
+def test_exploration_at_smoke_size(tmp_path, capfd):
+    places = {"out_dir": str(tmp_path / "runs"), "out": str(tmp_path / "exploration.json")}
+    report = exploration.main(dataclasses.replace(exploration.PRESETS["smoke"], **places))
+    assert json.loads((tmp_path / "exploration.json").read_text()) == report
+    one, other = list(exploration.ARMS)[:2]
+    run = report["runs"]["0"]
+    assert list(run["arms"]) == [one, other] and {len(arm["outcomes"]) for arm in run["arms"].values()} == {2}
+    settings = [json.loads((tmp_path / f"runs/seed0/rl {arm}/config.json").read_text()) for arm in (one, other)]
+    assert [(cfg["sigma_min"], cfg["sigma_max"]) for cfg in settings] == [(0.08, 0.2), (0.16, 0.4)]
+    assert {cfg["policy"] for cfg in settings} == {str(tmp_path / "runs/seed0/sft")}
+    run |= {"SFT": "0011", "arms": {one: {"minutes": 2.0, "while_training": 0.5, "outcomes": "0111"}}}
+    report["runs"]["1"] = {"SFT": "0000", "arms": {one: {"minutes": 4.0, "while_training": 0.7, "outcomes": "1000"}}}
+    sft, rl = stage_tables.exploration_table(report).splitlines()[2:]
+    assert sft.startswith("| SFT |  |  | 25.0 % [")
+    assert rl.startswith(f"| {one} | 3 | 60 % | +25.0 [") and rl.endswith("]: +25.0, +25.0 |")
+    with pytest.raises(ValueError, match="unknown arm 'none'; there are: sigma 0.08"):
+        exploration.Config(arms=("none",))
 
 
 @pytest.mark.slow

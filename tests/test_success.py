@@ -21,8 +21,8 @@ from vlarft.data import convert, load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import check_outcomes
-from vlarft.imagined_episodes import _to_float as to_float
 from vlarft.imagined_episodes import imagined_episodes
+from vlarft.pixels import to_floats
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.success import (
     PRESETS,
@@ -183,7 +183,7 @@ def test_turned_images_are_read():
     turned = Episode("a/b", "push", images[:, ::-1, ::-1], column, column, column)
     (version,) = success_frames.versions([turned], None, contextlib.nullcontext())
     assert torch.equal(version.frames.permute(0, 2, 3, 1), torch.from_numpy(images).flip(1, 2))
-    frames = to_float(turned.images, torch.device("cpu"))
+    frames = to_floats(turned.images)
     torch.testing.assert_close(frames.permute(0, 2, 3, 1) * 255, torch.from_numpy(images).flip(1, 2).float())
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from vlarft.data.episode import Episode, Images, RobotState
+from vlarft.data.episode import Episode, RobotState
+from vlarft.pixels import to_floats
 from vlarft.run.random import generator
 from vlarft.world_model import WorldModel
 
@@ -74,7 +74,7 @@ def imagined_episodes(
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     for number in range(part[0], len(batches), part[1]):
         batch = batches[number]
-        first_frames = torch.stack([_to_float(e.images[:1], device)[0] for e in batch])  # (S, C, H, W)
+        first_frames = torch.stack([to_floats(e.images[0], device) for e in batch])  # (S, C, H, W)
         longest = len(batch[-1]) - 1  # actions; the one after the last frame leads to none
         actions = _padded([e.actions[:-1] for e in batch], longest).to(device)  # (S, longest, A)
         robot = after = None
@@ -95,7 +95,7 @@ def imagined_episodes(
                 generator=generator(device, "whole episodes", seed, number),
             )
         for episode, frames in zip(batch, rollout.frames[:, 0], strict=True):
-            true = _to_float(episode.images[:], device)
+            true = to_floats(episode.images[:], device)
             yield ImaginedEpisode(episode, true, torch.cat([true[:1], frames[: len(episode) - 1]]))
 
 
@@ -104,8 +104,3 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> Tensor:
     the frames of these steps are dropped.
     """
     return torch.from_numpy(np.stack([np.pad(r, ((0, length - len(r)), (0, 0)), mode="edge") for r in rows]))
-
-
-def _to_float(images: Images, device: torch.device) -> Tensor:
-    """Convert uint8 (L, H, W, C) to float32 (L, C, H, W) in [0, 1]."""
-    return rearrange(torch.from_numpy(np.ascontiguousarray(images)).to(device), "l h w c -> l c h w").float() / 255

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlarft.closed_loop import Answer
 from vlarft.data.episode import Episode, RobotState
+from vlarft.pixels import to_bytes, to_floats
 from vlarft.run.random import generator, numpy_generator
 from vlarft.success import Referee, SuccessModel
 from vlarft.world_model import WorldModel
@@ -86,7 +87,7 @@ class ImaginedWorld:
         starts = list(zip(chosen, frames, strict=True))
         context = self._stack([e.images[0] for e in chosen])  # (S, H, W, C)
         images = self._stack([e.images[t] for e, t in starts])
-        first, now = (part.movedim(-1, 1).float() / 255 for part in (context, images))  # (S, C, H, W)
+        first, now = to_floats(context), to_floats(images)  # (S, C, H, W)
         proprio = self._stack([e.proprio[t] for e, t in starts])  # (S, P)
         motion = proprio - self._stack([e.proprio[max(t - 1, 0)] for e, t in starts])
         with self.autocast:
@@ -121,7 +122,7 @@ class ImaginedWorld:
         success = first <= left
         steps = torch.where(success, first, left)
         self.steps[episodes] += steps
-        images = (frames[:, -1].clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
+        images = to_bytes(frames[:, -1])
         observations = [self._observation(e, images[row]) for row, e in enumerate(episodes)]
         return Answer(observations, success, steps, success | (self.steps[episodes] >= self.horizon))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlarft.data.episode import RobotState
 from vlarft.flow import sample_ode
+from vlarft.pixels import to_floats
 from vlarft.policy import VLAPolicy
 from vlarft.reward import check_same_robot
 from vlarft.success import SuccessModel
@@ -71,9 +72,9 @@ class Planner:
         candidates, camera = noise.shape[1], self.policy.cfg.cameras[0]
         inputs = self.policy.observe(observations)
         actions = self._act(inputs.images, inputs.instructions, inputs.proprio, noise, num_steps)  # (B, N, T, A)
-        images = torch.stack([torch.as_tensor(obs[camera]) for obs in observations]).to(first_frames.device)
+        images = torch.stack([torch.as_tensor(obs[camera]) for obs in observations])
         robot = RobotState(inputs.proprio, torch.zeros_like(inputs.proprio))
-        state = self.model.begin(first_frames, images.movedim(-1, 1).float() / 255, robot)
+        state = self.model.begin(first_frames, to_floats(images, first_frames.device), robot)
         texts = [text for text in inputs.instructions for _ in range(candidates)]
         chunk, frames = actions, []
         for ahead in range(self.chunks):

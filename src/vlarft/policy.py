@@ -30,6 +30,7 @@ from vlarft.nets.transformer import TransformerConfig
 from vlarft.nets.vit import ConvEncoderConfig
 from vlarft.nets.vlm import VLM, VLMConfig
 from vlarft.normalizer import GripperEncoding, Normalizer
+from vlarft.pixels import to_floats
 from vlarft.run.checkpoint import load_model, save_model
 from vlarft.run.hub_model import HubModel
 
@@ -249,8 +250,7 @@ class VLAPolicy(HubModel, nn.Module):
         images = torch.as_tensor(images)
         shape, dtype = tuple(images.shape), images.dtype
         if dtype == torch.uint8 and images.ndim in (4, 5) and shape[-1] == 3:
-            # move before the conversion: uint8 is a quarter of the bytes
-            images = images.to(self.device).movedim(-1, -3).float() / 255
+            images = to_floats(images, self.device)
         elif dtype.is_floating_point and images.ndim in (4, 5) and shape[-3] == 3:
             images = images.to(self.device).float()
             if images.min() < 0 or images.max() > 1:

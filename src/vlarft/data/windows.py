@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from vlarft.data.episode import Episode, RobotState
 from vlarft.data.frames import Frames
+from vlarft.pixels import to_floats
 from vlarft.run.random import generator, numpy_generator
 
 
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         """Where the robots are at t."""
         return RobotState(self.proprio, self.motion)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: str | torch.device) -> "Batch":
         """Move the tensors to a device."""
         return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
 
@@ -122,7 +122,9 @@ class WindowSampler:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, batch_size: int, *seed: int, part: tuple[int, int] = (0, 1)) -> Batch:
+    def batch(
+        self, batch_size: int, *seed: int, part: tuple[int, int] = (0, 1), device: str | torch.device = "cpu"
+    ) -> Batch:
         """Sample a batch that depends on `seed` alone, by convention (seed, step).
 
         Args:
@@ -130,10 +132,11 @@ class WindowSampler:
             seed: integers. Worker threads prefetch the next batch, that of the last integer plus 1.
             part: (index, count): return this contiguous share of the batch, so that a run does not depend on the number
                 of processes or micro-batches.
+            device: of the tensors. Images travel there as bytes, and become floats there.
         """
         starts, lookback = self._sample(batch_size, seed, part)
         if not self.num_workers:
-            return self.windows(starts, lookback)
+            return self._collate(starts, self._read(starts, lookback), device).to(device)
         key = (batch_size, seed, part)
         waiting = self._ahead.pop(key, None) or self._decode(starts, lookback)
         while len(self._ahead) >= max(2, part[1]):  # prefetched, but never requested
@@ -142,7 +145,8 @@ class WindowSampler:
         following = (batch_size, (*seed[:-1], seed[-1] + 1), part) if seed else None
         if following and following not in self._ahead:
             self._ahead[following] = self._decode(*self._sample(*following))
-        return self._collate(starts, [images for future in waiting for images in future.result()])
+        images = [images for future in waiting for images in future.result()]
+        return self._collate(starts, images, device).to(device)
 
     def names(self, batch_size: int, *seed: int) -> list[str]:
         """Return the names of the episodes in `batch(batch_size, *seed)`, each once, in the order of its rows."""
@@ -173,7 +177,7 @@ class WindowSampler:
     def sample_frames(self, count: int = 256) -> Tensor:
         """Return `count` evenly spaced frames, the first of their windows, or all such frames: (N, C, H, W)."""
         picks = np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).round().astype(int)
-        return _to_float(np.stack([self.episodes[i].images[t] for i, t in self.starts[picks]]))
+        return to_floats(np.stack([self.episodes[i].images[t] for i, t in self.starts[picks]]))
 
     def windows(self, starts: np.ndarray, lookback: np.ndarray | None = None) -> Batch:
         """Return the windows at `starts`.
@@ -197,7 +201,9 @@ class WindowSampler:
         back = min(t, self.context_lookback)
         return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
 
-    def _collate(self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    def _collate(
+        self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]], device: str | torch.device = "cpu"
+    ) -> Batch:
         actions, intended, proprio, motion, after, keys = [], [], [], [], [], []
         for i, t in starts:
             episode = self.episodes[i]
@@ -209,12 +215,12 @@ class WindowSampler:
             keys.append(self.key_positions[i][t])
         frames, contexts = zip(*images)
         return Batch(
-            frames=_to_float(np.stack(frames)),
+            frames=to_floats(np.stack(frames), device),
             actions=torch.from_numpy(np.stack(actions)),
             intended=torch.from_numpy(np.stack(intended)),
             proprio=torch.from_numpy(np.stack(proprio)),
             instructions=[self.episodes[i].instruction for i, _ in starts],
-            context_frame=_to_float(np.stack(contexts)),
+            context_frame=to_floats(np.stack(contexts), device),
             key_position=torch.from_numpy(np.stack(keys)),
             index=torch.from_numpy(np.asarray(starts)),
             motion=torch.from_numpy(np.stack(motion)),
@@ -241,11 +247,6 @@ def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int]
     order = torch.rand(batch_size, length, generator=generator("cpu", "frames", *seed)).argsort(dim=1)
     picks = order[part[0] * segments : (part[0] + 1) * segments, :count].sort(dim=1).values  # (B, count)
     return batch.frames[torch.arange(segments)[:, None], picks]
-
-
-def _to_float(images: np.ndarray) -> Tensor:
-    """Convert uint8 (..., H, W, C) to float32 (..., C, H, W) in [0, 1]."""
-    return rearrange(torch.from_numpy(images), "... h w c -> ... c h w").float() / 255
 
 
 def _padded(actions: np.ndarray, start: int, chunk: int, repeated: np.ndarray) -> np.ndarray:

@@ -97,10 +97,14 @@ class TokenizerConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm`, but in float32 where the bfloat16 kernel of CPUs is slow: small groups on small maps."""
+    """`torch.nn.GroupNorm`, but in float32 where the bfloat16 kernel of CPUs is slow: small groups on small maps. And
+    channels last stay last, which CUDA's kernel would undo before the next convolution.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, D, h, w) -> the same shape and type."""
+        """x: (B, D, h, w) -> the same shape, type and memory format."""
+        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x).contiguous(memory_format=torch.channels_last)
         slow = x.shape[1] < 16 * self.num_groups and x.shape[2:].numel() < 1024
         if not (slow and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
             return super().forward(x)

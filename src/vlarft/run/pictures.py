@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.pixels import to_bytes
 from vlarft.run.checkpoint import write_atomic
 from vlarft.run.optional import optional
 
@@ -22,7 +23,7 @@ def _pillow():
 
 def _to_uint8(image: Tensor, scale: int) -> np.ndarray:
     """Convert (3, H, W) float to (H * scale, W * scale, 3) uint8, every pixel repeated."""
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = to_bytes(image.detach()).cpu().numpy()
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.pixels import to_floats
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.sim.env import Env, Observation
@@ -112,8 +113,8 @@ class PlanningActor(PolicyActor):
     def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation]) -> np.ndarray:
         flow, device = self.policy.cfg.flow, self.policy.device
         if chunk == 0:
-            images = [torch.from_numpy(obs[self.cameras[0]].copy()).to(device) for obs in observations]
-            self.first_frames = {s: x.movedim(-1, 0).float() / 255 for s, x in zip(states, images, strict=True)}
+            images = to_floats(np.stack([obs[self.cameras[0]] for obs in observations]), device)
+            self.first_frames = dict(zip(states, images, strict=True))
 
         def random_numbers(state: int, candidate: int) -> Tensor:
             noise, suite = ("sampled", f"{self.suite}/plan {candidate}") if candidate else (self.noise, self.suite)

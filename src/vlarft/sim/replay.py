@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
+from vlarft.pixels import to_floats
 from vlarft.sensitivity import TrueOutcome
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.perturb import Perturbation
@@ -115,7 +116,7 @@ class TabletopOutcomes:
             ValueError: the episode has no states, or is not of Tabletop.
         """
         places, frames = self._play(episode, start, chunks, render=True)
-        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+        images = to_floats(np.stack(frames))
         return TrueOutcome(images.unflatten(0, chunks.shape[:2]), self._error(places, chunks))
 
     def state_error(self, episode: Episode, start: int, chunks: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlarft.closed_loop import Answer
+from vlarft.pixels import to_floats
 from vlarft.run.random import numpy_generator
 from vlarft.sim.env import Env, Observation
 from vlarft.sim.suites import make_env
@@ -145,5 +146,4 @@ class SimulatedWorld:
 
     def _images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Stack images as (N, C, H, W) in [0, 1] on the judge's device."""
-        stacked = torch.from_numpy(np.stack(images)).to(next(self.judge.parameters()).device)
-        return stacked.movedim(-1, 1).float() / 255
+        return to_floats(np.stack(images), next(self.judge.parameters()).device)
