@@ -1,7 +1,7 @@
 """Run the whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
 laptop).
 
-    python demo.py                     preset tiny: about half an hour on 2 CPU cores
+    python demo.py                     preset tiny: 20 to 30 minutes on 2 CPU cores
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
 
