@@ -78,7 +78,7 @@ def draw_demonstrations(demos: Path, path: Path) -> None:
 
 
 def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
-    """Write a PNG: losses of the stages, RFT's reward, success rates with 95 % intervals (rows of `success_rows`)."""
+    """Write a PNG: losses of the stages, reward or success while training, success rates (rows of `success_rows`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,7 +90,7 @@ def draw_curves(out_dir: Path, rows: dict[str, dict], path: Path) -> None:
         ("wm", "world model: cross-entropy [nats]", ("loss", "val_loss")),
         ("sft", "SFT: flow-matching loss (Eq. 4)", ("flow_mse", "val_flow_mse")),
         ("rft", "RFT: reward", ("reward",)),
-        ("rft", "RFT: standard deviation of the reward within groups", ("reward_std",)),
+        ("rl", "RL, simulator: success of its episodes", ("success",)),
     ]
     for axis, (stage, title, names) in zip(axes.flat, panels):
         log = read_log(out_dir / stage)

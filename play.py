@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episode import RobotState
-from vlarft.pixels import to_bytes, to_floats
 from vlarft.policy import VLAPolicy
 from vlarft.report.figures import Film, track
 from vlarft.report.page import Section, sections, write_page
 from vlarft.reward import check_same_robot
 from vlarft.run.checkpoint import checkpoint_file
 from vlarft.run.config import Count, Side, opt
+from vlarft.run.pixels import to_bytes, to_floats
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
 from vlarft.sim import make_env

@@ -17,7 +17,7 @@ from records import rounded, write
 from stage_tables import exploration_table
 from stages import ROOT, check_known, commit, machine, read_lines, read_report
 
-sys.path.insert(0, str(ROOT))  # where demo.py is, which is no package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where demo.py is, which is no package
 
 import demo
 from vlarft.run.config import opt, parse

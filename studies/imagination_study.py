@@ -37,10 +37,10 @@ import train_wm
 from vlarft import tokenizer_loss
 from vlarft.data.episodes import load_episodes
 from vlarft.data.windows import WindowSampler
-from vlarft.pixels import to_floats
 from vlarft.run import clock
 from vlarft.run.checkpoint import read_header
 from vlarft.run.config import opt, parse
+from vlarft.run.pixels import to_floats
 from vlarft.tokenizer import FrameTokenizer
 
 

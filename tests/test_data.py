@@ -15,7 +15,7 @@ from vlarft.data.episode import no_ops
 from vlarft.data.episodes import check_places
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
-from vlarft.pixels import to_bytes, to_floats
+from vlarft.run.pixels import to_bytes, to_floats
 
 
 def random_actions(rng, steps):

@@ -813,17 +813,35 @@ def test_results_are_small():
         assert path.read_text() == text, path.name
 
 
-@pytest.mark.slow
-def test_exploration_at_smoke_size(tmp_path, capfd):
+def test_exploration(tmp_path, monkeypatch):
+    """The stages' flags are read by their scripts, but nothing runs."""
+    asked = {}
+
+    def run(folder, stages, at_once):
+        for stage in stages:
+            assert set(stage.after) <= set(asked)
+            script = importlib.import_module(stage.script.stem)
+            asked[stage.name] = cfg = parse(script.Config, script.PRESETS, stage.words())
+            out = Path(cfg.out_dir)
+            out.mkdir(parents=True)
+            starts = [{"suite": "s", "task": 0, "init_state": i, "success": i == 1} for i in (1, 0)]
+            rows = starts if stage.name.startswith("seed0 eval") else [{"success": 0.5}]
+            name = "episodes.jsonl" if rows is starts else "log.jsonl"
+            (out / name).write_text("\n".join(map(json.dumps, rows)))
+        return {name: {"seconds": 90.0} for name in asked}
+
+    monkeypatch.setattr(exploration, "run_stages", run)
     places = {"out_dir": str(tmp_path / "runs"), "out": str(tmp_path / "exploration.json")}
     report = exploration.main(dataclasses.replace(exploration.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "exploration.json").read_text()) == report
     one, other = list(exploration.ARMS)[:2]
     run = report["runs"]["0"]
-    assert list(run["arms"]) == [one, other] and {len(arm["outcomes"]) for arm in run["arms"].values()} == {2}
-    settings = [json.loads((tmp_path / f"runs/seed0/rl {arm}/config.json").read_text()) for arm in (one, other)]
-    assert [(cfg["sigma_min"], cfg["sigma_max"]) for cfg in settings] == [(0.08, 0.2), (0.16, 0.4)]
-    assert {cfg["policy"] for cfg in settings} == {str(tmp_path / "runs/seed0/sft")}
+    found = {"minutes": 1.5, "while_training": 0.5, "outcomes": "01"}
+    assert run["SFT"] == "01" and run["arms"] == {one: found, other: found}
+    settings = [asked[f"seed0 rl {arm}"] for arm in (one, other)]
+    assert [(cfg.sigma_min, cfg.sigma_max) for cfg in settings] == [(0.08, 0.2), (0.16, 0.4)]
+    assert {(cfg.policy, cfg.world) for cfg in settings} == {(str(tmp_path / "runs/seed0/sft"), "simulator")}
+    assert asked[f"seed0 eval rl {one}"].policies == (str(tmp_path / f"runs/seed0/rl {one}"),)
     run |= {"SFT": "0011", "arms": {one: {"minutes": 2.0, "while_training": 0.5, "outcomes": "0111"}}}
     report["runs"]["1"] = {"SFT": "0000", "arms": {one: {"minutes": 4.0, "while_training": 0.7, "outcomes": "1000"}}}
     sft, rl = stage_tables.exploration_table(report).splitlines()[2:]

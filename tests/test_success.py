@@ -22,8 +22,8 @@ from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import imagined_episodes
-from vlarft.pixels import to_floats
 from vlarft.run.checkpoint import read_header, save_model
+from vlarft.run.pixels import to_floats
 from vlarft.success import (
     PRESETS,
     SuccessModel,

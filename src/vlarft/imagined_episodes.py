@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episode import Episode, RobotState
-from vlarft.pixels import to_floats
+from vlarft.run.pixels import to_floats
 from vlarft.run.random import generator
 from vlarft.world_model import WorldModel
 

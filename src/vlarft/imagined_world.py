@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlarft.closed_loop import Answer
 from vlarft.data.episode import Episode, RobotState
-from vlarft.pixels import to_bytes, to_floats
+from vlarft.run.pixels import to_bytes, to_floats
 from vlarft.run.random import generator, numpy_generator
 from vlarft.success import Referee, SuccessModel
 from vlarft.world_model import WorldModel

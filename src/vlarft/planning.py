@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vlarft.data.episode import RobotState
 from vlarft.flow import sample_ode
-from vlarft.pixels import to_floats
 from vlarft.policy import VLAPolicy
 from vlarft.reward import check_same_robot
+from vlarft.run.pixels import to_floats
 from vlarft.success import SuccessModel
 from vlarft.world_model import WorldModel
 

@@ -30,9 +30,9 @@ from vlarft.nets.transformer import TransformerConfig
 from vlarft.nets.vit import ConvEncoderConfig
 from vlarft.nets.vlm import VLM, VLMConfig
 from vlarft.normalizer import GripperEncoding, Normalizer
-from vlarft.pixels import to_floats
 from vlarft.run.checkpoint import load_model, save_model
 from vlarft.run.hub_model import HubModel
+from vlarft.run.pixels import to_floats
 
 SupervisedObjective = Literal["matching", "regression"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlarft.data.episode import Episode, RobotState
 from vlarft.data.frames import Frames
-from vlarft.pixels import to_floats
+from vlarft.run.pixels import to_floats
 from vlarft.run.random import generator, numpy_generator
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.pixels import to_bytes
 from vlarft.run.checkpoint import write_atomic
 from vlarft.run.optional import optional
+from vlarft.run.pixels import to_bytes
 
 
 def _pillow():

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.pixels import to_floats
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
+from vlarft.run.pixels import to_floats
 from vlarft.sim.env import Env, Observation
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env

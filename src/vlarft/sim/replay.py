@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episodes import Episode
-from vlarft.pixels import to_floats
+from vlarft.run.pixels import to_floats
 from vlarft.sensitivity import TrueOutcome
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.perturb import Perturbation

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlarft.closed_loop import Answer
-from vlarft.pixels import to_floats
+from vlarft.run.pixels import to_floats
 from vlarft.run.random import numpy_generator
 from vlarft.sim.env import Env, Observation
 from vlarft.sim.suites import make_env
