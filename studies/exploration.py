@@ -1,6 +1,6 @@
 """How much noise should a policy explore with that learns from outcomes, where time is short?
 
-    python studies/exploration.py                    seeds 0 to 2, all arms; demo.py takes the best one for other seeds
+    python studies/exploration.py                    seeds 0 to 2, which the README's demos do not use; all arms
 
 The setting is the demo's: a policy of few demonstrations a task, trained by SFT, then by `train_rl.py` in the simulator
 with as many steps and episodes as the demo has. The arms differ in what `ARMS` says, the bounds of a flow step's
@@ -24,7 +24,7 @@ from vlarft.run.config import opt, parse
 from vlarft.run.stages import Stage, run_stages
 
 ARMS = {
-    "sigma 0.08 to 0.2": {},  # the paper's public code, and the script's default
+    "sigma 0.08 to 0.2": {},  # the script's default, and the demo's
     "sigma 0.16 to 0.4": {"sigma_min": 0.16, "sigma_max": 0.4},
     "sigma 0.24 to 0.6": {"sigma_min": 0.24, "sigma_max": 0.6},
     "sigma 0.16 to 0.4, learning rate 1e-4": {"sigma_min": 0.16, "sigma_max": 0.4, "lr": 1e-4},

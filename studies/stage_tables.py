@@ -202,13 +202,14 @@ def gains(pairs: Sequence[Sequence[Sequence[bool]]]) -> str:
 
 def exploration_table(report: dict) -> str:
     """Tabulate what reinforcement learning by outcome gains with each amount of noise, from x_0 = 0
-    (exploration.py): over all starts, and of each seed; and success in the last ten steps of training.
+    (exploration.py): over all starts, and of each seed; and success in the last ten steps of training. Of arms that all
+    seeds have.
     """
     runs = list(report["runs"].values())
     base = [[c == "1" for c in run["SFT"]] for run in runs]
     heads = ["RL, simulator", "minutes", "success while training", "gain over SFT, x_0 = 0"]
     rows = [["SFT", "", "", percent(share(sum(map(sum, base)), sum(map(len, base))))]]
-    for arm in runs[0]["arms"]:
+    for arm in (arm for arm in runs[0]["arms"] if all(arm in run["arms"] for run in runs)):
         found = [run["arms"][arm] for run in runs]
         after = [[c == "1" for c in of["outcomes"]] for of in found]
         minutes, trained = (sum(of[name] for of in found) / len(found) for name in ("minutes", "while_training"))

@@ -125,8 +125,8 @@ def test_flags_of_the_items(queue, load_benchmark, monkeypatch):
         queue.Config(only=("fast",))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said_before_anything_runs(queue, load_benchmark, tmp_path):
+def test_no_gpu_is_said_before_anything_runs(queue, load_benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="torch finds no GPU here: --device cpu runs the queue at smoke size"):
         queue.main(queue.Config(out_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -842,7 +842,8 @@ def test_exploration(tmp_path, monkeypatch):
     assert [(cfg.sigma_min, cfg.sigma_max) for cfg in settings] == [(0.08, 0.2), (0.16, 0.4)]
     assert {(cfg.policy, cfg.world) for cfg in settings} == {(str(tmp_path / "runs/seed0/sft"), "simulator")}
     assert asked[f"seed0 eval rl {one}"].policies == (str(tmp_path / f"runs/seed0/rl {one}"),)
-    run |= {"SFT": "0011", "arms": {one: {"minutes": 2.0, "while_training": 0.5, "outcomes": "0111"}}}
+    by_hand = {"minutes": 2.0, "while_training": 0.5, "outcomes": "0111"}
+    run |= {"SFT": "0011", "arms": {other: by_hand, one: by_hand}}  # the second seed has not run the other arm
     report["runs"]["1"] = {"SFT": "0000", "arms": {one: {"minutes": 4.0, "while_training": 0.7, "outcomes": "1000"}}}
     sft, rl = stage_tables.exploration_table(report).splitlines()[2:]
     assert sft.startswith("| SFT |  |  | 25.0 % [")

@@ -136,7 +136,7 @@ class WindowSampler:
         """
         starts, lookback = self._sample(batch_size, seed, part)
         if not self.num_workers:
-            return self._collate(starts, self._read(starts, lookback), device).to(device)
+            return self._collate(starts, self._read(starts, lookback), device)
         key = (batch_size, seed, part)
         waiting = self._ahead.pop(key, None) or self._decode(starts, lookback)
         while len(self._ahead) >= max(2, part[1]):  # prefetched, but never requested
@@ -146,7 +146,7 @@ class WindowSampler:
         if following and following not in self._ahead:
             self._ahead[following] = self._decode(*self._sample(*following))
         images = [images for future in waiting for images in future.result()]
-        return self._collate(starts, images, device).to(device)
+        return self._collate(starts, images, device)
 
     def names(self, batch_size: int, *seed: int) -> list[str]:
         """Return the names of the episodes in `batch(batch_size, *seed)`, each once, in the order of its rows."""
@@ -225,7 +225,7 @@ class WindowSampler:
             index=torch.from_numpy(np.asarray(starts)),
             motion=torch.from_numpy(np.stack(motion)),
             proprio_after=torch.from_numpy(np.stack(after)),
-        )
+        ).to(device)
 
 
 def pick_frames(batch: Batch, count: int, batch_size: int, part: tuple[int, int], *seed: int) -> Tensor:
