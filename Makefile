@@ -1,4 +1,4 @@
-# make demo              run the whole pipeline, without GPU or download; PRESET=smoke takes about a minute
+# make demo              run the whole pipeline, without GPU or download; SEED=1: another run; PRESET=smoke: a minute or two
 # make play              play the repository's checkpoints before and after training: a page, in a minute
 # make test              run the tests
 # make lint              check format and lint rules
@@ -11,13 +11,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PRESET ?= tiny
+SEED ?= 0
 SITE ?= site
-OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))
+OUT ?= runs/$(if $(filter tiny,$(PRESET)),demo,$(PRESET))$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 
 .PHONY: demo play test lint docs clean
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/python demo.py --preset $(PRESET) --out-dir $(OUT)
+	$(VENV)/bin/python demo.py --preset $(PRESET) --seed $(SEED) --out-dir $(OUT)
 
 play: $(VENV)/.demo
 	$(VENV)/bin/python play.py

@@ -136,7 +136,7 @@ PRESETS = {
     "tiny": Config(
         **FOUR_BLOCKS, demos_per_task=150, action_noise=0.08, min_speed=0.8, max_speed=1.0, noisy_per_task=20
     ),
-    "smoke": Config(**FOUR_BLOCKS, demos_per_task=3, workers=1),
+    "smoke": Config(**FOUR_BLOCKS, demos_per_task=3, horizon=96, workers=1),
     # the pace of LIBERO's own demonstrations
     "libero": Config(
         suites=("libero_object", "libero_spatial"),

@@ -3,7 +3,7 @@ laptop).
 
     python demo.py                     preset tiny: 20 to 30 minutes on 2 CPU cores
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
-    python demo.py --preset smoke      the same stages at sizes that prove nothing, in about a minute
+    python demo.py --preset smoke      the same stages at sizes that prove nothing, in one or two minutes
 
 Calls the stage scripts, each as the command that a user would type, and prints it; two run side by side where neither
 waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy, the
@@ -13,7 +13,7 @@ demonstrations: an SFT policy of 10 demonstrations a task, and the same after cl
 simulator. All of them are played from a sampled x_0 and from x_0 = 0, which costs no training. And the world model's
 metrics beside the baseline that copies the first frame.
 
-Reads nothing. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
+Reads no data. Writes into out_dir one folder per stage and summary.json, summary.md, demonstrations.png, curves.png,
 before_after.gif and report.html, a page of all results; further pictures come from the stages. The same command resumes
 an interrupted demo: finished stages are skipped, the one that was cut short goes on.
 """
@@ -25,7 +25,6 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -237,36 +236,36 @@ def versions() -> dict[str, str]:
 
 
 def probe_seconds() -> float:
-    """Time a small training step on one thread, the fastest of some [s]: how fast this machine is now."""
+    """Time a small training step on one thread, the fastest of a second [s]: how fast this machine is now."""
     network = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Flatten(), torch.nn.Linear(64 * 30 * 30, 128))
     images, threads, times = torch.zeros(16, 32, 32, 32), torch.get_num_threads(), []
     torch.set_num_threads(1)
-    for _ in range(10):
-        started = time.perf_counter()
+    until = time.perf_counter() + 1
+    while (started := time.perf_counter()) < until:
         network(images).sum().backward()
         times.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
     return min(times)
 
 
-def expected_seconds(cfg: Config) -> dict[str, float]:
-    """Expect of each stage the time that it took in committed runs, by the speed of this machine; {} if unknown."""
+def expected_seconds(cfg: Config, probe: float) -> dict[str, float]:
+    """Expect of each stage the time that it took in the committed run whose machine was least disturbed, by the speed
+    of this machine, see `probe_seconds`; {} if unknown.
+    """
     path = ROOT / "results" / "demo.json"
     if cfg.stage_preset != "tiny" or not path.is_file():
         return {}
-    runs, probe = json.loads(path.read_text())["runs"].values(), probe_seconds()
-    names = dict.fromkeys(name for run in runs for name in run["seconds"])
-    return {
-        name: probe * median(run["seconds"][name] / run["probe_seconds"] for run in runs if name in run["seconds"])
-        for name in names
-    }
+    run = min(json.loads(path.read_text())["runs"].values(), key=lambda run: run["probe_seconds"])
+    return {name: seconds * probe / run["probe_seconds"] for name, seconds in run["seconds"].items()}
 
 
 def main(cfg: Config) -> dict:
     """Run what is missing; return what summary.json holds."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    ran = run_stages(out, stages(cfg), at_once=min(2, os.cpu_count() or 1), expected=expected_seconds(cfg))
+    path = out / "summary.json"
+    probe = read_json(path)["probe_seconds"] if path.is_file() else probe_seconds()
+    ran = run_stages(out, stages(cfg), at_once=min(2, os.cpu_count() or 1), expected=expected_seconds(cfg, probe))
     rows, log = success_rows(out, FEW[cfg.stage_preset]), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
@@ -276,8 +275,6 @@ def main(cfg: Config) -> dict:
         ("SFT of few", "RL"): (out / "eval_few_zero", few, learned),
     }
     draw_before_after(pairs, out / "before_after.gif")
-    path = out / "summary.json"
-    probe = read_json(path)["probe_seconds"] if path.is_file() else probe_seconds()  # now, or when the demo ended
     summary = {
         "config": to_dict(cfg),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine()},

@@ -122,7 +122,14 @@ PRESETS = {
     "small": Config(**TABLETOP),
     "libero": Config(suites=("libero_object", "libero_spatial"), image_size=None, fast_rendering=True),
     "tiny": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0", "1", "2", "3")),
-    "smoke": Config(**{**TABLETOP, "suites": ("tabletop_object",)}, tasks=("0",), episodes=2, batch_size=2, workers=0),
+    "smoke": Config(
+        **{**TABLETOP, "suites": ("tabletop_object",)},
+        tasks=("0",),
+        episodes=2,
+        num_flow_steps=2,
+        batch_size=2,
+        workers=0,
+    ),
 }
 
 

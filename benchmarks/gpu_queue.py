@@ -2,14 +2,16 @@
 
     python benchmarks/gpu_queue.py --minutes 9                  on a GPU: all that fits
     python benchmarks/gpu_queue.py --only "world model"         eight minutes of training, alone
-    python benchmarks/gpu_queue.py --device cpu                 everything at smoke size, on any machine
+    python benchmarks/gpu_queue.py --device cpu                 at smoke size, without the stages, on any machine
     python benchmarks/gpu_queue.py --write-list                 rewrites benchmarks/gpu_queue.md, and runs nothing
 
-Every item is a process of its own with a time limit of its own; what is left of it is killed, and the next one starts.
-Nothing is downloaded. A part that this machine lacks is replaced or left out, and the item's entry says so. `out_dir`
-gets a file for each item as soon as it ends, and queue.json: for each item its command, state, seconds, and the end of
-what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs again. Copy the
-files of items that passed to results/. Status 1 where an item failed or ran out of time.
+The package need not be installed, only torch, safetensors, einops and tqdm; transformers, for the rollout. Every item
+is a process of its own with a time limit of its own; what is left of it is killed, and the next one starts. Nothing is
+downloaded. A part that this machine lacks is replaced or left out, and the item's entry says so; mujoco, which makes
+demonstrations, is one wheel: `pip install --no-index --find-links WHEELS mujoco`. `out_dir` gets a file for each item,
+most of them as soon as a part of it is measured, and queue.json: for each item its command, state, seconds, and the end
+of what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs again. Copy
+the files of items that passed to results/. Status 1 where an item failed or ran out of time.
 """
 
 import contextlib
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # where nobody has installed the package
 
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse
@@ -43,6 +47,7 @@ class Item(NamedTuple):
     flags: on a GPU; a part in braces is that of `parts`.
     smoke: flags at smoke size on any machine, beside `--preset smoke`.
     alone: runs only if it is asked for by name.
+    needs: a module without which it is left out.
     """
 
     what: str
@@ -51,6 +56,7 @@ class Item(NamedTuple):
     flags: str
     smoke: str = ""
     alone: bool = False
+    needs: str = ""
 
     def words(self, device: str, out: Path) -> list[str]:
         """Return the command line."""
@@ -70,12 +76,12 @@ QUEUE = {
         90, "rft_step.py", "--sizes paper --policy paper --perceptual {lpips} --repeats 2 --versions none",
     ),
     "rollout": Item(
-        "rollouts of preset `paper`, batched and single, against transformers' `generate`",
-        100, "rollout.py", "--sizes paper --starts 4 --repeats 2",
+        "rollouts of preset `paper`, batched and a single chunk, against transformers' `generate`",
+        115, "rollout.py", "--sizes paper --starts 4 --repeats 2",
     ),
     "policy": Item(
         "policy, preset `paper`: chunk latency, training steps a second at batch 16, peak memory, with and without "
-        "compilation",
+        "compilation; chunk latency in a CUDA graph",
         110, "policy.py", "--whole --compile",
     ),
     "pixels": Item(
@@ -88,7 +94,7 @@ QUEUE = {
     ),
     "world model": Item(
         "the strongest Tabletop world model of eight minutes: four suites, preset `tiny`, bfloat16",
-        560, "gpu_world_model.py", "", alone=True,
+        560, "gpu_world_model.py", "", alone=True, needs="mujoco",
     ),
 }  # fmt: skip
 BY_HAND = {
@@ -181,9 +187,10 @@ def commit() -> str:
 def run_item(words: list[str], limit: float) -> dict[str, object]:
     """Run a command for at most `limit` seconds: its state, seconds, and the end of its output."""
     started = time.monotonic()
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "PYTHONPATH": paths}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=limit)
         state = "passed" if process.returncode == 0 else "failed"
@@ -216,9 +223,12 @@ def main(cfg: Config) -> dict:
         item, result = QUEUE[name], out / file_name(name)
         words = item.words(cfg.device, result)
         entry = report[name] = made[name] = {"command": " ".join(words[1:])}
-        if said := "; ".join(said for part, (_, said) in parts().items() if f"{{{part}}}" in item.flags and said):
-            entry["replaced"] = said
-        if time.monotonic() - started + item.seconds > 60 * cfg.minutes:
+        used = [said for part, (_, said) in parts().items() if f"{{{part}}}" in item.flags and said]
+        if cfg.device == "cuda" and used:  # at smoke size all items run with what every machine has
+            entry["replaced"] = "; ".join(used)
+        if item.needs and importlib.util.find_spec(item.needs) is None:
+            entry["state"] = f"left out: {item.needs} is not installed here"
+        elif time.monotonic() - started + item.seconds > 60 * cfg.minutes:
             entry["state"] = "not started: too little time left"
         else:
             print(f"{name}: at most {item.seconds} s", flush=True)

@@ -164,7 +164,7 @@ def main(cfg: Config) -> dict:
             print(f" [{low:.2f}, {high:.2f}]", end="")
             print(f", {row['flops'] / 1e9:.1f} GFLOP, {100 * row['share_of_peak']:.0f} % of peak", end="")
             print(f", largest difference {apart[name]:.2g}")
-    write_json(cfg.out, report)
+        write_json(cfg.out, report)
     return report
 
 

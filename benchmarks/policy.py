@@ -5,14 +5,15 @@
 
 chunk         latency of one action chunk, K Euler steps from noise: the context's keys, values and mean computed once
               per chunk, with weights stored by column (`column_major`) (ours), or at every step, with weights by row
-              (straightforward); for one and for `batch_size` observations; with --compile also ours compiled
+              (straightforward); for one and for `batch_size` observations; with --compile also ours compiled, and on
+              a GPU ours in a CUDA graph
 head step     forward and backward of Eq. (4) for `draws` pairs (tau, eps) per image: the context computed once per
               image (ours), or repeated for every pair (straightforward)
 training step (--whole) vision, language model with adapters, head and AdamW at the paper's batch size: steps per second
               and peak memory; with --compile also with compiled blocks
 
 Both versions of the head run in turns in one process and must give the same numbers. The median of the repeats counts,
-without the first calls.
+without the first calls. The JSON file is written as soon as a part is measured.
 """
 
 import sys
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timing import alternate, machine, peak_rate, ratio, work_and_share
+from timing import alternate, graphed, machine, peak_rate, ratio, work_and_share
 from torch import Tensor
 
 from vlarft.flow import euler_step, matching_loss, sample_ode
@@ -72,8 +73,8 @@ def compare(
     timings = alternate(versions, cfg.repeats, cfg.device, warmup=2)
     found: dict[str, object] = {f"{name}_s": timing.median for name, timing in timings.items()}
     found["times_faster"], found["spread"] = ratio(timings["ours"], timings["straightforward"])
-    if compiled := timings.get("compiled"):
-        found["times_faster_compiled"], found["spread_compiled"] = ratio(compiled, timings["straightforward"])
+    for name in timings.keys() - {"ours", "straightforward"}:
+        found[f"times_faster_{name}"], found[f"spread_{name}"] = ratio(timings[name], timings["straightforward"])
     return found | work_and_share(versions["ours"], timings["ours"], peak) | {"largest_difference": difference}
 
 
@@ -107,6 +108,9 @@ def time_head(cfg: Config, peak: float) -> dict[str, dict[str, object]]:
             compiled.compile_network()
             error = max(error, (chunk(rows, compiled) - slow_chunk(rows)).abs().max().item())
             versions["compiled"] = lambda: chunk(rows, compiled)
+        if cfg.device == "cuda":
+            versions["graph"] = graphed(lambda: chunk(rows))
+            error = max(error, (versions["graph"]() - slow_chunk(rows)).abs().max().item())
         return compare(cfg, versions, error, peak)
 
     def step(repeated: int, draws: int) -> tuple[Tensor, Tensor]:
@@ -190,17 +194,18 @@ def main(cfg: Config) -> dict:
         if report[name]["largest_difference"] > tolerance:
             raise RuntimeError(f"{name}: the versions differ by {report[name]['largest_difference']:.3g} > {tolerance}")
         row = report[name]
-        shown = [f"{version} {1e3 * row[f'{version}_s']:.2f} ms" for version in ("ours", "straightforward", "compiled")
-                 if f"{version}_s" in row]  # fmt: skip
+        names = ("ours", "straightforward", "compiled", "graph")
+        shown = [f"{version} {1e3 * row[f'{version}_s']:.2f} ms" for version in names if f"{version}_s" in row]
         low, high = row["spread"]
         print(f"{name:<16} {', '.join(shown)}; {row['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]", end="")
         print(f", {row['flops'] / 1e9:.1f} GFLOP, {100 * row['share_of_peak']:.0f} % of the machine's peak")
+    write_json(cfg.out, report)
     if cfg.whole:
         for compiled in (False, True) if cfg.compile else (False,):
             name = "training step, compiled" if compiled else "training step"
             report[name] = time_training(cfg, compiled)
+            write_json(cfg.out, report)
             print(f"{name:<24} {report[name]['steps_per_s']:.2f} a second")
-    write_json(cfg.out, report)
     return report
 
 

@@ -13,10 +13,10 @@ generate shared  the same with a growing cache that is filled once per start and
 
 On a CPU in float32, and ours and `generate static` also in bfloat16 ("ours, bfloat16" is `train_rft.py --precision
 bf16`); on a GPU in bfloat16. Weights are random, in the paper's layout with rotary positions only, which is what
-`LlamaForCausalLM` computes. The versions run in turns in one process. In float32 they must give the same tokens, except
-for near ties that rounding decides; the share of equal tokens is reported, also for bfloat16. `--sizes reduced` has a
-quarter of the paper's tokens per start and per frame. Writes one JSON file and, with --figure, a picture of our time
-against the numbers of frames and chunks.
+`LlamaForCausalLM` computes. The versions run in turns in one process; ours and `generate static` also with one chunk of
+one start ("single"). In float32 they must give the same tokens, except for near ties that rounding decides; the share
+of equal tokens is reported, also for bfloat16. `--sizes reduced` has a quarter of the paper's tokens per start and per
+frame. Writes one JSON file and, with --figure, a picture of our time against the numbers of frames and chunks.
 """
 
 import sys
@@ -142,6 +142,14 @@ class Workload:
         low = copy(self)
         low.model, low.llama = deepcopy(self.model).to_bfloat16(), deepcopy(self.llama).bfloat16()
         return low
+
+    def single(self) -> "Workload":
+        """Return the first chunk of the first start."""
+        one = copy(self)
+        one.frames, one.prefix, one.actions, one.bins = (
+            self.frames[:1], self.prefix[:1], self.actions[:1, :1], self.bins[:1]
+        )  # fmt: skip
+        return one
 
     def ours(self, group: int | None = None, frames: int | None = None) -> Tensor:
         """Imagine tokens (S, G, T, Nf)."""
@@ -289,13 +297,26 @@ def main(cfg: Config) -> dict:
             }
             for name, t in timings.items()
         },
-        "scaling": scaling(cfg, work),
     }
+    write_json(cfg.out, report)  # what follows may run out of time
+    one = work.single()
+    alone = alternate(
+        {"ours": one.ours, "generate static": lambda: one.generate("static")},
+        cfg.repeats,
+        cfg.device,
+        warmup=cfg.device == "cuda",
+    )
+    longer, spread = ratio(alone["ours"], alone["generate static"])
+    report["single"] = {"seconds": {name: t.median for name, t in alone.items()}, "times_as_long": longer}
+    report["single"]["spread"] = spread
+    report["scaling"] = scaling(cfg, work)
     for name, row in report["versions"].items():
         shown = f"{name:<26} {row['median']:8.3f} s, {100 * row['equal_tokens']:6.2f} % equal tokens; times ours:"
         for key, of in (("times_as_long", "spread"), ("times_as_long_as_bfloat16", "spread_as_bfloat16")):
             shown += f"  {row[key]:.2f} [{row[of][0]:.2f}, {row[of][1]:.2f}]"
         print(shown)
+    low, high = spread
+    print(f"single: generate static takes {longer:.2f} times as long as ours [{low:.2f}, {high:.2f}]")
     print(f"{work_done / 1e9:.1f} GFLOP in ours, {100 * report['share_of_peak']:.0f} % of the machine's peak")
     write_json(cfg.out, report)
     if cfg.figure:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -45,6 +46,25 @@ def alternate(
             if repeat >= warmup:
                 times[name].append(spent)
     return {name: Timing(statistics.median(spent), min(spent), max(spent)) for name, spent in times.items()}
+
+
+def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Capture a call, whose inputs keep their addresses, in a CUDA graph; return what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries initialise themselves at first use, which a capture refuses
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay
 
 
 def ratio(ours: Timing, other: Timing) -> tuple[float, list[float]]:

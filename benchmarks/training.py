@@ -156,7 +156,7 @@ def main(cfg: Config) -> dict:
             f"{name:<18} {1e3 * row['ours_s']:8.1f} ms, {row['times_faster']:.2f} times faster [{low:.2f}, {high:.2f}]"
             f", {100 * row['share_of_peak']:.0f} % of the machine's peak"
         )
-    write_json(cfg.out, report)
+        write_json(cfg.out, report)
     return report
 
 

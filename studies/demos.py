@@ -27,7 +27,7 @@ from vlarft.run.config import opt, parse
 class Config:
     out_dir: str = opt("runs/demos", "folder for all runs")
     out: str = opt("runs/demos.json", "JSON file that gathers the runs")
-    seeds: tuple[int, ...] = opt((3, 4, 5, 6, 7), "seeds of the demo; its settings were chosen on others")
+    seeds: tuple[int, ...] = opt((3, 4, 5, 6, 7), "seeds of the demo")
     demo_preset: str = opt("tiny", "preset of the demo")
 
 

@@ -181,7 +181,13 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "rollout": lambda: speed.rollout_table(result("rollout")),
     "episodes": lambda: speed.episodes_table(result("episodes")),
-    "precision": lambda: speed.precision_table({"AMX": result("precision"), "AVX512-BF16": result("precision_avx512")}),
+    "precision": lambda: speed.precision_table(
+        {
+            "AMX": result("precision"),
+            "AMX, 128 pixels": result("precision_128"),
+            "AVX512-BF16": result("precision_avx512"),
+        }
+    ),
     "undone": lambda: speed.undone_table(result("undone")),
     "pixels, decode": lambda: speed.pixels_table(result("pixels")["decode"], "decode"),
     "pixels, reward": lambda: speed.pixels_table(result("pixels")["reward"], "reward (L1 and SSIM)"),

@@ -277,9 +277,9 @@ def test_films_show_the_first_starts_that_differ():
 def test_what_the_demo_expects_to_take(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    assert demo.expected_seconds(demo.Config()) == {}  # nothing is known
-    runs = {str(i): {"probe_seconds": 0.1 * pace, "seconds": {"sft": 100.0}} for i, pace in enumerate((1, 2, 4))}
+    assert demo.expected_seconds(demo.Config(), 0.4) == {}  # nothing is known
+    runs = {str(pace): {"probe_seconds": 0.1 * pace, "seconds": {"sft": 100.0 + pace}} for pace in (4, 1, 2)}
     (tmp_path / "results" / "demo.json").write_text(json.dumps({"runs": runs}))
-    assert demo.expected_seconds(demo.PRESETS["smoke"]) == {}
-    monkeypatch.setattr(demo, "probe_seconds", lambda: 0.4)  # a machine twice as slow as that of the run between
-    assert demo.expected_seconds(demo.Config()) == {"sft": pytest.approx(200)}
+    assert demo.expected_seconds(demo.PRESETS["smoke"], 0.4) == {}
+    # here everything takes four times as long as in the run that nothing disturbed
+    assert demo.expected_seconds(demo.Config(), 0.4) == {"sft": pytest.approx(404)}
