@@ -22,7 +22,8 @@ Writes to out_dir: model.safetensors (the whole policy with its sigma net), trai
 same command resumes an interrupted run.
 
 The objective, where it differs from Eq. (13):
-- The reward is 1 for success, else 0. A group of one outcome has no advantage and is left out of the mean.
+- The reward is 1 for success, else 0. A group of one outcome has no advantage and is left out of the mean; a step in
+  which all groups are of one outcome changes nothing.
 - One ratio per action step, clipped; the log-densities of its K flow steps are averaged, as in Eq. (8).
 - Actions after the first success, which nobody plays, are left out. An episode's actions weigh 1 / its length, so that
   long episodes, often failures, do not outweigh short ones (WoVR).
@@ -328,7 +329,7 @@ def episode_loss(cfg: Config, policy: VLAPolicy, chunks: Attempts, weight: Tenso
 
 def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor) -> dict[str, float]:
     """Accumulate the gradients of the objective over all chunks that have a weight, `micro_chunks` at a time; return
-    its metrics: none if no chunk has one. Metrics are means over the chunks, but those named `..._max` are maxima.
+    its metrics. They are means over the chunks, but those named `..._max` are maxima.
     """
     used, totals = weight.ne(0).any(1).nonzero()[:, 0], {}
     for first in range(0, len(used), cfg.micro_chunks):
@@ -405,17 +406,17 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         # update flow head and sigma net, Eq. (13)
         for group, name in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = rates[name] * rate_factor(step, share, WARMUP, "constant")
-        for epoch in range(cfg.epochs):
+        # the flow-matching term alone would be a full step all the same, since Adam takes no account of its weight
+        mixed, update = bool(weight.any()), {}
+        for epoch in range(cfg.epochs if mixed else 0):
             optimizer.zero_grad(set_to_none=True)
             update = backward(cfg, policy, attempts, weight)
             if demonstrations is not None:
                 mse = demonstration_loss(cfg, policy, demonstrations, step * cfg.epochs + epoch)
                 (cfg.mse_weight * mse).backward()
                 update["mse"] = mse.item()
-            if not update:  # all groups had one outcome, and there is no flow-matching term
-                break
             update["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
-            loss = update.get("policy_loss", 0.0) + cfg.mse_weight * update.get("mse", 0.0)
+            loss = update["policy_loss"] + cfg.mse_weight * update.get("mse", 0.0)
             check_finite(loss, step, update, lambda: world.names)
             optimizer.step()
 

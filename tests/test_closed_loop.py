@@ -191,8 +191,9 @@ def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
 
 
 def test_without_a_mixed_group_there_is_no_update(config, policy_file):
-    metrics = train_rl.main(dataclasses.replace(config, mse_weight=0.0), world=Toy(lambda i, chunk: 99))
-    assert metrics["constant_groups"] == 1 and "grad_norm" not in metrics
+    """Nor one of the flow-matching term alone."""
+    metrics = train_rl.main(config, world=Toy(lambda i, chunk: 99))
+    assert config.mse_weight and metrics["constant_groups"] == 1 and "grad_norm" not in metrics
     before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
     assert all(torch.equal(v, after.get_parameter(k)) for k, v in before.named_parameters())
 
@@ -213,18 +214,19 @@ def test_the_flow_matching_term_imitates_what_was_intended(policy, config, monke
 
 
 def test_the_weight_of_the_flow_matching_term(config, tmp_path, monkeypatch):
-    """Without a mixed group it is all that updates, with another batch in every step and epoch."""
-    norms, asked, term = {}, [], train_rl.demonstration_loss
+    """Where the objective has no gradient, it is all that updates, with another batch in every step and epoch."""
+    norms, asked, term, objective = {}, [], train_rl.demonstration_loss, train_rl.episode_loss
     monkeypatch.setattr(
         train_rl, "demonstration_loss", lambda *arguments: asked.append(arguments[3:]) or term(*arguments)
     )
+    monkeypatch.setattr(train_rl, "episode_loss", lambda *arguments: (0 * objective(*arguments)[0], {}))
     for weight in (0.5, 1.0):
         cfg = dataclasses.replace(config, mse_weight=weight, out_dir=str(tmp_path / str(weight)))
-        train_rl.main(cfg, world=Toy(lambda i, chunk: 99))
+        train_rl.main(cfg, world=Toy(by_number))
         rows = [json.loads(line) for line in Path(cfg.out_dir, "log.jsonl").read_text().splitlines()]
         norms[weight] = rows[0]["grad_norm"]
     assert norms[1.0] == pytest.approx(2 * norms[0.5], rel=1e-4)
-    train_rl.main(dataclasses.replace(config, epochs=2), world=Toy(lambda i, chunk: 99))
+    train_rl.main(dataclasses.replace(config, epochs=2), world=Toy(by_number))
     assert asked == [(0,), (1,)] * 2 + [(0,), (1,), (2,), (3,)]
 
 

@@ -14,6 +14,7 @@ from test_success import places, world_model  # noqa: F401, fixtures
 import eval_wm
 import train_rl
 import train_success
+from vlarft import closed_loop
 from vlarft.data import load_episodes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode, RobotState
@@ -224,6 +225,9 @@ def test_the_proprio_model_adds_up_motion():
         for motion in (now - before, torch.zeros_like(now))
     )
     assert known < 0.5 * unknown
+    first = torch.from_numpy(last.proprio[:9])  # an episode begins at rest
+    states, _ = model.rollout(RobotState(first[:1], torch.zeros(1, 8)), torch.from_numpy(last.actions[None, :8]))
+    assert (states[0] - first[1:]).abs().mean() < 0.1 * (first[8] - first[0]).abs().mean()
     again = fit_proprio_model(episodes[:-1], 0, steps=300)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     fit_proprio_model(episodes, 0, horizon=60, steps=1)  # as far as they go
@@ -419,7 +423,18 @@ def config(places, policy_file, world_model, success_model, tmp_path):  # noqa: 
     )
 
 
-def test_a_run_in_imagination(config, tmp_path, capsys):
+@pytest.fixture
+def two_outcomes(monkeypatch):
+    """Every other attempt of a group succeeds, whatever it does: untrained policies fail all the time."""
+
+    def play(*arguments, **options):
+        attempts = closed_loop.play(*arguments, **options)
+        return attempts._replace(success=torch.arange(attempts.success.shape[1]).expand_as(attempts.success) % 2 == 0)
+
+    monkeypatch.setattr(train_rl, "play", play)
+
+
+def test_a_run_in_imagination(config, tmp_path, capsys, two_outcomes):
     metrics = train_rl.main(config)
     assert metrics["episode_steps"] <= 16 and "mse" in metrics
     rows = [json.loads(line) for line in Path(config.out_dir, "log.jsonl").read_text().splitlines()]
@@ -493,7 +508,7 @@ def test_refusals(config, tmp_path, policy_file):
 
 
 @pytest.mark.parametrize("world", ["imagination", "simulator"])
-def test_resume_equals_no_interruption(config, tmp_path, monkeypatch, capsys, world):
+def test_resume_equals_no_interruption(config, tmp_path, monkeypatch, capsys, world, two_outcomes):
     given = {"world": world, "success_model": None} if world == "simulator" else {"world": world}
     config = dataclasses.replace(config, steps=2, starts=1, **given)
     train_rl.main(config)
@@ -502,8 +517,10 @@ def test_resume_equals_no_interruption(config, tmp_path, monkeypatch, capsys, wo
     capsys.readouterr()
     train_rl.main(parts)
     assert "outcome gate" not in capsys.readouterr().err  # it has passed
-    one, other = (VLAPolicy.load(c.out_dir).state_dict() for c in (config, parts))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    one, other = (VLAPolicy.load(c.out_dir) for c in (config, parts))
+    both = [policy.state_dict() | policy.sigma_net.state_dict() for policy in (one, other)]
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+    assert one.sigma_net.output.weight.any()  # zero before training
 
 
 def test_eval_wm_judges_whole_episodes(config, tmp_path, capsys):

@@ -101,13 +101,14 @@ def fit_proprio_model(
     for name, values in columns.items():
         getattr(model, f"{name}_mean").copy_(torch.from_numpy(values.mean(0)))
         getattr(model, f"{name}_std").copy_(torch.from_numpy(values.std(0)).clamp_min(1e-4))
-    starts = [(i, t) for i, e in enumerate(long_enough) for t in range(1, len(e) - horizon)]
+    paths = [np.concatenate([e.proprio[:1], e.proprio]) for e in long_enough]  # an episode begins at rest
+    starts = [(i, t) for i, e in enumerate(long_enough) for t in range(len(e) - horizon)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         rng = numpy_generator("proprio batch", seed, step)
         rows = [starts[k] for k in rng.integers(len(starts), size=batch_size)]
-        proprio = torch.from_numpy(np.stack([long_enough[i].proprio[t - 1 : t + horizon + 1] for i, t in rows]))
+        proprio = torch.from_numpy(np.stack([paths[i][t : t + horizon + 2] for i, t in rows]))
         actions = torch.from_numpy(np.stack([long_enough[i].actions[t : t + horizon] for i, t in rows]))
         # a quarter starts without the last motion, as where it is not known
         motion = (proprio[:, 1] - proprio[:, 0]) * torch.from_numpy(rng.random((batch_size, 1)) > 0.25)
