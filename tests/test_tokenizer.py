@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vlarft.action_bins import ActionBins
-from vlarft.nets.frame_networks import CrossAttention
+from vlarft.nets.frame_networks import CrossAttention, GroupNorm
 from vlarft.run.checkpoint import save_model
 from vlarft.tokenizer import (
     FSQ,
@@ -333,3 +333,20 @@ def test_errors():
         bins.set_range(torch.zeros(6), torch.ones(6))
     with pytest.raises(ValueError, match="finite with low <= high"):
         bins.set_range(torch.ones(7), torch.zeros(7))
+
+
+def test_channels_last_stay_last_behind_the_group_norm_of_a_gpu(monkeypatch):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+        __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    def of_cuda(x, *args):  # its kernel returns channels first
+        return plain(x, *args).contiguous()
+
+    plain, last = torch.nn.functional.group_norm, torch.channels_last
+    monkeypatch.setattr(torch.nn.functional, "group_norm", of_cuda)
+    x = torch.rand(2, 8, 4, 4).contiguous(memory_format=last)
+    out = GroupNorm(2, 8)(x.as_subclass(OnGPU))
+    assert out.is_contiguous(memory_format=last) and not of_cuda(x, 2).is_contiguous(memory_format=last)
+    assert torch.equal(out, plain(x, 2))
+    assert not GroupNorm(2, 8)(x.contiguous().as_subclass(OnGPU)).is_contiguous(memory_format=last)
