@@ -19,6 +19,7 @@ an interrupted demo: finished stages are skipped, the one that was cut short goe
 """
 
 import json
+import math
 import os
 import platform
 import time
@@ -236,7 +237,7 @@ def versions() -> dict[str, str]:
 
 
 def probe_seconds() -> float:
-    """Time a small training step on one thread, the fastest of a second [s]: how fast this machine is now."""
+    """Repeat a small training step on one thread for a second; return the shortest [s]: how fast this machine is."""
     network = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Flatten(), torch.nn.Linear(64 * 30 * 30, 128))
     images, threads, times = torch.zeros(16, 32, 32, 32), torch.get_num_threads(), []
     torch.set_num_threads(1)
@@ -249,14 +250,16 @@ def probe_seconds() -> float:
 
 
 def expected_seconds(cfg: Config, probe: float) -> dict[str, float]:
-    """Expect of each stage the time that it took in the committed run whose machine was least disturbed, by the speed
-    of this machine, see `probe_seconds`; {} if unknown.
+    """Expect of each stage the time that it took in the committed run whose probe was fastest; {} if unknown.
+
+    On a slower machine it is more, by the square root of the probes' ratio: other load slows a probe more than stages.
     """
     path = ROOT / "results" / "demo.json"
     if cfg.stage_preset != "tiny" or not path.is_file():
         return {}
     run = min(json.loads(path.read_text())["runs"].values(), key=lambda run: run["probe_seconds"])
-    return {name: seconds * probe / run["probe_seconds"] for name, seconds in run["seconds"].items()}
+    slower = math.sqrt(probe / run["probe_seconds"])
+    return {name: slower * seconds for name, seconds in run["seconds"].items()}
 
 
 def main(cfg: Config) -> dict:

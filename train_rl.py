@@ -406,7 +406,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         # update flow head and sigma net, Eq. (13)
         for group, name in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = rates[name] * rate_factor(step, share, WARMUP, "constant")
-        # the flow-matching term alone would be a full step all the same, since Adam takes no account of its weight
+        # Adam's step does not depend on the scale of the gradient: alone, the flow-matching term would take a full one
         mixed, update = bool(weight.any()), {}
         for epoch in range(cfg.epochs if mixed else 0):
             optimizer.zero_grad(set_to_none=True)

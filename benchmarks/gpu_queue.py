@@ -5,13 +5,13 @@
     python benchmarks/gpu_queue.py --device cpu                 at smoke size, without the stages, on any machine
     python benchmarks/gpu_queue.py --write-list                 rewrites benchmarks/gpu_queue.md, and runs nothing
 
-The package need not be installed, only torch, safetensors, einops and tqdm; transformers, for the rollout. Every item
-is a process of its own with a time limit of its own; what is left of it is killed, and the next one starts. Nothing is
-downloaded. A part that this machine lacks is replaced or left out, and the item's entry says so; mujoco, which makes
-demonstrations, is one wheel: `pip install --no-index --find-links WHEELS mujoco`. `out_dir` gets a file for each item,
-most of them as soon as a part of it is measured, and queue.json: for each item its command, state, seconds, and the end
-of what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs again. Copy
-the files of items that passed to results/. Status 1 where an item failed or ran out of time.
+The package need not be installed, only torch, numpy, safetensors, einops and tqdm. Every item is a process of its own
+with a time limit of its own; what is left of it is killed, and the next one starts. Nothing is downloaded. A part that
+this machine lacks is replaced or left out, and the item's entry says so; carry wheels there (`pip download -d wheels
+mujoco h5py`) and install them by `pip install --no-index --find-links wheels mujoco h5py`. `out_dir` gets a file for
+each item, most of them as soon as a part of it is measured, and queue.json: for each item its command, state, seconds,
+and the end of what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs
+again. Copy the files of items that passed to results/. Status 1 where an item failed or ran out of time.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Item(NamedTuple):
     flags: on a GPU; a part in braces is that of `parts`.
     smoke: flags at smoke size on any machine, beside `--preset smoke`.
     alone: runs only if it is asked for by name.
-    needs: a module without which it is left out.
+    needs: modules without which it is left out.
     """
 
     what: str
@@ -56,7 +56,7 @@ class Item(NamedTuple):
     flags: str
     smoke: str = ""
     alone: bool = False
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
     def words(self, device: str, out: Path) -> list[str]:
         """Return the command line."""
@@ -77,7 +77,7 @@ QUEUE = {
     ),
     "rollout": Item(
         "rollouts of preset `paper`, batched and a single chunk, against transformers' `generate`",
-        115, "rollout.py", "--sizes paper --starts 4 --repeats 2",
+        115, "rollout.py", "--sizes paper --starts 4 --repeats 2", needs=("transformers",),
     ),
     "policy": Item(
         "policy, preset `paper`: chunk latency, training steps a second at batch 16, peak memory, with and without "
@@ -90,11 +90,11 @@ QUEUE = {
     ),
     "training": Item(
         "training steps of tokenizer and world model, preset `paper`",
-        60, "training.py", "--sizes paper --segments 4 --repeats 3",
+        60, "training.py", "--sizes paper --segments 4 --repeats 3", needs=("transformers",),
     ),
     "world model": Item(
         "the strongest Tabletop world model of eight minutes: four suites, preset `tiny`, bfloat16",
-        560, "gpu_world_model.py", "", alone=True, needs="mujoco",
+        560, "gpu_world_model.py", "", alone=True, needs=("mujoco", "h5py"),
     ),
 }  # fmt: skip
 BY_HAND = {
@@ -136,12 +136,17 @@ PRESETS = {"paper": Config()}
 
 def parts() -> dict[str, tuple[str, str]]:
     """List what depends on installed packages, by its name in `Item.flags`: flags here, and what is said of them."""
-    lpips, mujoco = (importlib.util.find_spec(name) for name in ("lpips", "mujoco"))
+    lacking = missing("mujoco", "h5py", "matplotlib")
     random = "its VGG weights are random, on which times do not depend"
     return {
-        "lpips": ("lpips", random) if lpips else ("ssim", "lpips is not installed here: ssim in its place"),
-        "stages": ("", "") if mujoco else ("--no-stages", "mujoco is not installed here: no stage runs"),
+        "lpips": ("ssim", "no lpips here: ssim in its place") if missing("lpips") else ("lpips", random),
+        "stages": ("--no-stages", f"no {lacking} here: no stage runs") if lacking else ("", ""),
     }
+
+
+def missing(*modules: str) -> str:
+    """Name the first of some modules that is not installed; "" if all are."""
+    return next((name for name in modules if importlib.util.find_spec(name) is None), "")
 
 
 def file_name(item: str) -> str:
@@ -226,8 +231,8 @@ def main(cfg: Config) -> dict:
         used = [said for part, (_, said) in parts().items() if f"{{{part}}}" in item.flags and said]
         if cfg.device == "cuda" and used:  # at smoke size all items run with what every machine has
             entry["replaced"] = "; ".join(used)
-        if item.needs and importlib.util.find_spec(item.needs) is None:
-            entry["state"] = f"left out: {item.needs} is not installed here"
+        if lacking := missing(*item.needs):
+            entry["state"] = f"left out: no {lacking} here"
         elif time.monotonic() - started + item.seconds > 60 * cfg.minutes:
             entry["state"] = "not started: too little time left"
         else:
@@ -242,7 +247,7 @@ def main(cfg: Config) -> dict:
         if entry["state"] in ("failed", "out of time"):
             print(entry["output"], flush=True)
         write_json(path, report)
-    print("\n" + "\n".join(f"{name:<12} {e['state']:<34} {e.get('seconds', 0):>6} s" for name, e in made.items()))
+    print("\n" + "\n".join(f"{name:<12} {e['state']:<36} {e.get('seconds', 0):>6} s" for name, e in made.items()))
     return made
 
 

@@ -307,8 +307,9 @@ def main(cfg: Config) -> dict:
         warmup=cfg.device == "cuda",
     )
     longer, spread = ratio(alone["ours"], alone["generate static"])
-    report["single"] = {"seconds": {name: t.median for name, t in alone.items()}, "times_as_long": longer}
-    report["single"]["spread"] = spread
+    same = (one.ours() == one.generate("static")).float().mean().item()
+    report["single"] = {"seconds": {name: t.median for name, t in alone.items()}, "equal_tokens": same}
+    report["single"] |= {"times_as_long": longer, "spread": spread}
     report["scaling"] = scaling(cfg, work)
     for name, row in report["versions"].items():
         shown = f"{name:<26} {row['median']:8.3f} s, {100 * row['equal_tokens']:6.2f} % equal tokens; times ours:"

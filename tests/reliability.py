@@ -54,7 +54,7 @@ import numpy as np
 import records
 import torch
 from bad_commands import bad_lines, told
-from conftest import write_moving_square
+from conftest import every_other_succeeds, write_moving_square
 from test_rlds import content as rlds_episode
 from test_rlds import make as rlds_files
 
@@ -385,6 +385,7 @@ def places() -> Iterator[Places]:
         held_out = [e.name for e in load_episodes(both, successes_only=False)][1::2]
         save_model(root / "judged" / "model.safetensors", model, model.cfg, {**extra, "held_out_episodes": held_out})
         train_success.fit_proprio_model = partial(fit_proprio_model, steps=20)  # nothing is written while it learns
+        train_rl.play = every_other_succeeds
         train_success.main(replace(success, out_dir=str(root / "success")))
         played = replace(evaluation, out_dir=str(root / "played"))
         eval_libero.main(played)

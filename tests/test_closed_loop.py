@@ -194,6 +194,8 @@ def test_without_a_mixed_group_there_is_no_update(config, policy_file):
     """Nor one of the flow-matching term alone."""
     metrics = train_rl.main(config, world=Toy(lambda i, chunk: 99))
     assert config.mse_weight and metrics["constant_groups"] == 1 and "grad_norm" not in metrics
+    state = torch.load(f"{config.out_dir}/train_state.pt", weights_only=True)
+    assert not state["optimizer"]["state"] and not VLAPolicy.load(config.out_dir).sigma_net.output.weight.any()
     before, after = VLAPolicy.load(policy_file), VLAPolicy.load(config.out_dir)
     assert all(torch.equal(v, after.get_parameter(k)) for k, v in before.named_parameters())
 

@@ -1,6 +1,7 @@
 """The GPU queue: limits, failures, what it leaves behind; the checks; a world model in pieces and joined again."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,18 +47,21 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, mon
             "open(out + '.pid', 'w').write(str(child.pid))\ntime.sleep(60)",
             seconds=3,
         ),
-        "good": item(queue, tmp_path, "good", "import vlarft\njson.dump({'ratio': 2}, open(out, 'w'))", 9, "{lpips}"),
-        "lacking": item(queue, tmp_path, "lacking", "")._replace(needs="mujoco"),
+        "good": item(
+            queue, tmp_path, "good",
+            "import os\njson.dump({'ratio': 2, 'path': os.environ['PYTHONPATH']}, open(out, 'w'))", flags="{lpips}",
+        ),
+        "lacking": item(queue, tmp_path, "lacking", "")._replace(needs=("torch", "mujoco")),
         "late": item(queue, tmp_path, "late", "", seconds=3600),
         "alone": item(queue, tmp_path, "alone", "")._replace(alone=True),
     }  # fmt: skip
     monkeypatch.setattr(queue, "QUEUE", items)
-    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: name == "torch" or None)
     report = queue.main(queue.Config(device="cpu", out_dir=str(tmp_path / "out")))
     states = {name: entry["state"] for name, entry in report.items()}
     assert states == {
         "bad": "failed", "slow": "out of time", "good": "passed", "late": "not started: too little time left",
-        "lacking": "left out: mujoco is not installed here",
+        "lacking": "left out: no mujoco here",
     }  # fmt: skip
     assert "so it was" in report["bad"]["output"] and "ValueError: broken" in report["bad"]["output"]
     assert 3 <= report["slow"]["seconds"] < 15
@@ -67,9 +71,13 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, mon
     assert not alive(pid)
     assert "replaced" not in report["good"]  # at smoke size nothing asks for it
     made = json.loads((tmp_path / "out" / "good_gpu.json").read_text())
+    assert made["path"].split(os.pathsep)[0] == str(queue.ROOT / "src")  # nobody has installed the package
     assert made["ratio"] == 2 and made["commit"] == queue.commit()
     assert json.loads((tmp_path / "out" / "queue.json").read_text()) == report
     assert "slow         out of time" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = queue.main(queue.Config(only=("good",), out_dir=str(tmp_path / "gpu")))
+    assert report["good"]["replaced"] == "no lpips here: ssim in its place"
 
 
 def test_a_later_call_adds_to_the_report_and_keeps_no_old_file(queue, tmp_path, monkeypatch):
@@ -108,7 +116,7 @@ def test_a_queue_that_is_told_to_stop_ends_its_item(tmp_path, queue):
 
 
 def test_flags_of_the_items(queue, load_benchmark, monkeypatch):
-    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: name == "mujoco" or None)
+    monkeypatch.setattr(queue.importlib.util, "find_spec", lambda name: name != "lpips" or None)
     words = queue.QUEUE["rft step"].words("cuda", Path("o.json"))
     assert " ".join(words[2:]) == (
         "--sizes paper --policy paper --perceptual ssim --repeats 2 --versions none --device cuda --out o.json"

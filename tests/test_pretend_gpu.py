@@ -51,7 +51,7 @@ def test_stages_move_their_tensors_to_the_device(both_outcomes, tmp_path, monkey
     assert ran.stdout.count("on the device: ") == 8
     for folder in (tokenizer, wm, sft, success, rft, divergence, rl):
         assert (folder / "model.safetensors").is_file()
-    assert (evaluated / "results.json").is_file()
+    assert (evaluated / "results.json").is_file() and '"policy_loss"' in (rl / "log.jsonl").read_text()
 
 
 def test_a_tensor_left_on_the_cpu_is_an_error(tmp_path):

@@ -20,6 +20,7 @@ def test_rollout_against_generate(load_benchmark, transformers, tmp_path, monkey
     assert all(report["versions"][name]["equal_tokens"] == 1 for name in exact)
     assert report["versions"]["ours, bfloat16"]["equal_tokens"] > 0.5  # a near tie sends the rest of a row elsewhere
     assert report["versions"]["ours, bfloat16"]["times_as_long_as_bfloat16"] == 1
+    assert report["single"]["equal_tokens"] == 1 and set(report["single"]["seconds"]) == {"ours", "generate static"}
     assert [number for number, _ in report["scaling"]["group"]] == [1, 2, 3] and (tmp_path / "figures/r.png").is_file()
     whole = benchmark.Workload.generate
     monkeypatch.setattr(benchmark.Workload, "generate", lambda self, kind: whole(self, kind).roll(1, 0))

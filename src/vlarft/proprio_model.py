@@ -72,7 +72,8 @@ class ProprioModel(nn.Module):
 def fit_proprio_model(
     episodes: Sequence[Episode], seed: int, *, steps: int = 1500, horizon: int = 8, batch_size: int = 256
 ) -> ProprioModel:
-    """Fit a proprio model to recorded episodes: the error over `horizon` steps that follow one another.
+    """Fit a proprio model to recorded episodes, each of which is taken to begin at rest: the error over `horizon` steps
+    that follow one another.
 
     Args:
         episodes: of one robot.
