@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "AVX512-BF16": result("precision_avx512"),
         }
     ),
+    "formats": lambda: stage.formats_table(read("precision")),
     "undone": lambda: speed.undone_table(result("undone")),
     "pixels, decode": lambda: speed.pixels_table(result("pixels")["decode"], "decode"),
     "pixels, reward": lambda: speed.pixels_table(result("pixels")["reward"], "reward (L1 and SSIM)"),
