@@ -77,7 +77,7 @@ QUEUE = {
     ),
     "rollout": Item(
         "rollouts of preset `paper`, batched and a single chunk, against transformers' `generate`",
-        115, "rollout.py", "--sizes paper --starts 4 --repeats 2", needs=("transformers",),
+        115, "rollout.py", "--sizes paper --starts 4 --repeats 1", needs=("transformers",),
     ),
     "policy": Item(
         "policy, preset `paper`: chunk latency, training steps a second at batch 16, peak memory, with and without "

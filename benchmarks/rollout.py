@@ -300,14 +300,10 @@ def main(cfg: Config) -> dict:
     }
     write_json(cfg.out, report)  # what follows may run out of time
     one = work.single()
-    alone = alternate(
-        {"ours": one.ours, "generate static": lambda: one.generate("static")},
-        cfg.repeats,
-        cfg.device,
-        warmup=cfg.device == "cuda",
-    )
+    calls = {"ours": kept("ours", one.ours), "generate static": kept("alone", lambda: one.generate("static"))}
+    alone = alternate(calls, cfg.repeats, cfg.device, warmup=cfg.device == "cuda")
     longer, spread = ratio(alone["ours"], alone["generate static"])
-    same = (one.ours() == one.generate("static")).float().mean().item()
+    same = (tokens["ours"] == tokens["alone"]).float().mean().item()
     report["single"] = {"seconds": {name: t.median for name, t in alone.items()}, "equal_tokens": same}
     report["single"] |= {"times_as_long": longer, "spread": spread}
     report["scaling"] = scaling(cfg, work)
