@@ -20,6 +20,7 @@ import pytest
 from vlarft.run.config import command_line, from_dict, parse, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
+LOADED = {"VLAPolicy": "tabletop_after", "WorldModel": "tabletop_world_model"}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 STUDIES = sorted([*ROOT.glob("studies/*.py"), *ROOT.glob("benchmarks/*.py")])
 MODULES = {
@@ -89,6 +90,13 @@ def test_import_is_light_and_silent():
     code = "import sys, vlarft; print(sorted({'torch', 'mujoco', 'h5py', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_loading_a_model_imports_no_compiler():
+    """Which takes seconds: of every evaluation, of every server and of each of their workers."""
+    load = "".join(f"vlarft.{name}.load({str(ROOT / 'checkpoints' / folder)!r}); " for name, folder in LOADED.items())
+    code = f"import sys, vlarft; {load} print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_skips_fail_in_ci(tmp_path):

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -30,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vlarft.run import migration
 from vlarft.run.config import differences, from_dict, to_dict
@@ -50,6 +52,8 @@ FREE = (
 )
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a write raises where there is no room
+
+SPARE = 10**7  # numbers that a model may have beside its weights: masks, positions
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -297,15 +301,44 @@ def load_model(
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
     try:
-        with torch.device("meta"):  # allocates nothing
-            expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+        model = _build(model_class, config, SPARE + 4 * sum(map(math.prod, shapes.values())))
     except (RuntimeError, ArithmeticError, LookupError, TypeError) as error:  # negative sizes, a division by zero, ...
         raise ValueError(f"{path}: no {model_class.__name__} has the sizes of its config ({error})") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     compare_shapes(expected, shapes, f"{path} does not fit {model_class.__name__}")
-    model = model_class(config)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = model_class(config)
     load_weights(model, load_file(path), str(path))
     model.checkpoint = path
     return model.to(device).eval(), header.extra
+
+
+def _build(model_class: type[ModelT], config: Any, most: int) -> ModelT:
+    """Build a model; if it has more than `most` numbers or cannot be built, on the meta device, which allocates nothing
+    but imports torch's compiler, and that takes seconds.
+    """
+    try:
+        with _AtMost(most):
+            return model_class(config)
+    except RuntimeError:
+        with torch.device("meta"):
+            return model_class(config)
+
+
+class _AtMost(TorchFunctionMode):
+    """Stops where more than so many numbers are made."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.left = numbers
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.randn, torch.zeros, torch.ones, torch.full):
+            self.left -= made.numel()
+            if self.left < 0:
+                raise RuntimeError("too many numbers")
+        return made
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
