@@ -164,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "imagination, changes": lambda: stage.imagination_arms_table(
         read("imagination"), imagination_changes(), "tabletop_object", "0"
     ),
+    "exploration": lambda: stage.exploration_table(read("exploration")),
     "group ranking": lambda: stage.ranking_table({"demo's, refreshed": read("group_ranking")}),
     "libero, minutes": lambda: stage.libero_minutes_table(read("libero")),
     "libero, curve": lambda: stage.libero_curve_table(read("libero")),
