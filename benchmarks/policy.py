@@ -73,7 +73,7 @@ def compare(
     timings = alternate(versions, cfg.repeats, cfg.device, warmup=2)
     found: dict[str, object] = {f"{name}_s": timing.median for name, timing in timings.items()}
     found["times_faster"], found["spread"] = ratio(timings["ours"], timings["straightforward"])
-    for name in list(timings)[2:]:
+    for name in (name for name in timings if name not in ("ours", "straightforward")):
         found[f"times_faster_{name}"], found[f"spread_{name}"] = ratio(timings[name], timings["straightforward"])
     return found | work_and_share(versions["ours"], timings["ours"], peak) | {"largest_difference": difference}
 

@@ -243,6 +243,27 @@ def test_sizes_are_compared_before_they_are_allocated(tmp_path):
         checkpoint.load_model(path, Net, NetConfig)
 
 
+def test_a_model_of_far_more_numbers_than_its_file_is_not_built(tmp_path, monkeypatch):
+    built, path = [], tmp_path / "m.safetensors"
+
+    class Net(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.linear = nn.Linear(cfg.width, 1)
+            built.append(self.linear.weight.is_meta)
+
+    net = Net(NetConfig())
+    checkpoint.save_model(path, net, NetConfig(1000))
+    monkeypatch.setattr(checkpoint, "SPARE", 0)
+    with pytest.raises(ValueError, match=r"linear.weight has shape \(1, 2\), expected \(1, 1000\)"):
+        checkpoint.load_model(path, Net, NetConfig)
+    assert built == [False, True]  # the first one is `net`
+    checkpoint.save_model(path, net, NetConfig())
+    monkeypatch.setattr(checkpoint, "SPARE", -20)  # whatever its reason, a model that fits its file is loaded
+    loaded, _ = checkpoint.load_model(path, Net, NetConfig)
+    assert torch.equal(loaded.linear.weight, net.linear.weight) and built[2:] == [True, False]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_of_a_diverged_run_are_refused(tmp_path, value):
     net = Net(NetConfig())
