@@ -56,7 +56,7 @@ from vlarft.run.checkpoint import (
     write_atomic,
     write_json,
 )
-from vlarft.run.config import Processes, Range, Rows, Side, Whole, opt, to_dict
+from vlarft.run.config import Count, Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
@@ -96,6 +96,9 @@ class Config:
     episodes: Annotated[int, Range(1, NUM_INITIAL_STATES)] = opt(
         NUM_INITIAL_STATES, "initial states per task, from 0 (LIBERO's protocol: 50)"
     )
+    horizon: Count | None = opt(
+        None, "actions after which an episode ends without success; none: the suite's limit, LIBERO's protocol"
+    )
     perturb: str | None = opt(
         None, "perturbed starts (Tables 3, 8), cm and for the robot mm: object:2.5, robot:20, all:5/5/50, object:5:x"
     )
@@ -126,6 +129,7 @@ PRESETS = {
         **{**TABLETOP, "suites": ("tabletop_object",)},
         tasks=("0",),
         episodes=2,
+        horizon=64,
         num_flow_steps=2,
         batch_size=2,
         workers=0,
@@ -179,7 +183,7 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
         if cfg.plan > 1:
             planner = _planner(path, digest, cfg.world_model, cfg.success_model, cfg.plan_chunks)
             actor = PlanningActor(planner, cfg.plan, suite, task, **options)
-    options = {"image_size": size, "execute": cfg.execute, **_starts_and_pixels(cfg)}
+    options = {"image_size": size, "execute": cfg.execute, "horizon": cfg.horizon, **_starts_and_pixels(cfg)}
     return [{"policy": path, "digest": digest, **r} for r in play_episodes(actor, suite, task, states, **options)]
 
 
@@ -237,6 +241,8 @@ def print_table(results: dict) -> None:
         print(line)
     if results["config"]["perturb"]:
         print(f"perturbed starts {results['config']['perturb']}: {results['rejected_starts']} samples rejected")
+    if results["config"]["horizon"]:
+        print(f"an episode ends after {results['config']['horizon']} actions, if the suite's limit is not below")
     if results["played_again"]:
         print(f"{results['played_again']} episodes were played again, since a worker process died over them")
     for entry in results["policies"]:

@@ -125,9 +125,10 @@ def run_in_fork(command: Sequence[str]) -> None:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    # once, not in every fork: the script, on the path of pyproject.toml, and what torch imports late, in two seconds
+    # once, not in every fork: the script, on the path of pyproject.toml, and what is imported late, in seconds
     script = importlib.import_module(Path(command[0]).stem)
-    importlib.import_module("torch._dynamo")
+    for late in ("torch._dynamo", "mujoco"):
+        importlib.import_module(late)
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():

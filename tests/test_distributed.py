@@ -116,21 +116,21 @@ def test_tokenizer(demos, tmp_path):
 
 def test_torchrun(demos, tmp_path):
     """A killed process: all start again from the last checkpoint. SIGTERM: saved, and another number goes on."""
-    flags = ["--preset", "smoke", "--demos", demos, "--steps", 60, "--log-interval", 1, "--validation-fraction", 0.2]
-    flags += ["--save-interval", 2, "--validation-interval", 60]
+    flags = ["--preset", "smoke", "--demos", demos, "--steps", 30, "--log-interval", 1, "--validation-fraction", 0.2]
+    flags += ["--save-interval", 4, "--validation-interval", 30]
     folder = tmp_path / "parts"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", str(ROOT / "train_tokenizer.py"), *map(str, flags), "--out-dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
-        await_steps(torchrun, folder, 6)
+        await_steps(torchrun, folder, 5)
         workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         second = [int(w) for w in workers if "LOCAL_RANK=1\0" in Path(f"/proc/{w}/environ").read_text()]
         os.kill(second[0], signal.SIGKILL)
-        await_steps(torchrun, folder, 20)
+        await_steps(torchrun, folder, 10)
         torchrun.terminate()
         output = torchrun.communicate(timeout=240)[0]
     assert torchrun.returncode != 0 and output.count("told to stop: saved step") == 1, output[-3000:]
-    assert output.count("tokenizer  1/60  loss") == 1, output[-3000:]  # it did not start anew
+    assert output.count("tokenizer  1/30  loss") == 1, output[-3000:]  # it did not start anew
     here("train_tokenizer.py", *flags, "--out-dir", folder)
     here("train_tokenizer.py", *flags, "--out-dir", tmp_path / "whole")
     # codes are rounded, and two processes round some another way than one: the longer they ran, the more it shows;

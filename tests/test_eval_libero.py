@@ -44,11 +44,16 @@ def test_results_and_pairing(config, other_policy, capsys):
     )
     starts = [(r["task"], r["init_state"]) for r in records(config)]
     assert sorted(starts) == [(0, 0), (0, 0), (0, 1), (0, 1)]
-    horizon = 180
-    assert all(r["success"] or r["steps"] == horizon for r in records(config))
+    assert all(r["success"] or r["steps"] == config.horizon == 64 for r in records(config))
     assert json.loads((Path(config.out_dir) / "results.json").read_text()) == json.loads(json.dumps(results))
     assert len(list(Path(config.out_dir).glob("policy*.gif"))) == 2
-    assert "[0.0, 65.8]  0/2" in capsys.readouterr().out  # Wilson's interval of 0 of 2
+    printed = capsys.readouterr().out
+    assert "[0.0, 65.8]  0/2" in printed  # Wilson's interval of 0 of 2
+    assert "an episode ends after 64 actions, if the suite's limit is not below" in printed
+    whole = dataclasses.replace(config, policies=("random",), horizon=None, out_dir=config.out_dir + "_whole")
+    eval_libero.main(whole)
+    assert [r["steps"] for r in records(whole)] == [180] * 2  # the suite's limit
+    assert "an episode ends after" not in capsys.readouterr().out
 
 
 def test_a_task_without_demonstrations_is_named(config, policy_file, tmp_path, recwarn):

@@ -34,18 +34,32 @@ def test_stages_move_their_tensors_to_the_device(both_outcomes, tmp_path, monkey
     assert cfg.ema is not None
     interrupted(monkeypatch, train_sft, 2, lambda: train_sft.main(cfg))
 
-    rft_words = ("train_rft", *smoke, *demos, *policy, *world, "--steps", 1)
+    rft_words = ("train_rft", *smoke, *demos, *policy, *world, "--steps", 1, "--starts", 1, "--group", 2)
     rl_words = ("--gate-threshold", 0, "--steps", 1, "--horizon", 8, "--group", 2)
     judged = ("--success-model", success)
     ran = on_the_device(
         ("train_tokenizer", *smoke, *demos, *held_out, "--out-dir", tokenizer, "--steps", 2),
         ("train_wm", *smoke, *demos, *held_out, "--tokenizer", tokenizer, "--out-dir", wm, "--steps", 2),
         ("train_sft", *begun),
-        ("train_success", *smoke, *demos, *world, "--out-dir", success, "--margin", 4, "--steps", 1),
-        (*rft_words, "--out-dir", rft),
-        (*rft_words, "--out-dir", divergence, "--reward", "divergence", "--gate-starts", 0),
+        ("train_success", *smoke, *demos, *world, "--out-dir", success, "--margin", 4, "--steps", 1, "--episodes", 1),
+        (*rft_words, "--out-dir", rft, "--gate-starts", 0),
+        (*rft_words, "--out-dir", divergence, "--reward", "divergence", "--gate-starts", 1),
         ("train_rl", *smoke, *demos, *policy, *world, *judged, *rl_words, "--out-dir", rl),
-        ("eval_wm", *smoke, *world, *demos, *judged, "--segments", 2, "--episodes", 2, "--out-dir", evaluated),
+        (
+            "eval_wm",
+            *smoke,
+            *world,
+            *demos,
+            *judged,
+            "--segments",
+            1,
+            "--episodes",
+            2,
+            "--starts",
+            1,
+            "--out-dir",
+            evaluated,
+        ),
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     assert ran.stdout.count("on the device: ") == 8

@@ -223,7 +223,7 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
         wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], arms=("none",)))
 
     places = {"demo": str(demo), "runs": str(tmp_path / "imagination"), "out": str(tmp_path / "imagination.json")}
-    cfg = dataclasses.replace(imagination_study.PRESETS["smoke"], minutes=(0.05, 0.05), **places)
+    cfg = dataclasses.replace(imagination_study.PRESETS["smoke"], minutes=(0.03, 0.03), **places)
     sizes = dict(imagination_study.train_wm.SIZES)
     report = imagination_study.main(cfg)
     assert json.loads((tmp_path / "imagination.json").read_text()) == json.loads(json.dumps(report))
