@@ -42,7 +42,7 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from vlarft.data.convention import check_same_images
+from vlarft.data.convention import check_same_images, warn_other_contexts
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
@@ -182,7 +182,7 @@ def play(cfg: Config, path: str, digest: str, suite: str, task: int, states: lis
         actor = PolicyActor(policy, suite, task, **options)
         if cfg.plan > 1:
             planner = _planner(path, digest, cfg.world_model, cfg.success_model, cfg.plan_chunks)
-            actor = PlanningActor(planner, cfg.plan, suite, task, **options)
+            actor = PlanningActor(planner, cfg.plan, suite, task, cfg.execute, **options)
     options = {"image_size": size, "execute": cfg.execute, "horizon": cfg.horizon, **_starts_and_pixels(cfg)}
     return [{"policy": path, "digest": digest, **r} for r in play_episodes(actor, suite, task, states, **options)]
 
@@ -419,6 +419,7 @@ def check_plan(cfg: Config) -> None:
     size = model.cfg.tokenizer.image_size
     texts = [task.instruction for task in tasks]
     check_judge(cfg.success_model, texts, facts, f"world model {cfg.world_model}", size[0], cfg.world_model)
+    warn_other_contexts(facts, f"world model {cfg.world_model}", None)
     for path in cfg.policies:
         policy = VLAPolicy.load(path)
         Planner(policy, model, judge, cfg.plan_chunks)  # raises if they do not fit together

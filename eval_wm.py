@@ -14,7 +14,7 @@ repeats the start frame, over all pixels and over those that move.
 Whole episodes (not in the paper): the recorded actions of an episode are replayed in imagination from its first frame,
 the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
 absolute error on pixels that never move, which shows drift; and all of them in each episode's last chunk, which may be
-shorter, with 95 % intervals over episodes (bootstrap), also for the difference from copying. With `--success-model`:
+shorter, with 95 % intervals over starts (bootstrap), also for the difference from copying. With `--success-model`:
 how many imagined and true episodes that model gives their recorded outcome; the films then show the first true and
 false success and failure by its verdict on imagined frames.
 
@@ -25,6 +25,7 @@ recorded state and plays them. Spearman's rank correlation and the share of pair
 mean over starts.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.data.convention import check_image_size, warn_other_contexts
+from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episodes import Episode, check_outcomes, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -47,7 +48,7 @@ from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator
 from vlarft.run.script import run_script
 from vlarft.sensitivity import Perturbations, evaluate_sensitivity
-from vlarft.sim.replay import TabletopOutcomes
+from vlarft.sim.replay import TabletopOutcomes, check_replays
 from vlarft.statistics import bootstrap_interval, wilson_interval
 from vlarft.success import Agreement, SuccessModel, check_judge, compare_outcomes
 from vlarft.world_model import WorldModel
@@ -207,8 +208,6 @@ def evaluate_episodes(
     ones.
     """
     chunk, true, verdicts = model.cfg.chunk, [e.success for e in episodes], torch.zeros(len(episodes), 2)
-    if judge is not None:
-        compare_outcomes(true, true)  # raises, before the work, if all have one outcome
     numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
     totals = torch.zeros(len(episodes), 2, max(chunks), 9, dtype=torch.float64)
     for replayed in imagined_episodes(
@@ -232,6 +231,9 @@ def evaluate_episodes(
     totals = distributed.mean_tensor(totals) * distributed.world_size()  # one process has an episode, the others zeros
     verdicts = distributed.mean_tensor(verdicts) * distributed.world_size()
     last = totals[torch.arange(len(episodes)), :, torch.tensor(chunks) - 1]  # (episodes, 2, 9)
+    starts = list(dict.fromkeys(e.start or e.name for e in episodes))  # attempts of one start are no independent ones
+    of_start = torch.tensor([starts.index(e.start or e.name) for e in episodes])
+    last = last.new_zeros(len(starts), *last.shape[1:]).index_add(0, of_start, last)
     per_chunk = chunk_metrics(totals.sum(dim=0))  # name -> (2, chunks)
     methods = {"imagined": lambda both: both[..., 0], "copy": lambda both: both[..., 1]}
     methods["difference"] = lambda both: both[..., 0] - both[..., 1]
@@ -334,11 +336,11 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     save_gif(out_dir / "rollouts.gif", times + times[-1:] * 3)
 
 
-def to_film(episodes: list[Episode], recorded: list[dict]) -> dict[str, str]:
+def to_film(episodes: list[Episode], recorded: list[dict], greedy: bool) -> dict[str, str]:
     """Choose up to four whole episodes, name -> title: spread over kinds and tasks or, where they were judged, the
-    first of each verdict on the imagined frames.
+    first of each verdict on the imagined frames; films are greedy, so the verdicts have to be.
     """
-    if "success_by_imagined" not in recorded[0]:
+    if "success_by_imagined" not in recorded[0] or not greedy:
         return {e.name: "imagined" for e in spread_episodes(episodes, 4)}
     first = {}
     for row in recorded:
@@ -399,6 +401,38 @@ def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
     return episodes
 
 
+def check_judged(path: str, episodes: list[Episode]) -> None:
+    """Check, before the work, that episodes tell something about a success model.
+
+    Raises:
+        ValueError: their outcomes are not known, or all the same; or it was trained on some of them.
+
+    Warns if its threshold was chosen on some of them.
+    """
+    where = f"--success-model {path}"
+    check_outcomes(episodes, where)
+    successes = sum(e.success for e in episodes)
+    if not 0 < successes < len(episodes):
+        raise ValueError(
+            f"{where}: {successes} of the {len(episodes)} episodes to judge succeeded, both outcomes are needed: give "
+            "more --episodes, or --demos with attempts of a policy"
+        )
+    facts = read_header(path).extra
+    seen, chose = (set(facts.get(name, [])) for name in ("train_episodes", "threshold_episodes"))
+    if trained := [e.name for e in episodes if e.name in seen]:
+        raise ValueError(
+            f"{where} was trained on {len(trained)} of the {len(episodes)} episodes to judge, first {trained[0]}: "
+            "train it with the world model that is measured (train_success.py --world-model), whose held-out episodes "
+            "it then holds out, or give other --demos and --all-episodes"
+        )
+    if chosen := sum(e.name in chose for e in episodes):
+        warnings.warn(
+            f"{where} chose its threshold on {chosen} of the {len(episodes)} episodes to judge: its agreement is "
+            "flattered",
+            stacklevel=2,
+        )
+
+
 def main(cfg: Config) -> dict:
     """Evaluate; return what results.json holds."""
     device = distributed.setup()
@@ -410,13 +444,17 @@ def main(cfg: Config) -> dict:
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
     check_image_size(model.cfg.tokenizer.image_size, str(path), episodes[0])
+    where = f"the data {' '.join(map(str, cfg.demos or extra['demos']))}"
+    check_same_images(extra, f"world model {path}", image_convention(episodes, cfg.camera), where)
+    for episode in episodes if cfg.starts and cfg.true_error else ():
+        check_replays(episode)
     sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)
     batch = sampler.spread(cfg.segments)
     suites = [episodes[i].name.split("/")[0] for i in batch.index[:, 0].tolist()]
 
     whole, judge = spread_episodes(episodes, cfg.episodes), None
     if cfg.episodes and cfg.success_model is not None:
-        check_outcomes(whole, "eval_wm.py --success-model")
+        check_judged(cfg.success_model, whole)
         texts, size = [e.instruction for e in whole], model.cfg.tokenizer.image_size[0]
         check_judge(cfg.success_model, texts, extra, f"world model {path}", size, path)
         judge = SuccessModel.load(cfg.success_model, device)
@@ -429,7 +467,7 @@ def main(cfg: Config) -> dict:
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(
                 model,
-                sampler.spread(cfg.starts),
+                WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk).spread(cfg.starts),  # as the rewards
                 episodes,
                 cfg.perturb,
                 distance,
@@ -444,7 +482,7 @@ def main(cfg: Config) -> dict:
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
         if cfg.episodes:
-            titles = to_film(whole, results["episodes"]["recorded"])
+            titles = to_film(whole, results["episodes"]["recorded"], cfg.greedy)
             draw_episodes(model, whole, titles, out_dir, autocast, recorded_poses=cfg.success_model is None)
         print(report(results))
     distributed.cleanup()

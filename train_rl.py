@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
-from vlarft.data.convention import check_image_size, check_same_images
+from vlarft.data.convention import check_image_size, check_same_images, warn_other_contexts
 from vlarft.data.episodes import check_outcomes
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
@@ -195,6 +195,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = load_judge(cfg, policy)
     check_imagined(cfg, cfg.policy, policy, extra, model)
+    warn_other_contexts(read_header(cfg.world_model).extra, f"world model {cfg.world_model}", None)
     check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
@@ -253,6 +254,13 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
         RuntimeError: see `check_outcome_gate`.
     """
     evaluation = None if cfg.gate_evaluation is None else read_evaluation(cfg.gate_evaluation)
+    for suite in () if evaluation is None else evaluation.suites:
+        limit = simulator_of(suite).suites[suite].horizon
+        if (played := min(limit, evaluation.horizon or limit)) != cfg.horizon:
+            raise ValueError(
+                f"{cfg.gate_evaluation}: its episodes of {suite} ended after {played} actions, imagined ones end after "
+                f"{cfg.horizon}: evaluate the policies again with --horizon {cfg.horizon}"
+            )
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]

@@ -246,6 +246,13 @@ def validate(
         [v for v in part if any(v.episode is e for e in own_attempts([v.episode for v in part]))]
         for part in (to_choose, to_measure)
     )
+    failures = sum(not v.episode.success for v in to_choose) // len({v.kind for v in to_choose})
+    if failures * cfg.false_successes < 1:
+        warnings.warn(
+            f"the threshold is chosen on {failures} failures, of which --false-successes {cfg.false_successes:g} allows "
+            "none to look like a success: one odd failure decides it. Hold out more attempts, or allow more",
+            stacklevel=2,
+        )
     values = judged(model, to_choose, autocast)
     threshold = best_threshold(*values.get("imagined", values["real"]), cfg.false_successes)
     if threshold > 1:

@@ -414,7 +414,7 @@ def main(cfg: Config) -> dict[str, float]:
     validation = held_out_windows.spread(cfg.validation_segments)
     rollouts = held_out_windows.spread(cfg.rollout_segments)
     images = image_convention(train, cfg.camera)
-    before = read_header(cfg.init).extra.get("train_episodes", []) if cfg.init else []
+    before = read_header(cfg.init or cfg.tokenizer).extra.get("train_episodes", [])
     seen = list(dict.fromkeys([*(e.name for e in train), *before]))  # all that these weights were trained on
     names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}

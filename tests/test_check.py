@@ -174,13 +174,48 @@ def test_contents_that_are_warned_about(tmp_path):
     report, _ = check(make(tmp_path, cut, episodes=8, instructions=("Lift it.", "lift it")))
     text = "\n".join(report.warnings)
     for part in (
-        "8 episodes: a held-out split needs at least 2",
+        "8 episodes: training needs far more",
         "2 episodes are shorter than a window of 9 frames and are left out: suite/task0_demo/demo_0",
         "2 episodes are more than 4 times as long as the median, first suite/task0_demo/demo_1",
         "camera agentview is 48 x 64; the models take squares",
         "instructions 'Lift it.' and 'lift it' differ only in spelling",
     ):
         assert part in text
+
+
+def test_what_training_would_refuse_is_an_error(tmp_path):
+    def short(i, c):
+        for name in c:
+            c[name] = c[name][:5]
+
+    report, _ = check(make(tmp_path / "short", short))
+    assert report.errors == ["no episode has the 9 frames of a window; the longest has 5"]
+    report, _ = check(make(tmp_path / "one", episodes=1, instructions=("lift it",)))
+    assert report.errors == ["1 episode: one is held out and one trained on, so 2 at least are needed"]
+    for folder in "ab":
+        make(tmp_path / "two" / folder, episodes=2)
+    report, _ = check(tmp_path / "two")
+    assert report.errors == [
+        "two episodes have the name 'suite/task0_demo/demo_0', in folders of one name; rename one of them"
+    ]
+
+
+def test_outcomes_are_counted(tmp_path):
+    root = make(tmp_path, episodes=6, instructions=("lift it",))
+    with h5py.File(next(root.rglob("*.hdf5")), "r+") as file:
+        for i in range(4):
+            file[f"data/demo_{i}"].attrs["success"] = i > 0
+    assert check(root)[0].facts["outcomes"] == {"failure": 1, "success": 3, "not known, taken as success": 2}
+
+
+def test_a_camera_on_the_hand_has_no_upright(tmp_path):
+    root = make(tmp_path, turn)
+    for path in root.rglob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                demo.move("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+    report, _ = check(root)
+    assert "it moves with the hand" in report.facts["orientation"]["eye_in_hand"] and not report.warnings
 
 
 def test_errors_set_the_exit_status(tmp_path, capsys):

@@ -143,6 +143,18 @@ def test_attempts_of_a_policy_are_for_world_models(tmp_path):
     assert [e.name for e in together if e.kind != "policy"] == [e.name for e in apart]
 
 
+@pytest.mark.parametrize("form", ["hdf5", "lerobot"])
+def test_attempts_of_one_start_stay_known_as_such(tmp_path, form):
+    sources(tmp_path / "sources")
+    for path in (tmp_path / "sources").rglob("*.hdf5"):
+        with h5py.File(path, "a") as file:
+            for i, demo in enumerate(file["data"].values()):
+                demo.attrs["seed"] = i // 2
+    main([str(tmp_path / "sources"), str(tmp_path / "new"), "--format", form])
+    first, second = (load_episodes(tmp_path / name, successes_only=False) for name in ("sources", "new"))
+    assert [e.start for e in first] == [e.start for e in second] and None not in {e.start for e in first}
+
+
 def test_units_and_sizes(tmp_path):
     before = sources(tmp_path / "a")
     with h5py.File(tmp_path / "a/suite/lift_demo.hdf5", "a") as file:

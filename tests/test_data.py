@@ -460,6 +460,26 @@ def test_gripper_in_other_units_is_refused(tmp_path):
         ValueError, match=r"s/a_demo/demo_1: the gripper action \(dimension 6\) lies in \[80, 80\]; expected -1 open"
     ):
         load_episodes(path)
+    with h5py.File(path, "a") as file:  # of one operator alone
+        file["data/demo_0/actions"][:, 6] = np.where(np.arange(len(file["data/demo_0/actions"])) % 9 < 8, 1, -1)
+        file["data/demo_1/actions"][:, 6] = np.where(np.arange(len(file["data/demo_1/actions"])) % 9 < 8, 1, 0)
+    with pytest.raises(
+        ValueError, match=r"s/a_demo/demo_1, one of 2 such episodes: .* lies in \[0, 1\], never below 0"
+    ):
+        load_episodes(path)
+
+
+def test_images_of_two_sizes_in_one_place_are_refused(tmp_path):
+    write(tmp_path / "s" / "a_demo.hdf5")
+    with h5py.File(write(tmp_path / "s" / "b_demo.hdf5"), "a") as file:
+        for demo in file["data"].values():
+            images = demo["obs/agentview_rgb"][:, ::2, ::2]
+            del demo["obs/agentview_rgb"]
+            demo["obs/agentview_rgb"] = images
+    with pytest.raises(
+        ValueError, match=r"episodes differ in image size: .* in s/a_demo/demo_0, .* in s/b_demo/demo_0"
+    ):
+        load_episodes(tmp_path)
 
 
 def test_absolute_targets_are_repeated_beyond_the_end():

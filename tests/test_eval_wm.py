@@ -13,7 +13,7 @@ from vlarft import imagined_episodes, sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
-from vlarft.run.checkpoint import save_model
+from vlarft.run.checkpoint import read_header, save_model
 from vlarft.run.random import generator
 from vlarft.world_model import PRESETS as MODELS
 from vlarft.world_model import Rollout, WorldModel
@@ -138,6 +138,10 @@ def test_errors(checkpoint, demos, tmp_path):
     given = {"out_dir": str(tmp_path), "world_model": str(checkpoint)}
     with pytest.raises(ValueError, match="true errors need Tabletop demonstrations with states"):
         main(replace(CFG, true_error=True, **given))
+    header, model = read_header(checkpoint), WorldModel.load(checkpoint)
+    save_model(tmp_path / "other.safetensors", model, model.cfg, {**header.extra, "camera": "eye_in_hand"})
+    with pytest.raises(ValueError, match="image conventions differ: world model .* has camera 'eye_in_hand', the data"):
+        main(replace(CFG, **{**given, "world_model": str(tmp_path / "other.safetensors")}))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):

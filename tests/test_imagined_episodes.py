@@ -234,7 +234,7 @@ def test_long_films_show_every_second_frame(tmp_path):
     from PIL import Image
 
     episodes = [episode(n) for n in (3, 100, 5)]
-    titles = eval_wm.to_film(episodes, [{"name": e.name} for e in episodes])
+    titles = eval_wm.to_film(episodes, [{"name": e.name} for e in episodes], True)
     assert titles == dict.fromkeys([e.name for e in episodes], "imagined")
     eval_wm.draw_episodes(Brighter(), episodes, titles, tmp_path, NO_CAST)
     film = Image.open(tmp_path / "episodes.gif")
@@ -247,4 +247,5 @@ def test_films_of_judged_episodes_show_each_verdict_once():
         {"name": str(i), "success": recorded, "success_by_imagined": imagined}
         for i, (recorded, imagined) in enumerate(verdicts)
     ]
-    assert eval_wm.to_film([], rows) == {"0": "true success", "1": "false success", "3": "true failure"}
+    assert eval_wm.to_film([], rows, True) == {"0": "true success", "1": "false success", "3": "true failure"}
+    assert eval_wm.to_film([], rows, False) == {}  # sampled verdicts: the greedy films would show others

@@ -296,7 +296,7 @@ def test_policies_are_ranked_by_what_they_reach_in_imagination(capsys):
     load = {**policies, "late": Mover(0.9)}.__getitem__
     world = make(starts=3)
     for true, rank in (((0.1, 0.5, 0.9), 3**0.5 / 2), ((0.9, 0.5, 0.1), -(3**0.5) / 2), ((0.5, 0.5, 0.5), 0)):
-        evaluation = Evaluation(dict(zip(policies, true)), from_zero=True)
+        evaluation = Evaluation(dict(zip(policies, true)), from_zero=True, suites=(), horizon=None)
         assert rank_policies(evaluation, load, world, 0) == pytest.approx(rank)
     told = capsys.readouterr().err
     assert "success 0 % in imagination, 10 % played: slow" in told and "3 policies, rank correlation of their" in told
@@ -310,7 +310,7 @@ def test_x_0_of_imagined_policies():
 
 def evaluation(path: Path, policies: dict[str, float], **config) -> Path:
     rows = [{"policy": p, "digest": model_digest(p), "all": {"rate": rate}} for p, rate in policies.items()]
-    settings = {"noise": "zero", "perturb": None, "plan": 1, **config}
+    settings = {"noise": "zero", "perturb": None, "plan": 1, "suites": ["tabletop_object"], "horizon": 16, **config}
     path.write_text(json.dumps({"config": settings, "policies": rows}))
     return path
 
@@ -324,7 +324,11 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
         policy.save(paths[-1], extra)
     rates = dict(zip(paths, (0.1, 0.2, 0.6)))
     given = evaluation(tmp_path / "results.json", rates)
-    assert read_evaluation(tmp_path) == read_evaluation(given) == Evaluation(rates, True)
+    assert read_evaluation(tmp_path) == read_evaluation(given) == Evaluation(rates, True, ("tabletop_object",), 16)
+    for horizon, played in ((None, 180), (200, 180), (20, 20)):  # the suite's limit at the latest
+        other = evaluation(tmp_path / "limit.json", rates, horizon=horizon)
+        with pytest.raises(ValueError, match=f"of tabletop_object ended after {played} actions, imagined ones end aft"):
+            train_rl.main(dataclasses.replace(config, gate_evaluation=str(other), steps=1))
     assert not read_evaluation(evaluation(tmp_path / "sampled.json", rates, noise="sampled")).from_zero
     train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))
     assert capsys.readouterr().err.count("% in imagination, ") == 3
@@ -438,6 +442,11 @@ def test_a_run_in_imagination(config, tmp_path, capsys, two_outcomes):
     episodes = load_episodes(config.demos, successes_only=False)
     world = train_rl.imagined_world(config, policy, read_header(config.policy).extra, episodes)
     assert {e.name for e in world.episodes} == {e.name for e in episodes} - held_out and len(held_out) == 2
+    near = dataclasses.replace(config, world_model=str(tmp_path / "near.safetensors"))
+    model, header = WorldModel.load(config.world_model), read_header(config.world_model)
+    save_model(near.world_model, model, model.cfg, {**header.extra, "context_lookback": 15})
+    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has none"):
+        train_rl.imagined_world(near, policy, read_header(config.policy).extra, episodes)
     sampled = dataclasses.replace(config, imagination="sample", out_dir=str(tmp_path / "sampled"), precision="bf16")
     assert all(np.isfinite(v) for v in train_rl.main(sampled).values())
 
@@ -526,11 +535,21 @@ def test_eval_wm_judges_whole_episodes(config, tmp_path, capsys):
         episodes=4,
         out_dir=str(tmp_path / "eval_wm"),
     )
-    found = eval_wm.main(cfg)["episodes"]["outcomes"]
+    with pytest.warns(UserWarning, match="chose its threshold on 2 of the 4 episodes to judge"):
+        found = eval_wm.main(cfg)["episodes"]["outcomes"]
     assert set(found) == {"imagined", "true"} and found["true"]["true_failures"] == found["true"]["true_successes"] == 2
     low, value, high = (found["imagined"][name] for name in ("low", "agreement", "high"))
     assert low - 1e-9 <= value <= high + 1e-9
     assert 0 <= found["true"]["brier"] <= 1 and 0 <= found["true"]["balanced"] <= 1
     assert "judged by the success model, imagined frames: " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="both outcomes are needed"):
-        eval_wm.main(dataclasses.replace(cfg, episodes=1))
+    for episodes, message in (
+        (1, "--success-model .*: [01] of the 1 episodes to judge succeeded, both outcomes are needed"),
+        (4, "--success-model .* was trained on 1 of the 4 episodes to judge, first "),
+    ):
+        header, judge = read_header(config.success_model), SuccessModel.load(config.success_model)
+        extra = {**header.extra, "train_episodes": header.extra["held_out_episodes"][:1]}
+        save_model(tmp_path / "seen.safetensors", judge, judge.cfg, extra)
+        again = {"success_model": str(tmp_path / "seen.safetensors"), "out_dir": str(tmp_path / "none")}
+        with pytest.raises(ValueError, match=message):
+            eval_wm.main(dataclasses.replace(cfg, episodes=episodes, **again))
+    assert not (tmp_path / "none").exists()  # before the work

@@ -49,7 +49,7 @@ def test_one_candidate_is_plain_playing(planner):
     for noise in ("zero", "sampled"):
         options = {**OPTIONS, "noise": noise}
         plain = PolicyActor(planner.policy, "tabletop_object", 0, **options)
-        planned = PlanningActor(planner, 1, "tabletop_object", 0, **options)
+        planned = PlanningActor(planner, 1, "tabletop_object", 0, 8, **options)
         for chunk in (0, 1):
             assert np.array_equal(planned([3, 4], chunk, observations(2)), plain([3, 4], chunk, observations(2)))
 
@@ -124,17 +124,34 @@ def test_the_robot_goes_on_from_chunk_to_chunk(planner, monkeypatch):
     assert torch.equal(asked[0], start)
 
 
+def test_a_plan_begins_with_the_motion_of_what_was_executed(planner, monkeypatch):
+    motions, choose = [], planner.choose
+    monkeypatch.setattr(planner, "choose", lambda *args: motions.append(args[4]) or choose(*args))
+    planner.model.robot.motion_mean.fill_(0.1)
+    actor = PlanningActor(planner, 2, "tabletop_object", 0, 4, **OPTIONS)
+    played = torch.from_numpy(actor([3, 4], 0, obs := observations(2)))
+    actor([4], 1, observations(1))
+    actor([3], 0, observations(1))  # a new episode
+    proprio = torch.from_numpy(np.stack([o["proprio"] for o in obs]))
+    robot = RobotState(proprio, torch.zeros(2, 8))
+    for action in played[:, :4].unbind(1):
+        motion = planner.model.robot(*robot, action)
+        robot = RobotState(robot.proprio + motion, motion)
+    assert not motions[0].any() and not motions[2].any()
+    torch.testing.assert_close(motions[1], robot.motion[1:])
+
+
 def test_other_candidates_have_their_own_noise(planner, monkeypatch):
     noises = []
     choose = planner.choose
     monkeypatch.setattr(planner, "choose", lambda *args: noises.append(args[2]) or choose(*args))
-    actor = PlanningActor(planner, 3, "tabletop_object", 0, **OPTIONS)
+    actor = PlanningActor(planner, 3, "tabletop_object", 0, 4, **OPTIONS)
     actor([3, 4], 0, observations(2))
     actor([4], 1, observations(1))
     first, second = noises
     assert not first[:, 0].any()  # x_0 = 0 is among them
     assert len({row.sum().item() for row in (*first[:, 1], *first[:, 2], *second[:, 1], *second[:, 2])}) == 6
-    again = PlanningActor(planner, 3, "tabletop_object", 0, **OPTIONS)
+    again = PlanningActor(planner, 3, "tabletop_object", 0, 4, **OPTIONS)
     again([4], 0, observations(1))
     assert torch.equal(noises[-1][0], first[1])  # whoever else is playing
 
@@ -158,8 +175,11 @@ def config(policy_file, world_model, success_model, tmp_path):  # noqa: F811
     )
 
 
-def test_evaluation_with_a_choice(config, capsys):
+def test_evaluation_with_a_choice(config, capsys, monkeypatch):
+    candidates, choose = [], Planner.choose
+    monkeypatch.setattr(Planner, "choose", lambda *args: candidates.append(args[3].shape[1]) or choose(*args))
     results = eval_libero.main(config)
+    assert candidates == [2] * 8  # in each of the chunks of 64 actions
     assert results["policies"][0]["chunk_ms"] > 0 and "ms a chunk)" in capsys.readouterr().out
     record = json.loads(Path(config.out_dir, "episodes.jsonl").read_text())
     assert record["chunk_ms"] > 0 and record["steps"] == len(record["actions"])
@@ -178,6 +198,13 @@ def test_evaluation_with_a_choice(config, capsys):
 def test_refusals(config, changes, message):
     with pytest.raises(ValueError, match=message):
         eval_libero.main(dataclasses.replace(config, **changes))
+
+
+def test_contexts_of_another_range_are_warned_about(config, tmp_path):
+    model, header = WorldModel.load(config.world_model), read_header(config.world_model)
+    save_model(tmp_path / "wm.safetensors", model, model.cfg, {**header.extra, "context_lookback": 15})
+    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has none"):
+        eval_libero.check_plan(dataclasses.replace(config, world_model=str(tmp_path / "wm.safetensors")))
 
 
 def test_a_planner_needs_a_chunk_and_one_camera(planner):

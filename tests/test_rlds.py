@@ -201,4 +201,4 @@ def test_images_that_are_empty_or_damaged_are_found(tmp_path):
     report, episodes = check(path)
     assert len(report.errors) == 1 and "image, frame 3 is not a readable image (8 bytes" in report.errors[0]
     assert not episodes
-    assert check(path, "wrist_image")[0].errors == []
+    assert not any("frame" in text for text in check(path, "wrist_image")[0].errors)

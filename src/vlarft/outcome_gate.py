@@ -23,7 +23,7 @@ from vlarft.closed_loop import World
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import model_digest
+from vlarft.run.checkpoint import file_digest, model_digest
 from vlarft.run.random import generator
 from vlarft.run.results import reading_results
 from vlarft.statistics import spearman, wilson_interval
@@ -58,6 +58,8 @@ def outcome_gate(
     own = [e for e in own_attempts(episodes) if len(e) > 1]
     alone = all(e.kind == "policy" for e in own)
     what = "attempts of the policy" if alone else "episodes, too few of them attempts of the policy"
+    starts = len({e.start or e.name for e in own})
+    what += "" if starts == len(own) else f" from {starts} starts, so the intervals are too narrow"
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
     highest, true = [], []
     for found in imagined_episodes(model, own, autocast=autocast, recorded_poses=False, **options):
@@ -103,10 +105,14 @@ def check_outcome_gate(found: Agreement, threshold: float | None) -> None:
 
 
 class Evaluation(NamedTuple):
-    """Success rates of policies, by their paths, and whether their x_0 was 0."""
+    """Success rates of policies, by their paths; whether their x_0 was 0; suites that they played, and the actions after
+    which an episode ended, None = the suite's limit.
+    """
 
     rates: dict[str, float]
     from_zero: bool
+    suites: tuple[str, ...]
+    horizon: int | None
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
@@ -119,6 +125,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """
     with reading_results(path) as (file, found):
         settings, rows = found["config"], found["policies"]
+        rows = [row for row in rows if row["policy"] != "random" and not row["policy"].endswith(".jsonl")]
         rates = {row["policy"]: float(row["all"]["rate"]) for row in rows}
         digests = {row["policy"]: row["digest"] for row in rows}
         changed = {n: settings[n] for n, usual in IMAGINED.items() if settings.get(n, usual) != usual}
@@ -136,9 +143,9 @@ def read_evaluation(path: str | Path) -> Evaluation:
             "several of different success, such as the copies of train_sft.py --keep-interval"
         )
     for policy, digest in digests.items():
-        if model_digest(policy) != digest:
+        if digest not in (model_digest(policy), file_digest(policy)):  # older evaluations took the files' digests
             raise ValueError(f"{policy} has changed since {file} was written: evaluate it again")
-    return Evaluation(rates, from_zero)
+    return Evaluation(rates, from_zero, tuple(settings["suites"]), settings.get("horizon"))
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ class Planner:
         first_frames: Tensor,
         noise: Tensor,
         num_steps: int = 10,
+        motion: Tensor | None = None,
     ) -> Plan:
         """Make a chunk from each x_0, imagine them, and choose the best.
 
@@ -65,6 +66,7 @@ class Planner:
             first_frames: (B, C, H, W) in [0, 1], of their episodes: context of the imagination.
             noise: (B, N, T, A), x_0. Of equal scores the first candidate wins.
             num_steps: Euler steps of the flow.
+            motion: (B, P), the last change of the proprio; None = at rest, as when an episode begins.
 
         Raises:
             ValueError: images of another size than the world model's.
@@ -73,7 +75,7 @@ class Planner:
         inputs = self.policy.observe(observations)
         actions = self._act(inputs.images, inputs.instructions, inputs.proprio, noise, num_steps)  # (B, N, T, A)
         images = torch.stack([torch.as_tensor(obs[camera]) for obs in observations])
-        robot = RobotState(inputs.proprio, torch.zeros_like(inputs.proprio))
+        robot = RobotState(inputs.proprio, torch.zeros_like(inputs.proprio) if motion is None else motion)
         state = self.model.begin(first_frames, to_floats(images, first_frames.device), robot)
         texts = [text for text in inputs.instructions for _ in range(candidates)]
         chunk, frames = actions, []

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlarft.data.episode import Episode, no_ops
+from vlarft.data.episode import CAMERAS, Episode, no_ops
 from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
@@ -67,6 +67,14 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
         report.warnings.append(f"only {len(episodes)} episodes can be read: convert with --skip-bad copies these")
     report.warnings += copies(episodes)
     report.errors += same_robot(episodes) or gripper_problems(episodes)
+    names = Counter(e.name for e in episodes)
+    if twice := [name for name, count in names.items() if count > 1]:
+        report.errors.append(f"two episodes have the name {twice[0]!r}, in folders of one name; rename one of them")
+    if len(episodes) < 2:
+        report.errors.append("1 episode: one is held out and one trained on, so 2 at least are needed")
+    if all(len(e) < WINDOW for e in episodes):
+        longest = max(map(len, episodes))
+        report.errors.append(f"no episode has the {WINDOW} frames of a window; the longest has {longest}")
     _contents(report, episodes)
     if len({(e.actions.shape[1], e.proprio.shape[1]) for e in episodes}) == 1:
         _numbers(report, episodes)
@@ -107,11 +115,12 @@ def _contents(report: Report, episodes: Sequence[Episode]) -> None:
         "cameras": {name: [f"{h} x {w}" for h, w in sorted(s)] for name, s in sizes.items()},
         "instructions": dict(instructions.most_common()),
         "kinds": dict(Counter(e.kind if e.success or e.kind != "expert" else "failed" for e in episodes)),
+        "outcomes": dict(Counter(_outcome(e) for e in episodes)),
         "actions of the demonstrator apart from executed ones": any(e.intended is not e.actions for e in episodes),
     }
     warn = report.warnings.append
     if len(episodes) < FEW:
-        warn(f"{len(episodes)} episodes: a held-out split needs at least 2, training far more")
+        warn(f"{len(episodes)} episodes: training needs far more")
     if short := [e for e in episodes if len(e) < WINDOW]:
         warn(f"{len(short)} episodes are shorter than a window of {WINDOW} frames and are left out: {short[0].name}")
     if len(long := [e for e in episodes if len(e) > 4 * np.median(lengths)]):
@@ -132,6 +141,12 @@ def _contents(report: Report, episodes: Sequence[Episode]) -> None:
         other = plain.setdefault(" ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()), text)
         if other != text:
             warn(f"instructions {other!r} and {text!r} differ only in spelling; are they one task?")
+
+
+def _outcome(episode: Episode) -> str:
+    if not episode.outcome_known:
+        return "not known, taken as success"
+    return "success" if episode.success else "failure"
 
 
 def _numbers(report: Report, episodes: Sequence[Episode]) -> None:
@@ -310,9 +325,11 @@ def _images(report: Report, episodes: Sequence[Episode]) -> None:
                     f"camera {name}: a keyframe every {apart:.0f} frames makes random windows slow; convert it "
                     "(--format lerobot writes one every second frame)"
                 )
-        r = _partial_correlation(np.array(rows), np.array(hands)) if len(rows) >= 20 else None
+        moves = name in ("eye_in_hand", *CAMERAS["eye_in_hand"])
+        r = _partial_correlation(np.array(rows), np.array(hands)) if len(rows) >= 20 and not moves else None
         if r is None:
             reason = "too little motion to tell" if known else "not judged: proprio is not LIBERO's; see the picture"
+            reason = "not judged: it moves with the hand; see the picture" if moves else reason
             report.facts["orientation"][name] = reason
             continue
         verdict = "upright" if r < -0.3 else "upside down?" if r > 0.3 else "no clear sign"

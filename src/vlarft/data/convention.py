@@ -42,9 +42,9 @@ def image_convention(episodes: Sequence[Episode], camera: str) -> dict[str, Any]
     for name in ("fast_rendering", "visuals"):
         found = {(e.env_args or {}).get("collection", {}).get(name) for e in episodes}
         rendered[name] = found.pop() if len(found) == 1 else None
-    for i in np.linspace(0, len(episodes) - 1, FRAMES).round().astype(int):
-        images = episodes[i].images
-        frame = images[(7 * i) % len(images)].astype(np.float64) / 255  # (H, W, 3)
+    for k in range(FRAMES):  # spread over episodes, and over the frames of each
+        images = episodes[k * len(episodes) // FRAMES].images
+        frame = images[(7 * k) % len(images)].astype(np.float64) / 255  # (H, W, 3)
         rows = np.array_split(frame, SIZE, axis=0)
         frames.append([[cell.mean((0, 1)) for cell in np.array_split(row, SIZE, axis=1)] for row in rows])
     mean = np.mean(frames, axis=0).round(4).tolist()

@@ -176,7 +176,8 @@ def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
                     proprio=episode.proprio,
                     states=episode.states,
                     success=episode.success,
-                    attrs={"kind": episode.kind, "source": episode.name},
+                    attrs={"kind": episode.kind, "source": episode.name}
+                    | ({"start": episode.start} if episode.start else {}),
                 )
                 if not episode.outcome_known:
                     del file["data"][f"demo_{counts.get(text, 0)}"].attrs["success"]

@@ -199,8 +199,8 @@ def load_episodes(
             episodes that differ in fps or in the width of actions or proprio, a gripper in other units, a video of
             `camera` that lacks frames; places whose episodes do not fit together, see `check_places`.
 
-    Warns of episodes whose outcome is not known, which are taken as successes, of those without `camera`, which are
-    left out, of copies, and of splits that the files state.
+    Warns of LeRobot episodes whose outcome is not known, which are taken as successes, of those without `camera`, which
+    are left out, of copies, and of splits that the files state.
     """
     wanted = None if names is None else set(names)
 
@@ -255,6 +255,15 @@ def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
             e.images.check()
     if problems := same_robot(episodes) or gripper_problems(episodes):
         raise ValueError(f"{place}: {problems[0]}")
+    sizes: dict[tuple[int, int], str] = {}
+    for e in episodes:
+        sizes.setdefault(tuple(e.images.shape[1:3]), e.name)
+    if len(sizes) > 1:
+        examples = ", ".join(f"{h}x{w} in {name}" for (h, w), name in sizes.items())
+        raise ValueError(
+            f"{place}: episodes differ in image size: {examples}; bring them to one with python -m vlarft.data.convert "
+            "SRC DST --size H W"
+        )
 
 
 def check_places(found: Mapping[str | Path, Sequence[Episode]], camera: str) -> None:
@@ -331,8 +340,10 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
         between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
         if max(-low.min(), high.max()) > 1 + 1e-4:
             problem = f"{episodes[worst].name}: {what} lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"
-        elif low.min() >= 0 and low.min() < high.max():
-            problem = f"{what} lies in [{low.min():g}, {high.max():g}], never below 0; {fix}"
+        elif (never := (low >= 0) & (low < 0.9)).any():  # an episode that stays closed has 1 alone
+            i = int(never.argmax())
+            some = f"{episodes[i].name}, one of {never.sum()} such episodes"
+            problem = f"{some}: {what} lies in [{low[i]:g}, {high[i]:g}], never below 0; {fix}"
         elif between > 0.1:
             problem = (
                 f"{what}{', the last, as the files do not name one,' * (episodes[0].gripper_dims is None)} lies "

@@ -4,7 +4,7 @@ One file per task, `<suite>/<task>_demo.hdf5`:
 
     data            attrs: bddl_file_name, env_args, problem_info (JSON with "language_instruction"), num_demos, total,
     image_convention, control_freq
-    data/demo_<i>   attrs: num_samples, model_file, init_state, and whatever the writer adds (seed, success, kind)
+    data/demo_<i>   attrs: num_samples, model_file, init_state, and what the writer adds (seed, start, success, kind)
       actions (T, 7)  intended_actions (T, 7)  states (T, S)  robot_states (T, 9)  rewards (T,)  dones (T,)
       obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)
       joint_states (T, J)

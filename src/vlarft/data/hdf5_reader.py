@@ -98,13 +98,20 @@ def read_hdf5(
                 states=_dataset(demo, "states", where) if with_states else None,
                 env_args=env_args,
                 cameras=cameras,
-                start=f"{name.rpartition('/')[0]} {demo.attrs['seed']}" if "seed" in demo.attrs else None,
+                start=_start(demo, name),
                 fps=None if fps is None else float(fps),
                 gripper_dims=(6,),
             )
 
         for key in names:
             yield functools.partial(read, key)
+
+
+def _start(demo: "h5py.Group", name: str) -> str | None:
+    """Return `Episode.start`: as the file names it, or by the seed of the start."""
+    if "start" in demo.attrs:
+        return _text(demo.attrs["start"])
+    return f"{name.rpartition('/')[0]} {demo.attrs['seed']}" if "seed" in demo.attrs else None
 
 
 def _text(value: object) -> str:

@@ -56,6 +56,7 @@ class Entry(NamedTuple):
     videos: dict[str, tuple[Path, float, float]]
     success: bool | None  # None: the metadata do not say
     kind: str
+    start: str | None = None  # see `Episode`
     outcome_known: bool = True  # False: `success` is a guess
 
 
@@ -159,6 +160,7 @@ def read_entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[En
             {k: (*place, math.inf) for k, place in videos.items() if place},
             read_outcome(row.get("success"), where),
             str(row.get("kind") or "expert"),
+            row["start"] if isinstance(row.get("start"), str) else None,
         )
         entries.append(entry)
     if isinstance(promised := info.get("total_episodes"), int) and promised > len(entries):

@@ -228,6 +228,7 @@ class _Writer:
             "dataset_to_index": self.total + steps,
             "success": bool(episode.success) if episode.outcome_known else None,
             "kind": episode.kind,
+            "start": episode.start,
         }
         pictures = {}
         for name, frames in episode.cameras.items():
@@ -279,9 +280,10 @@ class _Writer:
         place = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
         path = meta / "episodes" / "chunk-000" / "file-000.parquet"
         path.parent.mkdir(parents=True)
-        if all(entry["success"] is None for entry in self.entries):  # as in data sets that have no such field
-            for entry in self.entries:
-                del entry["success"]
+        for name in ("success", "start"):
+            if all(entry[name] is None for entry in self.entries):  # as in data sets that have no such field
+                for entry in self.entries:
+                    del entry[name]
         parquet.write_table(pa.Table.from_pylist([{**entry, **place} for entry in self.entries]), path)
         tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
         # pandas metadata: makes pandas read the instructions as the table's index, as lerobot expects

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.episode import RobotState
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.run.pixels import to_floats
@@ -101,13 +102,15 @@ class PlanningActor(PolicyActor):
     Args:
         planner: has the policy.
         candidates: number of chunks to choose from.
+        execute: actions of a chunk that are executed, after which the robot still moves.
         others: arguments of `PolicyActor` after the policy; `noise` is no "stochastic" one.
     """
 
-    def __init__(self, planner: Planner, candidates: int, suite: str, task: int, **others: Any) -> None:
+    def __init__(self, planner: Planner, candidates: int, suite: str, task: int, execute: int, **others: Any) -> None:
         super().__init__(planner.policy, suite, task, **others)
-        self.planner, self.candidates = planner, candidates
+        self.planner, self.candidates, self.execute = planner, candidates, execute
         self.first_frames: dict[int, Tensor] = {}  # of the episodes, by initial state
+        self.motions: dict[int, Tensor] = {}  # the proprio's last change, as the world model's robot predicts it
 
     @torch.no_grad()
     def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation]) -> np.ndarray:
@@ -115,6 +118,8 @@ class PlanningActor(PolicyActor):
         if chunk == 0:
             images = to_floats(np.stack([obs[self.cameras[0]] for obs in observations]), device)
             self.first_frames = dict(zip(states, images, strict=True))
+            proprio = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), device=device)
+            self.motions = dict(zip(states, torch.zeros_like(proprio, dtype=torch.float32), strict=True))
 
         def random_numbers(state: int, candidate: int) -> Tensor:
             noise, suite = ("sampled", f"{self.suite}/plan {candidate}") if candidate else (self.noise, self.suite)
@@ -122,7 +127,11 @@ class PlanningActor(PolicyActor):
 
         noise = torch.stack([torch.stack([random_numbers(s, n) for n in range(self.candidates)]) for s in states])
         first_frames = torch.stack([self.first_frames[s] for s in states])
-        plan = self.planner.choose(observations, first_frames, noise.to(device), self.num_flow_steps)
+        motion = torch.stack([self.motions[s] for s in states])
+        plan = self.planner.choose(observations, first_frames, noise.to(device), self.num_flow_steps, motion)
+        proprio = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), device=device).float()
+        _, robot = self.planner.model.robot.rollout(RobotState(proprio, motion), plan.actions[:, : self.execute])
+        self.motions |= dict(zip(states, robot.motion, strict=True))
         return plan.actions.cpu().numpy()
 
 

@@ -98,6 +98,16 @@ def replay_episodes(
             )
 
 
+def check_replays(episode: Episode) -> None:
+    """Check that the simulator can be put into the states of an episode.
+
+    Raises:
+        ValueError: the episode has no states, or is not of Tabletop.
+    """
+    if episode.states is None or (episode.env_args or {}).get("suite") not in TABLETOP_SUITES:
+        raise ValueError(f"true errors need Tabletop demonstrations with states; {episode.name} is none")
+
+
 class TabletopOutcomes:
     """Plays action chunks from recorded states of Tabletop demonstrations; one simulator per task and camera."""
 
@@ -124,9 +134,8 @@ class TabletopOutcomes:
         return self._error(self._play(episode, start, chunks, render=False)[0], chunks)
 
     def _play(self, episode: Episode, start: int, chunks: np.ndarray, render: bool) -> tuple[list, list]:
-        args = episode.env_args or {}
-        if episode.states is None or args.get("suite") not in TABLETOP_SUITES:
-            raise ValueError(f"true errors need Tabletop demonstrations with states; {episode.name} is none")
+        check_replays(episode)
+        args = episode.env_args
         cameras = tuple(name for name, images in episode.cameras.items() if images is episode.images)
         key = args["suite"], args["task"], cameras
         if key not in self.environments:
