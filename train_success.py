@@ -249,8 +249,8 @@ def validate(
     failures = sum(not v.episode.success for v in to_choose) // len({v.kind for v in to_choose})
     if failures * cfg.false_successes < 1:
         warnings.warn(
-            f"the threshold is chosen on {failures} failures, of which --false-successes {cfg.false_successes:g} allows "
-            "none to look like a success: one odd failure decides it. Hold out more attempts, or allow more",
+            f"the threshold is chosen on {failures} failures, of which --false-successes {cfg.false_successes:g} "
+            "allows none to look like a success: one odd failure decides it. Hold out more attempts, or allow more",
             stacklevel=2,
         )
     values = judged(model, to_choose, autocast)

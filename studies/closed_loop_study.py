@@ -130,6 +130,7 @@ class Runs:
     def evaluation(self) -> Path:
         """The copies of the SFT policy, played from x_0 = 0."""
         words = [*self.where, "--policies", *self.copies, "--episodes", self.cfg.episodes, "--noise", "zero"]
+        words += ["--horizon", self.cfg.horizon]
         return self.stage(self.own / "eval" / "copies", "eval_libero.py", *words)
 
     def attempts(self, policy: Path, rounds: int = 1) -> Path:

@@ -105,8 +105,8 @@ def check_outcome_gate(found: Agreement, threshold: float | None) -> None:
 
 
 class Evaluation(NamedTuple):
-    """Success rates of policies, by their paths; whether their x_0 was 0; suites that they played, and the actions after
-    which an episode ended, None = the suite's limit.
+    """Success rates of policies, by their paths; whether their x_0 was 0; suites that they played, and after how many
+    actions an episode ended, None = the suite's limit.
     """
 
     rates: dict[str, float]

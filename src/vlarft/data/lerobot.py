@@ -7,8 +7,8 @@
 Frames have `action` (or `actions`), `observation.state` (or `state`), and cameras of dtype video or image. The writer
 (`lerobot_writer.py`) adds what other programs ignore: the frame feature `intended_action`, the episode columns
 `success`, `kind` and `start`, and {"vlarft": {"absolute": bool, "gripper_dims": [6], "held_dims": []}} in info.json,
-see `Episode`. Without gripper_dims, the names of the action feature say which dimensions are grippers. All versions mean
-the same by `success` of an episode: true, false, or null for unknown. Where it is not given, the frame feature
+see `Episode`. Without gripper_dims, the names of the action feature say which dimensions are grippers. All versions
+mean the same by `success` of an episode: true, false, or null for unknown. Where it is not given, the frame feature
 `next.success` says it.
 """
 
