@@ -419,7 +419,7 @@ def check_plan(cfg: Config) -> None:
     size = model.cfg.tokenizer.image_size
     texts = [task.instruction for task in tasks]
     check_judge(cfg.success_model, texts, facts, f"world model {cfg.world_model}", size[0], cfg.world_model)
-    warn_other_contexts(facts, f"world model {cfg.world_model}", None)
+    warn_other_contexts(facts, f"world model {cfg.world_model}", -1)
     for path in cfg.policies:
         policy = VLAPolicy.load(path)
         Planner(policy, model, judge, cfg.plan_chunks)  # raises if they do not fit together

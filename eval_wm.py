@@ -461,7 +461,7 @@ def main(cfg: Config) -> dict:
     results = {"config": to_dict(cfg), "held_out_episodes": len(episodes), "segments": len(batch.frames)}
     results["frames"] = evaluate_frames(model, batch, suites, cfg, distance, autocast)
     if cfg.episodes:
-        warn_other_contexts(extra, f"imagining whole episodes: {path}", None)
+        warn_other_contexts(extra, f"imagining whole episodes: {path}", -1)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
     if distributed.is_main():
         if cfg.starts:

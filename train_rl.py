@@ -195,7 +195,7 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     model = WorldModel.load(cfg.world_model, device).requires_grad_(False)
     judge = load_judge(cfg, policy)
     check_imagined(cfg, cfg.policy, policy, extra, model)
-    warn_other_contexts(read_header(cfg.world_model).extra, f"world model {cfg.world_model}", None)
+    warn_other_contexts(read_header(cfg.world_model).extra, f"world model {cfg.world_model}", -1)
     check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)

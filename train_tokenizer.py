@@ -49,6 +49,7 @@ from vlarft.run.checkpoint import open_run
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import (
     Count,
+    Lookback,
     NotNegative,
     Positive,
     ProperShare,
@@ -97,8 +98,10 @@ class Config:
     split_seed: Whole = opt(0, "seed of the choice of held-out episodes; the same for every stage")
     segment: Rows = opt(7, "frames of a segment that follows the context frame (public recipe: 7)")
     future_frames: Rows = opt(7, "frames picked at random from each segment of a batch")
-    context_lookback: Whole | None = opt(
-        15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
+    context_lookback: Lookback | None = opt(
+        15,
+        "the context frame lies up to this many frames before the segment; 0: its first; none: any so far; -1: the "
+        "episode's first, as in imagined episodes",
     )
     augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
 

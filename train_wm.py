@@ -53,7 +53,7 @@ from vlarft.proprio_model import fit_proprio_model
 from vlarft.run import distributed, migration, preemption
 from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
-from vlarft.run.config import Count, Positive, ProperShare, Range, Rate, Rows, ShareBelow1, Whole, opt
+from vlarft.run.config import Count, Lookback, Positive, ProperShare, Range, Rate, Rows, ShareBelow1, Whole, opt
 from vlarft.run.log import RunLog, check_finite
 from vlarft.run.pictures import grid, save_png
 from vlarft.run.precision import Precision, in_bf16
@@ -77,8 +77,10 @@ class Config:
     experts_only: bool = opt(False, "train on successful expert episodes only, as the paper; validation keeps all")
     validation_fraction: ProperShare = opt(0.02, "share of the episodes held out (49:1, Sec. 4.2)")
     split_seed: Whole = opt(0, "seed of the choice of held-out episodes; the same for every stage")
-    context_lookback: Whole | None = opt(
-        15, "the context frame lies up to this many frames before the segment; 0: its first; none: any so far"
+    context_lookback: Lookback | None = opt(
+        15,
+        "the context frame lies up to this many frames before the segment; 0: its first; none: any so far; -1: the "
+        "episode's first, as in imagined episodes",
     )
 
     init: str | None = opt(None, "world model to start from: run folder or model.safetensors", group="model")

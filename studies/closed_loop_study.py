@@ -156,7 +156,7 @@ class Runs:
             words = [*demos, *held_out, "--steps", self.cfg.tokenizer_steps]
             tokenizer = self.stage(own / "tokenizer", "train_tokenizer.py", *words)
             words = [*demos, *held_out, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
-            words += ["--pose-dims", pose_dims]
+            words += ["--pose-dims", pose_dims, "--context-lookback", -1 if pose_dims else "none"]
         else:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
             words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]

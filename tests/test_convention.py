@@ -1,11 +1,12 @@
 """Image conventions: what is recorded, which differences are refused and which pass."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from vlarft.data.convention import VIEWS, check_image_size, check_same_images, image_convention
+from vlarft.data.convention import VIEWS, check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episode import Episode
 
 
@@ -77,3 +78,13 @@ def test_other_scenes_of_the_same_convention_pass(scene):
     check_same_images({}, "a", theirs, "b")  # public weights have no record
     with pytest.raises(ValueError, match="a has camera 'agentview', b has 'wrist'"):
         check_same_images(ours, "a", {"camera": "wrist"}, "b")
+
+
+def test_the_first_frame_is_among_all_earlier_ones():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_other_contexts({"context_lookback": None}, "world model", -1)
+        warn_other_contexts({"context_lookback": -1}, "world model", -1)
+        warn_other_contexts({}, "world model", -1)
+    with pytest.warns(UserWarning, match="world model was trained with --context-lookback -1, this run has none"):
+        warn_other_contexts({"context_lookback": -1}, "world model", None)

@@ -289,6 +289,14 @@ def test_context_frame_may_come_from_anywhere_in_the_episode_so_far():
     assert (context[start == 40].float().mean() - 20).abs() < 6  # uniform over the 41 frames
 
 
+def test_context_frame_may_be_the_first_of_the_episode():
+    sampler = WindowSampler([episode("a", 60)], num_frames=9, context_lookback=-1)
+    for batch in (sampler.batch(200, 1), sampler.spread(200)):
+        assert not batch.context_frame[:, 0, 0, 0].any() and batch.index[:, 1].max() > 40
+    starts = np.array([[0, 40]])
+    assert torch.equal(sampler.windows(starts).context_frame, sampler.windows(starts).frames[:, 0])  # frame t, if asked
+
+
 def test_spread_covers_the_episodes():
     sampler = WindowSampler([episode("a", 30), episode("b", 30)], num_frames=9)
     assert sampler.spread(4).index[:, 0].tolist() == [0, 0, 1, 1]

@@ -445,7 +445,7 @@ def test_a_run_in_imagination(config, tmp_path, capsys, two_outcomes):
     near = dataclasses.replace(config, world_model=str(tmp_path / "near.safetensors"))
     model, header = WorldModel.load(config.world_model), read_header(config.world_model)
     save_model(near.world_model, model, model.cfg, {**header.extra, "context_lookback": 15})
-    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has none"):
+    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has -1"):
         train_rl.imagined_world(near, policy, read_header(config.policy).extra, episodes)
     sampled = dataclasses.replace(config, imagination="sample", out_dir=str(tmp_path / "sampled"), precision="bf16")
     assert all(np.isfinite(v) for v in train_rl.main(sampled).values())

@@ -203,7 +203,7 @@ def test_refusals(config, changes, message):
 def test_contexts_of_another_range_are_warned_about(config, tmp_path):
     model, header = WorldModel.load(config.world_model), read_header(config.world_model)
     save_model(tmp_path / "wm.safetensors", model, model.cfg, {**header.extra, "context_lookback": 15})
-    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has none"):
+    with pytest.warns(UserWarning, match="was trained with --context-lookback 15, this run has -1"):
         eval_libero.check_plan(dataclasses.replace(config, world_model=str(tmp_path / "wm.safetensors")))
 
 

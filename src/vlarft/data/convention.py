@@ -76,9 +76,9 @@ def warn_other_contexts(extra: dict[str, Any], name: str, lookback: int | None) 
     Args:
         extra: of the model's file; one that does not state the range (older files, public weights) is not compared.
         name: of the model, for the message.
-        lookback: range of this run.
+        lookback: range of this run; -1, the first frame of an episode, is also among those of None.
     """
-    if extra.get("context_lookback", lookback) != lookback:
+    if extra.get("context_lookback", lookback) not in (lookback, *([None] if lookback == -1 else [])):
         theirs, ours = (str(value).lower() for value in (extra["context_lookback"], lookback))
         warnings.warn(
             f"{name} was trained with --context-lookback {theirs}, this run has {ours}: it sees context frames unlike "

@@ -73,7 +73,7 @@ class WindowSampler:
         num_frames: L. Windows lie within their episode; shorter episodes are left out, with a warning that names one.
         chunk: T. Actions beyond the episode's end are padded: no motion, the last gripper command or target.
         context_lookback: the context frame is sampled from up to this many frames before the segment (RLVR-World: 15);
-            0: it is the segment's first frame; None: that or any earlier frame of the episode.
+            0: it is the segment's first frame; None: that or any earlier frame of the episode; -1: the episode's first.
         num_workers: threads that decode images from disk and prefetch the next batch; 0 decodes in the caller, None
             uses half of the machine's cores, at most four. The batches do not depend on it.
 
@@ -196,10 +196,14 @@ class WindowSampler:
         """Read the frames (L, H, W, C) of a window, and its context frame (H, W, C)."""
         images = self.episodes[i].images
         frames = images[t : t + self.num_frames]
+        if lookback is None:
+            return frames, frames[0]
+        if self.context_lookback == -1:
+            return frames, images[0]
         if self.context_lookback is None:
-            return frames, images[t if lookback is None else int(lookback * (t + 1))]  # 0..t
+            return frames, images[int(lookback * (t + 1))]  # 0..t
         back = min(t, self.context_lookback)
-        return frames, images[t - 1 - int(lookback * back)] if back and lookback is not None else frames[0]
+        return frames, images[t - 1 - int(lookback * back)] if back else frames[0]
 
     def _collate(
         self, starts: np.ndarray, images: Sequence[tuple[np.ndarray, np.ndarray]], device: str | torch.device = "cpu"

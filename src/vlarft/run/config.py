@@ -51,6 +51,7 @@ Count = Annotated[int, Range(1, MOST)]
 Rows = Annotated[int, Range(1, 2**16)]  # computed at once: a batch
 Side = Annotated[int, Range(1, 4096)]  # of an image [px]
 Whole = Annotated[int, Range(0, MOST)]
+Lookback = Annotated[int, Range(-1, MOST)]
 Positive = Annotated[float, Range(0, MOST, open_low=True)]
 NotNegative = Annotated[float, Range(0, MOST)]
 Share = Annotated[float, Range(0, 1)]
