@@ -444,8 +444,9 @@ def main(cfg: Config) -> dict:
     # None: trained on contexts from anywhere before the segment; these imaginations begin at their context, as in RFT
     lookback = extra.get("context_lookback") or 0
     check_image_size(model.cfg.tokenizer.image_size, str(path), episodes[0])
-    where = f"the data {' '.join(map(str, cfg.demos or extra['demos']))}"
-    check_same_images(extra, f"world model {path}", image_convention(episodes, cfg.camera), where)
+    check_same_images(
+        extra, f"world model {path}", image_convention(episodes, cfg.camera), "the episodes to measure on"
+    )
     for episode in episodes if cfg.starts and cfg.true_error else ():
         check_replays(episode)
     sampler = WindowSampler(episodes, model.cfg.chunk + 1, model.cfg.chunk, lookback)

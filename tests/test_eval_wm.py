@@ -140,7 +140,9 @@ def test_errors(checkpoint, demos, tmp_path):
         main(replace(CFG, true_error=True, **given))
     header, model = read_header(checkpoint), WorldModel.load(checkpoint)
     save_model(tmp_path / "other.safetensors", model, model.cfg, {**header.extra, "camera": "eye_in_hand"})
-    with pytest.raises(ValueError, match="image conventions differ: world model .* has camera 'eye_in_hand', the data"):
+    with pytest.raises(
+        ValueError, match="image conventions differ: world model .* has camera 'eye_in_hand', the episodes"
+    ):
         main(replace(CFG, **{**given, "world_model": str(tmp_path / "other.safetensors")}))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
