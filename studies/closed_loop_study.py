@@ -10,8 +10,9 @@ tokenizer and a world model of all, from nothing (a tokenizer of demonstrations 
 elsewhere), and a success model. Then the arms, all from the SFT policy:
 
 - "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
-  SFT policy along its training. Poses drive the world model; in "actions", the raw actions do, as in the paper. "two
-  rounds" records as many episodes again with that policy, refreshes both models and goes on.
+  SFT policy along its training. The success model learns from imagined frames too, with the true outcome; a "judge of
+  true frames" does not. Poses drive the world model; in "actions", the raw actions do, as in the paper. "two rounds"
+  records as many episodes again with that policy, refreshes both models and goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
   dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.
@@ -39,11 +40,12 @@ from vlarft.run.config import opt, parse
 
 ARMS = (
     "extra SFT", "filtered cloning", "RFT R3", "RL, simulator", "RL, simulator, after filtered cloning",
-    "RL, simulator, judged", "RL, imagination", "RL, imagination, two rounds", "RL, imagination, actions", "planning",
-    "planning after RL",
+    "RL, simulator, judged", "RL, imagination", "RL, imagination, judge of true frames", "RL, imagination, two rounds",
+    "RL, imagination, actions", "planning", "planning after RL",
 )  # fmt: skip
 NO_END = 10**6
 POSE_DIMS = 6  # position and axis-angle
+FALSE_SUCCESSES = 0.15  # the share that a threshold allows: of some dozen held-out failures one or two
 COPIES = 8  # of the SFT policy along its training
 
 
@@ -64,12 +66,12 @@ class Config:
     copy_attempts: int = opt(0, "real episodes per task of each copy of the SFT policy along its training, before")
     horizon: int = opt(56, "steps after which an attempt that is recorded or learned from ends; demonstrations take 55")
     sft_steps: int = opt(1600, "steps of the SFT policy, and of filtered cloning")
-    tokenizer_steps: int = opt(8000, "steps of the tokenizer")
-    model_steps: int = opt(24000, "steps of the world model")
+    tokenizer_steps: int = opt(3000, "steps of the tokenizer")
+    model_steps: int = opt(6000, "steps of the world model")
     refresh_steps: int = opt(2500, "steps of a refresh of the world model")
     judge_steps: int = opt(1000, "steps of the success model")
     judge_episodes: int = opt(200, "episodes of each kind and outcome that it learns from, at most")
-    rl_steps: int = opt(60, "steps of reinforcement learning in imagination")
+    rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
 
@@ -165,6 +167,7 @@ class Runs:
 
     def judge(self, name: str, *words: object) -> Path:
         sizes = ["--steps", self.cfg.judge_steps, "--episodes", self.cfg.judge_episodes]
+        sizes += ["--false-successes", FALSE_SUCCESSES]
         return self.stage(self.own / name, "train_success.py", *words, *sizes)
 
     @property
@@ -181,8 +184,12 @@ class Runs:
         more = ["--seed", self.seed, "--gate-threshold", 0, "--horizon", self.cfg.horizon]  # 0: measure, and go on
         return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
 
-    def imagination(self, name: str = "RL, imagination", pose_dims: int = POSE_DIMS) -> Path:
+    def imagination(
+        self, name: str = "RL, imagination", pose_dims: int = POSE_DIMS, *, true_frames: bool = False
+    ) -> Path:
         attempts, models = self.first_round(pose_dims)
+        if true_frames:
+            models = models._replace(success_model=self.judge_of_true_frames)
         words = ["--policy", self.policy, "--demos", self.demos, attempts, *models.flags, "--steps", self.cfg.rl_steps]
         return self.rl(name, *words, "--gate-evaluation", self.evaluation)
 
@@ -228,6 +235,7 @@ class Runs:
                 name, self.policy, "--success-model", self.judge_of_true_frames
             ),
             "RL, imagination": self.imagination,
+            "RL, imagination, judge of true frames": lambda: self.imagination(name, true_frames=True),
             "RL, imagination, two rounds": self.two_rounds,
             "RL, imagination, actions": lambda: self.imagination(name, 0),
         }

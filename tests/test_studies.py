@@ -689,7 +689,10 @@ def test_closed_loop_arms(tmp_path, monkeypatch, capfd):
                 assert str(Path(value).relative_to(tmp_path)) in commands, (place, field)
         if hasattr(found, "seed") and script in ("train_sft.py", "train_rl.py", "train_rft.py"):
             assert f"seed{found.seed}/" in place
-    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 6
+    assert len([c for c in commands.values() if c[0] == "train_rl.py"]) == 2 * 7
+    _, words = commands["tabletop_object/seed3/RL_imagination_judge_of_true_frames"]
+    assert words[words.index("--success-model") + 1].endswith("seed3/success_true")
+    assert words[words.index("--world-model") + 1].endswith("seed3/wm_1")
     _, words = commands["tabletop_object/seed3/RL_simulator_after_filtered_cloning"]
     assert words[words.index("--policy") + 1].endswith("seed3/filtered")
     _, words = commands["tabletop_object/seed3/eval/copies"]
