@@ -340,7 +340,7 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
         between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
         if max(-low.min(), high.max()) > 1 + 1e-4:
             problem = f"{episodes[worst].name}: {what} lies in [{low[worst]:g}, {high[worst]:g}]; {fix}"
-        elif (never := (low >= 0) & (low < 0.9)).any():  # an episode that stays closed has 1 alone
+        elif (never := (low >= 0) & (low < 0.9) & (low < high)).any():  # an episode that stays closed has 1 alone
             i = int(never.argmax())
             some = f"{episodes[i].name}, one of {never.sum()} such episodes"
             problem = f"{some}: {what} lies in [{low[i]:g}, {high[i]:g}], never below 0; {fix}"
