@@ -115,11 +115,11 @@ class PlanningActor(PolicyActor):
     @torch.no_grad()
     def __call__(self, states: Sequence[int], chunk: int, observations: Sequence[Observation]) -> np.ndarray:
         flow, device = self.policy.cfg.flow, self.policy.device
+        proprio = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), device=device).float()
         if chunk == 0:
             images = to_floats(np.stack([obs[self.cameras[0]] for obs in observations]), device)
             self.first_frames = dict(zip(states, images, strict=True))
-            proprio = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), device=device)
-            self.motions = dict(zip(states, torch.zeros_like(proprio, dtype=torch.float32), strict=True))
+            self.motions = dict(zip(states, torch.zeros_like(proprio), strict=True))
 
         def random_numbers(state: int, candidate: int) -> Tensor:
             noise, suite = ("sampled", f"{self.suite}/plan {candidate}") if candidate else (self.noise, self.suite)
@@ -129,7 +129,6 @@ class PlanningActor(PolicyActor):
         first_frames = torch.stack([self.first_frames[s] for s in states])
         motion = torch.stack([self.motions[s] for s in states])
         plan = self.planner.choose(observations, first_frames, noise.to(device), self.num_flow_steps, motion)
-        proprio = torch.as_tensor(np.stack([obs["proprio"] for obs in observations]), device=device).float()
         _, robot = self.planner.model.robot.rollout(RobotState(proprio, motion), plan.actions[:, : self.execute])
         self.motions |= dict(zip(states, robot.motion, strict=True))
         return plan.actions.cpu().numpy()
