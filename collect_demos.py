@@ -187,7 +187,8 @@ def main(config: Config) -> list[Path]:
         RuntimeError: tasks lack demonstrations, for want of a success in `max_attempts` attempts or of a plan; all
             others have been made and kept.
     """
-    chosen = [(suite, task) for suite in config.suites for task in _tasks(config, suite)]
+    # a task may stand twice, by number and by name
+    chosen = list(dict.fromkeys((suite, task) for suite in config.suites for task in _tasks(config, suite)))
     paths = {key: demo_path(config, *key) for key in chosen}
     jobs = {key: list(_missing(config, *key)) for key in chosen}
     todo = [job for key in chosen for job in jobs[key]]

@@ -156,14 +156,22 @@ def _planner(path: str, digest: str, world_model: str, success_model: str, chunk
 def _recording(path: str, digest: str) -> dict[tuple[str, int], dict[int, list]]:
     """Read the actions of an episodes.jsonl: (suite, task) -> initial state -> actions; a later line replaces an
     earlier one.
+
+    Raises:
+        ValueError: a line is no record of an episode, or the records are of several policies.
     """
     found: dict[tuple[str, int], dict[int, list]] = {}
+    policies = set()
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             r = json.loads(line)
             found.setdefault((r["suite"], r["task"]), {})[r["init_state"]] = r["actions"]
+            policies.add(r.get("policy"))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a record of an episode ({error!r})") from error
+    if len(policies) > 1:
+        names = ", ".join(sorted(map(str, policies)))
+        raise ValueError(f"{path} holds episodes of {len(policies)} policies, {names}: keep the lines of one")
     return found
 
 
@@ -308,11 +316,14 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
 
 
 def _tasks(cfg: Config, suite: str) -> list[int]:
-    return [task_index(suite, t) for t in (cfg.tasks if cfg.tasks is not None else range(len(task_names(suite))))]
+    tasks = range(len(task_names(suite))) if cfg.tasks is None else cfg.tasks
+    return list(dict.fromkeys(task_index(suite, task) for task in tasks))  # by number and by name it may stand twice
 
 
 def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; return path -> digest of each checkpoint."""
+    if twice := [suite for suite in set(cfg.suites) if cfg.suites.count(suite) > 1]:
+        raise ValueError(f"suites names {twice[0]} twice")
     for suite in cfg.suites:
         _tasks(cfg, suite)
         check_rendering(suite, (), fast_rendering=cfg.fast_rendering)
@@ -355,6 +366,12 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
         if cfg.noise == "stochastic" and not header.config["has_sigma_net"]:
             raise ValueError(f"noise stochastic: {path} has no sigma net, which train_rft.py adds")
+        steps = header.config["flow"].get("num_steps", cfg.num_flow_steps)
+        if cfg.noise == "stochastic" and steps != cfg.num_flow_steps:
+            raise ValueError(
+                f"noise stochastic: {path} was fine-tuned with {steps} flow steps, --num-flow-steps is "
+                f"{cfg.num_flow_steps}; its sigma net knows no other number"
+            )
         if cfg.noise == "stochastic" and header.extra.get("rft", {}).get("variant") == "flow_sde":
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = "+".join(map(model_digest, players(cfg, path)))

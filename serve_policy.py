@@ -19,6 +19,7 @@ Preset `droid` has the keys of openpi's DROID client. A state in several entries
 Reads a policy of train_sft.py or train_rft.py, on the GPU where there is one. Writes nothing. It stops at Ctrl+C.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ import torch
 
 from vlarft import __version__
 from vlarft.policy import VLAPolicy
+from vlarft.run.checkpoint import read_header
 from vlarft.run.config import Count, Range, Rows, Whole, opt, parse
 from vlarft.run.script import clear_errors
 from vlarft.serving import Keys, policy_server
@@ -120,9 +122,22 @@ def make_server(cfg: Config) -> "Server":
     policy = VLAPolicy.load(cfg.policy, "cuda" if torch.cuda.is_available() else "cpu").for_playing(cfg.compile)
     flow, keys = policy.cfg.flow, client_keys(cfg, policy.cfg.cameras)
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
+    trained = read_header(cfg.policy).extra
+    known = {text.strip().lower() for text in trained.get("instructions") or ()}
+
+    @functools.lru_cache(maxsize=1000)
+    def say_once(text: str) -> None:
+        print(f"{cfg.policy} {text}", file=sys.stderr, flush=True)
 
     def infer(message: Any) -> np.ndarray:
         obs = keys.read(message, flow.proprio_dim)
+        if known and obs["instruction"].strip().lower() not in known:
+            say_once(f"was trained on {len(known)} instructions, and not on {obs['instruction']!r}")
+        for camera in keys.images if "image_size" in trained else ():
+            (height, width), side = trained["image_size"], obs[camera].shape[:2]
+            if side != (height, width):
+                size = f"{side[0]}x{side[1]}, which are resized otherwise"
+                say_once(f"was trained on images of {height}x{width}; those of {camera} have {size}")
         noise = torch.zeros(flow.chunk, flow.action_dim) if cfg.noise == "zero" else None
         return policy.act(obs, noise=noise, generator=generator, num_steps=cfg.num_flow_steps).cpu().numpy()  # (T, A)
 

@@ -57,7 +57,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
-from vlarft.data.convention import check_image_size, check_same_images, image_convention
+from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.diagnosis import diagnose, picture_actions
 from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
 from vlarft.gate import check_gate, held_out_names, trust_gate
@@ -65,6 +65,7 @@ from vlarft.grpo import advantages, mean_entropy, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.metrics import PerceptualDistance, perceptual
 from vlarft.nets.action_head import Condition
+from vlarft.normalizer import check_same_units
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import ImageScorer, Imagination, Imagined, RewardKind, Scorer, check_same_robot, make_scorer
 from vlarft.run import distributed, migration, preemption
@@ -264,6 +265,7 @@ def load_world_model(
     check_same_robot(policy, world_model)
     names, imagined = (f"policy {cfg.policy}", f"world model {cfg.world_model}"), read_header(cfg.world_model).extra
     check_same_images(extra, names[0], imagined, names[1])
+    warn_other_contexts(imagined, names[1], 0)  # the start itself, wherever in an episode
     tasks = [{name.rpartition("/")[0] for name in of.get("train_episodes", ())} for of in (extra, imagined)]
     if all(tasks) and tasks[0].isdisjoint(tasks[1]):
         warnings.warn(
@@ -283,7 +285,7 @@ def load_world_model(
 
 
 def windows(
-    cfg: Config, extra: dict, chunk: int, gated: bool, world_model: WorldModel | None
+    cfg: Config, policy: VLAPolicy, extra: dict, gated: bool, world_model: WorldModel | None
 ) -> tuple[WindowSampler, Batch]:
     """Load start states to train on, from the policy's training episodes; and fixed held-out starts, for the gate and
     the diagnosis.
@@ -293,10 +295,10 @@ def windows(
     names no episodes at all, as converted public weights, takes the default split of train_sft.py.
 
     Raises:
-        ValueError: the gate has no held-out episodes, see `held_out_names`; or the demonstrations have images unlike
-            those that the policy was trained on, or of another size than the world model's.
+        ValueError: the gate has no held-out episodes, see `held_out_names`; or the demonstrations have images or units
+            unlike those that the policy was trained on, or images of another size than the world model's.
     """
-    camera = extra.get("camera", "agentview")
+    camera = extra.get("camera", policy.cfg.cameras[0])
     if not extra.get("train_episodes"):
         split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
         training, held_out = ([episode.name for episode in part] for part in split)
@@ -314,8 +316,10 @@ def windows(
     fix = "give the demonstrations that it was trained on"
     images = image_convention(episodes, camera)
     check_same_images(extra, f"policy {cfg.policy}", images, f"the demonstrations {cfg.demos}", fix)
+    check_same_units(policy.normalizer, episodes)
     if world_model is not None:
         check_image_size(world_model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
+    chunk = policy.cfg.flow.chunk
     training, others = (WindowSampler(part, chunk + 1, chunk) for part in (episodes, others))
     return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS)
 
@@ -444,12 +448,13 @@ def main(
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
     gated = cfg.gate_starts > 0 and (world_model is not None or hasattr(score_held_out, "bins"))
-    starts, held_out = windows(cfg, extra, policy.cfg.flow.chunk, gated, world_model)
+    starts, held_out = windows(cfg, policy, extra, gated, world_model)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
     # raises if the folder holds a run of another configuration; gate_threshold may differ
-    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft)
+    models = ("policy",) if world_model is None else ("policy", "world_model")
+    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft, models=models)
     bf16 = in_bf16(cfg.precision, device) and "vlm" not in trained  # of the context; what trains computes in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below

@@ -47,12 +47,13 @@ from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
-from vlarft.data.convention import check_image_size, check_same_images, warn_other_contexts
+from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episodes import check_outcomes
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
 from vlarft.imagined_world import ImaginedWorld
+from vlarft.normalizer import check_same_units
 from vlarft.outcome_gate import check_outcome_gate, outcome_gate, rank_policies, read_evaluation
 from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import check_same_robot
@@ -198,6 +199,13 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     warn_other_contexts(read_header(cfg.world_model).extra, f"world model {cfg.world_model}", -1)
     check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
+    known = {text.strip().lower() for text in extra.get("instructions") or texts}
+    if unknown := sorted({text for text in texts if text.strip().lower() not in known}):
+        warnings.warn(
+            f"policy {cfg.policy} was not trained on {len(unknown)} of the instructions of the episodes, for example "
+            f"{unknown[0]!r}: their imagined episodes teach it little",
+            stacklevel=2,
+        )
     check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size, cfg.world_model)
     if cfg.horizon < judge.cfg.hold:
         raise ValueError(f"--horizon {cfg.horizon}: a success is held for {judge.cfg.hold} frames; give more")
@@ -371,7 +379,10 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     episodes = []
     if cfg.mse_weight or cfg.world == "imagination":
-        episodes = load_episodes(cfg.demos, extra.get("camera", "agentview"), successes_only=False)
+        camera = extra.get("camera", policy.cfg.cameras[0])
+        episodes, where = load_episodes(cfg.demos, camera, successes_only=False), f"the episodes {' '.join(cfg.demos)}"
+        check_same_images(extra, f"policy {cfg.policy}", image_convention(episodes, camera), where)
+        check_same_units(policy.normalizer, episodes)
         check_horizon(cfg, episodes)
     demonstrations = demonstrated(cfg, policy, extra, episodes)
     if world is None:
@@ -385,7 +396,8 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     ):
         measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
-    open_run(out_dir, cfg, ignore=("workers", "micro_chunks", "gate_threshold", "gate_evaluation"))
+    models = ["policy", *(["world_model"] if isinstance(world, ImaginedWorld) else []), "success_model"]
+    open_run(out_dir, cfg, ("workers", "micro_chunks", "gate_threshold", "gate_evaluation"), models=models)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     parameters = [p for group in groups for p in group["params"]]

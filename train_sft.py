@@ -43,7 +43,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +51,7 @@ from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
+from vlarft.normalizer import check_same_units, intended_and_proprio
 from vlarft.policy import PRESETS as SIZES
 from vlarft.policy import SupervisedObjective, VLAPolicy
 from vlarft.run import distributed, memory, migration, preemption
@@ -213,6 +213,22 @@ def build_policy(
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=flow, gripper_dims=grippers))
 
 
+def without_seen(train: list[Episode], held_out: list[Episode], init: str) -> tuple[list[Episode], list[Episode]]:
+    """Move held-out episodes that the policy `init` was trained on to the training episodes.
+
+    Raises:
+        ValueError: it was trained on all of them.
+    """
+    seen = set(read_header(init).extra.get("train_episodes", ()))
+    unseen = [e for e in held_out if e.name not in seen]
+    if not unseen:
+        raise ValueError(
+            f"--init {init} was trained on all {len(held_out)} episodes that this run would hold out: give the "
+            "--split-seed and --validation-fraction of its training, or more demonstrations"
+        )
+    return train + [e for e in held_out if e.name in seen], unseen
+
+
 def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str]]:
     """Collect the instructions of all trainings, for the checkpoint; nothing where those of `init` are not known."""
     own = {e.instruction for e in episodes}
@@ -223,22 +239,10 @@ def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str
 
 
 def fit_normalizer(policy: VLAPolicy, episodes: Sequence[Episode], refit: bool) -> None:
-    """Fit a new policy's normaliser, or with `refit` any; check that the episodes are in its units.
-
-    Raises:
-        ValueError: they are another robot's or in other units.
-    """
-    grippers = list(episodes[0].grippers), list(policy.normalizer.gripper_dims)
-    if episodes[0].actions.shape[1] == policy.cfg.flow.action_dim and grippers[0] != grippers[1]:
-        raise ValueError(
-            f"the gripper dimensions of {episodes[0].name} are {grippers[0]}, of the policy {grippers[1]}: they belong "
-            "to another robot, or the data set says so by mistake (python -m vlarft.data.convert --gripper-dims)"
-        )
-    columns = ([getattr(e, name) for e in episodes] for name in ("intended", "proprio"))
-    columns = [torch.from_numpy(np.concatenate(column)) for column in columns]  # (all steps, A), (all steps, P)
+    """Fit a new policy's normaliser, or with `refit` any; check that the episodes are in its units."""
     if refit or not policy.normalizer.fitted:
-        policy.normalizer.fit(*columns)
-    policy.normalizer.check(*columns)
+        policy.normalizer.fit(*intended_and_proprio(episodes))
+    check_same_units(policy.normalizer, episodes)
 
 
 def choose_trained(policy: VLAPolicy, cfg: Config) -> LoRAConfig | None:
@@ -312,6 +316,8 @@ def main(cfg: Config) -> dict[str, float]:
 
     episodes = load_episodes(cfg.demos, cfg.camera)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    if cfg.init not in (None, "random"):
+        train, held_out = without_seen(train, held_out, cfg.init)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     images = image_convention(train, cfg.camera)
     facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
@@ -339,7 +345,8 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
     ema = EMA(parameters, cfg.ema)
 
-    open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS))
+    models = () if cfg.init in (None, "random") else ("init",)
+    open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS), models=models)
     learned = {"policy": policy, "ema": ema, "optimizer": optimizer}
     check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)

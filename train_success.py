@@ -57,7 +57,7 @@ from vlarft.run.log import RunLog, check_finite
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import seed_of
 from vlarft.run.script import run_script
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.success import PRESETS as SIZES
 from vlarft.success import SuccessModel, best_threshold, compare_outcomes, own_attempts
 from vlarft.success_frames import FrameTable, Version, frame_table, replayed, versions
@@ -295,7 +295,9 @@ def main(cfg: Config) -> dict[str, float]:
     size = replace(size, encoder=replace(size.encoder, image_size=height))
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
-    open_run(cfg.out_dir, cfg)
+    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in split.held_out]}
+    open_run(cfg.out_dir, cfg, models=("world_model",))
+    check_same_episodes(cfg.out_dir, names)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
@@ -310,9 +312,8 @@ def main(cfg: Config) -> dict[str, float]:
     table, whole = prepared(cfg, split, world_model, digest, autocast)
     facts = {
         "instructions": sorted({e.instruction for e in train}),
-        "train_episodes": [e.name for e in train],
+        **names,
         "threshold_episodes": [e.name for e in split.threshold],
-        "held_out_episodes": [e.name for e in split.held_out],
         "world_model": digest,
         **images,
     }

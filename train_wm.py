@@ -426,7 +426,8 @@ def main(cfg: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
     # the robot is fitted before the first step: a run that goes on has it
-    open_run(cfg.out_dir, cfg, ("robot_steps",), older=partial(migration.train_wm, size=SIZES))
+    models = ("init",) if cfg.init else ("tokenizer",)
+    open_run(cfg.out_dir, cfg, ("robot_steps",), partial(migration.train_wm, size=SIZES), models)
     check_same_episodes(cfg.out_dir, names)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -125,6 +126,31 @@ def test_run_folder(tmp_path):
     checkpoint.save_train_state(config.out_dir, {"step": 2, "x": torch.ones(3)})
     state = checkpoint.open_run(config.out_dir, config)
     assert checkpoint.load_train_state(state)["step"] == 2
+
+
+def test_a_model_that_was_replaced_is_not_taken_for_the_same(tmp_path):
+    def opened() -> object:
+        return checkpoint.open_run(config.out_dir, config, models=("policy",))
+
+    @dataclasses.dataclass(frozen=True)
+    class Tuning(RunConfig):
+        policy: str | None = str(tmp_path / "model.safetensors")
+
+    config, net = Tuning(str(tmp_path / "run")), Net(NetConfig())
+    checkpoint.save_model(config.policy, net, NetConfig())
+    opened()
+    torch.nn.init.ones_(net.linear.weight)
+    checkpoint.save_model(config.policy, net, NetConfig())
+    opened()  # nothing was trained yet
+    checkpoint.save_train_state(config.out_dir, {"step": 2})
+    opened()
+    torch.nn.init.zeros_(net.linear.weight)
+    checkpoint.save_model(config.policy, net, NetConfig())
+    with pytest.raises(ValueError, match="--policy .*model.safetensors is another model today than when the run in"):
+        opened()
+    os.remove(config.policy)
+    assert opened() is not None  # what is gone is not compared, and what began without a model has none
+    assert checkpoint.open_run(tmp_path / "none", Tuning(str(tmp_path), policy=None), models=("policy",)) is None
 
 
 def test_run_folder_from_before_an_option_existed(tmp_path):

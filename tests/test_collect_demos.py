@@ -230,6 +230,14 @@ def test_failures_are_retried_or_kept_and_marked(tmp_path):
     assert load_episodes(path, successes_only=False)[0].kind == "failed"
 
 
+def test_a_task_that_is_named_twice_is_collected_once(tmp_path):
+    name = task_names("tabletop_object")[0]
+    (path,) = main(config(tmp_path, tasks=(name, "0"), demos_per_task=1))
+    with h5py.File(path) as file:
+        assert list(file["data"]) == ["demo_0"]
+    assert not list(tmp_path.rglob("*.parts"))
+
+
 def test_attempts_of_a_policy_extend_demonstrations(tmp_path, policy_file):
     settings = config(tmp_path / "a", tasks=("0",), demos_per_task=1, image_size=64)
     (path,) = main(settings)

@@ -78,6 +78,8 @@ def test_other_scenes_of_the_same_convention_pass(scene):
     check_same_images({}, "a", theirs, "b")  # public weights have no record
     with pytest.raises(ValueError, match="a has camera 'agentview', b has 'wrist'"):
         check_same_images(ours, "a", {"camera": "wrist"}, "b")
+    with pytest.warns(UserWarning, match="a was trained on images of 24x32, b has 48x64: resized, they look otherwise"):
+        check_same_images(ours, "a", {**theirs, "image_size": (48, 64)}, "b")
 
 
 def test_the_first_frame_is_among_all_earlier_ones():
@@ -86,5 +88,10 @@ def test_the_first_frame_is_among_all_earlier_ones():
         warn_other_contexts({"context_lookback": None}, "world model", -1)
         warn_other_contexts({"context_lookback": -1}, "world model", -1)
         warn_other_contexts({}, "world model", -1)
+        warn_other_contexts({"context_lookback": 15}, "world model", 0)
+        warn_other_contexts({"context_lookback": None}, "world model", 15)
     with pytest.warns(UserWarning, match="world model was trained with --context-lookback -1, this run has none"):
         warn_other_contexts({"context_lookback": -1}, "world model", None)
+    for trained, lookback in ((-1, 0), (0, 15), (15, -1), (15, None)):
+        with pytest.warns(UserWarning, match=f"with --context-lookback {trained}, this run has"):
+            warn_other_contexts({"context_lookback": trained}, "world model", lookback)

@@ -234,6 +234,7 @@ def test_perturbed_and_replanning(config):
         ({"suites": ("tabletop_kitchen",)}, "unknown suite 'tabletop_kitchen'; the suites are"),
         ({"tasks": ("fly",)}, "unknown task 'fly' of tabletop_object; give 0..9"),
         ({"tasks": ("99",)}, "unknown task '99'"),
+        ({"suites": ("tabletop_object",) * 2}, "suites names tabletop_object twice"),
         ({"execute": 9}, "execute must lie in 1..8"),
         ({"perturb": "wind:3"}, "perturbation 'wind:3' is not one of"),
     ],
@@ -241,6 +242,12 @@ def test_perturbed_and_replanning(config):
 def test_bad_input(config, changes, message):
     with pytest.raises(ValueError, match=message):
         eval_libero.main(dataclasses.replace(config, **changes))
+
+
+def test_a_task_that_is_named_twice_is_played_once(config):
+    name = suites.task_names("tabletop_object")[0]
+    eval_libero.main(dataclasses.replace(config, tasks=("0", name, "0"), episodes=1))
+    assert [(r["task"], r["init_state"]) for r in records(config)] == [(0, 0)]
 
 
 def test_bad_checkpoints(config, world_model_file, tmp_path):
@@ -265,11 +272,18 @@ def test_the_stochastic_policy_can_be_evaluated(config, policy_file, tmp_path):
     policy.add_sigma_net()
     policy.save(tmp_path / "rft.safetensors")
     for noise in ("sampled", "stochastic"):
-        changes = {"policies": (str(tmp_path / "rft.safetensors"),), "noise": noise, "episodes": 1}
+        changes = {
+            "policies": (str(tmp_path / "rft.safetensors"),),
+            "noise": noise,
+            "episodes": 1,
+            "num_flow_steps": 10,
+        }
         run = dataclasses.replace(config, **changes, out_dir=str(tmp_path / noise))
         eval_libero.main(run)
         first[noise] = torch.tensor(records(run)[0]["actions"][:8])
     assert not torch.equal(first["sampled"], first["stochastic"])
+    with pytest.raises(ValueError, match="was fine-tuned with 10 flow steps, --num-flow-steps is 4; its sigma net"):
+        eval_libero.main(dataclasses.replace(run, num_flow_steps=4, out_dir=str(tmp_path / "four")))
 
 
 @pytest.mark.parametrize("execute", [3, 8])
@@ -304,6 +318,9 @@ def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp
         eval_libero.main(dataclasses.replace(again, animate_starts=("tabletop_object/3/0",)))
     with pytest.raises(ValueError, match=r"execute must lie in 1..8"):
         eval_libero.main(dataclasses.replace(again, execute=9, out_dir=str(tmp_path / "c")))
+    both = dataclasses.replace(again, policies=(str(Path(again.out_dir) / "episodes.jsonl"),))
+    with pytest.raises(ValueError, match="holds episodes of 2 policies, .*episodes.jsonl, random: keep the lines of"):
+        eval_libero.main(dataclasses.replace(both, out_dir=str(tmp_path / "both")))
     (tmp_path / "bad.jsonl").write_text('{"suite": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not a record of an episode"):
         eval_libero.main(

@@ -162,7 +162,7 @@ def test_card_states_training_and_success(hub, run_folder, tmp_path):
     assert metadata["pipeline_tag"] == "robotics" and metadata["license"] == "apache-2.0"
     assert {"vlarft", "robotics", "vision-language-action"} <= set(metadata["tags"])
     assert "- minutes of the last stage: 7.2\n" in text and "| val_flow_mse | 0.25 |" in text
-    assert "| tabletop_object | 50.0 % [9.5, 90.5] | 2 | zero |" in text  # Wilson's interval of 1 in 2
+    assert "| tabletop_object | 1 | 50.0 % [9.5, 90.5] | 2 | 64 | zero |" in text  # Wilson's interval of 1 in 2
     assert "VLAPolicy.from_pretrained('user/pick')" in text
     (command,) = [line for line in text.splitlines() if line.startswith("python train_")]
     script, *words = shlex.split(command)[1:]

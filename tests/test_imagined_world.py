@@ -466,7 +466,7 @@ def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path, two_outcomes
     assert set(found["episodes"]["outcomes"]) == {"imagined", "true"} and found["sensitivity"]
 
 
-def test_refusals(config, tmp_path, policy_file):
+def test_refusals(config, tmp_path, policy_file, monkeypatch):
     with pytest.raises(RuntimeError, match="outcome gate: replayed in imagination"):
         train_rl.main(dataclasses.replace(config, gate_threshold=1.1))
     with pytest.raises(
@@ -505,6 +505,21 @@ def test_refusals(config, tmp_path, policy_file):
             train_rl.main(dataclasses.replace(config, world_model=other))
     with pytest.raises(ValueError, match="--horizon 2: a success is held for 3 frames"):
         train_rl.main(dataclasses.replace(config, horizon=2))
+    policy, extra = VLAPolicy.load(config.policy), read_header(config.policy).extra
+    policy.save(other, {**extra, "instructions": ["open the door"]})
+    with pytest.warns(UserWarning, match="not trained on 1 of the instructions of .* 'push the red square'"):
+        train_rl.main(dataclasses.replace(config, policy=other, steps=1, out_dir=str(tmp_path / "told")))
+    policy.save(other, {**extra, "fast_rendering": True})
+    slow = {**image_convention(load_episodes(config.demos), "agentview"), "fast_rendering": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rl, "image_convention", lambda *_: slow)
+        for world in ("imagination", "simulator"):
+            with pytest.raises(ValueError, match="policy .* has images of fast rendering, the episodes .* not"):
+                train_rl.main(dataclasses.replace(config, policy=other, world=world, success_model=None))
+    policy.normalizer.action_low[2], policy.normalizer.action_high[2] = 50.0, 51.0
+    policy.save(other, extra)
+    with pytest.raises(ValueError, match="other units: 100% of action 2 lie outside"):
+        train_rl.main(dataclasses.replace(config, policy=other))
     with pytest.warns(UserWarning, match="--horizon 13: 6 of 6 recorded successes are longer, up to 14 steps"):
         train_rl.main(dataclasses.replace(config, horizon=13, steps=1))
 

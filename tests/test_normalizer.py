@@ -1,9 +1,11 @@
 """normalizer: quantiles, clipping, gripper conventions."""
 
+import numpy as np
 import pytest
 import torch
 
-from vlarft.normalizer import Normalizer
+from vlarft.data.episode import Episode
+from vlarft.normalizer import Normalizer, check_same_units, intended_and_proprio
 
 
 def fitted(gripper="zero_one_open", n=1001):
@@ -105,3 +107,20 @@ def test_actions_that_are_no_numbers_are_refused(value):
     actions[1, 3] = value
     with pytest.raises(FloatingPointError, match="the policy's actions are NaN or infinite"):
         Normalizer().decode_actions(actions)
+
+
+def test_episodes_of_another_robot_or_in_other_units():
+    normalizer, actions, proprio = fitted()
+
+    def episode(scale: float = 1.0, gripper_dims: tuple[int, ...] | None = None) -> Episode:
+        images, noisy = np.zeros((len(actions), 1, 1, 3), np.uint8), actions.numpy() + 100
+        columns = proprio.numpy(), noisy, scale * actions.numpy()
+        return Episode("squares/0", "push", images, *columns, gripper_dims=gripper_dims)
+
+    found = intended_and_proprio([episode(), episode()])
+    assert torch.equal(found[0], torch.cat([actions, actions])) and torch.equal(found[1], torch.cat([proprio, proprio]))
+    check_same_units(normalizer, [episode()])
+    with pytest.raises(ValueError, match="other units: 99% of action"):
+        check_same_units(normalizer, [episode(scale=100.0)])
+    with pytest.raises(ValueError, match=r"the gripper dimensions of squares/0 are \[0\], of the policy \[6\]: they"):
+        check_same_units(normalizer, [episode(gripper_dims=(0,))])

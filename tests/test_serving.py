@@ -109,6 +109,20 @@ def test_serves_what_act_computes(config, policy_file, capsys):
     assert f"ws://127.0.0.1:{port}: 8 actions in " in out and "observation/image: uint8 (H, W, 3)" in out
 
 
+def test_says_once_what_was_not_trained_on(config, policy_file, tmp_path, capsys):
+    policy, path = VLAPolicy.load(policy_file), str(tmp_path / "policy.safetensors")
+    policy.save(path, {"instructions": ["Push the red square"], "image_size": [64, 80]})
+    server = serve_policy.make_server(dataclasses.replace(config, policy=path))
+    with running(server) as port, closing(Client(port)) as client:
+        for prompt in ("push the red square ", "open the door", "open the door"):
+            client.ask({**observation(), "prompt": prompt})
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"{path} was trained on images of 64x80; those of agentview have 64x64, which are resized otherwise",
+        f"{path} was trained on 1 instructions, and not on 'open the door'",
+    ]
+
+
 def test_sampled_noise_follows_the_seed(config):
     def two_chunks(seed: int) -> np.ndarray:
         server = serve_policy.make_server(dataclasses.replace(config, noise="sampled", seed=seed))

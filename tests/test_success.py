@@ -324,6 +324,11 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     assert last["lr"] == pytest.approx(config.lr * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2)
     before = files_of(config.out_dir)
     assert "imagined.pt" not in before
+    with monkeypatch.context() as patch:
+        split = train_success.load_split(config)
+        patch.setattr(train_success, "load_split", lambda _: split._replace(train=split.train[1:]))
+        with pytest.raises(ValueError, match="was begun with 8 train episodes, today there are 7"):
+            train_success.main(config)
     monkeypatch.setattr(train_success, "prepared", lambda *_: pytest.fail("prepared a run that is complete"))
     assert train_success.main(config) == metrics and files_of(config.out_dir) == before  # it is left as it is
 

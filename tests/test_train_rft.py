@@ -318,6 +318,10 @@ def test_a_policy_that_names_no_episodes_takes_a_split_of_its_own(rft_config, tm
     save_model(tmp_path / "public.safetensors", policy, policy.cfg)
     train_rft.main(dataclasses.replace(rft_config, policy=str(tmp_path / "public.safetensors"), steps=1))
     assert "names no episodes of its training: fine-tunes on 5 of" in capfd.readouterr().err
+    policy.cfg = dataclasses.replace(policy.cfg, cameras=("front",))
+    save_model(tmp_path / "front.safetensors", policy, policy.cfg)
+    with pytest.raises(ValueError, match="no camera 'front'"):  # its own, not the usual one
+        train_rft.main(dataclasses.replace(rft_config, policy=str(tmp_path / "front.safetensors"), reward="r1"))
 
 
 def test_refusals(rft_config, tmp_path):
@@ -361,6 +365,11 @@ def test_refusals(rft_config, tmp_path):
     save_model(files[1], small_model, small, {"held_out_episodes": []})
     with pytest.raises(ValueError, match="world model .* takes images of 32x32, .* has 64x64"):
         run(world_model=str(files[1]))
+    policy.normalizer.proprio_low[0], policy.normalizer.proprio_high[0] = 50.0, 51.0  # centimetres, say
+    save_model(files[0], policy, policy.cfg, extra)
+    with pytest.raises(ValueError, match="another robot or other units: 100% of proprio 0 lie outside"):
+        run(policy=str(files[0]), reward="r1")
+    policy, extra = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
     for names, changes, message in (
         ({"train_episodes": extra["train_episodes"]}, {}, "names no held-out episodes.*leave the gate out with --gate"),
     ):
@@ -373,6 +382,10 @@ def test_refusals(rft_config, tmp_path):
         UserWarning, match="on none of the files of policy .*, on robot/pour_demo, ... and not on squares"
     ):
         run(world_model=str(files[1]), steps=1)
+    header = read_header(rft_config.world_model).extra
+    save_model(files[1], model, model.cfg, {**header, "context_lookback": -1})
+    with pytest.warns(UserWarning, match="model.safetensors was trained with --context-lookback -1, this run has 0"):
+        train_rft.main(dataclasses.replace(rft_config, world_model=str(files[1]), out_dir=str(tmp_path / "first")))
     train_rft.main(dataclasses.replace(rft_config, steps=1))
     with pytest.raises(ValueError, match="another configuration: lr"):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))

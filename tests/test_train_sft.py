@@ -189,6 +189,21 @@ def test_init_keeps_the_normaliser_and_starts_a_new_schedule(demos, tmp_path):
     assert first["step"] == 1 and first["lr"] == pytest.approx(SMOKE.lr * 0.5)
 
 
+def test_what_the_initial_policy_has_seen_is_not_held_out(demos, tmp_path):
+    train_sft.main(config(demos, tmp_path / "base", steps=1))
+    before, init = read_header(tmp_path / "base").extra, str(tmp_path / "base")
+    assert len(before["train_episodes"]) > 1 and before["held_out_episodes"]
+    episodes = load_episodes(str(demos))
+    other = [e for e in episodes if e.name in before["train_episodes"][:1]]
+    own = [e for e in episodes if e.name in before["held_out_episodes"]]
+    train, held_out = train_sft.without_seen([], own + other, init)
+    assert [e.name for e in train] == [e.name for e in other] and held_out == own
+    with pytest.raises(ValueError, match="was trained on all 1 episodes that this run would hold out"):
+        train_sft.without_seen(own, other, init)
+    train_sft.main(config(demos, tmp_path / "on", init=init, validation_fraction=0.5, steps=1))
+    assert not set(before["train_episodes"]) & set(read_header(tmp_path / "on").extra["held_out_episodes"])
+
+
 def test_init_of_other_images(demos, tmp_path):
     """Turned ones are refused; another camera may be meant, and is what the policy sees from then on."""
     train_sft.main(config(demos, tmp_path / "base", steps=1))

@@ -8,8 +8,11 @@ Shapes: A action dim (7), G gripper dims (1), P proprio dim (8).
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from vlarft.data.episode import Episode
 
 GripperEncoding = Literal["zero_one_open", "identity"]
 
@@ -197,3 +200,25 @@ def _to_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _from_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return low + (values + 1) / 2 * (high - low)
+
+
+def intended_and_proprio(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+    """Return the demonstrators' intended actions (N, A) and proprio (N, P) of all steps of episodes, raw."""
+    columns = ([getattr(e, name) for e in episodes] for name in ("intended", "proprio"))
+    actions, proprio = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    return actions, proprio
+
+
+def check_same_units(normalizer: Normalizer, episodes: Sequence[Episode]) -> None:
+    """Check that episodes have a policy's grippers and units, before they train it.
+
+    Raises:
+        ValueError: they are another robot's or in other units.
+    """
+    theirs, ours = list(episodes[0].grippers), list(normalizer.gripper_dims)
+    if episodes[0].actions.shape[1] == len(normalizer.back) and theirs != ours:
+        raise ValueError(
+            f"the gripper dimensions of {episodes[0].name} are {theirs}, of the policy {ours}: they belong to another "
+            "robot, or the data set says so by mistake (python -m vlarft.data.convert --gripper-dims)"
+        )
+    normalizer.check(*intended_and_proprio(episodes))

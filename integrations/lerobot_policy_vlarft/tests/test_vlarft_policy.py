@@ -358,6 +358,16 @@ def test_data_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"meta/stats.json has no q01 and q99 of action, the ranges"):
         train(monkeypatch, half, tmp_path / "c", *new)
     tuned = [*FLAGS, f"--policy.checkpoint={run}"]
+    for name, gripper in (("zero_one", (0, 1)), ("hundreds", (100, 0))):
+        with pytest.raises(ValueError, match=r"the gripper \(action dimension 6\) lies in .*expected the commands -1"):
+            train(monkeypatch, write_set(tmp_path / name, gripper=gripper), tmp_path / "g", *tuned)
+    other = write_set(tmp_path / "other")
+    info = json.loads((other / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = ["gripper", "x", "y", "z", "rx", "ry", "rz"]
+    info.pop("vlarft", None)
+    (other / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"has the gripper dimensions \[0\], the policy \[6\]: another robot"):
+        train(monkeypatch, other, tmp_path / "g", *tuned)
     wide = write_set(tmp_path / "wide")
     stats = json.loads((wide / "meta/stats.json").read_text())
     stats["action"]["q50"][1] = 30.0

@@ -71,17 +71,18 @@ def check_image_size(wanted: Sequence[int], name: str, episode: Episode) -> None
 
 
 def warn_other_contexts(extra: dict[str, Any], name: str, lookback: int | None) -> None:
-    """Warn if a model was trained with context frames from another range than `lookback`, see `WindowSampler`.
+    """Warn if a model was trained with context frames of a range that does not contain `lookback`, see `WindowSampler`.
 
     Args:
         extra: of the model's file; one that does not state the range (older files, public weights) is not compared.
         name: of the model, for the message.
-        lookback: range of this run; -1, the first frame of an episode, is also among those of None.
+        lookback: range of this run: None, all frames before, contains every other; -1, the first frame, none.
     """
-    if extra.get("context_lookback", lookback) not in (lookback, *([None] if lookback == -1 else [])):
-        theirs, ours = (str(value).lower() for value in (extra["context_lookback"], lookback))
+    trained = extra.get("context_lookback", lookback)
+    if trained not in (None, lookback) and (lookback is None or not 0 <= lookback <= trained):
+        ours = str(lookback).lower()
         warnings.warn(
-            f"{name} was trained with --context-lookback {theirs}, this run has {ours}: it sees context frames unlike "
+            f"{name} was trained with --context-lookback {trained}, this run has {ours}: it sees context frames unlike "
             "those of its training",
             stacklevel=2,
         )
@@ -112,6 +113,13 @@ def check_same_images(
         ValueError: camera, orientation, channel order, rendering, or meshes and textures differ.
     """
     problems = []
+    sizes = [of.get("image_size") for of in (ours, theirs)]
+    if None not in sizes and list(sizes[0]) != list(sizes[1]):
+        first, second = (f"{height}x{width}" for height, width in sizes)
+        warnings.warn(
+            f"{our_name} was trained on images of {first}, {their_name} has {second}: resized, they look otherwise",
+            stacklevel=2,
+        )
     names = ours.get("camera"), theirs.get("camera")
     if None not in names and names[0] != names[1]:
         advice = "train both with the same --camera"

@@ -21,7 +21,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from io import FileIO
 from pathlib import Path
@@ -364,7 +364,11 @@ def compare_shapes(expected: dict[str, tuple], found: dict[str, tuple], problem:
 
 
 def open_run(
-    out_dir: str | Path, config: Any, ignore: Sequence[str] = (), older: migration.Migration | None = None
+    out_dir: str | Path,
+    config: Any,
+    ignore: Sequence[str] = (),
+    older: migration.Migration | None = None,
+    models: Sequence[str] = (),
 ) -> Path | None:
     """Create a run folder, or open the one that an interrupted run of the same configuration left.
 
@@ -376,13 +380,15 @@ def open_run(
         config: the script's dataclass.
         ignore: further fields that do not change the results and may differ (worker processes, ...).
         older: translates a configuration that an older version stored into today's fields, from migration.py.
+        models: fields that name the models that the run starts from, run folders or files; inputs.json holds their
+            digests.
 
     Returns:
         Path of the `train_state.pt` to resume from, or None if the run starts anew.
 
     Raises:
         ValueError: the folder belongs to another configuration (the message lists the fields that differ), its run used
-            an option that was removed since, or one of its files is missing.
+            an option that was removed since, one of its files is missing, or a model has been replaced since it began.
     """
     out_dir, given = Path(out_dir), to_dict(config)
     path = out_dir / "config.json"
@@ -407,6 +413,8 @@ def open_run(
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, given)
     state = out_dir / "train_state.pt"
+    if is_main():
+        _check_same_models(out_dir, {name: given[name] for name in models}, state.is_file())
     model, kept = out_dir / "model.safetensors", out_dir / "model_before.safetensors"
     if is_main() and model.exists() and not state.exists():  # removed, or the first save was cut short
         os.replace(model, kept)
@@ -451,3 +459,22 @@ def load_train_state(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a readable training state ({error}); remove it to start the run anew"
         ) from error
+
+
+def _check_same_models(out_dir: Path, models: Mapping[str, str | None], began: bool) -> None:
+    """Compare models, by field, with those that a run began with; a file that is gone cannot be compared."""
+    path = out_dir / "inputs.json"
+    before = read_json(path) if began and path.is_file() else {}
+    now = {}
+    for name, place in models.items():
+        try:
+            now[name] = model_digest(place) if place else None
+        except FileNotFoundError:
+            continue
+        if before.get(name, now[name]) != now[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {place} is another model today than when the run in {out_dir} began: "
+                "choose another --out-dir, or remove the folder"
+            )
+    if now != before:
+        write_json(path, {**before, **now})

@@ -217,11 +217,14 @@ def _rates(path: Path, digest: str) -> list[dict[str, Any]]:
     """Return a policy's success rates per suite from a results.json of eval_libero.py."""
     with reading_results(path) as (file, found):
         settings = {key: found["config"][key] for key in ("noise", "execute", "perturb", "seed")}
-        settings["plan"] = found["config"].get("plan", 1)
+        settings |= {key: found["config"].get(key, usual) for key, usual in (("plan", 1), ("horizon", None))}
         policies = {entry["digest"].split("+")[0]: entry for entry in found["policies"]}
         names = ", ".join(entry["policy"] for entry in policies.values())
         rows = {
-            key: [{"suite": suite, **part["all"], **settings} for suite, part in entry["suites"].items()]
+            key: [
+                {"suite": suite, "tasks": len(part["tasks"]), **part["all"], **settings}
+                for suite, part in entry["suites"].items()
+            ]
             for key, entry in policies.items()
         }
     if digest not in rows:
@@ -273,11 +276,12 @@ def model_card(model: nn.Module, extra: dict[str, Any], license: str, name: str,
         lines += [f"| {key} | {value:.4g} |" for key, value in numbers.items()]
     if rows := extra.get("evaluations"):
         lines.append("\n## Success, with 95 % Wilson intervals\n")
-        lines.append("| suite | success | episodes | x_0 | actions of a chunk executed | chunks imagined | starts |")
-        lines.append("|---|---|---|---|---|---|---|")
+        heads = "suite", "tasks", "success", "episodes", "steps at most", "x_0", "actions of a chunk executed"
+        lines.append(f"| {' | '.join(heads)} | chunks imagined | starts |\n{'|---' * 9}|")
         lines += [
-            f"| {r['suite']} | {100 * r['rate']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] | {r['episodes']} "
-            f"| {r['noise']} | {r['execute']} | {r['plan']} | {r['perturb'] or 'unperturbed'} |"
+            f"| {r['suite']} | {r.get('tasks', '')} | {100 * r['rate']:.1f} % [{100 * r['low']:.1f}, "
+            f"{100 * r['high']:.1f}] | {r['episodes']} | {r.get('horizon') or 'as usual'} | {r['noise']} "
+            f"| {r['execute']} | {r['plan']} | {r['perturb'] or 'unperturbed'} |"
             for r in rows
         ]
     return "\n".join(lines) + "\n"

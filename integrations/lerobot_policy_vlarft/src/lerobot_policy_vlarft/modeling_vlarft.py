@@ -76,6 +76,8 @@ class VlarftPolicy(PreTrainedPolicy):
         _check_robot(self.model, config, checkpoint)
         if dataset_stats is not None:
             _check_units(self.model, dataset_stats)
+        if dataset_stats is not None and dataset_meta is not None:
+            _check_grippers(self.model, dataset_stats, dataset_meta, about)
         if not config.input_features:
             size = self.model.vlm.image_size
             images = {f"{IMAGES}s.{c}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for c in self._cameras}
@@ -242,14 +244,26 @@ def _new_model(
                 "needs: compute them anew with lerobot, or convert the data set with python -m vlarft.data.convert"
             )
     sizes, width = PRESETS[config.size], config.action_feature.shape[0]
-    place = Path(meta.root) / "meta" / "info.json"
-    grippers, _ = read_grippers(about, meta.features[ACTION], width, place)
+    grippers, _ = read_grippers(about, meta.features[ACTION], width, Path(meta.root) / "meta" / "info.json")
     cameras = tuple(key.rpartition(".")[2] for key in config.image_features)
     flow = replace(sizes.flow, action_dim=width, proprio_dim=config.robot_state_feature.shape[0])
     vlm = replace(sizes.vlm, num_cameras=len(cameras))
     model = VLAPolicy(replace(sizes, vlm=vlm, flow=flow, cameras=cameras, gripper_dims=grippers))
     actions, state = ({k: torch.as_tensor(v) for k, v in stats[key].items()} for key in (ACTION, STATE))
-    for i in model.normalizer.gripper_dims:
+    motion = model.normalizer.motion
+    ranges = actions["q01"][motion], actions["q99"][motion], state["q01"], state["q99"]
+    model.normalizer.set_quantiles(*(x.float() for x in ranges))
+    return model
+
+
+def _check_grippers(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]], meta: Any, about: dict[str, Any]) -> None:
+    """Refuse data whose grippers are other dimensions than the policy's, or no commands of -1 and +1."""
+    width, place = model.cfg.flow.action_dim, Path(meta.root) / "meta" / "info.json"
+    ours, theirs = model.normalizer.gripper_dims, read_grippers(about, meta.features[ACTION], width, place)[0]
+    if theirs is not None and list(theirs) != list(ours):
+        raise ValueError(f"{place} has the gripper dimensions {list(theirs)}, the policy {list(ours)}: another robot")
+    actions = {k: torch.as_tensor(v) for k, v in stats.get(ACTION, {}).items()}
+    for i in ours if {"mean", "std", "min", "max"} <= set(actions) else ():
         square = float(actions["mean"][i] ** 2 + actions["std"][i] ** 2)  # the mean square: 1 if all are -1 or +1
         if not (actions["min"][i] >= -1.001 and actions["max"][i] <= 1.001 and square > 0.73):
             raise ValueError(
@@ -257,10 +271,6 @@ def _new_model(
                 f"{float(actions['max'][i]):.3g}], expected the commands -1 (open) and +1 (close): convert the data "
                 "set with python -m vlarft.data.convert --gripper OPEN CLOSED, or say what it is with --held-dims"
             )
-    motion = model.normalizer.motion
-    ranges = actions["q01"][motion], actions["q99"][motion], state["q01"], state["q99"]
-    model.normalizer.set_quantiles(*(x.float() for x in ranges))
-    return model
 
 
 def _check_robot(model: VLAPolicy, config: VlarftConfig, checkpoint: str | Path | None) -> None:
