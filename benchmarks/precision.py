@@ -1,12 +1,12 @@
-"""Time the training steps of Stage I on this processor, by the scripts themselves: float32 and bfloat16 on one core,
-and what keeps both cores busy, threads in one training or two trainings side by side.
+"""Time the training steps of all stages on this processor, by the scripts themselves: float32 and bfloat16 on one
+core, and what keeps both cores busy, threads in one training or two trainings side by side.
 
-    python benchmarks/precision.py --demos demos --tokenizer runs/tokenizer
+    python benchmarks/precision.py --demos demos --tokenizer runs/tokenizer --world-model runs/wm --policy runs/sft
 
-Each of train_tokenizer.py, train_wm.py and train_sft.py trains for a few steps in every version of `VERSIONS` in turns,
-`repeats` times. Seconds per step are those between its first and its last but one line of the log: without what comes
-before the first step, and without the validation at the end; of trainings side by side, their mean by the number of
-trainings. Says what `--precision auto` would choose. Writes one JSON file.
+Each script of `STAGES` trains for a few steps in every version of `VERSIONS` in turns, `repeats` times; RL plays in the
+simulator, without worker processes. Seconds per step are those between its first and its last but one line of the log:
+without what comes before the first step, and without the validation at the end; of trainings side by side, their mean
+by the number of trainings. Says what `--precision auto` would choose. Writes one JSON file.
 """
 
 import json
@@ -27,7 +27,14 @@ from vlarft.run.config import Count, opt, parse, to_dict
 from vlarft.run.precision import in_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"tokenizer": "train_tokenizer.py", "world model": "train_wm.py", "SFT": "train_sft.py"}
+STAGES = {
+    "tokenizer": "train_tokenizer.py",
+    "world model": "train_wm.py",
+    "SFT": "train_sft.py",
+    "RFT": "train_rft.py",
+    "RL": "train_rl.py",
+}
+FINE_TUNING = ("RFT", "RL")  # whose steps are longer, and all in the log
 LOG_INTERVAL, NEVER = 5, 10**6
 CORES = os.cpu_count() or 1
 
@@ -53,17 +60,22 @@ GAINS = {"bf16": "fp32", "bf16_side_by_side": "fp32_threads"}  # and what each i
 class Config:
     demos: str = opt("demos", "demonstrations to train on")
     tokenizer: str = opt("runs/tokenizer", "tokenizer of the world model, trained on them: run folder or file")
+    world_model: str = opt("runs/wm", "world model that RFT asks: run folder or file")
+    policy: str = opt("runs/sft", "policy that RFT and RL start from: run folder or file")
     stage_preset: str = opt("tiny", "preset of the stages")
     steps: Count = opt(60, "steps of each training, three log lines at least")
+    fine_tuning_steps: Count = opt(5, "steps of RFT and RL, three at least")
     repeats: Count = opt(3, "trainings of each stage in each format")
     out: str = opt("runs/benchmarks/precision.json", "JSON file to write")
 
     def __post_init__(self) -> None:
         if self.steps < 3 * LOG_INTERVAL:
             raise ValueError(f"--steps {self.steps}: give {3 * LOG_INTERVAL} at least, three log lines")
+        if self.fine_tuning_steps < 3:
+            raise ValueError(f"--fine-tuning-steps {self.fine_tuning_steps}: give 3 at least")
 
 
-PRESETS = {"paper": Config(), "smoke": Config(stage_preset="smoke", steps=15, repeats=1)}
+PRESETS = {"paper": Config(), "smoke": Config(stage_preset="smoke", steps=15, fine_tuning_steps=3, repeats=1)}
 
 
 def seconds_per_step(cfg: Config, stage: str, version: Version) -> float:
@@ -72,10 +84,18 @@ def seconds_per_step(cfg: Config, stage: str, version: Version) -> float:
     Raises:
         RuntimeError: the script failed.
     """
+    steps = cfg.fine_tuning_steps if stage in FINE_TUNING else cfg.steps
     words = [sys.executable, str(ROOT / STAGES[stage]), "--preset", cfg.stage_preset, "--demos", cfg.demos]
-    words += ["--precision", version.precision, "--steps", str(cfg.steps), "--log-interval", str(LOG_INTERVAL)]
-    words += ["--validation-interval", str(NEVER), "--save-interval", str(NEVER)]
-    words += ["--tokenizer", cfg.tokenizer] if stage == "world model" else []
+    words += ["--precision", version.precision, "--steps", str(steps), "--save-interval", str(NEVER)]
+    if stage in FINE_TUNING:
+        words += ["--policy", cfg.policy]
+    else:
+        words += ["--log-interval", str(LOG_INTERVAL), "--validation-interval", str(NEVER)]
+    words += {
+        "world model": ["--tokenizer", cfg.tokenizer],
+        "RFT": ["--world-model", cfg.world_model, "--gate-starts", "0"],
+        "RL": ["--world", "simulator", "--workers", "0"],
+    }.get(stage, [])
     threads = {**os.environ, "OMP_NUM_THREADS": str(version.threads)}
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, str(number)) for number in range(version.at_once)]
