@@ -302,7 +302,7 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
     term.
 
     Raises:
-        ValueError: they are not among the episodes.
+        ValueError: they are not among the episodes, or in other units.
     """
     if not cfg.mse_weight:
         return None
@@ -313,6 +313,7 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
             f"none of the {len(episodes)} episodes of {' '.join(cfg.demos)} is a demonstration that {cfg.policy} was "
             "trained on: give its demonstrations with --demos, or --mse-weight 0"
         )
+    check_same_units(policy.normalizer, chosen)  # attempts, noisy ones above all, move otherwise
     return WindowSampler(chosen, 1, policy.cfg.flow.chunk)
 
 
@@ -382,7 +383,6 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         camera = extra.get("camera", policy.cfg.cameras[0])
         episodes, where = load_episodes(cfg.demos, camera, successes_only=False), f"the episodes {' '.join(cfg.demos)}"
         check_same_images(extra, f"policy {cfg.policy}", image_convention(episodes, camera), where)
-        check_same_units(policy.normalizer, episodes)
         check_horizon(cfg, episodes)
     demonstrations = demonstrated(cfg, policy, extra, episodes)
     if world is None:
