@@ -14,8 +14,8 @@ Suites: libero_spatial, libero_object, libero_goal, libero_10 (LIBERO; `python -
 and tabletop_spatial, tabletop_object, tabletop_goal, tabletop_long (in this package): 10 tasks x 50 initial states
 each, a horizon per suite; in LIBERO ten wait steps first, and images with both axes flipped.
 
-Reads policies: a checkpoint of train_sft.py or train_rft.py, or its run folder; `random`, uniform actions; or the
-episodes.jsonl of an earlier evaluation, whose actions are replayed open loop.
+Reads policies: a checkpoint of train_sft.py, train_rft.py or train_rl.py, or its run folder; `random`, uniform actions;
+or the episodes.jsonl of an earlier evaluation, whose actions are replayed open loop.
 Writes out_dir/episodes.jsonl (one line an episode, appended as they end: the same command resumes an interrupted
 evaluation), out_dir/results.json (rates with 95 % Wilson intervals per policy, suite and task; paired differences),
 out_dir/*.gif or *.mp4. `--lerobot DIR` plays the recorded actions again at the end, and writes what the cameras of the

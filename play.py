@@ -1,7 +1,7 @@
 """See what training changed: two policies play the same starts, and a world model imagines what they do.
 
     python play.py                   with the checkpoints of this repository: a minute on two cores; or `make play`
-    python play.py --policies runs/demo/sft runs/demo/rft --world-model runs/demo/wm
+    python play.py --policies runs/demo/sft runs/demo/rl --world-model runs/demo/wm --out-dir runs/play_demo
 
 Both policies play the first `episodes` evaluation states of some tasks (eval_libero.py). Of each task, the page films
 the first start that one policy alone wins, or else the first one: what happened, and beside it what the world model

@@ -18,8 +18,8 @@ Before the first step a trust gate (gate.py) asks on held-out starts whether the
 distance to the demonstration's actions; if it does not, by more than chance, the run stops, unless
 `--gate-threshold none` is given. R1 is that distance and has no gate.
 
-The control, more supervised training for the same time: `train_sft.py --init SFT --max-minutes M`, M being the last
-`minutes` in this run's log.jsonl.
+The control, more supervised training for the same time: `train_sft.py --init SFT --steps 1000000
+--max-minutes M`, M being the last `minutes` in this run's log.jsonl.
 
 Differences from the paper, and from the public code (github.com/OpenHelix-Team/VLA-RFT):
 - Eq. (8) does not say how the 8 x 7 scalars of a chunk enter its log-probability: here as a sum. Neither does Eq. (13)

@@ -24,9 +24,9 @@ Differences from the paper and the public code:
 - adapters on parts that the features do not pass through (SigLIP's attention pool, the last block of each encoder) are
   made and stay frozen: they would never get a gradient;
 - the random crop is cut out at the camera's resolution, before the resize;
-- presets small and tiny: several samples of (tau, x_0) per image, since the vision encoder costs more than the head; a
-  cosine schedule with a warmup; the exported weights are an average over the training;
-- presets smoke, tiny and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
+- presets small, tiny and libero: several samples of (tau, x_0) per image, since the vision encoder costs more than the
+  head; a cosine schedule with a warmup; the exported weights are an average over the training;
+- presets smoke, tiny, libero and small train a convolutional encoder from scratch, with FiLM and an auxiliary loss that
   regresses the hand position at the demonstration's next gripper event (also on `key_batch` further images) and hands
   its prediction to the head as one more context token; all of it is off in preset paper;
 - not in the paper: `--objective regression`, the control of fine-tuning with reward R1 (`flow.regression_loss`);

@@ -23,9 +23,9 @@ Differences from the paper and the public recipe:
 - crops keep the image's aspect ratio; colours change in one order;
 - the perceptual distance is a choice; lpips needs its VGG16 backbone on disk;
 - the paper gives no number of steps for the tokenizer; the default is its world model's;
-- presets small, tiny and smoke: the context frame is the segment's first or any earlier frame of the episode, as in an
-  imagination that lasts an episode; and future frames are composed with it, see `TokenizerConfig.compose`;
-- presets tiny and smoke: no GAN, no augmentation, weighted pixels.
+- presets small, tiny, libero and smoke: the context frame is the segment's first or any earlier frame of the episode,
+  as in an imagination that lasts an episode; and future frames are composed with it, see `TokenizerConfig.compose`;
+- presets tiny, libero and smoke: no GAN, no augmentation, weighted pixels.
 """
 
 from collections.abc import Callable

@@ -26,11 +26,11 @@ Differences from the paper and its public code:
 - the vocabulary is 9008, as the token layout needs, which makes 127M parameters and not 138M;
 - no weight decay (public code);
 - the model of the robot's proprio; without `--pose-dims`, nothing of the frames depends on it;
-- presets small, tiny and smoke: the context frame is the segment's first or any earlier frame of the episode, so that
-  an imagination can keep its first frame as context for a whole episode;
-- presets tiny and smoke: cosine schedule, stale input frames, factored tokens; sizes tiny and smoke learn a vector for
-  a token's place in its frame or action and normalise the loss over future codes only. These make trainings of minutes
-  work, see docs/world_model.md.
+- presets small, tiny, libero and smoke: the context frame is the segment's first or any earlier frame of the episode,
+  so that an imagination can keep its first frame as context for a whole episode;
+- presets tiny, libero and smoke: cosine schedule, stale input frames, factored tokens; sizes tiny and smoke learn a
+  vector for a token's place in its frame or action and normalise the loss over future codes only. These make trainings
+  of minutes work, see docs/world_model.md.
 """
 
 import re

@@ -2,10 +2,10 @@
 
     python studies/exploration.py                    seeds 0 and 1, which the README's demos do not use
 
-The setting is the demo's: a policy of few demonstrations a task, trained by SFT, then by `train_rl.py` in the simulator
-with as many steps and episodes as the demo has. The arms differ in the bounds of a flow step's standard
-deviation. Each policy plays the same starts from x_0 = 0. Two stages run side by side,
-finished ones are not run again; the JSON file gathers outcomes start by start (1 = success).
+A policy of few demonstrations a task, trained by SFT, then by `train_rl.py` in the simulator with little more than the
+demo's steps. The arms differ in the bounds of a flow step's standard deviation. Each policy plays the same starts from
+x_0 = 0. Two stages run side by side, finished ones are not run again; the JSON file gathers outcomes start by start
+(1 = success).
 """
 
 import sys
@@ -17,12 +17,11 @@ from records import rounded, write
 from stage_tables import exploration_table
 from stages import ROOT, check_known, commit, machine, read_lines, read_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where demo.py is, which is no package
-
-import demo
 from vlarft.run.config import opt, parse
 from vlarft.run.stages import Stage, run_stages
 
+FEW = {"tiny": 10, "smoke": 2}  # demonstrations a task
+RL = {"tiny": {"steps": 50, "starts": 8}, "smoke": {}}
 ARMS = {
     "sigma 0.08 to 0.2": {},  # the script's default, and the demo's
     "sigma 0.16 to 0.4": {"sigma_min": 0.16, "sigma_max": 0.4},
@@ -55,11 +54,11 @@ def stages(cfg: Config) -> list[Stage]:
         found.append(Stage(f"seed{of} {name}", ROOT / script, flags, (f"seed{of} {after}",) if after else ()))
 
     for seed in cfg.seeds:
-        few = {"demos_per_task": demo.FEW[cfg.stage_preset], "noisy_per_task": 0}
-        add(seed, "few", "collect_demos.py", seed=seed * demo.DEMOS_PER_SEED, **few)
+        few = {"demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0}
+        add(seed, "few", "collect_demos.py", seed=1000 * seed, **few)
         add(seed, "sft", "train_sft.py", "few", split_seed=seed, demos=out[seed] / "few")
     for arm in cfg.arms:
-        flags = {"world": "simulator", "workers": 0, **demo.RL[cfg.stage_preset], **ARMS[arm]}
+        flags = {"world": "simulator", "workers": 0, **RL[cfg.stage_preset], **ARMS[arm]}
         for seed, own in out.items():
             add(seed, f"rl {arm}", "train_rl.py", "sft", policy=own / "sft", demos=own / "few", **flags)
     play = {"noise": "zero", "episodes": cfg.episodes, "batch_size": 50, "workers": 0}

@@ -1,6 +1,6 @@
 """What makes imagination last an episode: tokenizers and world models of equal training time, one change at a time.
 
-    python demo.py                                  makes demonstrations and a policy of tabletop_object
+    python studies/base.py                          makes demonstrations and a policy of tabletop_object
     python studies/imagination_study.py             trains and measures every arm and seed
 
 For each suite, arm and seed: `train_tokenizer.py` and `train_wm.py --preset tiny` on one core, each for `--minutes` of
@@ -25,9 +25,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from base import demos_and_policy
 from records import rounded, write
 from stage_tables import imagination_arms_table
-from stages import check_known, commit, machine, read_lines, read_report, run_once
+from stages import check_known, commit, machine, read_lines, read_report
 from wm_study import near_policy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
@@ -84,7 +85,7 @@ ARMS = {
 @dataclass(frozen=True)
 class Config:
     runs: str = opt("runs/imagination", "folder for the arms, and for demonstrations and policies that are missing")
-    demo: str = opt("runs/demo", "folder of a demo: demonstrations and SFT policy of tabletop_object")
+    base: str = opt("runs/base", "folder of base.py: demonstrations and SFT policy of tabletop_object")
     out: str = opt("runs/imagination.json", "JSON file to write")
     suites: tuple[str, ...] = opt(("tabletop_object", "tabletop_spatial"), "suites, four tasks of each")
     arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run")
@@ -106,12 +107,11 @@ PRESETS = {
 
 
 def material(cfg: Config, suite: str) -> Path:
-    """Return a folder with `demos` and `sft` of a suite: the demo's, or one that is made."""
+    """Return a folder with `demos` and `sft` of a suite: base.py's, or one that is made."""
     if suite == "tabletop_object":
-        return Path(cfg.demo)
-    folder, preset = Path(cfg.runs) / suite, ["--preset", cfg.stage_preset]
-    demos = run_once(folder / "demos", "collect_demos.py", *preset, "--suites", suite)
-    run_once(folder / "sft", "train_sft.py", *preset, "--demos", demos)
+        return Path(cfg.base)
+    folder = Path(cfg.runs) / suite
+    demos_and_policy(folder, suite, cfg.stage_preset)
     return folder
 
 
@@ -153,7 +153,7 @@ def measure(cfg: Config, demos: Path, policy: Path, folder: Path) -> dict:
         options = {"true_error": True, "starts": cfg.starts, "episodes": cfg.episodes, "out_dir": str(folder / "eval")}
         eval_wm.main(replace(eval_wm.PRESETS[cfg.stage_preset], world_model=str(model), demos=(str(demos),), **options))
     results = json.loads(measured.read_text())
-    near = near_policy(SimpleNamespace(demo=policy.parent, starts=cfg.starts, samples=cfg.samples), folder / "wm")
+    near = near_policy(SimpleNamespace(base=policy.parent, starts=cfg.starts, samples=cfg.samples), folder / "wm")
     logs = {name: read_lines(folder / name / "log.jsonl")[-1] for name in ("tokenizer", "wm")}
     chunk, last = results["frames"]["all"], results["episodes"]["last_chunk"]
     return {
@@ -210,7 +210,7 @@ def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds."""
     check_known(cfg.arms, ARMS, "arm")
     torch.set_num_threads(1)
-    report = read_report(cfg, "runs", free=("runs", "demo", "out", "suites", "arms", "seeds"))
+    report = read_report(cfg, "runs", free=("runs", "base", "out", "suites", "arms", "seeds"))
     report = {"command": "python studies/imagination_study.py", "machine": machine(), **report}
     for seed in cfg.seeds:
         for suite in cfg.suites:

@@ -1,6 +1,6 @@
 """Does Stage I in bfloat16 end where it ends in float32? Both formats, from the same demonstrations and seeds.
 
-    python demo.py                           makes the demonstrations
+    python studies/base.py                   makes the demonstrations
     python studies/precision_study.py        tokenizer, world model and SFT of three seeds, in both formats
 
 The stages are those of preset tiny with `--precision fp32` and `bf16`; what is measured is measured in float32: the SFT
@@ -24,7 +24,7 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Config:
-    demos: str = opt("runs/demo/demos", "demonstrations")
+    demos: str = opt("runs/base/demos", "demonstrations")
     out_dir: str = opt("runs/precision", "folder for all runs")
     out: str = opt("runs/precision.json", "JSON file that gathers the runs")
     seeds: tuple[int, ...] = opt((0, 1, 2), "seeds of the trainings")

@@ -1,6 +1,6 @@
 """What decides whether fine-tuning inside the world model helps: one factor at a time, from one policy.
 
-    python demo.py                                              makes the demonstrations and a tokenizer
+    python studies/base.py                                      makes the demonstrations and a tokenizer
     python studies/wm_study.py                                  trains the world models
     python studies/sft_study.py                                 trains the policies
     python studies/rft_factors.py                               fine-tunes and plays every cell
@@ -36,7 +36,7 @@ from vlarft.run.config import opt, parse
 
 @dataclass(frozen=True)
 class Config:
-    demos: str = opt("runs/demo/demos", "demonstrations")
+    demos: str = opt("runs/base/demos", "demonstrations")
     world_models: str = opt("runs/world_model", "folder of wm_study.py's arms")
     policies: str = opt("runs/sft_study", "folder of sft_study.py's arms")
     runs: str = opt("runs/rft_factors", "folder for the cells")

@@ -1,6 +1,6 @@
 """What makes a small policy learn from scratch: training arms on the same demonstrations, one factor each.
 
-    python demo.py                        makes the demonstrations
+    python studies/base.py                makes the demonstrations
     python studies/sft_study.py           trains and measures every arm
 
 Each arm is `train_sft.py --preset tiny` with the flags of `ARMS`, then `eval_libero.py` on all initial states of the
@@ -32,7 +32,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Config:
-    demos: str = opt("runs/demo/demos", "demonstrations")
+    demos: str = opt("runs/base/demos", "demonstrations")
     runs: str = opt("runs/sft_study", "folder for the arms")
     out: str = opt("runs/sft_study.json", "JSON file to write")
     arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run; the first is the one that others are compared with")

@@ -1,13 +1,13 @@
 """What makes a world model tell actions apart: training arms on the same demonstrations and tokenizer, one factor each.
 
-    python demo.py                        makes the demonstrations, the tokenizer and the policy
+    python studies/base.py                makes the demonstrations, the tokenizer and the policy
     python studies/wm_study.py            trains and measures every arm
 
 Each arm is `train_wm.py --preset tiny` with the flags of `ARMS`, then `eval_wm.py --true-error` on the same held-out
 starts; an arm about the tokenizer trains its own first. Finished arms are not run again. Figures: validation loss, also
 with the actions of other segments; PSNR on moving pixels, of greedy rollouts and of copying the start frame; Spearman's
 rank correlation, with its standard error over starts, of R3 and R2 with the true frames and the true state, over all
-perturbations and for each alone. And the same for chunks that the demo's policy samples, where fine-tuning works.
+perturbations and for each alone. And the same for chunks that the policy samples, where fine-tuning works.
 Ceilings: the simulator's own frames, and these through the tokenizer. docs/world_model.md says what came out.
 """
 
@@ -34,7 +34,7 @@ from vlarft.world_model import WorldModel
 
 
 class Arm(NamedTuple):
-    """Flags of train_wm.py, and of train_tokenizer.py for a tokenizer of its own in place of the demo's."""
+    """Flags of train_wm.py, and of train_tokenizer.py for a tokenizer of its own."""
 
     world_model: list[str]
     tokenizer: list[str] | None = None
@@ -53,7 +53,7 @@ SCORES = ("R3 greedy", "R3 common", "R3 independent", "R2 greedy", "decoded fram
 
 @dataclass(frozen=True)
 class Config:
-    demo: str = opt("runs/demo", "folder of a demo: its demonstrations and its tokenizer")
+    base: str = opt("runs/base", "folder of base.py: demonstrations, tokenizer, policy")
     runs: str = opt("runs/world_model", "folder for the arms")
     out: str = opt("runs/world_model.json", "JSON file to write")
     arms: tuple[str, ...] = opt(tuple(ARMS), "arms to run")
@@ -67,9 +67,9 @@ PRESETS = {"paper": Config(), "smoke": Config(arms=("default",), starts=2, sampl
 
 def run_arm(cfg: Config, name: str) -> dict:
     """Train and measure one arm, unless that is done."""
-    folder, demo = Path(cfg.runs) / name.replace(" ", "_").replace("'", ""), Path(cfg.demo)
-    arm, of_tokenizer = ARMS[name], demo / "tokenizer"
-    demos, preset = ["--demos", demo / "demos"], ["--preset", cfg.stage_preset]
+    folder, base = Path(cfg.runs) / name.replace(" ", "_").replace("'", ""), Path(cfg.base)
+    arm, of_tokenizer = ARMS[name], base / "tokenizer"
+    demos, preset = ["--demos", base / "demos"], ["--preset", cfg.stage_preset]
     if arm.tokenizer is not None:
         of_tokenizer = folder / "tokenizer"
         call("train_tokenizer.py", *preset, *demos, "--out-dir", of_tokenizer, *arm.tokenizer)
@@ -101,16 +101,16 @@ def run_arm(cfg: Config, name: str) -> dict:
 
 
 def near_policy(cfg: Config, folder: Path) -> dict[str, dict[str, float]]:
-    """Measure R3's rank agreement among chunks that the demo's policy samples, by imagination, unless that is done."""
+    """Measure R3's rank agreement among chunks that the policy samples, by imagination, unless that is done."""
     measured = folder / "near_policy.json"
     if measured.is_file():
         return json.loads(measured.read_text())
-    files = Path(cfg.demo) / "sft" / "model.safetensors", folder / "model.safetensors"
+    files = Path(cfg.base) / "sft" / "model.safetensors", folder / "model.safetensors"
     policy, extra = load_model(files[0], VLAPolicy, PolicyConfig)
     policy.add_sigma_net()
     model = WorldModel.load(files[1])
     names = held_out_names(str(files[0]), extra, str(files[1]), read_header(files[1]).extra)
-    episodes = load_episodes(Path(cfg.demo) / "demos", names=names, with_states=True)
+    episodes = load_episodes(Path(cfg.base) / "demos", names=names, with_states=True)
     batch = WindowSampler(episodes, 9, 8).spread(cfg.starts)
     sizes = {"perturbed": Perturbations((0.15,), draws=3, flips=0), "samples": cfg.samples}
     true_reward, found = SimulatorReward(episodes), {}

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import base
 import cells
 import closed_loop_study
 import exploration
@@ -201,15 +202,15 @@ def test_world_models_of_other_episodes(study, suite, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_studies_of_one_stage(suite, tmp_path, capfd):
-    demo = tmp_path / "demo"  # as demo.py leaves it
-    demo.mkdir()
+    made = tmp_path / "base"  # as base.py leaves it
+    made.mkdir()
     for name, path in (
         ("demos", suite / "demos"),
         ("tokenizer", suite / "tokenizer"),
         ("sft", suite / "seed0" / "sft"),
     ):
-        (demo / name).symlink_to(path)
-    places = {"demo": str(demo), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "wm.json")}
+        (made / name).symlink_to(path)
+    places = {"base": str(made), "runs": str(tmp_path / "arms"), "out": str(tmp_path / "wm.json")}
     report = wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "wm.json").read_text()) == report == records.rounded(report)
     arm = report["arms"]["default"]
@@ -222,7 +223,7 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     with pytest.raises(ValueError, match="unknown arm 'none'; there are: default"):
         wm_study.main(dataclasses.replace(wm_study.PRESETS["smoke"], arms=("none",)))
 
-    places = {"demo": str(demo), "runs": str(tmp_path / "imagination"), "out": str(tmp_path / "imagination.json")}
+    places = {"base": str(made), "runs": str(tmp_path / "imagination"), "out": str(tmp_path / "imagination.json")}
     cfg = dataclasses.replace(imagination_study.PRESETS["smoke"], minutes=(0.03, 0.03), **places)
     sizes = dict(imagination_study.train_wm.SIZES)
     report = imagination_study.main(cfg)
@@ -249,7 +250,7 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert table_text.over_seeds([1.0, 2.0, 3.0], 2) == "2.00 [-0.48, 4.48]"  # 4.303 / sqrt(3)
     assert "| first frame copied |" in capfd.readouterr().out
 
-    places = {"demos": str(demo / "demos"), "out_dir": str(tmp_path / "formats"), "out": str(tmp_path / "formats.json")}
+    places = {"demos": str(made / "demos"), "out_dir": str(tmp_path / "formats"), "out": str(tmp_path / "formats.json")}
     cfg = dataclasses.replace(precision_study.PRESETS["smoke"], **places)
     report = precision_study.main(cfg)
     assert json.loads((tmp_path / "formats.json").read_text()) == report
@@ -260,7 +261,7 @@ def test_studies_of_one_stage(suite, tmp_path, capfd):
     assert "| SSIM |" in shown and shown.count("train_sft.py") == 2
     assert precision_study.main(cfg) == report and "train_sft.py" not in capfd.readouterr().out
 
-    places = {"demos": str(demo / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
+    places = {"demos": str(made / "demos"), "runs": str(tmp_path / "sft_arms"), "out": str(tmp_path / "sft.json")}
     report = sft_study.main(dataclasses.replace(sft_study.PRESETS["smoke"], **places))
     assert json.loads((tmp_path / "sft.json").read_text()) == report
     first, other = report["arms"].values()
@@ -814,6 +815,21 @@ def test_results_are_small():
         assert not {"summary", "repeated"} & set(report) and report == records.rounded(report), path.name
         text = records._text(report, 0) + "\n"
         assert path.read_text() == text, path.name
+
+
+def test_what_studies_begin_from(tmp_path, monkeypatch):
+    asked = {}
+
+    def run(folder, script, *words):
+        module = importlib.import_module(Path(script).stem)
+        asked[folder.name] = parse(module.Config, module.PRESETS, list(map(str, words)))
+        return folder
+
+    monkeypatch.setattr(base, "run_once", run)
+    base.main(base.Config(out_dir=str(tmp_path)))
+    assert list(asked) == ["demos", "sft", "tokenizer"] and asked["demos"].suites == ("tabletop_object",)
+    assert asked["demos"].demos_per_task == 150
+    assert {str(asked[name].demos).strip("()',") for name in ("sft", "tokenizer")} == {str(tmp_path / "demos")}
 
 
 def test_exploration(tmp_path, monkeypatch):

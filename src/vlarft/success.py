@@ -348,7 +348,7 @@ def check_judge(
     if world_model is None and theirs is not None:
         warnings.warn(
             f"success model {path} chose its threshold on imaginations and judges real frames here, which may need "
-            "another one: train a success model without --world-model",
+            "another one: train a success model with --world-model none",
             stacklevel=2,
         )
     # older success models name their world model's file

@@ -1,7 +1,7 @@
 """Convert demonstrations to another format, and to the units and image sizes that training expects.
 
     python -m vlarft.data.convert demos demos_lerobot --format lerobot                    HDF5 -> LeRobot v3.0, mp4
-    python -m vlarft.data.convert libero_goal_no_noops libero_goal --format hdf5          RLDS -> HDF5
+    python -m vlarft.data.convert libero_goal_no_noops libero_goal --format hdf5 --fps 20  RLDS -> HDF5
     python -m vlarft.data.convert my_robot ready --format lerobot --images png --size 256 256 --gripper 100 0
     python -m vlarft.data.convert played attempts --format lerobot --kind policy          for world models only
 
