@@ -9,7 +9,8 @@ rollouts.png (rows: true, imagined; columns: time), rollouts.gif; of four whole 
 chunks) and episodes.gif (left recorded, right imagined).
 
 Frames: MSE, PSNR, SSIM and perceptual distance for each frame index, without the start frame, beside the baseline that
-repeats the start frame, over all pixels and over those that move.
+repeats the start frame, over all pixels and over those that move. Where poses drive the world model, it predicts them
+of the actions, here and below.
 
 Whole episodes (not in the paper): the recorded actions of an episode are replayed in imagination from its first frame,
 the only one that the model sees, to its end. The same metrics per chunk, beside copying the first frame; the mean
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
+from vlarft.data.episode import RobotState
 from vlarft.data.episodes import Episode, check_outcomes, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
@@ -147,7 +149,7 @@ def evaluate_frames(
                 top_p=cfg.top_p,
                 generator=generator(device, "rollouts", cfg.seed, part.start),
                 first_frame=frames[:, 0],
-                proprio_after=batch.proprio_after[part, None].to(device),
+                robot=batch.rows(part).to(device).robot,
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
         moving = moving_mask(true, copied)
@@ -203,9 +205,7 @@ def evaluate_episodes(
     judge: SuccessModel | None = None,
 ) -> dict:
     """Compute metrics of whole imagined episodes and of copying their first frames, per chunk and in each one's last
-    chunk; with a judge, also how its verdicts on imagined and on true frames agree with the recorded outcomes: where
-    poses drive the world model, they are then its own predictions, as in closed-loop learning, and else the recorded
-    ones.
+    chunk; with a judge, also how its verdicts on imagined and on true frames agree with the recorded outcomes.
     """
     chunk, true, verdicts = model.cfg.chunk, [e.success for e in episodes], torch.zeros(len(episodes), 2)
     numbers, chunks = {e.name: i for i, e in enumerate(episodes)}, [-(-(len(e) - 1) // chunk) for e in episodes]
@@ -219,7 +219,6 @@ def evaluate_episodes(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         seed=cfg.seed,
-        recorded_poses=judge is None,
         part=distributed.part(),
     ):
         i = numbers[replayed.episode.name]
@@ -327,8 +326,9 @@ def draw_rollouts(model: WorldModel, batch: Batch, out_dir: Path, autocast) -> N
     frames = batch.frames[picks].to(device)
     with autocast:
         context = batch.context_frame[picks].to(device)
-        actions, after = (v[picks, None].to(device) for v in (batch.actions, batch.proprio_after))
-        rollout = model.rollout(context, actions, greedy=True, first_frame=frames[:, 0], proprio_after=after)
+        robot = RobotState(*(v[picks].to(device) for v in batch.robot))
+        actions = batch.actions[picks, None].to(device)
+        rollout = model.rollout(context, actions, greedy=True, first_frame=frames[:, 0], robot=robot)
     imagined = torch.cat([frames[:, :1], rollout.frames[:, 0]], dim=1)
     rows = [row for pair in zip(frames, imagined, strict=True) for row in pair]
     save_png(out_dir / "rollouts.png", grid(rows, ["true", "imagined"] * len(picks)))
@@ -355,11 +355,10 @@ def draw_episodes(
     titles: dict[str, str],
     out_dir: Path,
     autocast,
-    recorded_poses: bool = True,
 ) -> None:
     """Draw greedy imaginations of whole episodes, those of `titles`, as a picture and as an animation."""
-    chosen, options = [e for e in episodes if e.name in titles], {"greedy": True, "recorded_poses": recorded_poses}
-    films = list(imagined_episodes(model, chosen, autocast=autocast, **options))
+    chosen = [e for e in episodes if e.name in titles]
+    films = list(imagined_episodes(model, chosen, autocast=autocast, greedy=True))
     rows = []
     for _, true, imagined in films:
         borders = [*range(0, len(true) - 1, model.cfg.chunk), len(true) - 1]
@@ -484,7 +483,7 @@ def main(cfg: Config) -> dict:
         draw_rollouts(model, batch, out_dir, autocast)
         if cfg.episodes:
             titles = to_film(whole, results["episodes"]["recorded"], cfg.greedy)
-            draw_episodes(model, whole, titles, out_dir, autocast, recorded_poses=cfg.success_model is None)
+            draw_episodes(model, whole, titles, out_dir, autocast)
         print(report(results))
     distributed.cleanup()
     return results

@@ -1,7 +1,7 @@
 """See what training changed: two policies play the same starts, and a world model imagines what they do.
 
     python play.py                   with the checkpoints of this repository: a minute on two cores; or `make play`
-    python play.py --policies runs/demo/sft runs/demo/rl --world-model runs/demo/wm --out-dir runs/play_demo
+    python play.py --policies runs/demo/sft runs/demo/rft --world-model runs/demo/wm --out-dir runs/play_demo
 
 Both policies play the first `episodes` evaluation states of some tasks (eval_libero.py). Of each task, the page films
 the first start that one policy alone wins, or else the first one: what happened, and beside it what the world model
@@ -12,6 +12,8 @@ The same command plays no episode twice.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.convention import check_same_images
 from vlarft.data.episode import RobotState
 from vlarft.policy import VLAPolicy
 from vlarft.report.figures import Film, track
 from vlarft.report.page import Section, sections, write_page
 from vlarft.reward import check_same_robot
-from vlarft.run.checkpoint import checkpoint_file
+from vlarft.run.checkpoint import checkpoint_file, read_header
 from vlarft.run.config import Count, Side, opt
 from vlarft.run.pixels import to_bytes, to_floats
 from vlarft.run.script import run_script
-from vlarft.run.stages import run_stage
+from vlarft.run.stages import Stage
 from vlarft.sim import make_env
 from vlarft.sim.replay import replay_frames
 from vlarft.sim.suites import task_names
@@ -50,7 +53,7 @@ class Config:
     world_model: str = opt("checkpoints/tabletop_world_model", "its file, or a run of train_wm.py")
 
     suite: str = opt("tabletop_object", "suite that all three were trained on", group="evaluation")
-    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or by words of their names")
+    tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or name")
     episodes: Count = opt(6, "evaluation states of each task")
     noise: Literal["zero", "sampled"] = opt("zero", "x_0 of the policies")
 
@@ -71,11 +74,12 @@ def chosen_starts(episodes: Sequence[Mapping[tuple, dict]]) -> list[tuple]:
     return sorted(chosen.values())
 
 
-def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
+def imagine(model: WorldModel, camera: str, start: tuple, actions: np.ndarray) -> np.ndarray:
     """Imagine a whole episode from its first frame.
 
     Args:
         model: the world model.
+        camera: that it saw.
         start: suite, task, initial state.
         actions: (L, A) raw.
 
@@ -83,9 +87,9 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
         Frames (1 + L, H, W, 3), uint8; the first is the given one.
     """
     suite, task, init_state = start
-    env = make_env(suite, task, image_size=model.cfg.tokenizer.image_size[0])
+    env = make_env(suite, task, image_size=model.cfg.tokenizer.image_size[0], cameras=(camera,))
     env.reset(init_state=init_state)
-    (camera,), seen = env.cameras, env.observe()
+    seen = env.observe()
     first, proprio = seen[camera], torch.from_numpy(seen["proprio"])[None]
     robot = RobotState(proprio, torch.zeros_like(proprio))  # at rest
     frame = to_floats(first)[None]  # (1, C, H, W)
@@ -94,7 +98,7 @@ def imagine(model: WorldModel, start: tuple, actions: np.ndarray) -> np.ndarray:
     return np.concatenate([first[None], to_bytes(frames).numpy()])
 
 
-def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:
+def films(cfg: Config, model: WorldModel, camera: str, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:
     """Make films of the chosen starts: each policy's episode, and the same in imagination."""
     found, names = [], task_names(cfg.suite)
     for start in chosen_starts(episodes):
@@ -103,7 +107,7 @@ def films(cfg: Config, model: WorldModel, episodes: Sequence[Mapping[tuple, dict
             record = played[start]
             actions, outcome = np.array(record["actions"], np.float32), "success" if record["success"] else "failure"
             tracks.append(track(f"{name}: {outcome}", replay_frames(*start, actions, size=cfg.size)))
-            shown = imagine(model, start, actions)
+            shown = imagine(model, camera, start, actions)
             kept = [*range(0, len(shown) - 1, 2), len(shown) - 1]  # every second frame, as the films of what happened
             tracks.append(track(f"{name}, imagined", shown[kept]))
         found.append(Film(f"{names[start[1]].replace('_', ' ')}, start {start[2]}", tracks, 100))
@@ -114,10 +118,15 @@ def main(cfg: Config) -> Path:
     """Play, imagine and write the page; return its path."""
     out = Path(cfg.out_dir)
     model = WorldModel.load(cfg.world_model)
+    imagined = read_header(cfg.world_model).extra
     for path in cfg.policies:
         check_same_robot(VLAPolicy.load(path), model)
+        check_same_images(read_header(path).extra, f"policy {path}", imagined, f"world model {cfg.world_model}")
     flags = {"suites": [cfg.suite], "tasks": cfg.tasks, "episodes": cfg.episodes, "noise": cfg.noise}
-    run_stage(out, "eval", ROOT / "eval_libero.py", preset="tiny", policies=cfg.policies, **flags, out_dir=out / "eval")
+    # given again, it plays the episodes of a policy that has been replaced since, and no others
+    words = Stage("eval", ROOT / "eval_libero.py", {"preset": "tiny", "policies": cfg.policies, **flags}).words()
+    evaluate = [sys.executable, str(ROOT / "eval_libero.py"), *words, "--out-dir", str(out / "eval")]
+    subprocess.run(evaluate, check=True)
     records = [json.loads(line) for line in (out / "eval" / "episodes.jsonl").read_text().splitlines()]
     episodes = [
         {
@@ -127,7 +136,10 @@ def main(cfg: Config) -> Path:
         }
         for p in cfg.policies
     ]
-    seen = Section("What happened, and what the world model imagines", films=films(cfg, model, episodes))
+    seen = Section(
+        "What happened, and what the world model imagines",
+        films=films(cfg, model, imagined.get("camera", "agentview"), episodes),
+    )
     seen.facts = {"policies": ", ".join(cfg.policies), "world model": cfg.world_model}
     write_page("before and after", [seen, *sections([out / "eval"])], out / "play.html")
     print(f"the page, to open in a browser: {out / 'play.html'}")

@@ -69,7 +69,7 @@ PRESETS = {
     "tiny": Config(),
     "smoke": Config(tasks=("0",), rounds=1, episodes=8, refresh_steps=2, gate_threshold=None, stage_preset="smoke"),
 }
-FIRST_SEED = 500_000  # of the starts that are recorded: none of a demonstration
+FIRST_SEED, SEEDS_APART = 500_000, 1000  # of the starts that are recorded: none of a demonstration or another seed
 
 
 def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tuple[Path, Path]:
@@ -91,7 +91,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
         policy=policy,
         policy_per_task=number * cfg.episodes,
         horizon=cfg.horizon,
-        seed=FIRST_SEED + cfg.seed,
+        seed=FIRST_SEED + SEEDS_APART * cfg.seed,
         out_dir=own,
     )
     stage(
@@ -129,7 +129,7 @@ def main(cfg: Config) -> list[dict]:
     load_episodes(cfg.demos)  # these raise before anything is recorded
     for path in (cfg.policy, cfg.world_model):
         read_header(path)
-    open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"))
+    open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"), models=("policy", "world_model"))
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
         policy, world_model = run_round(cfg, number, policy, world_model)

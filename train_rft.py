@@ -10,9 +10,10 @@ the world model stay frozen.
 
 Reads a policy of train_sft.py, a world model of train_wm.py (not with `--reward r1`) and the demonstrations that the
 policy was trained on (its checkpoint names episodes and camera). Writes to out_dir: model.safetensors (the whole policy
-with its sigma net), train_state.pt, log.jsonl, config.json, actions.png (action distributions before and after, Fig. 4)
-and, with R2 and R3, of the last step's group whose rewards differ most, rollouts.png (best and worst imagination below
-the reference) and rollouts.npz (their frames, and all rewards). The same command resumes an interrupted run.
+with its sigma net), train_state.pt, log.jsonl, config.json, inputs.json, actions.png (action distributions before and
+after, Fig. 4) and, with R2 and R3, of the last step's group whose rewards differ most, rollouts.png (best and worst
+imagination below the reference) and rollouts.npz (their frames, and all rewards). The same command resumes an
+interrupted run.
 
 Before the first step a trust gate (gate.py) asks on held-out starts whether the reward ranks action chunks by their
 distance to the demonstration's actions; if it does not, by more than chance, the run stops, unless

@@ -18,8 +18,8 @@ model, judges the true frames, which tells the judge's share of what imagination
 
 Reads a policy of train_sft.py, train_rft.py or this script, and recorded episodes: the demonstrations that it was
 trained on (its checkpoint names episodes and camera), for the flow-matching term, and all others as further starts.
-Writes to out_dir: model.safetensors (the whole policy with its sigma net), train_state.pt, log.jsonl, config.json. The
-same command resumes an interrupted run.
+Writes to out_dir: model.safetensors (the whole policy with its sigma net), train_state.pt, log.jsonl, config.json,
+inputs.json. The same command resumes an interrupted run.
 
 The objective, where it differs from Eq. (13):
 - The reward is 1 for success, else 0. A group of one outcome has no advantage and is left out of the mean; a step in

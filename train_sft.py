@@ -7,7 +7,8 @@
 
 Reads demonstrations of any format (docs/data.md) and, with `--init`, a policy. Writes out_dir/model.safetensors (the
 average of the weights where there is one, adapters merged), train_state.pt (the same command resumes, with the same
-bits on a CPU), log.jsonl, config.json. `--keep-interval` keeps copies of the policy, for eval_libero.py to play.
+bits on a CPU), log.jsonl, config.json, inputs.json. `--keep-interval` keeps copies of the policy, for eval_libero.py to
+play.
 
 `--init` starts from a policy, its normaliser included, with a fresh optimizer and schedule: a new run. Preset paper
 wants one, which `python -m vlarft.pretrained policy` makes of public weights; `--init random` says that random weights
@@ -213,20 +214,28 @@ def build_policy(
     return VLAPolicy(replace(sizes, cameras=(cfg.camera,), flow=flow, gripper_dims=grippers))
 
 
-def without_seen(train: list[Episode], held_out: list[Episode], init: str) -> tuple[list[Episode], list[Episode]]:
-    """Move held-out episodes that the policy `init` was trained on to the training episodes.
+def seen_episodes(init: str) -> list[str]:
+    """Return the names of all episodes that a policy, and those it was made from, were trained on."""
+    extra = read_header(init).extra
+    return extra.get("seen_episodes", extra.get("train_episodes", []))
+
+
+def without_seen(
+    train: list[Episode], held_out: list[Episode], seen: Sequence[str], init: str
+) -> tuple[list[Episode], list[Episode]]:
+    """Move held-out episodes that the policy `init` has seen to the training episodes, with all of their starts.
 
     Raises:
         ValueError: it was trained on all of them.
     """
-    seen = set(read_header(init).extra.get("train_episodes", ()))
-    unseen = [e for e in held_out if e.name not in seen]
+    starts = {e.start or e.name for e in (*train, *held_out) if e.name in set(seen)}
+    unseen = [e for e in held_out if (e.start or e.name) not in starts]
     if not unseen:
         raise ValueError(
             f"--init {init} was trained on all {len(held_out)} episodes that this run would hold out: give the "
             "--split-seed and --validation-fraction of its training, or more demonstrations"
         )
-    return train + [e for e in held_out if e.name in seen], unseen
+    return train + [e for e in held_out if (e.start or e.name) in starts], unseen
 
 
 def instructions(cfg: Config, episodes: Sequence[Episode]) -> dict[str, list[str]]:
@@ -316,11 +325,14 @@ def main(cfg: Config) -> dict[str, float]:
 
     episodes = load_episodes(cfg.demos, cfg.camera)
     train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+    seen = []
     if cfg.init not in (None, "random"):
-        train, held_out = without_seen(train, held_out, cfg.init)
+        seen = seen_episodes(cfg.init)
+        train, held_out = without_seen(train, held_out, seen, cfg.init)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     images = image_convention(train, cfg.camera)
     facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
+    facts["seen_episodes"] = list(dict.fromkeys([*names["train_episodes"], *seen]))
     if cfg.init not in (None, "random"):
         before, where = read_header(cfg.init).extra, f"the demonstrations {' '.join(cfg.demos)}"
         turn = "turn them with python -m vlarft.data.convert SRC DST --turn"

@@ -20,7 +20,7 @@ that does, and are what the gate of train_rl.py asks about.
 
 Reads episodes with outcomes (HDF5, LeRobot) and a world model of train_wm.py; `--world-model none` leaves out the two
 imagined versions, for a judge of real frames. Writes to out_dir: model.safetensors, train_state.pt, log.jsonl,
-config.json; and, while the run goes on, imagined.pt. The same command resumes an interrupted run.
+config.json, inputs.json; and, while the run goes on, imagined.pt. The same command resumes an interrupted run.
 
 Runs in one process.
 """
@@ -309,7 +309,8 @@ def main(cfg: Config) -> dict[str, float]:
         return metrics
 
     digest = None if cfg.world_model is None else model_digest(cfg.world_model)
-    table, whole = prepared(cfg, split, world_model, digest, autocast)
+    with clock.paused():  # --max-minutes are of training
+        table, whole = prepared(cfg, split, world_model, digest, autocast)
     facts = {
         "instructions": sorted({e.instruction for e in train}),
         **names,

@@ -7,7 +7,7 @@
 
 Reads demonstrations of any format (docs/data.md) and a tokenizer of train_tokenizer.py, or, with `--init`, a world
 model. Writes out_dir/model.safetensors (tokenizer, action ranges, weights, config, the split by episode),
-train_state.pt (the same command resumes), log.jsonl, config.json, rollouts.png.
+train_state.pt (the same command resumes), log.jsonl, config.json, inputs.json, rollouts.png.
 
 The actions are the executed ones, in raw environment units; their ranges are those of the training split. A segment has
 the policy's 8 actions and one frame more. A small network that predicts the robot's proprio after each action
@@ -215,6 +215,12 @@ def load_split(cfg: Config) -> tuple[list[Episode], list[Episode]]:
         known = {*names, *extra.get("train_episodes", by_name)}  # older files do not name them: then none is new
         train, new = ([e for e in episodes if (e.name in known) == part] for part in (True, False))
         train = [e for e in train if e.name not in set(names)]
+        # attempts from a start go where those before them went
+        of = {e.start: part for part in (train, held_out) for e in part if e.start is not None}
+        begun = [e for e in new if e.start in of]
+        for e in begun:
+            of[e.start].append(e)
+        new = [e for e in new if e.start not in of]
         if len(new) > 1:
             new, unseen = split_episodes(new, cfg.validation_fraction, cfg.split_seed)
             held_out += unseen
@@ -278,6 +284,19 @@ def check_pose(dims: int, episode: Episode) -> None:
         )
 
 
+def warn_wrapping_angles(dims: int, episodes: Sequence[Episode]) -> None:
+    """Warn of an angle among the first `dims` of the proprio that jumps by a full turn: no motion, and two far bins."""
+    steps = np.concatenate([np.abs(np.diff(e.proprio[:, :dims], axis=0)) for e in episodes])  # (steps, dims)
+    turns = (steps > 2 * np.pi - 1) & (steps < 2 * np.pi + 1e-3)
+    rare = turns.any(0) & (turns.mean(0) < 0.5)  # (dims,)
+    if wrapped := [i for i in range(dims) if rare[i] and (steps[~turns[:, i], i] < 1).all()]:
+        warnings.warn(
+            f"--pose-dims {dims}: proprio dimensions {', '.join(map(str, wrapped))} jump by a full turn, as angles "
+            "that wrap: unwrap them, write the orientation otherwise, or give 0 to drive frames by actions",
+            stacklevel=2,
+        )
+
+
 def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode]) -> WorldModel:
     """Make a world model with random weights around the tokenizer, fitted to ranges and robot of the episodes."""
     torch.manual_seed(seed_of("weights", cfg.seed))
@@ -286,6 +305,7 @@ def new_model(cfg: Config, tokenizer: FrameTokenizer, episodes: Sequence[Episode
     own |= {"factored_tokens": cfg.factored_tokens}
     if cfg.pose_dims:
         check_pose(cfg.pose_dims, first)
+        warn_wrapping_angles(cfg.pose_dims, episodes)
         own |= {"pose_dims": cfg.pose_dims, "gripper_dims": first.grippers}
     model = WorldModel(replace(SIZES[cfg.size], tokenizer=tokenizer.cfg, **own))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -367,9 +387,11 @@ def validate(
     """
     model.eval()
     sums: dict[str, float] = {}
+    # the actions of a segment half of all segments away: those beside it are of the same episode, and nearly the same
+    others = model.controls(batch.actions, batch.proprio_after).roll(len(batch.actions) // 2, dims=0).to(device)
     for i in range(0, len(batch.actions), 32):
         context, future, actions = tokenize(model, Batch(*(x[i : i + 32] for x in batch)), device, autocast)
-        for name, given in (("val_", actions), ("val_shuffled_", actions.roll(1, dims=0))):
+        for name, given in (("val_", actions), ("val_shuffled_", others[i : i + 32])):
             with autocast:
                 loss, parts = model.token_loss(context, future, given)
             found = {"loss": loss} if name == "val_shuffled_" else {"loss": loss, **parts}
@@ -382,7 +404,7 @@ def validate(
             rollouts.actions[:, None].to(device),
             greedy=True,
             first_frame=frames[:, 0],
-            proprio_after=rollouts.proprio_after[:, None].to(device),
+            robot=rollouts.to(device).robot,
         )
     imagined, true, copied = imagined.frames[:, 0], frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
     moving = moving_mask(true, copied)

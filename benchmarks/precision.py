@@ -62,6 +62,7 @@ class Config:
     tokenizer: str = opt("runs/tokenizer", "tokenizer of the world model, trained on them: run folder or file")
     world_model: str = opt("runs/wm", "world model that RFT asks: run folder or file")
     policy: str = opt("runs/sft", "policy that RFT and RL start from: run folder or file")
+    stages: tuple[str, ...] = opt(tuple(STAGES), "stages to time")
     stage_preset: str = opt("tiny", "preset of the stages")
     steps: Count = opt(60, "steps of each training, three log lines at least")
     fine_tuning_steps: Count = opt(5, "steps of RFT and RL, three at least")
@@ -69,6 +70,8 @@ class Config:
     out: str = opt("runs/benchmarks/precision.json", "JSON file to write")
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.stages if name not in STAGES]:
+            raise ValueError(f"--stages {unknown[0]}: give some of {', '.join(STAGES)}")
         if self.steps < 3 * LOG_INTERVAL:
             raise ValueError(f"--steps {self.steps}: give {3 * LOG_INTERVAL} at least, three log lines")
         if self.fine_tuning_steps < 3:
@@ -114,7 +117,7 @@ def main(cfg: Config) -> dict:
     """Measure; return what the JSON file holds."""
     chosen = "bf16" if in_bf16("auto", torch.device("cpu")) else "fp32"
     report = {"command": "python benchmarks/precision.py", "config": to_dict(cfg), **machine("cpu"), "auto": chosen}
-    for stage in STAGES:
+    for stage in cfg.stages:
         times: dict[str, list[float]] = {name: [] for name in VERSIONS}
         for _ in range(cfg.repeats):
             for name, version in VERSIONS.items():

@@ -54,6 +54,12 @@ def summed_up(folder: Path) -> dict:
     }
 
 
+def sizes(preset: str) -> dict[str, object]:
+    """Return what the demo sets beside its stages' presets."""
+    of = {"few": demo.FEW, "rl": demo.RL, "rft": demo.RFT, "extra": demo.EXTRA}
+    return {name: values[preset] for name, values in of.items()}
+
+
 def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds.
 
@@ -61,7 +67,7 @@ def main(cfg: Config) -> dict:
         ValueError: the file holds demos of other sizes.
     """
     report = read_report(cfg, "runs", free=("out_dir", "out", "seeds"))
-    now, there = demo.SIZES[cfg.demo_preset], report.get("sizes")
+    now, there = sizes(cfg.demo_preset), report.get("sizes")
     if report["runs"] and there != now:
         raise ValueError(f"{cfg.out} holds demos with {there}, not {now}: give another file as --out")
     report = {"command": "python studies/demos.py", "machine": machine(), "sizes": now, **report}

@@ -76,6 +76,7 @@ def turn(i, c):
 def idle(i, c):
     c["actions"][10:40, :6] = 0
     c["actions"][10:40, 6] = 1
+    c["proprio"][10:41] = c["proprio"][10]  # the robot rests
 
 
 def freeze(i, c):

@@ -163,6 +163,8 @@ def test_units_and_sizes(tmp_path):
                 demo[name][:, 6] = 50 - 50 * demo[name][:, 6]  # 100 open, 0 closed
             demo["actions"][2:4, :6] = 0
             demo["intended_actions"][2:4, :6] = 0
+            for name in ("obs/ee_states", "obs/gripper_states"):
+                demo[name][3:5] = demo[name][2]  # the robot rests
     (tmp_path / "a/suite/push_demo.hdf5").unlink()
     options = ["--gripper", "100", "0", "--drop-no-ops", "--size", "16", "16", "--centre-crop", "--turn"]
     main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "lerobot", "--images", "png", *options])
@@ -203,6 +205,29 @@ def test_refusals(tmp_path):
         main([*arguments, "--images", "png"])
     with pytest.raises(SystemExit):
         main([*arguments, "--gripper", "1", "1"])
+
+
+def test_cameras_of_one_name_and_other_frequencies_are_refused(tmp_path):
+    sources(tmp_path / "hdf5")
+    with pytest.raises(ValueError, match="has 10 fps, --fps is 20, and nothing is resampled"):
+        main([str(tmp_path / "hdf5"), str(tmp_path / "a"), "--format", "lerobot", "--fps", "20"])
+    main([str(tmp_path / "hdf5"), str(tmp_path / "b"), "--format", "hdf5", "--fps", "10"])
+    for path in (tmp_path / "b").glob("*.hdf5"):
+        with h5py.File(path, "a") as file:
+            for demo in file["data"].values():
+                demo["obs/image_rgb"] = demo["obs/agentview_rgb"]
+    for form in ("hdf5", "lerobot"):
+        with pytest.raises(ValueError, match="cameras agentview and image would both be written as observation.images"):
+            main([str(tmp_path / "b"), str(tmp_path / "c"), "--format", form])
+
+
+def test_hdf5_without_states_is_converted_again(tmp_path):
+    sources(tmp_path / "hdf5")
+    main([str(tmp_path / "hdf5"), str(tmp_path / "a"), "--format", "lerobot", "--images", "png"])
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "hdf5"])
+    main([str(tmp_path / "b"), str(tmp_path / "c"), "--format", "hdf5", "--turn"])
+    one, other = (load_episodes(tmp_path / name, successes_only=False) for name in ("b", "c"))
+    assert len(one) == len(other) == 6 and {e.states for e in other} == {None}
 
 
 @pytest.mark.parametrize("options", [["--images", "png"], []])

@@ -1,6 +1,7 @@
 """data: LIBERO's layout written and read, the split, the windows."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import h5py
@@ -379,6 +380,47 @@ def test_original_files_are_read_in_any_storage(tmp_path, compression, chunks):
         np.testing.assert_array_equal(episode.images[t : t + 5], views["agentview"][t : t + 5, ::-1, ::-1])
 
 
+def test_liberos_own_files_hold_what_is_seen_after_each_action(tmp_path):
+    """As create_dataset.py writes them: the state before each action, and the observation after it."""
+    path = tmp_path / "libero_goal" / "LIVING_ROOM_SCENE2_put_the_bowl_on_the_stove_demo.hdf5"
+    views = libero_original(path)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["macros_image_convention"] = "opengl"
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "put the akita black bowl there"})
+        demo = file["data/demo_0"]
+        demo["states"] = np.arange(15.0)[:, None]
+        actions, poses = demo["actions"][()], demo["obs/ee_states"][()]
+    (episode,) = load_episodes(path, with_states=True)
+    assert len(episode) == len(episode.images) == 14 and episode.instruction == "put the bowl on the stove"
+    np.testing.assert_array_equal(episode.images[:], views["agentview"][:-1, ::-1, ::-1])
+    np.testing.assert_allclose(episode.proprio[:, :6], poses[:-1], rtol=1e-6)
+    np.testing.assert_allclose(episode.actions, actions[1:], rtol=1e-6)
+    assert episode.states[:, 0].tolist() == list(range(1, 15)) and episode.intended is episode.actions
+    with h5py.File(path, "a") as file:  # in chunks that are inflated on access
+        images = file["data/demo_0/obs"]
+        del images["agentview_rgb"]
+        images.create_dataset("agentview_rgb", data=views["agentview"], chunks=(4, 128, 128, 3), compression="gzip")
+    np.testing.assert_array_equal(load_episodes(path)[0].images[:], views["agentview"][:-1, ::-1, ::-1])
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["macros_image_convention"] = "opencv"
+    with pytest.raises(
+        ValueError, match="macros_image_convention is 'opencv', expected 'opengl', images that are upside"
+    ):
+        load_episodes(path)
+
+
+def test_unfinished_folders_are_left_out_and_named(demos, tmp_path):
+    shutil.copytree(demos, tmp_path / "demos")
+    for name in ("push_demo.parts", "other.tmp"):
+        (tmp_path / "demos" / name).mkdir()
+        (tmp_path / "demos" / name / "demo_0.hdf5").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="is of a collection or conversion that was not finished") as told:
+        assert len(load_episodes(tmp_path / "demos")) == len(load_episodes(demos))
+    assert {str(w.message).split(" is of ")[0] for w in told} == {
+        str(tmp_path / "demos" / name) for name in ("push_demo.parts", "other.tmp")
+    }
+
+
 @pytest.mark.parametrize("scene", ["", "LIVING_ROOM_SCENE2_"])
 def test_regenerated_files_without_attributes_are_read(tmp_path, scene):
     """As OpenVLA's regenerate_libero_dataset.py writes them: failed demonstrations are left out, nothing is noted."""
@@ -500,7 +542,11 @@ def test_no_ops_by_hand():
     actions[:, 6] = [-1, -1, 1, 1, 1, 1]
     actions[4, 1] = 0.5
     one = replace(episode("a", 6), actions=actions, intended=actions)
+    one = replace(one, proprio=np.zeros((6, 8), np.float32))
     assert no_ops(one).tolist() == [True, True, False, True, False, True]  # 2 closes the gripper, 4 moves
+    closing = one.proprio.copy()
+    closing[4:, 6] = 0.005  # after action 3 the fingers are elsewhere: they still close
+    assert no_ops(replace(one, proprio=closing)).tolist() == [True, True, False, False, False, True]
     targets = np.cumsum(actions, 0)
     targets[:, 6] = actions[:, 6]
     held = replace(one, actions=targets, intended=targets, absolute=True)

@@ -134,6 +134,7 @@ def test_no_ops_of_several_grippers():
     actions = np.zeros((5, 4), np.float32)
     actions[:, 0], actions[:, 3], actions[:, 2] = [-1, 1, 1, 1, 1], [-1, -1, 1, 1, 1], [0.2, 0.2, 0.2, 0.3, 0.3]
     one = episode(actions, gripper_dims=(0, 3), held_dims=(2,))
+    one = replace(one, proprio=np.zeros_like(one.proprio))  # the robot rests
     assert no_ops(one).tolist() == [True, False, False, False, True]
     assert no_ops(replace(one, held_dims=())).tolist() == [False] * 5  # 0.2 is a motion
 

@@ -56,7 +56,8 @@ def frames_of(one: Episode) -> torch.Tensor:
 
 def test_recorded_actions_are_replayed_from_the_first_frame_to_the_last():
     lengths, model = [20, 2, 9, 5], Brighter()
-    replayed = list(imagined_episodes(model, [episode(n) for n in lengths], autocast=NO_CAST, batch_size=2))
+    options = {"autocast": NO_CAST, "batch_size": 2, "recorded_poses": True}
+    replayed = list(imagined_episodes(model, [episode(n) for n in lengths], **options))
     assert [len(r.episode) for r in replayed] == [2, 5, 9, 20]
     for one, true, imagined in replayed:
         assert_close(true, frames_of(one))
@@ -72,7 +73,7 @@ def test_recorded_actions_are_replayed_from_the_first_frame_to_the_last():
             after = options["proprio_after"][row, 0]
             assert after[:steps].tolist() == one.proprio[1:].tolist() and (after[steps:] == after[steps - 1]).all()
             assert options["robot"] is None
-    (alone,) = imagined_episodes(model, [episode(5)], autocast=NO_CAST, recorded_poses=False)
+    (alone,) = imagined_episodes(model, [episode(5)], autocast=NO_CAST)
     robot = model.asked[-1][2]["robot"]  # the model predicts the poses, from rest at the first frame
     assert model.asked[-1][2]["proprio_after"] is None and not robot.motion.any()
     assert robot.proprio.tolist() == [alone.episode.proprio[0].tolist()]

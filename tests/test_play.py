@@ -51,12 +51,14 @@ def test_the_page_of_the_repositorys_checkpoints(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)  # where the checkpoints are
     config = dataclasses.replace(play.PRESETS["smoke"], out_dir=str(tmp_path / "play"), size=64)
     page = play.main(config)
-    text, kept = page.read_text(), files_of(tmp_path / "play" / "eval")
+    text, kept = page.read_text(), files_of(tmp_path / "play" / "eval") | {".lock": b""}  # of each process
     assert all(f"{name}: " in text and f"{name}, imagined" in text for name in ("before", "after"))
     assert text.count('type="range"') == 1
     records = [json.loads(line) for line in (tmp_path / "play" / "eval" / "episodes.jsonl").read_text().splitlines()]
     assert [(r["task"], r["init_state"]) for r in records] == [(0, 0), (0, 0)]
-    assert play.main(config) == page and files_of(tmp_path / "play" / "eval") == kept  # nothing is played twice
+    assert (
+        play.main(config) == page and files_of(page.parent / "eval") | {".lock": b""} == kept
+    )  # nothing is played twice
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
@@ -68,6 +70,10 @@ def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
     model.action_bins.set_range(model.action_bins.low / 10, model.action_bins.high / 10)
     save_model(tmp_path / "model.safetensors", model, model.cfg)
     with pytest.raises(ValueError, match="the world model"):  # of a robot that moves less
+        play.main(dataclasses.replace(config, world_model=str(tmp_path)))
+    model, header = WorldModel.load(config.world_model), read_header(config.world_model)
+    save_model(tmp_path / "model.safetensors", model, model.cfg, {**header.extra, "camera": "eye_in_hand"})
+    with pytest.raises(ValueError, match="policy .* has camera 'agentview', world model .* has 'eye_in_hand'"):
         play.main(dataclasses.replace(config, world_model=str(tmp_path)))
     assert not (tmp_path / "play" / "play.html").exists()
 

@@ -164,6 +164,10 @@ def test_same_robot_of_a_world_model_that_predicts_it(policy_file):
         check_same_robot(policy, blind, closed_loop=True)
     poses.action_bins.high[2] = -0.9  # of a pose, not of an action
     check_same_robot(policy, poses)
+    for scale in (0.02, 50.0):  # centimetres or so
+        poses.robot.action_std.fill_(scale)
+        with pytest.raises(ValueError, match="actions: the policy's range is .* times the standard deviation of those"):
+            check_same_robot(policy, poses)
     poses.cfg = dataclasses.replace(poses.cfg, gripper_dims=(5,))
     with pytest.raises(ValueError, match=r"gripper dimensions: the policy has \(6,\), the world model has \(5,\)"):
         check_same_robot(policy, poses)

@@ -140,8 +140,7 @@ def test_what_each_optimisation_gives(load_benchmark, transformers, tmp_path, mo
 def test_formats_of_training_steps(load_benchmark, demos, tmp_path, monkeypatch):
     """The scripts themselves are run in turns; what is compared is the time between lines of their logs."""
     benchmark = load_benchmark("precision")
-    cfg = replace(benchmark.PRESETS["smoke"], demos=str(demos), out=str(tmp_path / "p.json"))
-    monkeypatch.setattr(benchmark, "STAGES", {"SFT": "train_sft.py"})
+    cfg = replace(benchmark.PRESETS["smoke"], demos=str(demos), stages=("SFT",), out=str(tmp_path / "p.json"))
     found = benchmark.main(cfg)
     assert json.loads((tmp_path / "p.json").read_text()) == found and found["auto"] in ("fp32", "bf16")
     seconds = found["SFT"]["seconds"]
@@ -156,6 +155,8 @@ def test_formats_of_training_steps(load_benchmark, demos, tmp_path, monkeypatch)
     assert found["times_faster"]["bf16_side_by_side"] == {"median": 4.0, "spread": [2.0, 4.0]}
     with pytest.raises(ValueError, match="--steps 14: give 15 at least"):
         replace(cfg, steps=14)
+    with pytest.raises(ValueError, match="--stages DPO: give some of tokenizer, world model, SFT, RFT, RL"):
+        replace(cfg, stages=("SFT", "DPO"))
 
 
 def test_a_failing_stage_says_why(load_benchmark, tmp_path):

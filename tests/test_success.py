@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import imagined_episodes
+from vlarft.run import clock
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.run.pixels import to_floats
 from vlarft.success import (
@@ -283,7 +285,7 @@ def test_versions_are_of_the_same_frames(places, world_model):
     context = model.tokenizer.encode_context(images[:1])
     expected = success_frames.to_uint8(model.tokenizer.decode(tokens[:, None], context)[0, 0])
     assert (found[1].frames.int() - expected.int()).abs().max() <= 1  # rounding
-    options = {"recorded_poses": False, "greedy": True, "seed": 0}  # poses as in use: predicted
+    options = {"greedy": True, "seed": 0}
     replays = imagined_episodes(model, episodes, autocast=cast, **options)
     for version, replay in zip(found[4:], replays, strict=True):
         assert torch.equal(version.frames, success_frames.to_uint8(replay.imagined))
@@ -331,6 +333,20 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
             train_success.main(config)
     monkeypatch.setattr(train_success, "prepared", lambda *_: pytest.fail("prepared a run that is complete"))
     assert train_success.main(config) == metrics and files_of(config.out_dir) == before  # it is left as it is
+
+
+def test_imagining_does_not_use_up_the_minutes_of_training(config, monkeypatch):
+    late, prepared = [0.0], train_success.prepared
+
+    def slow(*args):
+        late[0] += 3600
+        return prepared(*args)
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    monkeypatch.setattr(train_success, "prepared", slow)
+    train_success.main(dataclasses.replace(config, max_minutes=10.0))
+    rows = [json.loads(line) for line in Path(config.out_dir, "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == config.steps - 1 and rows[-1]["minutes"] < 10
 
 
 def test_who_may_be_judged(config, tmp_path):

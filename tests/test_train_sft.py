@@ -196,12 +196,21 @@ def test_what_the_initial_policy_has_seen_is_not_held_out(demos, tmp_path):
     episodes = load_episodes(str(demos))
     other = [e for e in episodes if e.name in before["train_episodes"][:1]]
     own = [e for e in episodes if e.name in before["held_out_episodes"]]
-    train, held_out = train_sft.without_seen([], own + other, init)
+    seen = train_sft.seen_episodes(init)
+    train, held_out = train_sft.without_seen([], own + other, seen, init)
     assert [e.name for e in train] == [e.name for e in other] and held_out == own
     with pytest.raises(ValueError, match="was trained on all 1 episodes that this run would hold out"):
-        train_sft.without_seen(own, other, init)
+        train_sft.without_seen(own, other, seen, init)
+    twin = replace(own[0], name="again", start=other[0].name)  # began where one that was seen did
+    grouped = [replace(other[0], start=other[0].name)]
+    assert train_sft.without_seen(grouped, [twin, *own], seen, init) == ([*grouped, twin], own)
     train_sft.main(config(demos, tmp_path / "on", init=init, validation_fraction=0.5, steps=1))
-    assert not set(before["train_episodes"]) & set(read_header(tmp_path / "on").extra["held_out_episodes"])
+    after = read_header(tmp_path / "on").extra
+    assert not set(before["train_episodes"]) & set(after["held_out_episodes"])
+    assert set(after["seen_episodes"]) == {*before["train_episodes"], *after["train_episodes"]}
+    header = {**before, "train_episodes": [], "seen_episodes": before["train_episodes"]}  # of a run two before
+    VLAPolicy.load(init).save(tmp_path / "later.safetensors", header)
+    assert train_sft.seen_episodes(str(tmp_path / "later.safetensors")) == seen
 
 
 def test_init_of_other_images(demos, tmp_path):

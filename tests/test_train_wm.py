@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,42 @@ def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tm
     assert log_of(tmp_path / "three")[0] == {"step": -1, **new.extra["metrics"]}  # its last validation, by number
 
 
+def test_attempts_from_a_start_stay_where_those_before_them_are(monkeypatch, tmp_path):
+    def attempt(number: int, start: str | None) -> Episode:
+        zeros = np.zeros((2, 7), np.float32)
+        return Episode(f"s/f/{number}", "push", zeros, zeros, zeros, zeros, kind="policy", start=start)
+
+    old = [attempt(i, f"mark {i % 2}") for i in range(4)]
+    new = [attempt(4, "mark 0"), attempt(5, "mark 1"), attempt(6, None), attempt(7, None), attempt(8, "mark 0")]
+    extra = {"train_episodes": ["s/f/0", "s/f/2"], "held_out_episodes": ["s/f/1", "s/f/3"]}
+    monkeypatch.setattr(train_wm, "load_episodes", lambda *_, **__: old + new)
+    monkeypatch.setattr(train_wm, "read_header", lambda _: SimpleNamespace(extra=extra))
+    train, held_out = train_wm.load_split(replace(SMOKE, init=str(tmp_path), validation_fraction=0.5))
+    names = [{e.name[-1] for e in part} for part in (train, held_out)]
+    assert {"0", "2", "4", "8"} < names[0] and {"1", "3", "5"} < names[1]
+    assert len(names[0] & {"6", "7"}) == 1 and names[0] | names[1] == set("012345678")
+
+
+def test_the_other_actions_are_those_of_segments_far_away(demos, tokenizer, tmp_path, monkeypatch):
+    given, loss = [], WorldModel.token_loss
+    run(demos, tokenizer, tmp_path, steps=1)
+    model = WorldModel.load(tmp_path)
+    held_out = train_wm.load_split(replace(SMOKE, demos=(str(demos),)))[1]
+    batch = train_wm.WindowSampler(held_out, 9, 8, None).spread(33)
+    monkeypatch.setattr(WorldModel, "token_loss", lambda self, *args: given.append(args[2]) or loss(self, *args))
+    train_wm.validate(model, batch, batch, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    own, others = torch.cat(given[::2]), torch.cat(given[1::2])
+    assert len(own) > 3 and torch.equal(others, own.roll(len(own) // 2, 0))
+
+
+def test_validation_imagines_with_predicted_poses(demos, tokenizer, tmp_path, monkeypatch):
+    """As fine-tuning does: recorded ones would tell the model where the robot goes."""
+    asked, rollout = [], WorldModel.rollout
+    monkeypatch.setattr(WorldModel, "rollout", lambda *a, **options: asked.append(options) or rollout(*a, **options))
+    run(demos, tokenizer, tmp_path, pose_dims=3, steps=1)
+    assert asked and all("proprio_after" not in options and options["robot"] is not None for options in asked)
+
+
 def test_poses_drive_a_model_and_its_refresh(demos, tokenizer, tmp_path):
     run(demos, tokenizer, tmp_path / "one", pose_dims=3, steps=2)
     model, episodes = WorldModel.load(tmp_path / "one"), load_episodes(demos)
@@ -199,11 +236,27 @@ def test_what_is_left_out_of_the_pose(dims, width, names, left_out, recwarn):
         train_wm.check_pose(15, one)
 
 
-def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, world_model, tmp_path):
-    with pytest.warns(UserWarning, match="tokenizer .* was trained with --context-lookback none, this run has 3"):
-        run(demos, tokenizer, tmp_path / "one", steps=1, context_lookback=3)
-    with pytest.warns(UserWarning, match="world model .* was trained with --context-lookback none, this run has 0"):
-        refresh([demos], world_model, tmp_path / "two", steps=1, context_lookback=0)
+def test_angles_that_wrap_are_named(recwarn):
+    def one(*angle: float) -> Episode:
+        proprio = np.zeros((len(angle), 8), np.float32)
+        proprio[:, 3] = angle
+        return Episode("s/f/1", "push", proprio, proprio, proprio, proprio)
+
+    train_wm.warn_wrapping_angles(6, [one(0.0, 0.5, 3.1), one(-3.1, -2.5)])  # not within an episode
+    train_wm.warn_wrapping_angles(6, [one(0.0, 6.2, 12.1)])  # a position, in whatever units
+    train_wm.warn_wrapping_angles(3, [one(3.1, -3.1)])  # no part of the pose
+    assert not recwarn
+    with pytest.warns(UserWarning, match="--pose-dims 6: proprio dimensions 3 jump by a full turn, as angles"):
+        train_wm.warn_wrapping_angles(6, [one(0.0, 0.5), one(3.0, 3.1, -3.1, -3.0)])
+
+
+def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, tmp_path):
+    model, extra = load_model(tokenizer / "model.safetensors", FrameTokenizer, TokenizerConfig)
+    save_model(tmp_path / "model.safetensors", model, model.cfg, {**extra, "context_lookback": 0})
+    with pytest.warns(UserWarning, match="tokenizer .* was trained with --context-lookback 0, this run has 3"):
+        run(demos, tmp_path / "model.safetensors", tmp_path / "one", steps=1, context_lookback=3)
+    with pytest.warns(UserWarning, match="world model .* was trained with --context-lookback 3, this run has none"):
+        refresh([demos], tmp_path / "one", tmp_path / "two", steps=1)
 
 
 def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):

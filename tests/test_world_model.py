@@ -371,6 +371,10 @@ def test_poses_drive_the_frames():
         recorded = model.rollout(start, actions[:, g : g + 1], greedy=True, proprio_after=proprio[:, None])
         assert torch.equal(recorded.tokens[:, 0], whole.tokens[:, g])
         assert_close([v[:, 0] for v in recorded.state.robot], list(end))
+    after = torch.rand(2, 1, 1, 3)  # of one action
+    for known, motion in ((robot, after[:, :, 0] - robot.proprio[:, None]), (None, torch.zeros(2, 1, 3))):
+        state = model.rollout(start, actions[:, :1, :1], greedy=True, robot=known, proprio_after=after).state
+        assert_close(state.robot.motion, motion)
     moved = RobotState(robot.proprio + 1, robot.motion)
     assert not torch.equal(model.rollout(start, actions, greedy=True, robot=moved).tokens, whole.tokens)
     first, then = actions.split([3, 5], dim=2)

@@ -1,7 +1,7 @@
 """Whole episodes in imagination: the world model replays recorded actions from an episode's first frame to its end.
 Not in the paper, whose imaginations are one chunk long. The first frame is the context of all frames to come, and no
-later one is shown to the model, so errors add up as they would in an imagined attempt; but where poses drive the model,
-the recorded ones do, unless the robot model is to predict them as it does there.
+later one is shown to the model, so errors add up as they would in an imagined attempt; where poses drive the model, its
+robot model predicts them, as there.
 
 Shapes: L frames of an episode, L - 1 actions between them, A action dim, (C, H, W) frame.
 """
@@ -53,7 +53,7 @@ def imagined_episodes(
     temperature: float = 1.0,
     top_p: float = 0.8,
     seed: int = 0,
-    recorded_poses: bool = True,
+    recorded_poses: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[ImaginedEpisode]:
     """Replay episodes in imagination, the shortest first.
@@ -65,7 +65,7 @@ def imagined_episodes(
         batch_size: episodes imagined at once, which should be of similar lengths: the short ones are padded.
         greedy, temperature, top_p: see `Sampling`.
         seed: seed of sampled imaginations.
-        recorded_poses: where poses drive the model, those after each recorded action; or those that it predicts.
+        recorded_poses: where poses drive the model, take those that were recorded, to see what predicting them costs.
         part: (index, count): yield this share of the batches, so that an imagination does not depend on the number of
             processes.
     """

@@ -62,7 +62,7 @@ def outcome_gate(
     what += "" if starts == len(own) else f" from {starts} starts, so the intervals are too narrow"
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
     highest, true = [], []
-    for found in imagined_episodes(model, own, autocast=autocast, recorded_poses=False, **options):
+    for found in imagined_episodes(model, own, autocast=autocast, **options):
         with autocast:
             highest.append(float(judge.highest(found.imagined, found.episode.instruction)))
         true.append(found.episode.success)

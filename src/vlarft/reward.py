@@ -199,9 +199,15 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop:
     for name, in_policy, in_model in sizes:
         if in_policy != in_model:
             raise ValueError(f"{name}: the policy has {in_policy}, the world model has {in_model}; {advice}")
-    if cfg.pose_dims:  # poses say nothing about the range of actions
-        return
     low, high, motion = ours.action_low, ours.action_high, ours.motion
+    if cfg.pose_dims:  # their bins say nothing about the range of actions, the robot model's statistics do
+        spread = ((high - low) / world_model.robot.action_std[motion]).median().item()  # of a Gaussian 4.7
+        if not 0.4 < spread < 40:
+            raise ValueError(
+                f"actions: the policy's range is {spread:.2g} times the standard deviation of those that the world "
+                f"model learned from, 2 to 10 in equal units; {advice}"
+            )
+        return
     wm_low, wm_high = world_model.action_bins.low[motion], world_model.action_bins.high[motion]  # (A - G,)
     # quantiles of intended actions lie inside the range of the executed ones, up to the demonstrator's noise
     slack = 0.1 * (wm_high - wm_low) + 1e-3

@@ -117,7 +117,7 @@ def imagined(
     episodes: Sequence[Episode], model: WorldModel, autocast: AbstractContextManager, seed: int = 0
 ) -> Iterator[Version]:
     """Yield every episode as reinforcement learning imagines it: with the poses that the world model predicts."""
-    options = {"autocast": autocast, "greedy": True, "seed": seed, "recorded_poses": False}
+    options = {"autocast": autocast, "greedy": True, "seed": seed}
     for found in imagined_episodes(model, episodes, **options):
         yield Version(found.episode, "imagined", to_uint8(found.imagined))
 
@@ -154,7 +154,7 @@ def frame_table(found: Iterable[Version], *, positive: int, margin: int, others:
     for episode, _, frames in found:
         if episode.name not in rows:  # the real version comes first
             rows[episode.name] = len(rows)
-            first_frames.append(frames[0])
+            first_frames.append(frames[0].clone())  # a view would keep the whole episode
             instructions.append(episode.instruction)
         success, progress = labels(episode, positive, margin)
         rng = numpy_generator("success frames", seed, rows[episode.name])

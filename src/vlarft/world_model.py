@@ -280,7 +280,9 @@ class WorldModel(HubModel, nn.Module):
                     f"proprio_after has shape {tuple(proprio_after.shape)}, expected (S, G, T, P) with "
                     f"{tuple(actions.shape[:3])} first, as the actions"
                 )
-            before = torch.cat([proprio_after[:, :, -1:], proprio_after], dim=2)[:, :, -2]  # of one action: no motion
+            # one action from an unknown place: no motion
+            first = proprio_after[:, :, -1] if robot is None else robot.proprio.expand(-1, actions.shape[1], -1)
+            before = torch.cat([first[:, :, None], proprio_after], dim=2)[:, :, -2]
             after = RobotState(proprio_after[:, :, -1], proprio_after[:, :, -1] - before)
             return self.controls(actions, proprio_after), after if self.robot else None
         if robot is None or self.robot is None:

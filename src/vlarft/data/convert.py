@@ -25,7 +25,7 @@ from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
 from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
-from vlarft.data.lerobot_writer import write_lerobot
+from vlarft.data.lerobot_writer import camera_key, write_lerobot
 from vlarft.run.checkpoint import check_room, new_folder
 from vlarft.run.config import Parser, Positive, Range, Side, Whole, reader
 from vlarft.run.script import clear_errors
@@ -223,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add("--gripper-dims", type=reader(Whole), nargs="*", metavar="DIM", help="binary gripper dimensions, or none")
     add("--held-dims", type=reader(Whole), nargs="*", metavar="DIM", help="continuous grippers, other target positions")
-    add("--drop-no-ops", action="store_true", help="leave out steps that neither move nor change the gripper")
+    add("--drop-no-ops", action="store_true", help="leave out steps of no motion, while the robot rests")
     add("--absolute", action=argparse.BooleanOptionalAction, help="label actions as target positions or motions")
     add("--skip-bad", action="store_true", help="leave out episodes that cannot be read, and list them")
     add("--kind", choices=("expert", "noisy", "policy"), help="label all episodes; policies learn from expert only")
@@ -245,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
     }
     if args.src.resolve() in args.dst.resolve().parents:
         raise ValueError(f"{args.dst} lies in {args.src}, whose files would be mixed with it: give a folder outside")
-    with_states = args.format == "hdf5" and demo_files(args.src)[0] == "hdf5"
+    with_states = None if args.format == "hdf5" and demo_files(args.src)[0] == "hdf5" else False
     camera = args.camera[0] if args.camera and len(args.camera) == 1 else None  # one or all: not which is the first
     errors: list[Exception] = []
     options = {"with_states": with_states, "budget": Budget(0), "bad": errors.append if args.skip_bad else None}
@@ -263,11 +263,20 @@ def main(argv: Sequence[str]) -> None:
         yield from (one(episode) for episode in source)
 
     def one(episode: Episode) -> Episode:
-        if args.fps is None and episode.fps not in (None, fps):
-            raise ValueError(f"{episode.name} has {episode.fps:g} fps, {first.name} {fps:g}: convert them separately")
+        if episode.fps not in (None, fps):
+            of = "--fps is" if args.fps else f"{first.name} has"
+            raise ValueError(f"{episode.name} has {episode.fps:g} fps, {of} {fps:g}, and nothing is resampled")
         if args.camera:
             names = [pick_camera(episode.cameras, name, episode.name) for name in args.camera]
             episode = replace(episode, cameras={name: episode.cameras[name] for name in names})
+        keys: dict[str, str] = {}
+        for name in episode.cameras:
+            other = keys.setdefault(camera_key(name), name)
+            if other != name:
+                raise ValueError(
+                    f"{episode.name}: cameras {other} and {name} would both be written as {camera_key(name)}: choose "
+                    "with --camera"
+                )
         return change(episode, **changes)
 
     episodes = tqdm(changed(), unit="episode", disable=not sys.stderr.isatty())

@@ -172,11 +172,13 @@ def check_lengths(where: str, **columns: object) -> None:
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
-    """Find steps whose intended action neither moves nor changes a gripper, by the rule of the public pipelines.
+    """Find steps whose intended action neither moves nor changes a gripper, by the rule of the public pipelines, and in
+    which the robot rests: without the steps in which fingers close, a policy would learn to lift before they have.
 
     Args:
         episode: T steps.
         threshold: largest motion of a no-op, in action units; of target positions, the change since the step before.
+            The robot rests where no number of its proprio changes by ten times as much.
 
     Returns:
         (T,) bool.
@@ -185,4 +187,5 @@ def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
     motion[:, repeated] = np.diff(motion[:, repeated], axis=0, prepend=motion[:1, repeated])
     still = (np.abs(motion) < threshold).all(1)
     still[0] &= not episode.absolute  # the first target may be a motion
+    still[:-1] &= (np.abs(np.diff(episode.proprio, axis=0)) < 10 * threshold).all(1)
     return still

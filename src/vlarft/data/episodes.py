@@ -68,9 +68,19 @@ def demo_files(path: str | Path) -> tuple[str, list[Path]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder, those of linked folders as well, each folder's once."""
+    """Return all files below a folder, those of linked folders as well, each folder's once.
+
+    Warns of folders that an unfinished collection or conversion left, which are passed over.
+    """
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        for unfinished in [name for name in folders if name.endswith((".parts", ".tmp"))]:
+            folders.remove(unfinished)
+            warnings.warn(
+                f"{Path(place, unfinished)} is of a collection or conversion that was not finished, and is left out: "
+                "give its command again",
+                stacklevel=2,
+            )
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
@@ -84,7 +94,7 @@ def read_episodes(
     camera: str | None,
     keep: Callable[[str, bool, str], bool],
     *,
-    with_states: bool = False,
+    with_states: bool | None = False,
     budget: Budget | None = None,
     bad: Callable[[Exception], None] | None = None,
 ) -> Iterator[Episode]:
@@ -95,6 +105,7 @@ def read_episodes(
     Args:
         camera: None reads all cameras, the first for `Episode.images`.
         keep: (name, success, kind) -> whether to read an episode.
+        with_states: None: where there are some.
         budget: limit on the decoded frames that are kept; None: `CACHE_BYTES` of them.
         bad: takes the errors of episodes and files that cannot be read, which are left out; images are then checked
             thoroughly. None raises the first error.

@@ -140,11 +140,11 @@ def write_demo(
         # windows of 9 frames are read at random starts: chunks of 8 frames keep both the overhead and the waste small
         chunks = (min(8, steps), *array.shape[1:])
         demo.create_dataset(f"obs/{camera}_rgb", data=array, chunks=chunks, compression="gzip", compression_opts=4)
-    demo.attrs["num_samples"] = steps
     demo.attrs["model_file"] = ""
     demo.attrs["success"] = bool(success)
     for key, value in (attrs or {}).items():
         demo.attrs[key] = value
+    demo.attrs["num_samples"] = steps  # last: with it, the demonstration is complete
     lengths = [data[k].attrs["num_samples"] for k in demo_names(data)]
     data.attrs["num_demos"] = len(lengths)
     data.attrs["total"] = int(sum(lengths))

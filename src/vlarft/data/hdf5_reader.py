@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 ROBOMIMIC = "obs/robot0_eef_pos"
 NAME = re.compile(r"([A-Z_]+SCENE\d+_)?(?P<task>.+)_demo\.(hdf5|h5)")  # KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
+LIBEROS_OWN = "macros_image_convention"  # an attribute of files that LIBERO's create_dataset.py wrote, and of no others
 
 
 def read_hdf5(
-    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool
+    path: Path, camera: str | None, budget: Budget, keep: Callable[[str, bool, str], bool], with_states: bool | None
 ) -> Iterator[Callable[[], Episode | None]]:
     """Yield functions that read a demonstration each, to be called while the file is open; None: it is not to be kept.
 
@@ -37,17 +38,27 @@ def read_hdf5(
         camera: camera stored as `obs/<camera>_rgb`; None reads all, the first for `Episode.images`.
         budget: limit on the decoded frames that are kept.
         keep: (name, success, kind) -> whether to read a demonstration.
-        with_states: also read the simulator states.
+        with_states: also read the simulator states; None: where there are some.
+
+    A file of LIBERO's create_dataset.py has beside each action what is seen after it. So that frame t is observed
+    before action t, as everywhere else, its first action and its last observation are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated file, missing camera or dataset, NaN, wrong widths.
+        ValueError: truncated file, missing camera or dataset, NaN, wrong widths, images of robosuite's other image
+            convention.
     """
     with open_demo_file(path) as file:
         with damage_named(str(path)):
             data, content = file["data"], map_file(path)
             warn_splits(f"{path}: mask", sorted(file["mask"]) if "mask" in file else [])  # robomimic's filter keys
             turned = _text(data.attrs.get("image_convention", "")) != "upright"
+            late = int(LIBEROS_OWN in data.attrs)
+            if late and (convention := _text(data.attrs[LIBEROS_OWN])) != "opengl":
+                raise ValueError(
+                    f"{path}: {LIBEROS_OWN} is {convention!r}, expected 'opengl', images that are upside down: make "
+                    "the file again with robosuite's usual macros"
+                )
             instruction = _instruction(data, path)
             env_args = _table(data, "env_args", path) or None
             fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
@@ -74,16 +85,20 @@ def read_hdf5(
             keys = {k.removesuffix("_rgb"): f"obs/{k}" for k in keys}
             picked = pick_camera(keys, camera, where)
             cameras = {
-                name: _images(_item(demo, k, where), f"{where}/{k}", content, turned, budget, path)
+                name: _images(_item(demo, k, where), f"{where}/{k}", content, turned, late, budget, path)
                 for name, k in keys.items()
                 if camera is None or name == picked
             }
             images = cameras[picked]
-            actions = _numbers(demo, "actions", 7, where)
+            actions = _numbers(demo, "actions", 7, where)[late:]
             intended = _numbers(demo, "intended_actions", 7, where) if "intended_actions" in demo else actions
             proprio = np.concatenate(
                 [_numbers(demo, "obs/ee_states", 6, where), _numbers(demo, "obs/gripper_states", 2, where)], 1
             )
+            proprio = proprio[: len(proprio) - late]
+            states = None
+            if with_states or (with_states is None and "states" in demo):
+                states = _dataset(demo, "states", where)[late:]
             check_lengths(where, actions=actions, images=images, proprio=proprio, intended_actions=intended)
             return Episode(
                 name=name,
@@ -95,7 +110,7 @@ def read_hdf5(
                 success=success is not False,
                 outcome_known=success is not None,
                 kind=kind,
-                states=_dataset(demo, "states", where) if with_states else None,
+                states=states,
                 env_args=env_args,
                 cameras=cameras,
                 start=_start(demo, name),
@@ -120,12 +135,15 @@ def _text(value: object) -> str:
 
 
 def _images(
-    dataset: "h5py.Dataset", where: str, content: np.ndarray, turned: bool, budget: Budget, path: Path
+    dataset: "h5py.Dataset", where: str, content: np.ndarray, turned: bool, late: int, budget: Budget, path: Path
 ) -> Images:
-    """Return the images of one camera, upright: a view of the file, or frames decoded on access."""
+    """Return the images of one camera but for the `late` last, upright: a view of the file, or frames decoded on
+    access.
+    """
     shape = dataset.shape
     if len(shape) != 4 or shape[-1] != 3 or dataset.dtype != np.uint8:
         raise ValueError(f"{where} must be uint8 (T, H, W, 3), got {dataset.dtype} {shape}")
+    shape = (max(0, shape[0] - late), *shape[1:])
     start, size = dataset.id.get_offset(), int(np.prod(shape))
     if Path(dataset.file.filename) != path:  # a link to another file
         return Frames(_Slices(Path(dataset.file.filename), dataset.name, turned, 1), shape, budget, where)
@@ -215,10 +233,13 @@ def _table(data: "h5py.Group", name: str, path: Path) -> dict:
 
 
 def _instruction(data: "h5py.Group", path: Path) -> str:
-    """Return the instruction that `problem_info` holds; without it, the file's name without LIBERO's scene."""
+    """Return the instruction that `problem_info` holds; without it, and of LIBERO's own files, whose evaluation and
+    public copies have this one, the file's name without LIBERO's scene.
+    """
     text = _table(data, "problem_info", path).get("language_instruction") or ""
     text = " ".join(text) if isinstance(text, list) else str(text)
-    if "problem_info" not in data.attrs and (name := NAME.fullmatch(path.name)):
+    named = LIBEROS_OWN in data.attrs or "problem_info" not in data.attrs
+    if named and (name := NAME.fullmatch(path.name)):
         text = name["task"].replace("_", " ")
     if not text.strip():
         raise ValueError(

@@ -5,6 +5,7 @@ it; equal models make equal files. Training state (optimizer, step, ...) lies be
 is written to `NAME.tmp` and moved into place.
 
     out_dir/config.json        the script's configuration; a second run with another one is refused
+    out_dir/inputs.json        digests of the models that the run started from; with others it does not go on
     out_dir/model.safetensors  weights + {"class", "config", "extra"}
     out_dir/train_state.pt     optimizer, step, ...; loaded with weights_only
 
@@ -414,7 +415,8 @@ def open_run(
         write_json(path, given)
     state = out_dir / "train_state.pt"
     if is_main():
-        _check_same_models(out_dir, {name: given[name] for name in models}, state.is_file())
+        began = state.is_file() or (out_dir / "stages.json").is_file()
+        _check_same_models(out_dir, {name: given[name] for name in models}, began)
     model, kept = out_dir / "model.safetensors", out_dir / "model_before.safetensors"
     if is_main() and model.exists() and not state.exists():  # removed, or the first save was cut short
         os.replace(model, kept)
