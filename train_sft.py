@@ -228,7 +228,8 @@ def without_seen(
     Raises:
         ValueError: it was trained on all of them.
     """
-    starts = {e.start or e.name for e in (*train, *held_out) if e.name in set(seen)}
+    known = set(seen)
+    starts = {e.start or e.name for e in (*train, *held_out) if e.name in known}
     unseen = [e for e in held_out if (e.start or e.name) not in starts]
     if not unseen:
         raise ValueError(
