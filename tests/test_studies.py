@@ -329,7 +329,8 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     policy, model = (tmp_path / "checkpoints" / f"tabletop_object_{name}" for name in ("sft", "world_model"))
     card = (policy / "README.md").read_text()
     assert (
-        card.count("| tabletop_object | 0.0 % [0.0, 27.8] | 10 |") == 2 and "stand-ins for some of its meshes" in card
+        card.count("| tabletop_object | 10 | 0.0 % [0.0, 27.8] | 10 |") == 2
+        and "stand-ins for some of its meshes" in card
     )
     assert "train_wm.py" in (model / "README.md").read_text()
     ours, whole = (

@@ -221,4 +221,4 @@ def check_same_units(normalizer: Normalizer, episodes: Sequence[Episode]) -> Non
             f"the gripper dimensions of {episodes[0].name} are {theirs}, of the policy {ours}: they belong to another "
             "robot, or the data set says so by mistake (python -m vlarft.data.convert --gripper-dims)"
         )
-    normalizer.check(*intended_and_proprio(episodes))
+    normalizer.check(*(values.to(normalizer.action_low.device) for values in intended_and_proprio(episodes)))
