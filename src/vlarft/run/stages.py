@@ -24,7 +24,7 @@ class MemoryPeak(threading.Thread):
         self.root, self.peak, self.over = root, 0, threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(2.0):
+        while not self.over.wait(0.5):  # a stage may last two seconds
             self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(self.root)))
 
 
