@@ -139,26 +139,27 @@ def evaluate_frames(
     sums = torch.zeros(len(names), 2, 6, model.cfg.chunk, dtype=torch.float64)
     counts = torch.zeros(len(names), dtype=torch.float64)
     for part in own_rows(len(batch.frames), cfg.batch_size):
-        frames = batch.frames[part].to(device)
+        rows = batch.rows(part).to(device)
+        frames = rows.frames
         with autocast:
             rollout = model.rollout(
-                batch.context_frame[part].to(device),
-                batch.actions[part, None].to(device),
+                rows.context_frame,
+                rows.actions[:, None],
                 greedy=cfg.greedy,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
                 generator=generator(device, "rollouts", cfg.seed, part.start),
                 first_frame=frames[:, 0],
-                robot=batch.rows(part).to(device).robot,
+                robot=rows.robot,
             )
         true, copied = frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
         moving = moving_mask(true, copied)
         for i, name in enumerate(names):
-            rows = [k for k, suite in enumerate(suites[part]) if suite == name]
-            counts[i] += len(rows)
+            own = [k for k, suite in enumerate(suites[part]) if suite == name]
+            counts[i] += len(own)
             for j, pred in enumerate((rollout.frames[:, 0], copied)):
-                if rows:
-                    sums[i, j] += frame_sums(pred[rows], true[rows], moving[rows], distance)
+                if own:
+                    sums[i, j] += frame_sums(pred[own], true[own], moving[own], distance)
     flat = torch.cat([sums.flatten(), counts])
     flat = torch.tensor(list(distributed.mean_across_ranks(dict(enumerate(flat))).values())).double()
     sums, counts = (flat * distributed.world_size()).split([sums.numel(), counts.numel()])

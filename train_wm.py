@@ -397,15 +397,10 @@ def validate(
             found = {"loss": loss} if name == "val_shuffled_" else {"loss": loss, **parts}
             for key, value in found.items():
                 sums[name + key] = sums.get(name + key, 0.0) + float(value) * len(actions) / len(batch.actions)
-    frames, start = rollouts.frames.to(device), rollouts.context_frame.to(device)
+    rollouts = rollouts.to(device)
+    frames, start, actions = rollouts.frames, rollouts.context_frame, rollouts.actions[:, None]
     with autocast:
-        imagined = model.rollout(
-            start,
-            rollouts.actions[:, None].to(device),
-            greedy=True,
-            first_frame=frames[:, 0],
-            robot=rollouts.to(device).robot,
-        )
+        imagined = model.rollout(start, actions, greedy=True, first_frame=frames[:, 0], robot=rollouts.robot)
     imagined, true, copied = imagined.frames[:, 0], frames[:, 1:], frames[:, :1].expand_as(frames[:, 1:])
     moving = moving_mask(true, copied)
     sums["rollout_psnr"] = pooled_psnr(imagined, true)
