@@ -47,7 +47,7 @@ from vlarft.data.frames import Budget
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import check_room, read_header, read_json, write_atomic, write_json
+from vlarft.run.checkpoint import check_room, json_digest, read_header, read_json, write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
@@ -195,13 +195,16 @@ def main(config: Config) -> list[Path]:
     for suite in dict.fromkeys(job.suite for job in todo if job.index >= FIRST_ON_POLICY):
         words = suite, _tasks(config, suite), config.image_size, config.fast_rendering
         check_policy(config.policy, read_header(config.policy), *words)
-    workers = min(config.workers or os.cpu_count() or 1, max(len(todo), 1))
+    workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    workers = min(workers, max(len(todo), 1))
     left = {key: len(jobs[key]) for key in chosen}
     for key in chosen:
         if not left[key]:
             _merge(config, *key)
-    count = sum(map(_count, paths.values())) + len(todo)
-    recorded = not config.lerobot or is_recorded(Path(config.lerobot), count, len(todo))
+    waiting = sum(len(list(_parts(path).glob("demo_*.hdf5"))) for path in paths.values())
+    count = sum(map(_count, paths.values())) + waiting + len(todo)
+    source = json_digest({**asdict(config), "tasks": chosen, **dict.fromkeys(("out_dir", "lerobot", "workers"))})
+    recorded = not config.lerobot or is_recorded(Path(config.lerobot), count, len(todo), source, config.image_size)
     results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0, start=one_thread)
     problems: dict[tuple[str, int], list[str]] = {}
     for _, (job, problem), _ in tqdm(results, total=len(todo), unit="demo", disable=None, desc="demonstrations"):
@@ -219,7 +222,7 @@ def main(config: Config) -> list[Path]:
         missing = "\n".join(f"{len(own)} of {demo_path(config, *key).name}: {own[0]}" for key, own in problems.items())
         raise RuntimeError(f"demonstrations are missing; all others are kept:\n{missing}")
     if not recorded:
-        write_lerobot(config.lerobot, _episodes(paths.values()), CONTROL_FREQ)
+        write_lerobot(config.lerobot, _episodes(paths.values()), CONTROL_FREQ, source=source)
         print(f"{config.lerobot}: the same as a LeRobot data set")
     return list(paths.values())
 
@@ -389,6 +392,8 @@ def _merge(config: Config, suite: str, task: int) -> None:
         collection = {**_content(config), "visuals": first.get("visuals"), "policy_plays_on": True}
         check_room(path, sum(source.stat().st_size for source in sources))
         write_atomic(path, lambda tmp: _write_task(tmp, sources, collection, suite, task))
+    for part in parts:  # before their settings, without which a part is of no use
+        part.unlink()
     shutil.rmtree(_parts(path), ignore_errors=True)
 
 

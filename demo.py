@@ -1,15 +1,15 @@
 """Run the whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
 laptop).
 
-    python demo.py                     preset tiny: 20 to 30 minutes on 2 CPU cores
+    python demo.py                     preset tiny: 12 to 20 minutes on 2 CPU cores
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in one or two minutes
 
 Calls the stage scripts, each as the command that a user would type, and prints it; two run side by side where neither
-waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy, the
-same after extra SFT (at a tenth of the learning rate, as plain fine-tuning would go on), and after RFT, with the reward
-and the sizes that were steadiest (docs/findings.md). Then what the paper's method does not do, go beyond the
-demonstrations: an SFT policy of 10 demonstrations a task, and the same after closed-loop reinforcement learning in the
+waits for the other. Ends with a table of success rates on the same starts, with 95 % intervals: the SFT policy of 10
+demonstrations a task, and what fine-tuning makes of it: extra SFT (at a tenth of the learning rate, as plain
+fine-tuning would go on), RFT, with the reward and the sizes that were steadiest (docs/findings.md), and what the
+paper's method does not do, go beyond the demonstrations: closed-loop reinforcement learning from outcomes, in the
 simulator. All of them are played from a sampled x_0 and from x_0 = 0, which costs no training. And the world model's
 metrics beside the baseline that copies the first frame.
 
@@ -56,11 +56,24 @@ class Config:
 
 PRESETS = {"tiny": Config(), "smoke": Config(out_dir="runs/smoke", stage_preset="smoke")}
 DEMOS_PER_SEED = 1000  # start seeds that a seed of the demo has to itself: more than it collects per task
-FEW = {"tiny": 10, "smoke": 2}  # demonstrations a task of the policy that learns from whole episodes
-RL = {"tiny": {"steps": 50, "starts": 8}, "smoke": {}}  # flags of train_rl.py: many small updates, since time is short
 STEADIEST = {"reward": "divergence", "per_step": True}  # docs/findings.md; R3 with one advantage a chunk is the paper's
-RFT = {"tiny": {**STEADIEST, "steps": 80, "starts": 24, "group": 4}, "smoke": STEADIEST}
-EXTRA = {"tiny": {"steps": 1000}, "smoke": {}}  # about the time of RFT; a run beside it cannot know what RFT will take
+SIZES = {  # flags of the stages, by preset
+    "tiny": {
+        "collect": {"demos_per_task": 10},  # few: the policy's mean is then wrong, and outcomes can teach it
+        "sft": {"steps": 1000},
+        "tokenizer": {"steps": 900},
+        "wm": {"steps": 1000},
+        "rl": {"steps": 90, "starts": 4},  # many small updates, since time is short
+        "rft": {**STEADIEST, "steps": 80, "starts": 12, "group": 4},
+        "sft_extra": {"steps": 550},  # about the time of RFT; a run beside it cannot know what RFT will take
+        "eval_wm": {"episodes": 16},
+        # no success of these tasks takes longer; what fails would go on to step 180
+        "eval": {"horizon": 64},
+        "eval_zero": {"horizon": 64},
+    },
+    "smoke": {"rft": STEADIEST},
+}
+POLICIES = {"SFT": "sft", "+ extra SFT": "sft_extra", "+ RFT": "rft", "+ RL, simulator": "rl"}  # rows, their stages
 PLAYED = {"": "", "_zero": ", x_0 = 0"}  # folders of the evaluations, and how their rows are called
 
 
@@ -121,36 +134,31 @@ def read_episodes(folder: Path, policy: str) -> dict[tuple, dict]:
     return {(r["suite"], r["task"], r["init_state"]): r for r in records if r["policy"] == policy}
 
 
-def success_rows(out: Path, few: int) -> dict[str, dict]:
+def success_rows(out: Path) -> dict[str, dict]:
     """Make the rows of the table of success rates, two for each policy: from a sampled x_0, and from x_0 = 0.
 
     Args:
         out: the demo's folder.
-        few: demonstrations a task of the second setting.
 
     Returns:
         name -> "policy", "outcomes" (start by start, 1 = success), "all" (the rate), and the paired differences
-        "against_first" and "against_zero", from the SFT policy of the same setting played the one and the other way.
+        "against_first" and "against_zero", from the SFT policy played the one and the other way.
     """
-    settings = {"eval": ("SFT", "+ extra SFT", "+ RFT"), "eval_few": (f"SFT of {few} a task", "+ RL, simulator")}
-    rows = {}
-    for folder, names in settings.items():
-        won = {}
-        for ending, how in PLAYED.items():
-            found = json.loads((out / f"{folder}{ending}" / "results.json").read_text())["policies"]
-            for name, entry in zip(names, found, strict=True):
-                episodes = read_episodes(out / f"{folder}{ending}", entry["policy"])
-                won[name + how] = [bool(episodes[start]["success"]) for start in sorted(episodes)]
-                outcomes = "".join(str(int(success)) for success in won[name + how])
-                rows[name + how] = {"policy": entry["policy"], "outcomes": outcomes, "all": entry["all"]}
-        first, zero = (names[0] + how for how in PLAYED.values())
-        for name, own in won.items():
-            if name != first:
-                rows[name]["against_first"] = paired_difference(won[first], own)._asdict()
-            if name not in (first, zero):
-                rows[name]["against_zero"] = paired_difference(won[zero], own)._asdict()
-    order = [name + how for names in settings.values() for name in names for how in PLAYED.values()]
-    return {name: rows[name] for name in order}
+    rows, won = {}, {}
+    for ending, how in PLAYED.items():
+        found = json.loads((out / f"eval{ending}" / "results.json").read_text())["policies"]
+        for name, entry in zip(POLICIES, found, strict=True):
+            episodes = read_episodes(out / f"eval{ending}", entry["policy"])
+            won[name + how] = [bool(episodes[start]["success"]) for start in sorted(episodes)]
+            outcomes = "".join(str(int(success)) for success in won[name + how])
+            rows[name + how] = {"policy": entry["policy"], "outcomes": outcomes, "all": entry["all"]}
+    first, zero = ("SFT" + how for how in PLAYED.values())
+    for name, own in won.items():
+        if name != first:
+            rows[name]["against_first"] = paired_difference(won[first], own)._asdict()
+        if name not in (first, zero):
+            rows[name]["against_zero"] = paired_difference(won[zero], own)._asdict()
+    return {name + how: rows[name + how] for name in POLICIES for how in PLAYED.values()}
 
 
 def first_differences(before: dict[tuple, dict], after: dict[tuple, dict], names: tuple[str, str]) -> dict[str, tuple]:
@@ -192,42 +200,32 @@ def draw_before_after(pairs: dict[tuple[str, str], tuple[Path, dict, dict]], pat
 def stages(cfg: Config) -> list[Stage]:
     """List the stages in the order in which they start, side by side where they do not wait for each other."""
     out = Path(cfg.out_dir)
-    model = {name: out / name / "model.safetensors" for name in ("tokenizer", "wm", "sft", "rft", "sft_extra")}
-    demos = out / "demos"
+    demos, sizes = out / "demos", SIZES[cfg.stage_preset]
     common = {"preset": cfg.stage_preset, "seed": cfg.seed}
 
     def stage(name: str, script: str, after: tuple[str, ...], **flags: object) -> Stage:
-        return Stage(name, ROOT / script, {**common, **flags, "out_dir": out / name}, after)
+        return Stage(name, ROOT / script, {**common, **flags, **sizes.get(name, {}), "out_dir": out / name}, after)
 
-    first_start = {**common, "seed": cfg.seed * DEMOS_PER_SEED}
-    few = {**first_start, "demos_per_task": FEW[cfg.stage_preset], "noisy_per_task": 0, "out_dir": out / "few"}
+    collect = {**common, "seed": cfg.seed * DEMOS_PER_SEED, **sizes.get("collect", {}), "out_dir": demos}
     # each of two stages side by side has half of the cores; a worker alone would cost more than it gives
     share = (os.cpu_count() or 1) // 2
     workers = share if share > 1 else 0
-    simulator = {"world": "simulator", "workers": workers, **RL[cfg.stage_preset]}
-    data, of_few = ({"split_seed": cfg.seed, "demos": folder} for folder in (demos, out / "few"))
-    # a tenth of the peak: a restart at the peak would first undo what the first run learnt
-    extra = {"init": model["sft"], "lr": 3e-4, **EXTRA[cfg.stage_preset]}
-    rft = {"policy": model["sft"], "world_model": model["wm"], "gate_threshold": "none", **RFT[cfg.stage_preset]}
-    play, films = {"workers": workers, "batch_size": 50}, {"animate": 2, "animate_failed": 1}
-    policies = {"policies": [model[n] for n in ("sft", "sft_extra", "rft")], **play}
-    few_policies = {"policies": [out / "sft_few", out / "rl"], **play}
+    data, tuned = {"split_seed": cfg.seed, "demos": demos}, {"demos": demos, "policy": out / "sft"}
+    play = {"policies": [out / name for name in POLICIES.values()], "workers": workers, "batch_size": 50}
+    played = ("sft_extra", "rft", "rl")
     return [
-        Stage("collect", ROOT / "collect_demos.py", {**first_start, "out_dir": demos}),
-        Stage("few", ROOT / "collect_demos.py", few),
-        stage("tokenizer", "train_tokenizer.py", ("collect",), **data),
-        stage("sft_few", "train_sft.py", ("few",), **of_few),
-        stage("wm", "train_wm.py", ("tokenizer",), **data, tokenizer=model["tokenizer"]),
-        stage("rl", "train_rl.py", ("sft_few",), policy=out / "sft_few", demos=out / "few", **simulator),
+        Stage("collect", ROOT / "collect_demos.py", collect),
         stage("sft", "train_sft.py", ("collect",), **data),
-        stage("sft_extra", "train_sft.py", ("sft",), **data, **extra),
+        stage("tokenizer", "train_tokenizer.py", ("collect",), **data),
+        stage("rl", "train_rl.py", ("sft",), **tuned, world="simulator", workers=workers),
+        stage("wm", "train_wm.py", ("tokenizer",), **data, tokenizer=out / "tokenizer"),
         # a demo goes on whatever the trust gate finds, and prints it
-        stage("rft", "train_rft.py", ("sft", "wm"), demos=demos, **rft),
-        stage("eval_few", "eval_libero.py", ("rl",), **few_policies),
-        stage("eval_few_zero", "eval_libero.py", ("rl",), **few_policies, noise="zero", **films),
-        stage("eval_wm", "eval_wm.py", ("wm",), demos=demos, world_model=model["wm"], true_error=True),
-        stage("eval", "eval_libero.py", ("sft_extra", "rft"), **policies, **films),
-        stage("eval_zero", "eval_libero.py", ("sft_extra", "rft"), **policies, noise="zero"),
+        stage("rft", "train_rft.py", ("sft", "wm"), **tuned, world_model=out / "wm", gate_threshold="none"),
+        # a tenth of the peak: a restart at the peak would first undo what the first run learnt
+        stage("sft_extra", "train_sft.py", ("sft",), **data, init=out / "sft", lr=3e-4),
+        stage("eval_wm", "eval_wm.py", ("wm",), demos=demos, world_model=out / "wm", true_error=True),
+        stage("eval", "eval_libero.py", played, **play),
+        stage("eval_zero", "eval_libero.py", played, **play, noise="zero", animate=2, animate_failed=1),
     ]
 
 
@@ -269,13 +267,12 @@ def main(cfg: Config) -> dict:
     path = out / "summary.json"
     probe = read_json(path)["probe_seconds"] if path.is_file() else probe_seconds()
     ran = run_stages(out, stages(cfg), at_once=min(2, os.cpu_count() or 1), expected=expected_seconds(cfg, probe))
-    rows, log = success_rows(out, FEW[cfg.stage_preset]), read_log(out / "rft")
+    rows, log = success_rows(out), read_log(out / "rft")
     draw_demonstrations(out / "demos", out / "demonstrations.png")
     draw_curves(out, rows, out / "curves.png")
-    few, learned = list(rows.values())[-3::2]  # both from x_0 = 0
     pairs = {
         ("SFT", "RFT"): (out / "eval", rows["SFT"], rows["+ RFT"]),
-        ("SFT of few", "RL"): (out / "eval_few_zero", few, learned),
+        ("SFT, x_0 = 0", "RL, x_0 = 0"): (out / "eval_zero", rows["SFT, x_0 = 0"], rows["+ RL, simulator, x_0 = 0"]),
     }
     draw_before_after(pairs, out / "before_after.gif")
     summary = {

@@ -50,6 +50,7 @@ from vlarft.run.checkpoint import (
     append_line,
     checkpoint_file,
     file_digest,
+    json_digest,
     model_digest,
     open_run,
     read_header,
@@ -236,6 +237,7 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
                 part["against_first"] = against_first(path, [s for s in starts if s[0] == name])
         policies.append(entry)
     notes = {
+        "tasks": {suite: _tasks(cfg, suite) for suite in cfg.suites},
         "visuals": sorted({f"{r['suite']}: {r['visuals']}" for r in records if "visuals" in r}),
         "rejected_starts": sum(r["rejected_starts"] for r in records if r["policy"] == cfg.policies[0]),
         "played_again": sum(r["worker_deaths"] > 0 for r in records),
@@ -297,9 +299,14 @@ def recordings(cfg: Config, records: list[dict]) -> dict[str, Path]:
     for number, path in enumerate(cfg.policies if cfg.lerobot else ()):
         root = Path(cfg.lerobot if len(cfg.policies) == 1 else f"{cfg.lerobot}_policy{number}")
         total = cfg.episodes * sum(len(_tasks(cfg, suite)) for suite in cfg.suites)
-        if not is_recorded(root, total, total - sum(r["policy"] == path for r in records)):
+        own = [r for r in records if r["policy"] == path]
+        if not is_recorded(root, total, total - len(own), _source(own), cfg.image_size):
             found[path] = root
     return found
+
+
+def _source(records: list[dict]) -> str:
+    return json_digest(sorted((r["suite"], r["task"], r["init_state"], r["actions"]) for r in records))
 
 
 def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path]) -> None:
@@ -312,7 +319,7 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
             policy = _policy(path, own[0]["digest"])
             options |= {"size": cfg.image_size or policy.vlm.image_size, "cameras": policy.cfg.cameras}
         episodes = tqdm(replay_episodes(own, **options), total=len(own), desc=f"recording {root}", disable=None)
-        print(f"{write_lerobot(root, episodes, CONTROL_FREQ)} episodes -> {root}")
+        print(f"{write_lerobot(root, episodes, CONTROL_FREQ, source=_source(own))} episodes -> {root}")
 
 
 def _tasks(cfg: Config, suite: str) -> list[int]:
@@ -410,6 +417,9 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
             others += 1
     if others:
         print(f"{log}: {others} episodes of policies that have changed since are played again", file=sys.stderr)
+        for name in ("results.json", "policy*_success.*", "policy*_failure.*"):  # of policies that are gone
+            for stale in Path(cfg.out_dir).glob(name):
+                stale.unlink()
     if damaged:
         print(
             f"{log}: {damaged} lines are no episodes, as one that a kill cut short, and are left out", file=sys.stderr
@@ -423,6 +433,8 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
 def check_plan(cfg: Config) -> None:
     """Find what is wrong with --plan before the first episode."""
     if cfg.plan == 1:
+        if cfg.world_model is not None or cfg.success_model is not None:
+            raise ValueError("--world-model and --success-model choose among chunks, but --plan is 1: say how many")
         return
     if cfg.world_model is None or cfg.success_model is None:
         raise ValueError(f"--plan {cfg.plan} imagines and judges: give --world-model and --success-model")

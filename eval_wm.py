@@ -273,8 +273,8 @@ def rate_of(found: Agreement) -> dict[str, float]:
 
 def report_episodes(results: dict) -> list[str]:
     """Format a table of whole episodes: chunks 1, 2, 4, ... and the last one of each episode."""
-    names = ("psnr_moving", "psnr", "ssim", "perceptual", "still_error")
     chunks, last = results["chunks"], results["last_chunk"]
+    names = [n for n in ("psnr_moving", "psnr", "ssim", "perceptual", "still_error") if n in last["imagined"]]
     rows = {"": names}  # title -> cells
     for k in (2**i - 1 for i in range(len(chunks["episodes"]).bit_length())):
         cells = [f"{chunks['imagined'][n][k]:6.3f} ({chunks['copy'][n][k]:6.3f})" for n in names]
@@ -382,7 +382,8 @@ def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
         ValueError: the checkpoint names no held-out episodes and --all-episodes is not given; or --all-episodes with
             episodes that it was trained on.
     """
-    extra, options = read_header(path).extra, {"successes_only": False, "with_states": cfg.true_error}
+    extra, states = read_header(path).extra, cfg.true_error and cfg.starts > 0
+    options = {"successes_only": False, "with_states": states}
     if not cfg.all_episodes:
         if "held_out_episodes" not in extra:
             raise ValueError(
@@ -437,6 +438,8 @@ def main(cfg: Config) -> dict:
     """Evaluate; return what results.json holds."""
     device = distributed.setup()
     path = checkpoint_file(cfg.world_model)
+    if cfg.success_model is not None and not cfg.episodes:
+        raise ValueError("--success-model judges whole episodes: give --episodes too")
     model, extra = WorldModel.load(path, device).requires_grad_(False), read_header(path).extra
     distance = perceptual(cfg.perceptual, cfg.perceptual_weights).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device))
@@ -464,6 +467,11 @@ def main(cfg: Config) -> dict:
     if cfg.episodes:
         warn_other_contexts(extra, f"imagining whole episodes: {path}", -1)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
+    if cfg.perceptual == "none":  # the distance is then 0, which would read as perfect
+        whole_ones = (results["episodes"][part] for part in ("chunks", "last_chunk") if cfg.episodes)
+        for metrics in (found for methods in (*results["frames"].values(), *whole_ones) for found in methods.values()):
+            if isinstance(metrics, dict):
+                metrics.pop("perceptual", None)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(
@@ -482,6 +490,7 @@ def main(cfg: Config) -> dict:
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
+        (out_dir / "episodes.gif").unlink(missing_ok=True)  # of the command before
         if cfg.episodes:
             titles = to_film(whole, results["episodes"]["recorded"], cfg.greedy)
             draw_episodes(model, whole, titles, out_dir, autocast)

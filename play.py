@@ -126,7 +126,8 @@ def main(cfg: Config) -> Path:
     # given again, it plays the episodes of a policy that has been replaced since, and no others
     words = Stage("eval", ROOT / "eval_libero.py", {"preset": "tiny", "policies": cfg.policies, **flags}).words()
     evaluate = [sys.executable, str(ROOT / "eval_libero.py"), *words, "--out-dir", str(out / "eval")]
-    subprocess.run(evaluate, check=True)
+    if status := subprocess.run(evaluate).returncode:
+        raise SystemExit(status)  # it has said why
     records = [json.loads(line) for line in (out / "eval" / "episodes.jsonl").read_text().splitlines()]
     episodes = [
         {

@@ -23,16 +23,18 @@ short goes on; with a larger `--rounds` it adds rounds. Other options need anoth
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from vlarft.data import load_episodes
 from vlarft.run.checkpoint import open_run, read_header, read_json
-from vlarft.run.config import Count, ProperShare, Rate, Share, Whole, opt
+from vlarft.run.config import Count, ProperShare, Range, Rate, Share, opt
 from vlarft.run.script import run_script
 from vlarft.run.stages import run_stage
 from vlarft.sim import task_index
 
 ROOT = Path(__file__).resolve().parent
+
+FIRST_SEED, SEEDS_APART = 500_000, 1000  # of the starts that are recorded: none of a demonstration or another seed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Config:
 
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file", group="data")
     world_model: str = opt("runs/wm", "world model of its demonstrations: run folder or file")
-    demos: str = opt("demos", "demonstrations of both")
+    demos: tuple[str, ...] = opt(("demos",), "demonstrations of both")
     suites: tuple[str, ...] = opt(("tabletop_object",), "suites to record and to evaluate")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "task numbers or names in each suite")
     rounds: Count = opt(2, "rounds of recording and learning", group="optimisation")
@@ -56,10 +58,15 @@ class Config:
         group="evaluation",
     )
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
-    seed: Whole = opt(0, "seed of every stage")
+    seed: Annotated[int, Range(0, 400)] = opt(0, "seed of every stage; of the starts too, of which there are not more")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
 
     def __post_init__(self) -> None:
+        if self.rounds * self.episodes > SEEDS_APART:
+            raise ValueError(
+                f"--rounds {self.rounds} of --episodes {self.episodes}: give {SEEDS_APART} at most together, "
+                "after which come the starts of the next --seed"
+            )
         for suite in self.suites:
             for task in self.tasks:
                 task_index(suite, task)  # raises
@@ -69,7 +76,6 @@ PRESETS = {
     "tiny": Config(),
     "smoke": Config(tasks=("0",), rounds=1, episodes=8, refresh_steps=2, gate_threshold=None, stage_preset="smoke"),
 }
-FIRST_SEED, SEEDS_APART = 500_000, 1000  # of the starts that are recorded: none of a demonstration or another seed
 
 
 def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tuple[Path, Path]:
@@ -77,7 +83,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
     out, own, preset = Path(cfg.out_dir), Path(cfg.out_dir) / "own", cfg.stage_preset
     refreshed, judge, learned = (out / f"{name}_{number}" for name in ("wm", "success", "rl"))
     tasks = {"suites": cfg.suites, "tasks": cfg.tasks}
-    demos = [Path(cfg.demos), own]
+    demos = [*map(Path, cfg.demos), own]
 
     def stage(name: str, script: str, **flags: object) -> None:
         run_stage(out, f"{name} {number}", ROOT / script, preset=preset, **flags)

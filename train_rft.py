@@ -96,7 +96,7 @@ class Config:
 
     policy: str = opt("runs/sft", "policy to fine-tune: run folder or file of train_sft.py", group="data")
     world_model: str = opt("runs/wm", "frozen world model: run folder or file of train_wm.py")
-    demos: str = opt("demos", "folder or file of demonstrations (HDF5, LeRobot, RLDS)")
+    demos: tuple[str, ...] = opt(("demos",), "folders or files of demonstrations (HDF5, LeRobot, RLDS)")
     starts: Rows = opt(
         16, "start states per step, all processes together (batch size in Table 7)", group="rollouts and reward"
     )
@@ -287,9 +287,9 @@ def load_world_model(
 
 def windows(
     cfg: Config, policy: VLAPolicy, extra: dict, gated: bool, world_model: WorldModel | None
-) -> tuple[WindowSampler, Batch]:
-    """Load start states to train on, from the policy's training episodes; and fixed held-out starts, for the gate and
-    the diagnosis.
+) -> tuple[WindowSampler, Batch, dict]:
+    """Load start states to train on, from the policy's training episodes; fixed held-out starts, for the gate and the
+    diagnosis; and `extra`, which names both.
 
     Held-out starts are of episodes that the policy was not trained on and, where there is a gate, nor was the world
     model. Without a gate, a policy that names no held-out episodes is diagnosed on its training episodes. A policy that
@@ -299,14 +299,14 @@ def windows(
         ValueError: the gate has no held-out episodes, see `held_out_names`; or the demonstrations have images or units
             unlike those that the policy was trained on, or images of another size than the world model's.
     """
-    camera = extra.get("camera", policy.cfg.cameras[0])
+    camera, demos = extra.get("camera", policy.cfg.cameras[0]), " ".join(cfg.demos)
     if not extra.get("train_episodes"):
         split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
         training, held_out = ([episode.name for episode in part] for part in split)
-        extra = {**extra, "train_episodes": training, "held_out_episodes": held_out}
+        extra = {**extra, "train_episodes": training, "held_out_episodes": held_out, "camera": camera}
         if distributed.is_main():
             print(
-                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(training)} of {cfg.demos} and "
+                f"{cfg.policy} names no episodes of its training: fine-tunes on {len(training)} of {demos} and "
                 f"holds out {len(held_out)}, which the policy may have seen",
                 file=sys.stderr,
             )
@@ -316,13 +316,13 @@ def windows(
     episodes, others = (load_episodes(cfg.demos, camera, names=names) for names in (extra["train_episodes"], held_out))
     fix = "give the demonstrations that it was trained on"
     images = image_convention(episodes, camera)
-    check_same_images(extra, f"policy {cfg.policy}", images, f"the demonstrations {cfg.demos}", fix)
+    check_same_images(extra, f"policy {cfg.policy}", images, f"the demonstrations {demos}", fix)
     check_same_units(policy.normalizer, episodes)
     if world_model is not None:
         check_image_size(world_model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     chunk = policy.cfg.flow.chunk
     training, others = (WindowSampler(part, chunk + 1, chunk) for part in (episodes, others))
-    return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS)
+    return training, others.spread(cfg.gate_starts or DIAGNOSIS_STARTS), extra
 
 
 def make_trainable(
@@ -449,13 +449,15 @@ def main(
     score, score_held_out = score or make(part), score_held_out or score or make((0, 1))
     sample, loss = sample or sample_chains, loss or grpo_loss
     gated = cfg.gate_starts > 0 and (world_model is not None or hasattr(score_held_out, "bins"))
-    starts, held_out = windows(cfg, policy, extra, gated, world_model)
+    starts, held_out, extra = windows(cfg, policy, extra, gated, world_model)
     held_out = held_out.to(device)
     rates = {"head": cfg.lr, "sigma_net": cfg.sigma_lr, **(rates or {})}
     trained = make_trainable(cfg, policy, rates, sigma_uses_x)
-    # raises if the folder holds a run of another configuration; gate_threshold may differ
+    # raises if the folder holds a run of another configuration, but for what does not change the results
     models = ("policy",) if world_model is None else ("policy", "world_model")
-    open_run(out_dir, cfg, ignore=("gate_threshold",), older=migration.train_rft, models=models)
+    open_run(
+        out_dir, cfg, ignore=("gate_threshold", "micro_starts", "compile"), older=migration.train_rft, models=models
+    )
     bf16 = in_bf16(cfg.precision, device) and "vlm" not in trained  # of the context; what trains computes in float32
     diagnosis = partial(diagnose, score_held_out, policy, held_out, cfg.seed, bf16=bf16)
     _, before = diagnosis()  # chunks of the policy as it came: a resumed run loads its weights below

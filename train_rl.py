@@ -36,6 +36,7 @@ Runs in one process. Results do not depend on the number of workers.
 """
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -278,6 +279,12 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             f"{cfg.success_model} names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that "
             "both were trained with, or --gate-threshold none"
         )
+    if chosen := {e.name for e in held_out} & set(judge.get("threshold_episodes", [])):
+        warnings.warn(
+            f"{cfg.success_model} chose its threshold on {len(chosen)} of the {len(held_out)} episodes of the gate, "
+            "which is flattered: record more attempts of this policy",
+            stacklevel=2,
+        )
     check_outcomes(held_out, " ".join(cfg.demos))
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
     measured = {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
@@ -302,10 +309,15 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
     term.
 
     Raises:
-        ValueError: they are not among the episodes, or in other units.
+        ValueError: they are not among the episodes, or in other units; or a policy of several cameras.
     """
     if not cfg.mse_weight:
         return None
+    if len(policy.cfg.cameras) > 1:
+        raise ValueError(
+            f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, the flow-matching term reads one: give "
+            "--mse-weight 0"
+        )
     names = set(extra.get("train_episodes", []))
     chosen = [e for e in episodes if e.success and e.kind == "expert" and (not names or e.name in names)]
     if not chosen:
@@ -320,7 +332,7 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
 def make_trainable(cfg: Config, policy: VLAPolicy) -> dict[str, nn.Module]:
     """Add the sigma net, freeze the policy but for it and the flow head, and return the two by name."""
     torch.manual_seed(seed_of("weights", cfg.seed))
-    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max)
+    policy.add_sigma_net(cfg.sigma_min, cfg.sigma_max, uses_x=policy.cfg.flow.sigma_uses_x)
     policy.requires_grad_(False).eval()
     return {name: getattr(policy, name).requires_grad_(True) for name in ("head", "sigma_net")}
 
@@ -388,11 +400,14 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     if world is None:
         simulated = cfg.world == "simulator"
         world = simulated_world(cfg, policy, extra) if simulated else imagined_world(cfg, policy, extra, episodes)
-    measured = {}
+    measured, started = {}, (out_dir / "train_state.pt").is_file()
+    if cfg.gate_evaluation is not None and (started or not isinstance(world, ImaginedWorld)):
+        why = "that is before the first step" if started else "that is of imagination"
+        print(f"--gate-evaluation: no policy is ranked, {why}", file=sys.stderr)
     if (
         isinstance(world, ImaginedWorld)
         and (cfg.gate_threshold is not None or cfg.gate_evaluation is not None)
-        and not (out_dir / "train_state.pt").is_file()
+        and not started
     ):
         measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}

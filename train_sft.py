@@ -195,12 +195,16 @@ def build_policy(
     """Return the policy to train: that of `init`, or random weights of the named size and the robot's dimensions.
 
     Raises:
-        ValueError: the paper's size with random weights that were not asked for.
+        ValueError: the paper's size with random weights that were not asked for, or a policy of several cameras.
     """
     if cfg.init not in (None, "random"):
         policy = VLAPolicy.load(cfg.init).train()
-        if len(policy.cfg.cameras) == 1:
-            policy.cfg = replace(policy.cfg, cameras=(cfg.camera,))  # what it is trained to see from now on
+        if len(policy.cfg.cameras) > 1:
+            raise ValueError(
+                f"{cfg.init} sees {len(policy.cfg.cameras)} cameras ({', '.join(policy.cfg.cameras)}), this script "
+                "trains with one: train it with lerobot-train (integrations/lerobot_policy_vlarft)"
+            )
+        policy.cfg = replace(policy.cfg, cameras=(cfg.camera,))  # what it is trained to see from now on
         return policy
     if cfg.size == "paper" and cfg.init is None:
         raise ValueError(

@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -336,7 +335,7 @@ def main(cfg: Config) -> dict[str, float]:
         loss.backward()
         line = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
         line["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
-        check_finite(line["loss"], step, line, partial(list, cfg.demos))
+        check_finite(line["loss"], step, line, lambda: [f"of {' '.join(cfg.demos)}"])
         optimizer.step()
         step += 1
         share = clock.share(step)

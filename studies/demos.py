@@ -1,6 +1,6 @@
 """The demo from nothing with several seeds: what repeats, and what one seed makes of it.
 
-    python studies/demos.py --seeds 3 4 5 6 7
+    python studies/demos.py --seeds 8 9 10 11 12
 
 Each seed has its own demonstrations, splits, weights and noise; all play the same starts. The JSON file gathers the
 runs: outcomes start by start (1 = success), minutes, what each stage took, the world model's figures (means over
@@ -27,7 +27,7 @@ from vlarft.run.config import opt, parse
 class Config:
     out_dir: str = opt("runs/demos", "folder for all runs")
     out: str = opt("runs/demos.json", "JSON file that gathers the runs")
-    seeds: tuple[int, ...] = opt((3, 4, 5, 6, 7), "seeds of the demo")
+    seeds: tuple[int, ...] = opt((8, 9, 10, 11, 12), "seeds of the demo")
     demo_preset: str = opt("tiny", "preset of the demo")
 
 
@@ -54,12 +54,6 @@ def summed_up(folder: Path) -> dict:
     }
 
 
-def sizes(preset: str) -> dict[str, object]:
-    """Return what the demo sets beside its stages' presets."""
-    of = {"few": demo.FEW, "rl": demo.RL, "rft": demo.RFT, "extra": demo.EXTRA}
-    return {name: values[preset] for name, values in of.items()}
-
-
 def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds.
 
@@ -67,7 +61,7 @@ def main(cfg: Config) -> dict:
         ValueError: the file holds demos of other sizes.
     """
     report = read_report(cfg, "runs", free=("out_dir", "out", "seeds"))
-    now, there = sizes(cfg.demo_preset), report.get("sizes")
+    now, there = demo.SIZES[cfg.demo_preset], report.get("sizes")
     if report["runs"] and there != now:
         raise ValueError(f"{cfg.out} holds demos with {there}, not {now}: give another file as --out")
     report = {"command": "python studies/demos.py", "machine": machine(), "sizes": now, **report}

@@ -81,9 +81,10 @@ def world_model(cfg: Config, name: str) -> Path:
     if name not in WORLD_MODELS:
         return arm(cfg.world_models, name)
     steps, flags = WORLD_MODELS[name]
-    words = ["--preset", cfg.stage_preset, "--demos", cfg.demos, "--tokenizer", arm(cfg.world_models, "tokenizer")]
-    folder = Path(cfg.world_models) / name.replace(" ", "_")
-    return run_once(folder, "train_wm.py", *words, "--pose-dims", 0, "--steps", steps, *flags) / "model.safetensors"
+    # word by word as in rft_study.py, which may have trained the same one
+    words = ["--preset", cfg.stage_preset, "--pose-dims", 0, "--tokenizer", arm(cfg.world_models, "tokenizer")]
+    words += ["--steps", steps, "--demos", cfg.demos, *flags]
+    return run_once(Path(cfg.world_models) / name.replace(" ", "_"), "train_wm.py", *words) / "model.safetensors"
 
 
 def play(cfg: Config, folder: Path, policy: Path, x0: str = "sampled") -> dict[str, str]:

@@ -362,12 +362,11 @@ def libero_minutes_table(report: dict) -> str:
 
 
 def demo_table(report: dict) -> str:
-    """Tabulate the success of the demo's SFT policies, and gains of the others over the one above, played the same way
-    on the same starts; and RFT against what costs no training (demos.py). Of several seeds: means with 95 % intervals
-    over the seeds, bold where a gain's excludes 0, and behind the colon the seeds; of one: its intervals over the
-    starts.
+    """Tabulate the success of the demo's SFT policy, and gains of the others over it, played the same way on the same
+    starts; and RFT against what costs no training (demos.py). Of several seeds: means with 95 % intervals over the
+    seeds, bold where a gain's excludes 0, and behind the colon the seeds; of one: its intervals over the starts.
     """
-    runs, rows, first = [run["outcomes"] for run in report["runs"].values()], [], ""
+    runs, first = [run["outcomes"] for run in report["runs"].values()], "SFT"
     ways = "", f", {NOISE['zero']}"
 
     def rate(name: str) -> str:
@@ -389,20 +388,12 @@ def demo_table(report: dict) -> str:
         text = points({"difference": mean, "low": mean - half, "high": mean + half})
         return f"{f'**{text}**' if abs(mean) > half else text}: {signed(found)}"
 
-    for name in (name for name in runs[0] if not name.endswith(ways[1])):
-        if name.startswith("SFT"):
-            first = name
-            rows.append([name, *(rate(name + way) for way in ways)])
-        else:
-            rows.append([name, *(gain(name + way, first + way) for way in ways)])
+    rows = [[first, *(rate(first + way) for way in ways)]]
+    for name in (name for name in runs[0] if name != first and not name.endswith(ways[1])):
+        rows.append([name, *(gain(name + way, first + way) for way in ways)])
         if name == "+ RFT":
-            rows.append(
-                [
-                    f"+ RFT from a {NOISE['sampled']}, against {first} from {NOISE['zero']}",
-                    gain(name, first + ways[1]),
-                    "",
-                ]
-            )
+            free = f"+ RFT from a {NOISE['sampled']}, against {first} from {NOISE['zero']}"
+            rows.append([free, gain(name, first + ways[1]), ""])
     return table(["policy", NOISE["sampled"], NOISE["zero"]], rows)
 
 

@@ -260,7 +260,7 @@ def rft_config(demos, policy_file, world_model_file, tmp_path):
         train_rft.PRESETS["smoke"],
         policy=str(policy_file),
         world_model=str(world_model_file),
-        demos=str(demos),
+        demos=(str(demos),),
         out_dir=str(tmp_path / "rft"),
     )
 

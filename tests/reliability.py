@@ -364,7 +364,7 @@ def places() -> Iterator[Places]:
         tokenizer = replace(train_tokenizer.PRESETS["smoke"], **common)
         wm = replace(train_wm.PRESETS["smoke"], tokenizer=str(root / "tokenizer"), **common)
         sft = replace(train_sft.PRESETS["smoke"], **common)
-        rft = replace(train_rft.PRESETS["smoke"], **models, demos=str(demos), steps=3)
+        rft = replace(train_rft.PRESETS["smoke"], **models, demos=(str(demos),), steps=3)
         rl = replace(train_rl.PRESETS["smoke"], policy=str(root / "sft"), demos=(str(demos),), steps=3, horizon=8)
         rl = replace(rl, world="simulator", save_interval=1)
         both = (str(demos), str(attempts))

@@ -159,6 +159,14 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy, config
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
+def test_a_sigma_net_that_reads_x_stays_one(policy, config):
+    """As that of public weights."""
+    flow = dataclasses.replace(policy.cfg.flow, sigma_uses_x=True)
+    policy.cfg, policy.sigma_net = dataclasses.replace(policy.cfg, flow=flow), None
+    train_rl.make_trainable(config, policy)
+    assert policy.cfg.flow.sigma_uses_x and policy.sigma_net.cfg.sigma_uses_x
+
+
 def test_the_ratio_is_clipped(policy, config):
     """Chunks that have become far more likely count 1 + clip for each action that was played."""
     train_rl.make_trainable(dataclasses.replace(config, sigma_max=policy.cfg.flow.sigma_max), policy)
@@ -275,6 +283,11 @@ def test_errors(config, monkeypatch):
         train_rl.main(dataclasses.replace(config, world="simulator", suites=("tabletop_objects",)))
     with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):
         train_rl.main(dataclasses.replace(config, world="simulator", tasks=("x",)))
+    policy = VLAPolicy.load(config.policy)
+    policy.cfg = dataclasses.replace(policy.cfg, cameras=("agentview", "eye_in_hand"))
+    with pytest.raises(ValueError, match="sees 2 cameras, the flow-matching term reads one: give --mse-weight 0"):
+        train_rl.demonstrated(config, policy, {}, [])
+    assert train_rl.demonstrated(dataclasses.replace(config, mse_weight=0.0), policy, {}, []) is None
     monkeypatch.setattr(train_rl.distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="runs in one process"):
         train_rl.main(config)

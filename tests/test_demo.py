@@ -48,16 +48,15 @@ def smoke(tmp_path_factory) -> Demo:
 def test_whole_pipeline(smoke, capfd, monkeypatch):
     out = smoke.folder / "runs" / "demo"
     summary = json.loads((out / "summary.json").read_text())
-    names = ["collect", "few", "tokenizer", "sft_few", "rl", "wm", "eval_wm", "sft", "rft", "sft_extra"]
-    assert set(summary["stages"]) == {*names, "eval", "eval_zero", "eval_few", "eval_few_zero"}
+    names = {"collect", "sft", "tokenizer", "rl", "wm", "rft", "sft_extra", "eval_wm", "eval", "eval_zero"}
+    assert set(summary["stages"]) == names
     assert all(s["done"] and s["peak_bytes"] > 2**27 for s in summary["stages"].values())
     rows = summary["evaluation"]
-    policies = "SFT", "+ extra SFT", "+ RFT", "SFT of 2 a task", "+ RL, simulator"
+    policies = "SFT", "+ extra SFT", "+ RFT", "+ RL, simulator"
     assert list(rows) == [name + how for name in policies for how in ("", ", x_0 = 0")]
-    assert [len(row["outcomes"]) for row in rows.values()] == [2] * 10
-    first, zero = ({name + how for name in (policies[0], policies[3])} for how in ("", ", x_0 = 0"))
-    assert {name for name, row in rows.items() if "against_first" not in row} == first
-    assert {name for name, row in rows.items() if "against_zero" not in row} == first | zero
+    assert [len(row["outcomes"]) for row in rows.values()] == [2] * 8
+    assert {name for name, row in rows.items() if "against_first" not in row} == {"SFT"}
+    assert {name for name, row in rows.items() if "against_zero" not in row} == {"SFT", "SFT, x_0 = 0"}
     assert summary["versions"]["torch"] == version("torch") and {"python", "mujoco"} < set(summary["versions"])
     for name in ("demonstrations.png", "curves.png", "before_after.gif", "wm/rollouts.png"):
         with Image.open(out / name) as image:
@@ -66,8 +65,8 @@ def test_whole_pipeline(smoke, capfd, monkeypatch):
     titles = ["Pipeline: demo", "World model, evaluated: eval_wm", *CURVES["eval_wm.py"], *CURVES["train_rl.py"]]
     titles += [title for name in ("tokenizer", "wm", "sft", "rft") for title in CURVES[f"train_{name}.py"]]
     assert not [title for title in titles if html.escape(title) not in page], "a metric has another name in the log"
-    # before and after; two of the world model; the starts that two evaluations filmed
-    assert page.count('class="film"') == 3 + 2 * 2
+    # before and after; two of the world model; the starts that an evaluation filmed
+    assert page.count('class="film"') == 3 + 2
     assert (out / "summary.md").read_text() in smoke.printed
     assert "[sft] python train_sft.py --preset smoke --seed 0 --split-seed 0 --demos" in smoke.printed
     assert "+ RFT" in smoke.printed and "SFT, x_0 = 0" in smoke.printed and "its numbers mean nothing" in smoke.printed
@@ -95,7 +94,7 @@ def test_seeds_of_the_demo_are_gathered(smoke, tmp_path, monkeypatch, capfd):
     assert json.loads((tmp_path / "demos.json").read_text()) == report and demos.main(cfg) == report
     assert len(called) == 2  # none runs again
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="holds demos with .*: give another file"):
-        patch.setitem(demo.RL, "smoke", {"steps": 3})
+        patch.setitem(demo.SIZES, "smoke", {"rl": {"steps": 3}})
         demos.main(cfg)
     run = report["runs"]["5"]
     assert set(run["seconds"]) == set(json.loads((smoke.folder / "runs" / "demo" / "stages.json").read_text()))
@@ -118,12 +117,12 @@ def test_steps_of_fine_tuning_are_timed(smoke, load_benchmark, stage):
 
 def test_the_committed_demos_are_of_this_demo():
     report = json.loads((demo.ROOT / "results" / "demo.json").read_text())
-    assert report["sizes"] == demos.sizes("tiny")
+    assert report["sizes"] == demo.SIZES["tiny"]
 
 
 def test_the_gains_of_the_demos_by_hand():
-    one = {"SFT": "01", "+ RFT": "11", "SFT of 10 a task": "00", "+ RL, simulator": "01"}
-    other = {**one, "+ RFT": "00", "SFT of 10 a task": "01"}
+    one = {"SFT": "01", "+ RFT": "11", "+ RL, simulator": "11"}
+    other = {**one, "+ RFT": "00", "+ RL, simulator": "01"}
     one, other = (run | {f"{name}, x_0 = 0": "11" for name in run} for run in (one, other))
     text = stage_tables.demo_table({"runs": {"0": {"outcomes": one}, "1": {"outcomes": other}}})
     cells = {row.split(" | ")[0][2:]: row.rstrip(" |").split(" | ")[1:] for row in text.splitlines()[2:]}
@@ -131,7 +130,6 @@ def test_the_gains_of_the_demos_by_hand():
         "SFT",
         "+ RFT",
         "+ RFT from a sampled x_0, against SFT from x_0 = 0",
-        "SFT of 10 a task",
         "+ RL, simulator",
     ]
     assert cells["SFT"] == ["50.0 % [50.0, 50.0]: 50.0, 50.0", "100.0 % [100.0, 100.0]: 100.0, 100.0"]
@@ -173,19 +171,21 @@ def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
         (tmp_path / f"eval_{number}" / "results.json").write_text(json.dumps({"policies": rows}))
     monkeypatch.setattr(rl_rounds, "run_stage", lambda folder, name, script, /, **flags: stages.update({name: flags}))
     with pytest.raises(FileNotFoundError, match="demos"):  # before anything is recorded
-        rl_rounds.main(rl_rounds.Config(demos=str(tmp_path / "demos"), out_dir=str(tmp_path)))
+        rl_rounds.main(rl_rounds.Config(demos=(str(tmp_path / "demos"),), out_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="--rounds 40 of --episodes 32: give 1000 at most together"):
+        rl_rounds.Config(rounds=40)
     assert not stages
     for name in ("load_episodes", "read_header"):
         monkeypatch.setattr(rl_rounds, name, lambda path: None)
-    rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path)))
+    rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path)))
     assert [row.get("against_first", {}).get("difference") for row in rows] == [None, 0.1, 0.2]
     assert [stages[f"own {n}"]["policy_per_task"] for n in (1, 2)] == [32, 64]
-    other = rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path / "other"), seed=1)
+    other = rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path / "other"), seed=1)
     first = stages["own 1"]["seed"]
     shutil.copytree(tmp_path / "eval_1", tmp_path / "other" / "eval_1")
     rl_rounds.main(dataclasses.replace(other, rounds=1))
     assert stages["own 1"]["seed"] >= first + 512  # other starts than any of seed 0
-    rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos="demos", out_dir=str(tmp_path)))
+    rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path)))
     assert [str(stages[f"own {n}"]["policy"]) for n in (1, 2)] == ["sft", str(tmp_path / "rl_1")]
     assert [str(stages[f"wm {n}"]["init"]) for n in (1, 2)] == ["wm", str(tmp_path / "wm_1")]
     assert stages["rl 2"]["world_model"] == stages["success 2"]["world_model"] == tmp_path / "wm_2"
@@ -226,14 +226,11 @@ def test_blocks_of_the_readme_run(smoke):
 def test_the_seed_reaches_every_stage():
     stages = {stage.name: stage.flags for stage in demo.stages(demo.Config("x", 2))}
     assert {name: flags["seed"] for name, flags in stages.items()} == {
-        name: 2000 if name in ("collect", "few") else 2 for name in stages
+        name: 2000 if name == "collect" else 2 for name in stages
     }
-    assert len(stages) == 14 and {n for n, flags in stages.items() if flags.get("noise")} == {
-        "eval_zero",
-        "eval_few_zero",
-    }
+    assert len(stages) == 10 and [n for n, flags in stages.items() if flags.get("noise")] == ["eval_zero"]
     split = {name for name, flags in stages.items() if flags.get("split_seed") == 2}
-    assert split == {"tokenizer", "wm", "sft", "sft_extra", "sft_few"}
+    assert split == {"tokenizer", "wm", "sft", "sft_extra"}
     # no start seed serves two seeds of the demo
     assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
 
@@ -269,19 +266,17 @@ def evaluated(folder: Path, **outcomes: str) -> None:
 
 
 def test_rows_compare_on_the_same_starts(tmp_path):
-    evaluated(tmp_path / "eval", sft="0100", extra="0101", rft="1000")
-    evaluated(tmp_path / "eval_zero", sft="1110", extra="0111", rft="1111")
-    evaluated(tmp_path / "eval_few", few="0000", rl="0001")
-    evaluated(tmp_path / "eval_few_zero", few="0001", rl="0011")
-    rows = demo.success_rows(tmp_path, 10)
+    evaluated(tmp_path / "eval", sft="0100", extra="0101", rft="1000", rl="1101")
+    evaluated(tmp_path / "eval_zero", sft="1110", extra="0111", rft="1111", rl="0011")
+    rows = demo.success_rows(tmp_path)
     assert list(rows)[-2:] == ["+ RL, simulator", "+ RL, simulator, x_0 = 0"] and rows["+ RFT"]["all"] == 1
-    assert rows["+ RFT, x_0 = 0"]["outcomes"] == "1111" and rows["SFT of 10 a task, x_0 = 0"]["policy"] == "few"
+    assert rows["+ RFT, x_0 = 0"]["outcomes"] == "1111" and rows["+ extra SFT, x_0 = 0"]["policy"] == "extra"
     gains = {
         name: [row.get(f"against_{b}", {}).get("difference") for b in ("first", "zero")] for name, row in rows.items()
     }
     assert gains["SFT"] == [None, None] and gains["SFT, x_0 = 0"] == [0.5, None]
     assert gains["+ RFT"] == [0.0, -0.5] and gains["+ RFT, x_0 = 0"] == [0.75, 0.25]
-    assert gains["+ RL, simulator, x_0 = 0"] == [0.5, 0.25] and gains["+ RL, simulator"] == [0.25, 0.0]
+    assert gains["+ RL, simulator, x_0 = 0"] == [0.25, -0.25] and gains["+ RL, simulator"] == [0.5, 0.0]
 
 
 def test_films_show_the_first_starts_that_differ():

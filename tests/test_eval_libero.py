@@ -202,14 +202,17 @@ def test_a_changed_checkpoint_is_played_again(config, policy_file, tmp_path, cap
     path = tmp_path / "model.safetensors"
     policy = VLAPolicy.load(policy_file)
     policy.save(path)
-    config = dataclasses.replace(config, policies=(str(path),), episodes=1)
+    config = dataclasses.replace(config, policies=(str(path),), episodes=1, animate=1, animate_size=16)
     eval_libero.main(config)
+    stale = Path(config.out_dir) / "policy0_tabletop_object_0_0_success.gif"
+    stale.touch()
     torch.nn.init.zeros_(policy.head.output.weight)
     policy.save(path)
     before = records(config)
     eval_libero.main(config)
     assert len(records(config)) == 1 and records(config)[0]["digest"] != before[0]["digest"]
     assert "1 episodes of policies that have changed since are played again" in capsys.readouterr().err
+    assert not stale.exists() and len(list(Path(config.out_dir).glob("policy0_*.gif"))) == 1  # of this policy alone
 
 
 def test_noise_depends_on_the_start_alone():
@@ -236,6 +239,7 @@ def test_perturbed_and_replanning(config):
         ({"tasks": ("99",)}, "unknown task '99'"),
         ({"suites": ("tabletop_object",) * 2}, "suites names tabletop_object twice"),
         ({"execute": 9}, "execute must lie in 1..8"),
+        ({"world_model": "runs/wm"}, "--world-model and --success-model choose among chunks, but --plan is 1"),
         ({"perturb": "wind:3"}, "perturbation 'wind:3' is not one of"),
     ],
 )

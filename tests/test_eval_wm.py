@@ -13,6 +13,7 @@ from vlarft import imagined_episodes, sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.metrics import perceptual, psnr
+from vlarft.report.page import write_report
 from vlarft.run.checkpoint import read_header, save_model
 from vlarft.run.random import generator
 from vlarft.world_model import PRESETS as MODELS
@@ -47,6 +48,21 @@ def test_main_measures_held_out_episodes_and_writes_files(checkpoint, tmp_path, 
 
     assert Image.open(tmp_path / "rollouts.gif").n_frames >= 9
     assert np.asarray(Image.open(tmp_path / "rollouts.png")).std() > 5
+
+
+def test_what_is_not_measured_is_not_reported(checkpoint, tmp_path, capsys):
+    sizes = {"segments": 4, "episodes": 1, "perceptual": "none", "out_dir": str(tmp_path)}
+    cfg = replace(CFG, world_model=str(checkpoint), true_error=True, starts=0, **sizes)  # needs no states: no starts
+    results, text = main(cfg), capsys.readouterr().out
+    assert (
+        "perceptual" not in json.dumps({k: v for k, v in results.items() if k != "config"}) and "perceptual" not in text
+    )
+    assert "psnr_moving" in text and (tmp_path / "episodes.gif").exists()
+    write_report([tmp_path], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "SSIM" in page and "perceptual distance" not in page
+    main(replace(cfg, episodes=0))
+    assert not (tmp_path / "episodes.gif").exists()
 
 
 def test_frames_episodes_and_sensitivity_have_random_numbers_of_their_own(checkpoint, tmp_path, monkeypatch):
@@ -144,6 +160,8 @@ def test_errors(checkpoint, demos, tmp_path):
         ValueError, match="image conventions differ: world model .* has camera 'eye_in_hand', the episodes"
     ):
         main(replace(CFG, **{**given, "world_model": str(tmp_path / "other.safetensors")}))
+    with pytest.raises(ValueError, match="--success-model judges whole episodes: give --episodes too"):
+        main(replace(CFG, success_model="runs/success", episodes=0, **given))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         main(replace(CFG, world_model=str(tmp_path / "none.safetensors"), out_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="lacks 1 of 2 named episodes"):

@@ -13,7 +13,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from conftest import libero_missing  # noqa: E402
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
-import vlarft.sim.gym  # noqa: E402, F401
+import vlarft.sim.gym  # noqa: E402
 from vlarft.sim import make_env, task_names  # noqa: E402
 from vlarft.sim.gym import vector_envs  # noqa: E402
 
@@ -138,6 +138,15 @@ def test_envhub(use_async_envs, monkeypatch):
 def test_all_tasks_by_default():
     made = vector_envs("tabletop_long", n_envs=1, cameras=(), render_mode=None)
     assert list(made["tabletop_long"]) == list(range(len(task_names("tabletop_long"))))
+
+
+def test_size_of_the_images(monkeypatch):
+    asked = []
+    monkeypatch.setattr(vlarft.sim.gym, "make_env", lambda suite, task, size, **options: asked.append(size) or 1 / 0)
+    for simulator, suite in (("tabletop", "tabletop_goal"), ("libero", "libero_goal")):
+        with pytest.raises(ZeroDivisionError):
+            vlarft.sim.gym.task_env(simulator, suite, 0)
+    assert asked == [64, 256]  # as the registered ids, and the package of LeRobot
 
 
 def test_errors():

@@ -334,6 +334,8 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
     assert capsys.readouterr().err.count("% in imagination, ") == 3
     row = json.loads(Path(config.out_dir, "log.jsonl").read_text())
     assert -1 <= row["gate_rank"] <= 1
+    train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=2))
+    assert "--gate-evaluation: no policy is ranked, that is before the first step" in capsys.readouterr().err
 
     few = evaluation(tmp_path / "few.json", dict(list(rates.items())[:2]))
     for path, message in (
@@ -473,6 +475,20 @@ def test_refusals(config, tmp_path, policy_file, monkeypatch):
         ValueError, match="the gate needs episodes that success model and world model hold out: none of"
     ):
         train_rl.gate(config, None, [])
+    judged = read_header(config.success_model)
+    chose = {**judged.extra, "threshold_episodes": judged.extra["held_out_episodes"]}
+    save_model(
+        tmp_path / "chose.safetensors",
+        SuccessModel.load(config.success_model),
+        SuccessModel.load(config.success_model).cfg,
+        chose,
+    )
+    flattered = {"success_model": str(tmp_path / "chose.safetensors"), "gate_threshold": 1.1}
+    with (
+        pytest.warns(UserWarning, match="chose its threshold on .* of the .* episodes of the gate"),
+        pytest.raises(RuntimeError),
+    ):
+        train_rl.main(dataclasses.replace(config, **flattered))
     with pytest.raises(ValueError, match="nobody tells an imagination's outcome: give --success-model"):
         train_rl.main(dataclasses.replace(config, success_model=None))
     with pytest.raises(ValueError, match="is a demonstration that .* was trained on"):

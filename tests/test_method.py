@@ -193,7 +193,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, function: Callable, owner: type | Non
 
 def fine_tune(world: World, out_dir: Path, **changes: Any) -> list[dict[str, float]]:
     """Run train_rft.main at smoke size, without gate; the rows of its log."""
-    files = {"policy": str(world.policy), "world_model": str(world.world_model), "demos": str(world.demos)}
+    files = {"policy": str(world.policy), "world_model": str(world.world_model), "demos": (str(world.demos),)}
     defaults = {"out_dir": str(out_dir), "gate_starts": 0, "warmup": 0, "clip_norm": 1e9, "perceptual": "none"}
     cfg = replace(train_rft.PRESETS["smoke"], **files, **(defaults | changes))
     train_rft.main(cfg)

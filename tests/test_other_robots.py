@@ -210,7 +210,7 @@ def test_mistakes_are_named(tmp_path):
         train_rft.PRESETS["smoke"],
         policy=str(tmp_path / "sft"),
         world_model=str(tmp_path / "wm.safetensors"),
-        demos=str(tmp_path / "hand_ready"),
+        demos=(str(tmp_path / "hand_ready"),),
         out_dir=str(tmp_path / "rft"),
     )
     with pytest.raises(ValueError, match="action dim.* 12.* 7"):

@@ -76,6 +76,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="policy .* has camera 'agentview', world model .* has 'eye_in_hand'"):
         play.main(dataclasses.replace(config, world_model=str(tmp_path)))
     assert not (tmp_path / "play" / "play.html").exists()
+    with pytest.raises(SystemExit, match="2"):  # of the evaluation, which has said why
+        play.main(dataclasses.replace(config, tasks=("99",)))
 
 
 def test_the_checkpoints_fit_a_repository():

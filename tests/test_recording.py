@@ -74,7 +74,7 @@ def test_an_evaluation_comes_back_as_the_policy_saw_it(config, capsys):
     again = replay_episodes(records, size=64)
     for state, (e, played, exact) in enumerate(zip(episodes, records, again, strict=True)):
         assert e.outcome_known and e.kind == "policy" and e.fps == 20 and not e.absolute
-        assert e.gripper_dims == (6,) and e.held_dims == ()
+        assert e.gripper_dims == (6,) and e.held_dims == () and e.start == f"evaluated tabletop_object/0/{state}"
         assert e.instruction == "pick up the red block and place it in the bin"
         np.testing.assert_array_equal(e.actions, np.float32(played["actions"]))
         assert len(e) == played["steps"] and e.images.shape == (len(e), 64, 64, 3)
@@ -133,6 +133,11 @@ def test_a_killed_recording_is_no_data_set_and_the_command_goes_on(config, tmp_p
     before = (Path(config.lerobot) / "meta/info.json").stat().st_mtime_ns
     eval_libero.main(config)  # complete: nothing is written again
     assert (Path(config.lerobot) / "meta/info.json").stat().st_mtime_ns == before
+    other = dataclasses.replace(config, perturb="object:2.5", out_dir=str(tmp_path / "other"), lerobot=None)
+    monkeypatch.undo()
+    eval_libero.main(other)
+    with pytest.raises(FileExistsError, match="recorded exists, with 2 episodes of another run"):
+        eval_libero.main(dataclasses.replace(other, lerobot=config.lerobot))
     (Path(config.out_dir) / "episodes.jsonl").unlink()  # as many episodes as there, but others
     with pytest.raises(FileExistsError, match="with 2 episodes; 2 are to be recorded, 2 of them not made yet"):
         eval_libero.main(config)
@@ -143,6 +148,8 @@ def test_another_folder_or_package_is_asked_for_before_the_first_episode(config,
     monkeypatch.setattr(eval_libero, "play", lambda *_: pytest.fail("played"))
     with pytest.raises(ValueError, match="--lerobot: the random policy's gripper"):
         eval_libero.main(dataclasses.replace(config, policies=("random",)))
+    with pytest.raises(ValueError, match="images of 65 x 65: videos, as in .*recorded, need an even --image-size"):
+        eval_libero.main(dataclasses.replace(config, image_size=65, out_dir=str(tmp_path / "odd")))
     Path(config.lerobot).mkdir()
     with pytest.raises(FileExistsError, match="recorded exists, with no episodes; 2 are to be recorded, 2 of them not"):
         eval_libero.main(config)

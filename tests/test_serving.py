@@ -361,6 +361,6 @@ def test_the_command_serves_until_interrupted(policy_file):
     port = int(process.stdout.readline().partition("ws://127.0.0.1:")[2].partition(":")[0])
     with closing(Client(port)) as client:
         assert client.ask(observation())["actions"].shape == (8, 7)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+        process.send_signal(signal.SIGINT)  # while a client is connected
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err == "stopped\n"

@@ -43,6 +43,14 @@ def test_rank_agreement_leaves_out_rows_of_constant_error():
     assert got.spearman == pytest.approx((1 + 0.5) / 2)
     assert got.pair_order == pytest.approx((1 + 2 / 3) / 2)
     assert got.standard_error == pytest.approx(0.5 / 2**0.5 / 2**0.5)
+    twice = torch.tensor([[2.0, 1.0, 0.0]] * 3 + [[2.0, 0.0, 1.0]] * 3)  # 1, 1, 1, .5, .5, .5
+    of = torch.tensor([7, 7, 7, 3, 3, 3])  # two independent rows, each seen three times
+    alike = rank_agreement(twice, error[:1].expand(6, 3), of)
+    assert (
+        alike[:2] == pytest.approx(got[:2])
+        and alike.standard_error > 1.5 * rank_agreement(twice, error[:1].expand(6, 3))[1]
+    )
+    assert math.isnan(rank_agreement(twice, error[:1].expand(6, 3), of * 0).standard_error)
     blind = rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [0.3, 0.3, 0.3]]), error[:2])  # a constant score is no order
     assert blind.spearman == pytest.approx(0.5) and blind.pair_order == pytest.approx(0.75)
 

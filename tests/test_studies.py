@@ -161,7 +161,7 @@ def test_second_round(study, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_world_models_of_other_episodes(study, suite, tmp_path, capfd):
+def test_world_models_of_other_episodes(study, suite, tmp_path, monkeypatch, capfd):
     cfg, report = study
     entry = report["runs"]["tabletop_object"]["0"]
     attempts = dataclasses.replace(cfg, arms=("RFT R3, on-policy",), out=str(tmp_path / "attempts.json"))
@@ -181,6 +181,15 @@ def test_world_models_of_other_episodes(study, suite, tmp_path, capfd):
     assert "train_wm.py" in lines[0] and "--experts-only" in lines[0] and len(lines) == 2
     assert "--pose-dims 0" in lines[0]  # whatever the preset has
     assert "train_rft.py" in lines[1] and f"--world-model {suite / 'demonstrations_only'}" in lines[1]
+
+    monkeypatch.setitem(
+        rft_factors.WORLD_MODELS,
+        "demonstrations only",
+        factor_cells.Training(cfg.world_model_steps, ("--experts-only",)),
+    )
+    cells = rft_factors.Config(demos=str(suite / "demos"), world_models=str(suite), stage_preset=cfg.stage_preset)
+    assert rft_factors.world_model(cells, "demonstrations only").parent == suite / "demonstrations_only"
+    assert "python " not in capfd.readouterr().out  # it is this one
 
     places = {"runs": cfg.out_dir, "out": str(tmp_path / "gates.json")}
     sizes = dataclasses.replace(gates.PRESETS["smoke"], **places)

@@ -316,7 +316,12 @@ def test_a_policy_that_names_no_episodes_takes_a_split_of_its_own(rft_config, tm
     """As converted public weights are; a gate cannot know what the policy has seen, and says so."""
     policy, _ = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
     save_model(tmp_path / "public.safetensors", policy, policy.cfg)
+    both = (*rft_config.demos, str(tmp_path / "none_yet"))
+    with pytest.raises(FileNotFoundError, match="none_yet"):
+        train_rft.main(dataclasses.replace(rft_config, demos=both))
     train_rft.main(dataclasses.replace(rft_config, policy=str(tmp_path / "public.safetensors"), steps=1))
+    extra = read_header(f"{rft_config.out_dir}/model.safetensors").extra
+    assert len(extra["train_episodes"]) == 5 and len(extra["held_out_episodes"]) == 1 and extra["camera"] == "agentview"
     assert "names no episodes of its training: fine-tunes on 5 of" in capfd.readouterr().err
     policy.cfg = dataclasses.replace(policy.cfg, cameras=("front",))
     save_model(tmp_path / "front.safetensors", policy, policy.cfg)
@@ -335,7 +340,7 @@ def test_refusals(rft_config, tmp_path):
     with pytest.raises(ValueError, match="holds a VLAPolicy, expected a WorldModel"):
         run(world_model=rft_config.policy)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        run(demos=str(tmp_path / "no_demos"))
+        run(demos=(str(tmp_path / "no_demos"),))
     files = [tmp_path / "policy.safetensors", tmp_path / "model.safetensors"]
     record = image_convention(load_episodes(rft_config.demos), "agentview")
     turned = {**record, "mean_frame": np.array(record["mean_frame"])[::-1, ::-1].tolist()}

@@ -231,6 +231,15 @@ def test_init_of_other_images(demos, tmp_path):
     assert VLAPolicy.load(tmp_path / "run").cfg.cameras == ("agentview",)
 
 
+def test_a_policy_of_several_cameras_is_refused(demos, tmp_path):
+    size = POLICIES["smoke"]
+    vlm = replace(size.vlm, num_cameras=2)
+    policy = VLAPolicy(replace(size, vlm=vlm, cameras=("agentview", "eye_in_hand")))
+    policy.save(tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"sees 2 cameras \(agentview, eye_in_hand\), this script trains with one"):
+        train_sft.main(config(demos, tmp_path / "run", init=str(tmp_path / "two.safetensors")))
+
+
 def test_recomputed_activations_change_nothing(demos, tmp_path, capsys):
     options = {"lora_rank": 2}
     train_sft.main(config(demos, tmp_path / "kept", **options))

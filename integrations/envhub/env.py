@@ -14,7 +14,9 @@ from vlarft.sim.gym import vector_envs
 
 SUITE = "tabletop_object"  # or tabletop_spatial, _goal, _long; libero_spatial, _object, _goal, _10
 TASKS = None  # numbers or names; None: all ten
-OPTIONS: dict[str, Any] = {"image_size": 64}  # further arguments of vlarft.sim.gym.task_env
+OPTIONS: dict[
+    str, Any
+] = {}  # of vlarft.sim.gym.task_env: image_size, 64 (LIBERO 256) unless given, fast_rendering, ...
 
 
 def make_env(n_envs: int = 1, use_async_envs: bool = False, cfg: Any = None) -> dict[str, dict[int, Any]]:

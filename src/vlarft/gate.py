@@ -10,6 +10,7 @@ without a simulator the gate asks whether the reward ranks chunks as R1 does.
 Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
 
+import math
 import warnings
 
 import numpy as np
@@ -88,8 +89,8 @@ def trust_gate(
         `gate`, the value to compare with the threshold: the lower of the two families' Spearman correlations, with the
         true error if `true_reward` is given, else with the action error. For each family, `gate_dataset` (perturbed
         demonstrations) and `gate_policy`: Spearman with the action error; with `_se`, its standard error over the
-        starts; with `_pairs`, the share of pairs in the right order. `_true`, `_true_se` and `_true_pairs` are the same
-        for the true error.
+        episodes of the starts, nan for one; with `_pairs`, the share of pairs in the right order. `_true`, `_true_se`
+        and `_true_pairs` are the same for the true error.
 
     Raises:
         ValueError: fewer than three chunks in a family, too few for a ranking.
@@ -115,7 +116,7 @@ def trust_gate(
         errors["_true"] = -true_reward(batch, chunks, None).mean(-1).double().cpu()
     out: dict[str, float] = {}
     for suffix, error in errors.items():
-        ranked = agreement(reward, error, labels)
+        ranked = agreement(reward, error, labels, batch.index[:, 0].cpu())  # starts of an episode are alike
         for family in ("dataset", "policy"):
             out[f"gate_{family}{suffix}"] = ranked[family]["spearman"]
             out[f"gate_{family}{suffix}_se"] = ranked[family]["standard_error"]
@@ -131,7 +132,7 @@ def check_gate(found: dict[str, float], threshold: float | None, reward: str) ->
     Args:
         found: what `trust_gate` returned.
         threshold: lowest rank correlation to accept; None = accept any. A run stops where a family's 95 % interval over
-            the starts lies below it.
+            the held-out episodes lies below it, or a family has no value.
         reward: the reward's name, for the message.
 
     Raises:
@@ -147,8 +148,12 @@ def check_gate(found: dict[str, float], threshold: float | None, reward: str) ->
         f"{ranks['dataset']} (± standard error) around the demonstrations' actions and {ranks['policy']} among chunks "
         f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}"
     )
-    if all(value + 1.96 * deviation >= threshold for value, deviation in pairs.values()):
-        warnings.warn(f"{ranked}, by less than its error: more --gate-starts would tell", stacklevel=2)
+    if not any(math.isnan(v) or v + 1.96 * deviation < threshold for v, deviation in pairs.values()):
+        warnings.warn(
+            f"{ranked}, by less than chance may do (nan: one held-out episode does not tell): hold out more "
+            "episodes, or give more --gate-starts",
+            stacklevel=2,
+        )
         return
     raise RuntimeError(
         f"{ranked}. Train the world model "

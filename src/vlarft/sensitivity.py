@@ -125,10 +125,14 @@ def reconstruct(tokenizer: FrameTokenizer, frames: Tensor, context_frame: Tensor
     return tokenizer.decode(tokens, context)[0].unflatten(0, frames.shape[:2])
 
 
-def agreement(score: Tensor, error: Tensor, labels: list[str]) -> dict[str, dict[str, float]]:
-    """Measure how a score ranks the error, both (S, P), over all chunks and within each label of three or more."""
+def agreement(
+    score: Tensor, error: Tensor, labels: list[str], unit: Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure how a score ranks the error, both (S, P), over all chunks and within each label of three or more; `unit`
+    as in `statistics.rank_agreement`.
+    """
     groups = {name: [i for i, label in enumerate(labels) if name in ("all", label)] for name in ("all", *labels)}
-    return {g: rank_agreement(score[:, c], error[:, c])._asdict() for g, c in groups.items() if len(c) >= 3}
+    return {g: rank_agreement(score[:, c], error[:, c], unit)._asdict() for g, c in groups.items() if len(c) >= 3}
 
 
 def evaluate_sensitivity(

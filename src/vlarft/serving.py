@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from websockets.sync.server import Server, ServerConnection
 
 _NEED = "serving a policy needs websockets and msgpack"
-_INTERNAL_ERROR = 1011  # of websockets' close codes
+_GOING_AWAY, _INTERNAL_ERROR = 1001, 1011  # of websockets' close codes
 
 
 class Keys(NamedTuple):
@@ -214,14 +214,28 @@ def policy_server(
             connection.send(pack({"actions": actions, "server_timing": timing}))
             total_ms = 1000 * (time.perf_counter() - arrived)
 
+    connected = set()
+
     def handle(connection: ServerConnection) -> None:
+        connected.add(connection)
         try:
             answer(connection)
         except ConnectionClosed as closed:
             print(f"{connection.remote_address}: connection lost: {closed}", file=sys.stderr)
+        finally:
+            connected.discard(connection)
 
     try:
-        return serve(handle, host, port, process_request=admit, compression=None, max_size=max_bytes)
+        server = serve(handle, host, port, process_request=admit, compression=None, max_size=max_bytes)
+        shutdown = server.shutdown
+
+        def shut_down(*args: Any, **options: Any) -> None:
+            shutdown(*args, **options)
+            for connection in tuple(connected):  # before websockets 17 each of them would keep the process alive
+                connection.close(_GOING_AWAY)
+
+        server.shutdown = shut_down
+        return server
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"cannot listen at {host}:{port} ({reason}); choose another --host or --port") from error

@@ -51,16 +51,24 @@ class RankAgreement(NamedTuple):
     pair_order: float
 
 
-def rank_agreement(score: Tensor, error: Tensor) -> RankAgreement:
+def rank_agreement(score: Tensor, error: Tensor, unit: Tensor | None = None) -> RankAgreement:
     """Measure how well a score (S, n), higher = better, ranks the columns of each row by their error (S, n).
 
     A constant score ranks nothing: its row counts as a correlation of 0. Rows of constant error do not count; nan if
     no row counts.
+
+    Args:
+        score, error: see above.
+        unit: (S,), numbers of what was sampled independently, such as the episode of each row; None = the rows. The
+            standard error is over these; nan for a single one.
     """
     decided = error.amax(-1) > error.amin(-1)  # (S,)
     score, error = score[decided], error[decided]
     rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)  # nan: a constant score
-    standard_error = float(rank.std() / len(rank) ** 0.5) if len(rank) > 1 else math.nan
+    of = torch.arange(len(rank)) if unit is None else unit.cpu()[decided.cpu()].unique(return_inverse=True)[1]
+    count = int(of.max()) + 1 if len(of) else 0
+    sums = torch.zeros(count, dtype=rank.dtype).index_add(0, of, (rank - rank.mean()).cpu())  # of each unit
+    standard_error = float((sums.square().sum() * count / (count - 1)).sqrt() / len(rank)) if count > 1 else math.nan
     return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))
 
 

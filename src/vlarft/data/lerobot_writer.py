@@ -42,6 +42,7 @@ def write_lerobot(
     codec: Codec = "h264",
     crf: int = 18,
     robot_type: str | None = None,
+    source: str | None = None,
 ) -> int:
     """Write a data set; it appears at `root` once it is complete.
 
@@ -53,6 +54,7 @@ def write_lerobot(
         codec: video codec.
         crf: video quality; lower is better and larger.
         robot_type: name of the robot for info.json.
+        source: what the episodes are of, for `is_recorded`.
 
     Returns:
         The number of episodes.
@@ -69,31 +71,40 @@ def write_lerobot(
             writer.add(episode)
         if writer is None:
             raise ValueError(f"no episodes to write to {root}")
-        writer.finish(robot_type)
+        writer.finish(robot_type, source)
     return len(writer.entries)
 
 
-def is_recorded(root: Path, count: int, new: int) -> bool:
-    """Return whether the data set of `count` episodes is at `root` already; False: nothing is.
+def is_recorded(root: Path, count: int, new: int, source: str, image_size: int | None = None) -> bool:
+    """Return whether the data set of `count` episodes is at `root` already, and say so; False: nothing is.
 
     Args:
         root: folder of the data set.
         count: episodes that it shall have.
         new: how many of them are not made yet.
+        source: as given to `write_lerobot`.
+        image_size: side of its images, where it is known before they are made [px].
 
     Raises:
         FileExistsError: something else is there.
         ImportError: a package that writing needs is missing.
+        ValueError: images that no video can have.
     """
     import_parquet(), import_av()  # before hours are spent on the episodes
+    if image_size and image_size % 2:
+        raise ValueError(f"images of {image_size} x {image_size}: videos, as in {root}, need an even --image-size")
     if not root.exists():
         return False
-    there = read_info(root).get("total_episodes") if (root / "meta" / "info.json").is_file() else None
+    info = read_info(root) if (root / "meta" / "info.json").is_file() else {}
+    there, of = info.get("total_episodes"), (info.get("vlarft") or {}).get("source")
     if new or there != count:
         raise FileExistsError(
             f"{root} exists, with {there or 'no'} episodes; {count} are to be recorded, {new} of them not made yet. A "
             "LeRobot data set cannot be continued: remove it, or give another folder"
         )
+    if of != source:
+        raise FileExistsError(f"{root} exists, with {there} episodes of another run: remove it, or give another folder")
+    print(f"{root}: recorded already")
     return True
 
 
@@ -270,7 +281,7 @@ class _Writer:
         self.place.bytes += table.nbytes
         return self.place.indices()
 
-    def finish(self, robot_type: str | None) -> None:
+    def finish(self, robot_type: str | None, source: str | None) -> None:
         import pyarrow as pa
 
         for video in self.videos.values():
@@ -310,7 +321,7 @@ class _Writer:
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.videos else None,
             "features": {k: self._feature(k, shape) for k, shape in self.shapes.items()},
-            "vlarft": self.about,
+            "vlarft": {**self.about, **({} if source is None else {"source": source})},
         }
         if self.has_intended:
             info["features"]["intended_action"] = self._feature("intended_action", self.shapes["action"])

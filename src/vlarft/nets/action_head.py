@@ -1,8 +1,8 @@
 """The networks of the flow-matching action head: velocity net, sigma net, and the condition of a chunk's context.
 
 Another network for the head replaces `ChunkNet` here. Another head altogether is made in `policy.VLAPolicy` and used by
-flow.py, diagnosis.py and `train_rft.shard`, which call what `FlowHead` and `SigmaNet` have in public: `cfg`, `prepare`,
-`at_steps`, `velocity`, `log_sigma`; and of its condition `num_rows`, `repeat`, `base` and `sigma`.
+flow.py, diagnosis.py and `train_rft.shard`, which call what `FlowHead` and `SigmaNet` have in public: `cfg`,
+`configure`, `prepare`, `at_steps`, `velocity`, `log_sigma`; and of its condition `num_rows`, `repeat`, `base`, `sigma`.
 
 Shapes: S contexts, B = S * R rows, context-major (the R rows of a context are group members, samples of tau or flow
 steps), T chunk steps, A action dim, K flow steps, N context tokens, E embed_dim, D width.

@@ -152,8 +152,8 @@ def eval_section(folder: Path, kind: Kind) -> Section:
         suites, tasks, rows = results["config"]["suites"], {}, []
         for suite in suites:
             names = list(next(iter(entries.values()))["suites"][suite]["tasks"])
-            numbers = results["config"]["tasks"] or map(str, range(len(names)))
-            tasks |= {(suite, number): name.replace("_", " ") for number, name in zip(numbers, names)}
+            numbers = results.get("tasks", {}).get(suite) or results["config"]["tasks"] or range(len(names))
+            tasks |= {(suite, str(number)): name.replace("_", " ") for number, name in zip(numbers, names)}
             for name in names:
                 cells = [percent(entry["suites"][suite]["tasks"][name]) for entry in entries.values()]
                 rows.append((name.replace("_", " ") + (f" ({suite})" if len(suites) > 1 else ""), *cells))
@@ -208,6 +208,8 @@ def eval_wm_section(folder: Path, kind: Kind) -> Section:
         if whole := results.get("episodes"):
             last, rows = whole["last_chunk"], []
             for name, label in names.items():
+                if name not in last["imagined"]:
+                    continue
                 cells = [last[method][name] for method in ("imagined", "copy", "difference")]
                 rows.append((label, *(f"{decimal(cell['value'])} {span(cell)}" for cell in cells)))
             header = "metric", "imagined", "first frame copied", "difference"

@@ -40,7 +40,7 @@ from vlarft.run.distributed import is_main
 from vlarft.run.hub import is_hub_name, model_file
 from vlarft.run.lfs import refuse_pointer
 
-# options that do not change what is trained: they may differ when a run is resumed
+# options that may differ when a run is resumed: they change nothing, but for `accumulate` the random numbers
 FREE = (
     "out_dir",
     "accumulate",
@@ -226,6 +226,11 @@ def checkpoint_file(path: str | Path) -> Path:
 def file_digest(path: str | Path) -> str:
     """Return 16 hex digits that tell a file (a run folder's model) from any other."""
     return hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()[:16]
+
+
+def json_digest(value: object) -> str:
+    """Return 16 hex digits that tell a JSON value from any other."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_digest(path: str | Path) -> str:

@@ -219,7 +219,7 @@ def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
             "compares with the intended ones, which differ where a data set records both",
             stacklevel=2,
         )
-    return values
+    return _several(values, "demos")
 
 
 def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, Any]:

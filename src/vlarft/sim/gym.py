@@ -51,7 +51,7 @@ class _TaskEnv:
 
     Args:
         simulator: key of `SIMULATORS`.
-        suite, task, image_size, cameras, horizon, options: see `suites.make_env`.
+        suite, task, image_size, cameras, horizon, options: see `suites.make_env`; image_size None = the simulator's.
         evaluation: start from the evaluation states, not from starts of demonstrations, which are disjoint from them.
         render_mode: "rgb_array" = `render` returns the image of the first camera.
     """
@@ -64,7 +64,7 @@ class _TaskEnv:
         suite: str,
         task: int | str,
         *,
-        image_size: int | tuple[int, int] = 64,
+        image_size: int | tuple[int, int] | None = None,
         cameras: Sequence[str] | None = None,
         horizon: int | None = None,
         evaluation: bool = False,
@@ -78,6 +78,7 @@ class _TaskEnv:
             )
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode {render_mode!r}: give 'rgb_array' or None")
+        image_size = image_size or SIMULATORS[simulator].image_size
         self._env = make_env(suite, task, image_size, cameras=cameras, horizon=horizon, **options)
         if render_mode and not self._env.cameras:
             raise ValueError(f"render_mode {render_mode!r} needs a camera, got cameras {cameras!r}")
@@ -164,10 +165,9 @@ def register() -> None:
         ImportError: gymnasium is missing.
     """
     gymnasium = import_gymnasium()
-    sizes = {"tabletop": 64, "libero": 256}
     for name, simulator in _IDS.items():
         if name not in gymnasium.registry:
-            kwargs = {"simulator": simulator, "suite": f"{simulator}_object", "image_size": sizes[simulator]}
+            kwargs = {"simulator": simulator, "suite": f"{simulator}_object"}
             gymnasium.register(name, entry_point="vlarft.sim.gym:task_env", kwargs=kwargs)
 
 

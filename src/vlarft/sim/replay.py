@@ -75,7 +75,9 @@ def replay_episodes(
             for action in actions:
                 observations.append(env.observe())
                 success = env.step(action).success
-            name = f"{suite}/{task}/{record['init_state']}"
+            name = start = f"{suite}/{task}/{record['init_state']}"
+            if perturb is not None:
+                start = f"{name} {perturb}"
             if success != record["success"]:
                 raise RuntimeError(
                     f"episode {name} ended in {('failure', 'success')[record['success']]} when it was recorded, and in "
@@ -85,6 +87,7 @@ def replay_episodes(
             cameras = {camera: np.stack([obs[camera] for obs in observations]) for camera in env.cameras}
             yield Episode(
                 name=name,
+                start=f"evaluated {start}",
                 instruction=env.instruction,
                 images=cameras[env.cameras[0]],
                 proprio=np.stack([obs["proprio"] for obs in observations]),

@@ -25,11 +25,12 @@ class Simulator(NamedTuple):
     suites: Mapping[str, Suite]
     env: type[Env]
     expert: Callable[..., Demonstrator] | None = None  # expert(env, seed, speed=..., action_noise=..., ...)
+    image_size: int = 64  # side of the images of its gymnasium environments [px]
 
 
 SIMULATORS: dict[str, Simulator] = {
     "tabletop": Simulator(TABLETOP_SUITES, TabletopEnv, Expert),
-    "libero": Simulator(LIBERO_SUITES, LiberoEnv, LiberoExpert),
+    "libero": Simulator(LIBERO_SUITES, LiberoEnv, LiberoExpert, 256),
 }
 
 

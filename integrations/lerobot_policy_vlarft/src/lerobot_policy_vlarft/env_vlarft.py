@@ -7,6 +7,9 @@ import gymnasium
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import EnvConfig
 
+from vlarft.sim.gym import vector_envs
+from vlarft.sim.suites import simulator_of
+
 
 @EnvConfig.register_subclass("vlarft")
 @dataclass
@@ -15,18 +18,20 @@ class VlarftEnv(EnvConfig):
 
     task: name of the suite: tabletop_object, tabletop_spatial, ..., libero_goal, ...
     task_ids: numbers of its tasks; None: all
-    image_size: side of the images [px]
+    image_size: side of the images [px]; None: 64, and 256 in LIBERO
+    fast_rendering: as `eval_libero.py --fast-rendering`; LIBERO alone
     """
 
     task: str | None = "tabletop_object"
     task_ids: list[int] | None = None
-    image_size: int = 64
+    image_size: int | None = None
+    fast_rendering: bool = False
     fps: int = 20
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        size = self.image_size
+        size = self.image_size or simulator_of(self.task).image_size
         self.features = {
             "pixels/agentview": PolicyFeature(FeatureType.VISUAL, (size, size, 3)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
@@ -44,8 +49,5 @@ class VlarftEnv(EnvConfig):
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gymnasium.vector.VectorEnv]]:
         """Make {suite: {task: vector environment}}; errors as in `vlarft.sim.gym.vector_envs`."""
-        from vlarft.sim.gym import vector_envs
-
-        return vector_envs(
-            self.task, self.task_ids, n_envs=n_envs, use_async_envs=use_async_envs, image_size=self.image_size
-        )
+        options = {"image_size": self.image_size, "fast_rendering": self.fast_rendering}
+        return vector_envs(self.task, self.task_ids, n_envs=n_envs, use_async_envs=use_async_envs, **options)

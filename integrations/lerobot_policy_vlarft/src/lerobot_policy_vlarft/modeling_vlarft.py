@@ -74,6 +74,7 @@ class VlarftPolicy(PreTrainedPolicy):
                     stacklevel=2,
                 )
         _check_robot(self.model, config, checkpoint)
+        _warn_other_size(self.facts.get("image_size"), config, checkpoint)
         if dataset_stats is not None:
             _check_units(self.model, dataset_stats)
         if dataset_stats is not None and dataset_meta is not None:
@@ -286,6 +287,17 @@ def _check_robot(model: VLAPolicy, config: VlarftConfig, checkpoint: str | Path 
             raise ValueError(f"{name} has shape {tuple(feature.shape)}, {where} takes ({width},): another robot's?")
     if config.input_features:
         camera_keys(model.cfg.cameras, config.input_features)
+
+
+def _warn_other_size(trained: list[int] | None, config: VlarftConfig, checkpoint: str | Path | None) -> None:
+    """Warn where lerobot's images are not of the size (height, width) that the policy was trained on."""
+    for key, feature in (config.input_features or {}).items():
+        if trained and key.startswith(IMAGES) and list(feature.shape[1:]) != list(trained):
+            warnings.warn(
+                f"{key} is of {'x'.join(map(str, feature.shape[1:]))} pixels, {checkpoint} was trained on images of "
+                f"{'x'.join(map(str, trained))}: resized ones look different (--env.image_size)",
+                stacklevel=3,
+            )
 
 
 def _check_units(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]]) -> None:
