@@ -58,7 +58,7 @@ class Config:
         group="evaluation",
     )
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
-    seed: Annotated[int, Range(0, 400)] = opt(0, "seed of every stage; of the starts too, of which there are not more")
+    seed: Annotated[int, Range(0, 400)] = opt(0, "seed of every stage")
     stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
 
     def __post_init__(self) -> None:

@@ -13,8 +13,9 @@ protocol). By default an observation has the keys of openpi's LIBERO client:
     observation/state         proprio (P,), raw, as in the demonstrations
     prompt                    instruction
 
-Preset `droid` has the keys of openpi's DROID client. A state in several entries is put together in the order of
-`--state-keys`. Other entries are ignored; a missing or misshapen one is answered by an error that names it.
+Preset `droid` has the keys of openpi's DROID client; its example asserts the length of a chunk, which is 8 here. A
+state in several entries is put together in the order of `--state-keys`. Other entries are ignored; a missing or
+misshapen one is answered by an error that names it.
 
 Reads a policy of train_sft.py, train_rft.py or train_rl.py, on the GPU where there is one. Writes nothing. It stops at
 Ctrl+C.

@@ -47,6 +47,7 @@ NO_END = 10**6
 POSE_DIMS = 6  # position and axis-angle
 FALSE_SUCCESSES = 0.15  # the share that a threshold allows: of some dozen held-out failures one or two
 COPIES = 8  # of the SFT policy along its training
+PLAYED = 64  # actions of an evaluated episode at most: no success of these tasks takes longer
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
     for perturb in cfg.perturb:
         for x0 in ("zero", "sampled"):
             kind = f"{name}_{perturb}_{x0}".translate(str.maketrans(" ,:", "___"))
-            outcomes = starts.play(runs.own / "eval" / kind, policy, perturb, "--noise", x0, *map(str, flags))
+            more = "--noise", x0, "--horizon", str(PLAYED), *map(str, flags)
+            outcomes = starts.play(runs.own / "eval" / kind, policy, perturb, *more)
             found[f"{perturb}, {x0}"] = "".join(str(int(outcomes[start])) for start in sorted(outcomes))
     log = read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}

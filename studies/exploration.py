@@ -2,8 +2,8 @@
 
     python studies/exploration.py                    seeds 0 and 1, which the README's demos do not use
 
-A policy of few demonstrations a task, trained by SFT, then by `train_rl.py` in the simulator with the demo's
-steps. The arms differ in the bounds of a flow step's standard deviation. Each policy plays the same starts from
+A policy of few demonstrations a task, trained by SFT, then by `train_rl.py` in the simulator, 50 steps of 64
+episodes. The arms differ in the bounds of a flow step's standard deviation. Each policy plays the same starts from
 x_0 = 0. Two stages run side by side, finished ones are not run again; the JSON file gathers outcomes start by start
 (1 = success).
 """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -54,6 +55,10 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(pol
     assert found["gate_policy_se"] < 1e-3
     assert found == trust_gate(make_scorer("r3", Oracle(model)), *ask, **SIZES, at_once=3)
     check_gate(found, 0.9, "r3")
+    alone = trust_gate(make_scorer("r3", Oracle(model)), policy, held_out.rows(slice(0, 2)), 0, **SIZES)
+    assert math.isnan(alone["gate_policy_se"])  # two starts of one episode
+    with pytest.warns(UserWarning, match="1.00 ± nan .* one held-out episode does not tell"):
+        check_gate(alone, 1.1, "r3")
 
     blind = trust_gate(make_scorer("r3", Oracle(model, sign=0)), *ask, **SIZES)
     assert blind["gate"] == 0 and blind["gate_dataset_pairs"] == 0.5

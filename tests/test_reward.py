@@ -164,8 +164,11 @@ def test_same_robot_of_a_world_model_that_predicts_it(policy_file):
         check_same_robot(policy, blind, closed_loop=True)
     poses.action_bins.high[2] = -0.9  # of a pose, not of an action
     check_same_robot(policy, poses)
-    for scale in (0.02, 50.0):  # centimetres or so
-        poses.robot.action_std.fill_(scale)
+    poses.robot.action_std[3:6] = 6.0  # noisy attempts turn the hand, which the demonstrations do not
+    check_same_robot(policy, poses)
+    mixed = torch.full((7,), 1.0).index_fill(0, torch.arange(3), 1000.0)  # millimetres, and radians
+    for scale in (0.02, 7.0, 50.0, mixed):  # centimetres or so
+        poses.robot.action_std.copy_(torch.as_tensor(scale))
         with pytest.raises(ValueError, match="actions: the policy's range is .* times the standard deviation of those"):
             check_same_robot(policy, poses)
     poses.cfg = dataclasses.replace(poses.cfg, gripper_dims=(5,))
