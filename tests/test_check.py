@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlarft.data import load_episodes
 from vlarft.data.check import check, main
 from vlarft.data.convert import main as convert
 
@@ -148,6 +149,9 @@ def test_what_usually_breaks_training_is_named(tmp_path, change, text):
     report, _ = check(make(tmp_path, change))
     assert any(text in warning for warning in report.warnings), report.warnings
     assert report.errors == []
+    if change is positions:  # the one that changes what is learned
+        with pytest.warns(UserWarning, match="are close to proprio .*target positions rather than motions"):
+            load_episodes(tmp_path)
 
 
 def test_joints_are_not_taken_for_fingers_and_heights(tmp_path):
@@ -199,6 +203,17 @@ def test_what_training_would_refuse_is_an_error(tmp_path):
     assert report.errors == [
         "two episodes have the name 'suite/task0_demo/demo_0', in folders of one name; rename one of them"
     ]
+
+
+def test_failures_alone_are_named(tmp_path):
+    root = make(tmp_path)
+    for path in root.rglob("*.hdf5"):
+        with h5py.File(path, "a") as file:
+            for demo in file["data"].values():
+                demo.attrs["success"] = False
+    report, _ = check(root)
+    assert any("0 of 12 episodes are demonstrations that succeeded: train_sft.py" in w for w in report.warnings)
+    assert not any("that succeeded: train_sft.py" in w for w in check(make(tmp_path / "good"))[0].warnings)
 
 
 def test_outcomes_are_counted(tmp_path):

@@ -155,6 +155,17 @@ def test_attempts_of_one_start_stay_known_as_such(tmp_path, form):
     assert [e.start for e in first] == [e.start for e in second] and None not in {e.start for e in first}
 
 
+def test_intended_actions_are_of_all_episodes_or_of_none(tmp_path):
+    sources(tmp_path / "all")
+    path = sorted((tmp_path / "all").rglob("*.hdf5"))[0]
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            del demo["intended_actions"]
+    with pytest.raises(ValueError, match="has the demonstrator's intended actions, the episodes before it have none"):
+        main([str(tmp_path / "all"), str(tmp_path / "new"), "--format", "lerobot", "--images", "png"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_units_and_sizes(tmp_path):
     before = sources(tmp_path / "a")
     with h5py.File(tmp_path / "a/suite/lift_demo.hdf5", "a") as file:

@@ -216,6 +216,10 @@ def test_split_is_fixed_by_names_and_seed():
     held_out = split_episodes([*episodes, *groups], 0.2, 0)[1]
     of_groups = [e.start for e in held_out if e.kind == "policy"]
     assert len(of_groups) == 10 and len(set(of_groups)) == 2  # two of ten starts, with all of their attempts
+    mixed = [replace(e, name=f"x{i}", start=f"{i}", success=False) for i, e in enumerate(episodes)]
+    mixed += [replace(e, start=f"{i}") for i, e in enumerate(episodes)]
+    train, val = split_episodes(mixed, 0.2, 0)  # a success and a failure from each start, on one side
+    assert len(val) == 20 and not {e.start for e in train} & {e.start for e in val}
     with pytest.raises(ValueError, match="at least 2 episodes, got 1"):
         split_episodes(episodes[:1], 0.5, 0)
     with pytest.raises(ValueError, match="got 1.5"):
@@ -530,6 +534,37 @@ def test_images_of_two_sizes_in_one_place_are_refused(tmp_path):
         ValueError, match=r"episodes differ in image size: .* in s/a_demo/demo_0, .* in s/b_demo/demo_0"
     ):
         load_episodes(tmp_path)
+
+
+def test_hand_positions_at_gripper_changes_by_hand():
+    one = episode("a", 7)
+    one = replace(one, intended=one.intended.copy(), proprio=np.arange(56, dtype=np.float32).reshape(7, 8))
+    one.intended[:, 6] = [-1, -1, 1, 1, 1, -1, -1]
+    assert (WindowSampler([one], 1, 8).key_positions[0][:, 0] / 8).tolist() == [2, 2, 5, 5, 5, 6, 6]
+
+
+def test_names_do_not_depend_on_how_the_path_is_written(tmp_path, monkeypatch):
+    write(tmp_path / "set" / "a_demo.hdf5")
+    monkeypatch.chdir(tmp_path / "set")
+    names = [e.name for e in load_episodes(tmp_path / "set")]
+    assert names[0] == "set/a_demo/demo_0" and [e.name for e in load_episodes(".")] == names
+    assert [e.name for e in load_episodes("a_demo.hdf5")] == names
+
+
+def test_a_file_that_was_made_again_is_read_again(tmp_path):
+    """Also where h5py reads the images, from a handle that stays open."""
+    path = write(tmp_path / "set" / "a_demo.hdf5", demos=1)
+
+    def store(shade):
+        with h5py.File(path, "r") as old, h5py.File(tmp_path / "new", "w") as new:
+            old.copy("data", new)
+            images = np.full_like(new["data/demo_0/obs/agentview_rgb"][:], shade)
+            del new["data/demo_0/obs/agentview_rgb"]
+            new.create_dataset("data/demo_0/obs/agentview_rgb", data=images, compression="lzf")
+        (tmp_path / "new").replace(path)
+        return load_episodes(path)[0].images[0].max()
+
+    assert [store(7), store(9)] == [7, 9]
 
 
 def test_absolute_targets_are_repeated_beyond_the_end():

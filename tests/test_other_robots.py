@@ -178,7 +178,7 @@ def test_mistakes_are_named(tmp_path):
     for name in ("hand", "lekiwi"):
         record(tmp_path / name, ROBOTS[name])
     with pytest.raises(
-        ValueError, match=r"gripper action \(dimension 5\) lies in \[0, 100\]; .*convert .* --gripper LOW HIGH"
+        ValueError, match=r"gripper action \(dimension 5\) lies in \[0, 100\]; .*convert .* --gripper OPEN CLOSED"
     ):
         load_episodes(tmp_path / "lekiwi", "front")
     out = ["--format", "lerobot", "--camera", "front"]

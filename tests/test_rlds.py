@@ -118,6 +118,27 @@ def test_episodes_are_what_was_written(tmp_path, packed):
     np.testing.assert_array_equal(wrist.images[3:5], episodes[1].cameras["wrist_image"][3:5])
 
 
+def test_cameras_that_an_episode_lacks(tmp_path):
+    """Bridge has placeholders for them; and 16-bit PNGs are depth."""
+    deep = io.BytesIO()
+    Image.fromarray(np.full((SIZE, SIZE), 1000, np.uint16)).save(deep, "png")
+    first = {**content(0), "steps/observation/depth": [deep.getvalue()] * STEPS, "episode_metadata/has_image": [1]}
+    first["episode_metadata/has_wrist_image"] = [0]
+    make(tmp_path, [first])
+    assert list(every_camera(tmp_path)[0].cameras) == ["image"]
+    with pytest.raises(ValueError, match="no camera 'eye_in_hand'"):
+        load_episodes(tmp_path, "eye_in_hand")
+
+
+def test_a_download_leaves_hidden_files(tmp_path):
+    make(tmp_path, [content(0)])
+    hidden = tmp_path / ".cache" / "huggingface" / "download"
+    hidden.mkdir(parents=True)
+    for end in ("metadata", "lock"):
+        (hidden / f"libero_goal-train.tfrecord-00000-of-00001.{end}").write_text("x")
+    assert len(every_camera(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 4095, 4096, 4097, 12_289, 40_001])
 def test_checksum(length):
     data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from vlarft.data.episode import CAMERAS, Episode, no_ops
-from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot
+from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot, target_positions
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.checkpoint import write_json
@@ -121,6 +121,11 @@ def _contents(report: Report, episodes: Sequence[Episode]) -> None:
     warn = report.warnings.append
     if len(episodes) < FEW:
         warn(f"{len(episodes)} episodes: training needs far more")
+    if (experts := sum(e.success and e.kind == "expert" for e in episodes)) < 2:
+        warn(
+            f"{experts} of {len(episodes)} episodes are demonstrations that succeeded: train_sft.py, which learns from "
+            "these alone, needs two. Do the files call successes failures?"
+        )
     if short := [e for e in episodes if len(e) < WINDOW]:
         warn(f"{len(short)} episodes are shorter than a window of {WINDOW} frames and are left out: {short[0].name}")
     if len(long := [e for e in episodes if len(e) > 4 * np.median(lengths)]):
@@ -240,13 +245,11 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
     long = [e for e in episodes if len(e) > 12]
     if not long:
         return
-    report.facts["units"], positions = {}, []
+    report.facts["units"], positions = {}, target_positions(long)
     for i in dims:
         action, place = (np.concatenate([getattr(e, n)[:, i] for e in long]) for n in ("actions", "proprio"))
         if action.std() < 1e-6 or place.std() < 1e-6:
             continue
-        if any(_follows(long, i, lag) for lag in range(4)):
-            positions.append(i)
         lags = {lag: _lagged(long, i, lag) for lag in range(-3, 5)}
         best = max(lags, key=lambda lag: abs(lags[lag][0]))
         r, slope = lags[best]
@@ -263,13 +266,6 @@ def _motion(report: Report, episodes: Sequence[Episode]) -> None:
             "convert with --absolute, so that holding still repeats them"
         )
     report.facts["actions are"] = "target positions" if episodes[0].absolute else "motions"
-
-
-def _follows(episodes: Sequence[Episode], dim: int, lag: int) -> bool:
-    """Return whether proprio, `lag` steps later, is close to the action: then actions are target positions."""
-    action = np.concatenate([e.actions[: len(e) - lag, dim] for e in episodes])
-    place = np.concatenate([e.proprio[lag:, dim] for e in episodes])
-    return _correlation(action, place) > 0.95 and np.abs(action - place).mean() < 0.5 * place.std()
 
 
 def _lagged(episodes: Sequence[Episode], dim: int, lag: int) -> tuple[float, float]:

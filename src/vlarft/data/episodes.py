@@ -4,6 +4,7 @@ A new format is a file like rlds.py, whose reader yields `Episode`s, and a line 
 formats, and in `read_episodes`. All scripts, `data.check` and `data.convert` read it then.
 """
 
+import hashlib
 import os
 import random
 import warnings
@@ -81,6 +82,7 @@ def _files(folder: Path) -> list[Path]:
                 "give its command again",
                 stacklevel=2,
             )
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .cache of a download
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
@@ -235,13 +237,39 @@ def load_episodes(
     check_places(found, camera)
     for text in copies([e for episodes in found.values() for e in episodes]):
         warnings.warn(text, stacklevel=2)
+    for place, episodes in found.items():
+        if positions := [] if episodes[0].absolute else target_positions(episodes):
+            warnings.warn(
+                f"{place}: actions {positions} are close to proprio {positions}: target positions rather than motions? "
+                "If so, convert with --absolute, so that holding still repeats them",
+                stacklevel=2,
+            )
     return list(by_name.values()) if names is None else [by_name[n] for n in names]
+
+
+def target_positions(episodes: Sequence[Episode]) -> list[int]:
+    """Return the dimensions, grippers apart, in which proprio soon is where the action was: target positions."""
+    some = [e for e in episodes if len(e) > 12]
+    some = some[:: -(-len(some) // 200) or 1]
+    dims = range(min(episodes[0].actions.shape[1], episodes[0].proprio.shape[1]))
+    apart = {*episodes[0].grippers, *(episodes[0].held_dims or ())}
+    return [i for i in dims if some and i not in apart and any(_follows(some, i, lag) for lag in range(4))]
+
+
+def _follows(episodes: Sequence[Episode], dim: int, lag: int) -> bool:
+    """Return whether proprio, `lag` steps later, is close to the action."""
+    action = np.concatenate([e.actions[: len(e) - lag, dim] for e in episodes])
+    place = np.concatenate([e.proprio[lag:, dim] for e in episodes])
+    if action.std() < 1e-6 or place.std() < 1e-6:
+        return False
+    return np.corrcoef(action, place)[0, 1] > 0.95 and np.abs(action - place).mean() < 0.5 * place.std()
 
 
 def copies(episodes: Sequence[Episode]) -> list[str]:
     """Return a message if episodes have the same numbers as others: such copies may be held out and trained on."""
-    first: dict[tuple[bytes, bytes], str] = {}
-    names = [(first.setdefault((e.actions.tobytes(), e.proprio.tobytes()), e.name), e.name) for e in episodes]
+    first: dict[bytes, str] = {}
+    digests = (hashlib.sha256(e.actions.tobytes() + e.proprio.tobytes()).digest() for e in episodes)
+    names = [(first.setdefault(digest, e.name), e.name) for digest, e in zip(digests, episodes)]
     if twice := [(one, other) for one, other in names if one != other]:
         return [
             f"{len(twice)} of {len(episodes)} episodes have the actions and proprio of another, first {twice[0][1]} "
@@ -345,7 +373,7 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
         what = f"the gripper action (dimension {dim})"
         fix = (
             "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
-            "--gripper LOW HIGH, the values of open and closed"
+            "--gripper OPEN CLOSED, your robot's values for the two"
         )
         worst = int(np.argmax(np.maximum(-low, high)))
         between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
@@ -403,7 +431,7 @@ def split_episodes(
     Successful experts, other attempts, and attempts of a policy are split separately. A policy, which sees only the
     first, and a world model that sees all files thus hold out the same demonstrations, given equal fraction and seed;
     and attempts of a policy that are added later do not change the split of the others. Attempts from one start go to
-    one part together.
+    one part together, whatever their kind.
 
     Args:
         episodes: all episodes of a data set.
@@ -421,6 +449,7 @@ def split_episodes(
     if len(episodes) < 2:
         raise ValueError(f"a split needs at least 2 episodes, got {len(episodes)}; collect more demonstrations")
     train, validation = [], []
+    placed: dict[str, list[Episode]] = {}  # start -> the part of its attempts
     parts: dict[str, list[Episode]] = {"demonstration": [], "other": [], "policy": []}
     for e in episodes:
         part = "demonstration" if e.success and e.kind == "expert" else "policy" if e.kind == "policy" else "other"
@@ -428,14 +457,18 @@ def split_episodes(
     for part in parts.values():
         groups: dict[str, list[Episode]] = {}  # by start
         for e in sorted(part, key=lambda e: e.name):
-            groups.setdefault(e.start or e.name, []).append(e)
+            if e.start in placed:
+                placed[e.start].append(e)
+            else:
+                groups.setdefault(e.start or e.name, []).append(e)
         ordered = list(groups.values())
         random.Random(seed).shuffle(ordered)
         count = round(validation_fraction * len(ordered))
         if not validation and len(ordered) > 1:
             count = min(max(1, count), len(ordered) - 1)
-        train += [e for group in ordered[count:] for e in group]
-        validation += [e for group in ordered[:count] for e in group]
+        for side, chosen in ((train, ordered[count:]), (validation, ordered[:count])):
+            side += [e for group in chosen for e in group]
+            placed |= {group[0].start: side for group in chosen if group[0].start}
     if not (train and validation):  # for example one demonstration and one other attempt
         train, validation = (train + validation)[1:], (train + validation)[:1]
     return train, validation

@@ -113,7 +113,8 @@ def write_demo(
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
             raise ValueError(f"images of {name} must be uint8 (T, H, W, 3), got {array.dtype} {array.shape}")
     name = f"demo_{index}"
-    if name in data:  # left by an interrupted writer
+    replaced = data[name].attrs.get("num_samples") if name in data else None  # None: incomplete, and not counted
+    if name in data:
         del data[name]
     demo = data.create_group(name)
     rewards = np.zeros(steps, np.uint8)
@@ -145,9 +146,8 @@ def write_demo(
     for key, value in (attrs or {}).items():
         demo.attrs[key] = value
     demo.attrs["num_samples"] = steps  # last: with it, the demonstration is complete
-    lengths = [data[k].attrs["num_samples"] for k in demo_names(data)]
-    data.attrs["num_demos"] = len(lengths)
-    data.attrs["total"] = int(sum(lengths))
+    for total, more in (("num_demos", int(replaced is None)), ("total", steps - int(replaced or 0))):
+        data.attrs[total] = int(data.attrs.get(total, 0)) + more
 
 
 def demo_names(data: "h5py.Group") -> list[str]:

@@ -19,6 +19,7 @@ from vlarft.data.damage import damage_named
 from vlarft.data.episode import Episode, Images, check_lengths, check_numbers, pick_camera, read_outcome, warn_splits
 from vlarft.data.frames import Budget, Frames, map_file
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file
+from vlarft.data.video import stamp
 
 if TYPE_CHECKING:
     import h5py
@@ -50,7 +51,7 @@ def read_hdf5(
     """
     with open_demo_file(path) as file:
         with damage_named(str(path)):
-            data, content = file["data"], map_file(path)
+            data, content, folder = file["data"], map_file(path), Path(os.path.abspath(path)).parent.name
             warn_splits(f"{path}: mask", sorted(file["mask"]) if "mask" in file else [])  # robomimic's filter keys
             turned = _text(data.attrs.get("image_convention", "")) != "upright"
             late = int(LIBEROS_OWN in data.attrs)
@@ -59,28 +60,28 @@ def read_hdf5(
                     f"{path}: {LIBEROS_OWN} is {convention!r}, expected 'opengl', images that are upside down: make "
                     "the file again with robosuite's usual macros"
                 )
+            names = demo_names(data)
+            if names and ROBOMIMIC in data[names[0]]:
+                raise ValueError(
+                    f"{path} has {ROBOMIMIC}: a robomimic file, which is not read; copy its observations to the names "
+                    "of LIBERO's layout (docs/data.md) with a few lines of h5py"
+                )
             instruction = _instruction(data, path)
             env_args = _table(data, "env_args", path) or None
             fps = data.attrs.get("control_freq", ((env_args or {}).get("env_kwargs") or {}).get("control_freq"))
-            names = demo_names(data)
 
         def read(key: str) -> Episode | None:
             with damage_named(f"{path}: data/{key}"):
                 return read_demo(key)
 
         def read_demo(key: str) -> Episode | None:
-            name, demo, where = f"{path.parent.name}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
+            name, demo, where = f"{folder}/{path.stem}/{key}", data[key], f"{path}: data/{key}"
             kind = _text(demo.attrs.get("kind", "expert"))
             if not keep(name, True, kind):
                 return None
             success = read_outcome(demo.attrs.get("success"), where)
             if not keep(name, success is not False, kind):
                 return None
-            if ROBOMIMIC in demo:
-                raise ValueError(
-                    f"{where} has {ROBOMIMIC}: a robomimic file, which is not read; copy its observations to the names "
-                    "of LIBERO's layout (docs/data.md) with a few lines of h5py"
-                )
             keys = [k for k in (sorted(demo["obs"]) if "obs" in demo else ()) if k.endswith("_rgb")]
             keys = {k.removesuffix("_rgb"): f"obs/{k}" for k in keys}
             picked = pick_camera(keys, camera, where)
@@ -199,8 +200,8 @@ class _Chunks:
 
 
 @functools.lru_cache(maxsize=32)
-def _open(path: Path, process: int) -> "h5py.File":
-    return import_h5py().File(path, "r")  # a handle must not cross a fork, hence `process`
+def _open(path: Path, process: int, written: int) -> "h5py.File":
+    return import_h5py().File(path, "r")  # a handle must not cross a fork, hence `process`; nor outlive its file
 
 
 class _Slices:
@@ -212,7 +213,7 @@ class _Slices:
     def read(self, lo: int, hi: int) -> tuple[int, np.ndarray]:
         first, last = lo - lo % self.rows, hi + -hi % self.rows
         with damage_named(f"{self.path}: {self.key}"):
-            images = _open(self.path, os.getpid())[self.key][first:last]
+            images = _open(self.path, os.getpid(), stamp(self.path))[self.key][first:last]
         return first, images[:, ::-1, ::-1] if self.turned else images
 
     def check(self, shape: tuple[int, ...], thorough: bool) -> None:

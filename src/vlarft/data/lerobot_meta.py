@@ -160,7 +160,7 @@ def read_entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[En
             {k: (*place, math.inf) for k, place in videos.items() if place},
             read_outcome(row.get("success"), where),
             str(row.get("kind") or "expert"),
-            row["start"] if isinstance(row.get("start"), str) else None,
+            None if row.get("start") is None else str(row["start"]),
         )
         entries.append(entry)
     if isinstance(promised := info.get("total_episodes"), int) and promised > len(entries):

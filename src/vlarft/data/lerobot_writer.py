@@ -212,6 +212,11 @@ class _Writer:
                 f"{episode.name} has {_shapes(episode)}, {_about(episode)}, the episodes before it {self.shapes}, "
                 f"{self.about}; one robot a set"
             )
+        if not self.has_intended and episode.intended is not episode.actions:
+            raise ValueError(
+                f"{episode.name} has the demonstrator's intended actions, the episodes before it have none; a set has "
+                "them or has not: convert the two apart"
+            )
         number, steps, task = (
             len(self.entries),
             len(episode),

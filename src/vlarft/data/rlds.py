@@ -3,12 +3,13 @@
 An episode is one tf.train.Example. Its features are flat lists over the steps: steps/action (7 floats per step),
 steps/observation/state (8), steps/language_instruction, and steps/observation/<camera>: JPEG or PNG files, already
 turned as public policies see them. The gripper is LIBERO's, -1 open and +1 close. An episode failed if
-episode_metadata/success says so, or if its path there has a folder failure, as in DROID. Checksums are verified on
-opening.
+episode_metadata/success says so, or if its path there has a folder failure. Cameras that episode_metadata/has_<camera>
+denies, as in Bridge, are left out, and so are PNGs of 16 bits, which are depth. Checksums are verified on opening.
 """
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from vlarft.data.tfrecord import Blobs, Feature, parse_example, read_records
 
 SHARD = re.compile(r"(?P<split>.+\.tfrecord.*)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG")
+DEPTH_BITS = 16  # a value of a PNG that is no colour: depth is left out
 
 
 def check_shards(files: list[Path]) -> None:
@@ -30,9 +32,13 @@ def check_shards(files: list[Path]) -> None:
         ValueError: a shard is missing; the message names the first.
     """
     splits: dict[Path, set[str]] = {}
+    checked = set()
     for path in files:
         if match := SHARD.match(path.name):
             splits.setdefault(path.parent, set()).add(match["split"].partition(".")[0].rpartition("-")[2])
+            if (one := (path.parent, match["split"], match["count"])) in checked:
+                continue
+            checked.add(one)
             for number in range(int(match["count"])):
                 other = path.with_name(f"{match['split']}-{number:05d}-of-{match['count']}")
                 if not other.is_file():
@@ -56,7 +62,8 @@ def read_rlds(
         ValueError: truncated or damaged file, missing camera or feature, NaN, lengths that differ.
     """
     # episodes are named after the data set, not its version: libero_spatial_no_noops/1.0.0/<file>
-    folder = path.parent.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name) else path.parent
+    folder = Path(os.path.abspath(path)).parent
+    folder = folder.parent if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) else folder
 
     def read(content: np.ndarray, at: int, name: str, where: str) -> Episode | None:
         try:
@@ -71,6 +78,7 @@ def read_rlds(
             for key, feature in sorted(features.items())
             if key.startswith("steps/observation/") and _is_image(content, feature)
         }
+        keys = {name: key for name, key in keys.items() if not _is_placeholder(features, name)}
         picked = pick_camera(keys, camera, where)
         cameras = {
             name: _frames(content, features[key], budget, f"{where}/{key}")
@@ -117,7 +125,7 @@ def _promised(path: Path) -> int:
 
 
 def _outcome(content: np.ndarray, features: dict[str, Feature], where: str) -> bool | None:
-    """Return whether an episode succeeded, by its metadata or a folder of its path, as in DROID; None: not known."""
+    """Return whether an episode succeeded, by its metadata or a folder of its path; None: not known."""
     about = {}
     for key, value in features.items():
         if key.startswith("episode_metadata/"):
@@ -134,11 +142,18 @@ def _texts(content: np.ndarray, places: Blobs) -> list[str]:
     return [content[o : o + n].tobytes().decode() for o, n in zip(places.offsets.tolist(), places.sizes.tolist())]
 
 
+def _is_placeholder(features: dict[str, Feature], camera: str) -> bool:
+    """Return whether an episode says that it lacks a camera, as Bridge does, whose images are then black."""
+    there = features.get(f"episode_metadata/has_{camera}")
+    return isinstance(there, np.ndarray) and len(there) == 1 and not there[0]
+
+
 def _is_image(content: np.ndarray, feature: Feature) -> bool:
     if not isinstance(feature, Blobs) or not len(feature.offsets):
         return False
     start = int(feature.offsets[0])
-    return content[start : start + 4].tobytes().startswith(MAGIC)
+    head = content[start : start + 25].tobytes()
+    return head.startswith(MAGIC) and not (head.startswith(b"\x89PNG") and head[24] == DEPTH_BITS)
 
 
 def _frames(content: np.ndarray, places: Blobs, budget: Budget, where: str) -> Frames:

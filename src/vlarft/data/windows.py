@@ -96,8 +96,8 @@ class WindowSampler:
             raise ValueError(f"episodes differ in image size: {sorted(sizes)}; collect them at one size")
         self.episodes, self.num_frames, self.chunk = list(episodes), num_frames, chunk
         self.context_lookback = context_lookback
-        starts = [(i, t) for i, episode in enumerate(self.episodes) for t in range(len(episode) - num_frames + 1)]
-        if not starts:
+        counts = [max(0, len(episode) - num_frames + 1) for episode in self.episodes]
+        if not any(counts):
             longest = max(episodes, key=len)
             raise ValueError(
                 f"no episode has the {num_frames} frames of a window; the longest has {len(longest)}, {longest.name}"
@@ -108,9 +108,10 @@ class WindowSampler:
                 f"are left out, first {short[0]}",
                 stacklevel=2,
             )
-        self.starts = np.array(starts)  # (N, 2)
-        failed = np.array([not self.episodes[i].success for i, _ in starts])
-        mostly = len(starts) / 2 < failed.sum() < len(starts)
+        times = np.concatenate([np.arange(count) for count in counts])
+        self.starts = np.stack([np.repeat(np.arange(len(counts)), counts), times], axis=1)  # (N, 2)
+        failed = np.repeat([not episode.success for episode in self.episodes], counts)
+        mostly = len(failed) / 2 < failed.sum() < len(failed)
         self._halves = (np.flatnonzero(~failed), np.flatnonzero(failed)) if mostly else ()
         if num_workers is None:
             num_workers = min(4, max(1, (os.cpu_count() or 1) // 2))
@@ -269,10 +270,6 @@ def _key_positions(episode: Episode) -> np.ndarray:
     The first three proprio dimensions are taken as the hand position, for any robot.
     """
     closed = episode.intended[:, list(episode.grippers)] > 0  # (T, G)
-    out = np.empty((len(episode), min(3, episode.proprio.shape[1])), np.float32)
-    position = episode.proprio[-1, :3]
-    for t in reversed(range(len(episode))):
-        if t + 1 < len(episode) and (closed[t + 1] != closed[t]).any():
-            position = episode.proprio[t + 1, :3]
-        out[t] = position
-    return out
+    events = np.append(1 + np.flatnonzero((closed[1:] != closed[:-1]).any(1)), len(episode) - 1)
+    following = np.searchsorted(events, np.arange(len(episode)), side="right").clip(max=len(events) - 1)  # after t
+    return episode.proprio[events[following], :3].astype(np.float32)
