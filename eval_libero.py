@@ -430,6 +430,21 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     return records
 
 
+CUDA_CONTEXT = 1 << 30  # bytes of a process that uses a GPU, before any model
+
+
+def workers_of(cfg: Config) -> int:
+    """Return how many workers play: on a GPU, no more than its memory has room for their copies of the models."""
+    models = [model for path in cfg.policies if Path(path).exists() for model in players(cfg, path)]
+    if not torch.cuda.is_available() or not models:
+        return cfg.workers
+    each = 1.5 * max(checkpoint_file(model).stat().st_size for model in models) * len(players(cfg, "")) + CUDA_CONTEXT
+    room = max(1, int(torch.cuda.mem_get_info()[0] // each))
+    if room < cfg.workers:
+        print(f"{room} workers in place of {cfg.workers}: the GPU has room for as many policies", file=sys.stderr)
+    return min(cfg.workers, room)
+
+
 def check_plan(cfg: Config) -> None:
     """Find what is wrong with --plan before the first episode."""
     if cfg.plan == 1:
@@ -486,7 +501,7 @@ def main(cfg: Config) -> dict:
         (out_dir / "episodes.jsonl").open("ab", buffering=0) as file,
         tqdm(total=total, initial=len(done), desc="episodes", mininterval=1) as bar,
     ):
-        for _, played, deaths in run_jobs(play, jobs, cfg.workers, start=one_thread):
+        for _, played, deaths in run_jobs(play, jobs, workers_of(cfg), start=one_thread):
             for record in played:
                 record["worker_deaths"] = deaths
                 records.append(record)

@@ -26,7 +26,7 @@ from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import load_model, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.token_sampling import Sampling
-from vlarft.tokenizer import Context
+from vlarft.tokenizer import Context, FrameTokenizer
 from vlarft.world_model import WorldModel
 
 
@@ -73,11 +73,11 @@ def imagine(cfg: Config) -> dict[str, tuple[WorldModel, Tensor, Context]]:
     return found
 
 
-def decode_all(model: WorldModel, tokens: Tensor, context: Context) -> Tensor:
+def decode_all(network: FrameTokenizer, tokens: Tensor, context: Context) -> Tensor:
     """Decode every frame, including repeated ones."""
     own, tokenizer.distinct_frames = tokenizer.distinct_frames, lambda rows: (rows, None)
     try:
-        return model.tokenizer.decode(tokens, context)
+        return network.decode(tokens, context)
     finally:
         tokenizer.distinct_frames = own
 
@@ -93,7 +93,7 @@ def main(cfg: Config) -> dict:
     for name, (model, tokens, context) in imagine(cfg).items():
         versions = {
             "ours": partial(model.tokenizer.decode, tokens, context),
-            "all": partial(decode_all, model, tokens, context),
+            "all": partial(decode_all, model.tokenizer, tokens, context),
         }
         apart = (versions["ours"]() - versions["all"]()).abs().max().item()
         if not apart <= 1e-4:

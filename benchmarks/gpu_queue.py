@@ -108,11 +108,12 @@ BY_HAND = {
         "results/undone_gpu.json",
     ),
     "world-model study: which factors raise action sensitivity": (
-        "python studies/wm_study.py --out results/wm_study_gpu.json",
+        "python studies/base.py && python studies/wm_study.py --out results/wm_study_gpu.json",
         "results/wm_study_gpu.json",
     ),
-    "step times of preset `paper` on 8 GPUs, to compare with the predictions of `docs/scaling.md`": (
-        "torchrun --nproc-per-node 8 train_sft.py --preset paper --init random --demos DEMOS --steps 100",
+    "step times of SFT of preset `paper` on 8 GPUs, to compare with the predictions of `docs/scaling.md`": (
+        "torchrun --nproc-per-node 8 train_sft.py --preset paper --init random --demos DEMOS --steps 100 "
+        "--out-dir runs/scaling && cp runs/scaling/log.jsonl results/scaling_8gpu.jsonl",
         "results/scaling_8gpu.jsonl",
     ),
 }
@@ -185,7 +186,10 @@ def listing() -> str:
 
 def commit() -> str:
     """Return the checkout's commit, or "unknown" outside git."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git at all
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 

@@ -24,6 +24,7 @@ from timing import machine
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.script import clear_errors
+from vlarft.world_model import WorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 15 * 2**20  # bytes
@@ -65,9 +66,9 @@ def split(model: Path, folder: Path) -> list[Path]:
     """Write a model's weights in bfloat16, in pieces of at most `PIECE` bytes, each with the metadata of the whole."""
     with safe_open(model, "pt") as file:
         metadata = file.metadata()
-    pieces, size = [{}], 0
+    pieces, size, weights = [{}], 0, {name for name, _ in WorldModel.load(model).named_parameters()}
     for name, value in load_file(model).items():
-        value = value.to(torch.bfloat16) if value.dtype == torch.float32 else value
+        value = value.to(torch.bfloat16) if name in weights else value  # not ranges and statistics
         if pieces[-1] and size + value.nbytes > PIECE:
             pieces, size = [*pieces, {}], 0
         pieces[-1][name], size = value.contiguous(), size + value.nbytes
@@ -106,6 +107,7 @@ def main(cfg: Config) -> dict:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: torch finds no GPU here")
     out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     runs = Path(cfg.runs_dir or ROOT / "runs" / f"gpu_world_model_{cfg.stage_preset}_{cfg.device}")
     demos, tokenizer, model = (str(runs / name) for name in ("demos", "tokenizer", "wm"))
     if cfg.demos is None:

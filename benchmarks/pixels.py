@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from distinct import decode_all
 from rft_versions import random_perceptual
 from rollout import SIZES
 from timing import alternate, machine, peak_rate, ratio, work_and_share
@@ -79,7 +80,7 @@ class Workload:
         group, frames = self.tokens.shape[1:3]
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(group * frames)
         context: Context = self.context.starts(rows)
-        images = self.tokenizer.decode(self.tokens.flatten(0, 2)[:, None], context)[:, 0]
+        images = decode_all(self.tokenizer, self.tokens.flatten(0, 2)[:, None], context)[:, 0]
         return images.unflatten(0, self.tokens.shape[:3])
 
     def decode_torch_norm(self) -> Tensor:

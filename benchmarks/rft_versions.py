@@ -80,7 +80,8 @@ class Workload:
         if device == "cuda":
             self.world_model.to_bfloat16()
             self.distance.to_bfloat16()
-        self.llama = rollout_benchmark.llama_of(self.world_model).eval()
+        released = "as released" in (cfg.versions or ())
+        self.llama = rollout_benchmark.llama_of(self.world_model).eval() if released else None
         if cfg.compile:
             self.world_model.tokenizer.cond_decoder.compile()
             self.distance.compile_network()
@@ -106,7 +107,7 @@ class Workload:
         """Return the same step with its frozen networks in bfloat16."""
         low = copy(self)
         low.world_model, low.distance = deepcopy(self.world_model).to_bfloat16(), deepcopy(self.distance)
-        low.llama = deepcopy(self.llama).bfloat16()
+        low.llama = self.llama and deepcopy(self.llama).bfloat16()
         low.distance.to_bfloat16()
         low.cfg = replace(self.cfg, precision="bf16")
         return low

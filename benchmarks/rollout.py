@@ -204,6 +204,7 @@ def generate_frames(
             max_new_tokens=length,
             min_new_tokens=length,
             do_sample=False,
+            disable_compile=True,  # which it would do by itself with a static cache on a GPU
             logits_processor=transformers.LogitsProcessorList([future_codes_only]),
         )
         frames.append(ids[:, -length:])

@@ -94,6 +94,9 @@ def without_data() -> contextlib.ExitStack:
     stack.enter_context(patch.object(FrameTokenizer, "_check", lambda *_: None))
     for name in ("encode_actions", "encode_proprio"):
         stack.enter_context(patch.object(Normalizer, name, lambda self, values: values))
+    for name in ("group_norm", "layer_norm"):  # autocast computes them in float32 on a GPU, and not on a CPU
+        norm = getattr(F, name)
+        stack.enter_context(patch.object(F, name, lambda x, *rest, norm=norm: norm(x.float(), *rest)))
     return stack
 
 

@@ -264,13 +264,17 @@ def symmetric(cfg: train_rft.Config) -> Hooks:
     """Use --reward with mirror images, see `SymmetricScorer`.
 
     Raises:
-        ValueError: R1, which is symmetric as it is.
+        ValueError: R1, which is symmetric as it is, or a world model that poses drive, whose bins are no actions.
     """
     if cfg.reward == "r1":
         raise ValueError("variant symmetric is for rewards in a world model; r1 counts both sides alike as it is")
     device = distributed.setup()
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
     world_model, distance = train_rft.load_world_model(cfg, policy, extra, device)
+    if world_model.cfg.pose_dims:
+        raise ValueError(
+            f"variant symmetric is for actions; poses drive {cfg.world_model}: train it with --pose-dims 0"
+        )
     make = partial(make_scorer, cfg.reward, world_model, distance, cfg.imagination)
     scorers = (SymmetricScorer(make(part), world_model.action_bins) for part in (distributed.part(), (0, 1)))
     return dict(zip(("score", "score_held_out"), scorers))

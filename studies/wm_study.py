@@ -42,7 +42,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "default": Arm([]),
-    "three times as long": Arm(["--steps", "4500"]),
+    "three times as long": Arm(["--steps", "6000"]),
     "demonstrations only": Arm(["--experts-only"]),
     "no stale frames": Arm(["--stale", "0"]),
     "paper's token rows": Arm(["--no-factored-tokens"]),

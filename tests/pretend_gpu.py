@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the script
 
 DEVICE = torch.device("privateuseone", 0)  # torch's place for a device from outside; `start` names it
 # CUDA takes CPU tensors here: as source or target of a copy, and as indices
-MIXED = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index_put", "_copy_from"}
+INDEXING = {"index", "index_put_", "_index_put_impl_", "index_put"}
+MIXED = {"copy_", "_to_copy", "_copy_from", *INDEXING}
 
 
 class Backend:
@@ -95,8 +96,11 @@ def run(func, args, kwargs):
             strangers.append(x)
         return x
 
+    name, indexed = func._schema.name.split("::")[1], args[0] if args else None
     args, options = each(args, plain), {name: each(value, plain) for name, value in kwargs.items()}
-    if strangers and func._schema.name.split("::")[1] not in MIXED:
+    if name in INDEXING and not isinstance(indexed, OnDevice):
+        raise RuntimeError(f"{func}: indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+    if strangers and name not in MIXED:
         raise RuntimeError(f"{func}: expected all tensors on one device, found {tuple(strangers[0].shape)} on the CPU")
     moved = {"device": torch.device("cpu"), "pin_memory": False}
     out = func(*args, **{key: moved[key] if key in moved and value else value for key, value in options.items()})

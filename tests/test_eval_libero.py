@@ -133,6 +133,15 @@ def test_worker_processes_play_the_same(config, tmp_path):
     assert [r["actions"] for r in records(config)] == [r["actions"] for r in records(parallel)]
 
 
+def test_no_more_workers_than_the_gpu_has_room_for(config, monkeypatch, capsys):
+    config = dataclasses.replace(config, workers=64)
+    assert eval_libero.workers_of(config) == 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 8 << 30))
+    assert eval_libero.workers_of(config) == 4 and "4 workers in place of 64" in capsys.readouterr().err
+    assert eval_libero.workers_of(dataclasses.replace(config, workers=0)) == 0
+
+
 def test_interrupted_evaluation_goes_on(config, monkeypatch, capsys):
     config = dataclasses.replace(config, batch_size=1)
     real, calls = eval_libero.play, []

@@ -307,7 +307,8 @@ def test_broken_tables_are_refused(tmp_path):
     path.write_bytes(content)
     rewrite(root, "action", lambda c: pa.array([[*row[:6], 50 * row[6]] for row in c.to_pylist()]))
     with pytest.raises(
-        ValueError, match=r"set/episode_000000: the gripper action \(dimension 6\) lies in \[-50, 50\]; .*--gripper OPEN"
+        ValueError,
+        match=r"set/episode_000000: the gripper action \(dimension 6\) lies in \[-50, 50\]; .*--gripper OPEN",
     ):
         load_episodes(root)
     rewrite(root, "action", lambda c: pa.array([[*row[:6], float(row[6] > 0)] for row in c.to_pylist()]))

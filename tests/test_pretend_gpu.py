@@ -76,10 +76,15 @@ def test_a_tensor_left_on_the_cpu_is_an_error(tmp_path):
         "def main(cfg):\n"
         "    x = torch.ones(3, device=d.setup())\n"
         "    print((x + x).cpu(), x.sum().item(), (x * torch.tensor(2.0)).tolist())\n"
+        "    where = torch.zeros(1, dtype=torch.long)\n"
+        "    print(x[where].cpu(), end=' ')\n"  # CPU indices of a tensor on the device: as CUDA allows
+        "    try:\n        torch.ones(3)[where.to(x.device)]\n"
+        "    except RuntimeError as error:\n        print(error)\n"
         "    x + torch.ones(3)\n"
     )
     command = [sys.executable, str(ROOT / "tests" / "pretend_gpu.py"), "forgetful"]
     ran = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert ran.returncode == 1
     assert "tensor([2., 2., 2.]) 3.0 [2.0, 2.0, 2.0]" in ran.stdout
+    assert "tensor([1.]) aten.index.Tensor: indices should be either on cpu or on the same device" in ran.stdout
     assert "expected all tensors on one device, found (3,) on the CPU" in ran.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -557,7 +558,7 @@ def test_resume_equals_no_interruption(rft_config, tmp_path, monkeypatch, varian
         assert all(torch.equal(slots[k], others[k]) for k in slots)
 
 
-def test_refusals(rft_config):
+def test_refusals(rft_config, monkeypatch):
     with pytest.raises(ValueError, match="--variant names what to change, one of release, flow_sde"):
         variants.main(config(rft_config, None))
     with pytest.raises(ValueError, match="variant rwr weighs whole chunks: leave out --per-step"):
@@ -568,12 +569,17 @@ def test_refusals(rft_config):
         variants.main(config(rft_config, "release", micro_starts=1))
     with pytest.raises(ValueError, match="variant symmetric is for rewards in a world model; r1 counts both sides"):
         variants.main(config(rft_config, "symmetric"))
+    monkeypatch.setattr(
+        train_rft, "load_world_model", lambda *_: (SimpleNamespace(cfg=SimpleNamespace(pose_dims=6)), None)
+    )
+    with pytest.raises(ValueError, match="poses drive .*train it with --pose-dims 0"):
+        variants.main(dataclasses.replace(config(rft_config, "symmetric"), reward="r3"))
 
 
 def test_command_line(rft_config):
     """As a user types it: the flags of train_rft.py, and the variant."""
     script = Path(__file__).parents[1] / "studies" / "variants.py"
-    files = [f"--{name.replace('_', '-')}={getattr(rft_config, name)}" for name in ("policy", "demos", "out_dir")]
+    files = ["--policy", rft_config.policy, "--demos", *rft_config.demos, "--out-dir", rft_config.out_dir]
     flags = ["--preset", "smoke", "--variant", "gripper_x0", "--reward", "r1", "--gate-starts", "0", "--steps", "1"]
     subprocess.run([sys.executable, str(script), *flags, *files], check=True, capture_output=True)
     stored = json.loads((Path(rft_config.out_dir) / "config.json").read_text())

@@ -77,14 +77,15 @@ class Normalizer(nn.Module):
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).any(1).nonzero()[0])
                 raise ValueError(f"{name} has NaN or infinite values, first in row {bad}; repair the demonstrations")
-        gripper = actions[:, self.grippers]
+        actions, proprio, motion = actions.cpu(), proprio.cpu(), self.motion.cpu()  # wherever the policy is
+        gripper = actions[:, self.grippers.cpu()]
         if (gripper.abs() > 1 + 1e-4).any():
             raise ValueError(
                 "gripper actions must lie in [-1, 1] (-1 open, +1 close), "
                 f"got [{gripper.min():.3g}, {gripper.max():.3g}]"
             )
         levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
-        for name, values in (("action", actions[:, self.motion]), ("proprio", proprio)):
+        for name, values in (("action", actions[:, motion]), ("proprio", proprio)):
             # sort and interpolate here: torch.quantile refuses more than 16M values
             ordered = values.double().sort(0).values  # (N, D)
             position = levels * (len(ordered) - 1)  # (2,), fractional rows of the two quantiles
