@@ -203,7 +203,7 @@ def main(config: Config) -> list[Path]:
             _merge(config, *key)
     waiting = sum(len(list(_parts(path).glob("demo_*.hdf5"))) for path in paths.values())
     count = sum(map(_count, paths.values())) + waiting + len(todo)
-    source = json_digest({**asdict(config), "tasks": chosen, **dict.fromkeys(("out_dir", "lerobot", "workers"))})
+    source = json_digest([_content(config), chosen])
     recorded = not config.lerobot or is_recorded(Path(config.lerobot), count, len(todo), source, config.image_size)
     results = run_jobs(make_demo, [(job,) for job in todo], workers if workers > 1 else 0, start=one_thread)
     problems: dict[tuple[str, int], list[str]] = {}

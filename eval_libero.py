@@ -300,13 +300,14 @@ def recordings(cfg: Config, records: list[dict]) -> dict[str, Path]:
         root = Path(cfg.lerobot if len(cfg.policies) == 1 else f"{cfg.lerobot}_policy{number}")
         total = cfg.episodes * sum(len(_tasks(cfg, suite)) for suite in cfg.suites)
         own = [r for r in records if r["policy"] == path]
-        if not is_recorded(root, total, total - len(own), _source(own), cfg.image_size):
+        if not is_recorded(root, total, total - len(own), _source(cfg, own), cfg.image_size):
             found[path] = root
     return found
 
 
-def _source(records: list[dict]) -> str:
-    return json_digest(sorted((r["suite"], r["task"], r["init_state"], r["actions"]) for r in records))
+def _source(cfg: Config, records: list[dict]) -> str:
+    played = sorted((r["suite"], r["task"], r["init_state"], r["actions"]) for r in records)
+    return json_digest([cfg.image_size, cfg.fast_rendering, cfg.perturb, played])
 
 
 def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path]) -> None:
@@ -319,7 +320,7 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
             policy = _policy(path, own[0]["digest"])
             options |= {"size": cfg.image_size or policy.vlm.image_size, "cameras": policy.cfg.cameras}
         episodes = tqdm(replay_episodes(own, **options), total=len(own), desc=f"recording {root}", disable=None)
-        print(f"{write_lerobot(root, episodes, CONTROL_FREQ, source=_source(own))} episodes -> {root}")
+        print(f"{write_lerobot(root, episodes, CONTROL_FREQ, source=_source(cfg, own))} episodes -> {root}")
 
 
 def _tasks(cfg: Config, suite: str) -> list[int]:
@@ -399,6 +400,7 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     """
     log = Path(cfg.out_dir) / "episodes.jsonl"
     text, records, others, damaged = log.read_text(errors="replace") if log.is_file() else "", [], 0, 0
+    changed: set[str] = set()
     places = {checkpoint_file(path).resolve(): path for path in cfg.policies}
     known = {path: {digest} for path, digest in digests.items()}
     for path in (path for path in known if text and Path(path).exists()):  # older versions took the files' digests
@@ -415,9 +417,10 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
             records.append({**record, "policy": path, "digest": digests[path]})
         else:
             others += 1
+            changed |= {path} - {None}
     if others:
         print(f"{log}: {others} episodes of policies that have changed since are played again", file=sys.stderr)
-        for name in ("results.json", "policy*_success.*", "policy*_failure.*"):  # of policies that are gone
+        for name in ("results.json", *(f"policy{cfg.policies.index(path)}_*" for path in changed)):
             for stale in Path(cfg.out_dir).glob(name):
                 stale.unlink()
     if damaged:
@@ -435,13 +438,16 @@ CUDA_CONTEXT = 1 << 30  # bytes of a process that uses a GPU, before any model
 
 def workers_of(cfg: Config) -> int:
     """Return how many workers play: on a GPU, no more than its memory has room for their copies of the models."""
-    models = [model for path in cfg.policies if Path(path).exists() for model in players(cfg, path)]
-    if not torch.cuda.is_available() or not models:
+    policies = [path for path in cfg.policies if path != "random" and not path.endswith(".jsonl")]
+    if not torch.cuda.is_available() or not policies:
         return cfg.workers
-    each = 1.5 * max(checkpoint_file(model).stat().st_size for model in models) * len(players(cfg, "")) + CUDA_CONTEXT
+    judges = players(cfg, "")[1:]
+    # twice a file, which may be bfloat16; of the policies, as many as `_policy` keeps
+    sizes = sorted(2 * checkpoint_file(path).stat().st_size for path in policies)[-2:]
+    each = CUDA_CONTEXT + sum(sizes) + sum(2 * checkpoint_file(path).stat().st_size for path in judges)
     room = max(1, int(torch.cuda.mem_get_info()[0] // each))
     if room < cfg.workers:
-        print(f"{room} workers in place of {cfg.workers}: the GPU has room for as many policies", file=sys.stderr)
+        print(f"{room} workers in place of {cfg.workers}: the GPU has no room for more copies", file=sys.stderr)
     return min(cfg.workers, room)
 
 

@@ -490,7 +490,8 @@ def main(cfg: Config) -> dict:
         out_dir = Path(cfg.out_dir)
         write_json(out_dir / "results.json", results)
         draw_rollouts(model, batch, out_dir, autocast)
-        (out_dir / "episodes.gif").unlink(missing_ok=True)  # of the command before
+        for name in ("episodes.gif", "episodes.png"):
+            (out_dir / name).unlink(missing_ok=True)  # of the command before
         if cfg.episodes:
             titles = to_film(whole, results["episodes"]["recorded"], cfg.greedy)
             draw_episodes(model, whole, titles, out_dir, autocast)

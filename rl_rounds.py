@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from vlarft.data import load_episodes
+from vlarft.run import migration
 from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Range, Rate, Share, opt
 from vlarft.run.script import run_script
@@ -135,7 +136,8 @@ def main(cfg: Config) -> list[dict]:
     load_episodes(cfg.demos)  # these raise before anything is recorded
     for path in (cfg.policy, cfg.world_model):
         read_header(path)
-    open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"), models=("policy", "world_model"))
+    models = ("policy", "world_model")
+    open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"), older=migration.rl_rounds, models=models)
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
         policy, world_model = run_round(cfg, number, policy, world_model)

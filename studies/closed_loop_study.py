@@ -47,7 +47,6 @@ NO_END = 10**6
 POSE_DIMS = 6  # position and axis-angle
 FALSE_SUCCESSES = 0.15  # the share that a threshold allows: of some dozen held-out failures one or two
 COPIES = 8  # of the SFT policy along its training
-PLAYED = 64  # actions of an evaluated episode at most: no success of these tasks takes longer
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Config:
     rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
     candidates: int = opt(8, "chunks that planning chooses from")
+    played: int = opt(64, "steps after which an evaluated episode ends; no success of these tasks takes longer")
 
 
 FREE = "out_dir", "out", "suites", "seeds", "arms"  # may differ in one JSON file
@@ -256,7 +256,7 @@ def measure(cfg: Config, runs: Runs, name: str) -> dict:
     for perturb in cfg.perturb:
         for x0 in ("zero", "sampled"):
             kind = f"{name}_{perturb}_{x0}".translate(str.maketrans(" ,:", "___"))
-            more = "--noise", x0, "--horizon", str(PLAYED), *map(str, flags)
+            more = "--noise", x0, "--horizon", str(cfg.played), *map(str, flags)
             outcomes = starts.play(runs.own / "eval" / kind, policy, perturb, *more)
             found[f"{perturb}, {x0}"] = "".join(str(int(outcomes[start])) for start in sorted(outcomes))
     log = read_lines(policy / "log.jsonl")

@@ -373,7 +373,7 @@ def places() -> Iterator[Places]:
         play = {"policies": (str(root / "player"),), "batch_size": 1, "episodes": 3}
         evaluation = replace(eval_libero.PRESETS["smoke"], **play, workers=0)
         collection = replace(collect_demos.PRESETS["smoke"], tasks=("0",), demos_per_task=2, workers=1)
-        rounds = replace(rl_rounds.PRESETS["smoke"], **models, demos=str(demos), episodes=4)
+        rounds = replace(rl_rounds.PRESETS["smoke"], **models, demos=(str(demos),), episodes=4)
 
         train_tokenizer.main(replace(tokenizer, out_dir=str(root / "tokenizer")))
         train_sft.main(replace(sft, out_dir=str(root / "sft")))

@@ -148,7 +148,7 @@ def test_the_gains_of_the_demos_by_hand():
 def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd):
     """One round of recording, refresh, judge, closed-loop learning and evaluation; a second call does nothing."""
     out = smoke.folder / "runs" / "demo"
-    places = {"policy": str(out / "sft"), "world_model": str(out / "wm"), "demos": str(out / "demos")}
+    places = {"policy": str(out / "sft"), "world_model": str(out / "wm"), "demos": (str(out / "demos"),)}
     cfg = dataclasses.replace(rl_rounds.PRESETS["smoke"], **places, out_dir=str(tmp_path))
     rows = rl_rounds.main(cfg)
     assert len(rows) == 2 and "against_first" in rows[1]

@@ -124,10 +124,12 @@ def test_cameras_that_an_episode_lacks(tmp_path):
     Image.fromarray(np.full((SIZE, SIZE), 1000, np.uint16)).save(deep, "png")
     first = {**content(0), "steps/observation/depth": [deep.getvalue()] * STEPS, "episode_metadata/has_image": [1]}
     first["episode_metadata/has_wrist_image"] = [0]
-    make(tmp_path, [first])
-    assert list(every_camera(tmp_path)[0].cameras) == ["image"]
-    with pytest.raises(ValueError, match="no camera 'eye_in_hand'"):
-        load_episodes(tmp_path, "eye_in_hand")
+    make(tmp_path, [first, content(1)])
+    assert list(every_camera(tmp_path)[0].cameras) == ["image", "wrist_image"] and len(load_episodes(tmp_path)) == 2
+    with pytest.warns(
+        UserWarning, match="1 episodes say that they have no camera eye_in_hand, first .*episode_0: left out"
+    ):
+        assert len(load_episodes(tmp_path, "eye_in_hand")) == 1
 
 
 def test_a_download_leaves_hidden_files(tmp_path):

@@ -10,7 +10,6 @@ without a simulator the gate asks whether the reward ranks chunks as R1 does.
 Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
 
-import math
 import warnings
 
 import numpy as np
@@ -89,8 +88,8 @@ def trust_gate(
         `gate`, the value to compare with the threshold: the lower of the two families' Spearman correlations, with the
         true error if `true_reward` is given, else with the action error. For each family, `gate_dataset` (perturbed
         demonstrations) and `gate_policy`: Spearman with the action error; with `_se`, its standard error over the
-        episodes of the starts, nan for one; with `_pairs`, the share of pairs in the right order. `_true`, `_true_se`
-        and `_true_pairs` are the same for the true error.
+        episodes of the starts (of one alone, over its starts); with `_pairs`, the share of pairs in the right order.
+        `_true`, `_true_se` and `_true_pairs` are the same for the true error.
 
     Raises:
         ValueError: fewer than three chunks in a family, too few for a ranking.
@@ -148,10 +147,9 @@ def check_gate(found: dict[str, float], threshold: float | None, reward: str) ->
         f"{ranks['dataset']} (± standard error) around the demonstrations' actions and {ranks['policy']} among chunks "
         f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}"
     )
-    if not any(math.isnan(v) or v + 1.96 * deviation < threshold for v, deviation in pairs.values()):
+    if all(value + 1.96 * deviation >= threshold for value, deviation in pairs.values()):
         warnings.warn(
-            f"{ranked}, by less than chance may do (nan: one held-out episode does not tell): hold out more "
-            "episodes, or give more --gate-starts",
+            f"{ranked}, by less than chance may do: hold out more episodes, or give more --gate-starts",
             stacklevel=2,
         )
         return

@@ -207,7 +207,7 @@ def check_same_robot(policy: VLAPolicy, world_model: WorldModel, *, closed_loop:
         if ratios.max() < 0.4 or not 0.1 < spread < 40:
             raise ValueError(
                 f"actions: the policy's range is {spread:.2g} times the standard deviation of those that the world "
-                f"model learned from, 0.3 to 10 in equal units; {advice}"
+                f"model learned from (median; at most {ratios.max():.2g}), 2 to 10 in equal units; {advice}"
             )
         return
     wm_low, wm_high = world_model.action_bins.low[motion], world_model.action_bins.high[motion]  # (A - G,)

@@ -60,13 +60,15 @@ def rank_agreement(score: Tensor, error: Tensor, unit: Tensor | None = None) -> 
     Args:
         score, error: see above.
         unit: (S,), numbers of what was sampled independently, such as the episode of each row; None = the rows. The
-            standard error is over these; nan for a single one.
+            standard error is over these; of a single one over its rows, which is then too small.
     """
     decided = error.amax(-1) > error.amin(-1)  # (S,)
     score, error = score[decided], error[decided]
     rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)  # nan: a constant score
-    of = torch.arange(len(rank)) if unit is None else unit.cpu()[decided.cpu()].unique(return_inverse=True)[1]
-    count = int(of.max()) + 1 if len(of) else 0
+    rows = torch.arange(len(rank))
+    of = rows if unit is None else unit.cpu()[decided.cpu()].unique(return_inverse=True)[1]
+    of = of if of.any() else rows
+    count = len(of.unique())
     sums = torch.zeros(count, dtype=rank.dtype).index_add(0, of, (rank - rank.mean()).cpu())  # of each unit
     standard_error = float((sums.square().sum() * count / (count - 1)).sqrt() / len(rank)) if count > 1 else math.nan
     return RankAgreement(float(rank.mean()), standard_error, float(pairs.mean()))

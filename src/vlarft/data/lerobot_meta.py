@@ -160,7 +160,7 @@ def read_entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[En
             {k: (*place, math.inf) for k, place in videos.items() if place},
             read_outcome(row.get("success"), where),
             str(row.get("kind") or "expert"),
-            None if row.get("start") is None else str(row["start"]),
+            None if row.get("start") in (None, "") or row["start"] != row["start"] else str(row["start"]),  # not NaN
         )
         entries.append(entry)
     if isinstance(promised := info.get("total_episodes"), int) and promised > len(entries):

@@ -102,7 +102,7 @@ def is_recorded(root: Path, count: int, new: int, source: str, image_size: int |
             f"{root} exists, with {there or 'no'} episodes; {count} are to be recorded, {new} of them not made yet. A "
             "LeRobot data set cannot be continued: remove it, or give another folder"
         )
-    if of != source:
+    if of not in (None, source):  # None: of an older version
         raise FileExistsError(f"{root} exists, with {there} episodes of another run: remove it, or give another folder")
     print(f"{root}: recorded already")
     return True

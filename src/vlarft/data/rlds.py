@@ -3,14 +3,16 @@
 An episode is one tf.train.Example. Its features are flat lists over the steps: steps/action (7 floats per step),
 steps/observation/state (8), steps/language_instruction, and steps/observation/<camera>: JPEG or PNG files, already
 turned as public policies see them. The gripper is LIBERO's, -1 open and +1 close. An episode failed if
-episode_metadata/success says so, or if its path there has a folder failure. Cameras that episode_metadata/has_<camera>
-denies, as in Bridge, are left out, and so are PNGs of 16 bits, which are depth. Checksums are verified on opening.
+episode_metadata/success says so, or if its path there has a folder failure. Episodes that deny the camera
+(episode_metadata/has_<camera>, as in Bridge) are left out, and so are PNGs of 16 bits, which are depth.
+Checksums are verified on opening.
 """
 
 import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +67,8 @@ def read_rlds(
     folder = Path(os.path.abspath(path)).parent
     folder = folder.parent if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) else folder
 
+    lacking: list[str] = []  # episodes without the camera
+
     def read(content: np.ndarray, at: int, name: str, where: str) -> Episode | None:
         try:
             features = parse_example(content, at)
@@ -78,8 +82,10 @@ def read_rlds(
             for key, feature in sorted(features.items())
             if key.startswith("steps/observation/") and _is_image(content, feature)
         }
-        keys = {name: key for name, key in keys.items() if not _is_placeholder(features, name)}
         picked = pick_camera(keys, camera, where)
+        if camera is not None and _is_placeholder(features, picked):
+            lacking.append(name)
+            return None
         cameras = {
             name: _frames(content, features[key], budget, f"{where}/{key}")
             for name, key in keys.items()
@@ -107,6 +113,11 @@ def read_rlds(
         count, name = number + 1, f"{folder.name}/{path.name}/episode_{number}"
         if keep(name, True, "expert"):
             yield functools.partial(read, content, at, name, f"{path}: record {number}")
+    if lacking:
+        warnings.warn(
+            f"{path}: {len(lacking)} episodes say that they have no camera {camera}, first {lacking[0]}: left out",
+            stacklevel=2,
+        )
     if count < (promised := _promised(path)):
         raise ValueError(f"{path} has {count} of {promised} records: the download is incomplete")
 

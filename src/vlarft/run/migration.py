@@ -150,6 +150,11 @@ def train_sft(stored: Mapping[str, Any], where: str, *, augment: Named) -> dict[
     return _several(values, "demos")
 
 
+def rl_rounds(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Translate the configuration of a rl_rounds.py run."""
+    return _several(stored, "demos")
+
+
 def train_rft(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Translate the configuration of a train_rft.py run."""
     variant = "studies/variants.py has it as --variant "
