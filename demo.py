@@ -1,7 +1,7 @@
 """Run the whole pipeline, from nothing: demonstrations, tokenizer, world model, SFT, RFT, evaluation (Algorithm 1 on a
 laptop).
 
-    python demo.py                     preset tiny: 12 to 20 minutes on 2 CPU cores
+    python demo.py                     preset tiny: 11 to 14 minutes on 2 CPU cores with AMX
     python demo.py --seed 1            the same with other demonstrations, splits, weights and noise
     python demo.py --preset smoke      the same stages at sizes that prove nothing, in one or two minutes
 
