@@ -107,8 +107,8 @@ BY_HAND = {
         "python benchmarks/undone.py --sizes paper --device cuda --out results/undone_gpu.json",
         "results/undone_gpu.json",
     ),
-    "world-model study: which factors raise action sensitivity": (
-        "python studies/base.py && python studies/wm_study.py --out results/wm_study_gpu.json",
+    "world-model study, after `studies/base.py`: which factors raise action sensitivity": (
+        "python studies/wm_study.py --out results/wm_study_gpu.json",
         "results/wm_study_gpu.json",
     ),
     "step times of SFT of preset `paper` on 8 GPUs, to compare with the predictions of `docs/scaling.md`": (
