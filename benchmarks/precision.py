@@ -131,7 +131,7 @@ def main(cfg: Config) -> dict:
         for name, (median, spread) in gains.items():
             found = f"{median:.2f} times as fast as {GAINS[name]} [{spread[0]:.2f}, {spread[1]:.2f}]"
             print(f"{stage}: {name} {found}", flush=True)
-    write_json(cfg.out, report)
+        write_json(cfg.out, report)  # after each stage, since they take long
     return report
 
 
