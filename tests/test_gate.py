@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import train_rft
+from vlarft import gate
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.gate import check_gate, held_out_names, trust_gate
 from vlarft.policy import PolicyConfig, VLAPolicy
@@ -73,6 +74,14 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(pol
         check_gate({**unsure, "gate": 0.1}, 0.25, "r3")  # 0.257 is not below
     with pytest.raises(RuntimeError, match=r"0.10 ± 0.07"):
         check_gate({**unsure, "gate": 0.1, "gate_dataset_se": 0.07}, 0.25, "r3")
+
+
+def test_its_error_is_over_the_episodes_of_the_starts(policy, held_out, world_model_file, monkeypatch):
+    asked, measure = [], gate.agreement
+    monkeypatch.setattr(gate, "agreement", lambda *words: asked.append(words[3:]) or measure(*words))
+    trust_gate(make_scorer("r3", Oracle(WorldModel.load(world_model_file))), policy, held_out, 0, **SIZES)
+    (of,) = asked[0]
+    assert of.tolist() == held_out.index[:, 0].tolist() and 1 < len(of.unique()) < len(of)
 
 
 def test_true_error_decides_where_there_is_one(policy, held_out, world_model_file):
