@@ -468,10 +468,13 @@ def main(cfg: Config) -> dict:
         warn_other_contexts(extra, f"imagining whole episodes: {path}", -1)
         results["episodes"] = evaluate_episodes(model, whole, cfg, distance, autocast, judge)
     if cfg.perceptual == "none":  # the distance is then 0, which would read as perfect
-        whole_ones = (results["episodes"][part] for part in ("chunks", "last_chunk") if cfg.episodes)
-        for metrics in (found for methods in (*results["frames"].values(), *whole_ones) for found in methods.values()):
-            if isinstance(metrics, dict):
-                metrics.pop("perceptual", None)
+        tables = [
+            *results["frames"].values(),
+            *(results["episodes"][part] for part in ("chunks", "last_chunk") if whole),
+        ]
+        for methods in tables:
+            for name in ("imagined", "copy", "difference"):
+                methods.get(name, {}).pop("perceptual", None)
     if distributed.is_main():
         if cfg.starts:
             results["sensitivity"] = evaluate_sensitivity(

@@ -143,3 +143,9 @@ def test_policies_of_older_versions_load(tmp_path):
     save_model(tmp_path / "old.safetensors", policy, old)
     with pytest.warns(UserWarning, match=r"old.safetensors: .* fine-tuned with noisy_dims \[0, 1, 2\], which is gone"):
         assert VLAPolicy.load(tmp_path / "old.safetensors").cfg == policy.cfg
+
+
+def test_one_place_of_demonstrations_becomes_several():
+    for translate in (migration.train_rft, migration.rl_rounds):
+        assert translate({"demos": "demos", "seed": 1}, "config.json") == {"demos": ["demos"], "seed": 1}
+        assert translate({"demos": ["a", "b"]}, "config.json") == {"demos": ["a", "b"]}

@@ -24,7 +24,7 @@ from vlarft.data.tfrecord import Blobs, Feature, parse_example, read_records
 
 SHARD = re.compile(r"(?P<split>.+\.tfrecord.*)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG")
-DEPTH_BITS = 16  # a value of a PNG that is no colour: depth is left out
+DEPTH_BITS = b"\x10"  # 16 bits a value, which no colour of a PNG has here: depth is left out
 
 
 def check_shards(files: list[Path]) -> None:
@@ -164,7 +164,7 @@ def _is_image(content: np.ndarray, feature: Feature) -> bool:
         return False
     start = int(feature.offsets[0])
     head = content[start : start + 25].tobytes()
-    return head.startswith(MAGIC) and not (head.startswith(b"\x89PNG") and head[24] == DEPTH_BITS)
+    return head.startswith(MAGIC) and not (head.startswith(b"\x89PNG") and head[24:] == DEPTH_BITS)  # may be cut short
 
 
 def _frames(content: np.ndarray, places: Blobs, budget: Budget, where: str) -> Frames:
