@@ -549,6 +549,12 @@ def test_fields_that_are_missing_or_null(tmp_path):
         load_episodes(root)
 
 
+def test_starts_may_be_numbers(tmp_path):
+    make(tmp_path / "set", "v2.1", kind="image", lengths=(14, 11, 20))
+    amend(tmp_path / "set", "v2.1", start=[3, 3, float("nan")])
+    assert [e.start for e in load_episodes(tmp_path / "set")] == ["3", "3", None]
+
+
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 def test_a_video_one_frame_short_is_refused(tmp_path, version):
     root = tmp_path / "set"
