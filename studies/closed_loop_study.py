@@ -73,6 +73,7 @@ class Config:
     judge_episodes: int = opt(200, "episodes of each kind and outcome that it learns from, at most")
     rl_steps: int = opt(40, "steps of reinforcement learning in imagination")
     simulator_steps: int = opt(200, "steps of reinforcement learning in the simulator")
+    rl_starts: int = opt(16, "starts per step of either, with 8 episodes from each")
     candidates: int = opt(8, "chunks that planning chooses from")
     played: int = opt(64, "steps after which an evaluated episode ends; no success of these tasks takes longer")
 
@@ -83,7 +84,7 @@ PRESETS = {
     "smoke": Config(
         suites=("tabletop_object",), tasks=("0",), seeds=(0,), perturb=("none",), episodes=2, stage_preset="smoke",
         demos_per_task=6, attempts=8, tokenizer_steps=2, model_steps=2, sft_steps=4, refresh_steps=2, rl_steps=1,
-        judge_steps=2, simulator_steps=1, candidates=2,
+        judge_steps=2, simulator_steps=1, rl_starts=1, candidates=2,
     ),
 }  # fmt: skip
 
@@ -182,7 +183,8 @@ class Runs:
         return attempts, self.models(1, attempts, pose_dims)
 
     def rl(self, name: str, *words: object) -> Path:
-        more = ["--seed", self.seed, "--gate-threshold", 0, "--horizon", self.cfg.horizon]  # 0: measure, and go on
+        more = ["--seed", self.seed, "--horizon", self.cfg.horizon, "--starts", self.cfg.rl_starts]
+        more += ["--gate-threshold", 0]  # measure, and go on
         return self.stage(self.own / name.replace(" ", "_").replace(",", ""), "train_rl.py", *words, *more)
 
     def imagination(
