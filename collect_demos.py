@@ -46,7 +46,8 @@ from vlarft.data.episodes import read_episodes
 from vlarft.data.frames import Budget
 from vlarft.data.hdf5 import demo_names, import_h5py, open_demo_file, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
-from vlarft.policy import VLAPolicy
+from vlarft.policy import PolicyConfig, VLAPolicy
+from vlarft.run.cameras import find_camera
 from vlarft.run.checkpoint import check_room, json_digest, read_header, read_json, write_atomic, write_json
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
@@ -190,11 +191,13 @@ def main(config: Config) -> list[Path]:
     # a task may stand twice, by number and by name
     chosen = list(dict.fromkeys((suite, task) for suite in config.suites for task in _tasks(config, suite)))
     paths = {key: demo_path(config, *key) for key in chosen}
-    jobs = {key: list(_missing(config, *key)) for key in chosen}
+    jobs = {key: _missing(config, *key) for key in chosen}
     todo = [job for key in chosen for job in jobs[key]]
     for suite in dict.fromkeys(job.suite for job in todo if job.index >= FIRST_ON_POLICY):
-        words = suite, _tasks(config, suite), config.image_size, config.fast_rendering
-        check_policy(config.policy, read_header(config.policy), *words)
+        _check_policy(config, suite)
+    for key in chosen:
+        if jobs[key]:
+            _begin(config, *key)
     workers = (os.cpu_count() or 1) if config.workers is None else config.workers
     workers = min(workers, max(len(todo), 1))
     left = {key: len(jobs[key]) for key in chosen}
@@ -333,7 +336,7 @@ def _collection(path: Path) -> tuple[dict, set[str]]:
         return json.loads(file["data"].attrs["env_args"]).get("collection", {}), set(demo_names(file["data"]))
 
 
-def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
+def _missing(config: Config, suite: str, task: int) -> list[Job]:
     """Find the jobs of one task that neither its file nor its parts hold; check that both have the same settings."""
     path = demo_path(config, suite, task)
     settings, parts = _parts(path) / "settings.json", set(_parts(path).glob("demo_*.hdf5"))
@@ -349,10 +352,26 @@ def _missing(config: Config, suite: str, task: int) -> Iterator[Job]:
         visuals, attempts = visuals_of(suite), jobs[-1].index >= FIRST_ON_POLICY
         for where, (collection, names) in found.items():
             _check_additions(where, collection, names, visuals, attempts)
-        if not parts:
-            settings.parent.mkdir(parents=True, exist_ok=True)
-            write_json(settings, {**_content(config), "visuals": visuals, "policy_plays_on": True})
-    return iter(jobs)
+    return jobs
+
+
+def _begin(config: Config, suite: str, task: int) -> None:
+    """Write the settings of a task's parts, if there are no parts yet."""
+    parts = _parts(demo_path(config, suite, task))
+    if not any(parts.glob("demo_*.hdf5")):
+        parts.mkdir(parents=True, exist_ok=True)
+        about = {**_content(config), "visuals": visuals_of(suite), "policy_plays_on": True}
+        write_json(parts / "settings.json", about)
+
+
+def _check_policy(config: Config, suite: str) -> None:
+    """Check, before anything is written, that `config.policy` can play a suite as it is rendered here."""
+    header = read_header(config.policy)
+    check_policy(config.policy, header, suite, _tasks(config, suite), config.image_size, config.fast_rendering)
+    rendered = config.cameras or simulator_of(suite).env.available_cameras[:1]
+    for camera in header.config.get("cameras", PolicyConfig.cameras):
+        if find_camera(rendered, camera) is None:
+            raise ValueError(f"{config.policy} sees camera {camera}, which is not rendered: give --eye-in-hand")
 
 
 def _check_settings(content: dict, found: dict, where: Path) -> None:

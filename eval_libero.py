@@ -60,13 +60,13 @@ from vlarft.run.checkpoint import (
 from vlarft.run.config import Count, Processes, Range, Rows, Side, Whole, opt, to_dict
 from vlarft.run.pictures import save_gif, save_mp4
 from vlarft.run.script import run_script
-from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_index, task_names
+from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_names
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.evaluate import Actor, PlanningActor, PlayNoise, PolicyActor, RandomActor, ReplayActor, play_episodes
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.policy_check import check_policy
 from vlarft.sim.replay import replay_episodes, replay_frames
-from vlarft.sim.suites import check_rendering, simulator_of, visuals_of
+from vlarft.sim.suites import check_rendering, instructions_of, task_indices, visuals_of
 from vlarft.sim.workers import one_thread, run_jobs
 from vlarft.statistics import paired_difference, wilson_interval
 from vlarft.success import SuccessModel, check_judge
@@ -225,7 +225,10 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
         suites = {}
         for suite in cfg.suites:
             of_suite = [s for s in starts if s[0] == suite]
-            tasks = {task_names(suite)[t]: rate(path, [s for s in of_suite if s[1] == t]) for t in _tasks(cfg, suite)}
+            tasks = {
+                task_names(suite)[t]: rate(path, [s for s in of_suite if s[1] == t])
+                for t in task_indices(suite, cfg.tasks)
+            }
             suites[suite] = {"all": rate(path, of_suite), "tasks": tasks}
         own = [r["chunk_ms"] for r in records if r["policy"] == path and "chunk_ms" in r]
         entry = {"policy": path, "digest": digests[path], "all": rate(path, starts), "suites": suites}
@@ -237,7 +240,7 @@ def summarise(cfg: Config, records: list[dict], digests: dict[str, str]) -> dict
                 part["against_first"] = against_first(path, [s for s in starts if s[0] == name])
         policies.append(entry)
     notes = {
-        "tasks": {suite: _tasks(cfg, suite) for suite in cfg.suites},
+        "tasks": {suite: task_indices(suite, cfg.tasks) for suite in cfg.suites},
         "visuals": sorted({f"{r['suite']}: {r['visuals']}" for r in records if "visuals" in r}),
         "rejected_starts": sum(r["rejected_starts"] for r in records if r["policy"] == cfg.policies[0]),
         "played_again": sum(r["worker_deaths"] > 0 for r in records),
@@ -298,7 +301,7 @@ def recordings(cfg: Config, records: list[dict]) -> dict[str, Path]:
     found = {}
     for number, path in enumerate(cfg.policies if cfg.lerobot else ()):
         root = Path(cfg.lerobot if len(cfg.policies) == 1 else f"{cfg.lerobot}_policy{number}")
-        total = cfg.episodes * sum(len(_tasks(cfg, suite)) for suite in cfg.suites)
+        total = cfg.episodes * sum(len(task_indices(suite, cfg.tasks)) for suite in cfg.suites)
         own = [r for r in records if r["policy"] == path]
         if not is_recorded(root, total, total - len(own), _source(cfg, own), cfg.image_size):
             found[path] = root
@@ -323,17 +326,12 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
         print(f"{write_lerobot(root, episodes, CONTROL_FREQ, source=_source(cfg, own))} episodes -> {root}")
 
 
-def _tasks(cfg: Config, suite: str) -> list[int]:
-    tasks = range(len(task_names(suite))) if cfg.tasks is None else cfg.tasks
-    return list(dict.fromkeys(task_index(suite, task) for task in tasks))  # by number and by name it may stand twice
-
-
 def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; return path -> digest of each checkpoint."""
     if twice := [suite for suite in set(cfg.suites) if cfg.suites.count(suite) > 1]:
         raise ValueError(f"suites names {twice[0]} twice")
     for suite in cfg.suites:
-        _tasks(cfg, suite)
+        task_indices(suite, cfg.tasks)
         check_rendering(suite, (), fast_rendering=cfg.fast_rendering)
     if len({checkpoint_file(path).resolve() for path in cfg.policies}) < len(cfg.policies):
         raise ValueError(f"policies name a checkpoint twice: {', '.join(cfg.policies)}")
@@ -341,7 +339,9 @@ def check(cfg: Config) -> dict[str, str]:
         raise ValueError(f"execute must lie in 1..8, the chunk of policy random; got {cfg.execute}")
     if cfg.lerobot and "random" in cfg.policies:
         raise ValueError("--lerobot: the random policy's gripper neither opens nor closes, which training refuses")
-    known = {f"{s}/{t}/{state}" for s in cfg.suites for t in _tasks(cfg, s) for state in range(cfg.episodes)}
+    known = {
+        f"{s}/{t}/{state}" for s in cfg.suites for t in task_indices(s, cfg.tasks) for state in range(cfg.episodes)
+    }
     if missing := [start for start in cfg.animate_starts if start not in known]:
         raise ValueError(f"animate_starts: no episode {', '.join(missing)} is played; give suite/task number/state")
     _perturbation(cfg)
@@ -355,7 +355,7 @@ def check(cfg: Config) -> dict[str, str]:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"no recorded episodes at {path}")
             digests[path] = digest = file_digest(path)
-            for suite, task in ((s, t) for s in cfg.suites for t in _tasks(cfg, s)):
+            for suite, task in ((s, t) for s in cfg.suites for t in task_indices(s, cfg.tasks)):
                 if lost := set(range(cfg.episodes)) - set(_recording(path, digest).get((suite, task), {})):
                     raise ValueError(
                         f"{path} has no episode of {suite}, task {task}, initial state {min(lost)}; "
@@ -368,7 +368,7 @@ def check(cfg: Config) -> dict[str, str]:
                 f"{path} holds a {header.cls}, expected a VLAPolicy, as train_sft.py and train_rft.py write it"
             )
         for suite in cfg.suites:
-            check_policy(path, header, suite, _tasks(cfg, suite), cfg.image_size, cfg.fast_rendering)
+            check_policy(path, header, suite, task_indices(suite, cfg.tasks), cfg.image_size, cfg.fast_rendering)
         chunk = header.config["flow"]["chunk"]
         if cfg.execute > chunk:
             raise ValueError(f"execute must lie in 1..{chunk}, the chunk of {path}; got {cfg.execute}")
@@ -433,6 +433,20 @@ def earlier_records(cfg: Config, digests: dict[str, str]) -> list[dict]:
     return records
 
 
+def check_visuals(cfg: Config, records: list[dict], suite: str) -> None:
+    """Check that the episodes of a suite that are left to play look like those that have been played.
+
+    Raises:
+        ValueError: those were rendered with other meshes or textures.
+    """
+    now = visuals_of(suite, fast_rendering=cfg.fast_rendering)
+    if other := {r["visuals"] for r in records if r["suite"] == suite and r.get("visuals", now) != now}:
+        raise ValueError(
+            f"{cfg.out_dir} holds episodes of {suite} with {min(other)}, the others would be played with {now}: give "
+            "another --out-dir"
+        )
+
+
 CUDA_CONTEXT = 1 << 30  # bytes of a process that uses a GPU, before any model
 
 
@@ -463,11 +477,10 @@ def check_plan(cfg: Config) -> None:
         raise ValueError("--plan chooses among chunks of the deterministic flow: give --noise sampled or zero")
     if others := [path for path in cfg.policies if path == "random" or path.endswith(".jsonl")]:
         raise ValueError(f"--plan chooses among a policy's chunks; {', '.join(others)} has none: evaluate it alone")
-    tasks = [simulator_of(suite).suites[suite].tasks[task] for suite in cfg.suites for task in _tasks(cfg, suite)]
     model, judge = WorldModel.load(cfg.world_model), SuccessModel.load(cfg.success_model)
     facts = read_header(cfg.world_model).extra
     size = model.cfg.tokenizer.image_size
-    texts = [task.instruction for task in tasks]
+    texts = [text for suite in cfg.suites for text in instructions_of(suite, cfg.tasks)]
     check_judge(cfg.success_model, texts, facts, f"world model {cfg.world_model}", size[0], cfg.world_model)
     warn_other_contexts(facts, f"world model {cfg.world_model}", -1)
     for path in cfg.policies:
@@ -497,10 +510,13 @@ def main(cfg: Config) -> dict:
     jobs = []
     for path in cfg.policies:
         for suite in cfg.suites:
-            for task in _tasks(cfg, suite):
+            for task in task_indices(suite, cfg.tasks):
                 todo = [s for s in range(cfg.episodes) if (path, suite, task, s) not in done]
                 for k in range(0, len(todo), cfg.batch_size):
                     jobs.append((cfg, path, digests[path], suite, task, todo[k : k + cfg.batch_size]))
+
+    for suite in dict.fromkeys(job[3] for job in jobs):
+        check_visuals(cfg, records, suite)
 
     total = sum(len(j[-1]) for j in jobs) + len(done)
     with (

@@ -45,7 +45,7 @@ from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssi
 from vlarft.run import distributed
 from vlarft.run.checkpoint import checkpoint_file, read_header, write_json
 from vlarft.run.config import Positive, Rows, ShareAbove0, Whole, opt, to_dict
-from vlarft.run.pictures import grid, save_gif, save_png
+from vlarft.run.pictures import grid, import_pillow, save_gif, save_png
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator
 from vlarft.run.script import run_script
@@ -436,6 +436,7 @@ def check_judged(path: str, episodes: list[Episode]) -> None:
 
 def main(cfg: Config) -> dict:
     """Evaluate; return what results.json holds."""
+    import_pillow()  # the pictures come after the work
     device = distributed.setup()
     path = checkpoint_file(cfg.world_model)
     if cfg.success_model is not None and not cfg.episodes:

@@ -74,7 +74,7 @@ def chosen_starts(episodes: Sequence[Mapping[tuple, dict]]) -> list[tuple]:
     return sorted(chosen.values())
 
 
-def imagine(model: WorldModel, camera: str, start: tuple, actions: np.ndarray) -> np.ndarray:
+def imagine(model: WorldModel, camera: str, start: tuple, actions: np.ndarray, fast_rendering: bool) -> np.ndarray:
     """Imagine a whole episode from its first frame.
 
     Args:
@@ -82,12 +82,14 @@ def imagine(model: WorldModel, camera: str, start: tuple, actions: np.ndarray) -
         camera: that it saw.
         start: suite, task, initial state.
         actions: (L, A) raw.
+        fast_rendering: whether the frames that it was trained on were rendered fast, see `make_env`.
 
     Returns:
         Frames (1 + L, H, W, 3), uint8; the first is the given one.
     """
     suite, task, init_state = start
-    env = make_env(suite, task, image_size=model.cfg.tokenizer.image_size[0], cameras=(camera,))
+    size = model.cfg.tokenizer.image_size[0]
+    env = make_env(suite, task, image_size=size, cameras=(camera,), fast_rendering=fast_rendering)
     env.reset(init_state=init_state)
     seen = env.observe()
     first, proprio = seen[camera], torch.from_numpy(seen["proprio"])[None]
@@ -98,7 +100,9 @@ def imagine(model: WorldModel, camera: str, start: tuple, actions: np.ndarray) -
     return np.concatenate([first[None], to_bytes(frames).numpy()])
 
 
-def films(cfg: Config, model: WorldModel, camera: str, episodes: Sequence[Mapping[tuple, dict]]) -> list[Film]:
+def films(
+    cfg: Config, model: WorldModel, camera: str, episodes: Sequence[Mapping[tuple, dict]], fast_rendering: bool
+) -> list[Film]:
     """Make films of the chosen starts: each policy's episode, and the same in imagination."""
     found, names = [], task_names(cfg.suite)
     for start in chosen_starts(episodes):
@@ -106,8 +110,9 @@ def films(cfg: Config, model: WorldModel, camera: str, episodes: Sequence[Mappin
         for name, played in zip(NAMES, episodes, strict=True):
             record = played[start]
             actions, outcome = np.array(record["actions"], np.float32), "success" if record["success"] else "failure"
-            tracks.append(track(f"{name}: {outcome}", replay_frames(*start, actions, size=cfg.size)))
-            shown = imagine(model, camera, start, actions)
+            frames = replay_frames(*start, actions, size=cfg.size, fast_rendering=fast_rendering)
+            tracks.append(track(f"{name}: {outcome}", frames))
+            shown = imagine(model, camera, start, actions, fast_rendering)
             kept = [*range(0, len(shown) - 1, 2), len(shown) - 1]  # every second frame, as the films of what happened
             tracks.append(track(f"{name}, imagined", shown[kept]))
         found.append(Film(f"{names[start[1]].replace('_', ' ')}, start {start[2]}", tracks, 100))
@@ -122,7 +127,9 @@ def main(cfg: Config) -> Path:
     for path in cfg.policies:
         check_same_robot(VLAPolicy.load(path), model)
         check_same_images(read_header(path).extra, f"policy {path}", imagined, f"world model {cfg.world_model}")
+    fast = bool(read_header(cfg.policies[0]).extra.get("fast_rendering"))  # as in training
     flags = {"suites": [cfg.suite], "tasks": cfg.tasks, "episodes": cfg.episodes, "noise": cfg.noise}
+    flags["fast_rendering"] = fast
     # given again, it plays the episodes of a policy that has been replaced since, and no others
     words = Stage("eval", ROOT / "eval_libero.py", {"preset": "tiny", "policies": cfg.policies, **flags}).words()
     evaluate = [sys.executable, str(ROOT / "eval_libero.py"), *words, "--out-dir", str(out / "eval")]
@@ -139,7 +146,7 @@ def main(cfg: Config) -> Path:
     ]
     seen = Section(
         "What happened, and what the world model imagines",
-        films=films(cfg, model, imagined.get("camera", "agentview"), episodes),
+        films=films(cfg, model, imagined.get("camera", "agentview"), episodes, fast),
     )
     seen.facts = {"policies": ", ".join(cfg.policies), "world model": cfg.world_model}
     write_page("before and after", [seen, *sections([out / "eval"])], out / "play.html")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from vlarft.data import load_episodes
+from vlarft.data.convention import check_image_size
 from vlarft.run import migration
 from vlarft.run.checkpoint import open_run, read_header, read_json
 from vlarft.run.config import Count, ProperShare, Range, Rate, Share, opt
@@ -60,7 +61,7 @@ class Config:
     )
     out_dir: str = opt("runs/rounds", "folder that the rounds write", group="run")
     seed: Annotated[int, Range(0, 400)] = opt(0, "seed of every stage")
-    stage_preset: Literal["tiny", "smoke"] = opt("tiny", "preset of every stage")
+    stage_preset: Literal["tiny", "libero", "smoke"] = opt("tiny", "preset of every stage")
 
     def __post_init__(self) -> None:
         if self.rounds * self.episodes > SEEDS_APART:
@@ -75,12 +76,46 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
+    "libero": Config(
+        suites=("libero_object",), tasks=tuple(map(str, range(10))), episodes=10, horizon=220, stage_preset="libero"
+    ),
     "smoke": Config(tasks=("0",), rounds=1, episodes=8, refresh_steps=2, gate_threshold=None, stage_preset="smoke"),
 }
 
 
-def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tuple[Path, Path]:
-    """Run what is missing of round `number`, from 1, that starts with these two; return its policy and world model."""
+def check_inputs(cfg: Config) -> int:
+    """Check that the rounds can go on from these models and demonstrations, before anything is recorded.
+
+    Returns:
+        The side of the images, as which attempts are recorded [px].
+
+    Raises:
+        ValueError: the world model has images of another size, or holds out episodes that are not among the
+            demonstrations.
+    """
+    episodes, policy, model = (
+        load_episodes(cfg.demos, successes_only=False),
+        read_header(cfg.policy),
+        read_header(cfg.world_model),
+    )
+    check_image_size(model.config["tokenizer"]["image_size"], f"world model {cfg.world_model}", episodes[0])
+    side = episodes[0].images.shape[1]
+    if (trained := policy.extra.get("image_size", [side, side])) != [side, side]:
+        raise ValueError(
+            f"policy {cfg.policy} was trained on images of {trained[0]}x{trained[1]}, the world model on {side}x{side}"
+        )
+    if missing := set(model.extra.get("held_out_episodes", [])) - {e.name for e in episodes}:
+        raise ValueError(
+            f"--demos {' '.join(cfg.demos)} lacks {len(missing)} episodes that {cfg.world_model} holds out, first "
+            f"{min(missing)}: give the demonstrations of its training"
+        )
+    return side
+
+
+def run_round(cfg: Config, number: int, policy: Path, world_model: Path, side: int) -> tuple[Path, Path]:
+    """Run what is missing of round `number`, from 1, that starts with these two; return its policy and world model.
+    `side`: of the images [px].
+    """
     out, own, preset = Path(cfg.out_dir), Path(cfg.out_dir) / "own", cfg.stage_preset
     refreshed, judge, learned = (out / f"{name}_{number}" for name in ("wm", "success", "rl"))
     tasks = {"suites": cfg.suites, "tasks": cfg.tasks}
@@ -98,6 +133,7 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
         policy=policy,
         policy_per_task=number * cfg.episodes,
         horizon=cfg.horizon,
+        image_size=side,
         seed=FIRST_SEED + SEEDS_APART * cfg.seed,
         out_dir=own,
     )
@@ -126,21 +162,19 @@ def run_round(cfg: Config, number: int, policy: Path, world_model: Path) -> tupl
         seed=cfg.seed,
         out_dir=learned,
     )
-    played = [Path(cfg.policy), learned]
-    stage("eval", "eval_libero.py", policies=played, noise="zero", **tasks, out_dir=out / f"eval_{number}")
+    played = {"policies": [Path(cfg.policy), learned], "image_size": side, "noise": "zero"}
+    stage("eval", "eval_libero.py", **played, **tasks, out_dir=out / f"eval_{number}")
     return learned, refreshed
 
 
 def main(cfg: Config) -> list[dict]:
     """Run what is missing; return eval_libero.py's row of the first policy, and of each round's."""
-    load_episodes(cfg.demos)  # these raise before anything is recorded
-    for path in (cfg.policy, cfg.world_model):
-        read_header(path)
+    side = check_inputs(cfg)
     models = ("policy", "world_model")
     open_run(cfg.out_dir, cfg, ignore=("rounds", "gate_threshold"), older=migration.rl_rounds, models=models)
     policy, world_model, rows = Path(cfg.policy), Path(cfg.world_model), []
     for number in range(1, cfg.rounds + 1):
-        policy, world_model = run_round(cfg, number, policy, world_model)
+        policy, world_model = run_round(cfg, number, policy, world_model, side)
         results = read_json(Path(cfg.out_dir) / f"eval_{number}" / "results.json")
         rows += results["policies"][len(rows) > 0 :]
     for number, row in enumerate(rows):

@@ -74,7 +74,7 @@ from vlarft.run.checkpoint import load_model, open_run, read_header, write_atomi
 from vlarft.run.clock import Clock, rate_factor
 from vlarft.run.config import Count, NotNegative, Positive, ProperShare, Range, Rate, Rows, Whole, opt, to_dict
 from vlarft.run.log import RunLog, check_finite
-from vlarft.run.pictures import grid, save_png
+from vlarft.run.pictures import grid, import_pillow, save_png
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
@@ -383,11 +383,17 @@ def save_group(out_dir: Path, instructions: list[str], per_frame: Tensor, imagin
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note the seconds that the block takes as `seconds[name]`."""
-    started = time.monotonic()
+def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Note the seconds that the block takes as `seconds[name]`, those of what it leaves a GPU to do among them."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.monotonic()
+
+    started = now()
     yield
-    seconds[name] = time.monotonic() - started
+    seconds[name] = now() - started
 
 
 def across_processes(reward: Tensor, advantage: Tensor, updates: list[dict[str, float]], seconds: dict) -> dict:
@@ -440,6 +446,7 @@ def main(
     Returns:
         Metrics of the last step, and the diagnosis after it.
     """
+    import_pillow()  # the first picture comes after the work
     device, out_dir, part = distributed.setup(), Path(cfg.out_dir), distributed.part()  # part: (rank, processes)
     distributed.check_batch(cfg.starts)
     policy, extra = load_model(cfg.policy, VLAPolicy, PolicyConfig, device)
@@ -488,14 +495,14 @@ def main(
         batch = starts.batch(cfg.starts, cfg.seed, step, part=part, device=device)
 
         # lines 6 to 10: a group of action chunks for each start, from the SDE policy
-        with timed(seconds, "policy_s"):
+        with timed(seconds, "policy_s", device):
             context = policy.encode_frames(batch.frames[:, 0], batch.instructions, bf16=bf16)  # Eq. (1)
             chain = sample(policy, batch, context, cfg.group, stream("chains", cfg.seed, step))  # Eqs. (5) to (8)
             actions = policy.normalizer.decode_actions(chain.x[:, -1])  # x_K in raw units, which the world model takes
             actions = rearrange(actions, "(s g) t a -> s g t a", g=cfg.group)
 
         # lines 11 to 14: imagine each chunk, score its frames, compare it with the others of its group
-        with timed(seconds, "world_model_s"), torch.no_grad():
+        with timed(seconds, "world_model_s", device), torch.no_grad():
             per_frame = score(batch, actions, stream("imagination", cfg.seed, step))  # Eqs. (10), (11): (S, G, T)
             reward = per_frame.sum(-1)  # Eq. (11)'s sum over frames; of R1, over action steps: (S, G)
             advantage = advantages(per_frame if cfg.per_step else reward, divide_by_std=cfg.divide_by_std)  # Eq. (12)
@@ -505,7 +512,7 @@ def main(
         for group, name in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = rates[name] * rate_factor(step, share, cfg.warmup, "constant")
         updates: list[dict[str, float]] = []  # metrics of each epoch's update
-        with timed(seconds, "update_s"):
+        with timed(seconds, "update_s", device):
             for epoch in range(cfg.epochs):
                 pairs = shared_pairs(cfg, batch, stream("flow matching", cfg.seed, step, epoch))
                 optimizer.zero_grad(set_to_none=True)

@@ -80,10 +80,10 @@ from vlarft.run.log import RunLog, check_finite
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 from vlarft.sim.policy_check import check_policy
 from vlarft.sim.simulated_world import Place, SimulatedWorld
-from vlarft.sim.suites import simulator_of, task_index, task_names
+from vlarft.sim.suites import instructions_of, simulator_of, task_indices
 from vlarft.success import SuccessModel, check_judge
 from vlarft.world_model import WorldModel
 
@@ -174,15 +174,13 @@ def simulated_world(cfg: Config, policy: VLAPolicy, extra: dict) -> SimulatedWor
     """
     size, how, places = cfg.image_size or policy.vlm.image_size, (cfg.horizon, cfg.fast_rendering), []
     for suite in cfg.suites:
-        tasks = range(len(task_names(suite))) if cfg.tasks is None else cfg.tasks
-        tasks = [task_index(suite, task) for task in tasks]
+        tasks = task_indices(suite, cfg.tasks)
         check_policy(cfg.policy, read_header(cfg.policy), suite, tasks, size, cfg.fast_rendering)
         places += [Place(suite, task, size, policy.cfg.cameras, *how) for task in tasks]
     judge = None
     if cfg.success_model is not None:
         judge = load_judge(cfg, policy)
-        tasks = [simulator_of(place.suite).suites[place.suite].tasks[place.task] for place in places]
-        texts = [task.instruction for task in tasks]
+        texts = [text for suite in cfg.suites for text in instructions_of(suite, cfg.tasks)]
         check_judge(cfg.success_model, texts, extra, f"policy {cfg.policy}", size)
     return SimulatedWorld(places, cfg.starts, cfg.workers, judge)
 
@@ -270,14 +268,27 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
                 f"{cfg.gate_evaluation}: its episodes of {suite} ended after {played} actions, imagined ones end after "
                 f"{cfg.horizon}: evaluate the policies again with --horizon {cfg.horizon}"
             )
+    if evaluation is not None:
+        played = {text.lower() for s in evaluation.suites for text in instructions_of(s, evaluation.tasks)}
+        if other := played ^ {e.instruction.strip().lower() for e in episodes}:
+            raise ValueError(
+                f"{cfg.gate_evaluation} and the episodes of {' '.join(cfg.demos)} are of different tasks: only one has "
+                f"{min(other)!r}. Evaluate the policies with the --suites and --tasks of the episodes"
+            )
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]
+    if not unseen:
+        raise ValueError(
+            f"the gate needs episodes that both models hold out: {cfg.world_model} was trained on all that "
+            f"{cfg.success_model} holds out. Train the success model again, with --world-model {cfg.world_model}, or "
+            "give --gate-threshold none"
+        )
     if not held_out:
         raise ValueError(
-            f"the gate needs episodes that success model and world model hold out: none of the {len(unseen)} that "
-            f"{cfg.success_model} names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that "
-            "both were trained with, or --gate-threshold none"
+            f"the gate needs episodes that both models hold out: none of the {len(unseen)} that {cfg.success_model} "
+            f"names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that both were trained "
+            "with, or --gate-threshold none"
         )
     if chosen := {e.name for e in held_out} & set(judge.get("threshold_episodes", [])):
         warnings.warn(
@@ -384,6 +395,11 @@ def demonstration_loss(cfg: Config, policy: VLAPolicy, demonstrations: WindowSam
     return matching_loss(policy.head, target, cond, generator=noise, draws=MSE_DRAWS)[0]
 
 
+def names_of(world: World, demonstrations: WindowSampler | None, *seed: int) -> list[str]:
+    """Name the episodes of an update: the starts, and the demonstrations of the batch of `seed`."""
+    return [*world.names, *([] if demonstrations is None else demonstrations.names(MSE_CHUNKS, *seed))]
+
+
 def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     """Fine-tune, or resume; return the metrics of the last step. `world`: in place of the one that --world names."""
     device, out_dir = distributed.setup(), Path(cfg.out_dir)
@@ -411,6 +427,11 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     ):
         measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
+    used = {
+        "imagined_episodes": [e.name for e in getattr(world, "episodes", [])],
+        "imitated_episodes": [e.name for e in getattr(demonstrations, "episodes", [])],
+    }
+    check_same_episodes(out_dir, used)
     models = ["policy", *(["world_model"] if isinstance(world, ImaginedWorld) else []), "success_model"]
     open_run(out_dir, cfg, ("workers", "micro_chunks", "gate_threshold", "gate_evaluation"), models=models)
     groups = [{"params": list(net.parameters()), "lr": rates[name]} for name, net in trained.items()]
@@ -422,7 +443,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
 
     def save() -> None:
         values = {"step": step, "minutes": clock.minutes}
-        state.save(values, policy, policy.cfg, {**extra, "rl": to_dict(cfg)})
+        state.save(values, policy, policy.cfg, {**extra, **used, "rl": to_dict(cfg)})
 
     began = step
     while (share := clock.share(step)) < 1:
@@ -445,14 +466,15 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         mixed, update = bool(weight.any()), {}
         for epoch in range(cfg.epochs if mixed else 0):
             optimizer.zero_grad(set_to_none=True)
+            number = step * cfg.epochs + epoch
             update = backward(cfg, policy, attempts, weight)
             if demonstrations is not None:
-                mse = demonstration_loss(cfg, policy, demonstrations, step * cfg.epochs + epoch)
+                mse = demonstration_loss(cfg, policy, demonstrations, number)
                 (cfg.mse_weight * mse).backward()
                 update["mse"] = mse.item()
             update["grad_norm"] = distributed.clip_grad_norm(parameters, cfg.clip_norm)
             loss = update["policy_loss"] + cfg.mse_weight * update.get("mse", 0.0)
-            check_finite(loss, step, update, lambda: world.names)
+            check_finite(loss, step, update, partial(names_of, world, demonstrations, cfg.seed, number))
             optimizer.step()
 
         metrics = {

@@ -144,7 +144,9 @@ def load_split(cfg: Config) -> Split:
     episodes = [e for e in episodes if len(e) > 1]  # a first frame is compared with, not judged
     if cfg.world_model is None:
         train, held_out = split_episodes(episodes, cfg.validation_fraction, cfg.split_seed)
+        more = "give a larger --validation-fraction"
     else:
+        more = "train or refresh the world model on them with a larger --validation-fraction"
         names = set(read_header(cfg.world_model).extra.get("held_out_episodes", []))
         train, held_out = ([e for e in episodes if (e.name in names) == part] for part in (False, True))
         if not held_out:
@@ -159,8 +161,7 @@ def load_split(cfg: Config) -> Split:
             raise ValueError(
                 f"{successes} of the {len(chosen)} {part} episodes of {where} succeeded: a success model needs both "
                 "outcomes. Record the policy's own attempts (collect_demos.py --policy, docs/closed_loop.md), give "
-                "their folder with --demos, and train or refresh the world model on them with a larger "
-                "--validation-fraction"
+                f"their folder with --demos, and {more}"
             )
     starts = list(dict.fromkeys(e.start or e.name for e in held_out))  # attempts of one start stay together
     parts = tuple([e for e in held_out if starts.index(e.start or e.name) % 2 == part] for part in (0, 1))

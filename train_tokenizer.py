@@ -61,7 +61,7 @@ from vlarft.run.config import (
     opt,
 )
 from vlarft.run.log import RunLog, check_finite
-from vlarft.run.pictures import grid, save_png
+from vlarft.run.pictures import grid, import_pillow, save_png
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
@@ -317,6 +317,7 @@ def update_discriminator(
 
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume; return the metrics of the last validation."""
+    import_pillow()  # the first picture comes after the work
     device = distributed.setup()
     distributed.check_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes

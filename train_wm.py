@@ -55,7 +55,7 @@ from vlarft.run.checkpoint import checkpoint_file, open_run, read_header
 from vlarft.run.clock import Clock, Decay, rate_factor
 from vlarft.run.config import Count, Lookback, Positive, ProperShare, Range, Rate, Rows, ShareBelow1, Whole, opt
 from vlarft.run.log import RunLog, check_finite
-from vlarft.run.pictures import grid, save_png
+from vlarft.run.pictures import grid, import_pillow, save_png
 from vlarft.run.precision import Precision, in_bf16
 from vlarft.run.random import generator, seed_of
 from vlarft.run.script import run_script
@@ -421,6 +421,7 @@ def draw_rollouts(true: Tensor, imagined: Tensor, path: Path) -> None:
 
 def main(cfg: Config) -> dict[str, float]:
     """Train, or resume; return the metrics of the last validation."""
+    import_pillow()  # the first picture comes after the work
     device = distributed.setup()
     distributed.check_batch(cfg.batch_size, cfg.accumulate)
     parts = distributed.world_size() * cfg.accumulate  # micro-batches of a step, over all processes

@@ -8,10 +8,10 @@
 The package need not be installed, only torch, numpy, safetensors, einops and tqdm. Every item is a process of its own
 with a time limit of its own; what is left of it is killed, and the next one starts. Nothing is downloaded. A part that
 this machine lacks is replaced or left out, and the item's entry says so; carry wheels there (`pip download -d wheels
-mujoco h5py`) and install them by `pip install --no-index --find-links wheels mujoco h5py`. `out_dir` gets a file for
-each item, most of them as soon as a part of it is measured, and queue.json: for each item its command, state, seconds,
-and the end of what it printed. A later call adds to both; an item's file of an earlier call is removed before it runs
-again. Copy the files of items that passed to results/. Status 1 where an item failed or ran out of time.
+mujoco h5py pillow`) and install them by `pip install --no-index --find-links wheels mujoco h5py pillow`. `out_dir` gets
+a file for each item, most of them as soon as a part of it is measured, and queue.json: for each item its command,
+state, seconds, and the end of what it printed. A later call adds to both; an item's file of an earlier call is removed
+before it runs again. Copy the files of items that passed to results/. Status 1 where an item failed or ran out of time.
 """
 
 import contextlib
@@ -33,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # where no
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import opt, parse
 from vlarft.run.script import clear_errors, signals_end_this_process
+from vlarft.run.stages import descendants
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = "benchmarks/timing.py", ":(glob)train_*.py", ":(glob)src/vlarft/*.py", "src/vlarft/nets"  # beside the script
 TAIL = 2000  # characters of an item's output that are kept
 
 
@@ -94,7 +96,7 @@ QUEUE = {
     ),
     "world model": Item(
         "the strongest Tabletop world model of eight minutes: four suites, preset `tiny`, bfloat16",
-        560, "gpu_world_model.py", "", alone=True, needs=("mujoco", "h5py"),
+        560, "gpu_world_model.py", "", alone=True, needs=("mujoco", "h5py", "PIL"),
     ),
 }  # fmt: skip
 BY_HAND = {
@@ -154,12 +156,17 @@ def file_name(item: str) -> str:
     return item.replace(" ", "_") + "_gpu.json"
 
 
-def state_of(result: Path) -> str:
-    """Return the state of a committed result: missing, or the commit at which it was measured."""
-    if not result.is_file():
-        return "missing"
-    found = json.loads(result.read_text()) if result.suffix == ".json" else {}
-    return f"measured at {found['commit'][:7]}" if "commit" in found else "measured"
+def state_of(result: str, script: str) -> str:
+    """Return the state of a committed result of a script: missing, or the commit at which it was measured, stale if
+    the measured code has changed since. A "+" follows the commit of a tree that had other changes.
+    """
+    path = ROOT / result
+    found = json.loads(path.read_text()) if path.suffix == ".json" and path.is_file() else {}
+    if "commit" not in found:
+        return "measured" if path.is_file() else "missing"
+    command = ["git", "diff", "--quiet", found["commit"].rstrip("+"), "--", script, *MEASURED]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1  # 128: the commit is not here
+    return f"{'stale: ' * changed}measured at {found['commit']}"
 
 
 def listing() -> str:
@@ -176,18 +183,21 @@ def listing() -> str:
     for name, item in QUEUE.items():
         alone = "; only with `--only`" if item.alone else ""
         result = f"results/{file_name(name)}"
-        lines.append(f"| {name}{alone} | {item.what} | {item.seconds} | `{result}` | {state_of(ROOT / result)} |")
+        state = state_of(result, f"benchmarks/{item.script}")
+        lines.append(f"| {name}{alone} | {item.what} | {item.seconds} | `{result}` | {state} |")
     lines += ["", "By hand, since they take longer or need more GPUs:", ""]
     lines += ["| measurement | command | result | state |", "|---|---|---|---|"]
     for what, (command, result) in BY_HAND.items():
-        lines.append(f"| {what} | `{command}` | `{result}` | {state_of(ROOT / result)} |")
+        script = next(word for word in command.split() if word.endswith(".py"))
+        lines.append(f"| {what} | `{command}` | `{result}` | {state_of(result, script)} |")
     return "\n".join(lines) + "\n"
 
 
 def commit() -> str:
-    """Return the checkout's commit, or "unknown" outside git."""
+    """Return the checkout's commit, with "+" behind it where files have changed since, or "unknown" outside git."""
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git at all
         return "unknown"
     return run.stdout.strip() or "unknown"
@@ -197,7 +207,7 @@ def run_item(words: list[str], limit: float) -> dict[str, object]:
     """Run a command for at most `limit` seconds: its state, seconds, and the end of its output."""
     started = time.monotonic()
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     environment = {**os.environ, "PYTHONPATH": paths}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
@@ -205,9 +215,10 @@ def run_item(words: list[str], limit: float) -> dict[str, object]:
         state = "passed" if process.returncode == 0 else "failed"
     except subprocess.TimeoutExpired:
         state = "out of time"
-    finally:  # also on Ctrl+C, and for what the process itself started
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    finally:  # also on Ctrl+C, and for what the process itself started, stages in sessions of their own among it
+        for kill, pid in [(os.killpg, process.pid), *((os.kill, pid) for pid in descendants(process.pid)[1:])]:
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
     if state == "out of time":
         output, _ = process.communicate()
     return {"state": state, "seconds": round(time.monotonic() - started, 1), "output": output[-TAIL:]}

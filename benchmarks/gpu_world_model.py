@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timing import machine
 
-from vlarft.run.checkpoint import write_json
+from vlarft.run.checkpoint import write_atomic, write_json
 from vlarft.run.config import opt, parse, to_dict
 from vlarft.run.script import clear_errors
 from vlarft.world_model import WorldModel
@@ -82,17 +82,19 @@ def join(folder: Path, out: Path) -> None:
     """Write the model.safetensors of which `split` made the pieces, in float32.
 
     Raises:
+        FileExistsError: there is one.
         FileNotFoundError: no pieces.
     """
+    if (path := out / "model.safetensors").exists():
+        raise FileExistsError(f"{path} exists; give another folder as --out")
     paths = sorted(folder.glob("world_model_*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"no world_model_0.safetensors in {folder}")
     with safe_open(paths[0], "pt") as file:
         metadata = file.metadata()
     values = {name: value for path in paths for name, value in load_file(path).items()}
-    out.mkdir(parents=True, exist_ok=True)
     floats = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in values.items()}
-    save_file(floats, out / "model.safetensors", metadata)
+    write_atomic(path, lambda tmp: save_file(floats, tmp, metadata))
 
 
 def main(cfg: Config) -> dict:

@@ -156,11 +156,10 @@ class Runs:
         """Train a world model and its success model on demonstrations and attempts; after round 1, refresh them."""
         demos, own, of = ["--demos", self.demos, attempts], self.own, "" if pose_dims else "_actions"
         if rounds == 1:
-            held_out = ["--validation-fraction", 0.2]
-            words = [*demos, *held_out, "--steps", self.cfg.tokenizer_steps]
-            tokenizer = self.stage(own / "tokenizer", "train_tokenizer.py", *words)
-            words = [*demos, *held_out, "--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
-            words += ["--pose-dims", pose_dims, "--context-lookback", -1 if pose_dims else "none"]
+            words = [*demos, "--validation-fraction", 0.2, "--context-lookback", -1 if pose_dims else "none"]
+            steps = "--steps", self.cfg.tokenizer_steps
+            tokenizer = self.stage(own / f"tokenizer{of}", "train_tokenizer.py", *words, *steps)
+            words += ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps, "--pose-dims", pose_dims]
         else:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
             words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]

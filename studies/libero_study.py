@@ -17,9 +17,9 @@ measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
 initial states from x_0 = 0, and so does SFT. Every stage is a command of the repository, is printed, and is not run
-again once it is done; an arm's policy that has been trained again is played again. The JSON file gathers runs: outcomes
-start by start (1 = success), minutes and commit of each stage; two processes may work on two suites. Trainings use
-OMP_NUM_THREADS threads.
+again once it is done; of a model that has been trained again, all is measured again. The JSON file gathers runs:
+outcomes start by start (1 = success), digests of the models, minutes and commit of each stage; two processes may work
+on two suites. Trainings use OMP_NUM_THREADS threads.
 """
 
 import json
@@ -33,7 +33,7 @@ from stage_tables import libero_arms_table
 from stages import Starts, check_known, machine, read_lines, read_report, run_once
 
 from vlarft.data import convert, load_episodes
-from vlarft.run.checkpoint import model_digest, read_json
+from vlarft.run.checkpoint import checkpoint_file, model_digest, read_json
 from vlarft.run.config import opt, parse
 from vlarft.sim import NUM_INITIAL_STATES, task_names
 
@@ -170,7 +170,8 @@ class Runs:
 
     def frames(self) -> dict:
         """Compute Table 1: what the world model imagines, beside copying the first frame; means over frames."""
-        found = self.stage("eval_wm", "eval_wm.py", "--world-model", self.world_model)
+        model = self.world_model
+        found = self.stage(f"eval/wm_{model_digest(model)}", "eval_wm.py", "--world-model", model)
         frames = json.loads((found / "results.json").read_text())["frames"]["all"]
         return {which: {name: values[-1] for name, values in of.items()} for which, of in frames.items()}
 
@@ -187,14 +188,18 @@ def full(cfg: Config) -> tuple[str, ...]:
     return ("SFT", *cfg.full) if cfg.full else ()
 
 
+def holds_another(run: Path, digest: str | None) -> bool:
+    """Return whether a run's folder holds another model than that of the digest; one that is not there holds none."""
+    return checkpoint_file(run).is_file() and model_digest(run) != digest
+
+
 def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
     """Play what is missing of an arm: yield, after each kind of starts, its outcomes, kind of starts and x_0 -> a
     string of 0 and 1; minutes of its training, its gate, and the policy's digest. What `before` holds of another policy
-    is played again.
+    than that of the run's folder, or without a digest, is played again.
     """
     wanted, outcomes = kinds(cfg, runs.suite, name), dict(before.get("outcomes", {}))
-    known, trained = before.get("digest"), runs.folder / ("sft" if name == "SFT" else folder_name(name))
-    if known is not None and trained.is_dir() and model_digest(trained) != known:
+    if holds_another(runs.folder / ("sft" if name == "SFT" else folder_name(name)), before.get("digest")):
         outcomes = {}
     if wanted.keys() <= outcomes.keys():
         return
@@ -231,9 +236,10 @@ def main(cfg: Config) -> dict:
             latest = {**facts, **read_report(cfg, "runs", free=FREE)}  # another process may work on another suite
             write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
 
-        for name, make in (("curve", runs.curve), ("frames", runs.frames)):
-            if name not in entry:
-                entry[name] = {"found": rounded(make())}
+        for name, make, run in (("curve", runs.curve, "sft"), ("frames", runs.frames, "wm")):
+            if name not in entry or holds_another(runs.folder / run, entry[name].get("digest")):
+                found = rounded(make())
+                entry[name] = {"found": found, "digest": model_digest(runs.folder / run)}
                 save()
         for name in dict.fromkeys(("SFT", *cfg.arms, *full(cfg))):
             for found in measure(cfg, runs, name, entry["arms"].get(name, {})):

@@ -3,14 +3,16 @@
     python tests/pretend_gpu.py train_sft --preset smoke --demos DEMOS --out-dir OUT + eval_wm --preset smoke ...
 
 Numbers are those of the CPU. But a tensor of the device and one of the CPU do not go together in one operation, as with
-a GPU: a script that forgets to move a tensor, or loads one into another place, ends with an error. Autocast, graphs and
-memory are not pretended: torch has them in C++ alone.
+a GPU: a script that forgets to move a tensor, or loads one into another place, ends with an error. Frames are decoded
+at fixed shapes, as on a GPU. Graphs, memory and autocast are not pretended, as torch has them in C++ alone: autocast is
+without effect.
 """
 
 import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +24,10 @@ DEVICE = torch.device("privateuseone", 0)  # torch's place for a device from out
 # CUDA takes CPU tensors here: as source or target of a copy, and as indices
 INDEXING = {"index", "index_put_", "_index_put_impl_", "index_put"}
 MIXED = {"copy_", "_to_copy", "_copy_from", *INDEXING}
+RANDOM = {
+    torch: ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "_standard_gamma"),
+    torch.Tensor: ("normal_", "uniform_", "exponential_", "random_", "bernoulli_", "multinomial"),
+}
 
 
 class Backend:
@@ -54,6 +60,8 @@ class Backend:
 
 class OnDevice(torch.Tensor):
     """A tensor of the device, around the CPU tensor that has its values."""
+
+    is_cuda = True  # so that frames are decoded at fixed shapes
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
@@ -131,7 +139,22 @@ class Generator(torch.Generator):
     device = property(lambda self: self.place)
 
 
-def start() -> torch.library.Library:
+def checked(sample: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Refuse a generator of another device than the result's, as torch does: `run` is given torch's own, without
+    `place`.
+    """
+
+    def call(*args, generator: Generator | None = None, **kwargs):
+        out = sample(*args, generator=generator, **kwargs)
+        if generator is not None and generator.device.type != out.device.type:
+            places = generator.device.type, out.device.type
+            raise RuntimeError(f"{sample.__name__}: a generator of {places[0]} for a tensor of {places[1]}")
+        return out
+
+    return call
+
+
+def start() -> tuple[torch.library.Library, ...]:
     """Make the device known to torch, as the one that `vlarft` finds; return what must be kept for it to stay so."""
     global DEVICE
     _setup_privateuseone_for_python_backend("pretended", Backend())
@@ -140,16 +163,24 @@ def start() -> torch.library.Library:
     for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
         library.impl(op, lambda *args, op=op, **kwargs: run(op, args, kwargs), "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")
+    autocast = torch.library.Library("_", "IMPL")
+    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # allowed, and without effect
     torch.Generator = Generator
-    return library
+    torch.__future__.set_swap_module_params_on_conversion(True)  # `module.to(dtype)` converts the values too
+    for owner, names in RANDOM.items():
+        for name in names:
+            setattr(owner, name, checked(getattr(owner, name)))
+    return library, autocast
 
 
 def main(words: list[str]) -> None:
     """Run the commands, which a + separates."""
-    library = start()
+    kept = start()
+    from vlarft.nets.static_decoding import StaticDecoding
     from vlarft.run import config, distributed
 
-    distributed.setup = lambda: DEVICE
+    passes = []
+    distributed.setup, StaticDecoding._captured = lambda: DEVICE, lambda self, run: passes.append(run) or run
     while words:
         end = words.index("+") if "+" in words else len(words)
         (name, *options), words = words[:end], words[end + 1 :]
@@ -157,8 +188,9 @@ def main(words: list[str]) -> None:
         if name == "train_rl":
             script.play = importlib.import_module("conftest").every_other_succeeds
         script.main(config.parse(script.Config, script.PRESETS, options, script.__doc__))
-        print(f"on the device: {name}, {time.process_time():.1f} s", flush=True)
-    del library
+        print(f"on the device: {name}, {time.process_time():.1f} s, {len(passes)} fixed shapes", flush=True)
+        passes.clear()
+    del kept
 
 
 if __name__ == "__main__":

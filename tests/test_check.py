@@ -1,6 +1,7 @@
 """data.check: a sound data set passes, and each defect that breaks training is named."""
 
 import json
+import sys
 
 import av
 import h5py
@@ -251,6 +252,17 @@ def test_errors_set_the_exit_status(tmp_path, capsys):
     assert main([str(root), "--picture", str(tmp_path / "b.png")]) == 1
     text = capsys.readouterr().out
     assert "episodes: 6" in text and "task1_demo.hdf5 is not a readable HDF5 file" in text  # the rest is reported
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch):
+    root, taken = make(tmp_path / "a"), tmp_path / "file"
+    taken.touch()
+    assert main([str(root), "--picture", str(taken / "check.png")]) == 0
+    assert "warning: no picture: " in (text := capsys.readouterr().out) and str(taken) in text
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main([str(root), "--picture", str(tmp_path / "check.png")]) == 0
+    text = capsys.readouterr().out
+    assert 'warning: no picture: pictures need pillow: pip install -e ".[plots]"' in text and "episodes: 12" in text
 
 
 def test_videos_with_few_keyframes(tmp_path):

@@ -320,6 +320,19 @@ def test_a_line_that_cannot_be_written_names_its_file():
         checkpoint.append_line(file, "x")
 
 
+def test_only_a_full_disk_is_to_be_freed(tmp_path):
+    def refused(tmp):
+        raise PermissionError(13, "Permission denied")
+
+    def full(tmp):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 534")  # torch's
+
+    with pytest.raises(OSError, match=r"could not write .*a.json \(.*denied\). What was saved before is untouched$"):
+        checkpoint.write_atomic(tmp_path / "a.json", refused)
+    with pytest.raises(OSError, match=r"GiB were free.*: free some space"):
+        checkpoint.write_atomic(tmp_path / "a.pt", full)
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "run.tmp").mkdir()
     (tmp_path / "run.tmp" / "left").touch()  # by a kill

@@ -198,6 +198,34 @@ def test_head_and_sigma_net_move_and_nothing_else(config, policy_file):
     assert {"policy_loss", "mse", "grad_norm", "sigma", "approx_kl", "play_s", "update_s"} <= set(metrics)
 
 
+def test_every_step_explores_with_noise_of_its_own(config, monkeypatch):
+    asked, real = [], train_rl.play
+
+    def noted(policy, world, group, numbers, stream, **options):
+        asked.append((numbers, stream(1).initial_seed(), options["from_zero"]))
+        return real(policy, world, group, numbers, stream, **options)
+
+    monkeypatch.setattr(train_rl, "play", noted)
+    weights, backward = [], train_rl.backward
+    monkeypatch.setattr(train_rl, "backward", lambda *args: weights.append(args[2:]) or backward(*args))
+    for seed, noise in ((3, "zero"), (4, "sampled")):
+        cfg = dataclasses.replace(config, seed=seed, noise=noise, out_dir=f"{config.out_dir}{seed}")
+        train_rl.main(cfg, world=Toy(by_number))
+    assert [(numbers, zero) for numbers, _, zero in asked] == [
+        ((3, 0), True), ((3, 1), True), ((4, 0), False), ((4, 1), False)
+    ]  # fmt: skip
+    assert len({first for _, first, _ in asked}) == 4
+    attempts, weight = weights[0]
+    expected = action_weights(attempts, advantages(attempts.success.float(), divide_by_std=True))
+    assert torch.equal(weight, expected)
+
+
+def test_a_loss_that_is_not_finite_names_starts_and_demonstrations(config, monkeypatch):
+    monkeypatch.setattr(train_rl, "demonstration_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0 .*from episodes toy/0, toy/1, .*demo_"):
+        train_rl.main(config, world=Toy(by_number))
+
+
 def test_without_a_mixed_group_there_is_no_update(config, policy_file):
     """Nor one of the flow-matching term alone."""
     metrics = train_rl.main(config, world=Toy(lambda i, chunk: 99))
@@ -248,7 +276,7 @@ def test_options(config, changes):
         assert metrics["ratio_max"] != pytest.approx(1, abs=1e-6) and metrics["clip_frac"] > 0
 
 
-def test_resume_equals_no_interruption(config, tmp_path):
+def test_resume_equals_no_interruption(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, steps=3)
     train_rl.main(config, world=Toy(by_action))
     whole = torch.load(f"{config.out_dir}/train_state.pt", weights_only=True)
@@ -265,6 +293,10 @@ def test_resume_equals_no_interruption(config, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train_rl.main(interrupted, world=Stops(by_action))
+    load = train_rl.load_episodes
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="was begun with 4 imitated episodes, today"):
+        patch.setattr(train_rl, "load_episodes", lambda *a, **k: load(*a, **k)[1:])
+        train_rl.main(interrupted, world=Toy(by_action))
     train_rl.main(interrupted, world=Toy(by_action))
     resumed = torch.load(f"{interrupted.out_dir}/train_state.pt", weights_only=True)
     assert whole["step"] == resumed["step"] == 3

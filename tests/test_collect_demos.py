@@ -314,6 +314,19 @@ def test_a_task_without_a_plan_does_not_stop_the_others(tmp_path, monkeypatch, c
     assert str(made) in capsys.readouterr().out
 
 
+def test_a_policy_of_the_wrist_camera_needs_it_rendered(tmp_path, policy_file):
+    policy, path = VLAPolicy.load(policy_file), tmp_path / "wrist.safetensors"
+    policy.cfg = dataclasses.replace(policy.cfg, cameras=("wrist_image",))  # its name in RLDS
+    policy.save(path)
+    options = {"policy": str(path), "tasks": ("0",), "demos_per_task": 0, "policy_per_task": 1, "horizon": 8}
+    settings = config(tmp_path / "demos", image_size=64, **options)
+    with pytest.raises(ValueError, match="sees camera wrist_image, which is not rendered: give --eye-in-hand"):
+        main(settings)
+    assert not (tmp_path / "demos").exists()
+    (path,) = main(dataclasses.replace(settings, eye_in_hand=True))
+    assert len(load_episodes(path, successes_only=False)) == 1
+
+
 def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
     (path,) = main(config(tmp_path, tasks=("0",), demos_per_task=1, eye_in_hand=True))
     with h5py.File(path) as file:

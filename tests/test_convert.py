@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ranks
-from conftest import every_camera
+from conftest import every_camera, files_of
 
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.convert import main, resize
@@ -292,6 +292,16 @@ def test_a_folder_is_not_written_into_its_source(tmp_path):
     sources(tmp_path / "hdf5")
     with pytest.raises(ValueError, match="hdf5/new lies in .*hdf5, whose files would be mixed with it"):
         main([str(tmp_path / "hdf5"), str(tmp_path / "hdf5" / "new"), "--format", "lerobot"])
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "lerobot"])
+@pytest.mark.parametrize("source", ["new.tmp", "new.tmp/part"])
+def test_a_source_that_the_new_folder_would_remove_is_refused(tmp_path, kind, source):
+    sources(tmp_path / source)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match="new is first written as .*/new.tmp, which holds .*: give another DST"):
+        main([str(tmp_path / source), str(tmp_path / "new"), "--format", kind])
+    assert files_of(tmp_path) == before
 
 
 def convert_on_a_full_disk(command: list[str]) -> None:

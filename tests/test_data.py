@@ -1,8 +1,10 @@
 """data: LIBERO's layout written and read, the split, the windows."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -14,6 +16,7 @@ from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
 from vlarft.data.episode import no_ops
 from vlarft.data.episodes import check_places
+from vlarft.data.frames import map_file
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
 from vlarft.run.pixels import to_bytes, to_floats
@@ -565,6 +568,21 @@ def test_a_file_that_was_made_again_is_read_again(tmp_path):
         return load_episodes(path)[0].images[0].max()
 
     assert [store(7), store(9)] == [7, 9]
+
+
+def test_files_in_memory_are_not_kept_open(tmp_path, monkeypatch):
+    """Data sets have more files than a process may open; a file larger than memory is mapped in another way."""
+    (tmp_path / "a").write_bytes(bytes(range(200)))
+    (tmp_path / "empty").touch()
+    opened = len(os.listdir("/proc/self/fd"))
+    contents = [map_file(tmp_path / "a") for _ in range(9)]
+    assert len(os.listdir("/proc/self/fd")) == opened
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "from_file", Mock(side_effect=RuntimeError("unable to mmap")))
+        contents.append(map_file(tmp_path / "a"))
+    for content in contents:
+        assert content.tolist() == list(range(200)) and content.dtype == np.uint8 and not content.flags.writeable
+    assert map_file(tmp_path / "empty").shape == (0,)
 
 
 def test_absolute_targets_are_repeated_beyond_the_end():

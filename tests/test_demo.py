@@ -9,7 +9,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple, get_type_hints
 
 import demos
 import numpy as np
@@ -22,8 +23,10 @@ from test_readme import blocks
 import collect_demos
 import demo
 import rl_rounds
+import train_sft
 from vlarft.report.page import write_report
 from vlarft.report.runs import KINDS
+from vlarft.run.config import parse
 
 ROOT = Path(__file__).parents[1]
 CURVES = {kind.script: list(kind.curves) for kind in KINDS}  # that the report shows, by their titles
@@ -118,6 +121,23 @@ def test_steps_of_fine_tuning_are_timed(smoke, load_benchmark, stage):
 def test_the_committed_demos_are_of_this_demo():
     report = json.loads((demo.ROOT / "results" / "demo.json").read_text())
     assert report["sizes"] == demo.SIZES["tiny"]
+    places = {"out_dir", "demos", "policy", "policies", "init", "tokenizer", "world_model"}
+    varies = places | {"preset", "seed", "split_seed", "workers"}
+    fixed = {
+        stage.name: {
+            k: v for k, v in stage.flags.items() if k not in varies | report["sizes"].get(stage.name, {}).keys()
+        }
+        for stage in demo.stages(demo.Config())
+    }
+    play = {"batch_size": 50}
+    assert {name: flags for name, flags in fixed.items() if flags} == {
+        "rl": {"world": "simulator"},
+        "rft": {"gate_threshold": "none"},
+        "sft_extra": {"lr": pytest.approx(train_sft.PRESETS["tiny"].lr / 10)},
+        "eval_wm": {"true_error": True},
+        "eval": play,
+        "eval_zero": {**play, "noise": "zero", "animate": 2, "animate_failed": 1},
+    }
 
 
 def test_the_gains_of_the_demos_by_hand():
@@ -145,8 +165,10 @@ def test_the_gains_of_the_demos_by_hand():
 
 
 @pytest.mark.slow
-def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd):
-    """One round of recording, refresh, judge, closed-loop learning and evaluation; a second call does nothing."""
+def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd, monkeypatch):
+    """One round of recording, refresh, judge, closed-loop learning and evaluation; a second call does nothing, and one
+    that goes on after an interruption ends in the same bits.
+    """
     out = smoke.folder / "runs" / "demo"
     places = {"policy": str(out / "sft"), "world_model": str(out / "wm"), "demos": (str(out / "demos"),)}
     cfg = dataclasses.replace(rl_rounds.PRESETS["smoke"], **places, out_dir=str(tmp_path))
@@ -159,6 +181,55 @@ def test_rounds_go_on_from_the_demo(smoke, tmp_path, capfd):
     write_report([tmp_path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not [title for title in CURVES["train_success.py"] if title not in page]
+
+    parts, run = dataclasses.replace(cfg, out_dir=str(tmp_path / "parts")), rl_rounds.run_stage
+
+    def stops(folder, name, *rest, **flags):
+        if name == "success 1":
+            raise KeyboardInterrupt
+        return run(folder, name, *rest, **flags)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl_rounds, "run_stage", stops)
+        rl_rounds.main(parts)
+    monkeypatch.chdir(tmp_path)  # the same folders in other words
+    rl_rounds.main(dataclasses.replace(parts, policy=f"{cfg.policy}/model.safetensors", out_dir="parts"))
+    assert "[wm 1] done in" in capfd.readouterr().out
+    for name in ("wm_1", "success_1", "rl_1"):
+        one, other = (tmp_path / where / name / "train_state.pt" for where in ("", "parts"))
+        one, other = (torch.load(path, weights_only=True) for path in (one, other))
+        one.pop("minutes"), other.pop("minutes")
+        assert same_values(one, other), name
+
+
+def same_values(one, other) -> bool:
+    """Whether two states hold the same bits."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(value, other[name]) for name, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_rounds_check_their_inputs_before_anything_is_recorded(tmp_path, monkeypatch):
+    cfg = rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path))
+    episodes = [SimpleNamespace(name=f"demo_{i}", images=np.zeros((2, 64, 64, 3), np.uint8)) for i in range(2)]
+    monkeypatch.setattr(rl_rounds, "load_episodes", lambda *_, **__: episodes)
+    sizes, extra = {"tokenizer": {"image_size": (64, 64)}}, {"sft": {"image_size": [64, 64]}, "wm": {}}
+    monkeypatch.setattr(rl_rounds, "read_header", lambda path: SimpleNamespace(config=sizes, extra=extra[path]))
+    assert rl_rounds.check_inputs(cfg) == 64
+    extra["sft"] = {}  # an older one does not say
+    assert rl_rounds.check_inputs(cfg) == 64
+    extra["wm"] = {"held_out_episodes": ["demo_1", "demo_7"]}
+    with pytest.raises(ValueError, match="--demos demos lacks 1 episodes that wm holds out, first demo_7"):
+        rl_rounds.main(cfg)
+    extra["sft"] = {"image_size": [128, 128]}
+    with pytest.raises(ValueError, match="sft was trained on images of 128x128, the world model on 64x64"):
+        rl_rounds.main(cfg)
+    sizes["tokenizer"]["image_size"] = (128, 128)
+    with pytest.raises(ValueError, match="world model wm takes images of 128x128, demo_0 has 64x64"):
+        rl_rounds.main(cfg)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
@@ -175,11 +246,11 @@ def test_a_round_goes_on_from_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--rounds 40 of --episodes 32: give 1000 at most together"):
         rl_rounds.Config(rounds=40)
     assert not stages
-    for name in ("load_episodes", "read_header"):
-        monkeypatch.setattr(rl_rounds, name, lambda path: None)
+    monkeypatch.setattr(rl_rounds, "check_inputs", lambda cfg: 48)
     rows = rl_rounds.main(rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path)))
     assert [row.get("against_first", {}).get("difference") for row in rows] == [None, 0.1, 0.2]
     assert [stages[f"own {n}"]["policy_per_task"] for n in (1, 2)] == [32, 64]
+    assert {stages[name]["image_size"] for name in ("own 1", "own 2", "eval 2")} == {48}
     other = rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path / "other"), seed=1)
     first = stages["own 1"]["seed"]
     shutil.copytree(tmp_path / "eval_1", tmp_path / "other" / "eval_1")
@@ -231,8 +302,22 @@ def test_the_seed_reaches_every_stage():
     assert len(stages) == 10 and [n for n, flags in stages.items() if flags.get("noise")] == ["eval_zero"]
     split = {name for name, flags in stages.items() if flags.get("split_seed") == 2}
     assert split == {"tokenizer", "wm", "sft", "sft_extra"}
-    # no start seed serves two seeds of the demo
-    assert collect_demos.PRESETS["tiny"].demos_per_task < demo.DEMOS_PER_SEED
+
+
+def test_two_seeds_of_the_demo_share_no_demonstration():
+    """But noisy attempts of one start where demonstrations of the seed 10 higher do."""
+    (collect, *_) = demo.stages(demo.Config())
+    assert collect.flags["demos_per_task"] < demo.DEMOS_PER_SEED
+    assert collect_demos.FIRST_NOISY == 10 * demo.DEMOS_PER_SEED
+
+
+def test_every_seed_of_the_demo_is_one_that_demonstrations_can_have(capsys):
+    seeds = get_type_hints(collect_demos.Config, include_extras=True)["seed"].__metadata__[0]
+    assert seeds.high // demo.DEMOS_PER_SEED == demo.MOST_SEED
+    assert parse(demo.Config, demo.PRESETS, ["--seed", "970"]).seed == 970
+    with pytest.raises(SystemExit):
+        parse(demo.Config, demo.PRESETS, ["--seed", "971"])
+    assert "argument --seed: 971: give a number in [0, 970]" in capsys.readouterr().err
 
 
 def test_the_table_is_aligned_and_says_what_costs_nothing():

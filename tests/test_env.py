@@ -160,6 +160,24 @@ def test_a_policy_is_shown_the_cameras_of_its_configuration(policy_file):
     assert (played[0] - played[1]).abs().max() > 1e-3
 
 
+def test_a_camera_may_have_its_name_in_another_data_format(policy_file, tmp_path):
+    """A policy of lerobot-train sees `image`."""
+    env = make_env("tabletop_object", 0, 64, cameras=("agentview", "eye_in_hand"))
+    for own, other in (("agentview", "image"), ("eye_in_hand", "image2"), ("eye_in_hand", "wrist_image")):
+        played, recorded = [], []
+        for camera in (own, other):
+            policy = seeing(VLAPolicy.load(policy_file), camera)
+            actor = PolicyActor(policy, "tabletop_object", 0, seed=0, noise="zero", num_flow_steps=2)
+            (episode,) = play_episodes(actor, "tabletop_object", 0, [2], image_size=64, horizon=8)
+            played.append(episode["actions"])
+            env.reset(init_state=2)
+            recorded.append(PolicyPlayer(policy, env, 0, 0.0).act().executed)
+        assert played[0] == played[1] and np.array_equal(*recorded)
+        check_rendering("libero_goal", (other,))
+    with pytest.raises(ValueError, match="wants camera eye_in_hand of libero_goal, which is too near"):
+        check_rendering("libero_goal", ("image", "wrist_image"), fast_rendering=True)
+
+
 def test_a_camera_that_the_simulator_lacks_is_an_error_before_any_episode(toy, policy_file, tmp_path):
     lacking = r"which renders only agentview, eye_in_hand: ask for one of these, or give a policy that was trained on"
     policy = seeing(VLAPolicy.load(policy_file), "agentview", "side")

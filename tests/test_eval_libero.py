@@ -164,6 +164,29 @@ def test_interrupted_evaluation_goes_on(config, monkeypatch, capsys):
     assert "episodes.jsonl: 3 lines are no episodes" in capsys.readouterr().err
 
 
+def test_episodes_with_other_meshes_do_not_mix(config, monkeypatch):
+    eval_libero.main(config)
+    log, (first, _) = Path(config.out_dir) / "episodes.jsonl", records(config)
+    log.write_text(json.dumps({**first, "visuals": "stand-in visuals"}) + "\n")
+    monkeypatch.setattr(eval_libero, "visuals_of", lambda suite, **_: "own visuals")
+    before, message = (
+        log.read_bytes(),
+        "object with stand-in visuals, the others would be played with own visuals: give",
+    )
+    with pytest.raises(ValueError, match=message):
+        eval_libero.main(config)
+    assert log.read_bytes() == before
+    monkeypatch.setattr(eval_libero, "visuals_of", lambda suite, **_: "stand-in visuals")
+    eval_libero.main(config)
+    assert len(records(config)) == 2
+
+    def gone(suite, **_):
+        raise FileNotFoundError("no assets")
+
+    monkeypatch.setattr(eval_libero, "visuals_of", gone)  # nothing is left to render: nothing is asked
+    assert eval_libero.main(config)["policies"][0]["all"]["episodes"] == 2
+
+
 def test_a_run_folder_is_its_checkpoint(config, policy_file, monkeypatch):
     monkeypatch.chdir(policy_file.parent)
     config = dataclasses.replace(config, episodes=1)

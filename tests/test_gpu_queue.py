@@ -30,21 +30,16 @@ def item(queue, tmp_path: Path, name: str, text: str, seconds: int = 20, flags: 
     return queue.Item("", seconds, str(script), flags)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, monkeypatch, capsys):
     child = "import time; time.sleep(60)"
+    text = "import sys; sys.stdout.buffer.write(bytes([255]))"
     items = {
-        "bad": item(queue, tmp_path, "bad", "print('so it was'); raise ValueError('broken')"),
+        "bad": item(queue, tmp_path, "bad", f"print('so it was', flush=True); {text}; raise ValueError('broken')"),
         "slow": item(
             queue, tmp_path, "slow",
-            f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-            "open(out + '.pid', 'w').write(str(child.pid))\ntime.sleep(60)",
+            f"command = [sys.executable, '-c', {child!r}]\n"
+            "children = [subprocess.Popen(command, start_new_session=own) for own in (0, 1)]\n"
+            "open(out + '.pid', 'w').write(' '.join(str(child.pid) for child in children))\ntime.sleep(60)",
             seconds=3,
         ),
         "good": item(
@@ -65,10 +60,8 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(queue, tmp_path, mon
     }  # fmt: skip
     assert "so it was" in report["bad"]["output"] and "ValueError: broken" in report["bad"]["output"]
     assert 3 <= report["slow"]["seconds"] < 15
-    pid, until = int((tmp_path / "out" / "slow_gpu.json.pid").read_text()), time.monotonic() + 5
-    while alive(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(pid)
+    for pid in (tmp_path / "out" / "slow_gpu.json.pid").read_text().split():
+        assert ended(int(pid))
     assert "replaced" not in report["good"]  # at smoke size nothing asks for it
     made = json.loads((tmp_path / "out" / "good_gpu.json").read_text())
     assert made["path"].split(os.pathsep)[0] == str(queue.ROOT / "src")  # nobody has installed the package
@@ -148,6 +141,31 @@ def test_the_list_is_up_to_date(queue):
     assert (queue.ROOT / "benchmarks" / "gpu_queue.md").read_text() == queue.listing()
 
 
+def test_a_result_is_stale_when_its_code_has_changed(queue, tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        who = "-c", "user.name=A", "-c", "user.email=a@b.c"
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(queue, "ROOT", tmp_path)
+    script, other = (tmp_path / "benchmarks" / name for name in ("own.py", "other.py"))
+    script.parent.mkdir()
+    assert queue.commit() == "unknown" and queue.state_of("r.json", "benchmarks/own.py") == "missing"
+    git("init")
+    script.touch()
+    other.touch()
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "r.json").write_text(json.dumps({"commit": (first := queue.commit())}))
+    other.write_text("changed")
+    assert queue.commit() == f"{first}+" and queue.state_of("r.json", "benchmarks/own.py") == f"measured at {first}"
+    script.write_text("changed")
+    assert queue.state_of("r.json", "benchmarks/own.py") == f"stale: measured at {first}"
+    git("commit", "-a", "-m", "second")
+    assert queue.state_of("r.json", "benchmarks/own.py") == f"stale: measured at {first}"
+    (tmp_path / "r.json").write_text('{"commit": "unknown"}')
+    assert queue.state_of("r.json", "benchmarks/own.py") == "measured at unknown"
+
+
 def test_checks_that_fail_are_named_and_the_others_run(load_benchmark, tmp_path, monkeypatch):
     benchmark = load_benchmark("gpu_check")
     cfg = replace(benchmark.PRESETS["smoke"], out=str(tmp_path / "c.json"), stages=False)
@@ -182,5 +200,7 @@ def test_pieces_joined_are_the_model_in_bfloat16(load_benchmark, world_model_fil
         rounded = value.to(torch.bfloat16).to(value.dtype) if name in weights else value  # ranges stay exact
         assert torch.equal(after[name], rounded)
     assert WorldModel.load(tmp_path / "wm").cfg == WorldModel.load(model).cfg
+    with pytest.raises(FileExistsError, match="wm/model.safetensors exists; give another folder as --out"):
+        benchmark.join(tmp_path, tmp_path / "wm")
     with pytest.raises(FileNotFoundError, match="no world_model_0.safetensors in"):
         benchmark.join(tmp_path / "wm", tmp_path)

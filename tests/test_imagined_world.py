@@ -296,7 +296,7 @@ def test_policies_are_ranked_by_what_they_reach_in_imagination(capsys):
     load = {**policies, "late": Mover(0.9)}.__getitem__
     world = make(starts=3)
     for true, rank in (((0.1, 0.5, 0.9), 3**0.5 / 2), ((0.9, 0.5, 0.1), -(3**0.5) / 2), ((0.5, 0.5, 0.5), 0)):
-        evaluation = Evaluation(dict(zip(policies, true)), from_zero=True, suites=(), horizon=None)
+        evaluation = Evaluation(dict(zip(policies, true)), from_zero=True, suites=(), tasks=None, horizon=None)
         assert rank_policies(evaluation, load, world, 0) == pytest.approx(rank)
     told = capsys.readouterr().err
     assert "success 0 % in imagination, 10 % played: slow" in told and "3 policies, rank correlation of their" in told
@@ -310,12 +310,19 @@ def test_x_0_of_imagined_policies():
 
 def evaluation(path: Path, policies: dict[str, float], **config) -> Path:
     rows = [{"policy": p, "digest": model_digest(p), "all": {"rate": rate}} for p, rate in policies.items()]
-    settings = {"noise": "zero", "perturb": None, "plan": 1, "suites": ["tabletop_object"], "horizon": 16, **config}
-    path.write_text(json.dumps({"config": settings, "policies": rows}))
+    settings = {
+        "noise": "zero",
+        "perturb": None,
+        "plan": 1,
+        "suites": ["tabletop_object"],
+        "tasks": ["0"],
+        "horizon": 16,
+    }
+    path.write_text(json.dumps({"config": settings | config, "policies": rows}))
     return path
 
 
-def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
+def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys, monkeypatch):
     policy = VLAPolicy.load(config.policy)
     extra, paths = read_header(config.policy).extra, []
     for number in range(3):
@@ -324,12 +331,20 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys):
         policy.save(paths[-1], extra)
     rates = dict(zip(paths, (0.1, 0.2, 0.6)))
     given = evaluation(tmp_path / "results.json", rates)
-    assert read_evaluation(tmp_path) == read_evaluation(given) == Evaluation(rates, True, ("tabletop_object",), 16)
+    assert (
+        read_evaluation(tmp_path) == read_evaluation(given) == Evaluation(rates, True, ("tabletop_object",), ("0",), 16)
+    )
     for horizon, played in ((None, 180), (200, 180), (20, 20)):  # the suite's limit at the latest
         other = evaluation(tmp_path / "limit.json", rates, horizon=horizon)
         with pytest.raises(ValueError, match=f"of tabletop_object ended after {played} actions, imagined ones end aft"):
             train_rl.main(dataclasses.replace(config, gate_evaluation=str(other), steps=1))
-    assert not read_evaluation(evaluation(tmp_path / "sampled.json", rates, noise="sampled")).from_zero
+    sampled = read_evaluation(evaluation(tmp_path / "sampled.json", rates, noise="sampled", tasks=None))
+    assert not sampled.from_zero and sampled.tasks is None
+    with pytest.raises(ValueError, match="results.json and the episodes of .* different tasks: only one has 'pick up"):
+        train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))
+    monkeypatch.setattr(
+        train_rl, "instructions_of", lambda *of: {("tabletop_object", ("0",)): ["Push the red square"]}[of]
+    )
     train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))
     assert capsys.readouterr().err.count("% in imagination, ") == 3
     row = json.loads(Path(config.out_dir, "log.jsonl").read_text())
@@ -453,6 +468,54 @@ def test_a_run_in_imagination(config, tmp_path, capsys, two_outcomes):
     assert all(np.isfinite(v) for v in train_rl.main(sampled).values())
 
 
+def test_options_of_the_imagination(config, monkeypatch):
+    """The gate replays as learning imagines."""
+    policy, extra = VLAPolicy.load(config.policy), read_header(config.policy).extra
+    episodes, asked, found = load_episodes(config.demos, successes_only=False), [], Agreement(1, 1, 0, 0)
+    monkeypatch.setattr(train_rl, "outcome_gate", lambda *_, **options: asked.append(options["greedy"]) or found)
+    for imagination in ("sample", "greedy"):
+        cfg = dataclasses.replace(config, imagination=imagination, late_starts=0.25)
+        world = train_rl.imagined_world(cfg, policy, extra, episodes)
+        assert world.late_starts == 0.25 and world.sampling == {"greedy": imagination == "greedy"}
+        train_rl.gate(cfg, world, episodes)
+    assert asked == [False, True]
+
+
+def test_the_gate_asks_about_no_episode_of_the_world_models_training(config, tmp_path):
+    policy, extra = VLAPolicy.load(config.policy), read_header(config.policy).extra
+    episodes = load_episodes(config.demos, successes_only=False)
+    held_out = read_header(config.success_model).extra["held_out_episodes"]
+    model, header = WorldModel.load(config.world_model), read_header(config.world_model)
+    cfg = dataclasses.replace(config, world_model=str(tmp_path / "wm.safetensors"))
+    lost = next(e.name for e in episodes if e.name in held_out and not e.success)
+    save_model(cfg.world_model, model, model.cfg, {**header.extra, "train_episodes": [lost]})
+    world = train_rl.imagined_world(cfg, policy, extra, episodes)
+    with pytest.raises(ValueError, match="1 of 1 episodes succeeded"):  # the failure is left out
+        train_rl.gate(cfg, world, episodes)
+    save_model(cfg.world_model, model, model.cfg, {**header.extra, "train_episodes": held_out})
+    with pytest.raises(ValueError, match="was trained on all that .* holds out. Train the success model again"):
+        train_rl.gate(cfg, world, episodes)
+
+
+def test_a_run_goes_on_with_its_own_episodes(config, monkeypatch, two_outcomes):
+    interrupted(monkeypatch, train_rl, 1, lambda: train_rl.main(config))
+    load = train_rl.load_episodes
+    monkeypatch.setattr(train_rl, "load_episodes", lambda *a, **k: [e for e in load(*a, **k) if e.success])
+    with pytest.raises(ValueError, match="was begun with 10 imagined episodes, today there are 5 .* the files in --de"):
+        train_rl.main(config)
+
+
+def test_a_run_in_the_simulator_that_a_model_judges(config, tmp_path):
+    judge = SuccessModel.load(config.success_model)
+    judge = SuccessModel(dataclasses.replace(judge.cfg, threshold=1e-9, hold=3))  # all that it sees is a success
+    text = "pick up the red block and place it in the bin"
+    path = str(tmp_path / "judge.safetensors")
+    save_model(path, judge, judge.cfg, {**read_header(config.success_model).extra, "instructions": [text]})
+    given = {"world": "simulator", "success_model": path, "mse_weight": 0.0, "starts": 1, "steps": 1}
+    found = train_rl.main(dataclasses.replace(config, **given))
+    assert found["success"] == 1 and found["episode_steps"] == 3
+
+
 def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path, two_outcomes):
     header, sizes = read_header(config.world_model), WorldModel.load(config.world_model).cfg
     model = WorldModel(dataclasses.replace(sizes, pose_dims=6, gripper_dims=(6,)))
@@ -471,9 +534,7 @@ def test_a_run_in_an_imagination_that_poses_drive(config, tmp_path, two_outcomes
 def test_refusals(config, tmp_path, policy_file, monkeypatch):
     with pytest.raises(RuntimeError, match="outcome gate: replayed in imagination"):
         train_rl.main(dataclasses.replace(config, gate_threshold=1.1))
-    with pytest.raises(
-        ValueError, match="the gate needs episodes that success model and world model hold out: none of"
-    ):
+    with pytest.raises(ValueError, match="the gate needs episodes that both models hold out: none of"):
         train_rl.gate(config, None, [])
     judged = read_header(config.success_model)
     chose = {**judged.extra, "threshold_episodes": judged.extra["held_out_episodes"]}

@@ -311,6 +311,98 @@ def test_a_step_has_the_bits_of_liberos_own(perturb, monkeypatch):
     np.testing.assert_array_equal(ours, states())
 
 
+_LIBEROS_OWN = """
+import logging, sys
+import numpy as np
+logging.FileHandler = lambda path: logging.NullHandler()  # robosuite's would write to /tmp
+import robosuite  # before import_libero, which leaves its renderer out
+from robosuite.utils.transform_utils import quat2axisangle
+from vlarft.sim.libero_env import initial_states
+from vlarft.sim.libero_install import import_libero, package_folder
+suite, task, name, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+place = str(package_folder() / "bddl_files" / suite / (name + ".bddl"))
+env = import_libero().OffScreenRenderEnv(bddl_file_name=place, camera_heights=64, camera_widths=64)
+env.seed(0)
+env.reset()
+env.set_init_state(initial_states(suite, task)[3])
+for _ in range(10):
+    env.step([0.0] * 6 + [-1.0])
+qpos = env.sim.data.qpos.copy()
+env.sim.forward()  # it shows poses of 2 ms before
+env._update_observables(force=True)
+obs = env.env._get_observations()
+proprio = [obs["robot0_eef_pos"], quat2axisangle(obs["robot0_eef_quat"]), obs["robot0_gripper_qpos"]]
+images = {name: obs[name + "_image"] for name in ("agentview", "robot0_eye_in_hand")}
+np.savez(out, qpos=qpos, proprio=np.concatenate(proprio), **images)
+"""
+
+
+@needs_images
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "task"), [("libero_object", 0), ("libero_goal", 7)])
+def test_a_start_is_that_of_liberos_own_environment(suite, task, tmp_path):
+    if gl.find_backend() != "egl":
+        pytest.skip("robosuite renders by EGL, an OpenGL library that is not here")
+    words = suite, str(task), task_names(suite)[task], str(tmp_path / "own.npz")
+    variables = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}
+    variables.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite reads it, and fails where it is empty
+    run = subprocess.run([sys.executable, "-c", _LIBEROS_OWN, *words], capture_output=True, text=True, env=variables)
+    assert (tmp_path / "own.npz").is_file(), run.stderr
+    own = np.load(tmp_path / "own.npz")
+    env = make_env(suite, task, 64, cameras=("agentview", "eye_in_hand"))
+    env.reset(init_state=3)
+    seen = env.observe()
+    np.testing.assert_array_equal(env.physics.data.qpos, own["qpos"])
+    np.testing.assert_allclose(seen["proprio"], own["proprio"], atol=1e-6)
+    for ours, theirs in (("agentview", "agentview"), ("eye_in_hand", "robot0_eye_in_hand")):
+        np.testing.assert_array_equal(seen[ours], own[theirs][::-1, ::-1])
+
+
+@needs_images
+def test_episodes_side_by_side_see_what_each_sees_alone(env):
+    """Images and proprio, before the first step after `set_state` too."""
+
+    def action(state, step):
+        return np.random.default_rng([state, step]).uniform(-1.0, 1.0, 7)
+
+    alone = {}
+    for state in (0, 1):
+        env.reset(init_state=state)
+        for step in range(16):
+            if step % 4 == 0:
+                alone[state, step] = env.observe()
+            env.step(action(state, step))
+    saved = {}
+    for state in (0, 1):
+        env.reset(init_state=state)
+        saved[state] = env.get_state()
+    for step in range(16):
+        for state in (0, 1):
+            env.set_state(saved[state])
+            if step % 4 == 0:
+                seen = env.observe()
+                np.testing.assert_array_equal(seen["proprio"], alone[state, step]["proprio"])
+                np.testing.assert_array_equal(seen["agentview"], alone[state, step]["agentview"])
+            env.step(action(state, step))
+            saved[state] = env.get_state()
+    assert (alone[0, 12]["agentview"] != alone[1, 12]["agentview"]).any()
+
+
+@needs_images
+def test_a_stove_glows_in_its_own_episode_alone():
+    env = make_env("libero_goal", "turn_on_the_stove", 64)
+    env.reset(init_state=0)
+    off, dark = env.get_state(), env.observe()["agentview"]
+    (knob,) = env.physics.libero.get_object("flat_stove_1").joints
+    env.physics.data.joint(knob).qpos[:] = 1.0
+    assert env.step(np.zeros(7)).success
+    on, glowing = env.get_state(), env.observe()["agentview"]
+    assert (dark != glowing).any()
+    for state, image in ((off, dark), (on, glowing)):
+        env.set_state(state)
+        np.testing.assert_array_equal(env.observe()["agentview"], image)
+
+
 @needs_images
 def test_images_are_turned_and_settings_change_them(env):
     env.reset(init_state=0)
@@ -318,6 +410,9 @@ def test_images_are_turned_and_settings_change_them(env):
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
     raw = env._renderer.render(env.physics.data, "agentview")
     np.testing.assert_array_equal(image, raw[::-1, ::-1])
+    other = make_env("libero_object", 0, 64, cameras=("image",))  # the name in LeRobot's copies of LIBERO
+    other.reset(init_state=0)
+    np.testing.assert_array_equal(other.observe()["image"], image)
     whole = dataclasses.replace(gl.FAST, mesh_cell=0.0)
     frames = []
     for rendering, cameras in ((whole, ("agentview", "eye_in_hand")), (gl.FAST, ("agentview",))):
@@ -325,6 +420,7 @@ def test_images_are_turned_and_settings_change_them(env):
         fast.reset(init_state=0)
         frames.append(fast.observe())
         assert ("simplified to 4 mm" in fast.visuals) == (rendering == gl.FAST)
+        assert fast.visuals == visuals_of("libero_object", fast_rendering=rendering == gl.FAST)
     assert frames[0]["eye_in_hand"].shape == (64, 64, 3)
     edges, meshes = (np.abs(frames[i]["agentview"].astype(int) - frames[0]["agentview"]).mean() for i in (0, 1))
     assert 0 < np.abs(frames[0]["agentview"].astype(int) - image).mean() < 3.0 and edges == 0 < meshes < 2.0

@@ -1,4 +1,7 @@
-"""Pictures: animations with one palette."""
+"""Pictures: animations with one palette, and what a script says that cannot draw any."""
+
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -26,3 +29,12 @@ def test_one_palette_keeps_colours_and_makes_files_of_still_scenes_smaller(tmp_p
         shown = np.asarray(film.convert("RGB")).astype(int)
         assert np.abs(shown - picture)[1:64].max() < 16 and film.info["duration"] == (1100 if t == 11 else 100)
     assert (tmp_path / "64.gif").stat().st_size < 0.5 * (tmp_path / "None.gif").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_wm", "train_rft", "eval_wm"])
+def test_a_script_that_draws_asks_for_pillow_before_its_work(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.chdir(tmp_path)  # there is nothing to read here
+    script = importlib.import_module(name)
+    with pytest.raises(ImportError, match=r'pictures need pillow: pip install -e ".\[plots\]"'):
+        script.main(script.PRESETS["smoke"])

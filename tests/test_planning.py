@@ -125,13 +125,17 @@ def test_the_robot_goes_on_from_chunk_to_chunk(planner, monkeypatch):
 
 
 def test_a_plan_begins_with_the_motion_of_what_was_executed(planner, monkeypatch):
-    motions, choose = [], planner.choose
-    monkeypatch.setattr(planner, "choose", lambda *args: motions.append(args[4]) or choose(*args))
+    motions, contexts, choose = [], [], planner.choose
+    monkeypatch.setattr(
+        planner, "choose", lambda *args: motions.append(args[4]) or contexts.append(args[1]) or choose(*args)
+    )
     planner.model.robot.motion_mean.fill_(0.1)
     actor = PlanningActor(planner, 2, "tabletop_object", 0, 4, **OPTIONS)
     played = torch.from_numpy(actor([3, 4], 0, obs := observations(2)))
-    actor([4], 1, observations(1))
-    actor([3], 0, observations(1))  # a new episode
+    later = [{**observations(1)[0], "agentview": np.full((64, 64, 3), 9, np.uint8)}]
+    actor([4], 1, later)
+    actor([3], 0, later)  # a new episode
+    assert torch.equal(contexts[1], contexts[0][1:]) and contexts[2].unique().tolist() == pytest.approx([9 / 255])
     proprio = torch.from_numpy(np.stack([o["proprio"] for o in obs]))
     robot = RobotState(proprio, torch.zeros(2, 8))
     for action in played[:, :4].unbind(1):
@@ -176,10 +180,12 @@ def config(policy_file, world_model, success_model, tmp_path):  # noqa: F811
 
 
 def test_evaluation_with_a_choice(config, capsys, monkeypatch):
-    candidates, choose = [], Planner.choose
-    monkeypatch.setattr(Planner, "choose", lambda *args: candidates.append(args[3].shape[1]) or choose(*args))
-    results = eval_libero.main(config)
-    assert candidates == [2] * 8  # in each of the chunks of 64 actions
+    seen, choose = [], Planner.choose
+    monkeypatch.setattr(
+        Planner, "choose", lambda self, *args: seen.append((args[2].shape[1], self.chunks)) or choose(self, *args)
+    )
+    results = eval_libero.main(dataclasses.replace(config, plan_chunks=3))
+    assert seen == [(2, 3)] * 8  # in each of the chunks of 64 actions
     assert results["policies"][0]["chunk_ms"] > 0 and "ms a chunk)" in capsys.readouterr().out
     record = json.loads(Path(config.out_dir, "episodes.jsonl").read_text())
     assert record["chunk_ms"] > 0 and record["steps"] == len(record["actions"])

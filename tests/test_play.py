@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vlarft.data.convention import check_same_images
 from vlarft.policy import VLAPolicy
 from vlarft.reward import check_same_robot
 from vlarft.run.checkpoint import read_header, save_model
+from vlarft.sim import make_env, policy_check, replay
 from vlarft.sim.policy_check import check_policy
 from vlarft.world_model import WorldModel
 
@@ -80,6 +82,37 @@ def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
         play.main(dataclasses.replace(config, tasks=("99",)))
 
 
+@pytest.mark.parametrize("fast", [True, None])
+def test_policies_play_as_their_images_were_rendered(tmp_path, monkeypatch, fast):
+    """The evaluation, the films and the first frame of the imagination."""
+    monkeypatch.chdir(ROOT)
+    policies, rendered = [], []
+    for name, path in zip(play.NAMES, play.Config.policies, strict=True):
+        policy = VLAPolicy.load(path)
+        policies.append(str(tmp_path / name / "model.safetensors"))
+        save_model(policies[-1], policy, policy.cfg, {"fast_rendering": fast})
+    config = dataclasses.replace(play.PRESETS["smoke"], policies=tuple(policies), out_dir=str(tmp_path / "play"))
+
+    def evaluate(words):
+        assert ("--fast-rendering" in words) == bool(fast)
+        start = {"suite": config.suite, "task": 0, "init_state": 0, "success": True, "actions": [[0.0] * 7] * 8}
+        (tmp_path / "play" / "eval").mkdir(parents=True)
+        lines = [json.dumps({"policy": path, **start}) + "\n" for path in policies]
+        (tmp_path / "play" / "eval" / "episodes.jsonl").write_text("".join(lines))
+        return subprocess.CompletedProcess(words, 0)
+
+    def make(*where, fast_rendering, **options):
+        rendered.append(fast_rendering)
+        return make_env(*where, **options)
+
+    monkeypatch.setattr(play.subprocess, "run", evaluate)
+    monkeypatch.setattr(play, "make_env", make)
+    monkeypatch.setattr(replay, "make_env", make)
+    monkeypatch.setattr(play, "sections", lambda folders: [])
+    play.main(config)
+    assert rendered == [bool(fast)] * 4
+
+
 def test_the_checkpoints_fit_a_repository():
     folders = sorted((ROOT / "checkpoints").iterdir())
     names = [f.name for f in folders]
@@ -103,7 +136,7 @@ def test_notebooks_run(tmp_path, monkeypatch):
     assert cells["reward"].shape == cells["advantage"].shape == (4, 8) and cells["loss"].isfinite()
 
 
-def test_liberos_checkpoints_fit_together_and_with_their_preset():
+def test_liberos_checkpoints_fit_together_and_with_their_preset(monkeypatch):
     places = [ROOT / "checkpoints" / f"libero_object_{name}" for name in ("sft", "world_model")]
     policy, model = VLAPolicy.load(places[0]), WorldModel.load(places[1])
     check_same_robot(policy, model)
@@ -113,6 +146,17 @@ def test_liberos_checkpoints_fit_together_and_with_their_preset():
     demos, played = collect_demos.PRESETS["libero"], eval_libero.PRESETS["libero"]
     sizes = [policy.vlm.image_size, model.cfg.tokenizer.image_size[0], demos.image_size, played.image_size or 128]
     assert sizes == [128] * 4 and demos.fast_rendering and played.fast_rendering
+    seen = {"image_size": [128, 128], "fast_rendering": True, "visuals": "stand-in visuals"}
+    assert all({key: header.extra.get(key) for key in seen} == seen for header in headers)
+    how = str(places[0]), headers[0], "libero_object", range(10)
+    monkeypatch.setattr(policy_check, "visuals_of", lambda suite: "stand-in visuals")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_policy(str(places[0]), headers[0], "libero_object", range(10), played.image_size, True)
+        check_policy(*how, played.image_size, True)
+    with pytest.warns(UserWarning, match="trained on images of fast rendering and plays with full: give --fast-render"):
+        check_policy(*how, 128, False)
+    with pytest.warns(UserWarning, match="trained on images of 128x128 and plays with 256x256"):
+        check_policy(*how, 256, True)
+    monkeypatch.setattr(policy_check, "visuals_of", lambda suite: "own visuals")
+    with pytest.warns(UserWarning, match="trained on images of stand-in visuals, and plays with own visuals"):
+        check_policy(*how, 128, True)

@@ -340,7 +340,9 @@ def test_benchmark(load_benchmark, tmp_path, monkeypatch):
     broken = benchmark.straightforward_chunk
     monkeypatch.setattr(benchmark, "straightforward_chunk", lambda *args: broken(*args) + 1)
     with pytest.raises(RuntimeError, match="chunk: the versions differ by 1"):
-        benchmark.main(replace(cfg, whole=False))
+        benchmark.main(cfg)
+    report = json.loads((tmp_path / "policy.json").read_text())
+    assert report["chunk"]["largest_difference"] == pytest.approx(1) and report["training step"]["steps_per_s"] > 0
 
 
 def test_a_policy_made_ready_to_play_acts_the_same_and_saves_as_before(tmp_path):

@@ -1,6 +1,7 @@
 """Every training and measurement on a device that is not the CPU, in `pretend_gpu.py`."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_stages_move_their_tensors_to_the_device(both_outcomes, tmp_path, monkey
         ("train_wm", *smoke, *demos, *held_out, "--tokenizer", tokenizer, "--out-dir", wm, "--steps", 2),
         ("train_sft", *begun),
         ("train_success", *smoke, *demos, *world, "--out-dir", success, "--margin", 4, "--steps", 1, "--episodes", 1),
-        (*rft_words, "--out-dir", rft, "--gate-starts", 0),
+        (*rft_words, "--out-dir", rft, "--gate-starts", 0, "--precision", "bf16"),
         (*rft_words, "--out-dir", divergence, "--reward", "divergence", "--gate-starts", 1),
         ("train_rl", *smoke, *demos, *policy, *world, *judged, *rl_words, "--out-dir", rl),
         (
@@ -62,7 +63,10 @@ def test_stages_move_their_tensors_to_the_device(both_outcomes, tmp_path, monkey
         ),
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert ran.stdout.count("on the device: ") == 8
+    shapes = re.findall(r"on the device: (\w+), .* (\d+) fixed shapes", ran.stdout)
+    assert len(shapes) == 8
+    # those that imagine with a frozen model; the first train_rft in bfloat16, the second decodes nothing
+    assert [name for name, count in shapes if int(count)] == ["train_success", "train_rft", "train_rl", "eval_wm"]
     for folder in (tokenizer, wm, sft, success, rft, divergence, rl):
         assert (folder / "model.safetensors").is_file()
     assert (evaluated / "results.json").is_file() and '"policy_loss"' in (rl / "log.jsonl").read_text()
@@ -80,6 +84,11 @@ def test_a_tensor_left_on_the_cpu_is_an_error(tmp_path):
         "    print(x[where].cpu(), end=' ')\n"  # CPU indices of a tensor on the device: as CUDA allows
         "    try:\n        torch.ones(3)[where.to(x.device)]\n"
         "    except RuntimeError as error:\n        print(error)\n"
+        "    source = torch.Generator(x.device).manual_seed(0)\n"
+        "    print(torch.randn(3, device=x.device, generator=source).cpu().shape, end=' ')\n"
+        "    for way in (lambda: x.normal_(generator=torch.Generator()), lambda: torch.rand(3, generator=source)):\n"
+        "        try:\n            way()\n"
+        "        except RuntimeError as error:\n            print(error)\n"
         "    x + torch.ones(3)\n"
     )
     command = [sys.executable, str(ROOT / "tests" / "pretend_gpu.py"), "forgetful"]
@@ -87,4 +96,6 @@ def test_a_tensor_left_on_the_cpu_is_an_error(tmp_path):
     assert ran.returncode == 1
     assert "tensor([2., 2., 2.]) 3.0 [2.0, 2.0, 2.0]" in ran.stdout
     assert "tensor([1.]) aten.index.Tensor: indices should be either on cpu or on the same device" in ran.stdout
+    assert "torch.Size([3]) normal_: a generator of cpu for a tensor of pretended\n" in ran.stdout
+    assert "rand: a generator of pretended for a tensor of cpu\n" in ran.stdout
     assert "expected all tensors on one device, found (3,) on the CPU" in ran.stderr

@@ -185,6 +185,8 @@ def test_missing_parts_are_named(tmp_path):
         ("steps/action", None, r"record 0 has no numbers in steps/action; it has episode_metadata/file_path"),
         ("steps/action", [0.5] * 83, r"steps/action has 83 numbers, not a multiple of the 12 images"),
         ("steps/action", [0.5] * 83 + [float("nan")], r"steps/action has nan at row 11, column 6"),
+        ("steps/language_instruction", [b"\xff"], r"record 0/steps/language_instruction is not text in UTF-8 \("),
+        ("episode_metadata/file_path", [b"\xff"], r"one.tfrecord: record 0/episode_metadata/file_path is not text"),
         ("steps/language_instruction", [b"a", b"b"], r"language_instruction must be one text, got \['a', 'b'\]"),
         (
             "steps/observation/wrist_image",
@@ -198,6 +200,11 @@ def test_missing_parts_are_named(tmp_path):
         with pytest.raises(ValueError, match=text):
             every_camera(path)
     load_episodes(path)  # the wrist camera, which is a frame short, is not read
+
+
+def test_metadata_that_nothing_reads_need_not_be_text(tmp_path):
+    make(tmp_path, [{**content(i), "episode_metadata/note": [b"\xff"]} for i in range(2)])
+    assert len(every_camera(tmp_path)) == 2
 
 
 def test_becomes_a_lerobot_set(tmp_path):

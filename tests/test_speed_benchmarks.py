@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def test_rollout_against_generate(load_benchmark, transformers, tmp_path, monkey
     monkeypatch.setattr(benchmark.Workload, "generate", lambda self, kind: whole(self, kind).roll(1, 0))
     with pytest.raises(RuntimeError, match="generate and ours agree on"):
         benchmark.main(cfg)
+
+
+def test_each_point_of_the_scaling_is_called_once_before_it_is_timed(load_benchmark, monkeypatch):
+    """On a GPU, the first call captures CUDA graphs."""
+    benchmark, called = load_benchmark("rollout"), []
+    cfg = replace(benchmark.PRESETS["smoke"], repeats=2)
+    monkeypatch.setattr(benchmark, "seconds", lambda call, device: called.append("timed") or call() or 1.0)
+    found = benchmark.scaling(cfg, Mock(ours=lambda **size: called.append(size)))
+    assert found == {"frames": [(1, 1.0), (2, 1.0)], "group": [(1, 1.0), (2, 1.0), (3, 1.0)]}
+    assert called[:10] == [{"frames": 1}, *["timed", {"frames": 1}] * 2, {"frames": 2}, *["timed", {"frames": 2}] * 2]
 
 
 def test_whole_step_against_the_baselines(load_benchmark, transformers, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vlarft.run import stages
 from vlarft.run.stages import Stage, peak_bytes, run_stage, run_stages, seconds_left, wall_seconds
 
 SCRIPT = """
@@ -46,7 +47,7 @@ def log(folder: Path) -> list[str]:
     return [" ".join(line.split()[:2]) for line in (folder / "log").read_text().splitlines()]
 
 
-def test_one_after_the_other(stage, tmp_path, capfd):
+def test_one_after_the_other(stage, tmp_path, capfd, monkeypatch):
     found = run_stages(tmp_path, [stage("a"), stage("b")])
     assert log(tmp_path) == ["start a", "end a", "start b", "end b"] and list(found) == ["a", "b"]
     assert found["a"]["command"] == f"python script.py --name a --out-dir {tmp_path}"
@@ -54,6 +55,11 @@ def test_one_after_the_other(stage, tmp_path, capfd):
     assert json.loads((tmp_path / "stages.json").read_text()) == found
     assert "said by a\n" in capfd.readouterr().out  # as the stage says it
     assert run_stages(tmp_path, [stage("a"), stage("b")]) == found and len(log(tmp_path)) == 4
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path.parent)  # another spelling of the same folder
+        patch.setattr(stages, "Running", None)
+        same = Stage("a", tmp_path / "script.py", {"name": "a", "out_dir": tmp_path.name})
+        assert run_stages(tmp_path, [same]) == found
     assert "[a] done in 0 s: python script.py --name a" in capfd.readouterr().out
     run_stage(tmp_path, "b", stage("b").script, name="b", more=[1, 2, 3], out_dir=tmp_path)  # another command
     assert (
@@ -155,6 +161,11 @@ def test_what_followed_another_command_is_not_taken_for_done(stage, tmp_path):
     assert len(log(tmp_path)) == 6  # nothing ran
     run_stages(tmp_path, [stage("a"), stage("b", "a"), stage("c", "b", more=1)])  # nothing follows it
     assert log(tmp_path)[6:] == ["start c", "end c"]
+
+
+def test_another_number_of_workers_is_the_same_stage(stage, tmp_path):
+    found = run_stages(tmp_path, [stage("a", workers=0), stage("b", "a")])
+    assert run_stages(tmp_path, [stage("a", workers=4), stage("b", "a")]) == found and len(log(tmp_path)) == 4
 
 
 def test_wall_time_by_hand():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -48,8 +49,9 @@ import train_tokenizer
 import train_wm
 from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import read_header
+from vlarft.run.checkpoint import read_header, save_model
 from vlarft.run.config import parse
+from vlarft.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
 # what the study plays beside the arms
@@ -354,6 +356,62 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert files_of(tmp_path / "checkpoints") == before
     with pytest.raises(ValueError, match="unknown arm 'RFT'"):
         libero_release.main(dataclasses.replace(missing, arms=("RFT",)))
+
+
+def test_liberos_study_measures_again_what_was_trained_again(tmp_path, policy_file, world_model_file, monkeypatch):
+    folder, done = tmp_path / "libero" / "tabletop_object", []
+    for run, file in (("sft", policy_file), ("wm", world_model_file)):
+        (folder / run).mkdir(parents=True)
+        shutil.copy(file, folder / run / "model.safetensors")
+    (folder / "sft" / "model_000002.safetensors").touch()
+    (folder / "sft" / "log.jsonl").write_text('{"step": 1, "minutes": 0.5}\n')
+
+    def stage(runs, name, *words):
+        place = runs.folder / name
+        if name.startswith("eval/wm") and not place.is_dir():  # as `run_once`
+            done.append("frames")
+            place.mkdir(parents=True)
+            means = {name: [0.5] for name in ("mse", "psnr", "ssim", "psnr_moving")}
+            (place / "results.json").write_text(json.dumps({"frames": {"all": {"imagined": means, "copy": means}}}))
+        return place
+
+    def play(runs, name, *how):
+        done.append(name)
+        return "1"
+
+    monkeypatch.setattr(libero_study.Runs, "stage", stage)
+    monkeypatch.setattr(libero_study.Runs, "play", play)
+    out = tmp_path / "libero.json"
+    cfg = dataclasses.replace(
+        libero_study.PRESETS["smoke"], out_dir=str(tmp_path / "libero"), out=str(out), arms=(), full=()
+    )
+
+    def measured():
+        done.clear()
+        libero_study.main(cfg)
+        return done
+
+    def train(run):
+        model = (VLAPolicy if run == "sft" else WorldModel).load(folder / run)
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        save_model(folder / run / "model.safetensors", model, model.cfg)
+
+    everything = ["model_000002", "frames", "SFT", "SFT", "SFT"]
+    assert measured() == everything and measured() == []
+    train("wm")
+    assert measured() == ["frames"] and measured() == []
+    train("sft")
+    assert measured() == ["model_000002", "SFT", "SFT", "SFT"] and measured() == []
+    report = json.loads(out.read_text())
+    run = report["runs"]["tabletop_object"]
+    for part in (run["curve"], run["arms"]["SFT"]):  # of an older version, which does not tell the policy
+        del part["digest"]
+    out.write_text(json.dumps(report))
+    assert measured() == ["model_000002", "SFT", "SFT", "SFT"]
+    out.write_text(json.dumps(report))
+    shutil.rmtree(folder)
+    assert measured() == []  # nothing there tells otherwise
 
 
 @pytest.mark.slow

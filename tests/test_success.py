@@ -355,7 +355,9 @@ def test_who_may_be_judged(config, tmp_path):
     good = {"images": images, "name": "world model", "image_size": 64, "world_model": config.world_model}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_judge(config.out_dir, ["push the red square"], **good)
+        check_judge(
+            config.out_dir, ["push the red square", "Push the  red square"], **good
+        )  # its network reads the same
     with pytest.raises(ValueError, match="does not know the instruction 'push the blue square'"):
         check_judge(config.out_dir, ["push the red square", "push the blue square"], **good)
     with pytest.raises(ValueError, match="judges images of 64x64, world model has 128x128"):
@@ -423,6 +425,8 @@ def test_errors(config, demos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds out none of the 6 episodes"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),)))
     with pytest.raises(ValueError, match=r"4 of the 4 training episodes .* needs both outcomes"):
+        train_success.main(dataclasses.replace(config, demos=(str(demos),), world_model=None, validation_fraction=0.34))
+    with pytest.raises(ValueError, match="with --demos, and give a larger --validation-fraction$"):
         train_success.main(dataclasses.replace(config, demos=(str(demos),), world_model=None, validation_fraction=0.34))
     model = WorldModel.load(config.world_model)
     extra = read_header(config.world_model).extra

@@ -46,6 +46,16 @@ def test_head_and_sigma_net_move_and_nothing_else(rft_config, policy_file):
     assert header.extra["train_episodes"]
 
 
+def test_a_phase_ends_when_the_gpu_has_done_it(monkeypatch):
+    called, seconds, gpu = [], {}, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", called.append)
+    with train_rft.timed(seconds, "phase", gpu):
+        called.append("phase")
+    with train_rft.timed(seconds, "other", torch.device("cpu")):
+        called.append("other")
+    assert called == [gpu, "phase", gpu, "other"] and set(seconds) == {"phase", "other"}
+
+
 def test_evaluation_ignores_the_sigma_net(rft_config):
     train_rft.main(rft_config)
     policy = VLAPolicy.load(f"{rft_config.out_dir}/model.safetensors")

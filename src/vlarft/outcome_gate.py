@@ -105,13 +105,14 @@ def check_outcome_gate(found: Agreement, threshold: float | None) -> None:
 
 
 class Evaluation(NamedTuple):
-    """Success rates of policies, by their paths; whether their x_0 was 0; suites that they played, and after how many
-    actions an episode ended, None = the suite's limit.
+    """Success rates of policies, by their paths; whether their x_0 was 0; suites and tasks that they played (None =
+    all), and after how many actions an episode ended (None = the suite's limit).
     """
 
     rates: dict[str, float]
     from_zero: bool
     suites: tuple[str, ...]
+    tasks: tuple[str, ...] | None
     horizon: int | None
 
 
@@ -145,7 +146,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     for policy, digest in digests.items():
         if digest not in (model_digest(policy), file_digest(policy)):  # older evaluations took the files' digests
             raise ValueError(f"{policy} has changed since {file} was written: evaluate it again")
-    return Evaluation(rates, from_zero, tuple(settings["suites"]), settings.get("horizon"))
+    tasks = None if settings["tasks"] is None else tuple(settings["tasks"])
+    return Evaluation(rates, from_zero, tuple(settings["suites"]), tasks, settings.get("horizon"))
 
 
 @torch.no_grad()

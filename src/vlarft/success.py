@@ -332,7 +332,8 @@ def check_judge(
     header = read_header(path)
     check_same_images(images, name, header.extra, f"success model {path}")
     known = header.extra.get("instructions", [])
-    if unknown := [text for text in dict.fromkeys(instructions) if text not in known]:
+    words = [text.lower().split() for text in known]  # all that its network reads of a text
+    if unknown := [text for text in dict.fromkeys(instructions) if text.lower().split() not in words]:
         raise ValueError(
             f"success model {path} does not know the instruction {unknown[0]!r} ({len(unknown)} of "
             f"{len(set(instructions))} are new); it was trained on: {'; '.join(known)}. Train it on episodes of all "

@@ -116,7 +116,7 @@ def versions(
 def imagined(
     episodes: Sequence[Episode], model: WorldModel, autocast: AbstractContextManager, seed: int = 0
 ) -> Iterator[Version]:
-    """Yield every episode as reinforcement learning imagines it: with the poses that the world model predicts."""
+    """Yield every episode as reinforcement learning imagines it by default: greedily, with predicted poses."""
     options = {"autocast": autocast, "greedy": True, "seed": seed}
     for found in imagined_episodes(model, episodes, **options):
         yield Version(found.episode, "imagined", to_uint8(found.imagined))

@@ -20,7 +20,7 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.envs import preprocess_observation
 from lerobot.policies import get_policy_class, make_policy_config, make_pre_post_processors
 from lerobot.utils.import_utils import register_third_party_plugins
-from lerobot_policy_vlarft import VlarftConfig, VlarftPolicy, make_vlarft_pre_post_processors
+from lerobot_policy_vlarft import VlarftConfig, VlarftEnv, VlarftPolicy, make_vlarft_pre_post_processors
 from lerobot_policy_vlarft.__main__ import main as export
 
 from vlarft.data.episode import Episode
@@ -376,6 +376,28 @@ def test_data_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
         train(monkeypatch, wide, tmp_path / "d", *tuned)
     with pytest.warns(UserWarning, match="someone/set has intended_action, .*train_sft.py is better"):
         train(monkeypatch, write_set(tmp_path / "noisy", extra=0.9), tmp_path / "e", *tuned)
+
+
+def test_the_environment_renders_the_cameras_that_are_asked_for(run, tmp_path):
+    pytest.importorskip("mujoco", reason="the simulator of the lerobot test needs mujoco")
+    policy = VLAPolicy.load(run)
+    policy.cfg = dataclasses.replace(policy.cfg, cameras=("eye_in_hand",))
+    policy.save(tmp_path / "model.safetensors")
+    wrist, *_ = loaded(tmp_path)
+    for cameras in (None, ["eye_in_hand"], ["agentview", "eye_in_hand"]):
+        config = VlarftEnv(task="tabletop_object", task_ids=[0], cameras=cameras)
+        names = cameras or ["agentview"]
+        assert [key for key in config.features if key.startswith("pixels/")] == [f"pixels/{name}" for name in names]
+        envs = config.create_envs(1)["tabletop_object"][0]
+        seen, _ = envs.reset(seed=[0])
+        batch = {**preprocess_observation(seen), "task": list(envs.call("task_description"))}
+        assert set(config.features_map.values()) - {"action"} <= set(batch)
+        if "eye_in_hand" in names:
+            assert wrist.predict_action_chunk(batch).shape == (1, 8, 7)
+        else:
+            with pytest.raises(ValueError, match=r"render.*--env.cameras='\[eye_in_hand\]'"):
+                wrist.predict_action_chunk(batch)
+        envs.close()
 
 
 @pytest.mark.parametrize("batch", [1, 2])

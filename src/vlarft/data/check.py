@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlarft.data.episode import CAMERAS, Episode, no_ops
+from vlarft.data.episode import Episode, no_ops
 from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot, target_positions
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
+from vlarft.run.cameras import CAMERAS
 from vlarft.run.checkpoint import write_json
 from vlarft.run.config import Parser
 from vlarft.run.pictures import grid, save_png
@@ -372,6 +373,23 @@ def sample_picture(episodes: Sequence[Episode]) -> np.ndarray:
     return grid(rows, names)
 
 
+def _picture(report: Report, episodes: Sequence[Episode], path: Path) -> None:
+    """Write the picture; only frames that cannot be read are errors."""
+    try:
+        picture = sample_picture(episodes)
+    except (ValueError, OSError) as error:
+        report.errors.append(str(error))
+        return
+    except ImportError as error:
+        report.warnings.append(f"no picture: {error}")
+        return
+    try:
+        save_png(path, picture)
+        report.facts["picture"] = str(path)
+    except OSError as error:
+        report.warnings.append(f"no picture: {error}")
+
+
 def render(report: Report) -> str:
     """Return the report as text."""
     lines = []
@@ -403,11 +421,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     report, episodes = check(args.path, args.camera)
     if episodes:
-        try:
-            save_png(args.picture, sample_picture(episodes))
-            report.facts["picture"] = str(args.picture)
-        except (ValueError, OSError) as error:
-            report.errors.append(str(error))
+        _picture(report, episodes, args.picture)
     if args.json:
         write_json(args.json, vars(report))
     print(render(report))

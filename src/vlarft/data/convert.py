@@ -21,11 +21,12 @@ from typing import Annotated
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.data.episode import CAMERAS, Episode, no_ops, pick_camera
+from vlarft.data.episode import Episode, no_ops, pick_camera
 from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import camera_key, write_lerobot
+from vlarft.run.cameras import CAMERAS
 from vlarft.run.checkpoint import check_room, new_folder
 from vlarft.run.config import Parser, Positive, Range, Side, Whole, reader
 from vlarft.run.script import clear_errors
@@ -245,6 +246,9 @@ def main(argv: Sequence[str]) -> None:
     }
     if args.src.resolve() in args.dst.resolve().parents:
         raise ValueError(f"{args.dst} lies in {args.src}, whose files would be mixed with it: give a folder outside")
+    emptied = Path(f"{args.dst}.tmp").resolve()  # by `new_folder`
+    if emptied in (args.src.resolve(), *args.src.resolve().parents):
+        raise ValueError(f"{args.dst} is first written as {emptied}, which holds {args.src}: give another DST")
     with_states = None if args.format == "hdf5" and demo_files(args.src)[0] == "hdf5" else False
     camera = args.camera[0] if args.camera and len(args.camera) == 1 else None  # one or all: not which is the first
     errors: list[Exception] = []

@@ -12,11 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from vlarft.data.frames import Frames
+from vlarft.run.cameras import find_camera
 
 Images = np.ndarray | Frames  # uint8 (T, H, W, 3)
 
-# LIBERO's cameras: their names in its HDF5 files -> their names in LeRobot and RLDS copies of LIBERO
-CAMERAS = {"agentview": ("image",), "eye_in_hand": ("image2", "wrist_image")}
 KINDS = ("expert", "failed", "noisy", "policy")
 OUTCOMES = {"true": True, "1": True, "false": False, "0": False}  # as text
 
@@ -89,7 +88,7 @@ class RobotState(NamedTuple):
 
 
 def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> str:
-    """Return the key of `cameras` that `name` refers to: itself, or another format's name of the camera (`CAMERAS`).
+    """Return the key of `cameras` that `name` refers to, see `find_camera`.
 
     Args:
         cameras: any values by camera name.
@@ -99,13 +98,12 @@ def pick_camera(cameras: Mapping[str, object], name: str | None, where: str) -> 
     Raises:
         ValueError: no such camera; the message lists those there are.
     """
-    same = next((group for group in ((k, *v) for k, v in CAMERAS.items()) if name in group), ())
-    for candidate in (name, *same) if name is not None else tuple(cameras)[:1]:
-        if candidate in cameras:
-            return candidate
-    raise ValueError(
-        f"{where} has no camera {name!r}; it has {', '.join(cameras) or 'none'}: give --camera one of them"
-    )
+    found = next(iter(cameras), None) if name is None else find_camera(cameras, name)
+    if found is None:
+        raise ValueError(
+            f"{where} has no camera {name!r}; it has {', '.join(cameras) or 'none'}: give --camera one of them"
+        )
+    return found
 
 
 def read_outcome(value: Any, where: str) -> bool | None:

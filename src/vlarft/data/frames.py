@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from vlarft.run.optional import optional
 
@@ -126,8 +127,14 @@ def import_pillow() -> Any:
 
 def map_file(path: Path) -> np.ndarray:
     """Map a file into memory as (N,) uint8: bytes are read on access and shared between processes."""
-    # returned as a plain array: slices of the class np.memmap are slower
-    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+    if not (size := path.stat().st_size):
+        return np.zeros(0, np.uint8)
+    try:  # not np.memmap, which keeps the file open: a process may open 1024, and data sets have more
+        content = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
+    except RuntimeError:  # torch's mapping could be written to, so that it must fit into memory
+        content = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array: slices of np.memmap are slower
+    content.flags.writeable = False
+    return content
 
 
 def decode_image(blob: Any, where: str) -> np.ndarray:

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlarft.data.episode import CAMERAS, Episode
+from vlarft.data.episode import Episode
 from vlarft.data.frames import import_pillow
 from vlarft.data.lerobot_meta import import_parquet, read_info
 from vlarft.data.video import import_av
+from vlarft.run.cameras import CAMERAS
 from vlarft.run.checkpoint import new_folder
 
 CHUNK_FILES, DATA_BYTES, VIDEO_BYTES = 1000, 100 << 20, 200 << 20  # LeRobot's defaults

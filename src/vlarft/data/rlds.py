@@ -139,9 +139,8 @@ def _outcome(content: np.ndarray, features: dict[str, Feature], where: str) -> b
     """Return whether an episode succeeded, by its metadata or a folder of its path; None: not known."""
     about = {}
     for key, value in features.items():
-        if key.startswith("episode_metadata/"):
-            texts = isinstance(value, Blobs)
-            items = _texts(content, value) if texts else value.tolist()
+        if key == "episode_metadata/success" or (key.startswith("episode_metadata/") and key.endswith("path")):
+            items = _texts(content, value, f"{where}/{key}") if isinstance(value, Blobs) else value.tolist()
             about[key.removeprefix("episode_metadata/")] = items[0] if len(items) else None
     if (success := read_outcome(about.get("success"), f"{where}/episode_metadata")) is not None:
         return success
@@ -149,8 +148,12 @@ def _outcome(content: np.ndarray, features: dict[str, Feature], where: str) -> b
     return False if "failure" in folders else True if "success" in folders else None
 
 
-def _texts(content: np.ndarray, places: Blobs) -> list[str]:
-    return [content[o : o + n].tobytes().decode() for o, n in zip(places.offsets.tolist(), places.sizes.tolist())]
+def _texts(content: np.ndarray, places: Blobs, where: str) -> list[str]:
+    blobs = (content[o : o + n].tobytes() for o, n in zip(places.offsets.tolist(), places.sizes.tolist()))
+    try:
+        return [blob.decode() for blob in blobs]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not text in UTF-8 ({error}); write it anew") from error
 
 
 def _is_placeholder(features: dict[str, Feature], camera: str) -> bool:
@@ -192,7 +195,7 @@ def _instruction(content: np.ndarray, features: dict[str, Feature], where: str) 
     texts = features.get("steps/language_instruction")
     if not isinstance(texts, Blobs) or not len(texts.offsets):
         raise ValueError(f"{where} has no steps/language_instruction; it has {', '.join(sorted(features))}")
-    unique = set(_texts(content, texts))
+    unique = set(_texts(content, texts, f"{where}/steps/language_instruction"))
     if len(unique) != 1 or not next(iter(unique)).strip():
         raise ValueError(f"{where}/steps/language_instruction must be one text, got {sorted(unique)[:3]}")
     return unique.pop().strip()

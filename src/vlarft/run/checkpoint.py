@@ -118,7 +118,7 @@ def new_folder(root: str | Path) -> Iterator[Path]:
     try:
         yield tmp
     except BaseException as error:
-        full = isinstance(error, OSError) and (error.errno in FULL or any(f"errno = {n}" in str(error) for n in FULL))
+        full = isinstance(error, OSError) and _is_full(error)
         failed = not_written(root, error) if full else None  # before the room is free again
         shutil.rmtree(tmp, ignore_errors=True)
         if failed:
@@ -138,11 +138,20 @@ def check_room(path: str | Path, needed: float) -> None:
 
 def not_written(path: str | Path, error: Exception) -> OSError:
     """Make the error of a file that could not be written; those of the system do not name it where a disk is full."""
+    saved = "What was saved before is untouched"
+    if not _is_full(error):
+        return OSError(f"could not write {path} ({error}). {saved}")
     free = shutil.disk_usage(Path(path).parent).free / 2**30
     return OSError(
-        f"could not write {path} ({error}), {free:.2f} GiB were free. What was saved before is untouched: "
+        f"could not write {path} ({error}), {free:.2f} GiB were free. {saved}: "
         "free some space and give the same command again"
     )
+
+
+def _is_full(error: Exception) -> bool:
+    """Return whether a write failed for want of room, which HDF5, safetensors and torch say in their text alone."""
+    texts = "unexpected pos", "failed writing", *(f"{name} {n}" for name in ("errno =", "os error") for n in FULL)
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in texts)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -404,7 +413,7 @@ def open_run(
         stored = stored if older is None else older(stored, str(path))
         stored = {**_defaults(config), **stored}  # options newer than the run have their defaults
         # take the given spelling of an equal path, so that `differences` lists real differences only
-        stored = {k: given[k] if k in given and _same(v, given[k]) else v for k, v in stored.items()}
+        stored = {k: given[k] if k in given and same_setting(v, given[k]) else v for k, v in stored.items()}
         free = {*FREE, *ignore}
         if lines := differences(*({k: v for k, v in d.items() if k not in free} for d in (stored, given))):
             raise ValueError(
@@ -429,10 +438,10 @@ def open_run(
     return state if state.is_file() else None
 
 
-def _same(stored: Any, given: Any) -> bool:
+def same_setting(stored: Any, given: Any) -> bool:
     """Return whether two values of a field are equal or name one path, where a run folder equals its model file."""
     if isinstance(stored, list) and isinstance(given, list):
-        return len(stored) == len(given) and all(map(_same, stored, given))
+        return len(stored) == len(given) and all(map(same_setting, stored, given))
     if isinstance(stored, str) and isinstance(given, str):
         places = (Path(value.removesuffix("/model.safetensors")).resolve() for value in (stored, given))
         return stored == given or len(set(places)) == 1

@@ -5,6 +5,7 @@ Images: float (C, H, W) in [0, 1] with 3 channels; L columns or time steps, R ro
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from vlarft.run.optional import optional
 from vlarft.run.pixels import to_bytes
 
 
-def _pillow():
+def import_pillow() -> tuple[ModuleType, ModuleType]:
+    """Import PIL.Image and PIL.ImageDraw; an ImportError says what installs them.
+
+    Scripts call it before their work, whose pictures come late.
+    """
     with optional("pictures need pillow", "plots"):
         from PIL import Image, ImageDraw
     return Image, ImageDraw
@@ -38,7 +43,7 @@ def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None, 
     Returns:
         uint8 (height, width, 3).
     """
-    image_module, draw_module = _pillow()
+    image_module, draw_module = import_pillow()
     scale = max(1, -(-min_side // max(rows[0][0].shape[-2:])))
     height, width = (side * scale for side in rows[0][0].shape[-2:])
     gap, margin = 2, 0 if labels is None else 12 + 7 * max(len(label) for label in labels)
@@ -71,7 +76,7 @@ def histograms(
     Returns:
         uint8 (height, width, 3).
     """
-    image_module, draw_module = _pillow()
+    image_module, draw_module = import_pillow()
     colours = ((120, 140, 160), (200, 110, 70), (80, 140, 90), (130, 100, 170))
     width, height = size
     left, right, top, bottom = 12, width - 12, 40, height - 24
@@ -101,7 +106,7 @@ def histograms(
 
 def save_png(path: str | Path, picture: np.ndarray) -> None:
     """Write a picture of `grid` (height, width, 3) as PNG."""
-    image_module, _ = _pillow()
+    image_module, _ = import_pillow()
     image, options = image_module.fromarray(picture), {"compress_level": 3}  # 10 % larger, written ten times as fast
     write_atomic(path, lambda tmp: image.save(tmp, format="PNG", **options))
 
@@ -123,7 +128,7 @@ def save_gif(
         colors: size of one palette for all pictures, of which pixels that stand still then take no space; None: each
             picture has its own, of 256 colours.
     """
-    image_module, _ = _pillow()
+    image_module, _ = import_pillow()
     images = [image_module.fromarray(picture) for picture in pictures]
     if colors is not None:
         some = [pictures[i] for i in np.linspace(0, len(pictures) - 1, 5).astype(int)]

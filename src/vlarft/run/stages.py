@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlarft.run.checkpoint import read_json, write_json
+from vlarft.run.checkpoint import read_json, same_setting, write_json
 from vlarft.run.script import PARENT, signals_noted
 
 INSTALLED = Path(__file__).resolve().parents[1] / "stages"  # where a wheel has the stage scripts; setup.cfg maps them
@@ -25,10 +25,11 @@ class MemoryPeak(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(0.5):  # a stage may last two seconds
-            self.peak = max(self.peak, sum(_memory(pid) for pid in _descendants(self.root)))
+            self.peak = max(self.peak, sum(_memory(pid) for pid in descendants(self.root)))
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
+    """Return a process and all that it started, directly or not, as far as their parents still run (Linux only)."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -198,7 +199,8 @@ def run_stages(
                     words = stage.words()
                     command = stage.command(words)
                     known = found.get(stage.name, {})
-                    known = known if known.get("command") == command else {}
+                    same = same_setting(_content(known.get("command", "")), _content(command))
+                    known = known if same else {}
                     if known.get("done"):
                         print(f"\n[{stage.name}] done in {known['seconds']:.0f} s: {command}", flush=True)
                         ended.add(stage.name)
@@ -230,6 +232,12 @@ def run_stages(
             for one in list(running):
                 end(one)
     return found
+
+
+def _content(command: str) -> list[str]:
+    """Split a command line, without the number of workers, on which no result depends."""
+    words = shlex.split(command)
+    return [word for i, word in enumerate(words) if "--workers" not in words[max(0, i - 1) : i + 1]]
 
 
 def _following(stages: Sequence[Stage], first: Stage) -> list[Stage]:

@@ -259,7 +259,7 @@ def check_same_episodes(out_dir: str | Path, names: Mapping[str, Sequence[str]])
 
     Args:
         out_dir: the run's folder; a new run has no state there.
-        names: EPISODES, as they go into the model's file.
+        names: lists of names, EPISODES or others, as they go into the model's file.
 
     Raises:
         ValueError: episodes were added, removed or renamed since.
@@ -268,13 +268,13 @@ def check_same_episodes(out_dir: str | Path, names: Mapping[str, Sequence[str]])
     if not (folder / "train_state.pt").is_file() or not (folder / "model.safetensors").is_file():
         return
     before = read_header(folder / "model.safetensors").extra
-    for part in EPISODES:
+    for part in names:
         other = set(before.get(part, names[part])) ^ set(names[part])
         if other:
             raise ValueError(
                 f"{folder} was begun with {len(before[part])} {part.replace('_', ' ')}, today there are "
                 f"{len(names[part])} (first that differs: {min(other)}): the files in --demos have changed, and with "
-                "them what is held out. Give those that it was begun with, or choose another --out-dir"
+                "them what is learned from and held out. Give those that it was begun with, or choose another --out-dir"
             )
 
 

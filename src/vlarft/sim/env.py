@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from vlarft.run.cameras import find_camera
 from vlarft.sim.perturb import Perturbation
 
 NUM_INITIAL_STATES = 50  # per task, as in LIBERO
@@ -47,6 +48,7 @@ class Env(ABC):
     suite, task_index, task_name, instruction: the task.
     horizon: control steps after which an episode ends.
     cameras: names of the images that `observe` renders.
+    views: each of these names -> the simulator's camera, whose name in another data format it may be (`find_camera`).
     num_steps: control steps since the start.
     num_rejected: perturbed starts that the last `reset` rejected.
     visuals: which meshes and textures are rendered, where installations differ; None = all have the same.
@@ -55,7 +57,7 @@ class Env(ABC):
         suites: the simulator's suites by name.
         suite: a key of `suites`.
         task_index: index of a task of the suite.
-        cameras: images to observe, some of `available_cameras`.
+        cameras: images to observe, some of `available_cameras` or their names in another data format.
     """
 
     available_cameras: ClassVar[tuple[str, ...]]
@@ -65,6 +67,7 @@ class Env(ABC):
         task = suites[suite].tasks[task_index]
         self.suite, self.task_index, self.task_name, self.instruction = suite, task_index, task.name, task.instruction
         self.horizon, self.cameras = suites[suite].horizon, cameras
+        self.views = {name: find_camera(self.available_cameras, name) or name for name in cameras}
         self.num_steps = self.num_rejected = 0
 
     @abstractmethod

@@ -53,9 +53,7 @@ class LiberoEnv(Env):
     ) -> None:
         super().__init__(LIBERO_SUITES, suite, task_index, cameras)
         self.physics = LiberoPhysics(suite, self.task_name)
-        self.visuals = assets_label(assets_folder())
-        if rendering.mesh_cell:
-            self.visuals += f", meshes simplified to {1000 * rendering.mesh_cell:g} mm"
+        self.visuals = visuals_label(rendering)
         self._size, self._rendering = image_size, rendering
         self._renderer: GLRenderer | None = None
         self._ready = False
@@ -100,7 +98,10 @@ class LiberoEnv(Env):
         physics = self.physics
         if self.cameras and self._renderer is None:
             self._renderer = GLRenderer(physics.model, self._size, self._rendering)
-        images = {c: self._renderer.render(physics.data, _CAMERAS[c])[::-1, ::-1].copy() for c in self.cameras}
+        images = {
+            name: self._renderer.render(physics.data, _CAMERAS[camera])[::-1, ::-1].copy()
+            for name, camera in self.views.items()
+        }
         return {**images, "proprio": physics.proprio(), "instruction": self.instruction}
 
     def success(self) -> bool:
@@ -129,6 +130,16 @@ class LiberoEnv(Env):
     def demo_attrs(cls, suite: str, task: Task) -> dict[str, Any]:
         """Return what LIBERO's own files say of their images and task, see `Env.demo_attrs`."""
         return {"upright": False, "bddl_file_name": f"{suite}/{task.name}.bddl"}
+
+
+def visuals_label(rendering: RenderConfig) -> str:
+    """Return what reports call the meshes and textures that are rendered.
+
+    Raises:
+        FileNotFoundError: no assets.
+    """
+    simplified = f", meshes simplified to {1000 * rendering.mesh_cell:g} mm" if rendering.mesh_cell else ""
+    return assets_label(assets_folder()) + simplified
 
 
 @functools.lru_cache(maxsize=8)

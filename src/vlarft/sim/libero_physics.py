@@ -188,6 +188,7 @@ class LiberoPhysics:
         controller.goal_pos, controller.goal_ori = goal.copy(), turn.reshape(3, 3)
         controller.initial_joint, controller.new_update = rest.copy(), True
         self._update_poses()
+        self.libero._post_process()  # the light of a stove, which LIBERO sets after its steps, not from the state
 
     # Measurements
 

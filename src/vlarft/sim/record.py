@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vlarft.policy import VLAPolicy
+from vlarft.run.cameras import find_camera
 from vlarft.run.random import generator
 from vlarft.sim.demonstrator import ActionNoise, Demonstrator, ExpertAction
 from vlarft.sim.env import Env
@@ -29,7 +30,8 @@ class PolicyPlayer:
     """
 
     def __init__(self, policy: VLAPolicy, env: Env, seed: int, action_noise: float) -> None:
-        if missing := [camera for camera in policy.cfg.cameras if camera not in env.cameras]:
+        self.views = {camera: find_camera(env.cameras, camera) for camera in policy.cfg.cameras}
+        if missing := [camera for camera, view in self.views.items() if view is None]:
             raise ValueError(
                 f"the policy sees camera {', '.join(missing)}, the environment renders "
                 f"{', '.join(env.cameras) or 'none'}: make it with cameras={policy.cfg.cameras}"
@@ -43,7 +45,9 @@ class PolicyPlayer:
         """Return the next action of the chunk; the policy observes again when a chunk has been played."""
         if not self.left:
             random_numbers = generator("cpu", "recorded policy", self.seed, self.num_chunks)
-            self.left = list(self.policy.act(self.env.observe(), generator=random_numbers).cpu().double().numpy())
+            obs = self.env.observe()
+            obs = {**obs, **{camera: obs[view] for camera, view in self.views.items()}}
+            self.left = list(self.policy.act(obs, generator=random_numbers).cpu().double().numpy())
             self.num_chunks += 1
         return self.noise.add(self.left.pop(0))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from vlarft.run.cameras import find_camera
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.env import Env, Suite
 from vlarft.sim.experts import Expert
-from vlarft.sim.gl import FAST
-from vlarft.sim.libero_env import LiberoEnv
+from vlarft.sim.gl import FAST, FULL
+from vlarft.sim.libero_env import LiberoEnv, visuals_label
 from vlarft.sim.libero_experts import LiberoExpert
-from vlarft.sim.libero_install import assets_folder, assets_label, package_folder
+from vlarft.sim.libero_install import package_folder
 from vlarft.sim.libero_tasks import LIBERO_SUITES
 from vlarft.sim.tabletop import TabletopEnv
 from vlarft.sim.tasks import TABLETOP_SUITES
@@ -56,6 +57,21 @@ def task_names(suite: str) -> list[str]:
     return [task.name for task in simulator_of(suite).suites[suite].tasks]
 
 
+def task_indices(suite: str, tasks: Sequence[int | str] | None) -> list[int]:
+    """Return the indices of tasks given by index or name, each once; of all tasks for None.
+
+    Raises:
+        ValueError: unknown suite or task.
+    """
+    tasks = range(len(task_names(suite))) if tasks is None else tasks
+    return list(dict.fromkeys(task_index(suite, task) for task in tasks))
+
+
+def instructions_of(suite: str, tasks: Sequence[int | str] | None) -> list[str]:
+    """Return the instructions of tasks, as `task_indices`."""
+    return [simulator_of(suite).suites[suite].tasks[task].instruction for task in task_indices(suite, tasks)]
+
+
 def task_index(suite: str, task: int | str) -> int:
     """Return the index of a task given by index or name.
 
@@ -71,8 +87,12 @@ def task_index(suite: str, task: int | str) -> int:
     raise ValueError(f"unknown task {task!r} of {suite}; give 0..{len(names) - 1} or one of: {', '.join(names)}")
 
 
-def visuals_of(suite: str) -> str | None:
+def visuals_of(suite: str, *, fast_rendering: bool = False) -> str | None:
     """Return which meshes and textures a suite is rendered with here; None where all installations have the same.
+
+    Args:
+        suite: name of a suite.
+        fast_rendering: see `make_env`; it simplifies the meshes.
 
     Raises:
         ValueError: unknown suite.
@@ -82,7 +102,7 @@ def visuals_of(suite: str) -> str | None:
     if suite not in LIBERO_SUITES:
         return None
     package_folder()  # raises if LIBERO is missing
-    return assets_label(assets_folder())
+    return visuals_label(FAST if fast_rendering else FULL)
 
 
 def check_rendering(
@@ -92,7 +112,7 @@ def check_rendering(
 
     Args:
         suite: name of a suite.
-        cameras: names of cameras.
+        cameras: names of cameras, the simulator's or those of another data format, see `run.cameras`.
         wanted_by: who asks for them, for the error.
         fast_rendering: see `make_env`.
 
@@ -101,13 +121,14 @@ def check_rendering(
     """
     if fast_rendering and suite not in LIBERO_SUITES:
         raise ValueError(f"fast_rendering is a setting of LIBERO's renderer; {suite} has none")
-    if fast_rendering and "eye_in_hand" in cameras:
+    available = simulator_of(suite).env.available_cameras
+    views = {camera: find_camera(available, camera) for camera in cameras}
+    if fast_rendering and "eye_in_hand" in views.values():
         raise ValueError(
             f"{wanted_by} wants camera eye_in_hand of {suite}, which is too near for the simplified meshes of fast "
             "rendering: leave out --fast-rendering (--no-fast-rendering with preset libero)"
         )
-    available = simulator_of(suite).env.available_cameras
-    if missing := [camera for camera in cameras if camera not in available]:
+    if missing := [camera for camera, view in views.items() if view is None]:
         raise ValueError(
             f"{wanted_by} wants camera {', '.join(map(repr, missing))} of {suite}, which renders only "
             f"{', '.join(available)}: ask for one of these, or give a policy that was trained on it (--camera)"
@@ -129,7 +150,8 @@ def make_env(
         suite: name of a suite.
         task: index or name of a task of the suite.
         image_size: side of the square images in pixels, or (height, width).
-        cameras: names of the images that `Env.observe` renders; None = the simulator's first, () = none.
+        cameras: names of the images that `Env.observe` renders, see `check_rendering`; None = the simulator's first,
+            () = none.
         horizon: control steps after which an episode ends, if fewer than the suite has.
         fast_rendering: LIBERO alone: other pixels in less time, see `gl.RenderConfig`.
 

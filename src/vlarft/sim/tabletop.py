@@ -160,7 +160,7 @@ class TabletopEnv(Env):
 
     def observe(self) -> Observation:
         """Render now: an image (H, W, 3) uint8 per camera, "proprio" (8,) float32 and "instruction"."""
-        images = {camera: self._renderer.render(self.data, camera) for camera in self.cameras}
+        images = {name: self._renderer.render(self.data, camera) for name, camera in self.views.items()}
         return {**images, "proprio": self.proprio(), "instruction": self.instruction}
 
     def proprio(self) -> np.ndarray:

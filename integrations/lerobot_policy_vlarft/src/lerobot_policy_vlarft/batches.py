@@ -40,7 +40,8 @@ def camera_keys(cameras: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
         except ValueError as error:
             raise ValueError(
                 f"batch: no {IMAGES}s.{camera}, the image of the policy's camera; its images are "
-                f"{', '.join(images.values()) or 'none'}: rename one, as with lerobot's --rename_map"
+                f"{', '.join(images.values()) or 'none'}: rename the one that shows the same, as with lerobot's "
+                f"--rename_map, or have it rendered (--env.type=vlarft --env.cameras='[{camera}]')"
             ) from error
     return found
 

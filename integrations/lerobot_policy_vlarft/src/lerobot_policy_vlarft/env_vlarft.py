@@ -19,25 +19,29 @@ class VlarftEnv(EnvConfig):
     task: name of the suite: tabletop_object, tabletop_spatial, ..., libero_goal, ...
     task_ids: numbers of its tasks; None: all
     image_size: side of the images [px]; None: 64, and 256 in LIBERO
+    cameras: those that the policy sees, agentview or eye_in_hand or both; None: agentview
     fast_rendering: as `eval_libero.py --fast-rendering`; LIBERO alone
     """
 
     task: str | None = "tabletop_object"
     task_ids: list[int] | None = None
     image_size: int | None = None
+    cameras: list[str] | None = None
     fast_rendering: bool = False
     fps: int = 20
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        size = self.image_size or simulator_of(self.task).image_size
+        simulator = simulator_of(self.task)
+        size, cameras = self.image_size or simulator.image_size, self.cameras or simulator.env.available_cameras[:1]
+        image = PolicyFeature(FeatureType.VISUAL, (size, size, 3))
         self.features = {
-            "pixels/agentview": PolicyFeature(FeatureType.VISUAL, (size, size, 3)),
+            **{f"pixels/{camera}": image for camera in cameras},
             "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
             "action": PolicyFeature(FeatureType.ACTION, (7,)),
         }
-        keys = ("observation.images.agentview", "observation.state", "action")
+        keys = (*(f"observation.images.{camera}" for camera in cameras), "observation.state", "action")
         self.features_map = dict(zip(self.features, keys, strict=True))
 
     @property
@@ -49,5 +53,5 @@ class VlarftEnv(EnvConfig):
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gymnasium.vector.VectorEnv]]:
         """Make {suite: {task: vector environment}}; errors as in `vlarft.sim.gym.vector_envs`."""
-        options = {"image_size": self.image_size, "fast_rendering": self.fast_rendering}
+        options = {"image_size": self.image_size, "cameras": self.cameras, "fast_rendering": self.fast_rendering}
         return vector_envs(self.task, self.task_ids, n_envs=n_envs, use_async_envs=use_async_envs, **options)
