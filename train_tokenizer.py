@@ -15,7 +15,10 @@ both at the learning rate `lr`.
 `--augment full` is the public recipe: a segment, context frame included, shares one random crop that keeps 80 to 100 %
 of the area, and one change of brightness, contrast and saturation by a factor of up to 1 +- 0.1 and of hue by up to
 0.05 turns. `--weighting small_objects` makes small moving things count in trainings of minutes, see
-`vlarft.tokenizer_loss.WEIGHTINGS`; it compares frames with the data's median frame and therefore excludes augmentation.
+`vlarft.tokenizer_loss.WEIGHTINGS`; it compares frames with the data's median frame and therefore excludes `full`.
+`--augment symmetries` goes with it and is for few episodes, otherwise learned by heart: the tokenizer sees each
+segment with its colour channels in one of six orders, mirrored or not, and what it decodes is changed back before the
+loss. Held-out blocks in the hand then keep their colour more often (seen on one seed, not counted).
 
 Differences from the paper and the public recipe:
 - the adversarial term's adaptive weight is the one measured on the step before, so that it is the same for all
@@ -37,7 +40,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlarft.data.augment import OFF, Augmentation, augment
+from vlarft.data.augment import OFF, Augmentation, Symmetry, augment
 from vlarft.data.convention import image_convention
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
@@ -103,7 +106,11 @@ class Config:
         "the context frame lies up to this many frames before the segment; 0: its first; none: any so far; -1: the "
         "episode's first, as in imagined episodes",
     )
-    augment: Literal["full", "none"] = opt("full", "full: random crop and colours, shared by a segment (public recipe)")
+    augment: Literal["full", "symmetries", "none"] = opt(
+        "full",
+        "full: random crop and colours, shared by a segment (public recipe); symmetries: colour channels in random "
+        "order, left and right exchanged, both undone before the loss",
+    )
 
     size: Literal["paper", "small", "tiny", "smoke"] = opt("paper", "named sizes of the networks", group="model")
     image_size: tuple[Side, Side] | None = opt(None, "height and width of the images [px]; none: those of --size")
@@ -142,10 +149,12 @@ class Config:
         self.network()  # raises where the image size does not fit
         if self.future_frames > self.segment:
             raise ValueError(f"future_frames={self.future_frames} exceeds segment={self.segment}")
-        if self.weighting == "small_objects" and self.augment != "none":
+        if self.augment == "symmetries" and self.gan_start is not None:
+            raise ValueError("--augment symmetries changes what the adversarial loss weighs: give --gan-start none")
+        if self.weighting == "small_objects" and self.augment == "full":
             raise ValueError(
                 "weighting small_objects compares frames with the data's median frame, from which augmented frames "
-                "differ everywhere: give --weighting uniform or --augment none"
+                "differ everywhere: give --weighting uniform, or --augment symmetries or none"
             )
 
     def network(self) -> TokenizerConfig:
@@ -245,11 +254,20 @@ def train_batch(
     """Load and augment share `part` of a step's batch: context frames (S, C, H, W), future frames (S, L, C, H, W)."""
     batch = sampler.batch(cfg.batch_size, cfg.seed, step, part=part, device=device)
     context, frames = batch.context_frame, pick_frames(batch, cfg.future_frames, cfg.batch_size, part, cfg.seed, step)
-    if cfg.augment == "none":
+    if cfg.augment != "full":
         return context, frames
     images, source = torch.cat([context[:, None], frames], dim=1), generator(device, "augmentation", cfg.seed, step)
     images = augment(images, AUGMENTATIONS[cfg.augment], crop_area=CROP_AREA, generator=source, part=part)
     return images[:, 0], images[:, 1:]
+
+
+def undone(change: Symmetry, out: Reconstruction, grid: tuple[int, int]) -> Reconstruction:
+    """Change the output of a tokenizer that saw changed images back, pixels and codes; `grid`: of a frame's tokens."""
+    codes = out.future_codes.unflatten(2, grid).movedim(-1, -3)  # (S, L, d, h, w)
+    codes = change._replace(order=torch.arange(3, device=codes.device).expand_as(change.order)).undo(codes)
+    pictures = {"context_frame": out.context_frame, "frames": out.frames, "generated": out.generated, "mask": out.mask}
+    changed = {name: value if value is None else change.undo(value) for name, value in pictures.items()}
+    return out._replace(**changed, future_codes=codes.movedim(-3, -1).flatten(2, 3))
 
 
 class Forward(NamedTuple):
@@ -272,6 +290,7 @@ def tokenizer_forward(
     reconstruction: Callable[[Reconstruction, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
     gan_weight: float,
     autocast: torch.autocast,
+    change: Symmetry | None = None,
 ) -> Forward:
     """Reconstruct segments and take their loss.
 
@@ -283,9 +302,12 @@ def tokenizer_forward(
         reconstruction: loss of the tokenizer's output, the context and the frames.
         gan_weight: weight of the adversarial loss, its adaptive part included.
         autocast: for the tokenizer's forward; losses are float32.
+        change: of what the tokenizer sees; None = it sees the frames as they are.
     """
     with autocast:
-        out = model(context, frames)
+        out = model(*((context, frames) if change is None else map(change.apply, (context, frames))))
+    if change is not None:
+        out = undone(change, out, model.cfg.future_grid)
     # a view: gradients with respect to it end there and do not set off the sharded model's backward
     out = out._replace(frames=out.frames.view_as(out.frames))
     loss, metrics = reconstruction(out, context, frames)
@@ -374,9 +396,10 @@ def main(cfg: Config) -> dict[str, float]:
             images = train_batch(cfg, sampler, step, part, device)
             distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
             weight = cfg.gan_weight * balance
-            out = tokenizer_forward(
-                model, discriminator, *images, reconstruction=reconstruction, gan_weight=weight, autocast=autocast
-            )
+            change, loss = None, {"reconstruction": reconstruction, "gan_weight": weight, "autocast": autocast}
+            if cfg.augment == "symmetries":
+                change = Symmetry.sample(len(images[0]), generator(device, "augmentation", cfg.seed, step), part)
+            out = tokenizer_forward(model, discriminator, *images, **loss, change=change)
             (out.loss / cfg.accumulate).backward()
             for name, value in {"loss": out.loss, **out.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate

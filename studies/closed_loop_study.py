@@ -7,7 +7,7 @@ The setting: 10 demonstrations a task, so that the SFT policy's mean is wrong, a
 of x_0 adds, gains nothing. For each suite: demonstrations, once. For each seed: the SFT policy; `attempts` real
 episodes of it a task, with their outcomes, and `copy_attempts` of each copy along its training, which fail otherwise; a
 tokenizer and a world model of all, from nothing (a tokenizer of demonstrations alone does not show what a hand carries
-elsewhere), and a success model. Then the arms, all from the SFT policy:
+elsewhere), both with the episode's first frame as context, and a success model. Then the arms, all from the SFT policy:
 
 - "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
   SFT policy along its training. The success model learns from imagined frames too, with the true outcome; a "judge of
@@ -157,8 +157,8 @@ class Runs:
         demos, own, of = ["--demos", self.demos, attempts], self.own, "" if pose_dims else "_actions"
         if rounds == 1:
             words = [*demos, "--validation-fraction", 0.2, "--context-lookback", -1 if pose_dims else "none"]
-            steps = "--steps", self.cfg.tokenizer_steps
-            tokenizer = self.stage(own / f"tokenizer{of}", "train_tokenizer.py", *words, *steps)
+            own_words = ["--augment", "symmetries", "--steps", self.cfg.tokenizer_steps]
+            tokenizer = self.stage(own / f"tokenizer{of}", "train_tokenizer.py", *words, *own_words)
             words += ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps, "--pose-dims", pose_dims]
         else:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]

@@ -263,6 +263,21 @@ def closed_loop_table(report: dict) -> str:
     return table(["suite", "arm", "seeds", "minutes", *heads], rows)
 
 
+def closed_loop_gate_table(report: dict) -> str:
+    """Tabulate what the gate of "RL, imagination" found before its first step (closed_loop_study.py)."""
+    rows = []
+    for name, run in report["runs"].items():
+        if gate := run.get("RL, imagination", {}).get("gate"):
+            successes, failures = (int(gate[f"gate_true_{outcome}"]) for outcome in ("successes", "failures"))
+            wrong = (
+                f"{percent(share(int(gate[f'gate_false_{outcome}']), of))} of {of}"
+                for outcome, of in (("failures", successes), ("successes", failures))
+            )
+            rows.append([*name.split("/"), *wrong, f"{gate['gate']:.2f}", f"{gate['gate_rank']:.2f}"])
+    heads = ["successes imagined as failures", "failures imagined as successes"]
+    return table(["suite", "seed", *heads, "mean share that is right", "rank correlation of 8 policies"], rows)
+
+
 def formats_table(report: dict) -> str:
     """Tabulate Stage I in float32 and in bfloat16, and the difference of runs of one seed (precision_study.py)."""
     runs, rows = list(report["runs"].values()), []

@@ -141,6 +141,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rough, chunks": lambda: outcomes.chunk_table(read("rough")["runs"]["tabletop_spatial"]),
     "rough, dimensions": lambda: outcomes.dimension_table(read("rough")["runs"], "tabletop_spatial"),
     "closed loop": lambda: stage.closed_loop_table(read("closed_loop")),
+    "closed loop, judged": lambda: stage.closed_loop_table(read("closed_loop_judged")),
+    "closed loop, gate": lambda: stage.closed_loop_gate_table(read("closed_loop_judged")),
     "failures": lambda: stage.failures_table(read("failures")["files"], failure_labels()),
     "clean": lambda: cells.cell_table(read("clean"), rival="study, R1"),
     "factors, 5200 steps": lambda: factors("four times as long", rival="plateau, regression"),

@@ -10,13 +10,13 @@ import torch
 from conftest import files_of
 
 import train_tokenizer
-from train_tokenizer import PRESETS, Config, main, train_batch
-from vlarft.data.augment import OFF, Augmentation, augment
+from train_tokenizer import PRESETS, Config, main, train_batch, undone
+from vlarft.data.augment import OFF, Augmentation, Symmetry, augment
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
 from vlarft.run.checkpoint import load_train_state, read_header
 from vlarft.run.config import parse
-from vlarft.tokenizer import FrameTokenizer
+from vlarft.tokenizer import FrameTokenizer, Reconstruction
 from vlarft.tokenizer_loss import WEIGHTINGS, colour_weights
 
 SMOKE = replace(
@@ -152,6 +152,54 @@ def test_the_loss_gets_what_is_usual_in_the_training_frames(demos, tmp_path, mon
     assert given["weighting"] == weighting and given["perceptual"] is None
 
 
+def test_symmetries_are_undone():
+    generator = torch.Generator().manual_seed(0)
+    whole = Symmetry.sample(64, generator)
+    assert len({(*order, mirrored) for order, mirrored in zip(whole.order.tolist(), whole.mirrored.tolist())}) == 12
+    parts = [Symmetry.sample(32, torch.Generator().manual_seed(0), (i, 2)) for i in (0, 1)]
+    assert all(torch.equal(torch.cat(values), value) for values, value in zip(zip(*parts), whole))
+    images = torch.rand(64, 2, 3, 4, 6, generator=generator)
+    changed = whole.apply(images)
+    assert torch.equal(whole.undo(changed), images)
+    by_hand = images[7, 1, whole.order[7]]
+    assert torch.equal(changed[7, 1], by_hand.flip(-1) if whole.mirrored[7] else by_hand)
+    mask = whole.apply(images[:, :, :1])  # has no colours
+    assert torch.equal(mask[3], images[3, :, :1].flip(-1) if whole.mirrored[3] else images[3, :, :1])
+
+
+def test_what_a_changed_segment_becomes_is_changed_back():
+    """All that the loss reads: a tokenizer that treats all directions and colours alike gives the same as without."""
+
+    def fake(context, frames):
+        grey = frames.mean(-3, keepdim=True)  # (S, L, 1, 4, 8)
+        codes = torch.nn.functional.avg_pool2d(grey.flatten(0, 1), 2).unflatten(0, frames.shape[:2])  # (S, L, 1, 2, 4)
+        codes = (
+            torch.cat([codes, 2 * codes, 3 * codes], 2).flatten(3).transpose(2, 3)
+        )  # (S, L, 8, 3): three, as colours
+        return Reconstruction(context, frames, codes, codes, codes, codes, generated=frames / 2, mask=grey)
+
+    context, frames = torch.rand(16, 3, 4, 8), torch.rand(16, 2, 3, 4, 8)
+    change = Symmetry.sample(16, torch.Generator().manual_seed(1))
+    found = undone(change, fake(change.apply(context), change.apply(frames)), (2, 4))
+    expected = fake(context, frames)
+    for name in ("context_frame", "frames", "generated", "mask", "future_codes"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert undone(change, expected._replace(mask=None, generated=None), (2, 4)).mask is None
+
+
+def test_symmetries_train(demos, tmp_path, monkeypatch):
+    """Every step with changes of its own, of the seed; held-out frames are seen as they are."""
+    seen, sample = [], Symmetry.sample
+    monkeypatch.setattr(Symmetry, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+    found = [run(demos, tmp_path / name, SMOKE, augment="symmetries", steps=3, seed=5) for name in "ab"]
+    assert found[0] == found[1] and len(seen) == 6
+    assert all(torch.equal(one.order, other.order) for one, other in zip(seen[:3], seen[3:]))
+    assert not torch.equal(seen[0].order, seen[1].order) or not torch.equal(seen[1].order, seen[2].order)
+    assert run(demos, tmp_path / "c", SMOKE, augment="none", steps=3, seed=5) != found[0]
+    with pytest.raises(ValueError, match="--augment symmetries .*: give --gan-start none"):
+        replace(GAN, augment="symmetries")
+
+
 def test_a_segment_is_augmented_as_one(demos):
     sampler = WindowSampler(load_episodes(demos), 9, 9)
     cfg = replace(GAN, batch_size=4, future_frames=9, context_lookback=0)
@@ -199,7 +247,7 @@ def test_errors(demos, tmp_path, capsys, monkeypatch):
         run(demos, tmp_path / "b", future_frames=10)
     with pytest.raises(ValueError, match="batch size 4 does not divide by 1 processes x 3 micro-batches"):
         run(demos, tmp_path / "b", accumulate=3)
-    with pytest.raises(ValueError, match=r"small_objects compares .* give --weighting uniform or --augment none"):
+    with pytest.raises(ValueError, match=r"small_objects compares .* give --weighting uniform, or --augment symm"):
         run(demos, tmp_path / "b", augment="full")
     with pytest.raises(ValueError, match="images of 64x64 are too small for a discriminator of 6 convolutions"):
         monkeypatch.setitem(train_tokenizer.DISCRIMINATORS, "smoke", train_tokenizer.DISCRIMINATORS["paper"])

@@ -1,12 +1,17 @@
 """Image augmentation of whole batches, on the images' device.
 
+`augment` changes images for good. A `Symmetry` is undone on what a network makes of them, so that the loss sees the
+images as they were: not in the paper.
+
 Shapes: B batch, V images of one row (the cameras of an observation, or the frames of a segment), H W pixels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +33,40 @@ class Augmentation:
 
 
 OFF = Augmentation(crop=False, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+
+
+class Symmetry(NamedTuple):
+    """The colour channels of a row in another order, and left and right exchanged, or neither.
+
+    order: (B, 3) int64, which channel comes first, second and third.
+    mirrored: (B,) bool.
+    """
+
+    order: Tensor
+    mirrored: Tensor
+
+    @classmethod
+    def sample(cls, batch: int, generator: torch.Generator, part: tuple[int, int] = (0, 1)) -> Symmetry:
+        """Sample one of the twelve for each row of share `part` of a batch (see `augment`), on the same device."""
+        rows, device = slice(part[0] * batch, (part[0] + 1) * batch), generator.device
+        orders = torch.tensor(list(itertools.permutations(range(3))), device=device)
+        number = torch.randint(2 * len(orders), (batch * part[1],), generator=generator, device=device)[rows]
+        return cls(orders[number // 2], number % 2 == 1)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Change images (B, ..., C, H, W); of other than three channels, the order stays."""
+        if images.shape[-3] == 3:
+            images = images.gather(-3, _rows(self.order, images, 3).expand_as(images))
+        return torch.where(_rows(self.mirrored[:, None], images, 1), images.flip(-1), images)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Change images (B, ..., C, H, W) back."""
+        return self._replace(order=self.order.argsort(dim=1)).apply(images)
+
+
+def _rows(values: Tensor, images: Tensor, channels: int) -> Tensor:
+    """Shape values (B, channels) so that they broadcast over images (B, ..., C, H, W)."""
+    return values.reshape(len(values), *[1] * (images.dim() - 4), channels, 1, 1)
 
 
 def augment(

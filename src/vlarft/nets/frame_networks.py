@@ -91,9 +91,14 @@ class TokenizerConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def future_grid(self) -> tuple[int, int]:
+        """Grid of the tokens of a future frame."""
+        return self.grid[0] // self.future_patch, self.grid[1] // self.future_patch
+
+    @property
     def num_future_tokens(self) -> int:
         """Tokens Nf of a future frame."""
-        return self.num_context_tokens // self.future_patch**2
+        return self.future_grid[0] * self.future_grid[1]
 
 
 class GroupNorm(nn.GroupNorm):
