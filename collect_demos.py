@@ -52,24 +52,19 @@ from vlarft.run.checkpoint import check_room, json_digest, read_header, read_jso
 from vlarft.run.config import Count, NotNegative, Processes, Range, Share, ShareAbove0, Side, Whole, opt
 from vlarft.run.migration import migrate
 from vlarft.run.script import run_script
-from vlarft.sim import TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_index, task_names
+from vlarft.sim import TABLETOP_SUITES, Env, make_env, make_expert, simulator_of, task_names
 from vlarft.sim.demonstrator import Demonstrator, NoPlanError
 from vlarft.sim.env import CONTROL_FREQ
 from vlarft.sim.gl import FAST
 from vlarft.sim.policy_check import check_policy
 from vlarft.sim.record import PolicyPlayer, record
-from vlarft.sim.suites import check_rendering, visuals_of
+from vlarft.sim.suites import check_rendering, task_indices, visuals_of
 from vlarft.sim.workers import one_thread, run_jobs
 
 FIRST_NOISY = 10_000  # demo_<10000 + j> is noisy attempt j
 FIRST_ON_POLICY = 20_000  # demo_<20000 + j> is on-policy attempt j
 ATTEMPT_STRIDE = 1_000_000  # start seed = seed + index + attempt * stride
 Demos = Annotated[int, Range(0, FIRST_NOISY)]
-
-
-def _tasks(config: Config, suite: str) -> list[int]:
-    names = task_names(suite)
-    return [task_index(suite, task) for task in (names if config.tasks is None else config.tasks)]
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Config:
         if self.policy_per_task and not self.policy:
             raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
         for suite in self.suites:
-            _tasks(self, suite)
+            task_indices(suite, self.tasks)
             check_rendering(suite, self.cameras or (), "--eye-in-hand", fast_rendering=self.fast_rendering)
 
 
@@ -188,8 +183,8 @@ def main(config: Config) -> list[Path]:
         RuntimeError: tasks lack demonstrations, for want of a success in `max_attempts` attempts or of a plan; all
             others have been made and kept.
     """
-    # a task may stand twice, by number and by name
-    chosen = list(dict.fromkeys((suite, task) for suite in config.suites for task in _tasks(config, suite)))
+    suites = dict.fromkeys(config.suites)  # one may stand twice
+    chosen = [(suite, task) for suite in suites for task in task_indices(suite, config.tasks)]
     paths = {key: demo_path(config, *key) for key in chosen}
     jobs = {key: _missing(config, *key) for key in chosen}
     todo = [job for key in chosen for job in jobs[key]]
@@ -367,7 +362,8 @@ def _begin(config: Config, suite: str, task: int) -> None:
 def _check_policy(config: Config, suite: str) -> None:
     """Check, before anything is written, that `config.policy` can play a suite as it is rendered here."""
     header = read_header(config.policy)
-    check_policy(config.policy, header, suite, _tasks(config, suite), config.image_size, config.fast_rendering)
+    tasks = task_indices(suite, config.tasks)
+    check_policy(config.policy, header, suite, tasks, config.image_size, config.fast_rendering)
     rendered = config.cameras or simulator_of(suite).env.available_cameras[:1]
     for camera in header.config.get("cameras", PolicyConfig.cameras):
         if find_camera(rendered, camera) is None:

@@ -263,11 +263,11 @@ def train_batch(
 
 def undone(change: Symmetry, out: Reconstruction, grid: tuple[int, int]) -> Reconstruction:
     """Change the output of a tokenizer that saw changed images back, pixels and codes; `grid`: of a frame's tokens."""
-    codes = out.future_codes.unflatten(2, grid).movedim(-1, -3)  # (S, L, d, h, w)
-    codes = change._replace(order=torch.arange(3, device=codes.device).expand_as(change.order)).undo(codes)
+    codes = out.future_codes.unflatten(2, grid)  # (S, L, h, w, d)
+    codes = torch.where(change.mirrored[:, None, None, None, None], codes.flip(3), codes).flatten(2, 3)
     pictures = {"context_frame": out.context_frame, "frames": out.frames, "generated": out.generated, "mask": out.mask}
     changed = {name: value if value is None else change.undo(value) for name, value in pictures.items()}
-    return out._replace(**changed, future_codes=codes.movedim(-3, -1).flatten(2, 3))
+    return out._replace(**changed, future_codes=codes)
 
 
 class Forward(NamedTuple):
@@ -396,10 +396,10 @@ def main(cfg: Config) -> dict[str, float]:
             images = train_batch(cfg, sampler, step, part, device)
             distributed.sync_gradients(model, micro + 1 == cfg.accumulate)
             weight = cfg.gan_weight * balance
-            change, loss = None, {"reconstruction": reconstruction, "gan_weight": weight, "autocast": autocast}
+            change, given = None, {"reconstruction": reconstruction, "gan_weight": weight, "autocast": autocast}
             if cfg.augment == "symmetries":
                 change = Symmetry.sample(len(images[0]), generator(device, "augmentation", cfg.seed, step), part)
-            out = tokenizer_forward(model, discriminator, *images, **loss, change=change)
+            out = tokenizer_forward(model, discriminator, *images, **given, change=change)
             (out.loss / cfg.accumulate).backward()
             for name, value in {"loss": out.loss, **out.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / cfg.accumulate

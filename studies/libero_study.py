@@ -35,7 +35,8 @@ from stages import Starts, check_known, machine, read_lines, read_report, run_on
 from vlarft.data import convert, load_episodes
 from vlarft.run.checkpoint import checkpoint_file, model_digest, read_json
 from vlarft.run.config import opt, parse
-from vlarft.sim import NUM_INITIAL_STATES, task_names
+from vlarft.sim import NUM_INITIAL_STATES
+from vlarft.sim.suites import task_indices
 
 RFT_ARMS = {"RFT R3": ["--reward", "r3"], "RFT R1 per step": ["--reward", "r1", "--per-step"]}
 ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning", "RL, simulator")
@@ -87,7 +88,7 @@ class Runs:
 
     def __init__(self, cfg: Config, suite: str) -> None:
         self.cfg, self.suite, self.folder = cfg, suite, Path(cfg.out_dir) / suite
-        self.tasks = cfg.tasks or tuple(str(i) for i in range(len(task_names(suite))))
+        self.tasks = tuple(map(str, task_indices(suite, cfg.tasks)))
         self.where = ["--suites", suite, "--tasks", *self.tasks]
 
     def stage(self, name: str, script: str, *words: object) -> Path:

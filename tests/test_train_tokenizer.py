@@ -2,7 +2,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import files_of
 
 import train_tokenizer
-from train_tokenizer import PRESETS, Config, main, train_batch, undone
+from train_tokenizer import PRESETS, Config, main, tokenizer_forward, train_batch, undone
 from vlarft.data.augment import OFF, Augmentation, Symmetry, augment
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
@@ -185,6 +187,10 @@ def test_what_a_changed_segment_becomes_is_changed_back():
     for name in ("context_frame", "frames", "generated", "mask", "future_codes"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
     assert undone(change, expected._replace(mask=None, generated=None), (2, 4)).mask is None
+    fake.cfg = SimpleNamespace(future_grid=(2, 4))
+    given = {"reconstruction": lambda out, *true: ((out.frames - true[1]).abs().mean(), {}), "gan_weight": 0.0}
+    loss = tokenizer_forward(fake, None, context, frames, **given, autocast=nullcontext(), change=change).loss
+    assert loss == 0  # with the frames as they are
 
 
 def test_symmetries_train(demos, tmp_path, monkeypatch):
