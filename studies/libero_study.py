@@ -237,15 +237,19 @@ def main(cfg: Config) -> dict:
             latest = {**facts, **read_report(cfg, "runs", free=FREE)}  # another process may work on another suite
             write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
 
-        for name, make, run in (("curve", runs.curve, "sft"), ("frames", runs.frames, "wm")):
-            if name not in entry or holds_another(runs.folder / run, entry[name].get("digest")):
+        # the policy is played before the world model takes an hour
+        for names, part, make, run in (
+            (["SFT"], "curve", runs.curve, "sft"),
+            (dict.fromkeys((*cfg.arms, *full(cfg))), "frames", runs.frames, "wm"),
+        ):
+            if part not in entry or holds_another(runs.folder / run, entry[part].get("digest")):
                 found = rounded(make())
-                entry[name] = {"found": found, "digest": model_digest(runs.folder / run)}
+                entry[part] = {"found": found, "digest": model_digest(runs.folder / run)}
                 save()
-        for name in dict.fromkeys(("SFT", *cfg.arms, *full(cfg))):
-            for found in measure(cfg, runs, name, entry["arms"].get(name, {})):
-                entry["arms"][name] = found
-                save()
+            for name in names:
+                for found in measure(cfg, runs, name, entry["arms"].get(name, {})):
+                    entry["arms"][name] = found
+                    save()
     report = read_report(cfg, "runs", free=FREE)
     print("\n" + libero_arms_table(report))
     return report
