@@ -328,6 +328,8 @@ def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
         }
         base, rows = outcomes.get("SFT", {}), []
         kinds = [kind for kind in base if perturbed is None or perturbed == (kind.split(", ")[0] not in PLAIN)]
+        if not kinds:
+            continue
         for arm, own in outcomes.items():
             cells = [
                 "" if kind not in own
@@ -356,6 +358,8 @@ def libero_frames_table(report: dict) -> str:
     """Tabulate LIBERO's world models on held-out episodes, beside copying the first frame: means over frames."""
     rows = []
     for suite, run in report["runs"].items():
+        if "frames" not in run:
+            continue
         for which, label in (("imagined", "imagined"), ("copy", "first frame copied")):
             of = run["frames"]["found"][which]
             cells = f"{of['mse']:.4f}", f"{of['psnr']:.1f} dB", f"{of['ssim']:.3f}", f"{of['psnr_moving']:.1f} dB"
