@@ -118,6 +118,12 @@ class Config:
             raise ValueError(f"--lerobot {self.lerobot} lies in --out-dir, whose files are HDF5: give a folder outside")
         if self.policy_per_task and not self.policy:
             raise ValueError(f"policy_per_task {self.policy_per_task} needs a policy: give --policy CHECKPOINT")
+        if self.policy and not self.policy_per_task:
+            raise ValueError(f"--policy {self.policy} would play nothing: give --policy-per-task")
+        for name in () if self.policy_per_task else ("policy_noise", "policy_group"):
+            if (value := getattr(self, name)) != getattr(Config, name):
+                flag = f"--{name.replace('_', '-')} {value:g}"
+                raise ValueError(f"{flag} is for attempts of a policy: give --policy-per-task")
         for suite in self.suites:
             task_indices(suite, self.tasks)
             check_rendering(suite, self.cameras or (), "--eye-in-hand", fast_rendering=self.fast_rendering)
@@ -262,6 +268,8 @@ def make_demo(job: Job) -> Made:
     with import_h5py().File("part", "w", driver="core", backing_store=False) as file:
         attrs = {"seed": start_seed, "attempt": attempt, "kind": kind}
         attrs |= {"policy": config.policy} if kind == "policy" else {"speed": speed}
+        # LIBERO's own loader opens them; a hand without an arm has none
+        arrays.setdefault("joint_states", np.zeros((len(arrays["actions"]), 7)))
         write_demo(file.create_group("data"), job.index, **arrays, success=success, attrs=attrs)
         file.flush()
         content = file.id.get_file_image()

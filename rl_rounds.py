@@ -90,8 +90,8 @@ def check_inputs(cfg: Config) -> int:
         The side of the images, as which attempts are recorded [px].
 
     Raises:
-        ValueError: the world model has images of another size, or holds out episodes that are not among the
-            demonstrations.
+        ValueError: the policy sees several cameras; the world model has images of another size, predicts no proprio,
+            or holds out no episodes or some that are not among the demonstrations.
     """
     episodes, policy, model = (
         load_episodes(cfg.demos, successes_only=False),
@@ -104,7 +104,15 @@ def check_inputs(cfg: Config) -> int:
         raise ValueError(
             f"policy {cfg.policy} was trained on images of {trained[0]}x{trained[1]}, the world model on {side}x{side}"
         )
-    if missing := set(model.extra.get("held_out_episodes", [])) - {e.name for e in episodes}:
+    if len(cameras := policy.config.get("cameras", ())) > 1:
+        raise ValueError(f"policy {cfg.policy} sees {len(cameras)} cameras ({', '.join(cameras)}), a world model one")
+    if not model.config.get("proprio_dim"):
+        raise ValueError(
+            f"world model {cfg.world_model} does not predict the robot's proprio: train it with train_wm.py"
+        )
+    if not (names := set(model.extra.get("held_out_episodes", []))):
+        raise ValueError(f"world model {cfg.world_model} names no held-out episodes: give one that train_wm.py wrote")
+    if missing := names - {e.name for e in episodes}:
         raise ValueError(
             f"--demos {' '.join(cfg.demos)} lacks {len(missing)} episodes that {cfg.world_model} holds out, first "
             f"{min(missing)}: give the demonstrations of its training"

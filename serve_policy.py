@@ -85,13 +85,15 @@ def client_keys(cfg: Config, cameras: Sequence[str]) -> Keys:
     """Read the keys of the configuration.
 
     Raises:
-        ValueError: an entry that is not CAMERA=KEY, a camera of the policy without key, or a key given twice.
+        ValueError: an entry that is not CAMERA=KEY, a camera of the policy without key, or a camera or key given twice.
     """
     images = {}
     for entry in cfg.image_keys:
         camera, equals, key = entry.partition("=")
         if not (camera and equals and key):
             raise ValueError(f"--image-keys {entry}: expected CAMERA=KEY, such as agentview=observation/image")
+        if camera in images:
+            raise ValueError(f"--image-keys gives camera {camera} twice: {images[camera]} and {key}")
         images[camera] = key
     if missing := [camera for camera in cameras if camera not in images]:
         raise ValueError(

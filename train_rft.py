@@ -11,9 +11,9 @@ the world model stay frozen.
 Reads a policy of train_sft.py, a world model of train_wm.py (not with `--reward r1`) and the demonstrations that the
 policy was trained on (its checkpoint names episodes and camera). Writes to out_dir: model.safetensors (the whole policy
 with its sigma net), train_state.pt, log.jsonl, config.json, inputs.json, actions.png (action distributions before and
-after, Fig. 4) and, with R2 and R3, of the last step's group whose rewards differ most, rollouts.png (best and worst
-imagination below the reference) and rollouts.npz (their frames, and all rewards). The same command resumes an
-interrupted run.
+after, Fig. 4) and, with R2 and R3, of the last step's group whose rewards differ most (of several processes, of the
+first one's), rollouts.png (best and worst imagination below the reference) and rollouts.npz (their frames, and all
+rewards). The same command resumes an interrupted run.
 
 Before the first step a trust gate (gate.py) asks on held-out starts whether the reward ranks action chunks by their
 distance to the demonstration's actions; if it does not, by more than chance, the run stops, unless
@@ -102,9 +102,11 @@ class Config:
     )
     group: Annotated[int, Range(2, 1024)] = opt(16, "rollouts per start (Table 7)")
     reward: RewardKind = opt("r3", "verified reward (Table 4; divergence is not in the paper)")
-    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term of Eq. (11)")
+    perceptual: Literal["lpips", "ssim", "none"] = opt("lpips", "perceptual term of Eq. (11), of R2 and R3")
     perceptual_weights: str | None = opt(None, "file of the VGG16 backbone for lpips; none: torchvision's cache")
-    imagination: Imagination = opt("sample", "frame tokens: sampled, sampled with common random numbers, or greedy")
+    imagination: Imagination = opt(
+        "sample", "frame tokens of R2 and R3: sampled, sampled with common random numbers, or greedy"
+    )
     sigma_min: Positive = opt(
         0.08, "lower bound of the standard deviation of a flow step, normalised units (public code)"
     )
@@ -134,7 +136,7 @@ class Config:
     seed: Whole = opt(0, "seed of starts, chains and imagination")
     precision: Precision = opt("bf16", "frozen networks; auto: bf16 where the processor or GPU has it")
     micro_starts: Rows | None = opt(None, "starts per backward pass of a process, to bound memory; none: all")
-    compile: bool = opt(False, "torch.compile the pixel decoder and the perceptual network")
+    compile: bool = opt(False, "torch.compile pixel decoder and perceptual network, of R2 and R3")
     frozen: distributed.Frozen = opt(
         "replicate", "vision-language model with several processes: sharded, or whole on each"
     )
@@ -142,6 +144,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.sigma_min > self.sigma_max:
             raise ValueError(f"--sigma-min {self.sigma_min} exceeds --sigma-max {self.sigma_max}")
+        if self.perceptual_weights is not None and self.reward in ("r1", "divergence"):
+            raise ValueError(f"--perceptual-weights: reward {self.reward} has no perceptual term, R2 and R3 have")
 
 
 PAPER = Config()
@@ -296,9 +300,12 @@ def windows(
     names no episodes at all, as converted public weights, takes the default split of train_sft.py.
 
     Raises:
-        ValueError: the gate has no held-out episodes, see `held_out_names`; or the demonstrations have images or units
-            unlike those that the policy was trained on, or images of another size than the world model's.
+        ValueError: the policy sees several cameras; the gate has no held-out episodes, see `held_out_names`; or the
+            demonstrations have images or units unlike those that the policy was trained on, or images of another size
+            than the world model's.
     """
+    if len(policy.cfg.cameras) > 1:
+        raise ValueError(f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, a world model imagines one")
     camera, demos = extra.get("camera", policy.cfg.cameras[0]), " ".join(cfg.demos)
     if not extra.get("train_episodes"):
         split = split_episodes(load_episodes(cfg.demos, camera), HELD_OUT, 0)
@@ -357,7 +364,7 @@ def shard(policy: VLAPolicy, trained: Mapping[str, nn.Module], cfg: Config) -> N
 
 
 def save_group(out_dir: Path, instructions: list[str], per_frame: Tensor, imagined: Imagined) -> None:
-    """Write the group whose rewards (S, G, T) differ most: its reference, best and worst imagination over time.
+    """Write the group of this process whose rewards (S, G, T) differ most: its reference, best and worst imagination.
 
     rollouts.png is for the eye. rollouts.npz has the frames (T, H, W, C), uint8, as `reference`, `best` and `worst`;
     `reward` (G, T), from the best rollout to the worst; and the `instruction`.

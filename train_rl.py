@@ -41,6 +41,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import torch
@@ -49,6 +50,7 @@ from torch import Tensor, nn
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
+from vlarft.data.episode import contents_digest
 from vlarft.data.episodes import check_outcomes
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
@@ -111,8 +113,8 @@ class Config:
     )
     late_starts: Share = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
-    tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all")
-    image_size: Side | None = opt(256, "side of the rendered images, which the policy resizes; none: its own [px]")
+    tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all; --demos are not chosen")
+    image_size: Side | None = opt(256, "side of the simulator's images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, with simpler meshes, see sim/gl.py")
     starts: Rows = opt(
         8, "starts per step: of the simulator's tasks in turn, or of random episodes", group="optimisation"
@@ -149,6 +151,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.sigma_min > self.sigma_max:
             raise ValueError(f"--sigma-min {self.sigma_min} exceeds --sigma-max {self.sigma_max}")
+        if self.late_starts and self.world == "simulator":
+            raise ValueError(
+                f"--late-starts {self.late_starts:g} is for imagination: the simulator's episodes begin at their start"
+            )
 
 
 PAPER = Config()
@@ -263,6 +269,8 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
     evaluation = None if cfg.gate_evaluation is None else read_evaluation(cfg.gate_evaluation)
     for suite in () if evaluation is None else evaluation.suites:
         limit = simulator_of(suite).suites[suite].horizon
+        if cfg.horizon > limit:
+            raise ValueError(f"--horizon {cfg.horizon}: {suite} ends episodes after {limit} actions: give {limit}")
         if (played := min(limit, evaluation.horizon or limit)) != cfg.horizon:
             raise ValueError(
                 f"{cfg.gate_evaluation}: its episodes of {suite} ended after {played} actions, imagined ones end after "
@@ -275,6 +283,7 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
                 f"{cfg.gate_evaluation} and the episodes of {' '.join(cfg.demos)} are of different tasks: only one has "
                 f"{min(other)!r}. Evaluate the policies with the --suites and --tasks of the episodes"
             )
+    without = "--gate-threshold none, and leave out --gate-evaluation"
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
     held_out = [e for e in episodes if e.name in unseen]
@@ -282,13 +291,13 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
         raise ValueError(
             f"the gate needs episodes that both models hold out: {cfg.world_model} was trained on all that "
             f"{cfg.success_model} holds out. Train the success model again, with --world-model {cfg.world_model}, or "
-            "give --gate-threshold none"
+            f"give {without}"
         )
     if not held_out:
         raise ValueError(
             f"the gate needs episodes that both models hold out: none of the {len(unseen)} that {cfg.success_model} "
             f"names is among the {len(episodes)} of {' '.join(cfg.demos)}. Give the folders that both were trained "
-            "with, or --gate-threshold none"
+            f"with, or {without}"
         )
     if chosen := {e.name for e in held_out} & set(judge.get("threshold_episodes", [])):
         warnings.warn(
@@ -335,6 +344,12 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
         raise ValueError(
             f"none of the {len(episodes)} episodes of {' '.join(cfg.demos)} is a demonstration that {cfg.policy} was "
             "trained on: give its demonstrations with --demos, or --mse-weight 0"
+        )
+    if missing := names - {e.name for e in episodes}:
+        warnings.warn(
+            f"--demos {' '.join(cfg.demos)} lacks {len(missing)} of the {len(names)} demonstrations that {cfg.policy} "
+            f"was trained on, first {min(missing)}: the flow-matching term imitates the other {len(chosen)} alone",
+            stacklevel=2,
         )
     check_same_units(policy.normalizer, chosen)  # attempts, noisy ones above all, move otherwise
     return WindowSampler(chosen, 1, policy.cfg.flow.chunk)
@@ -395,6 +410,12 @@ def demonstration_loss(cfg: Config, policy: VLAPolicy, demonstrations: WindowSam
     return matching_loss(policy.head, target, cond, generator=noise, draws=MSE_DRAWS)[0]
 
 
+def over_epochs(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Reduce the metrics of a step's updates: means, and of `..._max` the largest; nothing without an update."""
+    reduce = {True: max, False: fmean}
+    return {name: reduce[name.endswith("_max")](row[name] for row in updates) for name in (updates or [{}])[0]}
+
+
 def names_of(world: World, demonstrations: WindowSampler | None, *seed: int) -> list[str]:
     """Name the episodes of an update: the starts, and the demonstrations of the batch of `seed`."""
     return [*world.names, *([] if demonstrations is None else demonstrations.names(MSE_CHUNKS, *seed))]
@@ -420,17 +441,16 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
     if cfg.gate_evaluation is not None and (started or not isinstance(world, ImaginedWorld)):
         why = "that is before the first step" if started else "that is of imagination"
         print(f"--gate-evaluation: no policy is ranked, {why}", file=sys.stderr)
-    if (
-        isinstance(world, ImaginedWorld)
-        and (cfg.gate_threshold is not None or cfg.gate_evaluation is not None)
-        and not started
-    ):
-        measured = gate(cfg, world, episodes)
     trained, rates = make_trainable(cfg, policy), {"head": cfg.lr, "sigma_net": cfg.sigma_lr}
+    gated = cfg.gate_threshold is not None or cfg.gate_evaluation is not None
+    if isinstance(world, ImaginedWorld) and gated and not started:
+        measured = gate(cfg, world, episodes)  # before anything is written: the folder serves for the next attempt
     used = {
         "imagined_episodes": [e.name for e in getattr(world, "episodes", [])],
         "imitated_episodes": [e.name for e in getattr(demonstrations, "episodes", [])],
     }
+    learned_from = [e for source in (world, demonstrations) for e in getattr(source, "episodes", [])]
+    used["episode_contents"] = contents_digest(learned_from)
     check_same_episodes(out_dir, used)
     models = ["policy", *(["world_model"] if isinstance(world, ImaginedWorld) else []), "success_model"]
     open_run(out_dir, cfg, ("workers", "micro_chunks", "gate_threshold", "gate_evaluation"), models=models)
@@ -463,7 +483,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         for group, name in zip(optimizer.param_groups, trained, strict=True):
             group["lr"] = rates[name] * rate_factor(step, share, WARMUP, "constant")
         # Adam's step does not depend on the scale of the gradient: alone, the flow-matching term would take a full one
-        mixed, update = bool(weight.any()), {}
+        mixed, updates = bool(weight.any()), []
         for epoch in range(cfg.epochs if mixed else 0):
             optimizer.zero_grad(set_to_none=True)
             number = step * cfg.epochs + epoch
@@ -476,12 +496,13 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
             loss = update["policy_loss"] + cfg.mse_weight * update.get("mse", 0.0)
             check_finite(loss, step, update, partial(names_of, world, demonstrations, cfg.seed, number))
             optimizer.step()
+            updates.append(update)
 
         metrics = {
             "success": reward.mean().item(),
             "constant_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
             "episode_steps": attempts.steps.float().mean().item(),
-            **update,
+            **over_epochs(updates),
             "play_s": 60 * (played - started),
             "update_s": 60 * (clock.minutes - played),
             "minutes": clock.minutes,

@@ -50,7 +50,7 @@ from torch import Tensor
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, contents_digest
 from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.normalizer import check_same_units, intended_and_proprio
 from vlarft.policy import PRESETS as SIZES
@@ -338,6 +338,7 @@ def main(cfg: Config) -> dict[str, float]:
     images = image_convention(train, cfg.camera)
     facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
     facts["seen_episodes"] = list(dict.fromkeys([*names["train_episodes"], *seen]))
+    facts["episode_contents"] = contents_digest(train + held_out)
     if cfg.init not in (None, "random"):
         before, where = read_header(cfg.init).extra, f"the demonstrations {' '.join(cfg.demos)}"
         turn = "turn them with python -m vlarft.data.convert SRC DST --turn"
@@ -365,7 +366,7 @@ def main(cfg: Config) -> dict[str, float]:
     models = () if cfg.init in (None, "random") else ("init",)
     open_run(cfg.out_dir, cfg, older=partial(migration.train_sft, augment=AUGMENTATIONS), models=models)
     learned = {"policy": policy, "ema": ema, "optimizer": optimizer}
-    check_same_episodes(cfg.out_dir, names)
+    check_same_episodes(cfg.out_dir, facts)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes = state.load(step=0, minutes=0.0)
     log, clock, metrics = RunLog(cfg.out_dir, cfg.steps, "sft", step), Clock(cfg.steps, cfg.max_minutes, minutes), {}

@@ -38,7 +38,7 @@ import torch
 
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, contents_digest
 from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import spread_episodes
 from vlarft.run import distributed, preemption
@@ -295,9 +295,10 @@ def main(cfg: Config) -> dict[str, float]:
     size = replace(size, encoder=replace(size.encoder, image_size=height))
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
-    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in split.held_out]}
+    facts = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in split.held_out], **images}
+    facts["episode_contents"] = contents_digest(train + split.held_out)
     open_run(cfg.out_dir, cfg, models=("world_model",))
-    check_same_episodes(cfg.out_dir, names)
+    check_same_episodes(cfg.out_dir, facts)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=WEIGHT_DECAY)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save)
@@ -311,12 +312,10 @@ def main(cfg: Config) -> dict[str, float]:
     digest = None if cfg.world_model is None else model_digest(cfg.world_model)
     with clock.paused():  # --max-minutes are of training
         table, whole = prepared(cfg, split, world_model, digest, autocast)
-    facts = {
+    facts |= {
         "instructions": sorted({e.instruction for e in train}),
-        **names,
         "threshold_episodes": [e.name for e in split.threshold],
         "world_model": digest,
-        **images,
     }
 
     def save() -> None:

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from vlarft.data.augment import OFF, Augmentation, Symmetry, augment
 from vlarft.data.convention import image_convention
+from vlarft.data.episode import contents_digest
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
 from vlarft.metrics import perceptual
@@ -352,6 +353,7 @@ def main(cfg: Config) -> dict[str, float]:
     median_frame, colour_weight = usual.median(dim=0).values, colour_weights(usual, weighting.rare)
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **image_convention(train, cfg.camera), "context_lookback": cfg.context_lookback}
+    facts["episode_contents"] = contents_digest(train + held_out)
 
     networks = build_networks(cfg, device)
     model = networks["tokenizer"]
@@ -372,7 +374,7 @@ def main(cfg: Config) -> dict[str, float]:
     named = {"size": SIZES, "augment": AUGMENTATIONS, "weighting": WEIGHTINGS, "discriminator": DISCRIMINATORS}
     open_run(cfg.out_dir, cfg, older=partial(migration.train_tokenizer, **named))
     learned = {"networks": networks, "optimizers": optimizers}
-    check_same_episodes(cfg.out_dir, names)
+    check_same_episodes(cfg.out_dir, facts)
     state = TrainState(cfg.out_dir, learned, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics, balance = state.load(step=0, minutes=0.0, metrics={}, balance=0.0)
     log, clock = RunLog(cfg.out_dir, cfg.steps, "tokenizer", step), Clock(cfg.steps, cfg.max_minutes, minutes)

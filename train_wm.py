@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
+from vlarft.data.episode import contents_digest
 from vlarft.data.episodes import Episode, load_episodes, split_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
@@ -438,6 +439,7 @@ def main(cfg: Config) -> dict[str, float]:
     seen = list(dict.fromkeys([*(e.name for e in train), *before]))  # all that these weights were trained on
     names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
     facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
+    facts["episode_contents"] = contents_digest(train + held_out)
 
     model = build_model(cfg, train, held_out, images, device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -446,7 +448,7 @@ def main(cfg: Config) -> dict[str, float]:
     # the robot is fitted before the first step: a run that goes on has it
     models = ("init",) if cfg.init else ("tokenizer",)
     open_run(cfg.out_dir, cfg, ("robot_steps",), partial(migration.train_wm, size=SIZES), models)
-    check_same_episodes(cfg.out_dir, names)
+    check_same_episodes(cfg.out_dir, facts)
     state = TrainState(cfg.out_dir, {"model": model, "optimizer": optimizer}, cfg.async_save, cfg.keep_interval)
     step, minutes, metrics = state.load(step=0, minutes=0.0, metrics={})
     log, clock = RunLog(cfg.out_dir, cfg.steps, "wm", step), Clock(cfg.steps, cfg.max_minutes, minutes)

@@ -189,6 +189,28 @@ def test_contents_that_are_warned_about(tmp_path):
         assert part in text
 
 
+def test_first_actions_of_zeros_are_named(tmp_path):
+    """As BridgeData V2 has them, whose gripper is 1 open and 0 close: a zero then means close."""
+
+    def first(i, c):
+        c["actions"][:, 6] = c["actions"][:, 6] < 0
+        c["actions"][0] = 0
+
+    def at_rest(i, c):
+        c["actions"][:, 6] = 0
+        c["actions"][: 30 if i else 60] = 0
+
+    text = "the first action of 12 of 12 episodes is zero in all dimensions, unlike later ones"
+    report, _ = check(make(tmp_path / "a", first))
+    assert any(text in warning for warning in report.warnings)
+    options = ["--format", "lerobot", "--images", "png", "--gripper", "1", "0"]
+    with pytest.warns(UserWarning, match=text):
+        convert([str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    for number, change in enumerate((at_rest, lambda i, c: first(i, c) if i < 5 else None)):
+        report, _ = check(make(tmp_path / f"other {number}", change))
+        assert not any("first action of" in warning for warning in report.warnings)
+
+
 def test_what_training_would_refuse_is_an_error(tmp_path):
     def short(i, c):
         for name in c:

@@ -342,8 +342,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "a"]
     with pytest.raises(FileExistsError, match="run exists"), checkpoint.new_folder(tmp_path / "run"):
         pytest.fail("it is there")
+    with checkpoint.new_folder(tmp_path / "both") as folder:
+        (folder / "a").touch()
+        with (
+            pytest.raises(ValueError, match="both is being written by another process"),
+            checkpoint.new_folder(tmp_path / "both"),
+        ):
+            pytest.fail("its first writer is at work")
+        assert (folder / "a").exists()
     full = OSError(28, "No space")
     for error, text in ((full, r"could not write .*other \(.*No space"), (KeyboardInterrupt(), None)):
         with pytest.raises(type(error), match=text), checkpoint.new_folder(tmp_path / "other"):
             raise error
-    assert len(list(tmp_path.iterdir())) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "both"}

@@ -273,7 +273,12 @@ def test_options(config, changes):
     metrics = train_rl.main(dataclasses.replace(config, **changes), world=Toy(by_number))
     assert all(np.isfinite(v) for v in metrics.values())
     if "epochs" in changes:  # the second epoch scores an updated policy
-        assert metrics["ratio_max"] != pytest.approx(1, abs=1e-6) and metrics["clip_frac"] > 0
+        assert metrics["ratio_mean"] != pytest.approx(1, abs=1e-6) and metrics["clip_frac"] > 0
+
+
+def test_metrics_of_a_step_are_of_all_its_updates():
+    updates = [{"mse": 1.0, "ratio_max": 3.0}, {"mse": 2.0, "ratio_max": 1.0}]
+    assert train_rl.over_epochs(updates) == {"mse": 1.5, "ratio_max": 3.0} and train_rl.over_epochs([]) == {}
 
 
 def test_resume_equals_no_interruption(config, tmp_path, monkeypatch):
@@ -311,6 +316,8 @@ def test_resume_equals_no_interruption(config, tmp_path, monkeypatch):
 def test_errors(config, monkeypatch):
     with pytest.raises(ValueError, match="--sigma-min 0.3 exceeds --sigma-max 0.2"):
         dataclasses.replace(config, sigma_min=0.3, sigma_max=0.2)
+    with pytest.raises(ValueError, match="--late-starts 0.5 is for imagination"):
+        dataclasses.replace(config, world="simulator", late_starts=0.5)
     with pytest.raises(ValueError, match="unknown suite 'tabletop_objects'"):
         train_rl.main(dataclasses.replace(config, world="simulator", suites=("tabletop_objects",)))
     with pytest.raises(ValueError, match="unknown task 'x' of tabletop_object"):
@@ -320,6 +327,12 @@ def test_errors(config, monkeypatch):
     with pytest.raises(ValueError, match="sees 2 cameras, the flow-matching term reads one: give --mse-weight 0"):
         train_rl.demonstrated(config, policy, {}, [])
     assert train_rl.demonstrated(dataclasses.replace(config, mse_weight=0.0), policy, {}, []) is None
+    policy, episodes = VLAPolicy.load(config.policy), load_episodes(config.demos)
+    known = {"train_episodes": [episodes[0].name, "of/another/folder"]}
+    with pytest.warns(
+        UserWarning, match="lacks 1 of the 2 demonstrations .* first of/another/folder: .* other 1 alone"
+    ):
+        assert [e.name for e in train_rl.demonstrated(config, policy, known, episodes).episodes] == [episodes[0].name]
     monkeypatch.setattr(train_rl.distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="runs in one process"):
         train_rl.main(config)

@@ -203,7 +203,7 @@ def test_other_meshes_do_not_mix_in_a_file(tmp_path, monkeypatch):
 
 def test_attempts_that_rested_after_success_do_not_mix_with_others(tmp_path, policy_file):
     options = {"policy": str(policy_file), "tasks": ("0",), "horizon": 100, "image_size": 64}
-    (path,) = main(config(tmp_path, demos_per_task=1, **options))
+    (path,) = main(config(tmp_path, demos_per_task=1, **{**options, "policy": None}))
     with h5py.File(path, "r+") as file:  # of an older version, without attempts
         args = json.loads(file["data"].attrs["env_args"])
         del args["collection"]["policy_plays_on"]
@@ -235,6 +235,7 @@ def test_a_task_that_is_named_twice_is_collected_once(tmp_path):
     (path,) = main(config(tmp_path, tasks=(name, "0"), demos_per_task=1))
     with h5py.File(path) as file:
         assert list(file["data"]) == ["demo_0"]
+        assert file["data/demo_0/obs/joint_states"].shape == (len(file["data/demo_0/actions"]), 7)
     assert not list(tmp_path.rglob("*.parts"))
 
 
@@ -342,6 +343,9 @@ def test_wrist_camera_is_stored_as_eye_in_hand(tmp_path):
         (["--demos-per-task", "0"], "--demos-per-task 0: nothing to collect"),
         (["--min-speed", "0.9"], "--min-speed 0.9 exceeds --max-speed 0.6"),
         (["--seed", "970001"], "970001: give a number in [0, 970000]"),
+        (["--policy", "p"], "--policy p would play nothing: give --policy-per-task"),
+        (["--policy-noise", "0.3"], "--policy-noise 0.3 is for attempts of a policy: give --policy-per-task"),
+        (["--policy-group", "2"], "--policy-group 2 is for attempts of a policy: give --policy-per-task"),
         (["--colour", "red"], "--colour"),
     ],
 )

@@ -43,6 +43,7 @@ def sources(root, steps=13, size=(32, 48), wide=7):
                     intended_actions=intended,
                     proprio=rng.normal(size=(steps + i, 8)).astype(np.float32),
                     states=rng.normal(size=(steps + i, 5)),
+                    joint_states=rng.normal(size=(steps + i, 7)),
                     success=i < 2,
                     attrs={"kind": "expert" if i < 2 else "failed"},
                 )
@@ -83,6 +84,21 @@ def test_hdf5_keeps_states(tmp_path):
     for one, two in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.states, two.states)
         assert list(two.cameras) == ["eye_in_hand"]
+
+
+def test_hdf5_holds_what_is_known_alone(tmp_path):
+    """Neither joints, which no episode has, nor the end of an episode whose outcome is not known."""
+    sources(tmp_path / "a")
+    with h5py.File(tmp_path / "a/suite/push_demo.hdf5", "a") as file:
+        del file["data/demo_1"].attrs["success"]
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--format", "hdf5"])
+    with h5py.File(tmp_path / "b/push_the_cup_demo.hdf5") as file:
+        demos = list(file["data"].values())
+        assert [("success" in d.attrs, "rewards" in d, "dones" in d) for d in demos] == [
+            (i != 1,) * 3 for i in range(3)
+        ]
+        assert [demos[i]["dones"][-1] for i in (0, 2)] == [1, 0] and not any("joint_states" in d["obs"] for d in demos)
+    assert [e.outcome_known for e in load_episodes(tmp_path / "b", successes_only=False)][3:] == [True, False, True]
 
 
 def test_a_lerobot_set_is_as_its_format_says(tmp_path):
@@ -286,6 +302,22 @@ def test_numbers_have_a_range(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path), str(tmp_path / "b"), "--format", "hdf5", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "hdf5", "--images", "png"], "--images needs --format lerobot"),
+        (["--format", "hdf5", "--codec", "h264"], "--codec needs --format lerobot"),
+        (["--format", "hdf5", "--crf", "18"], "--crf needs --format lerobot"),
+        (["--format", "lerobot", "--images", "png", "--codec", "av1"], "--codec is of videos: leave out --images png"),
+        (["--format", "lerobot", "--images", "png", "--crf", "18"], "--crf is of videos: leave out --images png"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "b"), *options])
+    assert f"ERROR: {message}" in capsys.readouterr().err
 
 
 def test_a_folder_is_not_written_into_its_source(tmp_path):

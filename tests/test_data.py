@@ -14,7 +14,7 @@ from conftest import every_camera
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
-from vlarft.data.episode import no_ops
+from vlarft.data.episode import contents_digest, no_ops
 from vlarft.data.episodes import check_places
 from vlarft.data.frames import map_file
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
@@ -170,11 +170,13 @@ def test_errors_name_file_and_field(tmp_path):
         load_episodes(path)
 
 
-def test_other_layouts_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["observations", "data"])
+def test_other_layouts_are_refused(tmp_path, name):
     with h5py.File(tmp_path / "x.hdf5", "w") as file:
-        file["observations"] = np.zeros(3)
-    with pytest.raises(ValueError, match=r"has no group 'data' \(found \['observations'\]\)"):
+        file[name] = np.zeros(3)
+    with pytest.raises(ValueError, match=rf"has no group 'data' \(found \['{name}'\]\); expected LIBERO's layout"):
         load_episodes(tmp_path / "x.hdf5")
+    assert len(check(tmp_path)[0].errors) == 1
 
 
 def test_writer_checks_its_arrays(tmp_path):
@@ -604,6 +606,26 @@ def test_no_ops_by_hand():
     targets[:, 6] = actions[:, 6]
     held = replace(one, actions=targets, intended=targets, absolute=True)
     assert no_ops(held).tolist() == [False, True, False, True, False, True]  # the first target may be a move
+
+
+def test_the_digest_is_of_all_but_the_pixels():
+    one, two = episode("a", 7), episode("b", 5)
+    one = replace(one, images=Mock(spec=["shape"], shape=one.images.shape))  # nothing else of them is looked at
+    before = contents_digest([one, two])
+    assert contents_digest([two, one]) == before and len(before) == 16
+    changes = (
+        {"actions": one.actions + 0.1},
+        {"intended": one.intended + 0.1},
+        {"proprio": one.proprio + 0.1},
+        {"instruction": "push"},
+        {"success": not one.success},
+        {"kind": "noisy"},
+        {"absolute": not one.absolute},
+        {"gripper_dims": ()},
+        {"held_dims": (0,)},
+        {"images": Mock(spec=["shape"], shape=(7, 1, 2, 3))},
+    )
+    assert len({before, *(contents_digest([replace(one, **change), two]) for change in changes)}) == 1 + len(changes)
 
 
 def test_images_and_frames_by_hand():

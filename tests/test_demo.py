@@ -215,11 +215,23 @@ def test_rounds_check_their_inputs_before_anything_is_recorded(tmp_path, monkeyp
     cfg = rl_rounds.Config(policy="sft", world_model="wm", demos=("demos",), out_dir=str(tmp_path))
     episodes = [SimpleNamespace(name=f"demo_{i}", images=np.zeros((2, 64, 64, 3), np.uint8)) for i in range(2)]
     monkeypatch.setattr(rl_rounds, "load_episodes", lambda *_, **__: episodes)
-    sizes, extra = {"tokenizer": {"image_size": (64, 64)}}, {"sft": {"image_size": [64, 64]}, "wm": {}}
+    sizes = {"tokenizer": {"image_size": (64, 64)}, "proprio_dim": 8}
+    held_out = {"held_out_episodes": ["demo_1"]}
+    extra = {"sft": {"image_size": [64, 64]}, "wm": held_out}
     monkeypatch.setattr(rl_rounds, "read_header", lambda path: SimpleNamespace(config=sizes, extra=extra[path]))
     assert rl_rounds.check_inputs(cfg) == 64
     extra["sft"] = {}  # an older one does not say
     assert rl_rounds.check_inputs(cfg) == 64
+    for name, value, message in (
+        ("cameras", ("agentview", "eye_in_hand"), "policy sft sees 2 cameras"),
+        ("proprio_dim", 0, "world model wm does not predict the robot's proprio"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setitem(sizes, name, value)
+            rl_rounds.main(cfg)
+    extra["wm"] = {}
+    with pytest.raises(ValueError, match="world model wm names no held-out episodes"):
+        rl_rounds.main(cfg)
     extra["wm"] = {"held_out_episodes": ["demo_1", "demo_7"]}
     with pytest.raises(ValueError, match="--demos demos lacks 1 episodes that wm holds out, first demo_7"):
         rl_rounds.main(cfg)

@@ -72,6 +72,9 @@ def test_a_model_that_tells_actions_apart_passes_and_one_that_does_not_fails(pol
     unsure = {**blind, "gate_policy": 0.5, "gate_policy_se": 0.1, "gate_dataset": 0.1, "gate_dataset_se": 0.08}
     with pytest.warns(UserWarning, match=r"0.10 ± 0.08 .* 0.25, by less than chance may do: hold out more episodes"):
         check_gate({**unsure, "gate": 0.1}, 0.25, "r3")  # 0.257 is not below
+    single = {"gate_policy_se": float("nan"), "gate_dataset_se": float("nan"), "gate": 0.1}
+    with pytest.warns(UserWarning, match=r"0.10 ± nan .* by less than chance may do"):
+        check_gate({**unsure, **single}, 0.25, "r3")
     with pytest.raises(RuntimeError, match=r"0.10 ± 0.07"):
         check_gate({**unsure, "gate": 0.1, "gate_dataset_se": 0.07}, 0.25, "r3")
 

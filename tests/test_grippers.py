@@ -1,6 +1,7 @@
 """Which action dimensions are grippers: from the file to the actions that are played."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -100,10 +101,58 @@ def test_a_last_dimension_that_is_no_gripper_is_refused_until_someone_says_what_
             load_episodes(tmp_path / f"wrong {wrong}")
 
 
+@pytest.mark.parametrize(("scale", "lies"), [(200.0, r"\[.*\]; expected"), (0.5, r"\[0, 0.\d+\], never below 0; ")])
+def test_an_assumed_gripper_in_other_units_may_be_none(tmp_path, scale, lies):
+    """As of pusht, whose two actions are coordinates."""
+    place = make(tmp_path / "set", {"names": None}, lambda i: scale * np.abs(motions(2, i) - motions(2, i)[:1]))
+    text = (
+        rf"dimension 1\) lies in {lies}.* do not name a gripper, .* --gripper-dims without a number, .* --held-dims 1$"
+    )
+    with pytest.raises(ValueError, match=text):
+        load_episodes(place)
+    named = make(tmp_path / "named", {"names": ["x", "grip"]}, lambda i: scale * np.abs(motions(2, i)))
+    with pytest.raises(ValueError, match=r"\(dimension 1\) lies in .*two$"):
+        load_episodes(named)
+
+
+def test_robots_whose_dimensions_have_other_names(tmp_path):
+    """Degrees and -100 .. 100 of one arm: widths and ranges do not tell them apart."""
+
+    def columns(seed):
+        return np.concatenate([motions(2, seed), commands(seed)[:, None]], 1)
+
+    joints = {"old": ["main_pan", "main_lift", "gripper"], "new": ["pan.pos", "lift.pos", "gripper"], "none": None}
+    for number, (name, names) in enumerate(joints.items()):
+        make(tmp_path / "all" / name, {"names": names}, lambda seed, n=number: columns(seed + n), gripper_dims=[2])
+    old, new, none = (tmp_path / "all" / name for name in joints)
+    text = r"action 0 is 'main_pan' in old/episode_000000, 'pan.pos' in new/episode_000000: if they are other joints"
+    with pytest.warns(UserWarning, match=text):
+        load_episodes([old, new])
+    for places in ([old, none], [new]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_episodes(places)
+        assert not any("joints" in str(w.message) for w in caught)
+    assert any("action 0 is 'pan.pos' in new" in warning for warning in check(tmp_path / "all")[0].warnings)
+    options = ["--format", "lerobot", "--images", "png"]
+    text = (
+        r"old/episode_000000 has the action main_pan, main_lift, gripper, the episodes before it pan.pos, .*two apart"
+    )
+    with pytest.raises(ValueError, match=text):
+        convert([str(tmp_path / "all"), str(tmp_path / "one"), *options])
+
+
 def test_changes_by_hand(tmp_path):
     two = np.stack([commands(0), motions(1, 0)[:, 0], 50 + 50 * commands(0)], 1)
     one = change(episode(two), gripper_dims=(2,), gripper=(0, 100))
     assert one.actions[:, 2].tolist() == commands(0).tolist() and one.actions[:, 1].tolist() == two[:, 1].tolist()
+    near = change(episode(two), gripper_dims=(2,), gripper=(5, 95))  # 5.6 % of the span beyond
+    assert near.actions[:, 2].tolist() == commands(0).tolist()
+    text = r"s/0: the gripper actions lie in \[0, 100\]; got --gripper 1 0: give the values"
+    with pytest.raises(ValueError, match=text):
+        change(episode(two), gripper_dims=(2,), gripper=(1, 0))
+    with pytest.raises(ValueError, match=r"\[0, 100\]; got --gripper 0 80"):
+        change(replace(episode(two), actions=two * 0), gripper_dims=(2,), gripper=(0, 80))  # the intended ones alone
     with pytest.raises(ValueError, match=r"action dimensions 0 \.\. 2, .* --gripper-dims \[3\], .*: 3 does not fit"):
         change(episode(two), gripper_dims=(3,))
     with pytest.raises(ValueError, match=r"got --gripper-dims \[1\], --held-dims \[1\]: 1 does not fit"):

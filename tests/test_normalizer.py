@@ -93,6 +93,17 @@ def test_statistics_of_another_robot():
     actions, proprio = torch.full((10, 7), 0.1), torch.full((10, 8), 0.5)  # a constant dimension may lie elsewhere
     actions[:5, 3] = 2.0
     normalizer.check(actions, proprio)
+    proprio[::2, 7] = 0.6
+    with pytest.raises(
+        ValueError, match=r"units: proprio 7 moves in the demonstrations and is always 0 in them, .*refit"
+    ):
+        normalizer.check(actions, proprio)
+    normalizer.check(actions.repeat(30, 1), torch.cat([proprio[:1], proprio[1:2].repeat(299, 1)]))  # a glitch
+    proprio[:, 7] = 0.5
+    still, flat = Normalizer(gripper_dims=(0,)), torch.cat([low[:5], torch.zeros(1)])  # action 6, after the gripper
+    still.set_quantiles(flat, flat.abs(), torch.zeros(8), torch.ones(8))
+    with pytest.raises(ValueError, match=r"units: action 6 moves in the demonstrations and is always 0 in them"):
+        still.check(torch.linspace(-0.4, 0.4, 10)[:, None].repeat(1, 7), proprio * 0)
     actions[5, 3] = -2.0
     with pytest.raises(ValueError, match=r"units: 60% of action 3 lie outside \[-0.5, 0.5\]"):
         normalizer.check(actions, proprio)

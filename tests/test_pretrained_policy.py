@@ -167,7 +167,12 @@ def test_native_layout_starts_a_new_head(policy, tmp_path, capsys):
     torch.save({"model": native(policy), "optimizer": {"step": 3}}, folder / "latest.pt")
     repository(policy, tmp_path / "text")
     out = tmp_path / "out.safetensors"
-    main(["policy", str(folder / "latest.pt"), "--out", str(out), "--text", str(tmp_path / "text"), "--new-head"])
+    command = ["policy", str(folder / "latest.pt"), "--out", str(out), "--text", str(tmp_path / "text"), "--new-head"]
+    with pytest.raises(
+        FileNotFoundError, match=r"native/dataset_statistics.json does not exist: .* --statistics bridge"
+    ):
+        main([*command, "--statistics", "bridge"])
+    main(command)
     shown = capsys.readouterr().out
     assert "action head: new, with random weights" in shown and "action queries: not in the file; zero" in shown
     again = VLAPolicy.load(out)

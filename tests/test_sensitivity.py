@@ -1,23 +1,27 @@
 """Action sensitivity: perturbations, agreement, the simulator's outcome."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from simulator_reward import SimulatorReward
 
-from vlarft.data import Batch
+from vlarft import sensitivity
+from vlarft.data import Batch, WindowSampler
 from vlarft.data.episodes import load_episodes
 from vlarft.metrics import perceptual
-from vlarft.sensitivity import Perturbations, agreement, half_range, perturb, rewards
+from vlarft.run.random import generator
+from vlarft.sensitivity import Perturbations, TrueOutcome, agreement, half_range, perturb, rewards
 from vlarft.sim.replay import TabletopOutcomes
+from vlarft.statistics import rank_agreement
 
 
 def test_half_range_is_that_of_the_experts(demos):
     episodes = load_episodes(demos)
-    wild = replace(episodes[0], kind="noisy", actions=np.full_like(episodes[0].actions, 0.9))
-    actions = np.concatenate([e.actions for e in episodes])[:, :-1]
+    wild = replace(episodes[0], kind="noisy", intended=np.full_like(episodes[0].actions, 0.9))
+    actions = np.concatenate([e.intended for e in episodes])[:, :-1]  # what a policy's normaliser is fitted to
     low, high = np.quantile(actions, [0.01, 0.99], axis=0)
     assert half_range([*episodes, wild]).tolist() == pytest.approx([*(high - low) / 2, 1.0], abs=1e-5)
     assert (half_range([wild]) == torch.tensor([0.0] * 6 + [1.0])).all()  # nothing but noisy attempts
@@ -52,6 +56,67 @@ def test_reward_is_the_negative_l1_summed_over_frames():
     frames, reference = torch.full((1, 2, 8, 3, 16, 16), 0.25), torch.full((1, 8, 3, 16, 16), 0.5)
     frames[:, 1] = 0.5
     assert rewards(frames, reference, perceptual("none")).tolist() == [[-2.0, 0.0]]
+
+
+def paint(actions):
+    """Frames (..., 3, 8, 7) whose columns show the action's dimensions (..., 7) in [-1, 1] as grey levels."""
+    return ((actions + 1) / 2)[..., None, None, :].expand(*actions.shape[:-1], 3, 8, 7).contiguous()
+
+
+def test_each_score_is_ranked_against_each_error(demos, monkeypatch):
+    """A model and a simulator that show the actions: R3 is the action error, R2 the distance to what was recorded."""
+    episodes = load_episodes(demos)
+    batch = WindowSampler(episodes, 9, 8).spread(6)
+    recorded = torch.ones(len(batch.frames), 9, 3, 8, 7)  # as after actions of 1
+    batch = batch._replace(frames=recorded, context_frame=recorded[:, 0])
+    played, asked = [], []
+
+    class Shows:
+        tokenizer = None
+
+        def parameters(self):
+            yield torch.zeros(1)
+
+        def rollout(self, context_frame, actions, **how):
+            return SimpleNamespace(frames=paint(actions))
+
+    class Outcomes:
+        def play(self, episode, start, chunks):
+            played.append((episode.name, start))
+            order = torch.arange(len(chunks)).float()  # the state errs the more, the later the chunk
+            frames = 1 - paint(torch.from_numpy(chunks) / 2)
+            return TrueOutcome(frames, order[:, None].expand(-1, chunks.shape[1]))
+
+    monkeypatch.setattr(sensitivity, "reconstruct", lambda tokenizer, frames, context: frames)
+    monkeypatch.setattr(sensitivity, "agreement", lambda *words: asked.append(words) or agreement(*words))
+    how, cast = Perturbations((0.2,), 6, 0), torch.autocast("cpu", enabled=False)
+    found = sensitivity.evaluate_sensitivity(
+        Shows(), batch, episodes, how, perceptual("none"), autocast=cast, outcomes=Outcomes(), batch_size=4
+    )
+    scores = {f"{kind} {mode}" for kind in ("R2", "R3") for mode in ("greedy", "common", "independent")}
+    assert set(found) == {"action", "true frames", "true state"}
+    assert set(found["true state"]) == scores | {"true frames", "decoded frames", "action L1"}
+    assert set(found["action"]) == scores | {"true frames", "decoded frames"}  # not against itself
+    assert set(found["true frames"]) == scores | {"decoded frames", "action L1"}
+    for error in ("action", "true frames"):
+        for score in found[error].keys() - {f"R2 {mode}" for mode in ("greedy", "common", "independent")}:
+            assert found[error][score]["all"]["spearman"] == pytest.approx(1)
+    chunks, _ = perturb(
+        batch.actions, how, *ends(episodes), half_range(episodes), generator("cpu", "perturbations", 0), (6,)
+    )
+    error, order = (chunks[:, 1:] - chunks[:, :1]).abs().mean((2, 3)), torch.arange(6.0).expand(len(chunks), 6)
+    of = batch.index[:, 0]
+    far = rank_agreement(chunks[:, 1:].mean((2, 3)), error, of)  # R2: the nearer to 1, the better
+    assert found["action"]["R2 greedy"]["all"] == pytest.approx(far._asdict(), abs=1e-4) and far.spearman < 0.9
+    state = rank_agreement(-error, order, of)
+    assert found["true state"]["R3 common"]["all"] == pytest.approx(state._asdict(), abs=1e-4)
+    assert played == [(episodes[e].name, t) for e, t in batch.index.tolist()]
+    assert all(words[3].tolist() == of.tolist() for words in asked)  # starts of an episode are alike
+
+
+def ends(episodes):
+    actions = torch.cat([torch.from_numpy(e.actions) for e in episodes])
+    return actions.amin(0), actions.amax(0)
 
 
 def test_true_outcome_of_the_simulator(demos):

@@ -327,6 +327,8 @@ def test_keys_of_a_camera_and_of_a_state_in_parts(config):
         serve_policy.client_keys(droid, ("front",))
     with pytest.raises(ValueError, match="--image-keys front: expected CAMERA=KEY"):
         serve_policy.client_keys(dataclasses.replace(droid, image_keys=("front",)), ("front",))
+    with pytest.raises(ValueError, match="--image-keys gives camera front twice: a and b"):
+        serve_policy.client_keys(dataclasses.replace(droid, image_keys=("front=a", "front=b")), ("front",))
     with pytest.raises(ValueError, match="prompt is given twice"):
         serve_policy.client_keys(dataclasses.replace(droid, image_keys=("front=prompt",)), ("front",))
 

@@ -25,6 +25,10 @@ def test_spearman_matches_scipy_with_ties():
         assert got[i].item() == pytest.approx(stats.spearmanr(a[i], b[i]).statistic)
     assert spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 15.0])).item() == pytest.approx(0.5)
     assert spearman(torch.ones(3), torch.arange(3)).isnan()
+    assert spearman(torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]]), torch.arange(3)).isnan().tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_pair_order_by_hand():
@@ -54,6 +58,7 @@ def test_rank_agreement_leaves_out_rows_of_constant_error():
     assert rank_agreement(twice, error[:1].expand(6, 3), of * 0) == rank_agreement(twice, error[:1].expand(6, 3))
     blind = rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [0.3, 0.3, 0.3]]), error[:2])  # a constant score is no order
     assert blind.spearman == pytest.approx(0.5) and blind.pair_order == pytest.approx(0.75)
+    assert math.isnan(rank_agreement(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, math.nan]]), error[:2]).spearman)
 
 
 def test_wilson_by_hand():

@@ -397,7 +397,7 @@ def test_liberos_study_measures_again_what_was_trained_again(tmp_path, policy_fi
             next(model.parameters()).add_(1.0)
         save_model(folder / run / "model.safetensors", model, model.cfg)
 
-    everything = ["model_000002", "frames", "SFT", "SFT", "SFT"]
+    everything = ["model_000002", "SFT", "SFT", "SFT", "frames"]
     assert measured() == everything and measured() == []
     train("wm")
     assert measured() == ["frames"] and measured() == []

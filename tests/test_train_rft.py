@@ -406,6 +406,19 @@ def test_refusals(rft_config, tmp_path):
         train_rft.main(dataclasses.replace(rft_config, steps=1, lr=0.5))
 
 
+def test_a_policy_of_several_cameras_is_refused(rft_config, tmp_path):
+    policy, extra = load_model(rft_config.policy, VLAPolicy, PolicyConfig)
+    policy.cfg = dataclasses.replace(policy.cfg, cameras=("agentview", "eye_in_hand"))
+    with pytest.raises(ValueError, match="sees 2 cameras, a world model imagines one"):
+        train_rft.windows(rft_config, policy, extra, False, None)
+
+
+@pytest.mark.parametrize("reward", ["r1", "divergence"])
+def test_weights_that_no_reward_reads_are_refused(rft_config, reward):
+    with pytest.raises(ValueError, match=f"--perceptual-weights: reward {reward} has no perceptual term"):
+        dataclasses.replace(rft_config, reward=reward, perceptual_weights="vgg.pth")
+
+
 def test_a_lower_bound_above_the_upper_one_is_named(rft_config):
     with pytest.raises(ValueError, match="--sigma-min 0.3 exceeds --sigma-max 0.2"):
         dataclasses.replace(rft_config, sigma_min=0.3, sigma_max=0.2)

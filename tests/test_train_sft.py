@@ -138,6 +138,27 @@ def test_resume_with_other_episodes_is_refused(demos, tmp_path):
     train_sft.main(cfg)
 
 
+def test_resume_with_converted_episodes_is_refused(demos, tmp_path):
+    """They have the names of those that the run began with."""
+    path, cfg = tmp_path / "mine" / "squares", config(tmp_path / "mine", tmp_path / "run", steps=1)
+    shutil.copytree(demos / "squares", path)
+    train_sft.main(cfg)
+    before = files_of(tmp_path / "run")
+    file = sorted(path.glob("*.hdf5"))[0]
+    original = file.read_bytes()
+    with h5py.File(file, "r+") as opened:
+        opened["data/demo_0/actions"][0, 0] += 0.1
+    with pytest.raises(ValueError, match=r"run was begun with other contents of these episodes \(actions, .*--out-dir"):
+        train_sft.main(cfg)
+    file.write_bytes(original)
+    for file in path.glob("*.hdf5"):
+        with h5py.File(file, "r+") as opened:
+            del opened["data"].attrs["image_convention"]  # turns the images, and nothing else
+    with pytest.raises(ValueError, match="begun with other contents of these episodes"):
+        train_sft.main(cfg)
+    assert files_of(tmp_path / "run") == before
+
+
 def test_regression_brings_chunks_closer_to_the_datasets(demos, tmp_path):
     base = config(demos, tmp_path / "base", steps=40, lr=1e-3, schedule="constant", ema=None, augment="full")
     train_sft.main(base)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -16,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vlarft.run import checkpoint, distributed
-from vlarft.run.checkpoint import load_train_state, read_header
+from vlarft.run.checkpoint import load_train_state, read_header, save_model
 from vlarft.run.ema import EMA
 from vlarft.run.log import RunLog
-from vlarft.run.train_state import TrainState
+from vlarft.run.train_state import TrainState, check_same_episodes
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,28 @@ def own_folders(folder: Path) -> None:
     dist.barrier()
     with pytest.raises(ValueError, match=r"different steps, 0 to 3: .* must be a folder that all nodes share"):
         TrainState(own, {"net": nn.Linear(1, 1)}).load(step=0)
+
+
+def test_a_run_goes_on_with_the_episodes_that_it_began_with(tmp_path):
+    frame = np.full((8, 8, 3), 0.5)
+    facts = {"train_episodes": ["a", "b"], "episode_contents": "0f", "mean_frame": frame.tolist(), "camera": "front"}
+    save_model(tmp_path / "model.safetensors", Net(), NetConfig(), facts)
+    check_same_episodes(tmp_path, {**facts, "episode_contents": "1f"})  # no state to go on from
+    (tmp_path / "train_state.pt").touch()
+    for same in (
+        {},
+        {"mean_frame": (frame + 0.01).tolist()},
+        {"train_episodes": ["b", "a"]},
+        {"held_out_episodes": []},
+    ):
+        check_same_episodes(tmp_path, {**facts, **same})
+    for other in ({"episode_contents": "1f"}, {"mean_frame": (frame + 0.05).tolist()}):
+        with pytest.raises(ValueError, match="was begun with other contents of these episodes"):
+            check_same_episodes(tmp_path, {**facts, **other})
+    with pytest.raises(ValueError, match=r"begun with 2 train episodes, today there are 1 \(first that differs: b\)"):
+        check_same_episodes(tmp_path, {**facts, "train_episodes": ["a"]})
+    save_model(tmp_path / "model.safetensors", Net(), NetConfig(), {"train_episodes": ["a", "b"]})  # of before
+    check_same_episodes(tmp_path, facts)
 
 
 def test_states_that_differ_between_nodes(tmp_path):

@@ -10,6 +10,7 @@ without a simulator the gate asks whether the reward ranks chunks as R1 does.
 Shapes: S starts, P chunks per start, T chunk steps, A action dim.
 """
 
+import math
 import warnings
 
 import numpy as np
@@ -147,7 +148,8 @@ def check_gate(found: dict[str, float], threshold: float | None, reward: str) ->
         f"{ranks['dataset']} (± standard error) around the demonstrations' actions and {ranks['policy']} among chunks "
         f"sampled from the policy; the lower one is below --gate-threshold {threshold:g}"
     )
-    if all(value + 1.96 * deviation >= threshold for value, deviation in pairs.values()):
+    # a single start has a value, but no interval: its deviation is nan
+    if not any(math.isnan(value) or value + 1.96 * deviation < threshold for value, deviation in pairs.values()):
         warnings.warn(
             f"{ranked}, by less than chance may do: hold out more episodes, or give more --gate-starts",
             stacklevel=2,

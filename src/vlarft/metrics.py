@@ -95,7 +95,7 @@ def ssim_windows(images: Tensor, window: int = 11, sigma: float = 1.5) -> Window
     height, width = images.shape[-2:]
     if min(height, width) < window:
         raise ValueError(f"SSIM with window {window} needs images of at least {window} pixels, got {height}x{width}")
-    images = images.float().flatten(0, -4)
+    images = images.float().reshape(-1, *images.shape[-3:])
     mean = _blur(images, window, sigma)
     return Windows(images, mean, _blur(images * images, window, sigma) - mean**2)  # variance: E[x^2] - E[x]^2
 
@@ -165,7 +165,7 @@ class PerceptualDistance(nn.Module):
             return None
         if self.name == "ssim":
             return ssim_windows(target)
-        images = self.lpips.scaling_layer(target.float().flatten(0, -4) * 2 - 1)  # LPIPS takes [-1, 1]
+        images = self.lpips.scaling_layer(target.float().reshape(-1, *target.shape[-3:]) * 2 - 1)  # LPIPS takes [-1, 1]
         layers = self.lpips.net(images.to(next(self.lpips.net.parameters()).dtype))
         return [F.normalize(x.float(), dim=1, eps=1e-10) for x in layers]  # (N, channels, h, w) each
 

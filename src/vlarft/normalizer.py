@@ -84,14 +84,8 @@ class Normalizer(nn.Module):
                 "gripper actions must lie in [-1, 1] (-1 open, +1 close), "
                 f"got [{gripper.min():.3g}, {gripper.max():.3g}]"
             )
-        levels = torch.tensor([0.01, 0.99], dtype=torch.float64)
         for name, values in (("action", actions[:, motion]), ("proprio", proprio)):
-            # sort and interpolate here: torch.quantile refuses more than 16M values
-            ordered = values.double().sort(0).values  # (N, D)
-            position = levels * (len(ordered) - 1)  # (2,), fractional rows of the two quantiles
-            lower, weight = position.floor().long(), (position % 1)[:, None]
-            upper = (lower + 1).clamp(max=len(ordered) - 1)
-            low, high = ordered[lower] * (1 - weight) + ordered[upper] * weight  # (D,), (D,)
+            low, high = _quantiles(values)  # (D,), (D,)
             getattr(self, f"{name}_low").copy_(low)
             getattr(self, f"{name}_high").copy_(high)
         self.fitted.fill_(True)
@@ -130,7 +124,8 @@ class Normalizer(nn.Module):
             proprio: (N, P), raw.
 
         Raises:
-            ValueError: other widths, or a dimension with more than half of its values outside the quantiles' range.
+            ValueError: other widths, a dimension with more than half of its values outside the quantiles' range, or one
+                that moves and is constant by the quantiles: the policy would never move or see it.
         """
         width = len(self.back), len(self.proprio_low)
         if (actions.shape[1], proprio.shape[1]) != width:
@@ -142,6 +137,15 @@ class Normalizer(nn.Module):
             low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
             if not len(low):
                 continue
+            still = (high - low < 1e-6).nonzero()[:, 0]
+            ours = _quantiles(values[:, still])  # (2, constant ones)
+            if len(moved := still[ours[1] - ours[0] >= 1e-6]):
+                dim = int(self.motion[moved[0]]) if name == "action" else int(moved[0])
+                raise ValueError(
+                    f"the policy's statistics come from another robot or other units: {name} {dim} moves in the "
+                    f"demonstrations and is always {low[moved[0]]:.3g} in them, so that the policy leaves it out; fit "
+                    "them anew (train_sft.py --refit-statistics) if the change is intended"
+                )
             # (D,), share of values outside; a constant dimension, outside by any rounding, is not counted
             out = ((values < low) | (values > high)).float().mean(0) * (high - low >= 1e-6)
             worst = int(out.argmax())
@@ -190,6 +194,17 @@ class Normalizer(nn.Module):
         if not torch.isfinite(proprio).all():
             raise ValueError("proprio has NaN or infinite values")
         return _to_unit(proprio.float(), self.proprio_low, self.proprio_high)
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """Return the 1 % and 99 % quantiles of (N, D) as (2, D), float32."""
+    # sort and interpolate here: torch.quantile refuses more than 16M values
+    ordered = values.double().sort(0).values  # (N, D)
+    levels = torch.tensor([0.01, 0.99], dtype=torch.float64, device=values.device)
+    position = levels * (len(ordered) - 1)  # (2,), fractional rows of the two quantiles
+    lower, weight = position.floor().long(), (position % 1)[:, None]
+    upper = (lower + 1).clamp(max=len(ordered) - 1)
+    return (ordered[lower] * (1 - weight) + ordered[upper] * weight).float()
 
 
 def _to_unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:

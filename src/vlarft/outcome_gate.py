@@ -57,9 +57,9 @@ def outcome_gate(
     """
     own = [e for e in own_attempts(episodes) if len(e) > 1]
     alone = all(e.kind == "policy" for e in own)
-    what = "attempts of the policy" if alone else "episodes, too few of them attempts of the policy"
+    what = "attempts of the policy" if alone else "episodes, too few of them attempts of the policy,"
     starts = len({e.start or e.name for e in own})
-    what += "" if starts == len(own) else f" from {starts} starts, so the intervals are too narrow"
+    what += "" if starts == len(own) else f" from {starts} starts, so the intervals are too narrow,"
     compare_outcomes([e.success for e in own], [e.success for e in own])  # raises before the work
     highest, true = [], []
     for found in imagined_episodes(model, own, autocast=autocast, **options):
@@ -73,7 +73,7 @@ def outcome_gate(
         return f"{number} of {of} [{100 * low:.0f} %, {100 * high:.0f} %]"
 
     print(
-        f"outcome gate: {100 * found.agreement:.0f} % of {len(own)} held-out {what}, have their true outcome in "
+        f"outcome gate: {100 * found.agreement:.0f} % of {len(own)} held-out {what} have their true outcome in "
         f"imagination; false successes {counted(found.false_successes, found.true_failures)}, false failures "
         f"{counted(found.false_failures, found.true_successes)}; Brier score "
         f"{sum((h - t) ** 2 for h, t in zip(highest, true)) / len(true):.2f}",

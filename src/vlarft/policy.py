@@ -253,7 +253,7 @@ class VLAPolicy(HubModel, nn.Module):
             images = to_floats(images, self.device)
         elif dtype.is_floating_point and images.ndim in (4, 5) and shape[-3] == 3:
             images = images.to(self.device).float()
-            if images.min() < 0 or images.max() > 1:
+            if not (images.min() >= 0 and images.max() <= 1):  # nan too
                 raise ValueError(
                     f"images: floats from {images.min():.3g} to {images.max():.3g}, expected [0, 1]; "
                     "divide by 255, or pass uint8"

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlarft.data.episode import Episode, RobotState
 from vlarft.data.windows import Batch
 from vlarft.metrics import PerceptualDistance
-from vlarft.normalizer import Normalizer
+from vlarft.normalizer import Normalizer, intended_and_proprio
 from vlarft.reward import image_reward
 from vlarft.run.config import NotNegative, Rows, Whole, opt
 from vlarft.run.random import generator
@@ -62,10 +62,9 @@ def half_range(episodes: Sequence[Episode]) -> Tensor:
 
     It is fitted to the successful expert episodes, or to all if there are none; 1 for grippers, which are not scaled.
     """
-    expert = [e for e in episodes if e.success and e.kind == "expert"] or episodes
-    actions, proprio = (np.concatenate([getattr(e, name) for e in expert]) for name in ("actions", "proprio"))
+    actions, proprio = intended_and_proprio([e for e in episodes if e.success and e.kind == "expert"] or episodes)
     normalizer = Normalizer(actions.shape[1], proprio.shape[1], gripper_dims=episodes[0].grippers)
-    return normalizer.fit(torch.from_numpy(actions), torch.from_numpy(proprio)).action_unit()
+    return normalizer.fit(actions, proprio).action_unit()
 
 
 def perturb(
@@ -211,7 +210,13 @@ def evaluate_sensitivity(
     joined_errors = {name: torch.cat(parts) for name, parts in errors.items()}
     if outcomes is not None:
         joined_scores["action L1"] = -joined_errors["action"]
+    of_episode = batch.index[:, 0].cpu()  # starts of an episode are alike
+    itself = {("action", "action L1"), ("true frames", "true frames")}
     return {
-        against: {name: agreement(value, error, labels) for name, value in joined_scores.items() if name != against}
+        against: {
+            name: agreement(value, error, labels, of_episode)
+            for name, value in joined_scores.items()
+            if (against, name) not in itself
+        }
         for against, error in joined_errors.items()
     }

@@ -11,15 +11,20 @@ from vlarft.run.random import generator
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Return ranks from 0 along the last axis; ties share their mean rank. (..., n) -> (..., n) float64."""
+    """Return ranks from 0 along the last axis; ties share their mean rank. (..., n) -> (..., n) float64.
+
+    A row with a value that is not a number has no ranks: all are nan.
+    """
     values = values.double()
     below = (values[..., None, :] < values[..., :, None]).sum(-1)
     equal = (values[..., None, :] == values[..., :, None]).sum(-1)  # itself included
-    return below + (equal - 1) / 2
+    return torch.where(values.isnan().any(-1, keepdim=True), torch.nan, below + (equal - 1) / 2)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's rank correlation along the last axis, (..., n) -> (...) float64; nan for a constant input."""
+    """Return Spearman's rank correlation along the last axis, (..., n) -> (...) float64; nan for an input that is
+    constant or has a value that is not a number.
+    """
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
@@ -55,7 +60,7 @@ def rank_agreement(score: Tensor, error: Tensor, unit: Tensor | None = None) -> 
     """Measure how well a score (S, n), higher = better, ranks the columns of each row by their error (S, n).
 
     A constant score ranks nothing: its row counts as a correlation of 0. Rows of constant error do not count; nan if
-    no row counts.
+    no row counts, or where a score is not a number.
 
     Args:
         score, error: see above.
@@ -64,7 +69,8 @@ def rank_agreement(score: Tensor, error: Tensor, unit: Tensor | None = None) -> 
     """
     decided = error.amax(-1) > error.amin(-1)  # (S,)
     score, error = score[decided], error[decided]
-    rank, pairs = spearman(score, -error).nan_to_num(0.0), pair_order(score, -error)  # nan: a constant score
+    constant = score.amax(-1) == score.amin(-1)
+    rank, pairs = spearman(score, -error).masked_fill(constant, 0.0), pair_order(score, -error)
     rows = torch.arange(len(rank))
     of = rows if unit is None else unit.cpu()[decided.cpu()].unique(return_inverse=True)[1]
     of = of if of.any() else rows

@@ -23,8 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlarft.data.episode import Episode, no_ops
-from vlarft.data.episodes import copies, demo_files, gripper_problems, read_episodes, same_robot, target_positions
+from vlarft.data.episode import Episode, begins_at_zero, no_ops
+from vlarft.data.episodes import (
+    copies,
+    demo_files,
+    gripper_problems,
+    other_names,
+    read_episodes,
+    same_robot,
+    target_positions,
+    zero_starts,
+)
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.cameras import CAMERAS
@@ -66,7 +75,7 @@ def check(path: str | Path, camera: str | None = None) -> tuple[Report, list[Epi
         return report, []
     if report.errors:
         report.warnings.append(f"only {len(episodes)} episodes can be read: convert with --skip-bad copies these")
-    report.warnings += copies(episodes)
+    report.warnings += copies(episodes) + other_names(episodes) + zero_starts([begins_at_zero(e) for e in episodes])
     report.errors += same_robot(episodes) or gripper_problems(episodes)
     names = Counter(e.name for e in episodes)
     if twice := [name for name, count in names.items() if count > 1]:

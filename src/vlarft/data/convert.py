@@ -13,6 +13,7 @@ proprio dimensions; it gets one file per instruction. Episodes get new names, wh
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Annotated
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.data.episode import Episode, no_ops, pick_camera
-from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
+from vlarft.data.episode import Episode, begins_at_zero, no_ops, pick_camera
+from vlarft.data.episodes import demo_files, read_episodes, warn_left_out, zero_starts
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import camera_key, write_lerobot
@@ -73,7 +74,8 @@ def change(
 
     Args:
         episode: as read.
-        gripper: values of the gripper dimensions that mean open and closed; mapped to -1 and +1 and clipped.
+        gripper: values of the gripper dimensions that mean open and closed; mapped to -1 and +1, and clipped if they
+            lie up to 10 % beyond.
         size: height and width of all images [px].
         centre_crop: see `resize`.
         turn: turn all images by 180 degrees.
@@ -83,7 +85,8 @@ def change(
         gripper_dims, held_dims: label these action dimensions as `Episode` says; if one is given, the other is empty.
 
     Raises:
-        ValueError: all steps are no-ops, action dimensions that there are not, or a gripper to map and none.
+        ValueError: all steps are no-ops, action dimensions that there are not, or a gripper to map and none or in other
+            units.
     """
     if gripper_dims is not None or held_dims is not None:
         labels, width = (tuple(gripper_dims or ()), tuple(held_dims or ())), episode.actions.shape[1]
@@ -102,8 +105,14 @@ def change(
             raise ValueError(f"{episode.name} has no gripper dimension to convert; name it with --gripper-dims")
 
         def mapped(actions: np.ndarray) -> np.ndarray:
-            out, dims = actions.copy(), list(episode.grippers)
-            out[:, dims] = np.clip(2 * (actions[:, dims] - gripper[0]) / (gripper[1] - gripper[0]) - 1, -1, 1)
+            out, values = actions.copy(), actions[:, (dims := list(episode.grippers))]
+            unit = 2 * (values - gripper[0]) / (gripper[1] - gripper[0]) - 1
+            if np.abs(unit).max() > 1.2:  # a span is 2
+                raise ValueError(
+                    f"{episode.name}: the gripper actions lie in [{values.min():g}, {values.max():g}]; got --gripper "
+                    f"{gripper[0]:g} {gripper[1]:g}: give the values that mean open and closed in these files"
+                )
+            out[:, dims] = np.clip(unit, -1, 1)
             return out
 
         actions = mapped(episode.actions)
@@ -176,12 +185,10 @@ def write_hdf5(root: Path, episodes: Iterator[Episode], fps: float) -> int:
                     intended_actions=episode.intended,
                     proprio=episode.proprio,
                     states=episode.states,
-                    success=episode.success,
+                    success=episode.success if episode.outcome_known else None,
                     attrs={"kind": episode.kind, "source": episode.name}
                     | ({"start": episode.start} if episode.start else {}),
                 )
-                if not episode.outcome_known:
-                    del file["data"][f"demo_{counts.get(text, 0)}"].attrs["success"]
             counts[text] = counts.get(text, 0) + 1
             total += 1
     return total
@@ -206,11 +213,9 @@ def main(argv: Sequence[str]) -> None:
     add("dst", type=Path, help="folder to create")
     add("--format", choices=("lerobot", "hdf5"), required=True, help="LeRobotDataset v3.0, or LIBERO's HDF5")
     add("--camera", nargs="+", help="cameras to keep; default all")
-    add("--images", choices=("video", "png"), default="video", help="images of a LeRobot set: mp4, or lossless PNG")
-    add("--codec", choices=("h264", "av1"), default="h264", help="video codec")
-    add(
-        "--crf", type=reader(Annotated[int, Range(0, 51)]), default=18, help="video quality; lower is better and larger"
-    )
+    add("--images", choices=("video", "png"), help="images of a LeRobot set: mp4 (default), or lossless PNG")
+    add("--codec", choices=("h264", "av1"), help="video codec [h264]")
+    add("--crf", type=reader(Annotated[int, Range(0, 51)]), help="video quality; lower is better and larger [18]")
     add("--fps", type=reader(Positive), help="control steps per second, if SRC does not state them (RLDS; LIBERO: 20)")
     add("--size", type=reader(Side), nargs=2, metavar=("H", "W"), help="resize all images [px]")
     add("--centre-crop", action="store_true", help="before --size, crop the centre to its aspect ratio")
@@ -231,6 +236,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.centre_crop and not args.size:
         parser.error("--centre-crop needs --size")
+    writing = {k: v for k in ("images", "codec", "crf") if (v := getattr(args, k)) is not None}
+    if args.format == "hdf5" and writing:
+        parser.error(f"--{next(iter(writing))} needs --format lerobot")
+    if args.images == "png" and len(writing) > 1:
+        parser.error(f"--{list(writing)[1]} is of videos: leave out --images png")
     if args.gripper and args.gripper[0] == args.gripper[1]:
         parser.error(f"--gripper: open and closed are both {args.gripper[0]:g}")
     changes = {
@@ -254,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
     errors: list[Exception] = []
     options = {"with_states": with_states, "budget": Budget(0), "bad": errors.append if args.skip_bad else None}
     source = read_episodes(args.src, camera, lambda *_: True, **options)
-    first = next(source, None)
+    first, zero = next(source, None), []
     if first is None:
         warn_left_out(errors)
         raise FileNotFoundError(f"{args.src} has no demonstrations")
@@ -281,14 +291,17 @@ def main(argv: Sequence[str]) -> None:
                     f"{episode.name}: cameras {other} and {name} would both be written as {camera_key(name)}: choose "
                     "with --camera"
                 )
+        zero.append(begins_at_zero(episode))
         return change(episode, **changes)
 
     episodes = tqdm(changed(), unit="episode", disable=not sys.stderr.isatty())
     if args.format == "hdf5":
         count = write_hdf5(args.dst, episodes, fps)
     else:
-        count = write_lerobot(args.dst, episodes, fps, images=args.images, codec=args.codec, crf=args.crf)
+        count = write_lerobot(args.dst, episodes, fps, **writing)
     warn_left_out(errors)
+    for text in [] if args.drop_no_ops else zero_starts(zero):
+        warnings.warn(text, stacklevel=2)
     print(f"{count} episodes -> {args.dst}")
 
 

@@ -3,6 +3,7 @@
 Shapes: T steps, H and W pixels, A action dim, P proprio dim, S simulator state dim.
 """
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,25 @@ def check_lengths(where: str, **columns: object) -> None:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{where}: lengths differ: {lengths}")
+
+
+def contents_digest(episodes: Sequence[Episode]) -> str:
+    """Return 16 hex digits that tell episodes, in any order, from others of their names: by numbers, texts, labels and
+    image sizes. No image is decoded.
+    """
+    digest = hashlib.sha256()
+    for e in sorted(episodes, key=lambda e: e.name):
+        labels = e.instruction, bool(e.success), e.kind, e.absolute, e.grippers, e.held_dims, tuple(e.images.shape)
+        digest.update(repr(labels).encode())
+        for column in (e.actions, e.intended, e.proprio):
+            digest.update(column.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def begins_at_zero(episode: Episode) -> bool:
+    """Return whether the first action, unlike nine of ten later ones, is exactly zero in all dimensions."""
+    zero = ~episode.actions.any(1)
+    return bool(zero[0] and zero[1:].sum() < 0.1 * len(zero[1:]))
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:

@@ -10,6 +10,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def load_episodes(
             `camera` that lacks frames; places whose episodes do not fit together, see `check_places`.
 
     Warns of LeRobot episodes whose outcome is not known, which are taken as successes, of those without `camera`, which
-    are left out, of copies, and of splits that the files state.
+    are left out, of copies, of dimensions with other names in some episodes, and of splits that the files state.
     """
     wanted = None if names is None else set(names)
 
@@ -235,7 +236,8 @@ def load_episodes(
     for place, episodes in found.items():
         check_episodes(place, episodes)
     check_places(found, camera)
-    for text in copies([e for episodes in found.values() for e in episodes]):
+    everything = [e for episodes in found.values() for e in episodes]
+    for text in copies(everything) + other_names(everything):
         warnings.warn(text, stacklevel=2)
     for place, episodes in found.items():
         if positions := [] if episodes[0].absolute else target_positions(episodes):
@@ -276,6 +278,17 @@ def copies(episodes: Sequence[Episode]) -> list[str]:
             f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them"
         ]
     return []
+
+
+def zero_starts(zero: Sequence[bool]) -> list[str]:
+    """Return a message if nearly all episodes, of which `begins_at_zero` is given, begin with an action of zeros."""
+    if not zero or sum(zero) < 0.9 * len(zero):
+        return []
+    return [
+        f"the first action of {sum(zero)} of {len(zero)} episodes is zero in all dimensions, unlike later ones, as in "
+        "BridgeData V2: it is no command, and --gripper would make one of it. Remove these steps; convert "
+        "--drop-no-ops leaves out those in which the robot rests"
+    ]
 
 
 def check_episodes(place: str | Path, episodes: Sequence[Episode]) -> None:
@@ -364,17 +377,40 @@ def same_robot(episodes: Sequence[Episode]) -> list[str]:
     return problems
 
 
+def other_names(episodes: Sequence[Episode]) -> list[str]:
+    """Return a message for each of actions and proprio whose dimensions have other names in some episodes."""
+    texts = []
+    for what in ("action", "proprio"):
+        first: dict[tuple[str, ...], str] = {}
+        for e in episodes:
+            first.setdefault(getattr(e, f"{what}_names"), e.name)
+        first.pop((), None)
+        if len(first) > 1:
+            (ours, one), (theirs, other) = list(first.items())[:2]
+            i, (a, b) = next(p for p in enumerate(zip_longest(ours, theirs)) if len({*p[1]}) > 1)
+            texts.append(
+                f"{what} {i} is {a!r} in {one}, {b!r} in {other}: if they are other joints or in other "
+                "units, train on one kind"
+            )
+    return texts
+
+
 def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
     """Return a message for each gripper dimension without commands of -1 (open) and +1 (closed); the first robot's."""
     problems = []
     for dim in episodes[0].grippers:
         columns = [e.actions[:, dim] for e in episodes]
         low, high = (np.array([getattr(c, f)() for c in columns]) for f in ("min", "max"))
-        what = f"the gripper action (dimension {dim})"
+        assumed, what = episodes[0].gripper_dims is None, f"the gripper action (dimension {dim})"
         fix = (
             "expected -1 open, +1 close: convert the data set with python -m vlarft.data.convert SRC DST "
             "--gripper OPEN CLOSED, your robot's values for the two"
         )
+        if assumed:
+            fix += (
+                ". The files do not name a gripper, and the last dimension is taken for one: if it is none, give "
+                f"--gripper-dims without a number, and if it is continuous, --held-dims {dim}"
+            )
         worst = int(np.argmax(np.maximum(-low, high)))
         between = np.mean(np.abs(np.concatenate(columns)) < 0.9)
         if max(-low.min(), high.max()) > 1 + 1e-4:
@@ -385,8 +421,8 @@ def gripper_problems(episodes: Sequence[Episode]) -> list[str]:
             problem = f"{some}: {what} lies in [{low[i]:g}, {high[i]:g}], never below 0; {fix}"
         elif between > 0.1:
             problem = (
-                f"{what}{', the last, as the files do not name one,' * (episodes[0].gripper_dims is None)} lies "
-                f"between -0.9 and 0.9 in {between:.0%} of the steps, so it is not binary. Say what it is: "
+                f"{what}{', the last, as the files do not name one,' * assumed} lies between -0.9 and 0.9 in "
+                f"{between:.0%} of the steps, so it is not binary. Say what it is: "
                 f"--held-dims {dim} of python -m vlarft.data.convert marks a continuous gripper, --gripper-dims the "
                 'binary ones, or none; or write "vlarft": {"gripper_dims": [], "held_dims": []} into meta/info.json '
                 "(LeRobot), with the numbers of the dimensions"

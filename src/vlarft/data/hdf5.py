@@ -9,6 +9,8 @@ One file per task, `<suite>/<task>_demo.hdf5`:
       obs/<camera>_rgb (T, H, W, 3) uint8   obs/ee_states (T, 6)  ee_pos (T, 3)  ee_ori (T, 3)  gripper_states (T, 2)
       joint_states (T, J)
 
+rewards, dones and success are left out where the outcome is not known, joint_states where they are not.
+
 Files of OpenVLA's regenerate_libero_dataset.py, and of those who copied it, are read too: they have no attributes at
 all, and gaps in the demonstrations' numbers. Their instruction is the name of the file.
 
@@ -83,7 +85,7 @@ def write_demo(
     proprio: np.ndarray,
     states: np.ndarray | None = None,
     joint_states: np.ndarray | None = None,
-    success: bool = True,
+    success: bool | None = True,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one demonstration as `data/demo_<index>`.
@@ -96,8 +98,8 @@ def write_demo(
         intended_actions: (T, 7) the demonstrator's actions before noise was added.
         proprio: (T, 8) position 3 [m], axis-angle 3 [rad], finger positions 2 [m], before each action.
         states: (T, S) simulator state before each action; the first row becomes `init_state`. None writes none.
-        joint_states: (T, J) joint positions; zeros of width 7 when the robot has no arm.
-        success: whether the last step fulfils the task; sets the last reward and done.
+        joint_states: (T, J) joint positions; None writes none.
+        success: whether the last step fulfils the task; sets the last reward and done; None: not known.
         attrs: further attributes (seed, kind, ...).
 
     Raises:
@@ -117,21 +119,21 @@ def write_demo(
     if name in data:
         del data[name]
     demo = data.create_group(name)
-    rewards = np.zeros(steps, np.uint8)
-    rewards[-1] = success
     position, orientation, fingers = proprio[:, :3], proprio[:, 3:6], proprio[:, 6:]
     datasets = {
         "actions": actions,
         "intended_actions": intended_actions,
         "robot_states": np.concatenate([fingers, position, _quaternion(orientation)], 1),
-        "rewards": rewards,
-        "dones": rewards,
         "obs/ee_states": proprio[:, :6],
         "obs/ee_pos": position,
         "obs/ee_ori": orientation,
         "obs/gripper_states": fingers,
-        "obs/joint_states": np.zeros((steps, 7)) if joint_states is None else joint_states,
     }
+    if joint_states is not None:
+        datasets["obs/joint_states"] = joint_states
+    if success is not None:
+        datasets["rewards"] = datasets["dones"] = np.append(np.zeros(steps - 1, np.uint8), np.uint8(success))
+        demo.attrs["success"] = bool(success)
     if states is not None:
         datasets["states"] = states
         demo.attrs["init_state"] = states[0]
@@ -142,7 +144,6 @@ def write_demo(
         chunks = (min(8, steps), *array.shape[1:])
         demo.create_dataset(f"obs/{camera}_rgb", data=array, chunks=chunks, compression="gzip", compression_opts=4)
     demo.attrs["model_file"] = ""
-    demo.attrs["success"] = bool(success)
     for key, value in (attrs or {}).items():
         demo.attrs[key] = value
     demo.attrs["num_samples"] = steps  # last: with it, the demonstration is complete
@@ -187,7 +188,7 @@ def open_demo_file(path: str | Path) -> "h5py.File":
             "remove it and collect or copy it again"
         ) from error
     with damage_named(str(path)):
-        there, keys = "data" in file, list(file)
+        there, keys = isinstance(file.get("data"), import_h5py().Group), list(file)
     if not there:
         file.close()
         raise ValueError(

@@ -62,7 +62,8 @@ def write_lerobot(
 
     Raises:
         FileExistsError: `root` exists.
-        ValueError: no episodes, episodes of different robots or cameras, or images of odd size for a video.
+        ValueError: no episodes, episodes of different robots, names of dimensions or cameras, or images of odd size for
+            a video.
     """
     with new_folder(root) as tmp:
         writer = None
@@ -213,6 +214,12 @@ class _Writer:
                 f"{episode.name} has {_shapes(episode)}, {_about(episode)}, the episodes before it {self.shapes}, "
                 f"{self.about}; one robot a set"
             )
+        for key, theirs in (("action", episode.action_names), ("observation.state", episode.proprio_names)):
+            if theirs and self.names[key] and theirs != self.names[key]:
+                raise ValueError(
+                    f"{episode.name} has the {key} {', '.join(theirs)}, the episodes before it "
+                    f"{', '.join(self.names[key])}; one robot a set: convert the two apart"
+                )
         if not self.has_intended and episode.intended is not episode.actions:
             raise ValueError(
                 f"{episode.name} has the demonstrator's intended actions, the episodes before it have none; a set has "

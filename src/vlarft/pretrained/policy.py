@@ -311,6 +311,8 @@ def convert_policy(
     if (folder / "config.json").is_file():
         check_language(read_json(folder / "config.json").get("text_config"), POLICIES["paper"].vlm.language)
     statistics = folder / "dataset_statistics.json"
+    if dataset and not statistics.is_file():
+        raise FileNotFoundError(f"{statistics} does not exist: download it, or leave out --statistics {dataset}")
     return policy_from_public(
         read_policy_weights(path),
         None if new_head else read_head(folder, step),

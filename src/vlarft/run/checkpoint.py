@@ -22,6 +22,7 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from io import FileIO
@@ -108,23 +109,47 @@ def new_folder(root: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `root` exists.
         OSError: no space left; names `root`.
+        ValueError: another process is writing it.
     """
     root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists; remove it, or give another folder")
-    tmp = root.with_name(root.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-    except BaseException as error:
-        full = isinstance(error, OSError) and _is_full(error)
-        failed = not_written(root, error) if full else None  # before the room is free again
+    with _locked(root):
+        if root.exists():
+            raise FileExistsError(f"{root} exists; remove it, or give another folder")
+        tmp = root.with_name(root.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
-        if failed:
-            raise failed from error
-        raise
-    os.replace(tmp, root)
+        tmp.mkdir()
+        try:
+            yield tmp
+        except BaseException as error:
+            full = isinstance(error, OSError) and _is_full(error)
+            failed = not_written(root, error) if full else None  # before the room is free again
+            shutil.rmtree(tmp, ignore_errors=True)
+            if failed:
+                raise failed from error
+            raise
+        os.replace(tmp, root)
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep other processes from writing `root`, which is not there yet, by the system's lock on a file beside it."""
+    import fcntl
+
+    lock = root.with_name(f".{root.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{root} is being written by another process: wait until it ends, or give another folder"
+            ) from None
+        except OSError as error:
+            warnings.warn(f"{root} cannot be locked ({error}): start no second process that writes it", stacklevel=4)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def check_room(path: str | Path, needed: float) -> None:

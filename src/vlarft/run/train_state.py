@@ -16,7 +16,7 @@ states of several processes only where you trust who wrote them.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -254,28 +254,40 @@ class TrainState:
             branch[path[-1]] = room[_name(path)]
 
 
-def check_same_episodes(out_dir: str | Path, names: Mapping[str, Sequence[str]]) -> None:
+def check_same_episodes(out_dir: str | Path, facts: Mapping[str, Any]) -> None:
     """Check that a run goes on with the episodes that it began with: others would move what it holds out.
 
     Args:
         out_dir: the run's folder; a new run has no state there.
-        names: lists of names, EPISODES or others, as they go into the model's file.
+        facts: of the episodes, as they go into the model's file: lists of names, EPISODES or others ending like them;
+            `episode_contents`, see `contents_digest`, and `mean_frame`, see `image_convention`, which are compared
+            where both have them.
 
     Raises:
-        ValueError: episodes were added, removed or renamed since.
+        ValueError: episodes were added, removed, renamed or converted since.
     """
     folder = Path(out_dir)
     if not (folder / "train_state.pt").is_file() or not (folder / "model.safetensors").is_file():
         return
     before = read_header(folder / "model.safetensors").extra
-    for part in names:
-        other = set(before.get(part, names[part])) ^ set(names[part])
+    advice = "Give those that it was begun with, or choose another --out-dir"
+    for part in (name for name in facts if name.endswith("_episodes")):
+        other = set(before.get(part, facts[part])) ^ set(facts[part])
         if other:
             raise ValueError(
                 f"{folder} was begun with {len(before[part])} {part.replace('_', ' ')}, today there are "
-                f"{len(names[part])} (first that differs: {min(other)}): the files in --demos have changed, and with "
-                "them what is learned from and held out. Give those that it was begun with, or choose another --out-dir"
+                f"{len(facts[part])} (first that differs: {min(other)}): the files in --demos have changed, and with "
+                f"them what is learned from and held out. {advice}"
             )
+    digests, frames = ([of.get(name) for of in (before, facts)] for name in ("episode_contents", "mean_frame"))
+    changed = None not in digests and digests[0] != digests[1]
+    if None not in frames:  # equal but for what another decoder rounds otherwise
+        changed |= bool((torch.tensor(frames[0]) - torch.tensor(frames[1])).abs().mean() > 0.02)
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other contents of these episodes (actions, proprio, instructions, labels or "
+            f"images): the files in --demos have changed. {advice}"
+        )
 
 
 def _state(part: Part) -> dict:
