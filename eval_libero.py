@@ -1,9 +1,9 @@
 """Success rates of policies in a simulator, on the same starts, with intervals (Tables 2 and 3).
 
     python eval_libero.py --policies runs/sft                                         # LIBERO, Table 2
-    python eval_libero.py --policies runs/sft --perturb object:2.5                    # Table 3
-    python eval_libero.py --preset small --policies runs/sft runs/rft                 # Tabletop
-    python eval_libero.py --policies random runs/eval/episodes.jsonl --suites libero_object --animate-failed 3
+    python eval_libero.py --policies runs/sft --perturb object:2.5 --out-dir runs/displaced                  # Table 3
+    python eval_libero.py --preset small --policies runs/sft runs/rft --out-dir runs/tabletop
+    python eval_libero.py --policies random runs/eval/episodes.jsonl --animate-failed 3 --out-dir runs/replayed
 
 Every policy plays every (suite, task, initial state); the first one is the baseline of a paired comparison. As in the
 paper the policy emits chunks of 8 actions that are executed open loop, and actions come from the deterministic ODE with
@@ -43,7 +43,9 @@ import torch
 from tqdm import tqdm
 
 from vlarft.data.convention import check_same_images, warn_other_contexts
+from vlarft.data.frames import import_pillow
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
+from vlarft.data.video import import_av
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import (
@@ -328,6 +330,8 @@ def write_recordings(cfg: Config, records: list[dict], folders: dict[str, Path])
 
 def check(cfg: Config) -> dict[str, str]:
     """Find what is wrong before the first episode; return path -> digest of each checkpoint."""
+    if cfg.animate or cfg.animate_failed or cfg.animate_starts:  # the films come after the work
+        (import_pillow if cfg.animate_format == "gif" else import_av)()
     if twice := [suite for suite in set(cfg.suites) if cfg.suites.count(suite) > 1]:
         raise ValueError(f"suites names {twice[0]} twice")
     for suite in cfg.suites:
@@ -532,9 +536,9 @@ def main(cfg: Config) -> dict:
 
     results = summarise(cfg, records, digests)
     write_json(out_dir / "results.json", results)
+    print_table(results)
     film(cfg, records)
     write_recordings(cfg, records, folders)
-    print_table(results)
     return results
 
 

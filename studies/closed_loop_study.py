@@ -9,10 +9,11 @@ episodes of it a task, with their outcomes, and `copy_attempts` of each copy alo
 tokenizer and a world model of all, from nothing (a tokenizer of demonstrations alone does not show what a hand carries
 elsewhere), both with the episode's first frame as context, and a success model. Then the arms, all from the SFT policy:
 
-- "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the
-  SFT policy along its training. The success model learns from imagined frames too, with the true outcome; a "judge of
-  true frames" does not. Poses drive the world model; in "actions", the raw actions do, as in the paper. "two rounds"
-  records as many episodes again with that policy, refreshes both models and goes on.
+- "RL, imagination": train_rl.py in that world model, judged by the success model; its gate also ranks copies of the SFT
+  policy along its training. The success model learns from imagined frames too, with the true outcome; a "judge of true
+  frames" does not. Poses drive the world model; in "actions", the raw actions do, as in the paper, with any earlier
+  frame as context, which "RFT R3" needs in the same model. "two rounds" records as many episodes again with that
+  policy, refreshes both models and goes on.
 - "planning" and "planning after RL" play the SFT policy, or that of "RL, imagination", choosing among 8 chunks.
 - "RL, simulator" is the ceiling: the same update with true dynamics and outcomes. "RL, simulator, judged" has the true
   dynamics, and as the judge a success model of true frames alone. Their episodes are not counted as real ones.

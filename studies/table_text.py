@@ -4,7 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from vlarft.statistics import paired_difference, wilson_interval
 
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 % quantiles, by the number of values
+STUDENT = {
+    2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201,
+    13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110, 19: 2.101, 20: 2.093,
+}  # fmt: skip  # 97.5 % quantiles, by the number of values
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -58,6 +61,8 @@ def shift(kind: str, change: dict[str, float]) -> str:
 def mean_over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Compute the mean over several seeds, and half of its 95 % interval by Student's t."""
     mean, count = sum(values) / len(values), len(values)
+    if count > max(STUDENT):
+        raise ValueError(f"{count} seeds: the table of Student's quantiles ends at {max(STUDENT)}")
     return mean, STUDENT[count] * (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
 
 

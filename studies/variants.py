@@ -10,7 +10,7 @@ are rewards; intervals are 95 %, over starts (docs/findings.md).
     release       the public code's objective (release_loss.py). Not run.
     flow_sde      noise that keeps the flow's marginals (flow_sde.py), for the sigma net's. With R1, one run: +3.3
                   [+1.0, +5.6] points over SFT, not told apart from the sigma net's noise (-0.3 [-2.1, +1.5]).
-    rwr           reward-weighted regression (Table 10). Eight runs: -13.8 [-15.8, -11.6] points on plain starts; it
+    rwr           reward-weighted regression (Table 10). Six runs: -13.8 [-15.8, -11.6] points on plain starts; it
                   imitates the chain's noise.
     kl            a KL term to the supervised policy, exact. With R1, one run: +1.8 [+0.3, +3.3] over R1 without.
     kl_sampled    the same, estimated from the sampled chains. Not run.
@@ -50,7 +50,8 @@ from vlarft.policy import PolicyConfig, VLAPolicy
 from vlarft.reward import Scorer, make_scorer
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import load_model, read_header
-from vlarft.run.config import opt, parse
+from vlarft.run.config import opt
+from vlarft.run.script import run_script
 from vlarft.sim.replay import TabletopOutcomes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stage scripts are, which are no package
@@ -333,5 +334,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with preemption.deferred():
-        main(parse(Config, PRESETS, sys.argv[1:], __doc__))
+    run_script(main, Config, PRESETS, __doc__, preemption.deferred)

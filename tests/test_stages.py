@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import os, sys, time
 from pathlib import Path
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = Path(options["--out-dir"])
+folder.mkdir(exist_ok=True)
 with open(folder / "log", "a") as log:
     print("start", options["--name"], os.environ.get("OMP_NUM_THREADS"), file=log)
 other = options.get("--meets")  # wait until another stage has started as well
@@ -161,6 +163,16 @@ def test_what_followed_another_command_is_not_taken_for_done(stage, tmp_path):
     assert len(log(tmp_path)) == 6  # nothing ran
     run_stages(tmp_path, [stage("a"), stage("b", "a"), stage("c", "b", more=1)])  # nothing follows it
     assert log(tmp_path)[6:] == ["start c", "end c"]
+
+
+def test_a_stage_whose_folder_is_gone_runs_again(stage, tmp_path):
+    one = stage("a")._replace(flags={"name": "a", "out_dir": tmp_path / "own"})
+    for _ in range(2):
+        run_stages(tmp_path, [one])
+        assert len(log(tmp_path / "own")) == 2
+        shutil.rmtree(tmp_path / "own")
+        run_stage(tmp_path, "other", tmp_path / "script.py", name="b", out_dir=tmp_path)
+    assert log(tmp_path).count("start b") == 1
 
 
 def test_another_number_of_workers_is_the_same_stage(stage, tmp_path):

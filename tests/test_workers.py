@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ended
 
+from vlarft.data import load_episodes
+from vlarft.run.script import clear_errors
 from vlarft.sim.workers import Workers, run_jobs
 
 
@@ -53,6 +55,28 @@ def test_nothing_is_left_of_a_call_that_fails():
             list(workers.run(fail, [(1,), (2,), (3,)]))
         assert not workers.running
         assert sorted(result for _, result, _ in workers.run(abs, [(-1,), (-2,)])) == [1, 2]
+
+
+def test_an_error_says_who_raised_it(capsys):
+    with Workers(1) as workers:
+        with pytest.raises(ValueError) as of_a_library:
+            list(workers.run(fail, [(1,)]))
+        with pytest.raises(FileNotFoundError) as of_ours:
+            list(workers.run(load_episodes, [("nowhere",)]))
+        assert of_ours.value.raised_here and not of_a_library.value.raised_here
+        with pytest.raises(SystemExit), clear_errors():
+            list(workers.run(load_episodes, [("nowhere",)]))
+        said = capsys.readouterr().err
+        assert "ERROR: " in said and "nowhere" in said and "--debug" not in said
+
+
+def test_what_still_runs_is_given_up():
+    with Workers(2) as workers:
+        results = workers.run(time.sleep, [(0,), (60,)])
+        next(results)
+        (running,) = (process for one in workers.running.values() for process in one.pool._processes.values())
+        results.close()
+        assert ended(running.pid) and not workers.running
 
 
 def test_workers_stay_for_the_next_call():

@@ -45,6 +45,12 @@ def run_script(
             main(cfg)
 
 
+def raised_here(error: BaseException) -> bool:
+    """Return whether this package raised an error, or a script of it, and not a library that it called."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return last.f_globals.get("__name__", "").partition(".")[0] in ("vlarft", "__main__")
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """End the process in one line where the user can mend what failed; with `--debug` in a traceback.
@@ -56,12 +62,11 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        raised_here = last.f_globals.get("__name__", "").partition(".")[0] in ("vlarft", "__main__")
-        if isinstance(error, RuntimeError) and not raised_here:
+        here = getattr(error, "raised_here", raised_here(error))  # of a worker process, see sim/workers.py
+        if isinstance(error, RuntimeError) and not here:
             raise  # of torch: where it was raised says more than its message
         text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        hint = "" if raised_here else " (--debug shows where)"
+        hint = "" if here else " (--debug shows where)"
         print(f"ERROR: {text or type(error).__name__}{hint}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -201,7 +201,8 @@ def run_stages(
                     known = found.get(stage.name, {})
                     same = same_setting(_content(known.get("command", "")), _content(command))
                     known = known if same else {}
-                    if known.get("done"):
+                    place = stage.flags.get("out_dir")  # that somebody may have removed
+                    if known.get("done") and (place is None or Path(str(place)).exists()):
                         print(f"\n[{stage.name}] done in {known['seconds']:.0f} s: {command}", flush=True)
                         ended.add(stage.name)
                         break  # there may be more room, and more that can start

@@ -21,7 +21,14 @@ import numpy as np
 from vlarft.run.config import Parser
 from vlarft.run.script import clear_errors
 from vlarft.sim.gl import find_backend
-from vlarft.sim.libero_install import ASSETS_VARIABLE, assets_folder, assets_label, import_libero, package_folder
+from vlarft.sim.libero_install import (
+    ASSETS_VARIABLE,
+    INSTALL,
+    assets_folder,
+    assets_label,
+    import_libero,
+    package_folder,
+)
 from vlarft.sim.libero_tasks import LIBERO_SUITES
 from vlarft.sim.suites import make_env
 
@@ -65,7 +72,7 @@ def check_episode(suite: str) -> str:
         ends.append(env.get_state())
     if not np.array_equal(*ends):
         raise RuntimeError(
-            f"{suite}: the same start and actions ended differently; reinstall the versions of the README's line"
+            f"{suite}: the same start and actions ended differently; install these versions again: {INSTALL}"
         )
     return (
         f"{len(LIBERO_SUITES[suite].tasks)} tasks; {_STEPS} steps repeat bit for bit; {time.monotonic() - began:.0f} s"

@@ -18,10 +18,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlarft.run.script import raised_here
+
 
 def one_thread() -> None:
     """Start a worker that computes with torch: one thread, since the other cores have their own workers."""
     torch.set_num_threads(1)
+
+
+def _call(function: Callable[..., Any], job: tuple) -> Any:
+    """Call a function in a worker; an error of it says who raised it, which its traceback there no longer does."""
+    try:
+        return function(*job)
+    except Exception as error:
+        error.raised_here = raised_here(error)
+        raise
 
 
 def _begin(start: Callable[[], None] | None) -> None:
@@ -80,7 +91,10 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes, those that run a job after it."""
+        """End the processes; a job that still runs is given up, for nobody would read its result."""
+        for one in self.running.values():
+            for process in one.pool._processes.values():
+                process.kill()
         for pool in (*self.idle, *(one.pool for one in self.running.values())):
             pool.shutdown(wait=False, cancel_futures=True)
         self.idle, self.running = [], {}
@@ -114,7 +128,7 @@ class Workers:
                 pool = self.idle.pop() if self.idle else ProcessPoolExecutor(1, context, _begin, (self.start,))
                 job, deaths = waiting[0]
                 try:
-                    future = pool.submit(function, *job)
+                    future = pool.submit(_call, function, job)
                 except BrokenProcessPool:  # it died while it was idle, over no job
                     pool.shutdown(wait=False)
                     continue
