@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vlarft.run.checkpoint import model_digest, read_json, write_json
+from vlarft.run.checkpoint import checkpoint_file, model_digest, read_json, write_json
 from vlarft.run.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def run_once(out_dir: Path, *words: object) -> Path:
     minutes of all starts and the commit of the last one.
 
     Raises:
-        ValueError: what finished there was another command.
+        ValueError: what finished there was another command, or began with a model that has been replaced since.
     """
     done, command = out_dir / "done", shlex.join(map(str, words))
     before = done.read_text() if done.is_file() else None
@@ -64,7 +64,21 @@ def run_once(out_dir: Path, *words: object) -> Path:
         done.write_text(command)
     elif before not in ("", command):  # empty: of an older version
         raise ValueError(f"{out_dir} is of another command, {before}; now it would be {command}: give another folder")
+    else:
+        check_models(out_dir)
     return out_dir
+
+
+def check_models(out_dir: Path) -> None:
+    """Check that the models that a finished stage began with, where it names them, are still those of its command."""
+    digests, words = (
+        read_json(file) if (file := out_dir / name).is_file() else {} for name in ("inputs.json", "config.json")
+    )
+    for name, digest in digests.items():
+        if (place := words.get(name)) and checkpoint_file(place).is_file() and model_digest(place) != digest:
+            raise ValueError(
+                f"{out_dir} began with another {name} than {place} is today: remove the folder, to train it again"
+            )
 
 
 def fine_tuning(flags: Sequence[object]) -> str:

@@ -49,7 +49,7 @@ import train_tokenizer
 import train_wm
 from vlarft.data import load_episodes
 from vlarft.policy import VLAPolicy
-from vlarft.run.checkpoint import read_header, save_model
+from vlarft.run.checkpoint import model_digest, read_header, save_model
 from vlarft.run.config import parse
 from vlarft.world_model import WorldModel
 
@@ -1001,6 +1001,19 @@ def test_a_finished_run_of_another_command_is_refused(tmp_path, monkeypatch):
     assert facts["minutes"] >= 2.0 and facts["commit"] == stages.commit()  # of all starts, and of the last
     with pytest.raises(ValueError, match="is of another command, train_sft.py --steps 5; now it would be .*--steps 6"):
         stages.run_once(tmp_path, "train_sft.py", "--steps", 6)
+
+
+def test_an_arm_of_a_policy_that_was_trained_again_is_refused(tmp_path, policy_file):
+    arm, policy = tmp_path / "arm", tmp_path / "sft.safetensors"
+    shutil.copy(policy_file, policy)
+    arm.mkdir()
+    (arm / "done").write_text("train_rft.py --steps 5")
+    (arm / "config.json").write_text(json.dumps({"policy": str(policy), "world_model": "gone"}))
+    (arm / "inputs.json").write_text(json.dumps({"policy": model_digest(policy), "world_model": "abc"}))
+    assert stages.run_once(arm, "train_rft.py", "--steps", 5) == arm
+    (arm / "inputs.json").write_text(json.dumps({"policy": "abc"}))
+    with pytest.raises(ValueError, match=r"arm began with another policy than .*sft.safetensors is today: remove"):
+        stages.run_once(arm, "train_rft.py", "--steps", 5)
 
 
 def test_ranking_within_groups_by_hand():
