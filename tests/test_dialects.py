@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import re
 import warnings
 
 import h5py
@@ -337,6 +338,26 @@ def test_an_instruction_is_a_text(tmp_path, text):
     column = pa.array([text] * len(tasks), pa.string())
     pq.write_table(tasks.set_column(tasks.column_names.index(name), name, column), path)
     with pytest.raises(ValueError, match=f"has no instruction: meta/tasks has {text!r} for its task_index"):
+        load_episodes(tmp_path / "set")
+
+
+def test_a_renumbered_task_is_refused(tmp_path):
+    test_lerobot.make(tmp_path / "set", kind="image")
+    path = tmp_path / "set" / "meta" / "tasks.parquet"
+    tasks = pq.read_table(path)
+    name = next(n for n in tasks.column_names if n != "task_index")
+    column = pa.array(["open the drawer"] * len(tasks), pa.string())
+    pq.write_table(tasks.set_column(tasks.column_names.index(name), name, column), path)
+    with pytest.raises(ValueError, match="has the task 'fold the towel' in meta/, but .* is that of 'open the drawer'"):
+        load_episodes(tmp_path / "set")
+
+
+@pytest.mark.parametrize("label", [{"gripper_dim": []}, {"absolute": "false"}])
+def test_a_label_that_says_nothing_is_refused(tmp_path, label):
+    test_lerobot.make(tmp_path / "set", kind="image")
+    test_lerobot.edit(tmp_path / "set", vlarft=label)
+    key, value = next(iter(label.items()))
+    with pytest.raises(ValueError, match=re.escape(f"info.json: vlarft has {key} {value!r}; known are absolute, gr")):
         load_episodes(tmp_path / "set")
 
 

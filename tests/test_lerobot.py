@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import warnings
 from fractions import Fraction
@@ -533,6 +534,10 @@ def test_episodes_without_a_camera(tmp_path):
     amend(root, "v3.0", **{f"videos/{key}/{n}": [None] * 3 for n in names})
     with pytest.raises(ValueError, match=r"3 of 3 episodes have no camera 'wrist' .*; give --camera another of image"):
         load_episodes(root, "wrist")
+    amend(root, "v3.0", **{f"videos/{key}/{n}": [math.nan] * 3 for n in names})  # as pandas writes what is missing
+    with pytest.raises(ValueError, match=r"3 of 3 episodes have no camera 'wrist'"):
+        load_episodes(root, "wrist")
+    amend(root, "v3.0", **{f"videos/{key}/{n}": [None] * 3 for n in names})
     amend(root, "v3.0", **{f"videos/{key}/chunk_index": [None, 0, None]})
     with pytest.raises(ValueError, match=rf"episode 1: videos/{key}/file_index is null; fill it in, or remove"):
         load_episodes(root, "wrist")
@@ -541,9 +546,14 @@ def test_episodes_without_a_camera(tmp_path):
 def test_fields_that_are_missing_or_null(tmp_path):
     root = tmp_path / "set"
     make(root, "v2.1", kind="image")
-    amend(root, "v2.1", length=[14, None, 20])
-    with pytest.raises(ValueError, match=r"episodes.jsonl: episode 1: length is null; fill it in, or remove"):
-        load_episodes(root)
+    for value, problem in (
+        (None, "null; fill it in, or remove"),
+        (math.nan, "null; fill"),
+        (math.inf, "inf, expected"),
+    ):
+        amend(root, "v2.1", length=[14, value, 20])
+        with pytest.raises(ValueError, match=rf"episodes.jsonl: episode 1: length is {problem}"):
+            load_episodes(root)
     (root / "meta/episodes.jsonl").write_text('{"index": 0, "length": 14}')
     with pytest.raises(ValueError, match=r"episodes.jsonl has no field episode_index; it has index, length"):
         load_episodes(root)

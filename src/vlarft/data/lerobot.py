@@ -90,7 +90,7 @@ def read_lerobot(
             cameras=cameras,
             start=entry.start,
             fps=float(info["fps"]),
-            absolute=bool(about.get("absolute", False)),
+            absolute=about.get("absolute", False),
             gripper_dims=grippers,
             held_dims=held,
             action_names=tuple(dimension_names(features[action], columns[action].shape[1])),
@@ -183,6 +183,11 @@ def _instruction(table: dict, rows: slice, tasks: dict[int, str], entry: Entry, 
     text = tasks.get(numbers.pop(), "") if numbers else entry.tasks[0] if entry.tasks else ""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no instruction: meta/tasks has {text!r} for its task_index, expected a text")
+    if entry.tasks and text not in entry.tasks:
+        raise ValueError(
+            f"{where} has the task {entry.tasks[0]!r} in meta/, but its frames' task_index is that of {text!r}: one of "
+            "the two has been renumbered, mend it"
+        )
     return text.strip()
 
 

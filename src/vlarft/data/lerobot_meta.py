@@ -60,6 +60,9 @@ class Entry(NamedTuple):
     outcome_known: bool = True  # False: `success` is a guess
 
 
+LABELS = "absolute", "gripper_dims", "held_dims", "source"  # of info.json's "vlarft", see lerobot.py
+
+
 def read_info(root: Path) -> dict[str, Any]:
     """Read meta/info.json of the data set at `root`.
 
@@ -78,6 +81,11 @@ def read_info(root: Path) -> dict[str, Any]:
     for key, kind in (("chunks_size", int), ("video_path", str), ("splits", dict), ("vlarft", dict)):
         if info.get(key) is not None:
             _field(info, key, str(path), kind)
+    for key, value in (info.get("vlarft") or {}).items():
+        if key not in LABELS or (key == "absolute" and not isinstance(value, bool)):
+            raise ValueError(
+                f"{path}: vlarft has {key} {value!r}; known are {', '.join(LABELS)}, and absolute is a bool"
+            )
     if min(info["fps"], info.get("chunks_size") or 1) <= 0:
         raise ValueError(f"{path}: fps and chunks_size must be positive, got {info['fps']}, {info.get('chunks_size')}")
     for key in info["features"]:
@@ -203,14 +211,20 @@ def _json_tables(meta: Path) -> tuple[list[tuple[Path, dict]], dict[int, str]]:
     return [(meta / "episodes.jsonl", row) for row in _json_lines(meta / "episodes.jsonl")], texts
 
 
+def _is_null(value: object) -> bool:
+    """Return whether a value is missing: null, or, as pandas writes that among numbers, not a number."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _field(row: dict, name: str, where: str, kind: type) -> Any:
     """Return row[name], which must be one of TYPES; numbers are converted."""
     if name not in row:
         raise ValueError(f"{where} has no field {name}; it has {', '.join(sorted(row))}")
-    if row[name] is None:
+    if _is_null(row[name]):
         raise ValueError(f"{where}: {name} is null; fill it in, or remove the episode")
     value, numeric = row[name], kind in (int, float)
-    if not isinstance(value, int | float if numeric else kind) or (numeric and value != kind(value)):
+    usable = isinstance(value, int | float if numeric else kind) and (not numeric or math.isfinite(value))
+    if not usable or (numeric and value != kind(value)):
         raise ValueError(f"{where}: {name} is {value!r:.80}, expected {TYPES[kind]}")
     return kind(value) if numeric else value
 
@@ -229,7 +243,7 @@ def _place(root: Path, info: dict, name: str, **fields: Any) -> Path:
 def _video_place(root: Path, info: dict, row: dict, key: str, where: str) -> tuple[Path, float] | None:
     """Return file and start [s] of an episode's video; None: the episode was recorded without that camera."""
     names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
-    if all(row.get(n) is None for n in names):
+    if all(_is_null(row.get(n)) for n in names):
         return None
     chunk, file, start = (_field(row, n, where, kind) for n, kind in zip(names, (int, int, float)))
     return _place(root, info, "video_path", video_key=key, chunk_index=chunk, file_index=file), start

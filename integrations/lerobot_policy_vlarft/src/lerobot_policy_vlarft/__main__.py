@@ -8,6 +8,8 @@ The folder has config.json, model.safetensors (which `VLAPolicy.load` reads too)
 import argparse
 from pathlib import Path
 
+from vlarft.run.checkpoint import new_folder
+from vlarft.run.config import Parser
 from vlarft.run.script import clear_errors
 
 from .modeling_vlarft import VlarftPolicy
@@ -20,16 +22,15 @@ def main() -> None:
     Raises:
         FileExistsError: it exists.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder or model.safetensors of vlarft")
     parser.add_argument("folder", type=Path, help="folder to write")
     options = parser.parse_args()
-    if options.folder.exists():
-        raise FileExistsError(f"{options.folder} exists; remove it, or give another folder")
-    policy = VlarftPolicy.from_pretrained(options.checkpoint)
-    policy.save_pretrained(options.folder)
-    for pipeline in make_vlarft_pre_post_processors(policy.config):
-        pipeline.save_pretrained(options.folder)
+    with new_folder(options.folder) as folder:
+        policy = VlarftPolicy.from_pretrained(options.checkpoint)
+        policy.save_pretrained(folder)
+        for pipeline in make_vlarft_pre_post_processors(policy.config):
+            pipeline.save_pretrained(folder)
     print(f"{options.folder}: " + ", ".join(sorted(path.name for path in options.folder.iterdir())))
 
 

@@ -65,6 +65,7 @@ class VlarftPolicy(PreTrainedPolicy):
                 "a vlarft policy needs weights: give --policy.checkpoint RUN or --policy.path FOLDER, or --policy.size "
                 "to train a new one with lerobot-train"
             )
+        _warn_other_size(self.facts.get("image_size"), config, checkpoint)
         if dataset_meta is not None:  # the header's lists of episodes are those of another training
             self.facts = {"lerobot": {"dataset": dataset_meta.repo_id}}
             if "intended_action" in dataset_meta.features:
@@ -74,7 +75,6 @@ class VlarftPolicy(PreTrainedPolicy):
                     stacklevel=2,
                 )
         _check_robot(self.model, config, checkpoint)
-        _warn_other_size(self.facts.get("image_size"), config, checkpoint)
         if dataset_stats is not None:
             _check_units(self.model, dataset_stats)
         if dataset_stats is not None and dataset_meta is not None:
@@ -301,16 +301,21 @@ def _warn_other_size(trained: list[int] | None, config: VlarftConfig, checkpoint
 
 
 def _check_units(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse data whose medians lie outside the policy's quantiles: half of its values would be clipped."""
+    """Refuse data whose medians, or means where they have none, lie outside the policy's quantiles: half of the values
+    would be clipped.
+    """
     scale = model.normalizer
     for key, low, high, dims in (
         (ACTION, scale.action_low, scale.action_high, scale.motion.tolist()),
         (STATE, scale.proprio_low, scale.proprio_high, range(len(scale.proprio_low))),
     ):
         for i, a, b in zip(dims, low.tolist(), high.tolist(), strict=True):
-            median = float(stats[key]["q50"][i]) if "q50" in stats.get(key, {}) else a
-            if b - a >= 1e-6 and not a - 1e-4 <= median <= b + 1e-4:
+            middle = next((n for n in ("q50", "mean") if n in stats.get(key, {})), None)
+            if middle is None:
+                raise ValueError(f"{key}: the data set's statistics have neither q50 nor mean, which tell its units")
+            value, name = float(stats[key][middle][i]), {"q50": "median"}.get(middle, middle)
+            if b - a >= 1e-6 and not a - 1e-4 <= value <= b + 1e-4:
                 raise ValueError(
-                    f"{key}: the data set's median of dimension {i}, {median:.3g}, lies outside [{a:.3g}, {b:.3g}], "
+                    f"{key}: the data set's {name} of dimension {i}, {value:.3g}, lies outside [{a:.3g}, {b:.3g}], "
                     "the policy's 1 % and 99 % quantiles: another robot, or other units"
                 )
