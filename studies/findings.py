@@ -46,6 +46,12 @@ def findings_table(runs: dict[str, dict[str, dict]]) -> str:
     every = played(runs)
     sft = percent(rate("".join(run["SFT"] for run in every)))
     rows = [
-        [of.label, str(of.runs), f"{of.minutes:.0f}", points(of.sampled) or sft, points(of.zero)] for of in gains(runs)
+        [of.label, str(of.runs), f"{of.minutes:.0f}", _shown(of.sampled, of.runs) or sft, _shown(of.zero, of.runs)]
+        for of in gains(runs)
     ]
     return table(["policy", "runs", "minutes", "success, or gain over SFT", "gain if played from x_0 = 0"], rows)
+
+
+def _shown(found: dict | None, runs: int) -> str:
+    """Format a gain, with its number of runs where that is not the row's."""
+    return points(found) + (f" ({len(found['runs'])} runs)" if found and len(found["runs"]) != runs else "")

@@ -431,16 +431,19 @@ def experts_table(report: dict) -> str:
     """Tabulate the episodes that scripted experts win, by suite and action noise, and their mean length without it
     (experts.py).
     """
-    rows, heads = [], []
-    for suite, noises in report["suites"].items():
-        plain = next(iter(noises.values()))
-        cells = [suite, str(len(plain))]
-        for played in noises.values():
+    rows, noises = [], sorted({noise for suite in report["suites"].values() for noise in suite}, key=float)
+    for suite, by_noise in report["suites"].items():
+        cells = [suite, str(len(next(iter(by_noise.values()))))]
+        for noise in noises:
+            if (played := by_noise.get(noise)) is None:
+                cells += ["", ""]
+                continue
             won = [task["outcomes"].count("1") for task in played.values()]
             episodes = [len(task["outcomes"]) for task in played.values()]
             lowest = min(range(len(won)), key=lambda task: won[task] / episodes[task])
             cells += [f"{sum(won)}/{sum(episodes)}", f"{won[lowest]}/{episodes[lowest]}"]
-        rows.append([*cells, f"{sum(task['steps'] for task in plain.values()) / len(plain):.0f}"])
-        columns = [head for n in noises for head in (f"noise {n}" if float(n) else "without noise", "lowest task")]
-        heads = max(heads, columns, key=len)
+        plain = next((played for noise, played in by_noise.items() if not float(noise)), {})
+        cells.append(f"{sum(task['steps'] for task in plain.values()) / len(plain):.0f}" if plain else "")
+        rows.append(cells)
+    heads = [head for n in noises for head in (f"noise {n}" if float(n) else "without noise", "lowest task")]
     return table(["suite", "tasks", *heads, "steps"], rows)

@@ -164,6 +164,11 @@ def test_the_table_of_wins_has_the_lowest_task(load_benchmark):
     lines = tables.experts_table({"suites": {"tabletop_object": {"0": tasks, "0.2": noisy}}}).splitlines()
     assert lines[0] == "| suite | tasks | without noise | lowest task | noise 0.2 | lowest task | steps |"
     assert lines[2] == "| tabletop_object | 2 | 7/8 | 3/4 | 2/4 | 2/4 | 60 |"
+    other = {"tabletop_goal": {"0.2": noisy}, "tabletop_object": {"0.2": noisy, "0": tasks}}  # in any order
+    assert tables.experts_table({"suites": other}).splitlines()[2:] == [
+        "| tabletop_goal | 1 |  |  | 2/4 | 2/4 |  |",
+        "| tabletop_object | 2 | 7/8 | 3/4 | 2/4 | 2/4 | 60 |",
+    ]
 
 
 def test_the_benchmark_of_tabletop_runs_at_smoke_size(tmp_path, load_benchmark):

@@ -860,6 +860,7 @@ def test_findings_are_eight_rows():
     assert len(found) == 8 and found["SFT alone"].sampled is None
     assert found["SFT alone"].zero["difference"] > found["RFT, R3 (the paper's reward), 80 steps"].sampled["difference"]
     assert "| SFT alone | 8 | 14 | 85.1 % [84.1, 86.1] | +7.1 [+6.2, +8.0] |" in tables.TABLES["findings"]()
+    assert "| +6.7 [+5.7, +7.7] (7 runs) |" in tables.TABLES["findings"]()  # of the row's 8
 
 
 def test_figures_are_drawn(tmp_path):
