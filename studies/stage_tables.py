@@ -433,7 +433,7 @@ def experts_table(report: dict) -> str:
     """
     rows, noises = [], sorted({noise for suite in report["suites"].values() for noise in suite}, key=float)
     for suite, by_noise in report["suites"].items():
-        cells = [suite, str(len(next(iter(by_noise.values()))))]
+        cells = [suite, str(max(map(len, by_noise.values())))]
         for noise in noises:
             if (played := by_noise.get(noise)) is None:
                 cells += ["", ""]
