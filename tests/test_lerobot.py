@@ -1,5 +1,6 @@
 """LeRobot data sets made with pyarrow and PyAV alone: read, and refused if they are broken."""
 
+import importlib.util
 import io
 import json
 import math
@@ -607,3 +608,20 @@ def test_images_that_are_empty_or_damaged_are_found(tmp_path):
     report, episodes = check(root)
     assert len(report.errors) == 1 and f"episode 1: {key}, frame 2 is not a readable image" in report.errors[0]
     assert numbers(episodes) == [0, 2]
+
+
+def test_the_plugin_names_the_episodes_to_imitate(tmp_path, monkeypatch):
+    place = "integrations/lerobot_policy_vlarft/src/lerobot_policy_vlarft/attempts.py"
+    spec = importlib.util.spec_from_file_location("attempts", Path(__file__).parents[1] / place)
+    attempts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(attempts)
+    root = tmp_path / "set"
+    make(root, kind="image", lengths=(14, 11, 20))
+    assert attempts.attempts_text(root) is None
+    amend(root, "v3.0", success=[True, True, True], kind=["expert", "noisy", "expert"])
+    assert "1 of 3 episodes are failed, noisy or" in (text := attempts.attempts_text(root))
+    assert text.endswith(": choose the others, --dataset.episodes='[0,2]'")
+    monkeypatch.setattr(attempts, "LISTED", 1)
+    assert attempts.attempts_text(root).endswith("='[0,... (2 in all)]'")
+    amend(root, "v3.0", success=[False, True, True], kind=["expert", "noisy", "policy"])
+    assert attempts.attempts_text(root).endswith("it is given: give it successful demonstrations")

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def test_export_ends_a_mistake_in_one_line(run, tmp_path):
 # lerobot-train and lerobot-eval
 
 
-def write_set(root, low=-1.0, gripper=(-1, 1), camera="agentview", extra=None):
+def write_set(root, low=-1.0, gripper=(-1, 1), camera="agentview", extra=None, kinds=("expert",) * 3):
     """A LeRobot set of 3 episodes of a robot with LIBERO's dimensions."""
     rng = np.random.default_rng(0)
 
@@ -270,7 +271,8 @@ def write_set(root, low=-1.0, gripper=(-1, 1), camera="agentview", extra=None):
         images = rng.integers(0, 256, (14, 64, 64, 3), dtype=np.uint8)
         proprio = rng.normal(size=(14, 8)).astype(np.float32)
         intended = actions if extra is None else actions * extra
-        return Episode(f"s/{i}", TASKS[i], images, proprio, actions, intended, cameras={camera: images})
+        about = {"cameras": {camera: images}, "kind": kinds[i]}
+        return Episode(f"s/{i}", TASKS[i], images, proprio, actions, intended, **about)
 
     write_lerobot(root, (episode(i) for i in range(3)), 10, images="png")
     info = json.loads((root / "meta/info.json").read_text())
@@ -374,8 +376,41 @@ def test_data_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
     (wide / "meta/stats.json").write_text(json.dumps(stats))
     with pytest.raises(ValueError, match=r"action: the data set's median of dimension 1, 30, lies outside \[-0.9"):
         train(monkeypatch, wide, tmp_path / "d", *tuned)
+    model = VLAPolicy.load(run)
+    model.normalizer.action_low[2] = model.normalizer.action_high[2] = 0.25
+    model.save(tmp_path / "still.safetensors")
+    still = [*FLAGS, f"--policy.checkpoint={tmp_path / 'still.safetensors'}"]
+    with pytest.raises(ValueError, match=r"action: dimension 2 moves in the data set and is always 0.25 by the pol"):
+        train(monkeypatch, write_set(tmp_path / "moves"), tmp_path / "f", *still)
     with pytest.warns(UserWarning, match="someone/set has intended_action, .*train_sft.py is better"):
         train(monkeypatch, write_set(tmp_path / "noisy", extra=0.9), tmp_path / "e", *tuned)
+
+
+def test_attempts_that_would_be_imitated_are_named(run, tmp_path):
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    meta = LeRobotDatasetMetadata("someone/set", write_set(tmp_path / "set", kinds=("expert", "noisy", "expert")))
+    with pytest.warns(UserWarning, match=r"1 of 3 episodes are failed, .*--dataset.episodes='\[0,2\]'"):
+        VlarftPolicy(VlarftConfig(device="cpu", checkpoint=str(run)), meta.stats, meta)
+
+
+@pytest.mark.parametrize("size", [64, 48])
+def test_what_a_checkpoint_says_of_images_is_kept(run, tmp_path, size):
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    meta = LeRobotDatasetMetadata("someone/set", write_set(tmp_path / "set"))
+    images = {"camera": "agentview", "image_size": [size, size], "mean_frame": [[[0.5] * 3]]}
+    facts = {**images, "train_episodes": ["a"], "instructions": ["go", "stop"]}
+    VLAPolicy.load(run).save(tmp_path / "model.safetensors", facts)
+    plain, *_ = loaded(tmp_path)
+    assert plain.config.input_features["observation.images.agentview"].shape == (3, size, size) and plain.facts == facts
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy = VlarftPolicy(plain.config, meta.stats, meta, checkpoint=tmp_path)
+    text = f"image is of 64x64 pixels, {tmp_path} was trained on images of 48x48"
+    assert any(text in str(w.message) for w in caught) == (size == 48)
+    kept = {"instructions": sorted({*TASKS, "stop"}), "lerobot": {"dataset": "someone/set"}}
+    assert policy.facts == (kept if size == 48 else {**images, **kept})
 
 
 def test_the_environment_renders_the_cameras_that_are_asked_for(run, tmp_path):

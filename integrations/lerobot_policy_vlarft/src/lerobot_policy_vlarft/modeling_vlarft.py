@@ -19,14 +19,18 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
 from vlarft.data.lerobot_meta import read_grippers, read_info
 from vlarft.policy import PRESETS, PolicyConfig, VLAPolicy
 from vlarft.run.checkpoint import checkpoint_file, load_model
 
+from .attempts import attempts_text
 from .batches import ACTION, IMAGES, STATE, camera_keys, images_of, observations, padded_actions, state_and_tasks
 from .configuration_vlarft import VlarftConfig
+
+IMAGE_FACTS = "camera", "image_size", "mean_frame"  # of `image_convention`; they hold for images of the same size
 
 
 class VlarftPolicy(PreTrainedPolicy):
@@ -59,15 +63,20 @@ class VlarftPolicy(PreTrainedPolicy):
         if checkpoint is not None:
             self.model, self.facts = load_model(checkpoint, VLAPolicy, PolicyConfig, config.device)
         elif config.size is not None:
-            self.model = _new_model(config, dataset_stats, dataset_meta, about).to(config.device)
+            self.model, self.facts = _new_model(config, dataset_stats, dataset_meta, about).to(config.device), {}
         else:
             raise ValueError(
                 "a vlarft policy needs weights: give --policy.checkpoint RUN or --policy.path FOLDER, or --policy.size "
                 "to train a new one with lerobot-train"
             )
-        _warn_other_size(self.facts.get("image_size"), config, checkpoint)
+        sizes, trained = _image_sizes(config, dataset_meta), self.facts.get("image_size")
+        _warn_other_size(trained, sizes, checkpoint)
         if dataset_meta is not None:  # the header's lists of episodes are those of another training
-            self.facts = {"lerobot": {"dataset": dataset_meta.repo_id}}
+            kept = IMAGE_FACTS if all(size == trained for size in sizes.values()) else ()
+            before = {key: self.facts[key] for key in kept if key in self.facts}
+            if "instructions" in self.facts and dataset_meta.tasks is not None:
+                before["instructions"] = sorted({*self.facts["instructions"], *map(str, dataset_meta.tasks.index)})
+            self.facts = {**before, "lerobot": {"dataset": dataset_meta.repo_id}}
             if "intended_action" in dataset_meta.features:
                 warnings.warn(
                     f"{dataset_meta.repo_id} has intended_action, the demonstrator's actions before noise was added; "
@@ -79,9 +88,11 @@ class VlarftPolicy(PreTrainedPolicy):
             _check_units(self.model, dataset_stats)
         if dataset_stats is not None and dataset_meta is not None:
             _check_grippers(self.model, dataset_stats, dataset_meta, about)
+            if text := attempts_text(Path(dataset_meta.root)):
+                warnings.warn(text, stacklevel=2)
         if not config.input_features:
-            size = self.model.vlm.image_size
-            images = {f"{IMAGES}s.{c}": PolicyFeature(FeatureType.VISUAL, (3, size, size)) for c in self._cameras}
+            size = trained or [self.model.vlm.image_size] * 2  # height and width
+            images = {f"{IMAGES}s.{c}": PolicyFeature(FeatureType.VISUAL, (3, *size)) for c in self._cameras}
             state = PolicyFeature(FeatureType.STATE, (self.model.cfg.flow.proprio_dim,))
             config.input_features = {**images, STATE: state}
         if not config.output_features:
@@ -289,12 +300,19 @@ def _check_robot(model: VLAPolicy, config: VlarftConfig, checkpoint: str | Path 
         camera_keys(model.cfg.cameras, config.input_features)
 
 
-def _warn_other_size(trained: list[int] | None, config: VlarftConfig, checkpoint: str | Path | None) -> None:
+def _image_sizes(config: VlarftConfig, meta: Any) -> dict[str, list[int]]:
+    """Return key -> [height, width] of the data set's images; without one, of those that the configuration names."""
+    # the configuration may be that of an earlier training
+    features = (config.input_features or {}) if meta is None else dataset_to_policy_features(meta.features)
+    return {key: list(feature.shape[1:]) for key, feature in features.items() if key.startswith(IMAGES)}
+
+
+def _warn_other_size(trained: list[int] | None, sizes: dict[str, list[int]], checkpoint: str | Path | None) -> None:
     """Warn where lerobot's images are not of the size (height, width) that the policy was trained on."""
-    for key, feature in (config.input_features or {}).items():
-        if trained and key.startswith(IMAGES) and list(feature.shape[1:]) != list(trained):
+    for key, size in sizes.items():
+        if trained and size != trained:
             warnings.warn(
-                f"{key} is of {'x'.join(map(str, feature.shape[1:]))} pixels, {checkpoint} was trained on images of "
+                f"{key} is of {'x'.join(map(str, size))} pixels, {checkpoint} was trained on images of "
                 f"{'x'.join(map(str, trained))}: resized ones look different (--env.image_size)",
                 stacklevel=3,
             )
@@ -302,7 +320,7 @@ def _warn_other_size(trained: list[int] | None, config: VlarftConfig, checkpoint
 
 def _check_units(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse data whose medians, or means where they have none, lie outside the policy's quantiles: half of the values
-    would be clipped.
+    would be clipped. Refuse data that move in a dimension that is constant by the policy's quantiles, too.
     """
     scale = model.normalizer
     for key, low, high, dims in (
@@ -314,6 +332,12 @@ def _check_units(model: VLAPolicy, stats: Mapping[str, Mapping[str, Any]]) -> No
             if middle is None:
                 raise ValueError(f"{key}: the data set's statistics have neither q50 nor mean, which tell its units")
             value, name = float(stats[key][middle][i]), {"q50": "median"}.get(middle, middle)
+            ends = [torch.as_tensor(stats[key][q][i]).float() for q in ("q01", "q99") if q in stats[key]]
+            if b - a < 1e-6 and ends and float(ends[-1] - ends[0]) >= 1e-6:
+                raise ValueError(
+                    f"{key}: dimension {i} moves in the data set and is always {a:.3g} by the policy's quantiles, so "
+                    "that the policy leaves it out: another robot, or other units"
+                )
             if b - a >= 1e-6 and not a - 1e-4 <= value <= b + 1e-4:
                 raise ValueError(
                     f"{key}: the data set's {name} of dimension {i}, {value:.3g}, lies outside [{a:.3g}, {b:.3g}], "
