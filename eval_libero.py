@@ -35,6 +35,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,7 +44,6 @@ import torch
 from tqdm import tqdm
 
 from vlarft.data.convention import check_same_images, warn_other_contexts
-from vlarft.data.frames import import_pillow
 from vlarft.data.lerobot_writer import is_recorded, write_lerobot
 from vlarft.data.video import import_av
 from vlarft.planning import Planner
@@ -56,11 +56,12 @@ from vlarft.run.checkpoint import (
     model_digest,
     open_run,
     read_header,
+    read_json,
     write_atomic,
     write_json,
 )
 from vlarft.run.config import Count, Processes, Range, Rows, Side, Whole, opt, to_dict
-from vlarft.run.pictures import save_gif, save_mp4
+from vlarft.run.pictures import import_pillow, save_gif, save_mp4
 from vlarft.run.script import run_script
 from vlarft.sim import LIBERO_SUITES, NUM_INITIAL_STATES, TABLETOP_SUITES, task_names
 from vlarft.sim.env import CONTROL_FREQ
@@ -358,6 +359,7 @@ def check(cfg: Config) -> dict[str, str]:
         if path.endswith(".jsonl"):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"no recorded episodes at {path}")
+            warn_other_starts(cfg, path)
             digests[path] = digest = file_digest(path)
             for suite, task in ((s, t) for s in cfg.suites for t in task_indices(s, cfg.tasks)):
                 if lost := set(range(cfg.episodes)) - set(_recording(path, digest).get((suite, task), {})):
@@ -388,6 +390,18 @@ def check(cfg: Config) -> dict[str, str]:
             raise ValueError(f"noise stochastic: {path} was fine-tuned with flow_sde; its sigma net never trained")
         digests[path] = "+".join(map(model_digest, players(cfg, path)))
     return digests
+
+
+def warn_other_starts(cfg: Config, path: str) -> None:
+    """Warn if the evaluation that a recording is of, where its config.json is there, perturbed the starts otherwise."""
+    place = Path(path).with_name("config.json")
+    before = read_json(place).get("perturb") if place.is_file() else cfg.perturb
+    if before != cfg.perturb:
+        warnings.warn(
+            f"{path} was recorded with --perturb {before or 'none'}, this run has {cfg.perturb or 'none'}: its actions "
+            "are of other starts",
+            stacklevel=2,
+        )
 
 
 def players(cfg: Config, path: str) -> list[str]:

@@ -12,6 +12,7 @@ The same command plays no episode twice.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from vlarft.sim.suites import task_names
 from vlarft.world_model import WorldModel
 
 ROOT = Path(__file__).parent
+CHECKPOINTS = os.path.relpath(ROOT / "checkpoints")  # from wherever the command is given
 NAMES = "before", "after"
 
 
@@ -48,9 +50,9 @@ class Config:
     """Two policies, a world model, and what they play."""
 
     policies: tuple[str, str] = opt(
-        tuple(f"checkpoints/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="model"
+        tuple(f"{CHECKPOINTS}/tabletop_{name}" for name in NAMES), "the earlier policy and the later one", group="model"
     )
-    world_model: str = opt("checkpoints/tabletop_world_model", "its file, or a run of train_wm.py")
+    world_model: str = opt(f"{CHECKPOINTS}/tabletop_world_model", "its file, or a run of train_wm.py")
 
     suite: str = opt("tabletop_object", "suite that all three were trained on", group="evaluation")
     tasks: tuple[str, ...] = opt(("0", "1", "2", "3"), "tasks, by number or name")

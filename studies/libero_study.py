@@ -22,7 +22,9 @@ outcomes start by start (1 = success), digests of the models, minutes and commit
 on two suites. Trainings use OMP_NUM_THREADS threads.
 """
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,6 +216,20 @@ def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
             yield rounded({"outcomes": outcomes, **found})
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for a file of the same folder."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def stages(folder: Path) -> dict[str, dict]:
     """Read wall time and commit of each stage and evaluation of a suite."""
     files = sorted(folder.rglob("stage.json"))
@@ -234,8 +250,9 @@ def main(cfg: Config) -> dict:
 
         def save(suite: str = suite, runs: Runs = runs, entry: dict = entry) -> None:
             entry["stages"] = stages(runs.folder)
-            latest = {**facts, **read_report(cfg, "runs", free=FREE)}  # another process may work on another suite
-            write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
+            with alone(Path(cfg.out)):  # another process may work on another suite
+                latest = {**facts, **read_report(cfg, "runs", free=FREE)}
+                write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
 
         # the policy is played before the world model takes an hour
         for names, part, make, run in (

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_readme import commands
 
 import eval_libero
 from vlarft.policy import VLAPolicy
+from vlarft.run.config import parse
 from vlarft.sim import policy_check, suites
 from vlarft.sim.evaluate import ReplayActor, chunk_noise
 
@@ -32,6 +35,12 @@ def other_policy(policy_file, tmp_path):
 
 def records(config):
     return [json.loads(line) for line in (Path(config.out_dir) / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_the_commands_of_the_docstring_write_folders_of_their_own():
+    words = [words for _, words in commands(f"```\n{eval_libero.__doc__}\n```")]
+    parsed = [parse(eval_libero.Config, eval_libero.PRESETS, own, "") for own in words]
+    assert len({cfg.out_dir for cfg in parsed}) == len(parsed) > 2
 
 
 def test_results_and_pairing(config, other_policy, capsys):
@@ -364,6 +373,37 @@ def test_recordings_play_again_beside_chance_and_failures_are_filmed(config, tmp
         )
 
 
+def test_a_recording_of_other_starts_is_named(config, tmp_path):
+    config = dataclasses.replace(config, perturb="object:2.5", episodes=1)
+    eval_libero.main(config)
+    recording = dataclasses.replace(config, policies=(str(Path(config.out_dir) / "episodes.jsonl"),))
+    with pytest.warns(
+        UserWarning, match="jsonl was recorded with --perturb object:2.5, this run has none: its actions"
+    ):
+        eval_libero.check(dataclasses.replace(recording, perturb=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eval_libero.check(recording)
+        (Path(config.out_dir) / "config.json").unlink()  # of a file that was taken elsewhere
+        eval_libero.check(dataclasses.replace(recording, perturb=None))
+
+
+@pytest.mark.parametrize(("animate_format", "package"), [("gif", "PIL"), ("mp4", "av")])
+def test_what_films_need_is_asked_for_before_the_first_episode(config, monkeypatch, animate_format, package):
+    monkeypatch.setattr(eval_libero, "play", lambda *_: pytest.fail("played"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install"):
+        eval_libero.main(dataclasses.replace(config, animate=1, animate_format=animate_format))
+    assert not Path(config.out_dir).exists()
+
+
+def test_the_table_comes_before_the_films(config, monkeypatch, capsys):
+    monkeypatch.setattr(eval_libero, "film", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        eval_libero.main(config)
+    assert "/2" in capsys.readouterr().out
+
+
 def test_a_dead_worker_is_reported(config, monkeypatch, capsys):
     def died_once(function, jobs, workers, start):
         yield from ((job, function(*job), 1) for job in jobs)
@@ -374,8 +414,6 @@ def test_a_dead_worker_is_reported(config, monkeypatch, capsys):
 
 
 def test_mp4_needs_pyav(config, monkeypatch, tmp_path):
-    import sys
-
     from vlarft.run.pictures import save_mp4
 
     monkeypatch.setitem(sys.modules, "av", None)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,14 @@ def test_check_exits_with_an_error_and_the_fix_where_libero_is_missing(tmp_path)
     assert "MISSING  assets: LIBERO's assets are not at LIBERO_ASSETS" in run.stdout
     assert "MISSING  packages" in run.stdout and "pip install" in run.stdout
     assert "not tested" in run.stdout
+
+
+def test_check_says_what_to_install_where_an_episode_does_not_repeat(monkeypatch):
+    ends = iter("ab")
+    env = SimpleNamespace(reset=lambda **_: None, step=lambda _: None, get_state=lambda: next(ends))
+    monkeypatch.setattr(check, "make_env", lambda *_: env)
+    with pytest.raises(RuntimeError, match=re.escape(check.INSTALL)):
+        check.check_episode("libero_object")
 
 
 def test_check_names_a_mujoco_that_is_too_new(monkeypatch):

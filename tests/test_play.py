@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_of_each_task_the_first_start_that_one_policy_alone_wins():
     after = records([True, True, False], [False, False], [True, False])
     chosen = [("suite", 0, 1), ("suite", 1, 0), ("suite", 2, 1)]
     assert play.chosen_starts([before, after]) == play.chosen_starts([after, before]) == chosen
+
+
+def test_the_checkpoints_are_found_from_another_folder(tmp_path):
+    code, where = "import play; c = play.Config(); print(*c.policies, c.world_model)", {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | where, capture_output=True, text=True, check=True)
+    assert all((tmp_path / place / "model.safetensors").is_file() for place in done.stdout.split())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """README and docs match the code: equations, functions, commands, flags and links exist."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([ROOT / "README.md", *(p for d in ("docs", "studies", "benchmarks") for p in (ROOT / d).rglob("*.md"))])
+SCRIPTS = sorted(path for folder in (".", "studies", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
@@ -63,9 +65,11 @@ def test_the_api_has_every_module():
     assert sorted(shown) == sorted(name for name in modules if not name.endswith("__"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_name_existing_scripts_and_flags(page, load_benchmark):
-    for script, words in commands(page.read_text()):
+    """Of a page, or of a script's docstring."""
+    text = page.read_text()
+    for script, words in commands(text if page.suffix == ".md" else f"```\n{ast.get_docstring(ast.parse(text))}\n```"):
         assert (ROOT / script).is_file(), f"{page.name}: no {script}"
         folder = Path(script).parts[0]
         if folder == "tests":

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shutil
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import base
@@ -1015,6 +1018,34 @@ def test_an_arm_of_a_policy_that_was_trained_again_is_refused(tmp_path, policy_f
     (arm / "inputs.json").write_text(json.dumps({"policy": "abc"}))
     with pytest.raises(ValueError, match=r"arm began with another policy than .*sft.safetensors is today: remove"):
         stages.run_once(arm, "train_rft.py", "--steps", 5)
+
+
+def test_two_processes_on_two_suites_add_to_one_file(tmp_path, monkeypatch):
+    def write(*words):
+        time.sleep(0.2)  # the other one reads meanwhile, if it can
+        records.write(*words)
+
+    made = {"write": write, "model_digest": lambda _: "abc", "measure": lambda *_: (), "libero_arms_table": str}
+    for name, of in made.items():
+        monkeypatch.setattr(libero_study, name, of)
+    for name in ("curve", "frames"):
+        monkeypatch.setattr(libero_study.Runs, name, lambda _: [])
+    places = {"out_dir": str(tmp_path), "out": str(tmp_path / "new" / "libero.json")}
+    cfg = dataclasses.replace(libero_study.PRESETS["smoke"], **places)
+    cfgs = [dataclasses.replace(cfg, suites=(suite,)) for suite in ("tabletop_object", "tabletop_spatial")]
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(libero_study.main, cfgs))
+    runs = json.loads(Path(cfg.out).read_text())["runs"]
+    assert set(runs) == {"tabletop_object", "tabletop_spatial"} and all("frames" in run for run in runs.values())
+
+
+def test_students_quantiles_have_19_of_20_between_them():
+    assert sorted(table_text.STUDENT) == list(range(2, 32))
+    for count, quantile in table_text.STUDENT.items():
+        n, x = count - 1, torch.linspace(0.0, quantile, 100_001, dtype=torch.float64)
+        peak = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(math.pi * n)
+        half = torch.trapezoid(peak * (1 + x**2 / n) ** (-(n + 1) / 2), x)
+        assert half.item() == pytest.approx(0.475, abs=5e-5), count
 
 
 def test_ranking_within_groups_by_hand():

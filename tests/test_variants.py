@@ -39,6 +39,7 @@ from vlarft.policy import VLAPolicy
 from vlarft.reward import ImageScorer, action_reward
 from vlarft.run.checkpoint import read_header
 from vlarft.run.random import generator
+from vlarft.run.script import only_writer
 from vlarft.sim.replay import TabletopOutcomes
 from vlarft.world_model import Rollout
 
@@ -574,6 +575,14 @@ def test_refusals(rft_config, monkeypatch):
     )
     with pytest.raises(ValueError, match="poses drive .*train it with --pose-dims 0"):
         variants.main(dataclasses.replace(config(rft_config, "symmetric"), reward="r3"))
+
+
+def test_another_process_that_writes_the_folder_is_named(tmp_path):
+    script = Path(__file__).parents[1] / "studies" / "variants.py"
+    with only_writer(tmp_path / "out"):
+        words = [sys.executable, str(script), "--preset", "smoke", "--out-dir", str(tmp_path / "out")]
+        done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "out is being written by process" in done.stderr
 
 
 def test_command_line(rft_config):

@@ -28,6 +28,10 @@ def die(number):
     os._exit(9)
 
 
+def fail_as_ours(number):
+    exec("raise RuntimeError('no assets')", {"__name__": "vlarft.made_up"})
+
+
 def fail(number):
     raise ValueError(f"no {number}")
 
@@ -68,6 +72,9 @@ def test_an_error_says_who_raised_it(capsys):
             list(workers.run(load_episodes, [("nowhere",)]))
         said = capsys.readouterr().err
         assert "ERROR: " in said and "nowhere" in said and "--debug" not in said
+        with pytest.raises(SystemExit, match="2"), clear_errors():
+            list(workers.run(fail_as_ours, [(1,)]))
+        assert capsys.readouterr().err == "ERROR: no assets\n"
 
 
 def test_what_still_runs_is_given_up():
