@@ -348,7 +348,7 @@ def test_a_renumbered_task_is_refused(tmp_path):
     name = next(n for n in tasks.column_names if n != "task_index")
     column = pa.array(["open the drawer"] * len(tasks), pa.string())
     pq.write_table(tasks.set_column(tasks.column_names.index(name), name, column), path)
-    with pytest.raises(ValueError, match="has the task 'fold the towel' in meta/, but .* is that of 'open the drawer'"):
+    with pytest.raises(ValueError, match="episode 0 has the task 'fold the towel' in .* is that of 'open the drawer'"):
         load_episodes(tmp_path / "set")
 
 

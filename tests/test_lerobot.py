@@ -551,10 +551,14 @@ def test_fields_that_are_missing_or_null(tmp_path):
         (None, "null; fill it in, or remove"),
         (math.nan, "null; fill"),
         (math.inf, "inf, expected"),
+        (10**400, r"1000+, expected a whole number"),
     ):
         amend(root, "v2.1", length=[14, value, 20])
         with pytest.raises(ValueError, match=rf"episodes.jsonl: episode 1: length is {problem}"):
             load_episodes(root)
+    amend(root, "v2.1", length=[14, 11, 20], **{name: [math.nan] * 3 for name in ("kind", "tasks", "success")})
+    with pytest.warns(UserWarning, match=r"3 of 3 episodes do not say whether they succeeded \(success is null\)"):
+        assert [e.kind for e in load_episodes(root)] == ["expert"] * 3
     (root / "meta/episodes.jsonl").write_text('{"index": 0, "length": 14}')
     with pytest.raises(ValueError, match=r"episodes.jsonl has no field episode_index; it has index, length"):
         load_episodes(root)

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -250,12 +252,28 @@ def test_export_ends_a_mistake_in_one_line(run, tmp_path):
         ([str(run), str(tmp_path)], f"ERROR: {tmp_path} exists; remove it, or give another folder"),
         (
             [str(tmp_path / "no"), str(tmp_path / "x")],
-            f"ERROR: no vlarft policy at {tmp_path / 'no'}: neither a run folder",
+            f"ERROR: no vlarft policy at {tmp_path / 'no'}: neither a run folder, nor a model.safetensors, nor a "
+            r"repository of the Hub with one \(.*\) \(--debug shows where\)",
         ),
+        ([str(run)], r"ERROR: the following arguments are required: folder \(--help lists what there is\)"),
     ):
         command = [sys.executable, "-m", "lerobot_policy_vlarft", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 2 and re.fullmatch(message, done.stderr.splitlines()[-1]), done.stderr
+        assert "Traceback" not in done.stderr
+    debug = subprocess.run([*command, str(tmp_path), "--debug"], capture_output=True, text=True)
+    assert debug.returncode == 1 and "Traceback" in debug.stderr and "FileExistsError" in debug.stderr
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export", str(run), str(tmp_path / "folder")])
+    with monkeypatch.context() as patch:
+        patch.setattr("lerobot_policy_vlarft.__main__.make_vlarft_pre_post_processors", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export()
+    assert not list(tmp_path.iterdir())
+    export()
+    assert (tmp_path / "folder/policy_preprocessor.json").is_file()
 
 
 # lerobot-train and lerobot-eval
@@ -386,6 +404,23 @@ def test_data_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
         train(monkeypatch, write_set(tmp_path / "noisy", extra=0.9), tmp_path / "e", *tuned)
 
 
+@pytest.mark.parametrize("name", ["median", "mean"])
+def test_units_are_told_by_the_median_or_else_the_mean(run, tmp_path, name):
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    meta = LeRobotDatasetMetadata("someone/set", write_set(tmp_path / "set"))
+    config, actions = VlarftConfig(device="cpu", checkpoint=str(run)), meta.stats["action"]
+    if name == "mean":
+        del actions["q50"]
+    VlarftPolicy(config, meta.stats, meta)
+    actions["q50" if name == "median" else name][1] = 30.0
+    with pytest.raises(ValueError, match=rf"action: the data set's {name} of dimension 1, 30, lies outside \[-0.9"):
+        VlarftPolicy(config, meta.stats, meta)
+    meta.stats["action"] = {k: v for k, v in actions.items() if k not in ("q50", "mean")}
+    with pytest.raises(ValueError, match="action: the data set's statistics have neither q50 nor mean, which tell its"):
+        VlarftPolicy(config, meta.stats, meta)
+
+
 def test_attempts_that_would_be_imitated_are_named(run, tmp_path):
     from lerobot.datasets import LeRobotDatasetMetadata
 
@@ -399,6 +434,8 @@ def test_what_a_checkpoint_says_of_images_is_kept(run, tmp_path, size):
     from lerobot.datasets import LeRobotDatasetMetadata
 
     meta = LeRobotDatasetMetadata("someone/set", write_set(tmp_path / "set"))
+    top = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]}
+    meta.features["observation.images.top"] = top  # a camera of another size, which the policy does not see
     images = {"camera": "agentview", "image_size": [size, size], "mean_frame": [[[0.5] * 3]]}
     facts = {**images, "train_episodes": ["a"], "instructions": ["go", "stop"]}
     VLAPolicy.load(run).save(tmp_path / "model.safetensors", facts)
@@ -407,8 +444,8 @@ def test_what_a_checkpoint_says_of_images_is_kept(run, tmp_path, size):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         policy = VlarftPolicy(plain.config, meta.stats, meta, checkpoint=tmp_path)
-    text = f"image is of 64x64 pixels, {tmp_path} was trained on images of 48x48"
-    assert any(text in str(w.message) for w in caught) == (size == 48)
+    text = f"observation.images.image is of 64x64 pixels, {tmp_path} was trained on images of 48x48: resized ones look"
+    assert [text in str(w.message) for w in caught if "pixels" in str(w.message)] == [True] * (size == 48)
     kept = {"instructions": sorted({*TASKS, "stop"}), "lerobot": {"dataset": "someone/set"}}
     assert policy.facts == (kept if size == 48 else {**images, **kept})
 

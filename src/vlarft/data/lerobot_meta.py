@@ -151,6 +151,7 @@ def read_entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[En
     stated = any("success" in row for _, row in rows)
     entries = []
     for path, row in rows:
+        row = {name: None if _is_null(value) else value for name, value in row.items()}
         index = _field(row, "episode_index", str(path), int)
         where = f"{path}: episode {index}"
         if new:
@@ -168,7 +169,7 @@ def read_entries(root: Path, info: dict, video_keys: list[str]) -> tuple[list[En
             {k: (*place, math.inf) for k, place in videos.items() if place},
             read_outcome(row.get("success"), where),
             str(row.get("kind") or "expert"),
-            None if row.get("start") in (None, "") or row["start"] != row["start"] else str(row["start"]),  # not NaN
+            None if row.get("start") in (None, "") else str(row["start"]),
         )
         entries.append(entry)
     if isinstance(promised := info.get("total_episodes"), int) and promised > len(entries):
@@ -223,7 +224,7 @@ def _field(row: dict, name: str, where: str, kind: type) -> Any:
     if _is_null(row[name]):
         raise ValueError(f"{where}: {name} is null; fill it in, or remove the episode")
     value, numeric = row[name], kind in (int, float)
-    usable = isinstance(value, int | float if numeric else kind) and (not numeric or math.isfinite(value))
+    usable = isinstance(value, int | float if numeric else kind) and (not numeric or abs(value) < 2**63)
     if not usable or (numeric and value != kind(value)):
         raise ValueError(f"{where}: {name} is {value!r:.80}, expected {TYPES[kind]}")
     return kind(value) if numeric else value
@@ -243,7 +244,7 @@ def _place(root: Path, info: dict, name: str, **fields: Any) -> Path:
 def _video_place(root: Path, info: dict, row: dict, key: str, where: str) -> tuple[Path, float] | None:
     """Return file and start [s] of an episode's video; None: the episode was recorded without that camera."""
     names = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
-    if all(_is_null(row.get(n)) for n in names):
+    if all(row.get(n) is None for n in names):
         return None
     chunk, file, start = (_field(row, n, where, kind) for n, kind in zip(names, (int, int, float)))
     return _place(root, info, "video_path", video_key=key, chunk_index=chunk, file_index=file), start

@@ -69,7 +69,7 @@ class VlarftPolicy(PreTrainedPolicy):
                 "a vlarft policy needs weights: give --policy.checkpoint RUN or --policy.path FOLDER, or --policy.size "
                 "to train a new one with lerobot-train"
             )
-        sizes, trained = _image_sizes(config, dataset_meta), self.facts.get("image_size")
+        sizes, trained = _image_sizes(self._cameras, config, dataset_meta), self.facts.get("image_size")
         _warn_other_size(trained, sizes, checkpoint)
         if dataset_meta is not None:  # the header's lists of episodes are those of another training
             kept = IMAGE_FACTS if all(size == trained for size in sizes.values()) else ()
@@ -300,11 +300,14 @@ def _check_robot(model: VLAPolicy, config: VlarftConfig, checkpoint: str | Path 
         camera_keys(model.cfg.cameras, config.input_features)
 
 
-def _image_sizes(config: VlarftConfig, meta: Any) -> dict[str, list[int]]:
-    """Return key -> [height, width] of the data set's images; without one, of those that the configuration names."""
+def _image_sizes(cameras: tuple[str, ...], config: VlarftConfig, meta: Any) -> dict[str, list[int]]:
+    """Return key -> [height, width] of the cameras' images in the data set; without one, in the configuration."""
     # the configuration may be that of an earlier training
     features = (config.input_features or {}) if meta is None else dataset_to_policy_features(meta.features)
-    return {key: list(feature.shape[1:]) for key, feature in features.items() if key.startswith(IMAGES)}
+    sizes = {key: list(feature.shape[1:]) for key, feature in features.items() if key.startswith(IMAGES)}
+    with contextlib.suppress(ValueError):  # of other names, which --rename_map translates: all images
+        return {key: sizes[key] for key in camera_keys(cameras, sizes).values()}
+    return sizes
 
 
 def _warn_other_size(trained: list[int] | None, sizes: dict[str, list[int]], checkpoint: str | Path | None) -> None:
