@@ -36,9 +36,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episode import RobotState
-from vlarft.data.episodes import Episode, check_outcomes, load_episodes
+from vlarft.data.episodes import Episode, load_episodes
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.imagined_episodes import ImaginedEpisode, imagined_episodes, spread_episodes
 from vlarft.metrics import PerceptualDistance, moving_mask, mse, perceptual, ssim

@@ -49,9 +49,9 @@ from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
+from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episode import contents_digest
-from vlarft.data.episodes import check_outcomes
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
@@ -113,7 +113,7 @@ class Config:
     )
     late_starts: Share = opt(0.0, "share of imagined starts later in an episode, where it is a policy's failure (WoVR)")
     suites: tuple[str, ...] = opt(("libero_spatial",), "suites that the simulator plays")
-    tasks: tuple[str, ...] | None = opt(None, "task numbers or names in each suite; none: all; --demos are not chosen")
+    tasks: tuple[str, ...] | None = opt(None, "task numbers or names of the simulator in each suite; none: all")
     image_size: Side | None = opt(256, "side of the simulator's images, which the policy resizes; none: its own [px]")
     fast_rendering: bool = opt(False, "LIBERO without antialiasing and reflections, with simpler meshes, see sim/gl.py")
     starts: Rows = opt(

@@ -50,7 +50,8 @@ from torch import Tensor
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import OFF, Augmentation, augment
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episode import Episode, contents_digest
+from vlarft.data.episode import Episode
+from vlarft.data.episodes import split_facts
 from vlarft.nets.lora import LoRAConfig, add_lora, merge_state_dict
 from vlarft.normalizer import check_same_units, intended_and_proprio
 from vlarft.policy import PRESETS as SIZES
@@ -334,11 +335,9 @@ def main(cfg: Config) -> dict[str, float]:
     if cfg.init not in (None, "random"):
         seen = seen_episodes(cfg.init)
         train, held_out = without_seen(train, held_out, seen, cfg.init)
-    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
     images = image_convention(train, cfg.camera)
-    facts = {**names, **instructions(cfg, train), **images, "sft": to_dict(cfg)}
-    facts["seen_episodes"] = list(dict.fromkeys([*names["train_episodes"], *seen]))
-    facts["episode_contents"] = contents_digest(train + held_out)
+    facts = {**split_facts(train, held_out), **instructions(cfg, train), **images, "sft": to_dict(cfg)}
+    facts["seen_episodes"] = list(dict.fromkeys([*facts["train_episodes"], *seen]))
     if cfg.init not in (None, "random"):
         before, where = read_header(cfg.init).extra, f"the demonstrations {' '.join(cfg.demos)}"
         turn = "turn them with python -m vlarft.data.convert SRC DST --turn"

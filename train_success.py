@@ -37,9 +37,10 @@ import numpy as np
 import torch
 
 from vlarft.data import load_episodes, split_episodes
+from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
-from vlarft.data.episode import Episode, contents_digest
-from vlarft.data.episodes import check_outcomes
+from vlarft.data.episode import Episode
+from vlarft.data.episodes import split_facts
 from vlarft.imagined_episodes import spread_episodes
 from vlarft.run import distributed, preemption
 from vlarft.run.checkpoint import (
@@ -295,8 +296,7 @@ def main(cfg: Config) -> dict[str, float]:
     size = replace(size, encoder=replace(size.encoder, image_size=height))
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
-    facts = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in split.held_out], **images}
-    facts["episode_contents"] = contents_digest(train + split.held_out)
+    facts = {**split_facts(train, split.held_out), **images}
     open_run(cfg.out_dir, cfg, models=("world_model",))
     check_same_episodes(cfg.out_dir, facts)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -42,8 +42,7 @@ from torch import Tensor
 
 from vlarft.data.augment import OFF, Augmentation, Symmetry, augment
 from vlarft.data.convention import image_convention
-from vlarft.data.episode import contents_digest
-from vlarft.data.episodes import Episode, load_episodes, split_episodes
+from vlarft.data.episodes import Episode, load_episodes, split_episodes, split_facts
 from vlarft.data.windows import Batch, WindowSampler, pick_frames
 from vlarft.metrics import perceptual
 from vlarft.nets.discriminator import Discriminator, DiscriminatorConfig
@@ -351,9 +350,8 @@ def main(cfg: Config) -> dict[str, float]:
     validation = WindowSampler(held_out, cfg.segment, cfg.segment, cfg.context_lookback).spread(cfg.validation_segments)
     usual, weighting = sampler.sample_frames(), WEIGHTINGS[cfg.weighting]
     median_frame, colour_weight = usual.median(dim=0).values, colour_weights(usual, weighting.rare)
-    names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    facts = {**names, **image_convention(train, cfg.camera), "context_lookback": cfg.context_lookback}
-    facts["episode_contents"] = contents_digest(train + held_out)
+    facts = {**split_facts(train, held_out), **image_convention(train, cfg.camera)}
+    facts["context_lookback"] = cfg.context_lookback
 
     networks = build_networks(cfg, device)
     model = networks["tokenizer"]

@@ -46,8 +46,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
-from vlarft.data.episode import contents_digest
-from vlarft.data.episodes import Episode, load_episodes, split_episodes
+from vlarft.data.episodes import Episode, load_episodes, split_episodes, split_facts
 from vlarft.data.windows import Batch, WindowSampler
 from vlarft.metrics import moving_mask, pooled_psnr
 from vlarft.proprio_model import fit_proprio_model
@@ -437,9 +436,8 @@ def main(cfg: Config) -> dict[str, float]:
     images = image_convention(train, cfg.camera)
     before = read_header(cfg.init or cfg.tokenizer).extra.get("train_episodes", [])
     seen = list(dict.fromkeys([*(e.name for e in train), *before]))  # all that these weights were trained on
-    names = {"train_episodes": seen, "held_out_episodes": [e.name for e in held_out]}
-    facts = {**names, **images, "demos": cfg.demos, "context_lookback": cfg.context_lookback}
-    facts["episode_contents"] = contents_digest(train + held_out)
+    facts = {**split_facts(train, held_out), "train_episodes": seen, **images}
+    facts |= {"demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
     model = build_model(cfg, train, held_out, images, device)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -119,6 +119,21 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, script: ModuleType, last: int, 
         start()
 
 
+def refused_with_converted_episodes(
+    monkeypatch: pytest.MonkeyPatch, script: ModuleType, start: Callable[[], object]
+) -> None:
+    """Start a run again, with episodes of the names of before and of other actions: it does not go on."""
+    load = script.load_episodes
+
+    def converted(*args, **options):
+        return [dataclasses.replace(e, actions=0.99 * e.actions) for e in load(*args, **options)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_episodes", converted)
+        with pytest.raises(ValueError, match="was begun with other contents of these episodes"):
+            start()
+
+
 def run_in_fork(command: Sequence[str]) -> None:
     """Run a script of the repository with its options, as a process of its own would, in a fork of this one.
 

@@ -14,8 +14,8 @@ from conftest import every_camera
 
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
+from vlarft.data.consistency import check_places
 from vlarft.data.episode import contents_digest, no_ops
-from vlarft.data.episodes import check_places
 from vlarft.data.frames import map_file
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames

@@ -11,10 +11,10 @@ import torch
 import train_sft
 from vlarft.data import WindowSampler, load_episodes
 from vlarft.data.check import check
+from vlarft.data.consistency import same_robot
 from vlarft.data.convert import change
 from vlarft.data.convert import main as convert
 from vlarft.data.episode import Episode, no_ops
-from vlarft.data.episodes import same_robot
 from vlarft.data.lerobot_writer import write_lerobot
 from vlarft.normalizer import Normalizer
 from vlarft.policy import VLAPolicy

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import every_other_succeeds, interrupted
+from conftest import every_other_succeeds, interrupted, refused_with_converted_episodes
 from test_success import places, world_model  # noqa: F401, fixtures
 
 import eval_wm
@@ -499,6 +499,7 @@ def test_the_gate_asks_about_no_episode_of_the_world_models_training(config, tmp
 
 def test_a_run_goes_on_with_its_own_episodes(config, monkeypatch, two_outcomes):
     interrupted(monkeypatch, train_rl, 1, lambda: train_rl.main(config))
+    refused_with_converted_episodes(monkeypatch, train_rl, lambda: train_rl.main(config))
     load = train_rl.load_episodes
     monkeypatch.setattr(train_rl, "load_episodes", lambda *a, **k: [e for e in load(*a, **k) if e.success])
     with pytest.raises(ValueError, match="was begun with 10 imagined episodes, today there are 5 .* the files in --de"):

@@ -14,14 +14,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, interrupted
+from conftest import files_of, interrupted, refused_with_converted_episodes
 
 import train_success
 from vlarft import success_frames
 from vlarft.data import convert, load_episodes
+from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
-from vlarft.data.episodes import check_outcomes
 from vlarft.imagined_episodes import imagined_episodes
 from vlarft.run import clock
 from vlarft.run.checkpoint import read_header, save_model
@@ -331,6 +331,7 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
         patch.setattr(train_success, "load_split", lambda _: split._replace(train=split.train[1:]))
         with pytest.raises(ValueError, match="was begun with 8 train episodes, today there are 7"):
             train_success.main(config)
+    refused_with_converted_episodes(monkeypatch, train_success, lambda: train_success.main(config))
     monkeypatch.setattr(train_success, "prepared", lambda *_: pytest.fail("prepared a run that is complete"))
     assert train_success.main(config) == metrics and files_of(config.out_dir) == before  # it is left as it is
 

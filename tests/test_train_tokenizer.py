@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import files_of
+from conftest import files_of, refused_with_converted_episodes
 
 import train_tokenizer
 from train_tokenizer import PRESETS, Config, main, tokenizer_forward, train_batch, undone
@@ -102,6 +102,7 @@ def test_resume_equals_no_interruption(demos, tmp_path, monkeypatch):
     assert states[0]["balance"] == states[1]["balance"] > 0
     before = files_of(tmp_path / "whole")
     run(demos, tmp_path / "whole", cfg)  # a finished run is left as it is
+    refused_with_converted_episodes(monkeypatch, train_tokenizer, lambda: run(demos, tmp_path / "whole", cfg))
     assert files_of(tmp_path / "whole") == before
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, interrupted, write_moving_square
+from conftest import files_of, interrupted, refused_with_converted_episodes, write_moving_square
 
 import train_tokenizer
 import train_wm
@@ -122,6 +122,8 @@ def test_resume_equals_no_interruption(demos, tokenizer, tmp_path, monkeypatch):
     before = files_of(tmp_path / "whole")
     metrics = run(demos, tokenizer, tmp_path / "whole")  # a finished run is left as it is
     assert files_of(tmp_path / "whole") == before and metrics["val_loss"] == log_of(tmp_path / "whole")[-1]["val_loss"]
+    refused_with_converted_episodes(monkeypatch, train_wm, lambda: run(demos, tokenizer, tmp_path / "whole"))
+    assert files_of(tmp_path / "whole") == before
 
 
 def test_refresh_goes_on_from_weights_and_split(demos, rollouts, world_model, tmp_path):

@@ -23,17 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlarft.data.episode import Episode, begins_at_zero, no_ops
-from vlarft.data.episodes import (
+from vlarft.data.consistency import (
+    begins_at_zero,
     copies,
-    demo_files,
     gripper_problems,
     other_names,
-    read_episodes,
     same_robot,
     target_positions,
     zero_starts,
 )
+from vlarft.data.episode import Episode, no_ops
+from vlarft.data.episodes import demo_files, read_episodes
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.video import VideoFrames, scan
 from vlarft.run.cameras import CAMERAS

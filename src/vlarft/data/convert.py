@@ -22,8 +22,9 @@ from typing import Annotated
 import numpy as np
 from tqdm import tqdm
 
-from vlarft.data.episode import Episode, begins_at_zero, no_ops, pick_camera
-from vlarft.data.episodes import demo_files, read_episodes, warn_left_out, zero_starts
+from vlarft.data.consistency import begins_at_zero, zero_starts
+from vlarft.data.episode import Episode, no_ops, pick_camera
+from vlarft.data.episodes import demo_files, read_episodes, warn_left_out
 from vlarft.data.frames import Budget, import_pillow
 from vlarft.data.hdf5 import import_h5py, write_demo, write_task_attrs
 from vlarft.data.lerobot_writer import camera_key, write_lerobot

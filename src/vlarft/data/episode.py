@@ -183,12 +183,6 @@ def contents_digest(episodes: Sequence[Episode]) -> str:
     return digest.hexdigest()[:16]
 
 
-def begins_at_zero(episode: Episode) -> bool:
-    """Return whether the first action, unlike nine of ten later ones, is exactly zero in all dimensions."""
-    zero = ~episode.actions.any(1)
-    return bool(zero[0] and zero[1:].sum() < 0.1 * len(zero[1:]))
-
-
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:
     """Find steps whose intended action neither moves nor changes a gripper, by the rule of the public pipelines, and in
     which the robot rests: without the steps in which fingers close, a policy would learn to lift before they have.
