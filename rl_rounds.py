@@ -18,7 +18,8 @@ the first one (docs/closed_loop.md).
 
 Reads a policy of train_sft.py, a world model of train_wm.py and the demonstrations of both. Writes one folder per stage
 and round into out_dir, and stages.json. The same command resumes: finished stages are skipped, the one that was cut
-short goes on; with a larger `--rounds` it adds rounds. Other options need another folder.
+short goes on; with a larger `--rounds` it adds rounds, and `--gate-threshold` may change. Other options need another
+folder.
 """
 
 from dataclasses import dataclass
@@ -122,12 +123,14 @@ def check_inputs(cfg: Config) -> int:
 
 def run_round(cfg: Config, number: int, policy: Path, world_model: Path, side: int) -> tuple[Path, Path]:
     """Run what is missing of round `number`, from 1, that starts with these two; return its policy and world model.
-    `side`: of the images [px].
+    `side`: of the images [px]. Of a round that ended nothing is asked: the attempts of later ones lie with its own.
     """
     out, own, preset = Path(cfg.out_dir), Path(cfg.out_dir) / "own", cfg.stage_preset
     refreshed, judge, learned = (out / f"{name}_{number}" for name in ("wm", "success", "rl"))
     tasks = {"suites": cfg.suites, "tasks": cfg.tasks}
-    demos = [*map(Path, cfg.demos), own]
+    demos, stages = [*map(Path, cfg.demos), own], out / "stages.json"
+    if stages.is_file() and read_json(stages).get(f"eval {number}", {}).get("done"):
+        return learned, refreshed
 
     def stage(name: str, script: str, **flags: object) -> None:
         run_stage(out, f"{name} {number}", ROOT / script, preset=preset, **flags)

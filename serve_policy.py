@@ -27,12 +27,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 
 from vlarft import __version__
+from vlarft.flow import X0
 from vlarft.policy import VLAPolicy
 from vlarft.run.checkpoint import read_header
 from vlarft.run.config import Count, Range, Rows, Whole, opt, parse
@@ -58,7 +59,7 @@ class Config:
     prompt_key: str = opt("prompt", "entry with the instruction")
 
     policy: str = opt("runs/rft", "policy to serve: run folder or checkpoint", group="model")
-    noise: Literal["sampled", "zero"] = opt("sampled", "x_0 of the ODE: sampled, or zero, which is often better")
+    noise: X0 = opt("sampled", "x_0 of the ODE: sampled, zero, which is often better, or gripper: 0 in all else")
     num_flow_steps: Rows = opt(10, "Euler steps of the ODE (K in Sec. 3.3)")
     compile: bool = opt(False, "compile the head: a minute at the start, then less time a chunk")
 
@@ -142,8 +143,8 @@ def make_server(cfg: Config) -> "Server":
             if side != (height, width):
                 size = f"{side[0]}x{side[1]}, which are resized otherwise"
                 say_once(f"was trained on images of {height}x{width}; those of {camera} have {size}")
-        noise = torch.zeros(flow.chunk, flow.action_dim) if cfg.noise == "zero" else None
-        return policy.act(obs, noise=noise, generator=generator, num_steps=cfg.num_flow_steps).cpu().numpy()  # (T, A)
+        noise = policy.initial_noise(cfg.noise, generator=generator)
+        return policy.act(obs, noise=noise, num_steps=cfg.num_flow_steps).cpu().numpy()  # (T, A)
 
     # the first chunks take longer than the others, with --compile a minute: make them before a robot waits
     blank = np.zeros((policy.vlm.image_size, policy.vlm.image_size, 3), np.uint8)

@@ -276,13 +276,6 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
                 f"{cfg.gate_evaluation}: its episodes of {suite} ended after {played} actions, imagined ones end after "
                 f"{cfg.horizon}: evaluate the policies again with --horizon {cfg.horizon}"
             )
-    if evaluation is not None:
-        played = {text.lower() for s in evaluation.suites for text in instructions_of(s, evaluation.tasks)}
-        if other := played ^ {e.instruction.strip().lower() for e in episodes}:
-            raise ValueError(
-                f"{cfg.gate_evaluation} and the episodes of {' '.join(cfg.demos)} are of different tasks: only one has "
-                f"{min(other)!r}. Evaluate the policies with the --suites and --tasks of the episodes"
-            )
     without = "--gate-threshold none, and leave out --gate-evaluation"
     judge, model = (read_header(path).extra for path in (cfg.success_model, cfg.world_model))
     unseen = set(judge.get("held_out_episodes", [])) - set(model.get("train_episodes", []))
@@ -306,22 +299,40 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             stacklevel=2,
         )
     check_outcomes(held_out, " ".join(cfg.demos))
+    if evaluation is not None:
+        played = {text.lower() for s in evaluation.suites for text in instructions_of(s, evaluation.tasks)}
+        if other := played ^ {e.instruction.strip().lower() for e in held_out}:
+            raise ValueError(
+                f"{cfg.gate_evaluation} and the {len(held_out)} held-out episodes of {' '.join(cfg.demos)} are of "
+                f"different tasks: only one has {min(other)!r}. Evaluate the policies with the --suites and --tasks of "
+                "the episodes, or record more attempts"
+            )
+        for path in evaluation.rates:
+            load_ranked(cfg, path, world)  # raises before the work
     found = outcome_gate(world.model, world.judge, held_out, world.autocast, seed=cfg.seed, **world.sampling)
     measured = {f"gate_{name}": float(value) for name, value in found._asdict().items()} | {"gate": found.balanced}
     if evaluation is not None:
-
-        def load(path: str) -> VLAPolicy:
-            policy, extra = load_model(path, VLAPolicy, PolicyConfig, world.device)
-            check_imagined(cfg, path, policy, extra, world.model)
-            return policy
-
         options = {"horizon": cfg.horizon, "camera": world.camera, "autocast": world.autocast, **world.sampling}
         unseen_world = ImaginedWorld(
             world.model, world.judge, held_out, starts=min(len(held_out), cfg.starts * cfg.group), **options
         )
+        load = partial(load_ranked, cfg, world=world)
         measured["gate_rank"] = rank_policies(evaluation, load, unseen_world, cfg.seed)
     check_outcome_gate(found, cfg.gate_threshold)
     return measured
+
+
+def load_ranked(cfg: Config, path: str, world: ImaginedWorld) -> VLAPolicy:
+    """Load a policy of --gate-evaluation.
+
+    Raises:
+        ValueError: the world does not show what it sees, or is of another robot.
+    """
+    policy, extra = load_model(path, VLAPolicy, PolicyConfig, world.device)
+    check_imagined(cfg, path, policy, extra, world.model)
+    if policy.cfg.cameras != (world.camera,):
+        raise ValueError(f"{path} sees {' and '.join(policy.cfg.cameras)}, the world model imagines {world.camera}")
+    return policy
 
 
 def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Episode]) -> WindowSampler | None:
@@ -384,9 +395,10 @@ def episode_loss(cfg: Config, policy: VLAPolicy, chunks: Attempts, weight: Tenso
 
 def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor) -> dict[str, float]:
     """Accumulate the gradients of the objective over all chunks that have a weight, `micro_chunks` at a time; return
-    its metrics. They are means over the chunks, but those named `..._max` are maxima.
+    its metrics. They are means over the actions played, but those named `..._max` are maxima.
     """
     used, totals = weight.ne(0).any(1).nonzero()[:, 0], {}
+    played = attempts.played.sum(1)
     for first in range(0, len(used), cfg.micro_chunks):
         rows = used[first : first + cfg.micro_chunks]
         loss, metrics = episode_loss(cfg, policy, attempts.rows(rows), weight[rows])
@@ -396,7 +408,7 @@ def backward(cfg: Config, policy: VLAPolicy, attempts: Attempts, weight: Tensor)
             if name.endswith("_max"):
                 totals[name] = max(value, totals.get(name, value))
             else:
-                totals[name] = totals.get(name, 0.0) + value * len(rows) / len(used)
+                totals[name] = totals.get(name, 0.0) + value * (played[rows].sum() / played[used].sum()).item()
     return totals
 
 
@@ -422,7 +434,12 @@ def names_of(world: World, demonstrations: WindowSampler | None, *seed: int) -> 
 
 
 def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
-    """Fine-tune, or resume; return the metrics of the last step. `world`: in place of the one that --world names."""
+    """Fine-tune, or resume; return the metrics of the last step, none of a run that was complete.
+
+    Args:
+        cfg: options.
+        world: in place of the one that --world names.
+    """
     device, out_dir = distributed.setup(), Path(cfg.out_dir)
     if distributed.world_size() > 1:
         raise ValueError("train_rl.py runs in one process; its simulators have --workers processes: leave torchrun out")

@@ -39,7 +39,7 @@ import torch
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, contents_digest
 from vlarft.data.episodes import split_facts
 from vlarft.imagined_episodes import spread_episodes
 from vlarft.run import distributed, preemption
@@ -196,7 +196,8 @@ def prepared(
         digest: of the world model's file; another one, or other episodes, are imagined anew.
     """
     path, parts = Path(cfg.out_dir) / "imagined.pt", (split.threshold, split.held_out)
-    about = {"world_model": digest, "episodes": [[e.name for e in part] for part in split]}
+    names, contents = [[e.name for e in part] for part in split], [contents_digest(part) for part in split]
+    about = {"world_model": digest, "episodes": names, "contents": contents}
     if path.is_file() and (kept := load_train_state(path)).get("about") == about:
         real = [list(versions(part, None, autocast)) for part in parts]
         again = [
@@ -296,7 +297,13 @@ def main(cfg: Config) -> dict[str, float]:
     size = replace(size, encoder=replace(size.encoder, image_size=height))
     torch.manual_seed(seed_of("weights", cfg.seed))
     model = SuccessModel(size).to(device)
-    facts = {**split_facts(train, split.held_out), **images}
+    everything = [*train, *split.threshold, *split.held_out]
+    facts = {
+        **split_facts(train, split.held_out),
+        "threshold_episodes": [e.name for e in split.threshold],
+        "episode_contents": contents_digest(everything),
+        **images,
+    }
     open_run(cfg.out_dir, cfg, models=("world_model",))
     check_same_episodes(cfg.out_dir, facts)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -312,11 +319,7 @@ def main(cfg: Config) -> dict[str, float]:
     digest = None if cfg.world_model is None else model_digest(cfg.world_model)
     with clock.paused():  # --max-minutes are of training
         table, whole = prepared(cfg, split, world_model, digest, autocast)
-    facts |= {
-        "instructions": sorted({e.instruction for e in train}),
-        "threshold_episodes": [e.name for e in split.threshold],
-        "world_model": digest,
-    }
+    facts |= {"instructions": sorted(set(table.instructions)), "world_model": digest}
 
     def save() -> None:
         values = {"step": step, "minutes": clock.minutes, "threshold": threshold, "metrics": metrics}

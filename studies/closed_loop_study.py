@@ -163,6 +163,7 @@ class Runs:
             words += ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps, "--pose-dims", pose_dims]
         else:
             words = [*demos, "--init", own / f"wm_{rounds - 1}", "--validation-fraction", 0.25]
+            words += ["--context-lookback", -1 if pose_dims else "none"]
             words += ["--steps", self.cfg.refresh_steps, "--lr", 5e-4]
         model = self.stage(own / f"wm_{rounds}{of}", "train_wm.py", *words)
         return Models(model, self.judge(f"success_{rounds}{of}", *demos, "--world-model", model))

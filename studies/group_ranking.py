@@ -33,6 +33,7 @@ from stages import commit, machine
 from torch import Tensor
 
 from vlarft.data import load_episodes
+from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import image_convention
 from vlarft.data.episode import Episode
 from vlarft.imagined_episodes import imagined_episodes
@@ -63,12 +64,13 @@ def mixed_groups(cfg: Config) -> list[list[Episode]]:
     """Load attempts by start, of the starts that have both outcomes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or an attempt does not say its outcome.
     """
+    attempts = [e for e in load_episodes(cfg.demos, successes_only=False) if e.kind == "policy" and e.start]
+    check_outcomes(attempts, " ".join(cfg.demos))
     groups: dict[str, list[Episode]] = {}
-    for episode in load_episodes(cfg.demos, successes_only=False):
-        if episode.kind == "policy" and episode.start:
-            groups.setdefault(episode.start, []).append(episode)
+    for episode in attempts:
+        groups.setdefault(episode.start, []).append(episode)
     mixed = [group for group in groups.values() if 0 < sum(e.success for e in group) < len(group)]
     if not mixed:
         raise ValueError(

@@ -159,6 +159,22 @@ def test_first_update_has_ratio_one_and_the_gradient_of_reinforce(policy, config
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
+def test_metrics_are_of_the_actions_played_however_they_are_split(policy, config):
+    attempts = attempts_of(policy, Toy(by_number), group=2)
+    noise = torch.randn(attempts.log_prob.shape, generator=torch.Generator().manual_seed(0))
+    attempts = attempts._replace(log_prob=attempts.log_prob + 0.1 * noise)
+    weight = action_weights(attempts, advantages(attempts.success.float()))
+    train_rl.make_trainable(dataclasses.replace(config, sigma_max=policy.cfg.flow.sigma_max), policy)
+    found = []
+    for micro_chunks in (1, 64):
+        found.append(
+            train_rl.backward(dataclasses.replace(config, micro_chunks=micro_chunks), policy, attempts, weight)
+        )
+    for name in ("ratio_mean", "clip_frac", "approx_kl"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
+    assert found[0]["approx_kl"] > 0 and len(set(attempts.played[weight.ne(0).any(1)].sum(1).tolist())) > 1
+
+
 def test_a_sigma_net_that_reads_x_stays_one(policy, config):
     """As that of public weights."""
     flow = dataclasses.replace(policy.cfg.flow, sigma_uses_x=True)
@@ -269,9 +285,13 @@ def test_the_weight_of_the_flow_matching_term(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 3, "clip": 0.01}, {"precision": "bf16", "keep_interval": 1}])
-def test_options(config, changes):
+def test_options(config, changes, monkeypatch):
+    given, played = [], train_rl.play
+    monkeypatch.setattr(train_rl, "play", lambda *a, **k: given.append(k["bf16"]) or played(*a, **k))
     metrics = train_rl.main(dataclasses.replace(config, **changes), world=Toy(by_number))
-    assert all(np.isfinite(v) for v in metrics.values())
+    assert all(np.isfinite(v) for v in metrics.values()) and set(given) == {"precision" in changes}
+    copies = Path(config.out_dir).glob("model_*.safetensors")
+    assert {c.stem for c in copies} == ({f"model_{n:06}" for n in (1, 2)} if "keep_interval" in changes else set())
     if "epochs" in changes:  # the second epoch scores an updated policy
         assert metrics["ratio_mean"] != pytest.approx(1, abs=1e-6) and metrics["clip_frac"] > 0
 

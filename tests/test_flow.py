@@ -8,6 +8,7 @@ import torch
 
 from vlarft.flow import (
     chain_log_prob,
+    initial_noise,
     matching_loss,
     matching_pairs,
     regression_loss,
@@ -151,6 +152,15 @@ def test_ode_by_hand():
     head = ConstantVelocity(torch.full((8, 7), 0.5))
     for num_steps in (1, 4, 10):
         torch.testing.assert_close(sample_ode(head, None, noise=noise(2), num_steps=num_steps), noise(2) + 0.5)
+
+
+def test_x_0_by_hand():
+    source = torch.Generator()
+    sampled = initial_noise("sampled", (2, 8, 7), (6,), source.manual_seed(0))
+    assert torch.equal(sampled, torch.randn(2, 8, 7, generator=source.manual_seed(0)))
+    assert torch.equal(initial_noise("zero", (8, 7), (6,)), torch.zeros(8, 7))
+    gripper = initial_noise("gripper", (2, 8, 7), (2, 6), source.manual_seed(0))
+    assert torch.equal(gripper, sampled * torch.tensor([0, 0, 1, 0, 0, 0, 1]))
 
 
 def test_matching_loss_by_hand():

@@ -340,7 +340,7 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys, monkeypatch)
             train_rl.main(dataclasses.replace(config, gate_evaluation=str(other), steps=1))
     sampled = read_evaluation(evaluation(tmp_path / "sampled.json", rates, noise="sampled", tasks=None))
     assert not sampled.from_zero and sampled.tasks is None
-    with pytest.raises(ValueError, match="results.json and the episodes of .* different tasks: only one has 'pick up"):
+    with pytest.raises(ValueError, match="results.json and the 2 held-out .* different tasks: only one has 'pick up"):
         train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))
     monkeypatch.setattr(
         train_rl, "instructions_of", lambda *of: {("tabletop_object", ("0",)): ["Push the red square"]}[of]
@@ -351,6 +351,9 @@ def test_the_gate_of_a_run_ranks_policies(config, tmp_path, capsys, monkeypatch)
     assert -1 <= row["gate_rank"] <= 1
     train_rl.main(dataclasses.replace(config, gate_evaluation=str(given), steps=1))  # as one that goes on
     assert "--gate-evaluation: no policy is ranked, that is before the first step" in capsys.readouterr().err
+    world = SimpleNamespace(device="cpu", model=WorldModel.load(config.world_model), camera="wrist")
+    with pytest.raises(ValueError, match="0.safetensors sees agentview, the world model imagines wrist"):
+        train_rl.load_ranked(config, paths[0], world)
 
     few = evaluation(tmp_path / "few.json", dict(list(rates.items())[:2]))
     for path, message in (

@@ -123,9 +123,10 @@ def test_says_once_what_was_not_trained_on(config, policy_file, tmp_path, capsys
     ]
 
 
-def test_sampled_noise_follows_the_seed(config):
+@pytest.mark.parametrize("noise", ["sampled", "gripper"])
+def test_sampled_noise_follows_the_seed(config, noise):
     def two_chunks(seed: int) -> np.ndarray:
-        server = serve_policy.make_server(dataclasses.replace(config, noise="sampled", seed=seed))
+        server = serve_policy.make_server(dataclasses.replace(config, noise=noise, seed=seed))
         with running(server) as port, closing(Client(port)) as client:
             return np.stack([client.ask(observation())["actions"] for _ in range(2)])
 

@@ -316,6 +316,15 @@ def test_training_names_its_facts_and_resumes(config, tmp_path, monkeypatch):
     assert Path(parts.out_dir, "imagined.pt").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(success_frames, "imagined_episodes", lambda *_, **__: pytest.fail("imagined again"))
+        split = train_success.load_split(config)
+        other = [dataclasses.replace(e, instruction="push the blue square") for e in split.threshold]
+        with patch.context() as inner:
+            inner.setattr(train_success, "load_split", lambda _: split._replace(threshold=other))
+            with pytest.raises(ValueError, match="was begun with other contents of these episodes"):
+                train_success.main(parts)
+            inner.setattr(train_success, "check_same_episodes", lambda *_: None)  # as before the first save
+            with pytest.raises(pytest.fail.Exception, match="imagined again"):
+                train_success.main(parts)
         assert train_success.main(parts) == metrics
     one, other = (SuccessModel.load(c.out_dir).state_dict() for c in (config, parts))
     assert all(torch.equal(v, other[k]) for k, v in one.items())

@@ -10,9 +10,9 @@ steps), T chunk steps, A action dim, K flow steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.distributions import Normal
 from vlarft.nets.action_head import Condition, FlowHead, SigmaNet
 
 BETA = 1.5, 1.0  # parameters of tau's distribution in Eq. (4)
+X0 = Literal["sampled", "zero", "gripper"]  # what a chunk starts from, see `initial_noise`
 
 
 class Chain(NamedTuple):
@@ -38,6 +39,21 @@ class LogProb(NamedTuple):
     entropy: torch.Tensor
     mean: torch.Tensor
     sigma: torch.Tensor
+
+
+def initial_noise(
+    x0: X0, shape: Sequence[int], gripper_dims: Sequence[int], generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return x_0 (..., A): "sampled" from the standard normal distribution, as in the paper; "zero"; or "gripper":
+    sampled in these dimensions, 0 in all others. On the generator's device.
+    """
+    device = "cpu" if generator is None else generator.device
+    if x0 == "zero":
+        return torch.zeros(*shape, device=device)
+    noise = torch.randn(*shape, generator=generator, device=device)
+    if x0 == "gripper":
+        noise[..., [d for d in range(shape[-1]) if d not in gripper_dims]] = 0
+    return noise
 
 
 def sample_tau(

@@ -23,7 +23,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from vlarft.flow import Chain, Transition, matching_loss, regression_loss, sample_chain, sample_ode, transition
+from vlarft.flow import (
+    X0,
+    Chain,
+    Transition,
+    initial_noise,
+    matching_loss,
+    regression_loss,
+    sample_chain,
+    sample_ode,
+    transition,
+)
 from vlarft.nets.action_head import Condition, FlowConfig, FlowHead, SigmaNet, column_major
 from vlarft.nets.dit import DiTConfig
 from vlarft.nets.transformer import TransformerConfig
@@ -449,6 +459,11 @@ class VLAPolicy(HubModel, nn.Module):
         images = torch.cat(columns, dim=1)  # (B, V, 3, S, S)
         proprio = [torch.as_tensor(obs["proprio"], dtype=torch.float32, device=images.device) for obs in observations]
         return Inputs(images, [obs["instruction"] for obs in observations], torch.stack(proprio))
+
+    def initial_noise(self, x0: X0, *rows: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return x_0 (*rows, T, A) for `act`, see `flow.initial_noise`; "gripper" samples the grippers' alone."""
+        shape = *rows, self.cfg.flow.chunk, self.cfg.flow.action_dim
+        return initial_noise(x0, shape, self.normalizer.gripper_dims, generator)
 
     @torch.no_grad()
     def act(

@@ -189,7 +189,7 @@ def test_processors_do_not_normalise(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise": "none"}, r"policy.noise is 'none', expected one of \('sampled', 'zero'\)"),
+        ({"noise": "none"}, r"policy.noise is 'none', expected one of \('sampled', 'zero', 'gripper'\)"),
         ({"size": "huge"}, "policy.size is 'huge', expected one of"),
         ({"train": "vlm"}, "policy.train is 'vlm', expected one of"),
         ({"size": "tiny", "checkpoint": "x"}, "policy.checkpoint x and policy.size tiny: give one of them"),

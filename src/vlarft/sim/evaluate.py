@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlarft.data.episode import RobotState
+from vlarft.flow import X0, initial_noise
 from vlarft.planning import Planner
 from vlarft.policy import VLAPolicy
 from vlarft.run.pixels import to_floats
@@ -23,24 +24,19 @@ from vlarft.sim.env import Env, Observation
 from vlarft.sim.perturb import Perturbation
 from vlarft.sim.suites import make_env
 
-PlayNoise = Literal["sampled", "zero", "gripper", "stochastic"]
+PlayNoise = Literal[X0, "stochastic"]
 
 
 def chunk_noise(
     noise: PlayNoise, shape: tuple[int, ...], seed: int, suite: str, task: int, state: int, chunk: int
 ) -> Tensor:
-    """Return the random numbers (`shape`) of one chunk of one episode, a pure function of the arguments.
-
-    They are 0 for "zero", and for "gripper" in all dimensions but the last, the gripper's.
+    """Return the random numbers (`shape`) of one chunk of one episode, a pure function of the arguments; see
+    `flow.initial_noise`, the gripper being the last dimension. "stochastic" ones are sampled.
     """
-    if noise == "zero":
-        return torch.zeros(shape)
     key = f"{seed}/{suite}/{task}/{state}/{chunk}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(number))
-    if noise == "gripper":
-        numbers[..., :-1] = 0
-    return numbers
+    source = torch.Generator().manual_seed(number)
+    return initial_noise("sampled" if noise == "stochastic" else noise, shape, (shape[-1] - 1,), source)
 
 
 class Actor(Protocol):

@@ -1,9 +1,12 @@
 """Options of a vlarft policy in lerobot: `--policy.type=vlarft --policy.checkpoint=runs/rft`."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
+
+from vlarft.flow import X0
 
 CHUNK = 8  # steps of a chunk in every vlarft policy of the paper; `VlarftPolicy` compares
 IDENTITY = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
@@ -16,7 +19,7 @@ class VlarftConfig(PreTrainedConfig):
 
     checkpoint: policy of vlarft, a run folder or its model.safetensors; None: that of `--policy.path`
     size: size of a new policy for lerobot-train, "small", "tiny" or "smoke"; None: train from the checkpoint
-    noise: x_0 of the ODE: "sampled", or "zero", which is often better
+    noise: x_0 of the ODE: "sampled"; "zero", which is often better; or "gripper", sampled for the gripper alone
     num_flow_steps: Euler steps of the ODE (K in Sec. 3.3)
     n_action_steps: actions of a chunk that are played before the next chunk is made
     chunk_size: steps of the demonstrated chunks that lerobot loads; the policy's
@@ -42,7 +45,7 @@ class VlarftConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"size": (None, "small", "tiny", "smoke"), "noise": ("sampled", "zero"), "train": ("all", "head")}
+        choices = {"size": (None, "small", "tiny", "smoke"), "noise": get_args(X0), "train": ("all", "head")}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"policy.{name} is {getattr(self, name)!r}, expected one of {values}")

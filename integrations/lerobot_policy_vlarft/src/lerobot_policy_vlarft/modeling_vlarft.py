@@ -190,7 +190,7 @@ class VlarftPolicy(PreTrainedPolicy):
 
         Args:
             batch: see batches.py.
-            noise: (B, T, A), x_0; None = as `config.noise` says, sampled from torch's generator or zero.
+            noise: (B, T, A), x_0; None = as `config.noise` says, sampled from torch's generator.
 
         Returns:
             (B, T, A) raw actions, float32: grippers -1 open or +1 close.
@@ -198,9 +198,9 @@ class VlarftPolicy(PreTrainedPolicy):
         Raises:
             ValueError: an entry is missing or has another shape.
         """
-        flow, seen = self.model.cfg.flow, observations(batch, self._cameras)
-        if noise is None and self.config.noise == "zero":
-            noise = torch.zeros(len(seen), flow.chunk, flow.action_dim)
+        seen = observations(batch, self._cameras)
+        if noise is None:
+            noise = self.model.initial_noise(self.config.noise, len(seen))
         return self.model.act(seen, noise=noise, num_steps=self.config.num_flow_steps)
 
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **_: Any) -> Tensor:
