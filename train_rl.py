@@ -299,6 +299,13 @@ def gate(cfg: Config, world: ImaginedWorld, episodes: list[Episode]) -> dict[str
             stacklevel=2,
         )
     check_outcomes(held_out, " ".join(cfg.demos))
+    failures = [e for e in held_out if not e.success]
+    if longer := sum(len(e) > cfg.horizon for e in failures):
+        warnings.warn(
+            f"{longer} of {len(failures)} held-out failures are longer than --horizon {cfg.horizon}: the gate replays "
+            f"them to their end, which no imagined episode reaches. Record attempts with --horizon {cfg.horizon}",
+            stacklevel=2,
+        )
     if evaluation is not None:
         played = {text.lower() for s in evaluation.suites for text in instructions_of(s, evaluation.tasks)}
         if other := played ^ {e.instruction.strip().lower() for e in held_out}:

@@ -451,6 +451,12 @@ def two_outcomes(monkeypatch):
     monkeypatch.setattr(train_rl, "play", every_other_succeeds)
 
 
+def test_the_gate_warns_of_failures_that_last_longer_than_an_imagination(config):
+    short = dataclasses.replace(config, horizon=8, steps=1)
+    with pytest.warns(UserWarning, match="held-out failures are longer than --horizon 8: the gate replays them to the"):
+        train_rl.main(short)
+
+
 def test_a_run_in_imagination(config, tmp_path, capsys, two_outcomes):
     metrics = train_rl.main(config)
     assert metrics["episode_steps"] <= 16 and "mse" in metrics
