@@ -2,6 +2,8 @@
 
     python studies/libero_study.py --suites libero_object --arms SFT
     python studies/libero_study.py --arms "RFT R3" "extra SFT" --full SFT "RFT R3"
+    python studies/libero_study.py --suites libero_object --policy checkpoints/libero_object_sft \
+        --world-model checkpoints/libero_object_world_model --demos-per-task 20 --out runs/libero_released.json
 
 LIBERO must be installed (docs/libero.md). For each suite: demonstrations of the scripted experts; the SFT policy, and
 copies of it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of its
@@ -13,6 +15,9 @@ measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 - "filtered cloning" goes on for as long with the demonstrations and the successes among as many attempts of the SFT
   policy. It has another split of the demonstrations: the held-out ones are drawn from all episodes.
 - "RL, simulator" is not the paper's: train_rl.py, by the outcome of whole episodes in the simulator.
+
+With `--policy` and `--world-model`, checkpoints of one suite, the arms start from these, which are neither trained nor
+measured along their training; `--demos-per-task` are then new demonstrations, which those have not seen.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
@@ -55,6 +60,8 @@ class Config:
     tasks: tuple[str, ...] | None = opt(None, "tasks of each suite; none: all")
     arms: tuple[str, ...] = opt(ARMS, "arms to run beside SFT")
     full: tuple[str, ...] = opt((), "arms that play all initial states, and SFT with them")
+    policy: str | None = opt(None, "SFT policy to start from; none: it is trained")
+    world_model: str | None = opt(None, "its world model; none: it is trained")
     seed: int = opt(0, "seed of all trainings")
     stage_preset: str = opt("libero", "preset of the stages")
     demos_per_task: int = opt(50, "demonstrations per task")
@@ -108,6 +115,8 @@ class Runs:
 
     @property
     def policy(self) -> Path:
+        if self.cfg.policy:
+            return Path(self.cfg.policy)
         words = ["--steps", self.cfg.sft_steps, "--keep-interval", max(1, self.cfg.sft_steps // self.cfg.copies)]
         return self.training("sft", "train_sft.py", "--demos", self.demos, *words)
 
@@ -122,10 +131,19 @@ class Runs:
 
     @property
     def world_model(self) -> Path:
-        demos = ["--demos", self.demos, self.attempts("attempts", self.copies[0], 500_000)]
+        if self.cfg.world_model:
+            return Path(self.cfg.world_model)
+        first = next(iter(self.copies), self.policy)
+        demos = ["--demos", self.demos, self.attempts("attempts", first, 500_000)]
         tokenizer = self.training("tokenizer", "train_tokenizer.py", *demos, "--steps", self.cfg.tokenizer_steps)
         words = ["--tokenizer", tokenizer, "--steps", self.cfg.model_steps]
         return self.training("wm", "train_wm.py", *demos, *words)
+
+    def place(self, name: str) -> Path:
+        """Return where an arm's policy is, or will be."""
+        if name == "SFT":
+            return Path(self.cfg.policy or self.folder / "sft")
+        return self.folder / folder_name(name)
 
     def arm(self, name: str) -> Path:
         """Return the policy of an arm."""
@@ -202,12 +220,12 @@ def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
     than that of the run's folder, or without a digest, is played again.
     """
     wanted, outcomes = kinds(cfg, runs.suite, name), dict(before.get("outcomes", {}))
-    if holds_another(runs.folder / ("sft" if name == "SFT" else folder_name(name)), before.get("digest")):
+    if holds_another(runs.place(name), before.get("digest")):
         outcomes = {}
     if wanted.keys() <= outcomes.keys():
         return
     policy = runs.arm(name)
-    log = read_lines(policy / "log.jsonl")
+    log = [{"minutes": None}] if runs.cfg.policy and name == "SFT" else read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
     found = {"minutes": log[-1]["minutes"], "gate": gate, "digest": model_digest(policy)}
     for kind, how in wanted.items():
@@ -240,9 +258,11 @@ def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds.
 
     Raises:
-        ValueError: an unknown arm.
+        ValueError: an unknown arm, or checkpoints to start from and several suites.
     """
     check_known((*cfg.arms, *cfg.full), ("SFT", *ARMS), "arm")
+    if (cfg.policy or cfg.world_model) and len(cfg.suites) != 1:
+        raise ValueError("--policy and --world-model are of one suite: name it by --suites")
     facts = {"command": "python studies/libero_study.py", "machine": machine()}
     for suite in cfg.suites:
         runs, report = Runs(cfg, suite), read_report(cfg, "runs", free=FREE)
@@ -256,10 +276,10 @@ def main(cfg: Config) -> dict:
 
         # the policy is played before the world model takes an hour
         for names, part, make, run in (
-            (["SFT"], "curve", runs.curve, "sft"),
-            (dict.fromkeys((*cfg.arms, *full(cfg))), "frames", runs.frames, "wm"),
+            (["SFT"], None if cfg.policy else "curve", runs.curve, "sft"),
+            (dict.fromkeys((*cfg.arms, *full(cfg))), None if cfg.world_model else "frames", runs.frames, "wm"),
         ):
-            if part not in entry or holds_another(runs.folder / run, entry[part].get("digest")):
+            if part and (part not in entry or holds_another(runs.folder / run, entry[part].get("digest"))):
                 found = rounded(make())
                 entry[part] = {"found": found, "digest": model_digest(runs.folder / run)}
                 save()

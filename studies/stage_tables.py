@@ -337,7 +337,8 @@ def libero_arms_table(report: dict, perturbed: bool | None = None) -> str:
                 else gains([[base[kind], own[kind]]])
                 for kind in kinds
             ]  # fmt: skip
-            rows.append([arm, f"{run['arms'][arm]['minutes']:.0f}", *cells])
+            minutes = run["arms"][arm]["minutes"]
+            rows.append([arm, "" if minutes is None else f"{minutes:.0f}", *cells])
         heads = [f"{LIBERO_STARTS[starts]}, {LIBERO_X0[x0]}" for starts, x0 in (kind.split(", ") for kind in kinds)]
         texts.append(table([suite, "minutes", *heads], rows))
     return "\n\n".join(texts)

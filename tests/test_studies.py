@@ -338,6 +338,21 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     played = [line for line in shown.splitlines() if line.startswith("python eval_libero.py")]
     assert len(played) == 3 and all("extra_SFT" in line for line in played) and "python train_" not in shown
 
+    checkpoints = {
+        name: str(tmp_path / "libero" / "tabletop_object" / run)
+        for name, run in (("policy", "sft"), ("world_model", "wm"))
+    }
+    places = {"out_dir": str(tmp_path / "from"), "out": str(tmp_path / "from.json")}
+    later = dataclasses.replace(cfg, arms=("RFT R3",), full=(), **checkpoints, **places)
+    report = libero_study.main(later)
+    run = report["runs"]["tabletop_object"]
+    assert run.keys() == {"arms", "stages"} and run["arms"]["RFT R3"]["gate"]
+    trainings = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python train_")]
+    assert len(trainings) == 1 and all(place in trainings[0] for place in checkpoints.values())
+    assert "| SFT |  | 0" in stage_tables.libero_arms_table(report, perturbed=False)
+    with pytest.raises(ValueError, match="--policy and --world-model are of one suite"):
+        libero_study.main(dataclasses.replace(later, suites=("tabletop_object", "tabletop_spatial")))
+
     places = {"runs": cfg.out_dir, "checkpoints": str(tmp_path / "checkpoints")}
     libero_release.main(dataclasses.replace(libero_release.PRESETS["smoke"], **places))
     policy, model = (tmp_path / "checkpoints" / f"tabletop_object_{name}" for name in ("sft", "world_model"))
