@@ -48,7 +48,6 @@ from vlarft.sim.suites import task_indices
 RFT_ARMS = {"RFT R3": ["--reward", "r3"], "RFT R1 per step": ["--reward", "r1", "--per-step"]}
 ARMS = (*RFT_ARMS, "extra SFT", "filtered cloning", "RL, simulator")
 PERTURBED = {"libero_object": ("object:2.5", "object:5"), "libero_spatial": ("robot:20", "robot:50")}
-X0 = {"SFT": ("zero", "gripper", "sampled")}  # ways to play plain starts; other arms: the first and the last
 NO_END = 10**6
 
 
@@ -199,9 +198,10 @@ class Runs:
 
 def kinds(cfg: Config, suite: str, name: str) -> dict[str, tuple[str, str, int]]:
     """Return what an arm plays: kind of starts and x_0 -> perturbation, x_0, initial states per task."""
-    plain = {f"none, {x0}": ("none", x0, cfg.episodes) for x0 in X0.get(name, ("zero", "sampled"))}
-    displaced = {f"{perturb}, zero": (perturb, "zero", cfg.episodes) for perturb in PERTURBED.get(suite, ())}
-    return plain | displaced | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in full(cfg) else {})
+    played = [("none", "zero"), ("none", "sampled"), *((perturb, "zero") for perturb in PERTURBED.get(suite, ()))]
+    played += [("none", "gripper")] if name == "SFT" else []
+    found = {", ".join(how): (*how, cfg.episodes) for how in played}
+    return found | ({"all, zero": ("none", "zero", NUM_INITIAL_STATES)} if name in full(cfg) else {})
 
 
 def full(cfg: Config) -> tuple[str, ...]:
@@ -276,17 +276,21 @@ def main(cfg: Config) -> dict:
 
         # the policy is played before the world model takes an hour
         for names, part, make, run in (
-            (["SFT"], None if cfg.policy else "curve", runs.curve, "sft"),
-            (dict.fromkeys((*cfg.arms, *full(cfg))), None if cfg.world_model else "frames", runs.frames, "wm"),
+            (() if cfg.policy else ("SFT",), None if cfg.policy else "curve", runs.curve, "sft"),
+            (("SFT", *cfg.arms, *full(cfg)), None if cfg.world_model else "frames", runs.frames, "wm"),
         ):
             if part and (part not in entry or holds_another(runs.folder / run, entry[part].get("digest"))):
                 found = rounded(make())
                 entry[part] = {"found": found, "digest": model_digest(runs.folder / run)}
                 save()
-            for name in names:
-                for found in measure(cfg, runs, name, entry["arms"].get(name, {})):
-                    entry["arms"][name] = found
-                    save()
+            arms = {name: measure(cfg, runs, name, entry["arms"].get(name, {})) for name in names}
+            while arms:  # all arms on the first kind of starts, then all on the next
+                for name in list(arms):
+                    if found := next(arms[name], None):
+                        entry["arms"][name] = found
+                        save()
+                    else:
+                        del arms[name]
     report = read_report(cfg, "runs", free=FREE)
     print("\n" + libero_arms_table(report))
     return report

@@ -301,7 +301,7 @@ def test_liberos_study_at_smoke_size(tmp_path, capfd, monkeypatch):
     assert all(len(row["outcomes"]) == 1 for row in run["curve"]["found"])
     assert 0 < run["frames"]["found"]["imagined"]["ssim"] <= 1
     assert list(run["arms"]) == ["SFT", *libero_study.ARMS]
-    kinds = ["none, zero", "none, gripper", "none, sampled", "object:2.5, zero", "all, zero"]
+    kinds = ["none, zero", "none, sampled", "object:2.5, zero", "none, gripper", "all, zero"]
     assert list(run["arms"]["SFT"]["outcomes"]) == kinds  # all initial states too, since another arm plays them
     full = run["arms"]["extra SFT"]["outcomes"]
     assert (
