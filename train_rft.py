@@ -58,6 +58,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
+from vlarft.data.consistency import warn_other_contents
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.diagnosis import diagnose, picture_actions
 from vlarft.flow import Chain, Transition, chain_log_prob, matching_loss, matching_pairs, transition
@@ -322,6 +323,7 @@ def windows(
         held_out = held_out_names(cfg.policy, extra, cfg.world_model, read_header(cfg.world_model).extra)
     episodes, others = (load_episodes(cfg.demos, camera, names=names) for names in (extra["train_episodes"], held_out))
     fix = "give the demonstrations that it was trained on"
+    warn_other_contents(extra, f"policy {cfg.policy}", [*episodes, *others])
     images = image_convention(episodes, camera)
     check_same_images(extra, f"policy {cfg.policy}", images, f"the demonstrations {demos}", fix)
     check_same_units(policy.normalizer, episodes)

@@ -49,9 +49,9 @@ from torch import Tensor, nn
 
 from vlarft.closed_loop import Attempts, World, action_weights, play
 from vlarft.data import Episode, WindowSampler, load_episodes
-from vlarft.data.consistency import check_outcomes
+from vlarft.data.consistency import check_outcomes, warn_other_contents
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
-from vlarft.data.episode import contents_digest
+from vlarft.data.episode import episode_digests
 from vlarft.flow import chain_log_prob, matching_loss
 from vlarft.grpo import advantages, policy_loss
 from vlarft.grpo import chain_log_prob as reduce_log_prob
@@ -356,6 +356,7 @@ def demonstrated(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[Epi
             f"{cfg.policy} sees {len(policy.cfg.cameras)} cameras, the flow-matching term reads one: give "
             "--mse-weight 0"
         )
+    warn_other_contents(extra, f"policy {cfg.policy}", episodes)
     names = set(extra.get("train_episodes", []))
     chosen = [e for e in episodes if e.success and e.kind == "expert" and (not names or e.name in names)]
     if not chosen:
@@ -474,7 +475,7 @@ def main(cfg: Config, *, world: World | None = None) -> dict[str, float]:
         "imitated_episodes": [e.name for e in getattr(demonstrations, "episodes", [])],
     }
     learned_from = [e for source in (world, demonstrations) for e in getattr(source, "episodes", [])]
-    used["episode_contents"] = contents_digest(learned_from)
+    used["episode_digests"] = {**extra.get("episode_digests", {}), **episode_digests(learned_from)}
     check_same_episodes(out_dir, used)
     models = ["policy", *(["world_model"] if isinstance(world, ImaginedWorld) else []), "success_model"]
     open_run(out_dir, cfg, ("workers", "micro_chunks", "gate_threshold", "gate_evaluation"), models=models)

@@ -39,7 +39,7 @@ import torch
 from vlarft.data import load_episodes, split_episodes
 from vlarft.data.consistency import check_outcomes
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
-from vlarft.data.episode import Episode, contents_digest
+from vlarft.data.episode import Episode, episode_digests
 from vlarft.data.episodes import split_facts
 from vlarft.imagined_episodes import spread_episodes
 from vlarft.run import distributed, preemption
@@ -196,8 +196,7 @@ def prepared(
         digest: of the world model's file; another one, or other episodes, are imagined anew.
     """
     path, parts = Path(cfg.out_dir) / "imagined.pt", (split.threshold, split.held_out)
-    names, contents = [[e.name for e in part] for part in split], [contents_digest(part) for part in split]
-    about = {"world_model": digest, "episodes": names, "contents": contents}
+    about = {"world_model": digest, "episodes": [list(episode_digests(part).items()) for part in split]}
     if path.is_file() and (kept := load_train_state(path)).get("about") == about:
         real = [list(versions(part, None, autocast)) for part in parts]
         again = [
@@ -301,7 +300,7 @@ def main(cfg: Config) -> dict[str, float]:
     facts = {
         **split_facts(train, split.held_out),
         "threshold_episodes": [e.name for e in split.threshold],
-        "episode_contents": contents_digest(everything),
+        "episode_digests": episode_digests(everything),
         **images,
     }
     open_run(cfg.out_dir, cfg, models=("world_model",))

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlarft.data.consistency import warn_other_contents
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episodes import Episode, load_episodes, split_episodes, split_facts
 from vlarft.data.windows import Batch, WindowSampler
@@ -434,9 +435,12 @@ def main(cfg: Config) -> dict[str, float]:
     validation = held_out_windows.spread(cfg.validation_segments)
     rollouts = held_out_windows.spread(cfg.rollout_segments)
     images = image_convention(train, cfg.camera)
-    before = read_header(cfg.init or cfg.tokenizer).extra.get("train_episodes", [])
-    seen = list(dict.fromkeys([*(e.name for e in train), *before]))  # all that these weights were trained on
+    before = read_header(cfg.init or cfg.tokenizer).extra
+    warn_other_contents(before, str(cfg.init or cfg.tokenizer), [*train, *held_out])
+    names = [*(e.name for e in train), *before.get("train_episodes", [])]
+    seen = list(dict.fromkeys(names))  # all that these weights were trained on
     facts = {**split_facts(train, held_out), "train_episodes": seen, **images}
+    facts["episode_digests"] = {**before.get("episode_digests", {}), **facts["episode_digests"]}
     facts |= {"demos": cfg.demos, "context_lookback": cfg.context_lookback}
 
     model = build_model(cfg, train, held_out, images, device)

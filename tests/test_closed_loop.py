@@ -348,6 +348,8 @@ def test_errors(config, monkeypatch):
         train_rl.demonstrated(config, policy, {}, [])
     assert train_rl.demonstrated(dataclasses.replace(config, mse_weight=0.0), policy, {}, []) is None
     policy, episodes = VLAPolicy.load(config.policy), load_episodes(config.demos)
+    with pytest.warns(UserWarning, match=f"policy {config.policy} knows 1 of {len(episodes)} episodes by name, first"):
+        train_rl.demonstrated(config, policy, {"episode_digests": {episodes[1].name: "of before"}}, episodes)
     known = {"train_episodes": [episodes[0].name, "of/another/folder"]}
     with pytest.warns(
         UserWarning, match="lacks 1 of the 2 demonstrations .* first of/another/folder: .* other 1 alone"

@@ -15,7 +15,7 @@ from conftest import every_camera
 from vlarft.data import Episode, WindowSampler, load_episodes, split_episodes
 from vlarft.data.check import check
 from vlarft.data.consistency import check_places
-from vlarft.data.episode import contents_digest, no_ops
+from vlarft.data.episode import episode_digests, no_ops
 from vlarft.data.frames import map_file
 from vlarft.data.hdf5 import demo_names, write_demo, write_task_attrs
 from vlarft.data.windows import pick_frames
@@ -611,8 +611,8 @@ def test_no_ops_by_hand():
 def test_the_digest_is_of_all_but_the_pixels():
     one, two = episode("a", 7), episode("b", 5)
     one = replace(one, images=Mock(spec=["shape"], shape=one.images.shape))  # nothing else of them is looked at
-    before = contents_digest([one, two])
-    assert contents_digest([two, one]) == before and len(before) == 16
+    before = episode_digests([one, two])
+    assert episode_digests([two, one]) == before and before.keys() == {"a", "b"} and len(before["a"]) == 12
     changes = (
         {"actions": one.actions + 0.1},
         {"intended": one.intended + 0.1},
@@ -625,7 +625,10 @@ def test_the_digest_is_of_all_but_the_pixels():
         {"held_dims": (0,)},
         {"images": Mock(spec=["shape"], shape=(7, 1, 2, 3))},
     )
-    assert len({before, *(contents_digest([replace(one, **change), two]) for change in changes)}) == 1 + len(changes)
+    changed = [episode_digests([replace(one, **change), two]) for change in changes]
+    assert len({before["a"], *(of["a"] for of in changed)}) == 1 + len(changes) and {of["b"] for of in changed} == {
+        before["b"]
+    }
 
 
 def test_images_and_frames_by_hand():

@@ -397,6 +397,10 @@ def test_refusals(rft_config, tmp_path):
         UserWarning, match="on none of the files of policy .*, on robot/pour_demo, ... and not on squares"
     ):
         run(world_model=str(files[1]), steps=1)
+    first, *_ = extra["train_episodes"]
+    save_model(files[0], policy, policy.cfg, {**extra, "episode_digests": {first: "of before"}})
+    with pytest.warns(UserWarning, match=f"knows 1 of .* episodes by name, first {first}"):
+        train_rft.main(dataclasses.replace(rft_config, policy=str(files[0]), steps=1, out_dir=str(tmp_path / "anew")))
     header = read_header(rft_config.world_model).extra
     save_model(files[1], model, model.cfg, {**header, "context_lookback": -1})
     with pytest.warns(UserWarning, match="model.safetensors was trained with --context-lookback -1, this run has 0"):

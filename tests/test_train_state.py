@@ -235,18 +235,24 @@ def own_folders(folder: Path) -> None:
 
 def test_a_run_goes_on_with_the_episodes_that_it_began_with(tmp_path):
     frame = np.full((8, 8, 3), 0.5)
-    facts = {"train_episodes": ["a", "b"], "episode_contents": "0f", "mean_frame": frame.tolist(), "camera": "front"}
+    facts = {
+        "train_episodes": ["a", "b"],
+        "episode_digests": {"a": "0f"},
+        "mean_frame": frame.tolist(),
+        "camera": "front",
+    }
     save_model(tmp_path / "model.safetensors", Net(), NetConfig(), facts)
-    check_same_episodes(tmp_path, {**facts, "episode_contents": "1f"})  # no state to go on from
+    check_same_episodes(tmp_path, {**facts, "episode_digests": {"a": "1f"}})  # no state to go on from
     (tmp_path / "train_state.pt").touch()
     for same in (
         {},
         {"mean_frame": (frame + 0.01).tolist()},
         {"train_episodes": ["b", "a"]},
         {"held_out_episodes": []},
+        {"episode_digests": {"b": "1f"}},
     ):
         check_same_episodes(tmp_path, {**facts, **same})
-    for other in ({"episode_contents": "1f"}, {"mean_frame": (frame + 0.05).tolist()}):
+    for other in ({"episode_digests": {"a": "1f"}}, {"mean_frame": (frame + 0.05).tolist()}):
         with pytest.raises(ValueError, match="was begun with other contents of these episodes"):
             check_same_episodes(tmp_path, {**facts, **other})
     with pytest.raises(ValueError, match=r"begun with 2 train episodes, today there are 1 \(first that differs: b\)"):

@@ -261,6 +261,27 @@ def test_context_frames_of_another_range_get_a_warning(demos, tokenizer, tmp_pat
         refresh([demos], tmp_path / "one", tmp_path / "two", steps=1)
 
 
+def test_episodes_recorded_anew_under_their_old_names_get_a_warning(demos, tokenizer, tmp_path, recwarn):
+    run(demos, tokenizer, tmp_path / "one", steps=1)
+    refresh([demos], tmp_path / "one", tmp_path / "two", steps=1)
+    assert not [w for w in recwarn if "by name" in str(w.message)]
+    digests = [read_header(path).extra["episode_digests"] for path in (tmp_path / "two", tokenizer)]
+    assert digests[0] == digests[1] and digests[0].keys() == {e.name for e in load_episodes(demos)}
+    anew = tmp_path / "anew"
+    shutil.copytree(demos, anew)
+    import h5py
+
+    first, *_ = (path for path in sorted(anew.rglob("*.hdf5")))
+    with h5py.File(first, "r+") as file:
+        file["data/demo_0/actions"][0, 0] += 0.01
+    with pytest.warns(UserWarning, match=r"knows 1 of \d+ episodes by name, first .*demo_0, with other actions"):
+        run(anew, tokenizer, tmp_path / "three", steps=1)
+    with pytest.warns(UserWarning, match="one.* knows 1 of"):
+        refresh([anew], tmp_path / "one", tmp_path / "four", steps=1)
+    kept = read_header(tmp_path / "four").extra
+    assert kept["episode_digests"].keys() >= set(kept["train_episodes"])
+
+
 def test_held_out_episodes_keep_their_order(demos, world_model, tmp_path):
     """On which the segments of a validation depend."""
     names, model = sorted(e.name for e in load_episodes(demos)), WorldModel.load(world_model)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vlarft.data.convention import check_same_images, image_convention
-from vlarft.data.episode import Episode
+from vlarft.data.episode import Episode, episode_digests
 from vlarft.data.frames import Frames
 
 
@@ -46,6 +46,24 @@ def copies(episodes: Sequence[Episode]) -> list[str]:
             f"those of {twice[0][0]}: copies, which may be held out while the original is trained on; remove them"
         ]
     return []
+
+
+def warn_other_contents(facts: Mapping, name: str, episodes: Sequence[Episode]) -> None:
+    """Warn if episodes have names that a model knows, of those it learned from or held out, and other contents.
+
+    Args:
+        facts: what the model's file says of its training; that of an older version tells no contents.
+        name: what to call the model.
+        episodes: those of today.
+    """
+    known = facts.get("episode_digests", {})
+    today = episode_digests([e for e in episodes if e.name in known])
+    if other := [n for n, digest in today.items() if known[n] != digest]:
+        warnings.warn(
+            f"{name} knows {len(other)} of {len(episodes)} episodes by name, first {other[0]}, with other actions, "
+            "proprio, instructions, labels or image sizes: recorded anew? It is taken to have seen, or held out, these",
+            stacklevel=2,
+        )
 
 
 def begins_at_zero(episode: Episode) -> bool:

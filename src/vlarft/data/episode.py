@@ -170,17 +170,18 @@ def check_lengths(where: str, **columns: object) -> None:
         raise ValueError(f"{where}: lengths differ: {lengths}")
 
 
-def contents_digest(episodes: Sequence[Episode]) -> str:
-    """Return 16 hex digits that tell episodes, in any order, from others of their names: by numbers, texts, labels and
-    image sizes. No image is decoded.
+def episode_digests(episodes: Sequence[Episode]) -> dict[str, str]:
+    """Return, for each episode's name, 12 hex digits that tell it from another of that name: by numbers, text, labels
+    and image size. No image is decoded.
     """
-    digest = hashlib.sha256()
-    for e in sorted(episodes, key=lambda e: e.name):
+    found = {}
+    for e in episodes:
         labels = e.instruction, bool(e.success), e.kind, e.absolute, e.grippers, e.held_dims, tuple(e.images.shape)
-        digest.update(repr(labels).encode())
+        digest = hashlib.sha256(repr(labels).encode())
         for column in (e.actions, e.intended, e.proprio):
             digest.update(column.tobytes())
-    return digest.hexdigest()[:16]
+        found[e.name] = digest.hexdigest()[:12]
+    return found
 
 
 def no_ops(episode: Episode, threshold: float = 1e-4) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlarft.data.consistency import check_episodes, check_places, copies, other_names, target_positions
-from vlarft.data.episode import KINDS, Episode, contents_digest
+from vlarft.data.episode import KINDS, Episode, episode_digests
 from vlarft.data.frames import Budget, Frames
 from vlarft.data.hdf5_reader import read_hdf5
 from vlarft.data.lerobot import read_lerobot
@@ -298,6 +298,6 @@ def split_episodes(
 
 
 def split_facts(train: Sequence[Episode], held_out: Sequence[Episode]) -> dict[str, Any]:
-    """Return what a model's file says of the episodes: the names of both parts, and a digest of their contents."""
+    """Return what a model's file says of the episodes: the names of both parts, and digests of their contents."""
     names = {"train_episodes": [e.name for e in train], "held_out_episodes": [e.name for e in held_out]}
-    return {**names, "episode_contents": contents_digest([*train, *held_out])}
+    return {**names, "episode_digests": episode_digests([*train, *held_out])}

@@ -272,7 +272,10 @@ def model_config(cls: str, stored: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def extra(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the facts in a model file: policies used to name their held-out episodes "validation_episodes"."""
+    """Translate the facts in a model file: policies used to name their held-out episodes "validation_episodes", and
+    models had one digest of all their episodes, which tells nothing of another selection.
+    """
+    kept = {name: value for name, value in facts.items() if name != "episode_contents"}
     if "validation_episodes" in facts:
-        return {"held_out_episodes": facts["validation_episodes"], **facts}
-    return dict(facts)
+        return {"held_out_episodes": facts["validation_episodes"], **kept}
+    return kept

@@ -260,7 +260,7 @@ def check_same_episodes(out_dir: str | Path, facts: Mapping[str, Any]) -> None:
     Args:
         out_dir: the run's folder; a new run has no state there.
         facts: of the episodes, as they go into the model's file: lists of names, EPISODES or others ending like them;
-            `episode_contents`, see `contents_digest`, and `mean_frame`, see `image_convention`, which are compared
+            `episode_digests`, and `mean_frame`, see `image_convention`, which are compared
             where both have them.
 
     Raises:
@@ -279,8 +279,9 @@ def check_same_episodes(out_dir: str | Path, facts: Mapping[str, Any]) -> None:
                 f"{len(facts[part])} (first that differs: {min(other)}): the files in --demos have changed, and with "
                 f"them what is learned from and held out. {advice}"
             )
-    digests, frames = ([of.get(name) for of in (before, facts)] for name in ("episode_contents", "mean_frame"))
-    changed = None not in digests and digests[0] != digests[1]
+    known, today = (of.get("episode_digests", {}) for of in (before, facts))
+    frames = [of.get("mean_frame") for of in (before, facts)]
+    changed = any(known.get(name, digest) != digest for name, digest in today.items())
     if None not in frames:  # equal but for what another decoder rounds otherwise
         changed |= bool((torch.tensor(frames[0]) - torch.tensor(frames[1])).abs().mean() > 0.02)
     if changed:
