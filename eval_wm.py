@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlarft.data.consistency import check_outcomes
+from vlarft.data.consistency import check_outcomes, warn_other_contents
 from vlarft.data.convention import check_image_size, check_same_images, image_convention, warn_other_contexts
 from vlarft.data.episode import RobotState
 from vlarft.data.episodes import Episode, load_episodes
@@ -391,7 +391,10 @@ def held_out_episodes(cfg: Config, path: Path) -> list[Episode]:
                 f"{path} names no held-out episodes (it was not written by train_wm.py): give --all-episodes and "
                 "--demos with demonstrations that it was not trained on"
             )
-        return load_episodes(cfg.demos or extra["demos"], cfg.camera, names=extra["held_out_episodes"], **options)
+        demos, names = cfg.demos or extra["demos"], extra["held_out_episodes"]
+        episodes = load_episodes(demos, cfg.camera, names=names, **options)
+        warn_other_contents(extra, f"world model {path}", episodes)
+        return episodes
     if cfg.demos is None:
         raise ValueError("--all-episodes needs --demos, with demonstrations that the world model was not trained on")
     episodes = load_episodes(cfg.demos, cfg.camera, **options)

@@ -202,6 +202,8 @@ def imagined_world(cfg: Config, policy: VLAPolicy, extra: dict, episodes: list[E
     judge = load_judge(cfg, policy)
     check_imagined(cfg, cfg.policy, policy, extra, model)
     warn_other_contexts(read_header(cfg.world_model).extra, f"world model {cfg.world_model}", -1)
+    for path in (cfg.world_model, cfg.success_model):  # what the gate takes to be held out
+        warn_other_contents(read_header(path).extra, path, episodes)
     check_image_size(model.cfg.tokenizer.image_size, f"world model {cfg.world_model}", episodes[0])
     texts, size = [e.instruction for e in episodes], model.cfg.tokenizer.image_size[0]
     known = {text.strip().lower() for text in extra.get("instructions") or texts}

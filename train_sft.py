@@ -49,6 +49,7 @@ from torch import Tensor
 
 from vlarft.data import Batch, WindowSampler, load_episodes, split_episodes
 from vlarft.data.augment import OFF, Augmentation, augment
+from vlarft.data.consistency import warn_other_contents
 from vlarft.data.convention import check_same_images, image_convention
 from vlarft.data.episode import Episode
 from vlarft.data.episodes import split_facts
@@ -340,6 +341,8 @@ def main(cfg: Config) -> dict[str, float]:
     facts["seen_episodes"] = list(dict.fromkeys([*facts["train_episodes"], *seen]))
     if cfg.init not in (None, "random"):
         before, where = read_header(cfg.init).extra, f"the demonstrations {' '.join(cfg.demos)}"
+        warn_other_contents(before, f"policy {cfg.init}", episodes)
+        facts["episode_digests"] = {**before.get("episode_digests", {}), **facts["episode_digests"]}
         turn = "turn them with python -m vlarft.data.convert SRC DST --turn"
         check_same_images(before, f"policy {cfg.init}", images, where, turn, adapts=True)
 

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from vlarft.data import load_episodes, split_episodes
-from vlarft.data.consistency import check_outcomes
+from vlarft.data.consistency import check_outcomes, warn_other_contents
 from vlarft.data.convention import check_image_size, check_same_images, image_convention
 from vlarft.data.episode import Episode, episode_digests
 from vlarft.data.episodes import split_facts
@@ -148,7 +148,9 @@ def load_split(cfg: Config) -> Split:
         more = "give a larger --validation-fraction"
     else:
         more = "train or refresh the world model on them with a larger --validation-fraction"
-        names = set(read_header(cfg.world_model).extra.get("held_out_episodes", []))
+        facts = read_header(cfg.world_model).extra
+        warn_other_contents(facts, f"world model {cfg.world_model}", episodes)
+        names = set(facts.get("held_out_episodes", []))
         train, held_out = ([e for e in episodes if (e.name in names) == part] for part in (False, True))
         if not held_out:
             raise ValueError(

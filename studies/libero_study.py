@@ -3,7 +3,7 @@
     python studies/libero_study.py --suites libero_object --arms SFT
     python studies/libero_study.py --arms "RFT R3" "extra SFT" --full SFT "RFT R3"
     python studies/libero_study.py --suites libero_object --policy checkpoints/libero_object_sft \
-        --world-model checkpoints/libero_object_world_model --demos-per-task 20 --out runs/libero_released.json
+        --world-model checkpoints/libero_object_world_model --arms SFT --out runs/libero_released.json
 
 LIBERO must be installed (docs/libero.md). For each suite: demonstrations of the scripted experts; the SFT policy, and
 copies of it along its training, which play `curve_episodes` states a task from x_0 = 0 (the curve); attempts of its
@@ -17,7 +17,8 @@ measured on held-out episodes (Table 1). Then the arms, all from the SFT policy:
 - "RL, simulator" is not the paper's: train_rl.py, by the outcome of whole episodes in the simulator.
 
 With `--policy` and `--world-model`, checkpoints of one suite, the arms start from these, which are neither trained nor
-measured along their training; `--demos-per-task` are then new demonstrations, which those have not seen.
+measured along their training. The demonstrations are then collected anew, under the names of those that they learned
+from, and are split by these names: leave --demos-per-task as it was.
 
 All policies play the same starts: plain ones (Table 2) from x_0 = 0 and a sampled x_0, SFT also with the gripper's x_0
 alone sampled; and with objects or the hand displaced (Table 3) from x_0 = 0. Arms that `--full` names then play all 50
@@ -31,7 +32,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def measure(cfg: Config, runs: Runs, name: str, before: dict) -> Iterator[dict]:
     if wanted.keys() <= outcomes.keys():
         return
     policy = runs.arm(name)
-    log = [{"minutes": None}] if runs.cfg.policy and name == "SFT" else read_lines(policy / "log.jsonl")
+    log = [{"minutes": None}] if cfg.policy and name == "SFT" else read_lines(policy / "log.jsonl")
     gate = {key: value for key, value in log[0].items() if key.startswith("gate")}
     found = {"minutes": log[-1]["minutes"], "gate": gate, "digest": model_digest(policy)}
     for kind, how in wanted.items():
@@ -254,6 +255,42 @@ def stages(folder: Path) -> dict[str, dict]:
     return {str(file.parent.relative_to(folder)): read_json(file) for file in files}
 
 
+def study(cfg: Config, suite: str) -> None:
+    """Run what is missing of a suite, and keep what is found in the JSON file."""
+    runs, report = Runs(cfg, suite), read_report(cfg, "runs", free=FREE)
+    entry = report["runs"].get(suite, {"arms": {}})
+
+    def save() -> None:
+        entry["stages"] = stages(runs.folder)
+        facts = {"command": "python studies/libero_study.py", "machine": machine()}
+        with alone(Path(cfg.out)):  # another process may work on another suite
+            latest = {**facts, **read_report(cfg, "runs", free=FREE)}
+            write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
+
+    def describe(part: str, make: Callable[[], object], run: str) -> None:
+        if part not in entry or holds_another(runs.folder / run, entry[part].get("digest")):
+            found = rounded(make())
+            entry[part] = {"found": found, "digest": model_digest(runs.folder / run)}
+            save()
+
+    def play(names: tuple[str, ...]) -> None:
+        arms = {name: measure(cfg, runs, name, entry["arms"].get(name, {})) for name in names}
+        while arms:  # all arms on the first kind of starts, then all on the next
+            for name in list(arms):
+                if found := next(arms[name], None):
+                    entry["arms"][name] = found
+                    save()
+                else:
+                    del arms[name]
+
+    if cfg.policy is None:
+        describe("curve", runs.curve, "sft")
+        play(("SFT",))  # before the world model takes an hour
+    if cfg.world_model is None:
+        describe("frames", runs.frames, "wm")
+    play(("SFT", *cfg.arms, *full(cfg)))
+
+
 def main(cfg: Config) -> dict:
     """Run what is missing; return what the JSON file holds.
 
@@ -263,34 +300,8 @@ def main(cfg: Config) -> dict:
     check_known((*cfg.arms, *cfg.full), ("SFT", *ARMS), "arm")
     if (cfg.policy or cfg.world_model) and len(cfg.suites) != 1:
         raise ValueError("--policy and --world-model are of one suite: name it by --suites")
-    facts = {"command": "python studies/libero_study.py", "machine": machine()}
     for suite in cfg.suites:
-        runs, report = Runs(cfg, suite), read_report(cfg, "runs", free=FREE)
-        entry = report["runs"].get(suite, {"arms": {}})
-
-        def save(suite: str = suite, runs: Runs = runs, entry: dict = entry) -> None:
-            entry["stages"] = stages(runs.folder)
-            with alone(Path(cfg.out)):  # another process may work on another suite
-                latest = {**facts, **read_report(cfg, "runs", free=FREE)}
-                write(cfg.out, {**latest, "runs": {**latest["runs"], suite: entry}})
-
-        # the policy is played before the world model takes an hour
-        for names, part, make, run in (
-            (() if cfg.policy else ("SFT",), None if cfg.policy else "curve", runs.curve, "sft"),
-            (("SFT", *cfg.arms, *full(cfg)), None if cfg.world_model else "frames", runs.frames, "wm"),
-        ):
-            if part and (part not in entry or holds_another(runs.folder / run, entry[part].get("digest"))):
-                found = rounded(make())
-                entry[part] = {"found": found, "digest": model_digest(runs.folder / run)}
-                save()
-            arms = {name: measure(cfg, runs, name, entry["arms"].get(name, {})) for name in names}
-            while arms:  # all arms on the first kind of starts, then all on the next
-                for name in list(arms):
-                    if found := next(arms[name], None):
-                        entry["arms"][name] = found
-                        save()
-                    else:
-                        del arms[name]
+        study(cfg, suite)
     report = read_report(cfg, "runs", free=FREE)
     print("\n" + libero_arms_table(report))
     return report

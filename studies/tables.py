@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "libero, frames": lambda: stage.libero_frames_table(read("libero")),
     "libero, plain": lambda: stage.libero_arms_table(read("libero"), perturbed=False),
     "libero, displaced": lambda: stage.libero_arms_table(read("libero"), perturbed=True),
+    "libero, released": lambda: stage.libero_arms_table(read("libero_released")),
     "libero, evaluation": lambda: speed.libero_evaluation_table(result("libero_evaluation")),
     "demo": lambda: stage.demo_table(result("demo")),
     "demo, world model": lambda: stage.demo_world_model_table(result("demo")),

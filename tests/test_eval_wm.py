@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval_wm
-from eval_wm import PRESETS, evaluate_frames, frame_sums, main, own_rows, summary
+from eval_wm import PRESETS, evaluate_frames, frame_sums, held_out_episodes, main, own_rows, summary
 from vlarft import imagined_episodes, sensitivity
 from vlarft.data.episodes import load_episodes, split_episodes
 from vlarft.data.windows import WindowSampler
@@ -160,6 +160,10 @@ def test_errors(checkpoint, demos, tmp_path):
         ValueError, match="image conventions differ: world model .* has camera 'eye_in_hand', the episodes"
     ):
         main(replace(CFG, **{**given, "world_model": str(tmp_path / "other.safetensors")}))
+    digests = dict.fromkeys(header.extra["held_out_episodes"], "of before")
+    save_model(tmp_path / "anew.safetensors", model, model.cfg, {**header.extra, "episode_digests": digests})
+    with pytest.warns(UserWarning, match="world model .*anew.safetensors knows 2 of 2 episodes by name"):
+        held_out_episodes(CFG, tmp_path / "anew.safetensors")
     with pytest.raises(ValueError, match="--success-model judges whole episodes: give --episodes too"):
         main(replace(CFG, success_model="runs/success", episodes=0, **given))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):

@@ -451,6 +451,16 @@ def two_outcomes(monkeypatch):
     monkeypatch.setattr(train_rl, "play", every_other_succeeds)
 
 
+@pytest.mark.parametrize("which", ["world_model", "success_model"])
+def test_episodes_recorded_anew_under_their_old_names_get_a_warning(config, tmp_path, which):
+    episodes, policy = load_episodes(config.demos, successes_only=False), VLAPolicy.load(config.policy)
+    cls, path = {"world_model": WorldModel, "success_model": SuccessModel}[which], tmp_path / "anew.safetensors"
+    model, extra = cls.load(getattr(config, which)), read_header(getattr(config, which)).extra
+    save_model(path, model, model.cfg, {**extra, "episode_digests": {episodes[0].name: "of before"}})
+    with pytest.warns(UserWarning, match=f"anew.safetensors knows 1 of {len(episodes)} episodes by name"):
+        train_rl.imagined_world(dataclasses.replace(config, **{which: str(path)}), policy, {}, episodes)
+
+
 def test_the_gate_warns_of_failures_that_last_longer_than_an_imagination(config):
     short = dataclasses.replace(config, horizon=8, steps=1)
     with pytest.warns(UserWarning, match="held-out failures are longer than --horizon 8: the gate replays them to the"):

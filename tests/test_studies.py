@@ -1040,7 +1040,7 @@ def test_two_processes_on_two_suites_add_to_one_file(tmp_path, monkeypatch):
         time.sleep(0.2)  # the other one reads meanwhile, if it can
         records.write(*words)
 
-    made = {"write": write, "model_digest": lambda _: "abc", "measure": lambda *_: (), "libero_arms_table": str}
+    made = {"write": write, "model_digest": lambda _: "abc", "measure": lambda *_: iter(()), "libero_arms_table": str}
     for name, of in made.items():
         monkeypatch.setattr(libero_study, name, of)
     for name in ("curve", "frames"):

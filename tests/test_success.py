@@ -418,6 +418,14 @@ def test_few_held_out_episodes_serve_both(config, world_model, tmp_path):
     assert split.threshold == split.held_out and len(split.held_out) == 2 and len(split.train) == 10
 
 
+def test_episodes_recorded_anew_under_their_old_names_get_a_warning(config, world_model, tmp_path):
+    model, extra = WorldModel.load(world_model), read_header(world_model).extra
+    digests = {extra["held_out_episodes"][0]: "of before"}
+    save_model(tmp_path / "wm.safetensors", model, model.cfg, {**extra, "episode_digests": digests})
+    with pytest.warns(UserWarning, match="world model .* knows 1 of 12 episodes by name"):
+        train_success.load_split(dataclasses.replace(config, world_model=str(tmp_path / "wm.safetensors")))
+
+
 def test_without_a_world_model(config):
     metrics = train_success.main(dataclasses.replace(config, world_model=None, validation_fraction=0.4, steps=3))
     assert "real_agreement" in metrics and not any(name.startswith("imagined") for name in metrics)

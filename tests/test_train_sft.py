@@ -232,6 +232,13 @@ def test_what_the_initial_policy_has_seen_is_not_held_out(demos, tmp_path):
     header = {**before, "train_episodes": [], "seen_episodes": before["train_episodes"]}  # of a run two before
     VLAPolicy.load(init).save(tmp_path / "later.safetensors", header)
     assert train_sft.seen_episodes(str(tmp_path / "later.safetensors")) == seen
+    assert after["episode_digests"] == before["episode_digests"]
+    digests = {seen[0]: "of before", "robot/pour/demo_0": "of others"}
+    VLAPolicy.load(init).save(tmp_path / "anew.safetensors", {**before, "episode_digests": digests})
+    anew = config(demos, tmp_path / "two", init=str(tmp_path / "anew.safetensors"), validation_fraction=0.5, steps=1)
+    with pytest.warns(UserWarning, match=f"policy .*anew.safetensors knows 1 of 6 episodes by name, first {seen[0]}"):
+        train_sft.main(anew)
+    assert read_header(tmp_path / "two").extra["episode_digests"] == {**digests, **before["episode_digests"]}
 
 
 def test_init_of_other_images(demos, tmp_path):

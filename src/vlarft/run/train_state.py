@@ -260,8 +260,7 @@ def check_same_episodes(out_dir: str | Path, facts: Mapping[str, Any]) -> None:
     Args:
         out_dir: the run's folder; a new run has no state there.
         facts: of the episodes, as they go into the model's file: lists of names, EPISODES or others ending like them;
-            `episode_digests`, and `mean_frame`, see `image_convention`, which are compared
-            where both have them.
+            `episode_digests`, and `mean_frame`, see `image_convention`, which are compared where both have them.
 
     Raises:
         ValueError: episodes were added, removed, renamed or converted since.
